@@ -1,0 +1,50 @@
+# Every target sets up .venv by itself and is quick when it is there.
+#   make demo       train the twins on the built-in corpus and write runs/demo/report.html
+#   make test       the tests that a change must pass, within 12 minutes on 2 cores
+#   make test-all   those and the slow ones (whole trajectories, large matrices)
+#   make lint types bench bench-gpu
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# Small matrices are faster on one thread a process; tests and twins run in as many processes as there are cores.
+ONE_THREAD := OMP_NUM_THREADS=1
+ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types bench bench-gpu clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_pss needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev,report]'
+	touch $@
+
+demo: $(READY)
+	$(ONLINE_OFF) $(BIN)/hf-pss demo --output-dir runs/demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not bench and not gpu' $(PYTEST_ARGS)
+
+test-all: $(READY)
+	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not bench' $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(ONLINE_OFF) $(BIN)/python -m pytest -m 'bench and not gpu' -s $(PYTEST_ARGS) tests/benchmarks
+
+bench-gpu: $(READY)
+	$(ONLINE_OFF) $(BIN)/python -m pytest -m 'bench and gpu' -s $(PYTEST_ARGS) tests/benchmarks
+
+clean:
+	rm -rf $(VENV) runs build dist

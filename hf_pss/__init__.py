@@ -1,0 +1,1 @@
+"""Parametric Singularity Smoothing for Hugging Face Transformers."""

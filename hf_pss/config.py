@@ -1,0 +1,274 @@
+"""Every option of PSS, once: `PSSConfig`, its presets, and the words each option may take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from hf_pss.errors import ConfigurationError
+
+__all__ = ["PRESETS", "PSSConfig"]
+
+DetectorName = Literal[
+    "grad_norm_ratio",
+    "matrix_grad_norm_ratio",
+    "update_norm_ratio",
+    "stable_rank_floor",
+    "stable_rank_drop",
+]
+SmoothingName = Literal["clip", "log", "softplus", "convolution", "softmax", "hammer", "polar"]
+Role = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True, slots=True)
+class PSSConfig:
+    """Options of Parametric Singularity Smoothing; plain values, so that they survive CLI and YAML.
+
+    Start from a preset and change what you need:
+
+    >>> PSSConfig.preset("paper", threshold_ratio=3.0).threshold_ratio
+    3.0
+
+    Raises:
+        ConfigurationError: An option is out of its range, or two of them contradict each other.
+    """
+
+    detectors: tuple[DetectorName, ...] = field(
+        default=("grad_norm_ratio",),
+        metadata={
+            "help": "What is watched; any of them may fire. An empty list only guards against "
+            "non-finite steps."
+        },
+    )
+    threshold_ratio: float = field(
+        default=2.5,
+        metadata={
+            "help": "Fire when a norm exceeds this many times its moving average (tau; 2.5 in the "
+            "paper)."
+        },
+    )
+    baseline_alpha: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the newest value in the moving average (alpha; not stated in the "
+            "paper)."
+        },
+    )
+    calibration_steps: int = field(
+        default=20,
+        metadata={
+            "help": "Accepted values that a baseline must have seen before its detector may fire."
+        },
+    )
+    floor_ratio: float = field(
+        default=0.5,
+        metadata={
+            "help": "Stable-rank floor (rho) in units of i.i.d. noise of the same shape, "
+            "mn/(sqrt(m)+sqrt(n))^2."
+        },
+    )
+    floor_reference: Literal["start", "noise"] = field(
+        default="start",
+        metadata={
+            "help": "start: no floor lies above rho times the matrix's own stable rank when PSS "
+            "began (safe for pretrained weights); noise: the shape alone decides."
+        },
+    )
+    stable_rank_drop: float = field(
+        default=0.5,
+        metadata={
+            "help": "stable_rank_drop fires below (1 - this) times the matrix's own moving average."
+        },
+    )
+    check_every_steps: int = field(
+        default=10,
+        metadata={"help": "Rhythm of the stable-rank detectors, in optimizer steps."},
+    )
+    smoothing: SmoothingName = field(
+        default="clip",
+        metadata={
+            "help": "Map on the dominant singular values when a norm or a stable-rank drop fires; "
+            "the floor always caps at the level that restores it."
+        },
+    )
+    max_rank: int = field(
+        default=32,
+        metadata={
+            "help": "At most so many leading singular values of a matrix move in one intervention."
+        },
+    )
+    keep_frobenius: bool = field(
+        default=False,
+        metadata={"help": "Rescale a smoothed matrix to the Frobenius norm it had."},
+    )
+    scope: Literal["all", "fired"] = field(
+        default="all",
+        metadata={
+            "help": "Smooth all selected matrices, or those whose own reading fired (a detector "
+            "that reads one number for the whole model always means all)."
+        },
+    )
+    spike_update: Literal["apply", "skip"] = field(
+        default="apply",
+        metadata={
+            "help": "On a gradient spike: let the optimizer step first and smooth after it, or "
+            "smooth instead."
+        },
+    )
+    cooldown_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Steps after an intervention during which norms and drops cause no other."
+        },
+    )
+    max_interventions: int | None = field(
+        default=None,
+        metadata={"help": "Budget of interventions for the whole run; none by default."},
+    )
+    on_nonfinite: Literal["skip", "stop"] = field(
+        default="skip",
+        metadata={
+            "help": "A step whose gradient holds NaN or inf: skip its update, or stop before it "
+            "with an error."
+        },
+    )
+    max_nonfinite_streak: int = field(
+        default=100,
+        metadata={
+            "help": "Stop after so many non-finite steps in a row: such a run learns nothing."
+        },
+    )
+    roles: tuple[Role, ...] = field(
+        default=("attention", "mlp"),
+        metadata={"help": "Which weight matrices are watched and smoothed."},
+    )
+    include: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Regular expressions on parameter names: matrices to add to the selection."
+        },
+    )
+    exclude: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Regular expressions on parameter names: matrices to leave out."},
+    )
+    observe_only: bool = field(
+        default=False,
+        metadata={"help": "Notice and report, but never touch a weight or an update."},
+    )
+    health_every_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Write every matrix's stable rank to pss_health.jsonl at this rhythm; 0 is "
+            "never."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is tuple:
+                # YAML and argparse bring lists; a frozen record keeps tuples.
+                object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+            _check_choice(name, getattr(self, name), _words(hint))
+        for name, (low, high) in _RANGES.items():
+            _check_range(name, getattr(self, name), low, high)
+        for name, minimum in _MINIMA.items():
+            _check_count(name, getattr(self, name), minimum)
+        if self.max_interventions is not None:
+            _check_count("max_interventions", self.max_interventions, 0)
+
+    @classmethod
+    def preset(cls, name: str = "paper", **overrides: Any) -> Self:
+        """Return the named preset with the given options changed.
+
+        Args:
+            name: One of `PRESETS`: ``paper`` (as published), ``floor`` (the stable-rank floor) or
+                ``both``.
+            overrides: Options of this class that differ from the preset.
+
+        Raises:
+            ConfigurationError: The name or an option is unknown, or a value is out of range.
+        """
+        if name not in PRESETS:
+            raise ConfigurationError(
+                f"You asked for the preset {name!r}; choose one of {', '.join(PRESETS)}."
+            )
+        known = {spec.name for spec in fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ConfigurationError(
+                f"PSS has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+            )
+        return replace(cls(**PRESETS[name]), **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values that JSON and YAML can hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paper": MappingProxyType({}),
+        "floor": MappingProxyType({"detectors": ("stable_rank_floor",)}),
+        "both": MappingProxyType({"detectors": ("grad_norm_ratio", "stable_rank_floor")}),
+    }
+)
+"""Named starting points. ``paper`` is the default until evidence says otherwise."""
+
+# name: (above, at most)
+_RANGES = {
+    "baseline_alpha": (0.0, 1.0),
+    "threshold_ratio": (1.0, math.inf),
+    "floor_ratio": (0.0, math.inf),
+    "stable_rank_drop": (0.0, 1.0),
+}
+_MINIMA = {
+    "calibration_steps": 1,
+    "check_every_steps": 1,
+    "max_rank": 1,
+    "cooldown_steps": 0,
+    "max_nonfinite_streak": 1,
+    "health_every_steps": 0,
+}
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """Return the words that ``Literal[...]`` or ``tuple[Literal[...], ...]`` allows, or none."""
+    literal = get_args(hint)[0] if get_origin(hint) is tuple else hint
+    return get_args(literal) if get_origin(literal) is Literal else ()
+
+
+def _as_tuple(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ConfigurationError(f"{name} is a list of words; you gave {value!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    given = value if isinstance(value, tuple) else (value,)
+    if choices and not set(given) <= set(choices):
+        raise ConfigurationError(
+            f"{name} may be {' or '.join(choices)}; you gave {', '.join(map(repr, given))}."
+        )
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and low < value <= high):  # NaN compares false and is refused with the rest
+        raise ConfigurationError(
+            f"{name} must be above {low:g} and at most {high:g}; you gave {value!r}."
+        )
+
+
+def _check_count(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigurationError(
+            f"{name} must be a whole number of at least {minimum}; you gave {value!r}."
+        )

@@ -1,0 +1,36 @@
+"""Errors of hf_pss: every one is a `PSSError` and also the builtin error a caller would expect."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "IncompatibleVersionError",
+    "NonFiniteError",
+    "PSSError",
+    "SelectionError",
+    "StateError",
+]
+
+
+class PSSError(Exception):
+    """Base of every error that hf_pss raises on purpose."""
+
+
+class ConfigurationError(PSSError, ValueError):
+    """An option, or a combination of options, has no meaning; the message says what is allowed."""
+
+
+class SelectionError(PSSError, ValueError):
+    """A pattern matches no weight matrix, or a model holds none to watch."""
+
+
+class NonFiniteError(PSSError, ArithmeticError):
+    """A gradient, loss or matrix holds NaN or inf where only finite numbers have a meaning."""
+
+
+class StateError(PSSError, ValueError):
+    """A saved state is truncated, of another version, or of another model."""
+
+
+class IncompatibleVersionError(PSSError, RuntimeError):
+    """A private seam of transformers that hf_pss stands on has moved."""
