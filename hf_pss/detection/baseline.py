@@ -1,0 +1,123 @@
+"""The running baseline that a reading is compared with."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+from hf_pss.detection.state import JSON, read_integer, read_number, read_object
+from hf_pss.errors import ConfigurationError
+
+# Below the smallest normal float64 a quotient has no digits left, and 0 has no scale at all.
+_SMALLEST_LEVEL = sys.float_info.min
+
+
+@dataclass(slots=True)
+class Baseline:
+    """Exponential moving average of accepted finite values >= 0, with a calibration phase.
+
+    ``b_1 = g_1`` and ``b_t = (1 - alpha) b_{t-1} + alpha g_t`` over the accepted values (the
+    average is the paper's, arXiv 2602.01308; alpha and all that follows is ours). Starting at the
+    first value leaves no bias towards zero, so there is none to divide out; what is left is the
+    weight of the first value, ``(1 - alpha)^(t-1)``, and the calibration phase waits for it to
+    fade: 0.14 after 20 values at alpha = 0.1.
+
+    Three rules keep the average from doing harm:
+
+    - A level of 0 (or denormal) has no scale: nothing is compared with it, and the next value
+      starts the baseline anew instead of being averaged into it.
+    - A refused value, one that fired, is not learned.
+    - `patience_steps` refusals in a row are no spike but a new level: the baseline starts anew
+      there and calibrates again. Otherwise one lasting rise would fire for ever.
+
+    >>> baseline = Baseline(alpha=0.5, calibration_steps=2, patience_steps=10)
+    >>> baseline.accept(1.0)
+    >>> baseline.accept(2.0)
+    >>> baseline.level, baseline.is_calibrated, baseline.ratio(6.0)
+    (1.5, True, 4.0)
+    """
+
+    alpha: float
+    """Weight of the newest value, in (0, 1]."""
+    calibration_steps: int
+    """Values to accept before anything may fire, >= 1."""
+    patience_steps: int
+    """Refusals in a row after which the new level is accepted, >= 1."""
+    level: float = 0.0
+    """b_t; 0 before the first value."""
+    num_accepted: int = 0
+    """Values in the average since it last started."""
+    num_refused: int = 0
+    """Refusals in a row, up to now."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ConfigurationError(
+                f"You gave baseline_alpha={self.alpha}; choose a number in (0, 1], such as 0.1."
+            )
+        for name, steps in (
+            ("calibration_steps", self.calibration_steps),
+            ("patience_steps", self.patience_steps),
+        ):
+            if steps < 1:
+                raise ConfigurationError(f"You gave {name}={steps}; choose an integer >= 1.")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a value may be judged against the level."""
+        return self._has_scale and self.num_accepted >= self.calibration_steps
+
+    def ratio(self, value: float) -> float | None:
+        """Return ``value / b_{t-1}``; None where the level has no scale; inf where it overflows."""
+        return value / self.level if self._has_scale else None
+
+    def accept(self, value: float) -> None:
+        """Learn a finite value >= 0."""
+        if not self._has_scale:
+            self._start_at(value)
+            return
+        mixed = (1 - self.alpha) * self.level + self.alpha * value
+        # Rounding can lift the mixture above both of its parts: at 1.8e308 that would be inf.
+        self.level = min(mixed, max(self.level, value))
+        self.num_accepted += 1
+        self.num_refused = 0
+
+    def refuse(self, value: float) -> bool:
+        """Do not learn `value`; return True if patience ends and the baseline starts anew at it."""
+        self.num_refused += 1
+        if self.num_refused < self.patience_steps:
+            return False
+        self._start_at(value)
+        return True
+
+    def state(self) -> dict[str, JSON]:
+        """Return what was learned, as one part of a detector's versioned state."""
+        return {
+            "level": self.level,
+            "num_accepted": self.num_accepted,
+            "num_refused": self.num_refused,
+        }
+
+    def with_state(self, state: object, *, what: str) -> Baseline:
+        """Return a baseline with these settings and the given state.
+
+        Raises:
+            StateError: `state` is not what `state()` returns.
+        """
+        fields = read_object(state, ("level", "num_accepted", "num_refused"), what)
+        level = read_number(fields["level"], minimum=0.0, what=f"'level' of {what}")
+        return replace(
+            self,
+            level=level,
+            num_accepted=read_integer(
+                fields["num_accepted"], minimum=1, what=f"'num_accepted' of {what}"
+            ),
+            num_refused=read_integer(fields["num_refused"], what=f"'num_refused' of {what}"),
+        )
+
+    @property
+    def _has_scale(self) -> bool:
+        return self.level >= _SMALLEST_LEVEL
+
+    def _start_at(self, value: float) -> None:
+        self.level, self.num_accepted, self.num_refused = value, 1, 0

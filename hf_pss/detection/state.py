@@ -1,0 +1,100 @@
+"""Strict reading of saved JSON: whatever is not expected raises a `StateError` that names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import TypeAlias
+
+from hf_pss.errors import StateError
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+
+_REMEDY = "Use one that this version of hf_pss wrote."
+
+
+def check_version(state: object, version: int, what: str) -> None:
+    """Refuse a state that is no JSON object, or that another version wrote.
+
+    Call it before `read_object`: another version has other keys, and its number explains more.
+
+    Args:
+        state: parsed JSON, not trusted.
+        version: the one version that the caller understands.
+        what: how the message names the state, as in ``"the state of detector 'grad_norm_ratio'"``.
+
+    Raises:
+        StateError: not an object, or ``state["version"]`` is not ``version``.
+    """
+    found = _as_object(state, what).get("version")
+    if type(found) is not int or found != version:
+        raise StateError(f"The version of {what} is {found!r}; you need {version}. {_REMEDY}")
+
+
+def read_object(value: object, keys: Collection[str], what: str) -> dict[str, object]:
+    """Return `value` as a dict that has exactly the given keys.
+
+    Raises:
+        StateError: not an object, a key is missing, or a key is unknown.
+    """
+    found = _as_object(value, what)
+    if missing := sorted(set(keys) - set(found)):
+        raise StateError(f"You gave {what} without {_listed(missing)}: it is truncated. {_REMEDY}")
+    if unknown := sorted(set(found) - set(keys)):
+        raise StateError(f"You gave {what} with unknown keys {_listed(unknown)}. {_REMEDY}")
+    return found
+
+
+def read_mapping(value: object, what: str) -> dict[str, object]:
+    """Return `value` as a dict with free string keys, or raise `StateError`."""
+    return _as_object(value, what)
+
+
+def read_number(value: object, what: str, *, minimum: float = -math.inf) -> float:
+    """Return a finite JSON number that is at least `minimum` as a float, or raise `StateError`."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number) and number >= minimum:
+            return number
+    allowed = "a finite number" if minimum == -math.inf else f"a finite number >= {minimum}"
+    raise StateError(f"You gave {_quoted(value)} as {what}; it must be {allowed}. {_REMEDY}")
+
+
+def read_integer(value: object, what: str, *, minimum: int = 0) -> int:
+    """Return a JSON integer that is at least `minimum`, or raise `StateError`."""
+    if type(value) is int and value >= minimum:
+        return value
+    raise StateError(
+        f"You gave {_quoted(value)} as {what}; it must be an integer >= {minimum}. {_REMEDY}"
+    )
+
+
+def read_text(value: object, what: str) -> str:
+    """Return a JSON string, or raise `StateError`."""
+    if isinstance(value, str):
+        return value
+    raise StateError(f"You gave {_quoted(value)} as {what}; it must be a string. {_REMEDY}")
+
+
+def read_list(value: object, what: str) -> list[object]:
+    """Return a JSON array, or raise `StateError`."""
+    if isinstance(value, list):
+        return value
+    raise StateError(f"You gave {_quoted(value)} as {what}; it must be an array. {_REMEDY}")
+
+
+def _as_object(value: object, what: str) -> dict[str, object]:
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    raise StateError(f"You gave {_quoted(value)} as {what}; it must be a JSON object. {_REMEDY}")
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _quoted(value: object) -> str:
+    return f"{value!r:.80}"

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hf_pss.detection import (
+    AnyOf,
+    Detector,
+    DropDetector,
+    FloorDetector,
+    Judgement,
+    Quantity,
+    RatioDetector,
+    Verdict,
+    make_detector,
+    worst,
+)
+from hf_pss.detection.registry import DetectorSettings
+from hf_pss.errors import ConfigurationError, StateError
+
+
+def ratio(
+    quantity: Quantity = Quantity.GRAD_NORM, *, calibration_steps: int = 3, patience_steps: int = 5
+) -> RatioDetector:
+    return RatioDetector(
+        quantity, 2.5, alpha=0.1, calibration_steps=calibration_steps, patience_steps=patience_steps
+    )
+
+
+def drop(share: float = 0.5) -> DropDetector:
+    return DropDetector(share, alpha=0.1, calibration_steps=3, patience_steps=5)
+
+
+def feed(detector: Detector, *values: float) -> list[Judgement]:
+    return [detector.judge({"global": value}) for value in values]
+
+
+def verdicts(detector: Detector, *values: float) -> list[str]:
+    return [judgement.verdict.value for judgement in feed(detector, *values)]
+
+
+class TestRatio:
+    def test_fires_above_the_threshold_and_not_at_it(self) -> None:
+        detector = ratio()
+        feed(detector, 1.0, 1.0, 1.0)
+        above = math.nextafter(2.5, 3.0)
+        assert feed(detector, above)[0].verdict is Verdict.SPIKE
+        assert feed(detector, 2.5)[0] == Judgement(
+            Verdict.NORMAL, "grad_norm_ratio", (), 2.5, 1.0, 2.5
+        )
+
+    def test_compares_with_the_baseline_before_this_value(self) -> None:
+        detector = ratio()
+        feed(detector, 1.0, 1.0, 1.0, 2.0)
+        judgement = feed(detector, 1.0)[0]
+        assert judgement.baseline == pytest.approx(0.9 * 1.0 + 0.1 * 2.0, rel=1e-15)
+
+    def test_value_that_fired_is_not_learned(self) -> None:
+        detector = ratio()
+        feed(detector, 1.0, 1.0, 1.0, 100.0, 100.0)
+        assert feed(detector, 1.0)[0].baseline == 1.0
+
+    def test_explosion_during_calibration_does_not_fire(self) -> None:
+        assert verdicts(ratio(), 1.0, 1e6) == ["calibrating", "calibrating"]
+
+    def test_zeros_never_fire_and_the_first_number_after_them_calibrates(self) -> None:
+        zeros = verdicts(ratio(), *[0.0] * 10, 1.0, 1.0, 1.0, 1.0)
+        assert zeros == ["calibrating"] * 13 + ["normal"]
+
+    def test_huge_values_neither_overflow_nor_fire(self) -> None:
+        assert verdicts(ratio(), *[1e308] * 5)[-1] == "normal"
+
+    def test_lasting_rise_is_accepted_after_patience_and_says_so(self) -> None:
+        detector = ratio(patience_steps=5)
+        feed(detector, 1.0, 1.0, 1.0)
+        risen = feed(detector, *[10.0] * 5)
+        assert [j.verdict for j in risen] == [Verdict.SPIKE] * 5
+        assert [j.new_level for j in risen] == [()] * 4 + [("global",)]
+        assert verdicts(detector, 10.0, 10.0, 10.0, 26.0) == [
+            "calibrating",
+            "calibrating",
+            "normal",
+            "spike",
+        ]
+
+    def test_non_finite_steps_neither_spend_nor_restore_patience(self) -> None:
+        detector = ratio(patience_steps=5)
+        feed(detector, 1.0, 1.0, 1.0)
+        risen = feed(detector, 10.0, 10.0, math.nan, 10.0, 10.0, math.inf, 10.0)
+        assert [j.new_level for j in risen] == [()] * 6 + [("global",)]
+
+    def test_matrices_are_judged_each_by_its_own_baseline(self) -> None:
+        detector = ratio(Quantity.MATRIX_GRAD_NORM)
+        for _ in range(3):
+            detector.judge({"a": 1.0, "b": 100.0, "c": 1.0})
+        judgement = detector.judge({"a": 3.0, "b": 120.0, "c": 9.0})
+        assert judgement.fired == ("c", "a")
+        assert (judgement.value, judgement.threshold) == (9.0, 2.5)
+
+    def test_matrix_that_joins_late_calibrates_by_itself(self) -> None:
+        detector = ratio(Quantity.MATRIX_GRAD_NORM)
+        for _ in range(3):
+            detector.judge({"a": 1.0})
+        assert detector.judge({"a": 1.0, "late": 1e9}).verdict is Verdict.NORMAL
+
+    def test_one_non_finite_matrix_keeps_the_whole_step_from_being_learned(self) -> None:
+        detector = ratio(Quantity.MATRIX_GRAD_NORM)
+        for _ in range(3):
+            detector.judge({"a": 1.0, "b": 1.0})
+        before = detector.state_dict()
+        judgement = detector.judge({"a": 2.0, "b": math.inf})
+        assert judgement == Judgement(
+            Verdict.NON_FINITE, "matrix_grad_norm_ratio", ("b",), math.inf
+        )
+        assert detector.state_dict() == before
+
+    @pytest.mark.parametrize("threshold_ratio", [1.0, 0.0, -1.0, math.nan, math.inf])
+    def test_threshold_without_a_meaning_is_refused(self, threshold_ratio: float) -> None:
+        with pytest.raises(ConfigurationError, match="threshold_ratio"):
+            make_detector("grad_norm_ratio", DetectorSettings(threshold_ratio=threshold_ratio))
+
+
+class TestDrop:
+    def test_fires_below_its_share_of_the_baseline_and_not_at_it(self) -> None:
+        detector = drop()
+        feed(detector, 8.0, 8.0, 8.0)
+        assert feed(detector, math.nextafter(4.0, 0.0))[0].verdict is Verdict.SPIKE
+        assert feed(detector, 4.0)[0] == Judgement(
+            Verdict.NORMAL, "stable_rank_drop", (), 4.0, 8.0, 4.0
+        )
+
+    def test_rise_does_not_fire(self) -> None:
+        assert verdicts(drop(), 8.0, 8.0, 8.0, 800.0)[-1] == "normal"
+
+    def test_zero_fires_first(self) -> None:
+        detector = drop()
+        for _ in range(3):
+            detector.judge({"a": 8.0, "b": 8.0})
+        assert detector.judge({"a": 1.0, "b": 0.0}).fired == ("b", "a")
+
+    def test_slow_decline_as_by_weight_decay_does_not_fire(self) -> None:
+        assert "spike" not in verdicts(drop(), *(100.0 * 0.98**t for t in range(200)))
+
+    @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])
+    def test_share_without_a_meaning_is_refused(self, share: float) -> None:
+        with pytest.raises(ConfigurationError, match="stable_rank_drop"):
+            drop(share)
+
+
+class TestFloor:
+    def test_fires_below_the_floor_and_not_at_it(self) -> None:
+        detector = FloorDetector({"a": 16.0, "b": 4.0})
+        assert detector.judge({"a": 16.0, "b": 4.0}).verdict is Verdict.NORMAL
+        assert detector.judge({"a": 15.9, "b": 4.0}) == Judgement(
+            Verdict.SPIKE, "stable_rank_floor", ("a",), 15.9, None, 16.0
+        )
+
+    def test_sorts_by_how_far_below_in_ratio(self) -> None:
+        detector = FloorDetector({"a": 16.0, "b": 4.0, "c": 1.0})
+        assert detector.judge({"a": 8.0, "b": 1.0, "c": 0.0}).fired == ("c", "b", "a")
+
+    def test_floor_of_zero_never_fires(self) -> None:
+        assert FloorDetector({"a": 0.0}).judge({"a": 0.0}).verdict is Verdict.NORMAL
+
+    def test_never_gives_up(self) -> None:
+        detector = FloorDetector({"global": 16.0})
+        assert set(verdicts(detector, *[1.0] * 500)) == {"spike"}
+
+    def test_reading_without_a_floor_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="'b'"):
+            FloorDetector({"a": 1.0}).judge({"a": 1.0, "b": 1.0})
+
+    @pytest.mark.parametrize("floors", [{}, {"a": -1.0}, {"a": math.nan}, {"a": math.inf}])
+    def test_floors_without_a_meaning_are_refused(self, floors: dict[str, float]) -> None:
+        with pytest.raises(ConfigurationError, match="stable-rank floor"):
+            FloorDetector(floors)
+
+
+class TestAnyOf:
+    @staticmethod
+    def guard() -> AnyOf:
+        return AnyOf([ratio(), FloorDetector({"global": 16.0}), drop()])
+
+    def test_hands_readings_to_those_that_read_them(self) -> None:
+        guard = self.guard()
+        assert guard.quantities == {Quantity.GRAD_NORM, Quantity.STABLE_RANK}
+        assert guard.judge(Quantity.GRAD_NORM, {"global": 1.0}).detector == "grad_norm_ratio"
+        assert guard.judge(Quantity.STABLE_RANK, {"global": 1.0}).detector == "stable_rank_floor"
+
+    def test_gravest_judgement_wins_whatever_the_order(self) -> None:
+        guard = self.guard()
+        for _ in range(3):
+            guard.judge(Quantity.STABLE_RANK, {"global": 50.0})
+        assert guard.judge(Quantity.STABLE_RANK, {"global": 20.0}).detector == "stable_rank_drop"
+
+    def test_quantity_that_nobody_reads_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="update_norm"):
+            self.guard().judge(Quantity.UPDATE_NORM, {"global": 1.0})
+
+    @pytest.mark.parametrize("detectors", [[], [ratio(), ratio()]])
+    def test_none_or_the_same_twice_is_refused(self, detectors: list[Detector]) -> None:
+        with pytest.raises(ConfigurationError, match="at least one"):
+            AnyOf(detectors)
+
+    def test_state_continues_and_a_bad_one_changes_nothing(self) -> None:
+        guard, other = self.guard(), self.guard()
+        for value in (20.0, 21.0, 22.0):
+            guard.judge(Quantity.GRAD_NORM, {"global": value})
+            guard.judge(Quantity.STABLE_RANK, {"global": value})
+        saved = guard.state_dict()
+        other.load_state_dict(saved)
+        assert other.state_dict() == saved
+        states = saved["detectors"]
+        assert isinstance(states, dict)
+        half_bad = {**saved, "detectors": {**states, "stable_rank_drop": {"version": 1}}}
+        fresh = self.guard()
+        untouched = fresh.state_dict()
+        with pytest.raises(StateError, match="stable_rank_drop"):
+            fresh.load_state_dict(half_bad)
+        assert fresh.state_dict() == untouched
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            None,
+            [],
+            {},
+            {"version": 2, "detectors": {}},
+            {"version": 1},
+            {"version": 1, "detectors": {}},
+            {"version": 1, "detectors": {"sigma_growth": {}}},
+        ],
+    )
+    def test_damaged_state_is_refused(self, state: object) -> None:
+        with pytest.raises(StateError, match="the state of the detectors"):
+            self.guard().load_state_dict(state)
+
+
+def test_worst_ranks_the_verdicts() -> None:
+    ranked = [Judgement(verdict, verdict.value) for verdict in Verdict]
+    assert [j.verdict for j in ranked] == [
+        Verdict.CALIBRATING,
+        Verdict.NORMAL,
+        Verdict.SPIKE,
+        Verdict.NON_FINITE,
+    ]
+    for grave in range(1, len(ranked)):
+        assert worst(ranked[: grave + 1]) is ranked[grave]
+
+
+def test_unknown_detector_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigurationError, match="grad_norm_ratio"):
+        make_detector("loss_ratio", DetectorSettings())
+
+
+def test_state_of_another_detector_is_refused() -> None:
+    with pytest.raises(StateError, match="'update_norm_ratio'"):
+        ratio().load_state_dict(ratio(Quantity.UPDATE_NORM).state_dict())
