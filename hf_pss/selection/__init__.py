@@ -1,0 +1,21 @@
+"""Which parameters of a model hold weight matrices, how they are divided, and why."""
+
+from __future__ import annotations
+
+from hf_pss.selection.select import select_matrices as select_matrices
+from hf_pss.selection.survey import named_parameters_canonical as named_parameters_canonical
+from hf_pss.selection.views import Exclusion as Exclusion
+from hf_pss.selection.views import MatrixView as MatrixView
+from hf_pss.selection.views import Role as Role
+from hf_pss.selection.views import RowPattern as RowPattern
+from hf_pss.selection.views import Selection as Selection
+
+__all__ = [
+    "Exclusion",
+    "MatrixView",
+    "Role",
+    "RowPattern",
+    "Selection",
+    "named_parameters_canonical",
+    "select_matrices",
+]

@@ -1,0 +1,169 @@
+"""The rules for one parameter: may it be selected, in which role, and as which matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from hf_pss.selection.layouts import Parts, find_layout, looks_fused, stores_inputs_first
+from hf_pss.selection.survey import Site, is_linear
+from hf_pss.selection.views import MatrixView, Role, RowPattern
+
+__all__ = ["matrices_of", "role_of", "why_unusable", "why_unwanted"]
+
+_LORA = re.compile(
+    r"(?:^|\.)lora_(?:embedding_)?[AB](?:\.|$)|(?:^|\.)lora_magnitude_vector(?:\.|$)"
+)
+_ROUTER_NAME = re.compile(r"router|^(?:gate|shared_expert_gate|wg)$", re.IGNORECASE)
+_ROUTER_CLASS = re.compile(r"Router|Gating")
+_RECURRENT_CLASS = re.compile(r"Mamba|Mixer$|SSM|Rwkv|ShortConv|RecurrentBlock|LSTM")
+_RECURRENT_NAME = re.compile(r"mamba|mixer|ssm|rwkv", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# Anchored at the end: class names begin with the model's name, and JetMoeMoA is attention.
+_MLP_CLASS = re.compile(r"(?:MLP|Mlp|MoE|MoeBlock|FFN|FeedForward)$")
+_MLP_NAME = re.compile(r"^(?:mlp|ffn|feed_forward|moe)$", re.IGNORECASE)
+_EXPERTS_CLASS = re.compile(r"Experts?$")
+
+
+def why_unusable(site: Site) -> str | None:
+    """Return why a parameter can never be a weight matrix of ours, whatever a pattern says."""
+    if site.tied_to is not None:
+        return f"tied to {site.tied_to}"
+    if _LORA.search(site.name):
+        return "LoRA factor: the matrix is the product"
+    if not site.parameter.requires_grad:
+        return "frozen"
+    if not site.parameter.is_floating_point():
+        return f"{site.parameter.dtype}, not real floating point"
+    if isinstance(site.module, nn.modules.conv._ConvNd):
+        return "convolution"
+    if len(site.shape) < 2 or "bias" in site.own_name:
+        return "bias, norm or scale"
+    if len(site.shape) > 3:
+        return f"{len(site.shape)}-D"
+    return None
+
+
+def why_unwanted(site: Site, roles: Collection[str]) -> str | None:
+    """Return why the rules skip a parameter that a pattern could include."""
+    if site.is_embedding:
+        return "embedding or output head"
+    if site.block is None:
+        return "outside the repeated blocks"
+    if _is_router(site):
+        return "router"
+    role = role_of(site)
+    if role is None:
+        return "state-space or convolutional mixer"
+    if not _is_projection(site):
+        return f"{len(site.shape)}-D parameter of {type(site.module).__name__}, meaning unknown"
+    if role not in roles:
+        return f"role {role} was not asked for"
+    return None
+
+
+def role_of(site: Site) -> Role | None:
+    """Return the role by the names around a parameter, innermost first; None for recurrent mixers.
+
+    Classes come before attribute names: Nemotron-H calls attention, MLP and Mamba alike `mixer`.
+    """
+    for name, module in site.path:
+        class_name = type(module).__name__
+        if _RECURRENT_CLASS.search(class_name):
+            return None
+        if _ATTENTION.search(class_name) or _ATTENTION.search(name):
+            return "attention"
+        if _MLP_CLASS.search(class_name) or _MLP_NAME.search(name):
+            return "mlp"
+        if _RECURRENT_NAME.search(name):
+            return None
+    return "mlp"
+
+
+def matrices_of(site: Site, included_by: str | None) -> list[MatrixView]:
+    """Return one view for each matrix that a parameter holds.
+
+    Args:
+        site: A usable parameter.
+        included_by: The pattern that included it, where the rules alone would not have.
+    """
+    transposed = stores_inputs_first(site.module)
+    *experts, rows, columns = site.shape
+    if transposed:
+        rows, columns = columns, rows
+    reason = _description(site, transposed, included_by)
+    parts = find_layout(site.owner, site.leaf, rows)
+    if parts is None:
+        fused = "; fused, layout unknown: kept as one matrix" if looks_fused(site.leaf) else ""
+        whole = (*experts, rows, columns)
+        return [_view(site, "", whole, transposed, None, reason + fused)]
+    num_periods = rows // sum(size for _, size in parts)
+    return [
+        _view(
+            site,
+            f"[{label}]",
+            (*experts, num_periods * pattern.size, columns),
+            transposed,
+            pattern,
+            f"{reason}; {label} of {_layout_text(parts, num_periods)}",
+        )
+        for label, pattern in _row_patterns(parts)
+    ]
+
+
+def _is_router(site: Site) -> bool:
+    return any(
+        _ROUTER_NAME.search(name) or _ROUTER_CLASS.search(type(module).__name__)
+        for name, module in site.path
+    )
+
+
+def _is_projection(site: Site) -> bool:
+    if len(site.shape) == 3:
+        declared = isinstance(getattr(site.module, "is_transposed", None), bool)
+        return declared or _EXPERTS_CLASS.search(type(site.module).__name__) is not None
+    if isinstance(site.module, nn.MultiheadAttention):
+        return site.own_name.endswith("_proj_weight")
+    return is_linear(site.module) and site.own_name == "weight"
+
+
+def _row_patterns(parts: Parts) -> list[tuple[str, RowPattern]]:
+    period, start, patterns = sum(size for _, size in parts), 0, []
+    for label, size in parts:
+        patterns.append((label, RowPattern(start, size, period)))
+        start += size
+    return patterns
+
+
+def _view(
+    site: Site,
+    suffix: str,
+    shape: tuple[int, ...],
+    transposed: bool,
+    rows: RowPattern | None,
+    reason: str,
+) -> MatrixView:
+    return MatrixView(
+        name=site.name + suffix,
+        parameter_name=site.name,
+        role=role_of(site) or "mlp",
+        block=site.block or site.name.rpartition(".")[0],
+        shape=shape,
+        transposed=transposed,
+        rows=rows,
+        reason=reason,
+    )
+
+
+def _description(site: Site, transposed: bool, included_by: str | None) -> str:
+    included = f"included by {included_by!r}: " if included_by is not None else ""
+    stack = f", a stack of {site.shape[0]}" if len(site.shape) == 3 else ""
+    stored = ", stored (in, out)" if transposed else ""
+    return f"{included}{type(site.module).__name__}{stack}{stored}"
+
+
+def _layout_text(parts: Parts, num_periods: int) -> str:
+    layout = " | ".join(f"{label} {size}" for label, size in parts)
+    return f"[{layout}]" if num_periods == 1 else f"{num_periods} × [{layout}]"
