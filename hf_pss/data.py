@@ -1,0 +1,295 @@
+"""From text to training blocks: train a tokenizer, load documents, tokenise, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_pss.errors import ConfigurationError
+
+__all__ = [
+    "END_OF_TEXT",
+    "BlockDataset",
+    "Tokens",
+    "encode_documents",
+    "hold_out",
+    "load_text",
+    "pack_blocks",
+    "train_tokenizer",
+    "unigram_entropy_nats",
+    "wrap_tokenizer",
+]
+
+Tokens = npt.NDArray[np.int32]
+
+END_OF_TEXT = "<|endoftext|>"
+
+_LOADERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
+_LOADERS |= {".parquet": "parquet"}
+
+# Documents per call: enough for the tokenizer's threads, few enough to stop soon at `max_tokens`.
+_DOCUMENTS_PER_BATCH = 64
+
+
+class BlockDataset(Dataset[dict[str, torch.Tensor]]):
+    """Blocks of tokens as a causal language model wants them: every label is the input itself.
+
+    Args:
+        blocks: (num_blocks, context_length), int64.
+    """
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = self.blocks[index]
+        return {"input_ids": block, "labels": block}
+
+
+def pack_blocks(tokens: Tokens, *, context_length: int) -> BlockDataset:
+    """Cut a stream of tokens into full blocks; what is left at the end is dropped.
+
+    Args:
+        tokens: (num_tokens,), documents already joined with their separators.
+        context_length: tokens a block, at least 2: the model predicts token t + 1 from t.
+
+    Raises:
+        ConfigurationError: fewer tokens than one block, or nothing to predict in a block.
+
+    >>> pack_blocks(np.arange(7, dtype=np.int32), context_length=3).blocks.tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    if context_length < 2:
+        raise ConfigurationError(
+            f"You asked for a context of {context_length}; a block needs at least 2 tokens."
+        )
+    num_blocks = len(tokens) // context_length
+    if num_blocks == 0:
+        raise ConfigurationError(
+            f"Your text has {len(tokens)} tokens, too few for one block of {context_length}. "
+            "Give more text or a shorter context."
+        )
+    full = tokens[: num_blocks * context_length].astype(np.int64)
+    return BlockDataset(torch.from_numpy(full).view(num_blocks, context_length))
+
+
+def hold_out(blocks: BlockDataset, *, fraction: float = 0.05) -> tuple[BlockDataset, BlockDataset]:
+    """Split off the last blocks for validation: the end of the text, not a random sample.
+
+    Neighbouring blocks share a document: a random split would show the model what it is tested on.
+
+    Raises:
+        ConfigurationError: a fraction outside (0, 1), or fewer than two blocks.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigurationError(
+            f"You asked to hold out {fraction} of the text; give a fraction between 0 and 1."
+        )
+    if len(blocks) < 2:
+        raise ConfigurationError(
+            "Your text fills one block only, so nothing is left to validate on. "
+            "Give more text or a shorter context."
+        )
+    num_held_out = max(1, round(fraction * len(blocks)))
+    num_train = max(1, len(blocks) - num_held_out)
+    return BlockDataset(blocks.blocks[:num_train]), BlockDataset(blocks.blocks[num_train:])
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE, as GPT-2's: any text is tokenised and restored without loss.
+
+    Args:
+        texts: what the merges are learned from; a few megabytes suffice.
+        vocab_size: at least 257: the 256 bytes and ``<|endoftext|>``.
+
+    Raises:
+        ConfigurationError: a vocabulary too small to hold the bytes.
+    """
+    if vocab_size < 257:
+        raise ConfigurationError(
+            f"You asked for a vocabulary of {vocab_size}; the bytes alone need at least 257."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return wrap_tokenizer(tokenizer)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Make a trained `tokenizers.Tokenizer` one that `transformers` saves and collates with."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_documents(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None = None,
+) -> Tokens:
+    """Tokenise documents into one stream, each followed by the end-of-text token.
+
+    Args:
+        documents: read lazily; no more of them than `max_tokens` needs.
+        tokenizer: must name an end-of-text token.
+        max_tokens: cut the stream here; None keeps everything.
+
+    Returns:
+        (num_tokens,), int32.
+
+    Raises:
+        ConfigurationError: the tokenizer has no end-of-text token.
+    """
+    separator = tokenizer.eos_token_id
+    if separator is None:
+        raise ConfigurationError(
+            "Your tokenizer has no end-of-text token, so documents would run into each other. "
+            "Set `tokenizer.eos_token`."
+        )
+    pieces: list[Tokens] = []
+    num_tokens = 0
+    for batch in _batches(documents, _DOCUMENTS_PER_BATCH):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            pieces.append(np.asarray([*ids, separator], dtype=np.int32))
+            num_tokens += len(ids) + 1
+        if max_tokens is not None and num_tokens >= max_tokens:
+            break
+    stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return stream[:max_tokens]
+
+
+def unigram_entropy_nats(tokens: Tokens) -> float:
+    """Entropy of the token frequencies, H = −Σ p ln p: the loss of a model without context.
+
+    A run whose loss comes back to this value has lost everything but the word counts.
+
+    >>> round(unigram_entropy_nats(np.array([0, 1, 0, 1], dtype=np.int32)), 4)
+    0.6931
+    """
+    counts = np.bincount(tokens)
+    p = counts[counts > 0] / len(tokens)
+    return float(-(p * np.log(p)).sum())
+
+
+def load_text(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int,
+    column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    max_tokens: int | None = None,
+    cache_dir: Path | None = None,
+) -> BlockDataset:
+    """Load text from a file or from the Hub, tokenise it, and pack it to full context.
+
+    Args:
+        source: a file (``.txt``, ``.md`` and ``.py`` are one document; ``.jsonl``, ``.json`` and
+            ``.parquet`` hold one a row), or the name of a dataset on the Hub.
+        tokenizer: anything of `transformers` with an end-of-text token.
+        context_length: tokens a block.
+        column: where rows keep their text.
+        subset: a Hub dataset's configuration, such as ``wikitext-2-raw-v1``.
+        split: a Hub dataset's split.
+        max_tokens: stop reading here; None reads everything.
+        cache_dir: where `datasets` keeps its copy; None is its own default.
+
+    Raises:
+        ConfigurationError: no such file or dataset, no such column, no text, or too little of it.
+    """
+    rows = _load_rows(str(source), subset=subset, split=split, cache_dir=cache_dir)
+    if column not in rows.column_names:
+        raise ConfigurationError(
+            f"{source} has no column {column!r}; it has {', '.join(map(repr, rows.column_names))}. "
+            "Name the one that holds the text."
+        )
+    documents = (text for text in _texts(rows, column) if text.strip())
+    tokens = encode_documents(documents, tokenizer, max_tokens=max_tokens)
+    if len(tokens) == 0:
+        raise ConfigurationError(f"{source} holds no text. Give one that does.")
+    return pack_blocks(tokens, context_length=context_length)
+
+
+def _load_rows(
+    source: str, *, subset: str | None, split: str, cache_dir: Path | None
+) -> datasets.Dataset:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _load_file(path, cache_dir)
+    if path.is_dir():
+        raise ConfigurationError(f"{source} is a folder; give one text, JSONL or parquet file.")
+    if path.suffix in _LOADERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ConfigurationError(f"There is no file {source}. Check the path.")
+    try:
+        return datasets.load_dataset(source, subset, split=split, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"There is no file {source!r}, and the Hub gave no dataset of that name "
+            f"(subset {subset!r}, split {split!r}): {error}"
+        ) from error
+
+
+def _load_file(path: Path, cache_dir: Path | None) -> datasets.Dataset:
+    loader = _LOADERS.get(path.suffix)
+    if loader is None:
+        raise ConfigurationError(
+            f"The ending of {path.name} says nothing about its format; "
+            f"use one of {', '.join(_LOADERS)}."
+        )
+    if path.stat().st_size == 0:
+        raise ConfigurationError(f"{path} is empty. Give a file with text.")
+    options = {"sample_by": "document"} if loader == "text" else {}
+    try:
+        return datasets.load_dataset(
+            loader, data_files=str(path), split="train", cache_dir=cache_dir, **options
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ConfigurationError(
+            f"{path} could not be read as {loader}: {error.__cause__ or error}"
+        ) from error
+
+
+def _texts(rows: datasets.Dataset, column: str) -> Iterator[str]:
+    for batch in rows.select_columns(column).iter(batch_size=_DOCUMENTS_PER_BATCH):
+        for text in batch[column]:
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise ConfigurationError(
+                    f"Column {column!r} holds {type(text).__name__}, not text. "
+                    "Name the one that holds the text."
+                )
+            yield text
+
+
+def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,218 @@
+"""Read a run directory as it lies there: complete, interrupted, or cut in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.report.records import (
+    Curve,
+    Intervention,
+    MatrixChange,
+    Row,
+    RunDirectory,
+    StableRanks,
+    Summary,
+    TrainingRun,
+    number,
+)
+
+__all__ = ["load_run_directory"]
+
+_SEED_FOLDER = re.compile(r"seed-(\d+)")
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Reads files below `root`, and notes what it could not read."""
+
+    root: Path
+    missing: list[str] = field(default_factory=list)
+
+    def json(self, path: Path) -> Row | None:
+        text = self._text(path)
+        if text is None:
+            return None
+        row = _parse(text)
+        if row is None:
+            self._note(path, "cannot be read")
+        return row
+
+    def json_lines(self, path: Path) -> list[Row]:
+        text = self._text(path)
+        if text is None:
+            return []
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows = [row for line in lines if (row := _parse(line)) is not None]
+        if not lines:
+            self._note(path, "is empty")
+        elif num_lost := len(lines) - len(rows):
+            self._note(path, f"has {num_lost} of {len(lines)} lines that cannot be read")
+        return rows
+
+    def _text(self, path: Path) -> str | None:
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            self._note(path, "is not there")
+            return None
+
+    def _note(self, path: Path, problem: str) -> None:
+        self.missing.append(f"{path.relative_to(self.root).as_posix()} {problem}.")
+
+
+def load_run_directory(run_dir: Path) -> RunDirectory:
+    """Read what a demo run has written so far.
+
+    Raises:
+        ConfigurationError: no such folder, or nothing in it that a run would write.
+    """
+    if not run_dir.is_dir():
+        raise ConfigurationError(f"There is no folder {run_dir}. Give the folder of a demo run.")
+    reader = _Reader(run_dir)
+    info = reader.json(run_dir / "run.json") or {}
+    found = {folder.parent.name for folder in run_dir.glob("*/seed-*") if folder.is_dir()}
+    named = [str(guard) for guard in _sequence(info.get("guards"))]
+    for guard in named:
+        if guard not in found:
+            reader.missing.append(f"{guard} has left nothing.")
+    guards = tuple(guard for guard in dict.fromkeys(named) if guard in found)
+    guards += tuple(sorted(found - set(guards)))
+    if not guards:
+        raise ConfigurationError(
+            f"{run_dir} holds no run: a demo run has folders such as plain/seed-0. "
+            "Give the folder that `hf-pss demo` wrote."
+        )
+    runs = tuple(run for guard in guards for run in _load_guard(reader, guard))
+    return RunDirectory(info=info, guards=guards, runs=runs, missing=tuple(reader.missing))
+
+
+def _load_guard(reader: _Reader, guard: str) -> Iterable[TrainingRun]:
+    seeds = {
+        int(match[1]): folder
+        for folder in (reader.root / guard).iterdir()
+        if (match := _SEED_FOLDER.fullmatch(folder.name))
+    }
+    return [_load_run(reader, guard, seed, seeds[seed]) for seed in sorted(seeds)]
+
+
+def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingRun:
+    metrics = reader.json_lines(folder / "metrics.jsonl")
+    summary = reader.json(folder / "summary.json")
+    return TrainingRun(
+        guard=guard,
+        seed=seed,
+        loss=_curve(metrics, "loss"),
+        eval_loss=_curve(metrics, "eval_loss"),
+        grad_norm_preclip=_curve(metrics, "grad_norm_preclip"),
+        baseline=_curve(metrics, "baseline"),
+        threshold=_curve(metrics, "threshold"),
+        stable_ranks=_stable_ranks(reader.json_lines(folder / "health.jsonl")),
+        interventions=_interventions(folder, reader),
+        summary=None if summary is None else _summary(summary),
+    )
+
+
+def _curve(rows: Iterable[Row], key: str) -> Curve:
+    # A resumed run writes some steps twice; the later line is what happened.
+    points = {step: number(row[key]) for row in rows if key in row and (step := _step(row)) >= 0}
+    steps = sorted(points)
+    return Curve(
+        np.array(steps, dtype=np.float64),
+        np.array([points[step] for step in steps], dtype=np.float64),
+    )
+
+
+def _stable_ranks(rows: Iterable[Row]) -> StableRanks:
+    points: dict[int, Row] = {
+        step: row["stable_rank"]
+        for row in rows
+        if isinstance(row.get("stable_rank"), Mapping) and (step := _step(row)) >= 0
+    }
+    steps = sorted(points)
+    names = tuple(dict.fromkeys(str(name) for step in steps for name in points[step]))
+    values = [[number(points[step].get(name)) for name in names] for step in steps]
+    return StableRanks(
+        np.array(steps, dtype=np.float64),
+        names,
+        np.array(values, dtype=np.float64).reshape(len(steps), len(names)),
+    )
+
+
+def _interventions(folder: Path, reader: _Reader) -> tuple[Intervention, ...]:
+    path = folder / "pss_events.jsonl"
+    # A guard that noticed nothing writes no events: neither absent nor empty is a loss.
+    if not path.is_file() or path.stat().st_size == 0:
+        return ()
+    rows = [row for row in reader.json_lines(path) if row.get("kind") == "intervention"]
+    by_step = {_step(row): row for row in rows}
+    return tuple(_intervention(by_step[step]) for step in sorted(by_step))
+
+
+def _intervention(row: Row) -> Intervention:
+    matrices = [item for item in _sequence(row.get("matrices")) if isinstance(item, Mapping)]
+    return Intervention(
+        step=_step(row),
+        detector=str(row.get("detector", "")),
+        smoothing=str(row.get("smoothing", "")),
+        value=number(row.get("value")),
+        threshold=number(row.get("threshold")),
+        seconds=number(row.get("seconds")),
+        matrices=tuple(_matrix_change(item) for item in matrices),
+    )
+
+
+def _matrix_change(item: Row) -> MatrixChange:
+    return MatrixChange(
+        name=str(item.get("name", "")),
+        shape=tuple(size for size in map(_count, _sequence(item.get("shape"))) if size is not None),
+        status=str(item.get("status", "")),
+        rank=_count(item.get("rank")),
+        sigma_before=number(item.get("sigma_before")),
+        sigma_after=number(item.get("sigma_after")),
+        stable_rank_before=number(item.get("stable_rank_before")),
+        stable_rank_after=number(item.get("stable_rank_after")),
+    )
+
+
+def _summary(row: Row) -> Summary:
+    return Summary(
+        status=str(row.get("status", "unknown")),
+        final_eval_loss=number(row.get("final_eval_loss")),
+        final_train_loss=number(row.get("final_train_loss")),
+        train_seconds=number(row.get("train_seconds")),
+        pss_seconds=number(row.get("pss_seconds")),
+        num_interventions=_count(row.get("num_interventions")),
+        num_events=_count(row.get("num_events")),
+        num_nonfinite_steps=_count(row.get("num_nonfinite_steps")),
+    )
+
+
+def _parse(text: str) -> Row | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _count(value: object) -> int | None:
+    found = number(value)
+    return None if math.isnan(found) else int(found)
+
+
+def _step(row: Row) -> int:
+    step = _count(row.get("step"))
+    return -1 if step is None else step
+
+
+def _sequence(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.report import text
+from hf_pss.report.html import write_report
+from hf_pss.report.table import render_table
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects what a browser would fetch and show."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+
+def show(run_dir: Path) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(render_table(run_dir))
+    return capture.get()
+
+
+def test_the_page_needs_no_other_file(twins: Path) -> None:
+    page = write_report(twins)
+    assert page == twins / "report.html"
+    parsed = Page(page)
+    assert len(parsed.fetched) == 3
+    assert all(uri.startswith("data:image/svg+xml;base64,") for uri in parsed.fetched)
+    assert {"script", "link"}.isdisjoint(parsed.tags)
+    figures = {path.name for path in (twins / "figures").iterdir()}
+    assert figures == {"loss.png", "gradient_norm.png", "stable_rank.png"}
+
+
+def test_the_page_says_what_was_measured(twins: Path) -> None:
+    words = Page(write_report(twins)).text
+    assert "The stable-rank floor ended at a validation loss of 4.300, 0.500 below" in words
+    assert "This is one seed" in words
+    assert "0.20 %" in words
+    assert "4.00 → 1.00" in words
+    assert "1.50 → 6.00" in words
+    assert "hf-pss demo" in words
+    assert "torch 2.13.0" in words
+    assert "learning rate 0.003" in words
+    assert "What is missing" not in words
+
+
+def test_an_intervention_that_changed_nothing_is_listed(
+    files: Any, make_intervention: Any, make_change: Any
+) -> None:
+    skipped = [make_change(status="skipped", sigma_after=4.0)]
+    files.run("paper", events=[make_intervention(5, matrices=skipped)])
+    assert "0 of 1" in Page(write_report(files.info())).text
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_the_extra_the_message_says_what_to_install(package: str) -> None:
+    script = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "import hf_pss.report.table\n"
+        "try:\n    import hf_pss.report.html\n"
+        "except ImportError as error:\n    sys.exit(str(error))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert "pip install 'hf-pss[report]'" in done.stderr
+
+
+def test_several_seeds_get_a_mean(files: Any) -> None:
+    for seed in (0, 1):
+        files.run("plain", 4.8, seed=seed)
+        files.run("floor", 4.3 + seed, seed=seed)
+    assert "mean4.800" in Page(write_report(files.info())).text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "cut", ["run.json", "metrics.jsonl", "health.jsonl", "pss_events.jsonl", "summary.json"]
+)
+@pytest.mark.parametrize("keep", [0.0, 0.4])
+def test_a_cut_file_still_gives_a_page(cut: str, keep: float, twins: Path) -> None:
+    for path in twins.rglob(cut):
+        content = path.read_bytes()
+        path.write_bytes(content[: int(keep * len(content))])
+    words = Page(write_report(twins)).text
+    assert "plain" in words
+    if cut != "pss_events.jsonl" or keep:
+        assert "What is missing" in words
+
+
+def test_an_interrupted_run_says_so(files: Any) -> None:
+    files.run("plain", finished=False)
+    root = files.info(status="interrupted", guards=["plain", "floor"])
+    words = Page(write_report(root)).text
+    assert "This run is interrupted." in words
+    assert "floor has left nothing." in words
+    assert "unfinished" in words
+
+
+def test_a_run_that_has_just_begun_gives_a_page(tmp_path: Path) -> None:
+    (tmp_path / "plain" / "seed-0").mkdir(parents=True)
+    words = Page(write_report(tmp_path)).text
+    assert "No stable rank was recorded." in words
+    assert "No guard changed a weight." in words
+    assert "not recorded" in words
+
+
+def test_what_comes_from_files_is_escaped(
+    files: Any, make_intervention: Any, make_change: Any
+) -> None:
+    evil = "<script>alert('x')</script>&$\\frac{"
+    guard = "<b>$x_&"
+    events = [make_intervention(1, detector=evil, matrices=[make_change(evil, status=evil)])]
+    folder = files.run(guard, events=events, summary={"status": evil})
+    ranks = {"step": 0, "stable_rank": {evil: 2.0, f"h.0.{evil}": 3.0}}
+    (folder / "health.jsonl").write_text(json.dumps(ranks), encoding="utf-8")
+    info = {key: evil for key in ("command", "data", "machine", "created", "status")}
+    root = files.info(**info, model={evil: evil}, versions={evil: [evil]})
+    page = Page(write_report(root))
+    assert {"script", "b"}.isdisjoint(page.tags)
+    assert evil in page.text
+    assert guard in page.text
+
+
+def test_unexpected_types_in_run_json_are_harmless(files: Any) -> None:
+    files.run("plain")
+    root = files.info(
+        model="small", training=[1], versions=None, elapsed_seconds="long", created=5, extra={}
+    )
+    Page(write_report(root))
+
+
+def test_long_lists_of_interventions_are_shortened(files: Any, make_intervention: Any) -> None:
+    files.run("floor", events=[make_intervention(step) for step in range(60)])
+    words = Page(write_report(files.info())).text
+    assert "60 interventions" in words
+    assert "The first 40 of 60" in words
+    assert "Every matrix of the first 10 interventions" in words
+
+
+def test_the_page_goes_where_it_is_told(twins: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    assert write_report(twins, tmp_path / "site") == tmp_path / "site" / "report.html"
+    named = write_report(twins, tmp_path / "new" / "page.html")
+    assert named.read_bytes() == (tmp_path / "site" / "report.html").read_bytes()
+    assert sorted(path.name for path in named.parent.iterdir()) == ["figures", "page.html"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds no run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_terminal_shows_both_losses_events_and_overhead(twins: Path) -> None:
+    shown = show(twins)
+    row = next(line for line in shown.splitlines() if "stable-rank floor" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells[1:] == ["4.300", "5.000", "5.050", "2", "0", "0.20 %", "50 s"]
+
+
+def test_the_terminal_shows_what_an_interrupted_run_left(files: Any) -> None:
+    files.run("[red]odd", finished=False)
+    shown = show(files.info(status="interrupted"))
+    assert "[red]odd" in shown
+    assert "not finished" in shown
+    assert "–" in shown
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (text.fixed(4.2704), "4.270"),
+        (text.significant(256.0), "256"),
+        (text.significant(3.0), "3.00"),
+        (text.count(float("nan")), "–"),
+        (text.count(12345.0), "12,345"),
+        (text.percent(float("inf")), "–"),
+        (text.duration(59.99), "60 s"),
+        (text.duration(3600.0), "1 h 0 min"),
+    ],
+)
+def test_numbers_are_written_for_people(written: str, expected: str) -> None:
+    assert written == expected

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.report.load import load_run_directory
+from hf_pss.report.results import headline, result
+
+
+def test_a_finished_run_is_read_whole(twins: Path) -> None:
+    directory = load_run_directory(twins)
+    assert directory.guards == ("plain", "paper", "floor")
+    assert directory.missing == ()
+    assert directory.status == "finished"
+    run = directory.of("paper")[0]
+    assert (len(run.loss), len(run.eval_loss), len(run.baseline)) == (40, 2, 40)
+    assert run.stable_ranks.values.shape == (3, 9)
+    event = run.interventions[0]
+    assert (event.step, event.smoothing, event.matrices[0].shape) == (12, "clip", (64, 64))
+    assert event.changed == event.matrices
+
+
+def test_null_and_non_finite_numbers_are_nan(files: Any) -> None:
+    files.run("plain", losses=[7.0, None, 6.0])
+    path = files.info() / "plain" / "seed-0" / "metrics.jsonl"
+    path.write_text(
+        '{"step": 0, "loss": NaN}\n{"step": 1, "loss": -Infinity}\n{"step": 2, "loss": 1e999}\n'
+        '{"step": 3, "loss": "high"}\n{"step": 4, "loss": true}\n{"step": 5, "loss": 6.5}\n'
+        f'{{"step": 6, "loss": 1{"0" * 400}}}\n',
+        encoding="utf-8",
+    )
+    loss = load_run_directory(files.root).runs[0].loss
+    assert loss.steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert loss.finite.tolist() == [6.5]
+
+
+def test_a_step_written_twice_counts_as_it_was_written_last(files: Any) -> None:
+    folder = files.run("plain", losses=[7.0, 6.0])
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 1, "loss": 5.0}\n')
+    assert load_run_directory(files.info()).runs[0].loss.values.tolist() == [7.0, 5.0]
+
+
+def test_a_cut_line_is_said_and_the_rest_is_read(files: Any) -> None:
+    path = files.run("plain") / "metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    directory = load_run_directory(files.info())
+    assert len(directory.runs[0].loss) == 40
+    assert directory.missing == (
+        "plain/seed-0/metrics.jsonl has 1 of 42 lines that cannot be read.",
+    )
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "health.jsonl", "summary.json"])
+def test_what_is_not_there_is_named(name: str, files: Any) -> None:
+    folder = files.run("plain")
+    (folder / name).unlink()
+    directory = load_run_directory(files.info())
+    assert directory.missing == (f"plain/seed-0/{name} is not there.",)
+
+
+def test_a_guard_that_noticed_nothing_misses_nothing(files: Any) -> None:
+    (files.run("plain") / "pss_events.jsonl").unlink()
+    assert load_run_directory(files.info()).missing == ()
+
+
+def test_guards_are_found_without_run_json(files: Any) -> None:
+    files.run("plain")
+    files.run("floor", seed=3)
+    directory = load_run_directory(files.root)
+    assert directory.guards == ("floor", "plain")
+    assert directory.status == "unknown"
+    assert directory.missing == ("run.json is not there.",)
+    assert directory.seeds == (0, 3)
+
+
+@pytest.mark.parametrize("guard", ["later", "../..", "/etc", "", "."])
+def test_a_guard_named_but_not_found_is_said(guard: str, files: Any) -> None:
+    files.run("plain")
+    directory = load_run_directory(files.info(guards=["plain", guard]))
+    assert directory.guards == ("plain",)
+    assert directory.missing == (f"{guard} has left nothing.",)
+
+
+def test_only_changed_matrices_count_most_singular_first(
+    files: Any, make_intervention: Any, make_change: Any
+) -> None:
+    matrices = [
+        make_change("a", stable_rank_before=3.0),
+        make_change("b", status="skipped", sigma_after=4.0),
+        make_change("c", stable_rank_before=1.2),
+        make_change("d", status="non_finite", sigma_before=None, sigma_after=None),
+    ]
+    files.run("paper", events=[make_intervention(3, matrices=matrices)])
+    event = load_run_directory(files.info()).runs[0].interventions[0]
+    assert [matrix.name for matrix in event.changed] == ["c", "a"]
+    assert len(event.matrices) == 4
+
+
+def test_events_that_changed_nothing_are_no_interventions(
+    files: Any, make_intervention: Any
+) -> None:
+    files.run("paper", events=[make_intervention(3, kind="spike"), make_intervention(9)])
+    assert [e.step for e in load_run_directory(files.info()).runs[0].interventions] == [9]
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds no run"):
+        load_run_directory(tmp_path)
+    with pytest.raises(ConfigurationError, match="There is no folder"):
+        load_run_directory(tmp_path / "missing")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KEYS = ["step", "loss", "eval_loss", "stable_rank", "matrices", "kind", "shape", "threshold"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(st.dictionaries(st.sampled_from(KEYS), JSON_VALUES), max_size=4))
+def test_no_json_of_any_shape_breaks_the_reader(
+    rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("any")
+    folder = root / "plain" / "seed-0"
+    folder.mkdir(parents=True)
+    text = "\n".join(json.dumps({"kind": "intervention", **row}) for row in rows)
+    for name in ("metrics.jsonl", "health.jsonl", "pss_events.jsonl", "summary.json"):
+        (folder / name).write_text(text, encoding="utf-8")
+    (root / "run.json").write_text(text, encoding="utf-8")
+    directory = load_run_directory(root)
+    assert headline(directory)
+    assert result(directory.runs[0]).status
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=40))
+def test_no_bytes_break_the_reader(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("bytes")
+    folder = root / "plain" / "seed-0"
+    folder.mkdir(parents=True)
+    for name in ("metrics.jsonl", "health.jsonl", "pss_events.jsonl", "summary.json"):
+        (folder / name).write_bytes(content)
+    assert np.all(np.isnan(load_run_directory(root).runs[0].loss.values))
