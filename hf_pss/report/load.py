@@ -115,7 +115,7 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
         grad_norm_preclip=_curve(metrics, "grad_norm_preclip"),
         baseline=_curve(metrics, "baseline"),
         threshold=_curve(metrics, "threshold"),
-        stable_ranks=_stable_ranks(reader.json_lines(folder / "health.jsonl")),
+        stable_ranks=_stable_ranks(reader.json_lines(folder / "pss_health.jsonl")),
         interventions=_interventions(folder, reader),
         summary=None if summary is None else _summary(summary),
     )

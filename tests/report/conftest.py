@@ -82,7 +82,7 @@ class RunFiles:
             {"step": s, "stable_rank": {n: 2.0 + i for i, n in enumerate(NAMES)}}
             for s in (0, 10, 20)
         ]
-        lines(folder / "health.jsonl", ranks)
+        lines(folder / "pss_health.jsonl", ranks)
         lines(folder / "pss_events.jsonl", list(events))
         if finished:
             record = {

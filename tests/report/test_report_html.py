@@ -111,7 +111,7 @@ def test_several_seeds_get_a_mean(files: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "cut", ["run.json", "metrics.jsonl", "health.jsonl", "pss_events.jsonl", "summary.json"]
+    "cut", ["run.json", "metrics.jsonl", "pss_health.jsonl", "pss_events.jsonl", "summary.json"]
 )
 @pytest.mark.parametrize("keep", [0.0, 0.4])
 def test_a_cut_file_still_gives_a_page(cut: str, keep: float, twins: Path) -> None:
@@ -149,7 +149,7 @@ def test_what_comes_from_files_is_escaped(
     events = [make_intervention(1, detector=evil, matrices=[make_change(evil, status=evil)])]
     folder = files.run(guard, events=events, summary={"status": evil})
     ranks = {"step": 0, "stable_rank": {evil: 2.0, f"h.0.{evil}": 3.0}}
-    (folder / "health.jsonl").write_text(json.dumps(ranks), encoding="utf-8")
+    (folder / "pss_health.jsonl").write_text(json.dumps(ranks), encoding="utf-8")
     info = {key: evil for key in ("command", "data", "machine", "created", "status")}
     root = files.info(**info, model={evil: evil}, versions={evil: [evil]})
     page = Page(write_report(root))

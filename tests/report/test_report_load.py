@@ -58,7 +58,7 @@ def test_a_cut_line_is_said_and_the_rest_is_read(files: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "health.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "pss_health.jsonl", "summary.json"])
 def test_what_is_not_there_is_named(name: str, files: Any) -> None:
     folder = files.run("plain")
     (folder / name).unlink()
@@ -135,7 +135,7 @@ def test_no_json_of_any_shape_breaks_the_reader(
     folder = root / "plain" / "seed-0"
     folder.mkdir(parents=True)
     text = "\n".join(json.dumps({"kind": "intervention", **row}) for row in rows)
-    for name in ("metrics.jsonl", "health.jsonl", "pss_events.jsonl", "summary.json"):
+    for name in ("metrics.jsonl", "pss_health.jsonl", "pss_events.jsonl", "summary.json"):
         (folder / name).write_text(text, encoding="utf-8")
     (root / "run.json").write_text(text, encoding="utf-8")
     directory = load_run_directory(root)
@@ -151,6 +151,6 @@ def test_no_bytes_break_the_reader(
     root = tmp_path_factory.mktemp("bytes")
     folder = root / "plain" / "seed-0"
     folder.mkdir(parents=True)
-    for name in ("metrics.jsonl", "health.jsonl", "pss_events.jsonl", "summary.json"):
+    for name in ("metrics.jsonl", "pss_health.jsonl", "pss_events.jsonl", "summary.json"):
         (folder / name).write_bytes(content)
     assert np.all(np.isnan(load_run_directory(root).runs[0].loss.values))

@@ -136,7 +136,7 @@ def test_the_map_has_one_scale_for_all_guards(twins: Path) -> None:
 
 def test_the_map_survives_gaps(files: Any) -> None:
     folder = files.run("plain")
-    (folder / "health.jsonl").write_text(
+    (folder / "pss_health.jsonl").write_text(
         '{"step": 5, "stable_rank": {"h.0.a": 3.0, "h.0.b": null, "norm": 1.0}}\n'
         '{"step": 50, "stable_rank": {"h.0.a": null, "h.1.a": 0.0}}\n',
         encoding="utf-8",
@@ -151,7 +151,7 @@ def test_the_map_survives_gaps(files: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", '{"step": 1, "stable_rank": {}}', '{"step": 1}'])
 def test_no_stable_rank_gives_no_map(text: str, files: Any) -> None:
-    (files.run("plain") / "health.jsonl").write_text(text, encoding="utf-8")
+    (files.run("plain") / "pss_health.jsonl").write_text(text, encoding="utf-8")
     assert stable_rank_figure(load_run_directory(files.info())) is None
 
 

@@ -1,0 +1,157 @@
+"""Apply a smoothing function to the leading singular values of matrices: W* = W + U(φ(Σ) − Σ)Vᵀ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.linalg.norms import frobenius_norm
+from hf_pss.linalg.smoothing import SmoothingFunction, Spectrum
+from hf_pss.linalg.triplets import DEFAULT_ROUNDS, Triplets, leading_triplets
+
+__all__ = ["Smoothed", "SmoothingStatus", "smooth_spectrum"]
+
+
+class SmoothingStatus(IntEnum):
+    """What happened to a matrix."""
+
+    UNCHANGED = 0
+    """φ asks for no change above rounding: the matrix is returned bit for bit."""
+    SMOOTHED = 1
+    """Its leading values were moved."""
+    TRUNCATED = 2
+    """Moved, but only down to the last value at hand: a larger max_rank could have gone further."""
+    RANK_DEFICIENT = 3
+    """The reference level is zero to rounding; smoothing would erase the matrix: left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """Matrices after `smooth_spectrum`, and what was done to them."""
+
+    weight: Tensor
+    """(..., m, n), dtype of the input, new memory."""
+    u: Tensor
+    """(..., m, K), left singular vectors, in columns."""
+    sigma_before: Tensor
+    """(..., K), leading singular values, descending."""
+    sigma_after: Tensor
+    """(..., K), what they were set to."""
+    v: Tensor
+    """(..., n, K), right singular vectors; the next call's `start`."""
+    residual: Tensor
+    """(..., K), see `Triplets`."""
+    rank: Tensor
+    """(...) int64: k, how many values counted as dominant."""
+    stable_rank_before: Tensor
+    """(...): 0 for the zero matrix."""
+    stable_rank_after: Tensor
+    """(...): by the edit, from σ* and the untouched rest; not by another decomposition."""
+    changed: Tensor
+    """(...) bool."""
+    status: Tensor
+    """(...) int64: a `SmoothingStatus` each."""
+
+
+def smooth_spectrum(
+    weight: Tensor,
+    phi: SmoothingFunction,
+    *,
+    max_rank: int = 32,
+    keep_frobenius: bool = False,
+    start: Tensor | None = None,
+    num_rounds: int = DEFAULT_ROUNDS,
+) -> Smoothed:
+    """Smooth the dominant singular values: W* = W + U_k (φ(Σ_k) − Σ_k) V_kᵀ (arXiv 2602.01308).
+
+    k = ⌊SR(W)⌋, within [1, min(max_rank, r − 1)], r = min(m, n). [ours] The reference level is
+    σ_{k+1}; where it is zero to rounding (rank-deficient, zero, 1×n and n×1 matrices) the matrix is
+    left alone and its status says so. No value goes below the last one at hand, σ_{max_rank+1}: the
+    values behind it, which nobody has looked at, would lead then.
+
+    Args:
+        weight: (..., m, n), any real floating dtype; not changed. The edit is computed in float32
+            (float64 for float64), added once and rounded once.
+        phi: the smoothing function, see `SMOOTHING_FUNCTIONS`.
+        max_rank: how many values may move; a φ of the whole spectrum has no such bound.
+        keep_frobenius: rescale each changed matrix to its ‖W‖_F.
+        start: (..., n, b), guesses for v, as in `leading_triplets`.
+        num_rounds: rounds of subspace iteration, as in `leading_triplets`.
+
+    Raises:
+        NonFiniteError: a matrix holds NaN or inf; the check reads from the device once.
+        ConfigurationError: max_rank below 1, or what `leading_triplets` refuses.
+
+    >>> from hf_pss.linalg import Clip
+    >>> smooth_spectrum(torch.diag(torch.tensor([9.0, 2.0, 1.0])), Clip()).weight.diag().tolist()
+    [2.0, 2.0, 1.0]
+    """
+    if max_rank < 1:
+        raise ConfigurationError(f"You gave max_rank={max_rank}; give 1 or more.")
+    m, n = weight.shape[-2:] if weight.ndim >= 2 else (0, 0)
+    size = min(m, n)
+    num_values = max(1, size if phi.whole_spectrum else min(max_rank + 1, size))
+    triplets = leading_triplets(weight, num_values, start=start, num_rounds=num_rounds)
+    matrix = weight.detach().to(triplets.sigma.dtype)
+    spectrum = _spectrum(matrix, triplets, max_rank)
+    sigma, sigma1 = spectrum.sigma, spectrum.sigma[..., :1]
+
+    after = phi(spectrum)
+    if num_values < size:
+        after = torch.maximum(after, sigma[..., -1:])
+    rounding = spectrum.rounding
+    deficient = ((spectrum.reference <= rounding) | (after[..., :1] <= rounding)).squeeze(-1)
+    changed = ((after - sigma).abs() > rounding).any(dim=-1) & ~deficient
+    after = torch.where(changed.unsqueeze(-1), after, sigma)
+
+    gain = torch.ones_like(sigma1)
+    if keep_frobenius:
+        before_to_after = spectrum.frobenius / replace(spectrum, sigma=after).frobenius
+        gain = torch.where(changed, before_to_after, 1.0).unsqueeze(-1)
+    edited = (matrix + (triplets.u * (after - sigma).unsqueeze(-2)) @ triplets.v.mT) * gain[
+        ..., None
+    ]
+    down_to_last = (after[..., 0] <= sigma[..., -1]) & (num_values < size)
+    return Smoothed(
+        weight=torch.where(changed[..., None, None], edited.to(weight.dtype), weight.detach()),
+        u=triplets.u,
+        sigma_before=sigma,
+        sigma_after=after * gain,
+        v=triplets.v,
+        residual=triplets.residual,
+        rank=spectrum.rank,
+        stable_rank_before=_stable_rank(sigma, spectrum.tail),
+        stable_rank_after=_stable_rank(after, spectrum.tail),
+        changed=changed,
+        status=_status(deficient, changed, down_to_last),
+    )
+
+
+def _spectrum(matrix: Tensor, triplets: Triplets, max_rank: int) -> Spectrum:
+    u, sigma, v = triplets.u, triplets.sigma, triplets.v
+    m, n = matrix.shape[-2:]
+    # The rest is measured, not subtracted: ‖W‖_F² − Σσ² of a collapsed matrix is rounding noise.
+    all_at_hand = sigma.shape[-1] == min(m, n)
+    rest = matrix - (u * sigma.unsqueeze(-2)) @ v.mT
+    tail = torch.zeros_like(sigma[..., 0]) if all_at_hand else frobenius_norm(rest)
+    rank = _stable_rank(sigma, tail).floor().to(torch.int64)
+    return Spectrum(sigma, rank.clamp(1, max(1, min(max_rank, min(m, n) - 1))), tail, (m, n))
+
+
+def _stable_rank(values: Tensor, tail: Tensor) -> Tensor:
+    """(Σσ*² + tail²) / σ*₁², which is (‖W‖_F² − Σ(σ² − σ*²)) / σ*₁²."""
+    largest = values[..., :1]
+    unit = torch.where(largest > 0, largest, 1.0)
+    ratios = torch.cat([values, tail.unsqueeze(-1)], dim=-1) / unit
+    return torch.where(largest > 0, ratios.square(), 0.0).sum(dim=-1)
+
+
+def _status(deficient: Tensor, changed: Tensor, down_to_last: Tensor) -> Tensor:
+    status = torch.full_like(changed, int(SmoothingStatus.UNCHANGED), dtype=torch.int64)
+    status = torch.where(changed, int(SmoothingStatus.SMOOTHED), status)
+    status = torch.where(changed & down_to_last, int(SmoothingStatus.TRUNCATED), status)
+    return torch.where(deficient, int(SmoothingStatus.RANK_DEFICIENT), status)

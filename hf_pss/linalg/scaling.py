@@ -1,0 +1,83 @@
+"""Bring matrices to unit scale, exactly, so that squares neither overflow nor vanish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError, NonFiniteError
+
+# Both 2^e and 2^-e must be normal fp32 numbers, or flushing denormals to zero would lose them.
+_MAX_EXPONENT = 126
+
+
+@dataclass(frozen=True, slots=True)
+class UnitScaled:
+    """Matrices divided by a power of two, which rounds nothing; non-finite ones become zero."""
+
+    matrix: Tensor
+    """(..., m, n), float32 or float64; the largest magnitude of each matrix lies in [0.5, 1),
+    or as near as a normal scale allows at the ends of the exponent range."""
+    scale: Tensor
+    """(...), a power of two: ``weight = matrix * scale``."""
+    finite: Tensor
+    """(...) bool: False where the matrix holds NaN or inf."""
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Return to true units what was computed of each matrix: values (...) or (..., K)."""
+        extra = (1,) * (values.ndim - self.scale.ndim)
+        shape = (*self.scale.shape, *extra)
+        nan = torch.nan  # what was computed of a non-finite matrix means nothing
+        return torch.where(self.finite.view(shape), values * self.scale.view(shape), nan)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return float64 for float64, float32 for every narrower floating type."""
+    if not weight.is_floating_point():
+        raise ConfigurationError(
+            f"You gave a matrix of {weight.dtype}; singular values are computed of real floating "
+            "types only. Convert it first, for instance with .float()."
+        )
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def unit_scaled(weight: Tensor) -> UnitScaled:
+    """Divide each matrix by the power of two next above its largest magnitude.
+
+    Args:
+        weight: (..., m, n), any real floating dtype; any batch shape, also an empty one.
+
+    Raises:
+        ConfigurationError: fewer than two dimensions, no rows or no columns, or not floating.
+    """
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise ConfigurationError(
+            f"You gave a tensor of shape {tuple(weight.shape)}; a weight matrix has shape "
+            "(..., m, n) with m, n >= 1. Pass the 2-D view of the parameter."
+        )
+    matrix = weight.detach().to(compute_dtype(weight))
+    largest = matrix.abs().amax(dim=(-2, -1))
+    finite = largest.isfinite()
+    exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent
+    exponent = exponent.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
+    one = torch.ones_like(largest)
+    inverse = torch.ldexp(one, -exponent)[..., None, None]
+    return UnitScaled(
+        matrix=torch.where(finite[..., None, None], matrix * inverse, 0.0),
+        scale=torch.ldexp(one, exponent),
+        finite=finite,
+    )
+
+
+def require_finite(scaled: UnitScaled) -> None:
+    """Raise `NonFiniteError` that names the bad matrices; this reads from the device once."""
+    if bool(scaled.finite.all()):
+        return
+    bad = (~scaled.finite).nonzero().tolist()
+    where = "It" if scaled.finite.ndim == 0 else f"Of the batch, {len(bad)} (first at {bad[0]})"
+    raise NonFiniteError(
+        f"You gave a matrix to decompose that is not finite. {where} holds NaN or inf. "
+        "Check with torch.isfinite before, and leave such a matrix out."
+    )

@@ -1,0 +1,297 @@
+"""The smoothing functions φ: maps on the leading singular values of a matrix, and their table.
+
+[ours] The paper (arXiv 2602.01308) names its functions and gives no formula. With σ_1 ≥ … ≥ σ_k
+the k = ⌊SR⌋ dominant values and s = σ_{k+1} the reference level, every φ keeps the order and never
+raises σ_1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.linalg.norms import noise_stable_rank
+
+__all__ = [
+    "SMOOTHING_FUNCTIONS",
+    "Cap",
+    "Clip",
+    "Convolution",
+    "Hammer",
+    "Log",
+    "PolarReset",
+    "SmoothingFunction",
+    "Softmax",
+    "Softplus",
+    "Spectrum",
+    "StableRankCap",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What a smoothing function sees of each matrix of a batch."""
+
+    sigma: Tensor
+    """(..., K), float32 or float64: the leading singular values, descending."""
+    rank: Tensor
+    """(...) int64: k, how many of them are dominant; k < K unless min(m, n) is 1."""
+    tail: Tensor
+    """(...): Frobenius norm of the rest, ‖W‖_F² = Σσ² + tail². Kept apart, for in ‖W‖_F² the rest
+    of a collapsed matrix would drown in rounding."""
+    shape: tuple[int, int]
+    """(m, n)."""
+
+    @property
+    def frobenius(self) -> Tensor:
+        """(...): ‖W‖_F."""
+        return self.unit.squeeze(-1) * self.energy().sum(dim=-1).sqrt()
+
+    @property
+    def unit(self) -> Tensor:
+        """(..., 1): σ₁, or 1 for the zero matrix: what to divide by before squaring."""
+        return torch.where(self.sigma[..., :1] > 0, self.sigma[..., :1], 1.0)
+
+    def energy(self) -> Tensor:
+        """(..., K + 1): the squares of sigma and tail, in units of σ₁²."""
+        return (torch.cat([self.sigma, self.tail.unsqueeze(-1)], dim=-1) / self.unit).square()
+
+    @property
+    def reference(self) -> Tensor:
+        """(..., 1): s = σ_{k+1}; zero where there is no such value."""
+        return functional.pad(self.sigma, (0, 1)).gather(-1, self.rank.unsqueeze(-1))
+
+    @property
+    def rounding(self) -> Tensor:
+        """(..., 1): σ₁·max(m, n)·ε, below which a value is zero; as in numpy's matrix_rank."""
+        return self.sigma[..., :1] * (max(self.shape) * torch.finfo(self.sigma.dtype).eps)
+
+    def index(self) -> Tensor:
+        """(K,): 0, 1, …, K − 1."""
+        return torch.arange(self.sigma.shape[-1], device=self.sigma.device)
+
+    def move_dominant(self, values: Tensor) -> Tensor:
+        """Put values in place of the dominant ones, held between s and σ against rounding."""
+        held = torch.maximum(torch.minimum(values, self.sigma), self.reference)
+        return torch.where(self.index() < self.rank.unsqueeze(-1), held, self.sigma)
+
+
+class SmoothingFunction(Protocol):
+    """A map φ on leading singular values, batched; pure, and ignorant of the matrix itself."""
+
+    @property
+    def whole_spectrum(self) -> bool:
+        """True when φ must see all min(m, n) values."""
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K), descending; s may be taken to be positive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """φ(σ) = s for the dominant values."""
+
+    whole_spectrum: ClassVar[bool] = False
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        return spectrum.move_dominant(spectrum.reference)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """φ(σ) = s (1 + ln(σ/s)): as W near s, logarithmic above; s ≤ φ(σ) ≤ σ since ln x ≤ x − 1."""
+
+    whole_spectrum: ClassVar[bool] = False
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        s = spectrum.reference
+        return spectrum.move_dominant(s * (1 + (spectrum.sigma / s).log()))
+
+
+@dataclass(frozen=True, slots=True)
+class Softplus:
+    """φ(σ) = c − T softplus((s − σ)/T) with c = s + T ln 2: a soft minimum of σ and a cap.
+
+    The cap c is the one for which φ(s) = s, so that s ≤ φ(σ) ≤ min(σ, c).
+    """
+
+    temperature: float = 1.0
+    """T in units of s; small flattens like `Clip`."""
+    whole_spectrum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"temperature={self.temperature}", "a number above 0")
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        s, t = spectrum.reference, self.temperature
+        x = spectrum.sigma / s
+        return spectrum.move_dominant(
+            s * (1 + t * (math.log(2) - functional.softplus((1 - x) / t)))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """φ(σ)_i = mean of σ_{i−h} … σ_{i+h}, over the k dominant values and s, mirrored at both ends.
+
+    Keeps the sum of these k + 1 values; all stay between s and σ₁. That s takes part (and rises) is
+    what makes k = 1, the worst collapse, more than the identity. h is at most k: a wider
+    window would wrap around and turn the order over.
+    """
+
+    width: int = 3
+    """2h + 1, odd."""
+    whole_spectrum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        odd = self.width >= 3 and self.width % 2 == 1
+        _require(odd, f"width={self.width}", "an odd number of at least 3")
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        index, k = spectrum.index(), spectrum.rank.unsqueeze(-1)
+        last = k.clamp(max=spectrum.sigma.shape[-1] - 1)  # a 1×n matrix has no reference value
+        half = (self.width - 1) // 2
+        total, count = torch.zeros_like(spectrum.sigma), torch.zeros_like(k)
+        for offset in range(-half, half + 1):
+            mirrored = (index + offset) % (2 * last + 2)
+            mirrored = torch.minimum(mirrored, 2 * last + 1 - mirrored)
+            used = last >= abs(offset)
+            total = total + torch.where(used, spectrum.sigma.gather(-1, mirrored), 0.0)
+            count = count + used
+        return torch.where(index <= last, total / count, spectrum.sigma)
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """φ(σ)_i = Σσ · softmax(σ/T)_i over the k dominant values and s.
+
+    Keeps the sum of these k + 1 values, s among them for the reason given in `Convolution`. With
+    T ≥ σ₁ the ratios e^((σ_i−σ_j)/T) are at most σ_i/σ_j, so all stay between s and σ₁.
+    """
+
+    temperature: float = 1.0
+    """T in units of σ₁, at least 1; large makes all equal to their mean."""
+    whole_spectrum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 1, f"temperature={self.temperature}", "1 or more")
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        sigma = spectrum.sigma
+        window = spectrum.index() <= spectrum.rank.unsqueeze(-1)
+        logits = sigma / (self.temperature * sigma[..., :1])
+        share = torch.where(window, logits, -math.inf).softmax(dim=-1)
+        total = torch.where(window, sigma, 0.0).sum(dim=-1, keepdim=True)
+        return torch.where(window, total * share, sigma)
+
+
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """φ(σ) = min(σ, β) for every value, dominant or not: a spectral-norm cap."""
+
+    level: float = 1.0
+    """β, in the units of the matrix."""
+    whole_spectrum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _require(self.level > 0, f"level={self.level}", "a number above 0")
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        return spectrum.sigma.clamp(max=self.level)
+
+
+@dataclass(frozen=True, slots=True)
+class Hammer:
+    """φ(σ₁) = σ₂, nothing else: rank one."""
+
+    whole_spectrum: ClassVar[bool] = False
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        sigma = spectrum.sigma
+        return (
+            torch.cat([sigma[..., 1:2], sigma[..., 1:]], dim=-1) if sigma.shape[-1] > 1 else sigma
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StableRankCap:
+    """φ(σ) = min(σ, c), c the largest level with ‖W*‖_F² / c² ≥ F: the stable-rank floor.
+
+    With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F gives
+    c² = R_j / (F − j); j is the smallest count for which c = σ_{j+1} already satisfies it. A floor
+    that the values at hand do not reach caps all of them at the last one.
+    """
+
+    floor: float | Tensor | None = None
+    """F, or (...) one for each matrix; None: the stable rank of noise of the matrix's shape."""
+    whole_spectrum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.floor, float | int):
+            _require(self.floor >= 1, f"floor={self.floor}", "a stable rank of at least 1")
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        x = spectrum.sigma / spectrum.unit
+        floor = self._floor(spectrum).expand(x.shape[:-1]).unsqueeze(-1)
+        # rest[j] = R_j / σ₁², summed from the small end: no cancellation.
+        rest = spectrum.energy().flip(-1).cumsum(-1).flip(-1)[..., :-1]
+        j = spectrum.index()
+        reached = rest + j * x.square() >= floor * x.square()
+        first = reached.to(torch.int8).argmax(dim=-1, keepdim=True)
+        level = (rest.gather(-1, first) / (floor - first).clamp_min(1e-6)).sqrt()
+        level = torch.where(first == 0, x[..., :1], level)
+        level = torch.where(reached.any(dim=-1, keepdim=True), level, x[..., -1:])
+        return torch.minimum(spectrum.sigma, level * spectrum.unit)
+
+    def _floor(self, spectrum: Spectrum) -> Tensor:
+        floor = noise_stable_rank(*spectrum.shape) if self.floor is None else self.floor
+        return torch.as_tensor(floor, dtype=spectrum.sigma.dtype, device=spectrum.sigma.device)
+
+
+@dataclass(frozen=True, slots=True)
+class PolarReset:
+    """φ(σ) = ‖W‖_F / √ρ for all ρ non-zero values: MSign's W ← ‖W‖_F UVᵀ / ‖UVᵀ‖_F.
+
+    Source: arXiv 2602.01734. Keeps ‖W‖_F; values below the mean square rise.
+    """
+
+    whole_spectrum: ClassVar[bool] = True
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        kept = spectrum.sigma > spectrum.rounding
+        level = spectrum.frobenius / kept.sum(dim=-1).clamp_min(1).sqrt()
+        return torch.where(kept, level.unsqueeze(-1), 0.0)
+
+
+SMOOTHING_FUNCTIONS: dict[str, Callable[[], SmoothingFunction]] = {
+    "clip": Clip,
+    "log": Log,
+    "softplus": Softplus,
+    "convolution": Convolution,
+    "softmax": Softmax,
+    "cap": Cap,
+    "hammer": Hammer,
+    "stable_rank_cap": StableRankCap,
+    "polar": PolarReset,
+}
+
+
+def _require(condition: bool, given: str, allowed: str) -> None:
+    if not condition:
+        raise ConfigurationError(f"You gave {given}; give {allowed}.")
