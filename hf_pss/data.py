@@ -24,6 +24,7 @@ __all__ = [
     "hold_out",
     "load_text",
     "pack_blocks",
+    "read_documents",
     "train_tokenizer",
     "unigram_entropy_nats",
     "wrap_tokenizer",
@@ -224,17 +225,35 @@ def load_text(
     Raises:
         ConfigurationError: no such file or dataset, no such column, no text, or too little of it.
     """
+    documents = read_documents(
+        source, column=column, subset=subset, split=split, cache_dir=cache_dir
+    )
+    tokens = encode_documents(documents, tokenizer, max_tokens=max_tokens)
+    if len(tokens) == 0:
+        raise ConfigurationError(f"{source} holds no text. Give one that does.")
+    return pack_blocks(tokens, context_length=context_length)
+
+
+def read_documents(
+    source: str | Path,
+    *,
+    column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    cache_dir: Path | None = None,
+) -> Iterator[str]:
+    """Return the documents of a file or of a dataset on the Hub, without the blank ones.
+
+    The arguments, and the errors, are those of `load_text`. The source is opened at once; its rows
+    are read as they are asked for.
+    """
     rows = _load_rows(str(source), subset=subset, split=split, cache_dir=cache_dir)
     if column not in rows.column_names:
         raise ConfigurationError(
             f"{source} has no column {column!r}; it has {', '.join(map(repr, rows.column_names))}. "
             "Name the one that holds the text."
         )
-    documents = (text for text in _texts(rows, column) if text.strip())
-    tokens = encode_documents(documents, tokenizer, max_tokens=max_tokens)
-    if len(tokens) == 0:
-        raise ConfigurationError(f"{source} holds no text. Give one that does.")
-    return pack_blocks(tokens, context_length=context_length)
+    return (text for text in _texts(rows, column) if text.strip())
 
 
 def _load_rows(

@@ -29,7 +29,7 @@ from hf_pss.data import (
 )
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["Corpus", "Progress", "build_corpus"]
+__all__ = ["Corpus", "Progress", "build_corpus", "read_library"]
 
 Progress = Callable[[str], None]
 
@@ -110,6 +110,16 @@ def build_corpus(
         description=meta["description"],
         unigram_entropy_nats=unigram_entropy_nats(tokens["train"]),
     )
+
+
+def read_library() -> tuple[list[str], list[str]]:
+    """Return the library's files, those to train on and those held out, as texts.
+
+    Raises:
+        ConfigurationError: the interpreter ships no sources.
+    """
+    held_out, kept = _split(_read_library(Path(sysconfig.get_paths()["stdlib"])))
+    return [source.text for source in kept], [source.text for source in held_out]
 
 
 def _read_library(root: Path) -> list[Source]:

@@ -29,7 +29,7 @@ GUARDS: Mapping[str, PSSConfig] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class DemoRecipe:
-    """Numbers of the demo's training; a learning rate about three times the usable one."""
+    """Numbers of the demo's training, at a learning rate far above the usable one."""
 
     num_layers: int = 8
     width: int = 64
@@ -37,7 +37,7 @@ class DemoRecipe:
     context_length: int = 64
     vocab_size: int = 2048
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     num_steps: int = 800
     warmup_steps: int = 20
     """Linear; then constant, and over the last 40 % of the steps linear decay to zero."""

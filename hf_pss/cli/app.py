@@ -1,0 +1,92 @@
+"""The program `hf-pss`: its commands, and what it says and returns when something goes wrong."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from hf_pss.cli.demo import demo
+from hf_pss.cli.report import report
+from hf_pss.cli.train import TrainCommand, train
+from hf_pss.errors import NonFiniteError, PSSError
+
+__all__ = ["app", "main"]
+
+USER_MISTAKE, NON_FINITE, INTERRUPTED = 2, 3, 130
+
+
+class _Commands(TyperGroup):
+    """Turns errors that the user can mend into one message and an exit code.
+
+    Any other exception is a bug of ours and keeps its traceback.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PSSError as error:
+            if ctx.params["debug"]:
+                raise
+            _complain(str(error))
+            code = NON_FINITE if isinstance(error, NonFiniteError) else USER_MISTAKE
+            raise typer.Exit(code) from error
+        except KeyboardInterrupt as error:
+            _complain("Interrupted.")
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def _complain(message: str) -> None:
+    # `Text`, because a message may quote names in square brackets, which rich takes for markup.
+    Console(stderr=True, soft_wrap=True).print(Text(message, style="red"))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-pss {version('hf-pss')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="HF_PSS_DEBUG", help="Show tracebacks of all errors.")
+    ] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Parametric Singularity Smoothing for Hugging Face Transformers.
+
+    Notices a loss explosion coming, smooths the weights' leading singular values, trains on.
+
+    Exit codes: 0 done, 1 failed, 2 to be mended by you, 3 not finite, 130 interrupted.
+    """
+
+
+app.command()(demo)
+app.command(
+    cls=TrainCommand,
+    # Their names are known to transformers, which takes seconds to import: see options.py.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(train)
+app.command()(report)
+
+
+def main() -> None:
+    """Run the program."""
+    app()

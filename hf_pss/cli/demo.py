@@ -1,0 +1,92 @@
+"""`hf-pss demo`: train the twins on the built-in corpus and write their report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_pss.cli.report import require_report_extra, show_report
+from hf_pss.errors import ConfigurationError
+
+__all__ = ["demo"]
+
+_EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … for every guard.")] = 1,
+    guards: Annotated[
+        str, typer.Option(help="Any of plain, paper, floor, both; with commas between.")
+    ] = "plain,paper,floor",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's 800")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's 1e-2")
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at the same time.", show_default="one a core"),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Write into a folder that holds something else."),
+    ] = False,
+) -> None:
+    """Train twins of a small GPT-2: same seed, same data, without PSS and with it.
+
+    The text is the Python library that your interpreter ships: nothing is downloaded.
+
+    Ends with a table and the path of report.html. Ctrl-C reports what there is.
+
+    [bold]Examples[/bold]
+
+    Three guards side by side, in a few minutes:  [cyan]hf-pss demo[/cyan]
+
+    Means over three seeds:  [cyan]hf-pss demo --seeds 3[/cyan]
+
+    A rate far too high:  [cyan]hf-pss demo --learning-rate 1e-2 --output-dir runs/high[/cyan]
+    """
+    require_report_extra()
+    if not overwrite:
+        _refuse_foreign_folder(output_dir)
+    from hf_pss.demo.recipe import DemoRecipe
+    from hf_pss.demo.runner import run_demo
+
+    given: dict[str, Any] = {"num_steps": steps, "learning_rate": learning_rate}
+    recipe = replace(DemoRecipe(), **{k: v for k, v in given.items() if v is not None})
+    status = run_demo(
+        recipe,
+        output_dir,
+        guards=_split(guards),
+        num_seeds=seeds,
+        num_processes=processes,
+        console=Console(stderr=True),
+    )
+    try:
+        show_report(output_dir)
+    except ConfigurationError:
+        # Interrupted before the first run wrote a line: there is nothing to report.
+        if status == "finished":
+            raise
+    raise typer.Exit(_EXIT_CODES[status])
+
+
+def _split(guards: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in guards.split(",") if name.strip()))
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """An earlier demo is replaced without asking; anything else is not ours to mix with."""
+    if folder.is_file():
+        raise ConfigurationError(f"{folder} is a file; give a folder as --output-dir.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").is_file():
+        raise ConfigurationError(
+            f"{folder} holds files, but no earlier demo. Choose another --output-dir, or add "
+            "--overwrite to write there all the same."
+        )

@@ -1,0 +1,165 @@
+"""From the words of the command line, and a YAML file, to checked options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from hf_pss.cli.options import DataOptions, ModelOptions, RunOptions
+from hf_pss.errors import ConfigurationError, PSSError
+from hf_pss.integration.arguments import PSSTrainingArguments
+
+__all__ = ["TrainPlan", "make_parser", "one_line", "parse_plan", "suggest"]
+
+# Where a one-off run on one machine wants something else than transformers' defaults. Below 1:
+# a share of all steps.
+_DEFAULTS = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "logging_steps": 0.01,
+    "dataloader_pin_memory": torch.accelerator.is_available(),  # else it warns
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """Everything that `hf-pss train` was told."""
+
+    model: ModelOptions
+    data: DataOptions
+    run: RunOptions
+    arguments: PSSTrainingArguments
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(
+            f"{message[:1].upper()}{message[1:]}. See `hf-pss train --help-all`."
+        )
+
+    def add_argument(self, *names: str, **kwargs: Any) -> Any:
+        # An empty list means something: `pss_detectors: []` guards against non-finite steps only.
+        if kwargs.get("nargs") == "+":
+            kwargs["nargs"] = "*"
+        # Options that are None unless set would need a word: --pss_observe_only true.
+        elif kwargs.get("type") is string_to_bool and "nargs" not in kwargs:
+            kwargs |= {"nargs": "?", "const": True}
+        return super().add_argument(*names, **kwargs)
+
+    @property
+    def names(self) -> list[str]:
+        return [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
+
+
+def make_parser(output_dir: str = "runs/train") -> _Parser:
+    """Return the parser of all options, grouped, with the defaults of `hf-pss train`."""
+    parser = _Parser(
+        [ModelOptions, DataOptions, RunOptions, PSSTrainingArguments],
+        prog="hf-pss train",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(output_dir=output_dir, **_DEFAULTS)
+    return parser
+
+
+def parse_plan(words: Sequence[str]) -> TrainPlan:
+    """Read options from the YAML file that ``--config`` names, then from the words, which win.
+
+    A YAML entry is read as if its option stood on the command line before the others: one set of
+    types, and one set of messages. ``output_dir`` is ``runs/<name of the YAML file>`` by default.
+
+    Raises:
+        ConfigurationError: No such file, bad YAML, an unknown option, or a value out of range.
+    """
+    path = _config_path(words)
+    parser = make_parser(f"runs/{path.stem if path else 'train'}")
+    from_file = list(_as_words(_read_yaml(path), parser.names, path)) if path else []
+    try:
+        model, data, run, arguments, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *words], look_for_args_file=False, return_remaining_strings=True
+        )
+    except PSSError:
+        raise
+    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+        raise ConfigurationError(str(error)) from error
+    if unknown:
+        _refuse_unknown(unknown[0], parser.names)
+    return TrainPlan(model, data, run, arguments)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the known words nearest to a mistaken one, or nothing."""
+    nearest = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error: what follows in Hugging Face's is advice for others."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _refuse_unknown(word: str, names: Iterable[str]) -> NoReturn:
+    if not word.startswith("--"):
+        raise ConfigurationError(
+            f"{word!r} stands alone; every value follows an option: --dataset {word}."
+        )
+    name = word.removeprefix("--").split("=")[0].replace("-", "_")
+    raise ConfigurationError(
+        f"There is no option {word.split('=')[0]}.{suggest(name, names)} "
+        "`hf-pss train --help-all` lists all."
+    )
+
+
+def _config_path(words: Sequence[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    found = parser.parse_known_args(words)[0].config
+    return Path(found).expanduser() if found else None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"The file {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is no valid YAML: {error}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigurationError(
+            f"{path} must hold options, one a line, such as `learning_rate: 3e-3`."
+        )
+    return {str(name): value for name, value in options.items()}
+
+
+def _as_words(options: dict[str, Any], names: Sequence[str], path: Path | None) -> Iterator[str]:
+    """Write a YAML mapping as command-line words; null leaves an option at its default."""
+    for key, value in options.items():
+        name = key.replace("-", "_")
+        if name not in names or name == "config":
+            raise ConfigurationError(
+                f"{path} sets {key!r}, which is no option.{suggest(name, names)}"
+            )
+        if isinstance(value, list):
+            yield from (f"--{name}", *map(str, value))
+        elif value is not None:
+            yield f"--{name}={_as_word(value)}"
+
+
+def _as_word(value: Any) -> str:
+    # JSON: what argparse reads back as true, 0.001 or a mapping.
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commandline import Run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """What a demo leaves that was interrupted: one guard, two steps."""
+    folder = tmp_path / "demo" / "plain" / "seed-0"
+    folder.mkdir(parents=True)
+    rows = ({"step": step, "loss": 7.0 - step, "grad_norm_preclip": 1.0} for step in range(2))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    info = {"version": 1, "status": "interrupted", "guards": ["plain", "paper"], "seeds": [0]}
+    (tmp_path / "demo" / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    return tmp_path / "demo"
+
+
+def test_report_ends_with_the_path_of_the_page(run: Run, run_dir: Path) -> None:
+    result = run("report", run_dir)
+    assert result.exit_code == 0, result.output
+    assert "plain" in result.stdout
+    assert Path(result.stdout.splitlines()[-1]) == run_dir / "report.html"
+    assert (run_dir / "report.html").is_file()
+
+
+def test_report_goes_where_it_is_told(run: Run, run_dir: Path, tmp_path: Path) -> None:
+    assert run("report", run_dir, "--output", tmp_path / "page.html").exit_code == 0
+    assert (tmp_path / "page.html").is_file()
+    assert not (run_dir / "report.html").exists()
+
+
+def test_report_of_nothing(run: Run, tmp_path: Path) -> None:
+    missing = run("report", "nowhere")
+    assert missing.exit_code == 2
+    assert "There is no folder nowhere" in missing.stderr
+    empty = run("report", tmp_path)
+    assert empty.exit_code == 2
+    assert "holds no run" in empty.stderr
+
+
+@pytest.mark.parametrize("words", [["report", "."], ["demo"]])
+def test_missing_extra_is_told_first(words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"  # as if it were not installed
+        "from hf_pss.cli.app import app\n"
+        f"app({words!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'hf-pss[report]'" in done.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--guards", "plain,prayer"), "You asked for the guards plain, prayer"),
+        (("--guards", ","), "You asked for the guards none"),
+        (("--learning-rate", "-1"), "learning_rate must be above 0"),
+        (("--seeds", "0"), "--seeds"),
+        (("--output-dir", "photos"), "holds files, but no earlier demo"),
+        (("--output-dir", "photos/cat.txt"), "is a file"),
+    ],
+)
+def test_demo_refuses(run: Run, words: tuple[str, ...], message: str) -> None:
+    Path("photos").mkdir()
+    Path("photos/cat.txt").touch()
+    result = run("demo", *words)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_demo_trains_and_reports(run: Run) -> None:
+    words = ("--steps", "3", "--guards", "plain,floor", "--output-dir", "out")
+    for _ in range(2):  # the second replaces the first without being asked
+        result = run("demo", *words)
+        assert result.exit_code == 0, result.output
+        assert Path(result.stdout.splitlines()[-1]).is_file()
+        assert "floor" in result.stdout
+
+
+@pytest.mark.slow
+def test_interrupted_demo_reports_what_there_is(tmp_path: Path) -> None:
+    program = "from hf_pss.cli.app import main; main()"
+    words = ("demo", "--steps", "100000", "--guards", "plain", "--output-dir", "out")
+    demo = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        metrics = tmp_path / "out" / "plain" / "seed-0" / "metrics.jsonl"
+        while demo.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+            time.sleep(0.1)
+        demo.send_signal(signal.SIGINT)
+        printed, complaints = demo.communicate(timeout=60)
+    finally:
+        demo.kill()
+    assert demo.returncode == 130, complaints
+    assert "not finished" in printed
+    assert Path(printed.splitlines()[-1]).is_file()

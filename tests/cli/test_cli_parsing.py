@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from hf_pss.cli import help as help_page
+from hf_pss.cli.parsing import make_parser, parse_plan
+from hf_pss.errors import ConfigurationError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_arguments_win_over_yaml(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "night.yaml",
+        "learning_rate: 3e-3\n"  # YAML 1.1 reads this as a string
+        "model-config: gpt2\n"
+        "model_overrides: {n_layer: 2, resid_pdrop: 0.0}\n"
+        "max_steps: 7\n"
+        "bf16: false\n"
+        "dataloader_drop_last: true\n"
+        "lr_scheduler_kwargs: {num_decay_steps: 3}\n"
+        "pss_detectors: [grad_norm_ratio, stable_rank_floor]\n"
+        "pss_exclude: []\n"
+        "tokenizer: null\n",
+    )
+    plan = parse_plan(["--max_steps", "9", "--config", str(path), "--pss-smoothing=log"])
+    assert plan.arguments.learning_rate == 3e-3
+    assert plan.arguments.max_steps == 9
+    assert plan.arguments.dataloader_drop_last is True
+    assert plan.arguments.lr_scheduler_kwargs == {"num_decay_steps": 3}
+    assert plan.arguments.output_dir == "runs/night"
+    assert plan.arguments.pss_config().detectors == ("grad_norm_ratio", "stable_rank_floor")
+    assert plan.arguments.pss_config().smoothing == "log"
+    assert plan.model.model_config == "gpt2"
+    assert plan.model.model_overrides == '{"n_layer": 2, "resid_pdrop": 0.0}'
+    assert plan.model.tokenizer is None
+
+
+def test_empty_list_in_yaml_means_no_detector(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "pss_detectors: []\n")
+    assert parse_plan(["--config", str(path)]).arguments.pss_config().detectors == ()
+
+
+def test_switches_need_no_word() -> None:
+    assert parse_plan(["--pss_observe_only", "--bf16", "false"]).arguments.pss_observe_only is True
+    assert parse_plan(["--pss_observe_only", "false"]).arguments.pss_observe_only is False
+    assert parse_plan([]).arguments.pss_observe_only is False
+
+
+def test_defaults() -> None:
+    plan = parse_plan([])
+    assert plan.arguments.output_dir == "runs/train"
+    assert plan.arguments.report_to == []
+    assert plan.data.dataset == "python"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], "Did you mean learning_rate"),
+        (["--preset=floor"], "no option --preset. Did you mean pss_preset"),
+        (["--learn", "1"], "no option --learn"),  # no abbreviations: they break when options come
+        (["notes.txt"], "--dataset notes.txt"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--learning_rate"], "expected one argument"),
+        (["--pss_preset", "ceiling"], "invalid choice: 'ceiling'"),
+        (["--pss_threshold_ratio", "0.5"], "threshold_ratio must be above 1"),
+        (["--pss_detectors", "grad_norm"], "detectors may be grad_norm_ratio or"),
+        (["--load_best_model_at_end", "--save_steps", "7"], "load_best_model_at_end"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file"),
+    ],
+)
+def test_mistake_in_arguments(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_plan(words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1e-3", "sets 'learning_rat', which is no option. Did you mean learning_ra"),
+        ("threshold_ratio: 3", "Did you mean pss_threshold_ratio"),
+        ("learning_rate: [1", "no valid YAML"),
+        ("- learning_rate", "must hold options, one a line"),
+        ("config: other.yaml", "sets 'config'"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("pss_max_rank: 0", "max_rank must be a whole number of at least 1"),
+    ],
+)
+def test_mistake_in_yaml(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "run.yaml", text)
+    with pytest.raises(ConfigurationError) as caught:
+        parse_plan(["--config", str(path)])
+    assert message in str(caught.value)
+
+
+def test_help_page_names_options_that_exist() -> None:
+    known = {f.name for dtype in make_parser().dataclass_types for f in fields(dtype)}
+    shown = {name for names, _ in help_page._TRAINING for name in names.split(", ")}
+    shown |= {f"pss_{name}" for name in help_page._PSS}
+    assert shown <= known
