@@ -10,16 +10,15 @@ from rich.text import Text
 from hf_pss.report import text
 from hf_pss.report.load import load_run_directory
 from hf_pss.report.records import RunDirectory
-from hf_pss.report.results import Result, label, mean_result, outcome, result
+from hf_pss.report.results import Result, mean_result, outcome, result
 
 __all__ = ["render_table"]
 
 _NUMBERS = (
     "validation loss",
-    "best",
     "training loss",
     "interventions",
-    "non-finite steps",
+    "NaN or inf",
     "overhead",
     "time",
 )
@@ -35,14 +34,21 @@ def render_table(run_dir: Path) -> Table:
         ConfigurationError: `run_dir` holds no run.
     """
     directory = load_run_directory(run_dir)
-    table = Table(title=_title(directory), title_justify="left")
-    table.add_column("guard")
+    # Lean enough for a terminal of 80 columns.
+    table = Table(
+        title=_title(directory),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("guard", no_wrap=True)
     for name in _NUMBERS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for guard in directory.guards:
         mean = mean_result([result(run) for run in directory.of(guard)])
         # `Text`, because a name in square brackets would be taken for rich's markup.
-        table.add_row(Text(label(guard)), *_cells(mean))
+        table.add_row(Text(guard), *_cells(mean))
     return table
 
 
@@ -56,7 +62,6 @@ def _title(directory: RunDirectory) -> str:
 def _cells(line: Result) -> tuple[str, ...]:
     return (
         outcome(line),
-        text.fixed(line.best_eval_loss),
         text.fixed(line.final_train_loss),
         text.count(line.num_interventions),
         text.count(line.num_nonfinite_steps),
