@@ -15,10 +15,10 @@ from hf_pss.report.results import Result, mean_result, outcome, result
 __all__ = ["render_table"]
 
 _NUMBERS = (
-    "validation loss",
-    "training loss",
-    "interventions",
-    "NaN or inf",
+    "validation\nloss",
+    "training\nloss",
+    "inter-\nventions",
+    "NaN\nor inf",
     "overhead",
     "time",
 )
@@ -44,7 +44,7 @@ def render_table(run_dir: Path) -> Table:
     )
     table.add_column("guard", no_wrap=True)
     for name in _NUMBERS:
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+        table.add_column(name, justify="right")
     for guard in directory.guards:
         mean = mean_result([result(run) for run in directory.of(guard)])
         # `Text`, because a name in square brackets would be taken for rich's markup.
