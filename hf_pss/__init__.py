@@ -1,1 +1,53 @@
-"""Parametric Singularity Smoothing for Hugging Face Transformers."""
+"""Parametric Singularity Smoothing for Hugging Face Transformers (arXiv 2602.01308)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_pss.config import PRESETS as PRESETS
+    from hf_pss.config import PSSConfig as PSSConfig
+    from hf_pss.controller import PSSController as PSSController
+    from hf_pss.controller import StepReport as StepReport
+    from hf_pss.errors import ConfigurationError as ConfigurationError
+    from hf_pss.errors import IncompatibleVersionError as IncompatibleVersionError
+    from hf_pss.errors import NonFiniteError as NonFiniteError
+    from hf_pss.errors import PSSError as PSSError
+    from hf_pss.errors import SelectionError as SelectionError
+    from hf_pss.errors import StateError as StateError
+    from hf_pss.integration.arguments import PSSTrainingArguments as PSSTrainingArguments
+    from hf_pss.integration.callback import PSSCallback as PSSCallback
+    from hf_pss.integration.trainer import PSSTrainer as PSSTrainer
+    from hf_pss.integration.trainer import PSSTrainerMixin as PSSTrainerMixin
+    from hf_pss.selection import select_matrices as select_matrices
+
+# Name to module. Imported at first use: torch and transformers take seconds.
+_PUBLIC = {
+    "PRESETS": "config",
+    "PSSConfig": "config",
+    "PSSController": "controller",
+    "StepReport": "controller",
+    "ConfigurationError": "errors",
+    "IncompatibleVersionError": "errors",
+    "NonFiniteError": "errors",
+    "PSSError": "errors",
+    "SelectionError": "errors",
+    "StateError": "errors",
+    "PSSTrainingArguments": "integration.arguments",
+    "PSSCallback": "integration.callback",
+    "PSSTrainer": "integration.trainer",
+    "PSSTrainerMixin": "integration.trainer",
+    "select_matrices": "selection",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_pss' has no attribute {name!r}")
+    return getattr(import_module(f"hf_pss.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

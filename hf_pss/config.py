@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
@@ -63,8 +63,14 @@ class PSSConfig:
             "help": "Accepted values that a baseline must have seen before its detector may fire."
         },
     )
+    patience_steps: int = field(
+        default=50,
+        metadata={
+            "help": "After so many firings in a row the new level is accepted and learned afresh."
+        },
+    )
     floor_ratio: float = field(
-        default=0.5,
+        default=0.8,  # chosen among 0.5, 0.8 and 1: docs/experiments.md, 2026-11-20
         metadata={
             "help": "Stable-rank floor (rho) in units of i.i.d. noise of the same shape, "
             "mn/(sqrt(m)+sqrt(n))^2."
@@ -172,6 +178,8 @@ class PSSConfig:
             if get_origin(hint) is tuple:
                 # YAML and argparse bring lists; a frozen record keeps tuples.
                 object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+            if hint is bool:
+                _check_truth(name, getattr(self, name))
             _check_choice(name, getattr(self, name), _words(hint))
         for name, (low, high) in _RANGES.items():
             _check_range(name, getattr(self, name), low, high)
@@ -221,12 +229,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 # name: (above, at most)
 _RANGES = {
     "baseline_alpha": (0.0, 1.0),
-    "threshold_ratio": (1.0, math.inf),
-    "floor_ratio": (0.0, math.inf),
-    "stable_rank_drop": (0.0, 1.0),
+    "threshold_ratio": (1.0, sys.float_info.max),
+    "floor_ratio": (0.0, sys.float_info.max),
+    "stable_rank_drop": (0.0, 0.99),
 }
 _MINIMA = {
     "calibration_steps": 1,
+    "patience_steps": 1,
     "check_every_steps": 1,
     "max_rank": 1,
     "cooldown_steps": 0,
@@ -257,6 +266,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(
             f"{name} may be {' or '.join(choices)}; you gave {', '.join(map(repr, given))}."
         )
+
+
+def _check_truth(name: str, value: Any) -> None:
+    if not isinstance(value, bool):  # the word "false" is true to Python
+        raise ConfigurationError(f"{name} is true or false; you gave {value!r}.")
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:

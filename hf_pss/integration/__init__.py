@@ -1,0 +1,1 @@
+"""PSS inside Hugging Face's Trainer: arguments, callback, trainer, checkpoints, reporting."""

@@ -1,0 +1,72 @@
+"""PSSTrainingArguments: TrainingArguments and every option of PSS as a flat ``pss_*`` argument."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from hf_pss.config import PSSConfig
+
+__all__ = ["PSSTrainingArguments"]
+
+
+def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
+    """Turn one option of PSSConfig into an argument whose default, None, means the preset's."""
+    shown = list(option.default) if isinstance(option.default, tuple) else option.default
+    text = f"{option.metadata['help']} Preset paper: {shown}.".replace("%", "%%")
+    if hint is bool:
+        # Only a bool with a default is a flag that needs no value; no preset sets one.
+        own = field(default=option.default, metadata={"help": text})
+        return f"pss_{option.name}", bool, own
+    if get_origin(hint) is tuple:
+        hint = list[str]  # argparse and YAML bring lists; PSSConfig checks the words
+    elif get_origin(hint) is types.UnionType:
+        hint = get_args(hint)[0]
+    # HfArgumentParser reads Optional[...], not the | of types.
+    return f"pss_{option.name}", Optional[hint], field(default=None, metadata={"help": text})  # noqa: UP045
+
+
+_HINTS = get_type_hints(PSSConfig)
+_Options = make_dataclass(
+    "_Options", [_argument(option, _HINTS[option.name]) for option in fields(PSSConfig)]
+)
+
+
+# TrainingArguments is the last base: so its fields come first, and `("out")` is still the folder.
+@dataclass
+class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, valid-type]
+    """TrainingArguments with ``pss_preset`` and one ``pss_*`` argument for each option of PSS.
+
+    A ``pss_*`` argument that you set overrides the preset; the others, None, leave it as it is:
+
+    >>> arguments = PSSTrainingArguments(pss_preset="floor", pss_floor_ratio=0.8, use_cpu=True)
+    >>> arguments.pss_config().floor_ratio
+    0.8
+
+    They work from the command line (``--pss_smoothing log``) and from YAML
+    (``pss_smoothing: log``) through HfArgumentParser and TrlParser.
+
+    Raises:
+        ConfigurationError: An option is out of range; the message says what is allowed.
+    """
+
+    pss_preset: Literal["paper", "floor", "both"] = field(
+        default="paper",
+        metadata={
+            "help": "Starting point: paper (as published), floor (the stable-rank floor) or both."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pss_config()  # refuse a bad option now, not at the first step
+
+    def pss_config(self) -> PSSConfig:
+        """Return the preset with the options that were set."""
+        given = {option.name: getattr(self, f"pss_{option.name}") for option in fields(PSSConfig)}
+        return PSSConfig.preset(
+            self.pss_preset, **{name: value for name, value in given.items() if value is not None}
+        )

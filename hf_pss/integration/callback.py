@@ -1,0 +1,262 @@
+"""PSSCallback: PSS at the right moments of a Trainer's step; it decides nothing itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from hf_pss.config import PSSConfig
+from hf_pss.controller import PSSController, StepReport
+from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
+from hf_pss.events import EventKind, Intervention, Record
+from hf_pss.integration.arguments import PSSTrainingArguments
+from hf_pss.integration.hooks import StepListener, hook
+from hf_pss.integration.reporting import (
+    EVENTS_FILE,
+    HEALTH_FILE,
+    JsonLines,
+    health_line,
+    log_scalars,
+)
+
+__all__ = ["PSSCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class PSSCallback(TrainerCallback, ExportableState, StepListener):
+    """Parametric Singularity Smoothing as a callback, for trainers that are not `PSSTrainer`.
+
+    The gradient norm before clipping is no callback's argument, so the callback is attached
+    instead of passed in ``callbacks=``:
+
+    ```python
+    trainer = SFTTrainer(...)
+    PSSCallback(PSSConfig.preset("paper")).attach(trainer)
+    trainer.train()
+    ```
+
+    Args:
+        config: The options. None takes them from `PSSTrainingArguments` where the trainer has
+            these, and the preset ``paper`` otherwise.
+    """
+
+    def __init__(self, config: PSSConfig | None = None) -> None:
+        self.config = config
+        self.controller: PSSController | None = None
+        self.report: StepReport | None = None
+        self._grad_norm: float | None = None
+        self._device_loss: Tensor | None = None
+        self._loss: float | None = None
+        self._norm_is_new = False
+        self._scaler_is_active = False
+        self._events: JsonLines | None = None
+        self._health: JsonLines | None = None
+
+    def attach(self, trainer: Trainer) -> PSSCallback:
+        """Add this callback to a trainer of any class, and let it hear norms and losses.
+
+        Raises:
+            ConfigurationError: The trainer has a PSSCallback already.
+            IncompatibleVersionError: This release of transformers lacks a method that PSS needs.
+        """
+        hook(trainer, self)
+        return self
+
+    # ---- what StepHooks hands over ----
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss to this step's; it stays on the device."""
+        loss = loss.detach()
+        self._device_loss = loss if self._device_loss is None else self._device_loss + loss
+
+    def before_clipping(self) -> None:
+        """Note which gradients are finite while they can still be told apart."""
+        if self.controller is not None:
+            self.controller.inspect_gradients()
+
+    def see_grad_norm(self, norm: Tensor | float | None, *, scaler_is_active: bool) -> float | None:
+        """Bring this step's norm and loss to the host.
+
+        The one device-to-host read of PSS in a step without an event. The Trainer gets the float
+        and needs no read of its own when it logs the norm.
+        """
+        if self.controller is not None:
+            self._grad_norm, self._loss = self.controller.to_host(norm, self._device_loss)
+        self._device_loss = None
+        self._norm_is_new, self._scaler_is_active = True, scaler_is_active
+        return self._grad_norm
+
+    def extend_logs(self, logs: dict[str, float]) -> None:
+        """Add this step's ``pss/…`` numbers."""
+        if self.report is not None:
+            logs.update(log_scalars(self.report.scalars))
+
+    # ---- the Trainer's events ----
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the controller on the prepared model, and continue where a checkpoint left off."""
+        if model is None:
+            raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
+        self._grad_norm = self._device_loss = self._loss = self.report = None
+        self._norm_is_new = False
+        self.controller = PSSController(model, self._config_for(args))
+        self._resume(state)
+        # The Trainer saves into this entry and fails where a resumed file lacks it.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        wants_health = state.global_step == 0 and self.controller.config.health_every_steps > 0
+        first_health = self.controller.stable_ranks() if wants_health else None  # on every rank
+        if state.is_world_process_zero:
+            folder, step = Path(args.output_dir), state.global_step
+            self._events = JsonLines(folder / EVENTS_FILE, resumed_step=step)
+            self._health = JsonLines(folder / HEALTH_FILE, resumed_step=step)
+            if first_health is not None:
+                self._health.write([health_line(step, first_health)])
+        logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Judge the gradient; drop it where the update must not happen."""
+        controller = self._ready()
+        try:
+            apply_update = controller.before_update(
+                self._grad_norm, self._loss, loss_scaled=self._scaler_is_active
+            )
+        except NonFiniteError:
+            self._write(controller.pending_records)
+            raise
+        finally:
+            self._norm_is_new = False
+        if not apply_update and model is not None:
+            for parameter in model.parameters():
+                parameter.grad = None  # optimizers pass over parameters without a gradient
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Judge the weights and smooth: before this step is logged, evaluated or saved."""
+        if self.controller is None:
+            return
+        try:
+            self.report = report = self.controller.after_update()
+        except NonFiniteError:
+            self._write(self.controller.pending_records)
+            raise
+        self._write(report.records)
+        if self._health is not None and report.stable_ranks is not None:
+            self._health.write([health_line(report.step, report.stable_ranks)])
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Say in one line what PSS did."""
+        if self.report is not None:
+            numbers = self.report.scalars
+            logger.info(
+                "PSS: %d interventions, %d non-finite steps, %.2f s.",
+                numbers["interventions"],
+                numbers["nonfinite_steps"],
+                numbers["seconds"],
+            )
+
+    # ---- the checkpoint ----
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer writes into trainer_state.json."""
+        state = self.controller.state_dict() if self.controller else None
+        return {"args": {}, "attributes": {"saved_state": state}}
+
+    def _resume(self, state: TrainerState) -> None:
+        controller = self._ready(check_norm=False)
+        if state.global_step == 0:
+            return
+        try:
+            controller.load_state_dict(_saved_state(state, type(self).__name__))
+            if controller.step_number != state.global_step:
+                raise StateError(
+                    f"The PSS state is of step {controller.step_number}: steps after it were "
+                    "trained without PSS."
+                )
+        except StateError as error:
+            logger.warning(
+                "PSS starts with a fresh baseline at step %d. %s", state.global_step, error
+            )
+            controller.reset(step_number=state.global_step)
+
+    # ---- inside ----
+
+    def _config_for(self, args: TrainingArguments) -> PSSConfig:
+        if self.config is not None:
+            return self.config
+        return args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
+
+    def _ready(self, *, check_norm: bool = True) -> PSSController:
+        if self.controller is None or (check_norm and not self._norm_is_new):
+            raise ConfigurationError(
+                "PSSCallback does not hear this trainer's gradient norms. Use "
+                "PSSCallback(...).attach(trainer) instead of callbacks=[...], or PSSTrainer."
+            )
+        return self.controller
+
+    def _write(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if isinstance(record, Intervention):
+                # The floor is upkeep and acts often; a spike is news.
+                is_news = record.event.kind is not EventKind.FLOOR
+                logger.log(logging.WARNING if is_news else logging.INFO, "%s", describe(record))
+        if self._events is not None:
+            self._events.write_records(records)
+
+
+def describe(intervention: Intervention) -> str:
+    """Return one line for people: what was noticed, and what was done."""
+    event = intervention.event
+    moved = [c for c in intervention.matrices if c.status in ("smoothed", "truncated")]
+    return (
+        f"PSS, step {event.step}: {event.detector} {event.value:.3g} against a threshold of "
+        f"{event.threshold:.3g}; {intervention.smoothing} smoothed {len(moved)} of "
+        f"{len(intervention.matrices)} matrices in {intervention.seconds:.2f} s."
+    )
+
+
+def _saved_state(state: TrainerState, name: str) -> Any:
+    saved = state.stateful_callbacks.get(name)
+    if saved is None:
+        raise StateError("The checkpoint holds no PSS state: it was written without PSS.")
+    try:
+        return saved["attributes"]["saved_state"]
+    except (KeyError, TypeError) as error:
+        raise StateError("The checkpoint's PSS state is damaged.") from error

@@ -1,0 +1,143 @@
+"""The four places where a Trainer must be overheard, and the check that they are still there."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import Trainer
+
+from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+
+__all__ = ["StepHooks", "StepListener", "check_seams", "hook"]
+
+# Methods of Trainer that hf_pss overrides or calls, with the parameters that it relies on. The
+# first two are private: they exist since transformers 5.3.
+_SEAMS = {
+    "_clip_grad_norm": ("self", "model"),
+    "_get_grad_norm": ("self", "model", "grad_norm"),
+    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
+    "log": ("self", "logs", "start_time"),
+}
+
+
+class StepListener(ABC):
+    """A callback that hears what callbacks are not told: losses, and norms before clipping."""
+
+    @abstractmethod
+    def see_loss(self, loss: Tensor) -> None:
+        """Take the loss of one micro-batch, on its device."""
+
+    @abstractmethod
+    def before_clipping(self) -> None:
+        """Gradients of this step are complete and not clipped yet."""
+
+    @abstractmethod
+    def see_grad_norm(self, norm: Tensor | float | None, *, scaler_is_active: bool) -> float | None:
+        """Take the global norm before clipping and return it as a host float."""
+
+    @abstractmethod
+    def extend_logs(self, logs: dict[str, float]) -> None:
+        """Add to a training log before it goes to the reporters."""
+
+
+class StepHooks:
+    """Mixin, left of a Trainer class: hands every step's loss and norm to the `StepListener`."""
+
+    def _listener(self) -> StepListener | None:
+        handler = self.callback_handler  # type: ignore[attr-defined]
+        return next((c for c in handler.callbacks if isinstance(c, StepListener)), None)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro-batch and let the listener see its loss."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if listener := self._listener():
+            listener.see_loss(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if listener := self._listener():
+            listener.before_clipping()
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        listener = self._listener()
+        if listener and grad_norm is None:
+            listener.before_clipping()  # max_grad_norm is 0: the norm is taken here, unclipped
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if listener is None:
+            return norm
+        scaler = getattr(self.accelerator, "scaler", None)  # type: ignore[attr-defined]
+        is_active = scaler is not None and scaler.is_enabled()
+        return listener.see_grad_norm(norm, scaler_is_active=is_active)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the listener's numbers in every training log."""
+        if (listener := self._listener()) and "loss" in logs:
+            listener.extend_logs(logs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_callback_state(self) -> None:
+        # With restore_callback_states_from_checkpoint the Trainer builds callbacks anew, from the
+        # checkpoint's arguments. The listener restores itself, in place, with or without that.
+        name = type(self._listener()).__name__
+        saved_states = self.state.stateful_callbacks  # type: ignore[attr-defined]
+        saved = saved_states.pop(name, None)
+        super()._load_callback_state()  # type: ignore[misc]
+        if saved is not None:
+            saved_states[name] = saved
+
+
+def check_seams(trainer_class: type[Trainer]) -> None:
+    """Make sure that a Trainer class has the methods that `StepHooks` overrides.
+
+    Raises:
+        IncompatibleVersionError: One is missing or takes other arguments.
+    """
+    # A class that has StepHooks already answers with these: look at what lies behind them.
+    behind: Any = (
+        super(StepHooks, trainer_class) if issubclass(trainer_class, StepHooks) else trainer_class
+    )
+    for name, wanted in _SEAMS.items():
+        method = getattr(behind, name, None)
+        found = tuple(inspect.signature(method).parameters) if method is not None else ()
+        takes_any = any(p in found for p in ("args", "kwargs"))
+        if method is None or not (takes_any or set(wanted) <= set(found)):
+            has = f"takes ({', '.join(found)})" if method is not None else "does not exist"
+            raise IncompatibleVersionError(
+                f"{trainer_class.__name__}.{name} {has}, but hf_pss {_own_version()} needs it with "
+                f"({', '.join(wanted)}). You have transformers {transformers.__version__}; "
+                "install one that hf_pss was made for (5.3 or newer; tested with 5.23)."
+            )
+
+
+def hook(trainer: Trainer, listener: StepListener) -> None:
+    """Add a listener to a trainer that was built without it, and let it hear every step.
+
+    The trainer's class becomes a subclass of itself with `StepHooks` in front, under the same
+    name: one way of overhearing for every trainer, and its own overrides stay in force.
+
+    Raises:
+        ConfigurationError: The trainer has a listener already.
+        IncompatibleVersionError: See `check_seams`.
+    """
+    if any(isinstance(callback, StepListener) for callback in trainer.callback_handler.callbacks):
+        raise ConfigurationError(
+            "This trainer has a PSSCallback already; one trainer takes one. Attach it once, and "
+            "give PSSTrainer its options through pss_config or PSSTrainingArguments."
+        )
+    own = type(trainer)
+    check_seams(own)
+    if not isinstance(trainer, StepHooks):
+        hooked = type(own.__name__, (StepHooks, own), {"__module__": own.__module__})
+        trainer.__class__ = hooked
+    trainer.add_callback(listener)
+
+
+def _own_version() -> str:
+    from importlib.metadata import version
+
+    return version("hf-pss")

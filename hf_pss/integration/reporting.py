@@ -1,0 +1,96 @@
+"""Every number and file that PSS reports: logged keys, and the JSON-lines files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from hf_pss.events import Record, to_json_line
+
+__all__ = ["EVENTS_FILE", "HEALTH_FILE", "REPORTED", "JsonLines", "health_line", "log_scalars"]
+
+logger = logging.getLogger(__name__)
+
+EVENTS_FILE = "pss_events.jsonl"
+HEALTH_FILE = "pss_health.jsonl"
+
+REPORTED: Mapping[str, str] = {
+    "pss/grad_norm_preclip": "global gradient norm of this step, before clipping",
+    "pss/baseline": "its moving average before this step; from the second accepted step on",
+    "pss/threshold": "the norm at which this step would have fired; after the calibration",
+    "pss/interventions": "interventions since the start of the run",
+    "pss/nonfinite_steps": "non-finite steps since the start of the run",
+    "pss/seconds": "seconds spent in PSS since the start of the run",
+}
+"""Keys of every training log, and what they mean; a number without a value is left out."""
+
+
+def log_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's numbers under the keys of `REPORTED`."""
+    return {key: scalars[name] for key in REPORTED if (name := key.removeprefix("pss/")) in scalars}
+
+
+def health_line(step: int, stable_ranks: Mapping[str, float]) -> str:
+    """Return one line of strict JSON: every matrix's stable rank, null where it has none."""
+    finite = {name: rank if rank == rank else None for name, rank in stable_ranks.items()}
+    return json.dumps({"step": step, "stable_rank": finite}, allow_nan=False)
+
+
+class JsonLines:
+    """A JSON-lines file beside the checkpoints that tells one story, also after a resume.
+
+    A run that resumes at step s abandons what an earlier run did after s. Those lines move to
+    ``<name>.superseded.jsonl``: the file stays the history of the weights, and nothing is lost.
+
+    Args:
+        path: The file; made when the first line is written.
+        resumed_step: Steps up to this one stay.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path = path
+        if path.exists():
+            self._supersede(resumed_step)
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Append lines; a full disk is a warning, never the end of a training run."""
+        text = "".join(f"{line}\n" for line in lines)
+        if not text:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            logger.warning("Cannot write %s: %s. Training goes on.", self._path, error)
+
+    def write_records(self, records: Iterable[Record]) -> None:
+        """Append events and interventions."""
+        self.write(map(to_json_line, records))
+
+    def _supersede(self, resumed_step: int) -> None:
+        try:
+            # What a crash left of a line is no step's line: it is superseded like the others.
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+            lines = text.splitlines()
+            kept = [line for line in lines if _is_up_to(line, resumed_step)]
+            if text == "".join(f"{line}\n" for line in kept):
+                return
+            superseded = self._path.with_suffix(".superseded.jsonl")
+            with superseded.open("a", encoding="utf-8") as file:
+                file.writelines(f"{x}\n" for x in lines if not _is_up_to(x, resumed_step))
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self._path)  # in one piece: a crash leaves the old file or the new
+        except OSError as error:
+            logger.warning("Cannot tidy %s: %s. New lines are appended.", self._path, error)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

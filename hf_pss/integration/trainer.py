@@ -1,0 +1,51 @@
+"""PSSTrainer: a Trainer that notices loss explosions and repairs the weights; one line differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from hf_pss.config import PSSConfig
+from hf_pss.errors import ConfigurationError
+from hf_pss.integration.callback import PSSCallback
+from hf_pss.integration.hooks import StepHooks, check_seams
+
+__all__ = ["PSSTrainer", "PSSTrainerMixin"]
+
+
+class PSSTrainerMixin(StepHooks):
+    """Puts PSS into any Trainer subclass: ``class MyTrainer(PSSTrainerMixin, SFTTrainer): ...``.
+
+    Args:
+        args: Whatever the Trainer takes.
+        pss_config: The options of PSS. None takes them from `PSSTrainingArguments` where the
+            trainer has these, and the preset ``paper`` otherwise.
+        kwargs: Whatever the Trainer takes.
+
+    Raises:
+        IncompatibleVersionError: This release of transformers lacks a method that PSS needs.
+        ConfigurationError: Both pss_config and a PSSCallback were given.
+    """
+
+    def __init__(self, *args: Any, pss_config: PSSConfig | None = None, **kwargs: Any) -> None:
+        check_seams(type(self))
+        super().__init__(*args, **kwargs)
+        if self._listener() is None:
+            self.add_callback(PSSCallback(pss_config))  # type: ignore[attr-defined]
+        elif pss_config is not None:
+            raise ConfigurationError(
+                "You gave both pss_config and a PSSCallback, which has its own: give one of them."
+            )
+
+
+class PSSTrainer(PSSTrainerMixin, Trainer):
+    """transformers' Trainer with Parametric Singularity Smoothing (arXiv 2602.01308).
+
+    Takes exactly what Trainer takes. With plain `TrainingArguments` PSS runs its preset ``paper``;
+    `PSSTrainingArguments` or ``pss_config`` say otherwise. A run in which PSS never intervenes is
+    bit for bit the run of the plain Trainer. ::
+
+        trainer = PSSTrainer(model=model, args=args, train_dataset=dataset)
+        trainer.train()
+    """

@@ -1,0 +1,165 @@
+"""What PSS costs, each figure paired with what it is a share of, in one process; medians.
+
+Run by ``make bench``; docs/experiments.md keeps dated results.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+from hf_pss import PSSConfig, PSSController
+from hf_pss.demo.recipe import DemoRecipe
+from hf_pss.linalg import Clip, leading_triplets
+from hf_pss.selection import named_parameters_canonical
+from hf_pss.smoother import smooth_matrices_
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]
+
+_CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+on_each_device = pytest.mark.parametrize("device", ["cpu", _CUDA])
+
+MAX_SHARE_WITHOUT_EVENT = 0.01
+MAX_INTERVENTION_RATIO = 1.0  # the paper reports 2.40
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    _wait_for_device()
+    started = time.perf_counter()
+    work()
+    _wait_for_device()
+    return time.perf_counter() - started
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@on_each_device
+@pytest.mark.parametrize("preset", ["paper", "floor"])
+def test_a_step_without_event(preset: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Time every call into PSS within real training steps of the demo's model."""
+    torch.set_num_threads(1)
+    recipe = DemoRecipe()
+    set_seed(0)
+    model = recipe.model().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    config = PSSConfig.preset(preset, threshold_ratio=1e9, floor_ratio=1e-6)
+    pss = PSSController(model, config)
+    shape = (recipe.batch_size, recipe.context_length)
+    tokens = torch.randint(0, recipe.vocab_size, shape, device=device)
+    steps, shares = [], []
+    for _ in range(120):
+        started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        own = _seconds(pss.inspect_gradients)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        asked = time.perf_counter()
+        apply_update = pss.before_update(*pss.to_host(norm, loss))
+        own += time.perf_counter() - asked
+        if apply_update:
+            optimizer.step()
+        own += _seconds(pss.after_update)
+        steps.append(time.perf_counter() - started)
+        shares.append(own)
+    # The mean of PSS's part keeps the checks of every tenth step in; a median would hide them.
+    share = statistics.mean(shares[20:]) / statistics.median(steps[20:])
+    _show(
+        capsys,
+        f"{preset}, no event, {device}: {1e6 * statistics.median(shares):.0f} µs (median), "
+        f"{100 * share:.2f} % of a step of {1e3 * statistics.median(steps):.1f} ms",
+    )
+    assert share <= MAX_SHARE_WITHOUT_EVENT
+
+
+@on_each_device
+def test_one_intervention_at_gpt2_124m(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One intervention on all 48 block matrices against a training step of batch 8 × 256."""
+    set_seed(0)
+    config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    pss = PSSController(model)
+    tokens = torch.randint(0, config.vocab_size, (8, 256), device=device)
+    parameters = named_parameters_canonical(model)
+    assert len({view.parameter_name for view in pss.selection.matrices}) == 48
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(tokens, labels=tokens).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def intervene() -> None:
+        smooth_matrices_(
+            pss.selection.matrices, parameters, pss._backend, lambda names: Clip(), max_rank=32
+        )
+
+    train(), intervene()
+    pairs = [(_seconds(intervene), _seconds(train)) for _ in range(3)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    check = statistics.median(_seconds(pss.stable_ranks) for _ in range(3))
+    seconds = statistics.median(b for _, b in pairs)
+    where = f"GPT-2 124M, {device}, {torch.get_num_threads()} threads"
+    _show(capsys, f"{where}: a training step of 8 × 256 takes {seconds:.2f} s")
+    _show(capsys, f"{where}: one intervention takes {ratio:.2f} × that")
+    _show(capsys, f"{where}: one check of all stable ranks {check / seconds:.3f} ×")
+    assert ratio <= MAX_INTERVENTION_RATIO
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", [(8, 768, 768), (4, 3072, 768)])
+def test_triplets_against_what_people_use(
+    shape: tuple[int, ...], device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """leading_triplets beside torch.svd_lowrank and torch.linalg.svd: time and error of σ."""
+    k = 33
+    torch.manual_seed(0)
+    weight = torch.randn(shape) / shape[-1] ** 0.5
+    # A collapsed matrix: a few directions stand out of the noise, as when PSS acts.
+    strong = torch.linspace(8, 3, 8)
+    u, _ = torch.linalg.qr(torch.randn(*shape[:-2], shape[-2], 8))
+    v, _ = torch.linalg.qr(torch.randn(*shape[:-2], shape[-1], 8))
+    weight = (weight + (u * strong) @ v.mT).to(device)
+    exact = torch.linalg.svdvals(weight.double())[..., :k]
+
+    def error(sigma: torch.Tensor) -> float:
+        return ((sigma.double() - exact).abs() / exact[..., :1]).max().item()
+
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "leading_triplets": lambda: leading_triplets(weight, k).sigma,
+        "svd_lowrank, niter 2": lambda: torch.svd_lowrank(weight, q=k + 8, niter=2)[1][..., :k],
+        "linalg.svd": lambda: torch.linalg.svd(weight, full_matrices=False)[1][..., :k],
+    }
+    rows = {name: (_median(way), error(way())) for name, way in ways.items()}
+    for name, (seconds, worst) in rows.items():
+        timed = f"{1e3 * seconds:.0f} ms, error {worst:.1e} σ₁"
+        _show(capsys, f"{shape} on {device}, k = {k}, {name}: {timed}")
+    ours, peer, full = rows.values()
+    assert ours[0] < full[0]
+    assert ours[1] <= peer[1] * 1.05
+
+
+def _median(work: Callable[[], object]) -> float:
+    work()
+    return statistics.median(_seconds(work) for _ in range(5))
+
+
+def _show(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    with capsys.disabled():
+        print(f"\n{line}")  # noqa: T201

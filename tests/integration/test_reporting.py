@@ -1,0 +1,165 @@
+"""What PSS writes: log scalars, TensorBoard, and JSON-lines files that tell one story."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+from helpers import EAGER, events_of, make_trainer, steps_of, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hf_pss import PSSConfig
+from hf_pss.events import Intervention, read_events
+from hf_pss.integration.reporting import REPORTED, JsonLines, health_line, log_scalars
+
+
+def lines(*steps: int) -> list[str]:
+    return [json.dumps({"step": step}) for step in steps]
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+# ---- JsonLines ----
+
+
+def test_lines_are_appended(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "new" / "e.jsonl", resumed_step=0)
+    file.write([])
+    assert not (tmp_path / "new").exists()  # nothing happened: no file
+    file.write(lines(1, 2))
+    file.write(lines(2, 3))
+    assert steps_in(tmp_path / "new" / "e.jsonl") == [1, 2, 2, 3]
+
+
+def test_steps_after_the_resumed_one_are_superseded(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    JsonLines(path, resumed_step=0).write(lines(1, 2, 3, 4))
+    JsonLines(path, resumed_step=2).write(lines(3))
+    JsonLines(path, resumed_step=2).write(lines(5))
+    assert steps_in(path) == [1, 2, 5]
+    assert steps_in(tmp_path / "e.superseded.jsonl") == [3, 4, 3]
+
+
+@pytest.mark.parametrize("rest", [b'{"step": 3, "va', b"\xff\xfe", b"[]", b'{"step": "x"}', b"3\n"])
+def test_what_a_crash_left_is_superseded(rest: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + rest)
+    JsonLines(path, resumed_step=9).write(lines(4))
+    assert steps_in(path) == [1, 4]
+    assert (tmp_path / "e.superseded.jsonl").exists()
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept_whole(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    JsonLines(path, resumed_step=2).write(lines(3))
+    assert steps_in(path) == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "e.jsonl").mkdir()  # a folder where the file should be
+    JsonLines(tmp_path / "e.jsonl", resumed_step=3).write(lines(1))
+    (tmp_path / "file").write_text("")
+    JsonLines(tmp_path / "file" / "e.jsonl", resumed_step=3).write(lines(1))
+    found = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert [r.message.split()[1] for r in found] == ["tidy", "write", "write"]
+    assert "Training goes on" in caplog.text
+
+
+def test_a_health_line_is_strict_json() -> None:
+    line = health_line(3, {"a": 2.5, "b": math.nan})
+    assert json.loads(line) == {"step": 3, "stable_rank": {"a": 2.5, "b": None}}
+
+
+def test_scalars_get_the_keys_of_the_table() -> None:
+    scalars = {"interventions": 2.0, "seconds": 0.5, "private": 1.0}
+    assert log_scalars(scalars) == {"pss/interventions": 2.0, "pss/seconds": 0.5}
+
+
+# ---- in a run ----
+
+
+def test_a_runs_events_can_be_read_back(tmp_path: Path) -> None:
+    trainer = train(tmp_path, EAGER)
+    log = read_events(tmp_path / "pss_events.jsonl")
+    assert not log.is_cut
+    acted = [r for r in log.records if isinstance(r, Intervention)]
+    assert [r.event.step for r in acted] == steps_of(events_of(tmp_path))
+    assert trainer.state.log_history[-2]["pss/interventions"] == len(acted)
+    for record in acted:
+        assert record.event.value > record.event.threshold
+        assert {c.status for c in record.matrices} <= {"smoothed", "unchanged"}
+        assert all(c.sigma_after <= c.sigma_before for c in record.matrices)
+
+
+def test_every_key_of_the_table_is_logged_and_no_other(tmp_path: Path) -> None:
+    trainer = train(tmp_path, EAGER, save_strategy="no")
+    logged = {key for line in trainer.state.log_history for key in line if key.startswith("pss/")}
+    assert logged == set(REPORTED)
+
+
+def test_health_is_written_at_its_rhythm_with_the_start(tmp_path: Path) -> None:
+    config = PSSConfig(health_every_steps=3)
+    trainer = train(tmp_path, config, save_steps=4)
+    rows = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    names = {view.name for view in trainer._listener().controller.selection.matrices}
+    assert all(set(row["stable_rank"]) == names for row in rows)
+    train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
+    again = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
+    assert again == rows
+
+
+def test_a_new_run_in_an_old_folder_supersedes_it(tmp_path: Path) -> None:
+    train(tmp_path, EAGER, save_strategy="no")
+    old = events_of(tmp_path)
+    train(tmp_path, EAGER, save_strategy="no", max_steps=3)
+    assert max(steps_of(events_of(tmp_path))) <= 3
+    assert events_of(tmp_path, "pss_events.superseded.jsonl") == old
+
+
+def test_events_that_cannot_be_written_do_not_end_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "pss_events.jsonl").mkdir()
+    trainer = train(tmp_path, EAGER)
+    assert trainer.state.global_step == 8
+    assert "Cannot write" in caplog.text
+
+
+def test_an_intervention_is_one_warning_for_people(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, EAGER, save_strategy="no")
+    said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.integration.callback"]
+    assert len(said) == len(steps_of(events_of(tmp_path)))
+    assert "clip smoothed 6 of 6 matrices" in said[0]
+
+
+def test_upkeep_by_the_floor_is_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PSSConfig.preset("floor", floor_ratio=1.3, check_every_steps=1)
+    train(tmp_path, config, save_strategy="no")
+    assert steps_of(events_of(tmp_path))
+    assert not [r for r in caplog.records if r.name.startswith("hf_pss")]
+
+
+def test_tensorboard_receives_the_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer = make_trainer(tmp_path, EAGER, report_to="tensorboard", save_strategy="no")
+    trainer.train()
+    (folder,) = {path.parent for path in (tmp_path / "tb").rglob("events.out.*")}
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    written = {tag for tag in board.Tags()["scalars"] if "pss/" in tag}
+    assert written == {f"train/{key}" for key in REPORTED}
+    logged = [line["pss/interventions"] for line in trainer.state.log_history[:-1]]
+    assert [e.value for e in board.Scalars("train/pss/interventions")] == logged

@@ -1,0 +1,249 @@
+"""PSSTrainer, the mixin and the attached callback; and what happens where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import (
+    EAGER,
+    OUT_OF_REACH,
+    controller_of,
+    differences,
+    events_of,
+    history,
+    make_trainer,
+    run_differences,
+    steps_of,
+    train,
+    weights_of,
+)
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from hf_pss import (
+    ConfigurationError,
+    IncompatibleVersionError,
+    PSSCallback,
+    PSSConfig,
+    PSSTrainer,
+    PSSTrainerMixin,
+    PSSTrainingArguments,
+)
+from hf_pss.integration.hooks import StepListener, check_seams
+
+
+class Weighted(Trainer):
+    """Somebody's trainer, with overrides of its own at the places that PSS overhears."""
+
+    num_logs = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.num_logs += 1
+        super().log({**logs, "mine": 1.0}, start_time)
+
+
+class WeightedPSS(PSSTrainerMixin, Weighted):
+    """The same with PSS mixed in."""
+
+
+def test_swapping_the_class_name_is_enough(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=PSSTrainer)
+    assert type(trainer.args) is TrainingArguments
+    trainer.train()
+    assert controller_of(trainer).config == PSSConfig()
+
+
+def test_options_come_from_the_arguments(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, trainer_class=PSSTrainer, cls=PSSTrainingArguments, pss_preset="floor"
+    )
+    trainer.train()
+    assert controller_of(trainer).config == PSSConfig.preset("floor")
+
+
+def test_pss_config_wins_over_the_arguments(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EAGER, cls=PSSTrainingArguments, pss_preset="floor")
+    trainer.train()
+    assert controller_of(trainer).config == EAGER
+
+
+def test_attaching_and_mixing_in_are_the_same_run(tmp_path: Path) -> None:
+    attached = make_trainer(tmp_path / "attached", trainer_class=Weighted)
+    PSSCallback(EAGER).attach(attached)
+    attached.train()
+    mixed = train(tmp_path / "mixed", EAGER, trainer_class=WeightedPSS)
+    assert run_differences(attached, mixed) == []
+    assert steps_of(events_of(tmp_path / "attached")) == steps_of(events_of(tmp_path / "mixed"))
+    assert attached.num_logs == mixed.num_logs > 0
+    assert all("mine" in line for line in attached.state.log_history)
+    assert type(attached).__name__ == "Weighted"
+
+
+def test_attached_and_never_triggered_is_the_trainers_own_run(tmp_path: Path) -> None:
+    attached = make_trainer(tmp_path / "attached", trainer_class=Weighted)
+    PSSCallback(OUT_OF_REACH["both"]).attach(attached)
+    attached.train()
+    assert run_differences(train(tmp_path / "own", trainer_class=Weighted), attached) == []
+
+
+def test_attach_returns_the_callback(tmp_path: Path) -> None:
+    callback = PSSCallback()
+    trainer = make_trainer(tmp_path)
+    assert callback.attach(trainer) is callback
+    assert callback in trainer.callback_handler.callbacks
+
+
+def test_a_callback_that_was_not_attached_says_so_at_the_first_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(PSSCallback())
+    with pytest.raises(ConfigurationError, match=r"attach\(trainer\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_second_callback_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    PSSCallback().attach(trainer)
+    with pytest.raises(ConfigurationError, match="has a PSSCallback already"):
+        PSSCallback().attach(trainer)
+    with pytest.raises(ConfigurationError, match="has a PSSCallback already"):
+        PSSCallback().attach(make_trainer(tmp_path, EAGER))
+
+
+def test_pss_trainer_takes_a_callback_of_its_own(tmp_path: Path) -> None:
+    args = make_trainer(tmp_path).args
+    model = make_trainer(tmp_path).model
+    trainer = PSSTrainer(model=model, args=args, callbacks=[PSSCallback(EAGER)])
+    listeners = [c for c in trainer.callback_handler.callbacks if isinstance(c, StepListener)]
+    assert [c.config for c in listeners] == [EAGER]
+    with pytest.raises(ConfigurationError, match="both pss_config and a PSSCallback"):
+        PSSTrainer(model=model, args=args, callbacks=[PSSCallback()], pss_config=EAGER)
+
+
+# ---- private seams of transformers ----
+
+
+class OtherSignature(Trainer):
+    """As if a later release took the norm another way."""
+
+    def _get_grad_norm(self, model: Any) -> Any:
+        return super()._get_grad_norm(model)
+
+
+class OtherSignaturePSS(PSSTrainerMixin, OtherSignature):
+    """The same with PSS mixed in."""
+
+
+def test_the_seams_are_there() -> None:
+    check_seams(Trainer)
+    check_seams(PSSTrainer)
+    check_seams(WeightedPSS)
+
+
+def test_another_signature_is_refused_with_the_versions(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=OtherSignature)
+    message = rf"_get_grad_norm takes \(self, model\).*transformers {transformers.__version__}"
+    with pytest.raises(IncompatibleVersionError, match=message):
+        PSSCallback().attach(trainer)
+    with pytest.raises(IncompatibleVersionError, match=message):
+        make_trainer(tmp_path, EAGER, trainer_class=OtherSignaturePSS)
+
+
+@pytest.mark.parametrize("name", ["_clip_grad_norm", "_get_grad_norm"])
+def test_a_missing_seam_is_refused_with_the_versions(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+    monkeypatch.delattr(Trainer, name)
+    message = rf"{name} does not exist.*transformers {transformers.__version__}"
+    with pytest.raises(IncompatibleVersionError, match=message):
+        PSSCallback().attach(trainer)
+    with pytest.raises(IncompatibleVersionError, match=message):
+        make_trainer(tmp_path, EAGER)
+
+
+# ---- what the Trainer's options do ----
+
+
+def test_the_norm_is_the_one_before_clipping(tmp_path: Path) -> None:
+    free = train(tmp_path / "free", OUT_OF_REACH["paper"], max_grad_norm=0.0, save_strategy="no")
+    for clipping in (1e-3, 1e9):
+        trainer = train(
+            tmp_path / str(clipping),
+            OUT_OF_REACH["paper"],
+            max_grad_norm=clipping,
+            save_strategy="no",
+        )
+        first, wanted = trainer.state.log_history[0], free.state.log_history[0]
+        assert first["pss/grad_norm_preclip"] == first["grad_norm"] == wanted["grad_norm"]
+
+
+def test_the_matrix_ratio_sees_norms_as_before_clipping(tmp_path: Path) -> None:
+    config = PSSConfig(detectors=("matrix_grad_norm_ratio",))
+    levels = []
+    for clipping in (0.0, 1e-2):
+        folder = tmp_path / str(clipping)
+        trainer = train(folder, config, max_grad_norm=clipping, max_steps=1, save_strategy="no")
+        detectors = controller_of(trainer).state_dict()["detectors"]["detectors"]
+        baselines = detectors["matrix_grad_norm_ratio"]["baselines"]
+        levels.append({name: state["level"] for name, state in baselines.items()})
+    # Clipping by 1e-2 and back is two roundings of float32; measured 1.1e-6.
+    assert levels[0] == pytest.approx(levels[1], rel=3e-6)
+
+
+@pytest.mark.parametrize("policy", ["apply", "skip"])
+def test_a_spikes_update_is_applied_or_left_out(policy: str, tmp_path: Path) -> None:
+    config = PSSConfig(
+        threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0, spike_update=policy
+    )
+    trainer = make_trainer(tmp_path, config, save_strategy="no")
+    moved: dict[int, set[str]] = {}
+    last = weights_of(trainer.model)
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal last
+            now = weights_of(kwargs["model"])
+            moved[state.global_step] = {n for n in now if not torch.equal(now[n], last[n])}
+            last = now
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    acted = steps_of(events_of(tmp_path))
+    assert acted
+    matrices = {v.parameter_name for v in controller_of(trainer).selection.matrices}
+    for step, names in moved.items():
+        if step in acted:
+            assert matrices <= names
+            assert (names == matrices) is (policy == "skip")
+        else:
+            assert "transformer.wte.weight" in names
+
+
+def test_evaluation_logs_carry_no_training_numbers(tmp_path: Path) -> None:
+    trainer = train(tmp_path, EAGER, save_strategy="no")
+    trainer.evaluate(eval_dataset=trainer.train_dataset)
+    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(evaluations) == 1
+    assert not any(key.startswith("pss/") for line in evaluations for key in line)
+
+
+def test_training_twice_with_one_trainer_starts_afresh(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EAGER, save_strategy="no")
+    trainer.train()
+    trainer.train()
+    assert controller_of(trainer).step_number == 8
+    assert trainer.state.log_history[0]["pss/interventions"] == 0
+
+
+def test_the_same_seed_gives_the_same_interventions(tmp_path: Path) -> None:
+    one, two = (train(tmp_path / name, EAGER) for name in ("one", "two"))
+    assert run_differences(one, two) == []
+    assert list(differences(history(one), history(two))) == []

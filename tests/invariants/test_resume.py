@@ -1,0 +1,228 @@
+"""Resumed ≡ uninterrupted, bit for bit, with interventions before and after the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    EAGER,
+    checkpoint_differences,
+    controller_of,
+    differences,
+    events_of,
+    history,
+    steps_of,
+    train,
+    weights_of,
+)
+
+from hf_pss import PSSConfig
+
+MIDDLE = 4
+QUICK = {"calibration_steps": 1, "cooldown_steps": 0, "threshold_ratio": 1.0001}
+HIGH_FLOOR = {"floor_ratio": 1.3, "check_every_steps": 1}
+
+# Each intervenes before and after step 4 of 8.
+CONFIGS = {
+    "paper": EAGER,
+    "paper, skipping": PSSConfig(**QUICK, spike_update="skip", smoothing="log"),
+    "floor": PSSConfig.preset("floor", **HIGH_FLOOR),
+    "floor of noise": PSSConfig.preset("floor", **HIGH_FLOOR, floor_reference="noise"),
+    "both": PSSConfig.preset("both", **QUICK, **HIGH_FLOOR),
+    "matrix ratio": PSSConfig(
+        detectors=("matrix_grad_norm_ratio",), **QUICK, scope="fired", keep_frobenius=True
+    ),
+    "update ratio": PSSConfig(detectors=("update_norm_ratio",), **QUICK),
+    "drop": PSSConfig(
+        detectors=("stable_rank_drop",),
+        stable_rank_drop=1e-6,
+        calibration_steps=1,
+        cooldown_steps=0,
+        check_every_steps=1,
+        smoothing="convolution",
+    ),
+}
+
+
+def _without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def _state(folder: Path) -> Any:
+    state = json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
+    saved = state["PSSCallback"]["attributes"]["saved_state"]
+    return {k: v for k, v in saved.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("name", "restoring"),
+    [*((name, False) for name in CONFIGS), ("paper", True), ("both", True)],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, restoring: bool, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    options: dict[str, Any] = {
+        "save_steps": MIDDLE,
+        "restore_callback_states_from_checkpoint": restoring,
+        # Updates that grow from step to step, for the detector that watches them.
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 8,
+    }
+    whole = train(tmp_path, config, **options)
+    events, last = events_of(tmp_path), tmp_path / "checkpoint-8"
+    acted = steps_of(events)
+    assert min(acted) <= MIDDLE < max(acted), acted
+
+    last = last.rename(tmp_path / "whole")
+    resumed = train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"), **options)
+    # The closing line's train_loss counts only the steps since the resume: the Trainer's own way.
+    assert list(differences(history(whole)[:-1], history(resumed)[:-1])) == []
+    assert list(differences(weights_of(whole.model), weights_of(resumed.model))) == []
+    assert checkpoint_differences(last, tmp_path / "checkpoint-8") == []
+    assert _state(last) == _state(tmp_path / "checkpoint-8")
+    assert _without_clock(events_of(tmp_path)) == _without_clock(events)
+    superseded = events_of(tmp_path, "pss_events.superseded.jsonl")
+    assert superseded == [event for event in events if event["step"] > MIDDLE]
+
+
+def test_the_floor_of_a_resumed_run_refers_to_the_first_start(tmp_path: Path) -> None:
+    config = CONFIGS["floor"]
+    first = controller_of(train(tmp_path, config, save_steps=MIDDLE)).state_dict()
+    resumed = train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
+    assert controller_of(resumed).state_dict()["starting_ranks"] == first["starting_ranks"]
+
+
+def test_options_of_the_resumed_run_win_over_the_checkpoints(tmp_path: Path) -> None:
+    train(tmp_path, CONFIGS["paper"], save_steps=MIDDLE, max_steps=MIDDLE)
+    resumed = train(
+        tmp_path,
+        PSSConfig(threshold_ratio=1e9),
+        resume=str(tmp_path / "checkpoint-4"),
+        restore_callback_states_from_checkpoint=True,
+    )
+    assert controller_of(resumed).config.threshold_ratio == 1e9
+    assert controller_of(resumed).step_number == 8
+    assert all(step <= MIDDLE for step in steps_of(events_of(tmp_path)))
+
+
+@pytest.mark.parametrize("restoring", [False, True])
+def test_a_plain_checkpoint_resumes_under_pss(
+    restoring: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, save_steps=MIDDLE, max_steps=MIDDLE)
+    resumed = train(
+        tmp_path,
+        EAGER,
+        resume=str(tmp_path / "checkpoint-4"),
+        restore_callback_states_from_checkpoint=restoring,
+    )
+    assert "fresh baseline at step 4" in caplog.text
+    assert "written without PSS" in caplog.text
+    assert controller_of(resumed).step_number == 8
+    assert (tmp_path / "checkpoint-8" / "trainer_state.json").exists()
+    assert steps_of(events_of(tmp_path))
+
+
+@pytest.mark.parametrize("restoring", [False, True])
+def test_a_pss_checkpoint_resumes_under_the_plain_trainer(restoring: bool, tmp_path: Path) -> None:
+    train(tmp_path, EAGER, save_steps=MIDDLE, max_steps=MIDDLE)
+    resumed = train(
+        tmp_path,
+        resume=str(tmp_path / "checkpoint-4"),
+        restore_callback_states_from_checkpoint=restoring,
+    )
+    assert resumed.state.global_step == 8
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").exists()
+
+
+def test_a_state_that_plain_steps_made_stale_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, EAGER, save_steps=2, max_steps=2)
+    train(tmp_path, resume=str(tmp_path / "checkpoint-2"), save_steps=MIDDLE, max_steps=MIDDLE)
+    resumed = train(tmp_path, EAGER, resume=str(tmp_path / "checkpoint-4"))
+    assert "The PSS state is of step 2" in caplog.text
+    assert controller_of(resumed).step_number == 8
+
+
+def _without_attributes(saved: dict[str, Any]) -> None:
+    del saved["attributes"]
+
+
+def _truncated(saved: dict[str, Any]) -> None:
+    del saved["attributes"]["saved_state"]["history"]
+
+
+def _newer(saved: dict[str, Any]) -> None:
+    saved["attributes"]["saved_state"]["version"] = 99
+
+
+def _garbage(saved: dict[str, Any]) -> None:
+    saved["attributes"]["saved_state"] = [1, "garbage"]
+
+
+def _not_strict(saved: dict[str, Any]) -> None:
+    saved["attributes"]["saved_state"]["seconds"] = float("nan")
+
+
+# Every way to damage a state is tried on the controller; here, that the Trainer survives.
+DAMAGE = (_without_attributes, _truncated, _newer, _garbage, _not_strict)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("saved")
+    train(folder, CONFIGS["both"], save_steps=2, max_steps=2)
+    text = (folder / "checkpoint-2" / "trainer_state.json").read_text()
+    return folder / "checkpoint-2", json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "restoring"), [*((damage, False) for damage in DAMAGE), (_garbage, True)]
+)
+def test_a_damaged_state_means_a_warning_and_a_fresh_baseline(
+    damage: Callable[[dict[str, Any]], None],
+    restoring: bool,
+    saved_run: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoint, state = saved_run
+    damaged = json.loads(json.dumps(state))
+    damage(damaged["stateful_callbacks"]["PSSCallback"])
+    (checkpoint / "trainer_state.json").write_text(json.dumps(damaged))
+    resumed = train(
+        tmp_path,
+        CONFIGS["both"],
+        resume=str(checkpoint),
+        max_steps=4,
+        restore_callback_states_from_checkpoint=restoring,
+    )
+    warnings = [r for r in caplog.records if r.name.startswith("hf_pss")]
+    fresh = [r for r in warnings if "fresh baseline at step 2" in r.getMessage()]
+    assert [r.levelno for r in fresh] == [logging.WARNING]
+    assert controller_of(resumed).step_number == 4
+    assert resumed.state.global_step == 4
+
+
+def test_an_intact_state_brings_no_warning(
+    saved_run: tuple[Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, state = saved_run
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    train(tmp_path, CONFIGS["both"], resume=str(checkpoint), max_steps=4)
+    assert "fresh baseline" not in caplog.text
+
+
+def test_another_selection_is_another_model(
+    saved_run: tuple[Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, state = saved_run
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    config = PSSConfig.preset("both", **QUICK, **HIGH_FLOOR, roles=("mlp",))
+    train(tmp_path, config, resume=str(checkpoint), max_steps=4)
+    assert "other weight matrices" in caplog.text

@@ -1,0 +1,112 @@
+"""PSSConfig: words, ranges, presets; a bad option is refused when it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from hf_pss import PRESETS, ConfigurationError, PSSConfig
+from hf_pss.detection import DETECTORS
+from hf_pss.linalg import SMOOTHING_FUNCTIONS
+
+BAD = [
+    {"detectors": ("no_such",)},
+    {"detectors": 3},
+    {"detectors": (1,)},
+    {"threshold_ratio": 1.0},
+    {"threshold_ratio": math.nan},
+    {"threshold_ratio": math.inf},
+    {"threshold_ratio": "2.5"},
+    {"threshold_ratio": True},
+    {"baseline_alpha": 0.0},
+    {"baseline_alpha": 1.5},
+    {"calibration_steps": 0},
+    {"calibration_steps": 1.5},
+    {"patience_steps": 0},
+    {"floor_ratio": 0},
+    {"floor_reference": "beginning"},
+    {"stable_rank_drop": 1.0},
+    {"check_every_steps": 0},
+    {"smoothing": "blur"},
+    {"smoothing": None},
+    {"max_rank": 0},
+    {"scope": "some"},
+    {"spike_update": "drop"},
+    {"cooldown_steps": -1},
+    {"max_interventions": -1},
+    {"max_interventions": True},
+    {"on_nonfinite": "ignore"},
+    {"max_nonfinite_streak": 0},
+    {"roles": ("embedding",)},
+    {"include": [3]},
+    {"health_every_steps": -1},
+    {"keep_frobenius": "yes"},
+    {"observe_only": "false"},
+]
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_a_bad_option_is_refused_and_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigurationError, match=name):
+        PSSConfig(**options)
+    with pytest.raises(ValueError, match=name):
+        PSSConfig.preset("both", **options)
+
+
+def test_presets_are_what_their_names_say() -> None:
+    assert {name: PSSConfig.preset(name).detectors for name in PRESETS} == {
+        "paper": ("grad_norm_ratio",),
+        "floor": ("stable_rank_floor",),
+        "both": ("grad_norm_ratio", "stable_rank_floor"),
+    }
+    assert PSSConfig.preset() == PSSConfig() == PSSConfig.preset("paper")
+    assert PSSConfig().threshold_ratio == 2.5  # the one number that the paper gives
+
+
+def test_unknown_presets_and_options_list_what_there_is() -> None:
+    with pytest.raises(ConfigurationError, match="paper, floor, both"):
+        PSSConfig.preset("papers")
+    with pytest.raises(ConfigurationError, match=r"no option tau; it has .*threshold_ratio"):
+        PSSConfig.preset("paper", tau=3.0)
+
+
+def test_lists_and_single_words_become_tuples() -> None:
+    config = PSSConfig(detectors=["grad_norm_ratio"], include="a.b", exclude=None)
+    assert (config.detectors, config.include, config.exclude) == (
+        ("grad_norm_ratio",),
+        ("a.b",),
+        (),
+    )
+
+
+def test_a_config_survives_json() -> None:
+    config = PSSConfig.preset("both", include=("x",), max_interventions=3)
+    assert PSSConfig(**json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PSSConfig().max_rank = 3
+
+
+def test_every_option_explains_itself() -> None:
+    helps = {spec.name: spec.metadata["help"] for spec in dataclasses.fields(PSSConfig)}
+    assert all(text.endswith(".") for text in helps.values()), helps
+
+
+def test_the_words_are_those_of_the_registries() -> None:
+    for name in DETECTORS:
+        assert PSSConfig(detectors=(name,)).detectors == (name,)
+    accepted = []
+    for name in SMOOTHING_FUNCTIONS:
+        try:
+            accepted.append(PSSConfig(smoothing=name).smoothing)
+        except ConfigurationError:
+            continue
+    # `cap` needs a level of its own; the floor uses the stable-rank cap by itself.
+    assert set(SMOOTHING_FUNCTIONS) - set(accepted) <= {"cap", "stable_rank_cap"}
