@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -33,17 +32,14 @@ from hf_pss.detection.state import (
     read_object,
     read_text,
 )
-from hf_pss.distributed import Backend, backend_for
+from hf_pss.distributed import Backend
 from hf_pss.errors import NonFiniteError, StateError
 from hf_pss.events import Event, Intervention, Record
-from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
-from hf_pss.health.stable_rank import measure_stable_ranks
-from hf_pss.health.update_norm import UpdateMeter
+from hf_pss.gauges import Gauges
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction, StableRankCap, noise_stable_rank
 from hf_pss.policy import Action, Decision, History, Policy
-from hf_pss.selection import Selection, named_parameters_canonical, select_matrices
+from hf_pss.selection import Selection
 from hf_pss.smoother import smooth_matrices_
-from hf_pss.stacks import matrix_shapes
 
 __all__ = ["PSSController", "StepReport"]
 
@@ -116,10 +112,7 @@ class PSSController:
         backend: Backend | None = None,
     ) -> None:
         self.config = config if config is not None else PSSConfig()
-        self._model = model
-        self._backend = backend if backend is not None else backend_for(self._parameters())
-        self.selection = self._select()
-        self._shapes = matrix_shapes(self.selection.matrices)
+        self._gauges = Gauges(model, self.config, backend)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
             # An observer spends no budget and starts no cooldown.
@@ -127,8 +120,6 @@ class PSSController:
             on_nonfinite=self.config.on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
-        self._meter = UpdateMeter(self.selection.matrices, self._backend)
-        self._probe: GradientProbe | None = None
         self._current: _Step | None = None
         self._starting_ranks = self._measure_starting_ranks()
         self.reset()
@@ -159,9 +150,7 @@ class PSSController:
 
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
         """Return numbers as host floats: all tensors among them in one device-to-host read."""
-        tensors = [v.detach().reshape(()) for v in values if isinstance(v, Tensor)]
-        read = iter(self._read(tensors) if tensors else ())
-        return [next(read) if isinstance(v, Tensor) else v for v in values]
+        return self._gauges.to_host(*values)
 
     def inspect_gradients(self) -> None:
         """Before clipping: note which gradients are finite, so that an error can name the first.
@@ -169,7 +158,7 @@ class PSSController:
         Optional. Costs one pass over the gradients and reads nothing back.
         """
         started = time.perf_counter()
-        self._probe = GradientProbe.take(self._parameters())
+        self._gauges.inspect_gradients()
         self.seconds += time.perf_counter() - started
 
     def before_update(
@@ -201,9 +190,9 @@ class PSSController:
             skips_spike = action is Action.ACT and self.config.spike_update == "skip"
             if has_overflown or skips_spike or action is Action.SKIP_UPDATE:
                 step.update_applied = False
-        self._probe = None
+        self._gauges.forget_gradients()
         if step.update_applied and self._reads(Quantity.UPDATE_NORM):
-            self._meter.start(self._parameters())
+            self._gauges.start_update()
         self.seconds += time.perf_counter() - started
         return step.update_applied or has_overflown
 
@@ -214,31 +203,42 @@ class PSSController:
         Raises:
             NonFiniteError: The weights themselves are not finite and the policy says to stop.
         """
-        started = time.perf_counter()
         step = self._current if self._current is not None else _Step(self.step_number)
         step.is_after_update = True
-        for judgement in self._judge_weights(step):
+        check_is_due = self._reads(Quantity.STABLE_RANK) and _is_due(
+            step, self.config.check_every_steps
+        )
+        health_is_due = _is_due(step, self.config.health_every_steps)
+        started = time.perf_counter()
+        # Before any smoothing: health shows what the optimizer left, not what we made of it.
+        ranks = self.stable_ranks() if check_is_due or health_is_due else None
+        if not check_is_due:
+            started = time.perf_counter()  # a reading for the report alone is no cost of PSS
+        for judgement in self._judge_weights(step, ranks if check_is_due else None):
             self._decide(step, judgement)
         step.records += [self._smooth(event, judgement) for event, judgement in step.answers]
         self._current = None
         self.seconds += time.perf_counter() - started
-        health_is_due = _is_due(step, self.config.health_every_steps)
         return StepReport(
             step=step.number,
             verdict=worst(step.judgements).verdict if step.judgements else Verdict.NORMAL,
             update_applied=step.update_applied,
             records=tuple(step.records),
             scalars=self._scalars(step),
-            stable_ranks=self.stable_ranks() if health_is_due else None,
+            stable_ranks=ranks if health_is_due else None,
         )
+
+    @property
+    def selection(self) -> Selection:
+        """Which matrices are watched, and why everything else is left alone."""
+        return self._gauges.selection
 
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each selected 2-D matrix by name; NaN where one is broken.
 
         All ranks of a distributed run must call it together.
         """
-        views = self.selection.matrices
-        return measure_stable_ranks(views, self._parameters(), self._backend)
+        return self._gauges.stable_ranks()
 
     @property
     def pending_records(self) -> tuple[Record, ...]:
@@ -251,7 +251,7 @@ class PSSController:
         """Return all that later steps depend on, as plain strict JSON."""
         return {
             "version": _VERSION,
-            "matrices": self._fingerprint(),
+            "matrices": self._gauges.fingerprint(),
             "step": self.step_number,
             "seconds": self.seconds,
             "history": self._history.state_dict(),
@@ -272,7 +272,7 @@ class PSSController:
         what = "the PSS state"
         check_version(state, _VERSION, what=what)
         found = read_object(state, tuple(self.state_dict()), what=what)
-        if read_text(found["matrices"], what=f"'matrices' of {what}") != self._fingerprint():
+        if read_text(found["matrices"], what=f"'matrices' of {what}") != self._gauges.fingerprint():
             raise StateError(
                 "The PSS state belongs to a model with other weight matrices (or to another "
                 "selection of them); load it into the model that it was saved with."
@@ -303,36 +303,13 @@ class PSSController:
 
     # ---- inside ----
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return named_parameters_canonical(self._model)
-
-    def _select(self) -> Selection:
-        if not self.config.detectors and not self.config.health_every_steps:
-            return Selection((), ())  # only the guard against non-finite steps: no matrix needed
-        return select_matrices(
-            self._model,
-            roles=self.config.roles,
-            include=self.config.include,
-            exclude=self.config.exclude,
-        )
-
-    def _fingerprint(self) -> str:
-        rows = (f"{name} {m}x{n}" for name, (m, n) in self._shapes.items())
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
-
-    def _read(self, numbers: Sequence[Tensor]) -> list[float]:
-        exact = any(number.dtype == torch.float64 for number in numbers)
-        # A model spread over devices has its loss on another one than the norm.
-        target = (numbers[0].device, torch.float64 if exact else torch.float32)
-        return self._backend.agree(torch.stack([number.to(*target) for number in numbers]))
-
     def _measure_starting_ranks(self) -> dict[str, float]:
         """Return what the floors refer to where that is the matrices' own stable rank now."""
         if "stable_rank_floor" not in self.config.detectors or (
             self.config.floor_reference == "noise"
         ):
             return {}
-        ranks = {name: noise_stable_rank(m, n) for name, (m, n) in self._shapes.items()}
+        ranks = {name: noise_stable_rank(m, n) for name, (m, n) in self._gauges.shapes.items()}
         for name, rank in self.stable_ranks().items():
             # Zero (a zero-initialised projection) and NaN say nothing about a healthy level.
             if 0 < rank < ranks[name]:
@@ -345,7 +322,7 @@ class PSSController:
             return {}
         return {
             name: self.config.floor_ratio * starting_ranks.get(name, noise_stable_rank(m, n))
-            for name, (m, n) in self._shapes.items()
+            for name, (m, n) in self._gauges.shapes.items()
         }
 
     def _new_detectors(self, floors: Mapping[str, float]) -> AnyOf | None:
@@ -365,35 +342,28 @@ class PSSController:
 
     def _judge_gradient(self, norm: float | None, loss: float | None) -> Iterator[Judgement]:
         if norm is not None and not math.isfinite(norm):
-            probe = self._probe or GradientProbe.take(self._parameters())
-            yield Judgement(Verdict.NON_FINITE, "grad_norm", probe.first_nonfinite(), value=norm)
+            where = self._gauges.first_nonfinite_gradients()
+            yield Judgement(Verdict.NON_FINITE, "grad_norm", where, value=norm)
         elif loss is not None and not math.isfinite(loss):
             yield Judgement(Verdict.NON_FINITE, "loss", (GLOBAL,), value=loss)
         elif norm is not None:
             yield from self._judge(Quantity.GRAD_NORM, lambda: {GLOBAL: norm})
-            yield from self._judge(Quantity.MATRIX_GRAD_NORM, lambda: self._grad_norms(norm))
+            yield from self._judge(
+                Quantity.MATRIX_GRAD_NORM, lambda: self._gauges.matrix_grad_norms(norm)
+            )
 
-    def _judge_weights(self, step: _Step) -> Iterator[Judgement]:
+    def _judge_weights(self, step: _Step, ranks: Mapping[str, float] | None) -> Iterator[Judgement]:
         if step.update_applied:
-            yield from self._judge(Quantity.UPDATE_NORM, self._update_norm)
-        if _is_due(step, self.config.check_every_steps):
-            yield from self._judge(Quantity.STABLE_RANK, self._stable_ranks_to_judge)
+            yield from self._judge(Quantity.UPDATE_NORM, self._gauges.update_norm)
+        if ranks is not None:
+            # A zero matrix has no direction to be concentrated in: there is nothing to judge.
+            judged = {name: rank for name, rank in ranks.items() if rank != 0}
+            yield from self._judge(Quantity.STABLE_RANK, lambda: judged)
 
     def _judge(self, quantity: Quantity, measure: Callable[[], Readings]) -> Iterator[Judgement]:
         """Measure a quantity that some detector reads, and yield what the gravest one says."""
         if self._detectors and self._reads(quantity) and (readings := measure()):
             yield self._detectors.judge(quantity, readings)
-
-    def _grad_norms(self, total: float) -> Readings:
-        views = self.selection.matrices
-        return measure_matrix_grad_norms(views, self._parameters(), self._backend, total)
-
-    def _update_norm(self) -> Readings:
-        return {GLOBAL: self._backend.agree(self._meter.stop(self._parameters()))[0]}
-
-    def _stable_ranks_to_judge(self) -> Readings:
-        # A zero matrix has no direction to be concentrated in: there is nothing to judge.
-        return {name: rank for name, rank in self.stable_ranks().items() if rank != 0}
 
     def _decide(self, step: _Step, judgement: Judgement, *, has_overflown: bool = False) -> Action:
         """Put a judgement through the policy, on record, and into the step's plan."""
@@ -422,8 +392,8 @@ class PSSController:
         own = is_floor or (self.config.scope == "fired" and GLOBAL not in judgement.fired)
         changes = smooth_matrices_(
             self.selection.matrices,
-            self._parameters(),
-            self._backend,
+            self._gauges.parameters(),
+            self._gauges.backend,
             self._cap_at_floors if is_floor else self._smoothing_function,
             names=frozenset(judgement.fired) if own else None,
             max_rank=self.config.max_rank,

@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         "interventions": state["history"]["num_interventions"],
         "nonfinite_steps": state["history"]["num_nonfinite_steps"],
         "detectors": state["detectors"],
-        "backend": type(controller_of(trainer)._backend).__name__,
+        "backend": type(controller_of(trainer)._gauges.backend).__name__,
     }
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(outcome))
     # Gloo's destructor joins a thread that may wait for the interpreter's lock, which that thread's

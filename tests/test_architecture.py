@@ -22,6 +22,7 @@ LAYERS = {
     "policy": 3,
     "events": 3,
     "selection": 4,
+    "gauges": 4,
     "stacks": 4,
     "smoother": 4,
     "health": 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,9 +29,9 @@ class GradientProbe:
 
     @classmethod
     @torch.no_grad()
-    def take(cls, parameters: Mapping[str, nn.Parameter]) -> Self:
+    def take(cls, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Self:
         """Measure the gradients that are there. Cost: one pass over them, nothing read back."""
-        grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        grads = {name: p.grad for name, p in named_parameters if p.grad is not None}
         return cls(tuple(grads), tuple(torch._foreach_norm(list(grads.values()))) if grads else ())
 
     def first_nonfinite(self, limit: int = 3) -> tuple[str, ...]:

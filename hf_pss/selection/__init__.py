@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_pss.selection.select import select_matrices as select_matrices
+from hf_pss.selection.survey import canonical_name as canonical_name
 from hf_pss.selection.survey import named_parameters_canonical as named_parameters_canonical
 from hf_pss.selection.views import Exclusion as Exclusion
 from hf_pss.selection.views import MatrixView as MatrixView
@@ -16,6 +17,7 @@ __all__ = [
     "Role",
     "RowPattern",
     "Selection",
+    "canonical_name",
     "named_parameters_canonical",
     "select_matrices",
 ]

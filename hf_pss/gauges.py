@@ -1,0 +1,111 @@
+"""What the controller reads off a model: norms, stable ranks, and where NaN began."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.config import PSSConfig
+from hf_pss.detection import GLOBAL, Readings
+from hf_pss.distributed import Backend, backend_for
+from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
+from hf_pss.health.stable_rank import measure_stable_ranks
+from hf_pss.health.update_norm import UpdateMeter
+from hf_pss.selection import (
+    Selection,
+    canonical_name,
+    named_parameters_canonical,
+    select_matrices,
+)
+from hf_pss.stacks import matrix_shapes
+
+__all__ = ["Gauges"]
+
+
+class Gauges:
+    """Reads one model; decides nothing and changes nothing.
+
+    Args:
+        model: Looked up by name at every reading, so wrappers may swap its parameters.
+        config: Which matrices to read.
+        backend: How parameters are stored; found from the parameters when None.
+
+    Raises:
+        SelectionError: The model holds no matrix to watch, or a pattern matches none.
+        ConfigurationError: The model is sharded in a way that is not supported.
+    """
+
+    def __init__(self, model: nn.Module, config: PSSConfig, backend: Backend | None) -> None:
+        self._model = model
+        self.backend = backend if backend is not None else backend_for(self.parameters())
+        self.selection = _select(model, config)
+        self.shapes = matrix_shapes(self.selection.matrices)
+        self._meter = UpdateMeter(self.selection.matrices, self.backend)
+        self._probe: GradientProbe | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's parameters by canonical name, as they are now."""
+        return named_parameters_canonical(self._model)
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the names and shapes of the watched matrices."""
+        rows = (f"{name} {m}x{n}" for name, (m, n) in self.shapes.items())
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+    def to_host(self, *values: float | Tensor | None) -> list[float | None]:
+        """Return numbers as host floats: all tensors among them in one device-to-host read."""
+        tensors = [v.detach().reshape(()) for v in values if isinstance(v, Tensor)]
+        read = self._read(tensors)
+        return [next(read) if isinstance(v, Tensor) else v for v in values]
+
+    def inspect_gradients(self) -> None:
+        """Note on the device which gradients are finite."""
+        self._probe = GradientProbe.take(self._model.named_parameters())
+
+    def first_nonfinite_gradients(self) -> tuple[str, ...]:
+        """Name the first parameters whose gradient was not finite when last inspected, or is not.
+
+        Reads back from the device.
+        """
+        probe = self._probe or GradientProbe.take(self._model.named_parameters())
+        return tuple(map(canonical_name, probe.first_nonfinite()))
+
+    def forget_gradients(self) -> None:
+        """Drop what `inspect_gradients` noted: it is of a step that is over."""
+        self._probe = None
+
+    def matrix_grad_norms(self, grad_norm_preclip: float) -> Readings:
+        """Return the gradient norm of each matrix before clipping; see `health.grad_norm`."""
+        views = self.selection.matrices
+        return measure_matrix_grad_norms(views, self.parameters(), self.backend, grad_norm_preclip)
+
+    def start_update(self) -> None:
+        """Remember the watched parameters as they are before the update."""
+        self._meter.start(self.parameters())
+
+    def update_norm(self) -> Readings:
+        """Return the norm of what changed since `start_update`."""
+        return {GLOBAL: self.backend.agree(self._meter.stop(self.parameters()))[0]}
+
+    def stable_ranks(self) -> dict[str, float]:
+        """Return the stable rank of each 2-D matrix by name; NaN where one is broken."""
+        return measure_stable_ranks(self.selection.matrices, self.parameters(), self.backend)
+
+    def _read(self, numbers: Sequence[Tensor]) -> Iterator[float]:
+        if not numbers:
+            return iter(())
+        exact = any(number.dtype == torch.float64 for number in numbers)
+        # A model spread over devices has its loss on another one than the norm.
+        target = (numbers[0].device, torch.float64 if exact else torch.float32)
+        return iter(self.backend.agree(torch.stack([number.to(*target) for number in numbers])))
+
+
+def _select(model: nn.Module, config: PSSConfig) -> Selection:
+    if not config.detectors and not config.health_every_steps:
+        return Selection((), ())  # only the guard against non-finite steps: no matrix needed
+    return select_matrices(
+        model, roles=config.roles, include=config.include, exclude=config.exclude
+    )
