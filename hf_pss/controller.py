@@ -155,11 +155,13 @@ class PSSController:
     def inspect_gradients(self) -> None:
         """Before clipping: note which gradients are finite, so that an error can name the first.
 
-        Optional. Costs one pass over the gradients and reads nothing back.
+        Optional. One pass over the gradients, nothing read back; only in runs that stop at a
+        non-finite step or have had one, so that a healthy run pays nothing.
         """
-        started = time.perf_counter()
-        self._gauges.inspect_gradients()
-        self.seconds += time.perf_counter() - started
+        if self.config.on_nonfinite == "stop" or self._history.num_nonfinite_steps > 0:
+            started = time.perf_counter()
+            self._gauges.inspect_gradients()
+            self.seconds += time.perf_counter() - started
 
     def before_update(
         self,
@@ -438,14 +440,17 @@ def _warn_of_nonfinite(event: Event, history: History, has_overflown: bool) -> N
         event.detector,
         event.value,
         event.loss,
-        f", first in {', '.join(event.fired)}" if event.fired != (GLOBAL,) else "",
+        _where(event),
         "left to the loss scaler" if has_overflown else event.decision.value.replace("_", " "),
         history.num_nonfinite_steps,
     )
 
 
+def _where(event: Event) -> str:
+    return f", first in {', '.join(event.fired)}" if event.fired not in ((), (GLOBAL,)) else ""
+
+
 def _describe_stop(event: Event, is_after_update: bool) -> str:
-    where = f"; first in {', '.join(event.fired)}" if event.fired not in ((), (GLOBAL,)) else ""
     moment = "after" if is_after_update else "before"
     remedy = (
         "The weights are damaged: resume from an earlier checkpoint"
@@ -454,6 +459,6 @@ def _describe_stop(event: Event, is_after_update: bool) -> str:
     )
     return (
         f"Stopped {moment} the update of step {event.step}: {event.detector} = {event.value}, "
-        f"loss = {event.loss}{where} ({event.reason}). {remedy}, lower the learning rate, or set "
-        "on_nonfinite='skip' to pass over such steps."
+        f"loss = {event.loss}{_where(event)} ({event.reason}). {remedy}, lower the learning rate, "
+        "or set on_nonfinite='skip' to pass over such steps."
     )

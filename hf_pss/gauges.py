@@ -66,11 +66,14 @@ class Gauges:
         self._probe = GradientProbe.take(self._model.named_parameters())
 
     def first_nonfinite_gradients(self) -> tuple[str, ...]:
-        """Name the first parameters whose gradient was not finite when last inspected, or is not.
+        """Name the first parameters whose gradient is not finite; reads back from the device.
 
-        Reads back from the device.
+        Without `inspect_gradients` before clipping there may be nothing left to tell: clipping by a
+        NaN norm makes every gradient NaN. Then no name is given.
         """
         probe = self._probe or GradientProbe.take(self._model.named_parameters())
+        if self._probe is None and probe.nothing_is_finite():
+            return ()
         return tuple(map(canonical_name, probe.first_nonfinite()))
 
     def forget_gradients(self) -> None:

@@ -87,10 +87,11 @@ def test_stop_comes_before_the_update_and_names_step_and_parameters() -> None:
     assert (event.decision, event.fired) == (Action.STOP, ("layers.1.linear1.weight",))
 
 
-def test_without_a_look_before_clipping_the_first_parameters_are_named() -> None:
+def test_without_a_look_before_clipping_no_parameter_is_blamed() -> None:
     loop = Loop(PSSConfig(on_nonfinite="stop"))
-    with pytest.raises(NonFiniteError, match=r"first in layers\.0\.self_attn\.in_proj_weight"):
-        loop.step(math.nan)
+    with pytest.raises(NonFiniteError) as stopped:
+        loop.step(math.nan)  # clipping has made every gradient NaN
+    assert "first in" not in str(stopped.value)
 
 
 def test_a_non_finite_loss_counts_with_finite_gradients() -> None:

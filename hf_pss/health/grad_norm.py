@@ -34,6 +34,10 @@ class GradientProbe:
         grads = {name: p.grad for name, p in named_parameters if p.grad is not None}
         return cls(tuple(grads), tuple(torch._foreach_norm(list(grads.values()))) if grads else ())
 
+    def nothing_is_finite(self) -> bool:
+        """Tell whether every gradient holds NaN or inf."""
+        return not any(bool(norm.isfinite()) for norm in self.norms)
+
     def first_nonfinite(self, limit: int = 3) -> tuple[str, ...]:
         """Return the first parameters, in the model's order, whose gradient holds NaN or inf."""
         bad = (n for n, v in zip(self.names, self.norms, strict=True) if not v.isfinite())

