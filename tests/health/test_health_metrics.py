@@ -18,9 +18,9 @@ from hf_pss.selection import MatrixView, named_parameters_canonical, select_matr
 from hf_pss.stacks import matrix_names
 
 BACKEND = OneProcess()
-# A few products with a narrow block find σ₁ of a random matrix from below.
-STABLE_RANK_TOLERANCE = 0.02
-NORM_TOLERANCE = 3e-6
+# A few products with a narrow block find σ₁ of a random matrix from below: 1.1e-3.
+STABLE_RANK_TOLERANCE = 3e-3
+NORM_TOLERANCE = 1.2e-6  # 4.5e-7
 
 
 def prepared(

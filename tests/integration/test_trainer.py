@@ -194,8 +194,8 @@ def test_the_matrix_ratio_sees_norms_as_before_clipping(tmp_path: Path) -> None:
         detectors = controller_of(trainer).state_dict()["detectors"]["detectors"]
         baselines = detectors["matrix_grad_norm_ratio"]["baselines"]
         levels.append({name: state["level"] for name, state in baselines.items()})
-    # Clipping by 1e-2 and back is two roundings of float32; measured 1.1e-6.
-    assert levels[0] == pytest.approx(levels[1], rel=3e-6)
+    # Clipping by 1e-2 and back is two roundings of float32; measured 2.9e-7.
+    assert levels[0] == pytest.approx(levels[1], rel=8e-7)
 
 
 @pytest.mark.parametrize("policy", ["apply", "skip"])
