@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,6 +12,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from hf_pss.errors import ConfigurationError
 
 __all__ = ["PRESETS", "PSSConfig"]
+
+logger = logging.getLogger(__name__)
 
 DetectorName = Literal[
     "grad_norm_ratio",
@@ -210,7 +213,16 @@ class PSSConfig:
             raise ConfigurationError(
                 f"PSS has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
-        return replace(cls(**PRESETS[name]), **overrides)
+        config = replace(cls(**PRESETS[name]), **overrides)
+        for option in sorted(overrides):
+            if not _READERS.get(option, set(config.detectors)) & set(config.detectors):
+                logger.warning(
+                    "%s has no effect with the detectors %s; only %s read it.",
+                    option,
+                    ", ".join(config.detectors) or "none",
+                    ", ".join(sorted(_READERS[option])),
+                )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that JSON and YAML can hold."""
@@ -226,6 +238,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Named starting points. ``paper`` is the default until evidence says otherwise."""
 
+_NORMS = {"grad_norm_ratio", "matrix_grad_norm_ratio", "update_norm_ratio"}
+_RANKS = {"stable_rank_floor", "stable_rank_drop"}
+_FLOOR = {"stable_rank_floor"}
+_SPIKES = _NORMS | {"stable_rank_drop"}
+# Options that only some detectors read: whoever sets one without them is told.
+_READERS: Mapping[str, set[str]] = {
+    "threshold_ratio": _NORMS,
+    "baseline_alpha": _SPIKES,
+    "calibration_steps": _SPIKES,
+    "patience_steps": _SPIKES,
+    "floor_ratio": _FLOOR,
+    "floor_reference": _FLOOR,
+    "stable_rank_drop": {"stable_rank_drop"},
+    "check_every_steps": _RANKS,
+    "smoothing": _SPIKES,
+    "scope": {"matrix_grad_norm_ratio", "stable_rank_drop"},
+    "spike_update": {"grad_norm_ratio", "matrix_grad_norm_ratio"},
+    "cooldown_steps": _SPIKES,
+}
 # name: (above, at most)
 _RANGES = {
     "baseline_alpha": (0.0, 1.0),

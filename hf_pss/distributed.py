@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
 
 from hf_pss.errors import ConfigurationError
@@ -21,6 +22,10 @@ __all__ = ["Backend", "OneProcess", "Replicated", "backend_for"]
 
 class Backend(Protocol):
     """What smoothing must know of how a model is spread over devices and ranks."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks train the model together."""
 
     def full(self, parameter: Tensor) -> Tensor:
         """Return the whole parameter, detached; writing into it need not reach the model."""
@@ -35,6 +40,8 @@ class Backend(Protocol):
 @dataclass(frozen=True, slots=True)
 class OneProcess:
     """The identity: every parameter is whole and here, and there is nobody to agree with."""
+
+    is_shared: ClassVar[bool] = False
 
     def full(self, parameter: Tensor) -> Tensor:
         """Return the parameter itself, detached: the same memory."""
@@ -57,8 +64,11 @@ class Replicated(OneProcess):
     """DDP: every rank holds every parameter and smooths its own replica, all of them alike.
 
     Gradients and weights are bit-identical on all ranks, losses are not: a NaN on one rank must not
-    make that rank alone skip an update.
+    make that rank alone skip an update. Replicas stay equal where the ranks' devices compute alike;
+    mixed devices are not catered for.
     """
+
+    is_shared: ClassVar[bool] = True
 
     def agree(self, values: Tensor) -> list[float]:
         """Return the mean over ranks, so that NaN on one is NaN on all; every rank must call.
@@ -78,15 +88,27 @@ def backend_for(parameters: Mapping[str, nn.Parameter]) -> Backend:
         parameters: The model's parameters by name, as the training loop holds them.
 
     Raises:
-        ConfigurationError: They are sharded (FSDP2's DTensor, DeepSpeed ZeRO): not supported yet.
+        ConfigurationError: They are sharded (FSDP, tensor parallelism, ZeRO): not supported yet.
     """
     for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+        if sharding := _sharding_of(parameter):
             raise ConfigurationError(
-                f"{name} is sharded ({type(parameter).__name__}); this release smooths whole "
-                "weights only. Train on one process or under DDP."
+                f"{name} belongs to {sharding}; this release smooths whole weights only. Train on "
+                "one process or under DDP."
             )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
             return Replicated()
     return OneProcess()
+
+
+def _sharding_of(parameter: nn.Parameter) -> str | None:
+    if isinstance(parameter, DTensor):
+        return "FSDP2 or tensor parallelism (it is a DTensor)"
+    if isinstance(parameter, FlatParameter):
+        return "FSDP1 (it is a FlatParameter)"
+    # DeepSpeed marks its parameters: `ds_id` under ZeRO-3, `_hp_mapping` under ZeRO-1 and 2, where
+    # the fp32 master would undo whatever is written into the parameter alone.
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        return "DeepSpeed ZeRO"
+    return None

@@ -56,7 +56,12 @@ class Gauges:
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
-        """Return numbers as host floats: all tensors among them in one device-to-host read."""
+        """Return numbers as host floats: all tensors among them in one device-to-host read.
+
+        On several ranks the numbers are agreed upon, floats too: every rank must call.
+        """
+        if self.backend.is_shared:
+            values = tuple(self._on_device(v) if isinstance(v, float) else v for v in values)
         tensors = [v.detach().reshape(()) for v in values if isinstance(v, Tensor)]
         read = self._read(tensors)
         return [next(read) if isinstance(v, Tensor) else v for v in values]
@@ -96,6 +101,10 @@ class Gauges:
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each 2-D matrix by name; NaN where one is broken."""
         return measure_stable_ranks(self.selection.matrices, self.parameters(), self.backend)
+
+    def _on_device(self, number: float) -> Tensor:
+        device = next(iter(self._model.parameters())).device
+        return torch.tensor(number, dtype=torch.float64, device=device)
 
     def _read(self, numbers: Sequence[Tensor]) -> Iterator[float]:
         if not numbers:

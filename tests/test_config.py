@@ -110,3 +110,20 @@ def test_the_words_are_those_of_the_registries() -> None:
             continue
     # `cap` needs a level of its own; the floor uses the stable-rank cap by itself.
     assert set(SMOOTHING_FUNCTIONS) - set(accepted) <= {"cap", "stable_rank_cap"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "option", "value"),
+    [("paper", "floor_ratio", 1.0), ("floor", "smoothing", "log"), ("floor", "scope", "fired")],
+)
+def test_an_option_without_effect_warns(
+    preset: str, option: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    PSSConfig.preset(preset, **{option: value})
+    assert f"{option} has no effect" in caplog.text
+
+
+def test_an_option_with_effect_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    PSSConfig.preset("both", floor_ratio=1.0, smoothing="log", threshold_ratio=3.0)
+    PSSConfig.preset("paper", max_rank=4, observe_only=True)
+    assert caplog.text == ""

@@ -66,15 +66,31 @@ def test_a_sharded_model_is_refused() -> None:
     layer.linear1.weight = nn.Parameter(shard)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     model.layers[0] = layer
-    with pytest.raises(ConfigurationError, match=r"linear1\.weight is sharded \(DTensor\)"):
+    with pytest.raises(ConfigurationError, match=r"linear1\.weight belongs to FSDP2"):
         PSSController(model)
 
 
-def test_a_zero_partitioned_parameter_is_refused() -> None:
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"], ids=["ZeRO-3", "ZeRO-1 and 2"])
+def test_a_parameter_of_deepspeed_is_refused(mark: str) -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
-    parameter.ds_id = 3  # what DeepSpeed's ZeRO-3 writes on a parameter
-    with pytest.raises(ConfigurationError, match="w is sharded"):
+    setattr(parameter, mark, 3)  # what DeepSpeed writes on a parameter
+    with pytest.raises(ConfigurationError, match="w belongs to DeepSpeed ZeRO"):
         backend_for({"w": parameter})
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_floats_are_agreed_upon_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hand-written DDP loop may give floats: NaN on another rank must reach this one."""
+
+    def add_a_nan(values: torch.Tensor) -> None:
+        values[1] += float("nan")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_a_nan)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    norm, loss = PSSController(model, backend=Replicated()).to_host(0.1, 2.0)
+    assert norm == 0.1
+    assert loss != loss
 
 
 def test_two_ddp_replicas_end_identical(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""PSS inside Hugging Face's Trainer: arguments, callback, trainer, checkpoints, reporting."""
+"""PSS inside Hugging Face's Trainer: arguments, hooks, callback, trainer, reporting."""

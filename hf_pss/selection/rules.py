@@ -11,7 +11,9 @@ from hf_pss.selection.layouts import Parts, find_layout, looks_fused, stores_inp
 from hf_pss.selection.survey import Site, is_linear
 from hf_pss.selection.views import MatrixView, Role, RowPattern
 
-__all__ = ["matrices_of", "role_of", "why_unusable", "why_unwanted"]
+__all__ = ["ADAPTER_FACTOR", "matrices_of", "role_of", "why_unusable", "why_unwanted"]
+
+ADAPTER_FACTOR = "LoRA factor: the matrix is the product"
 
 _LORA = re.compile(
     r"(?:^|\.)lora_(?:embedding_)?[AB](?:\.|$)|(?:^|\.)lora_magnitude_vector(?:\.|$)"
@@ -32,7 +34,7 @@ def why_unusable(site: Site) -> str | None:
     if site.tied_to is not None:
         return f"tied to {site.tied_to}"
     if _LORA.search(site.name):
-        return "LoRA factor: the matrix is the product"
+        return ADAPTER_FACTOR
     if not site.parameter.requires_grad:
         return "frozen"
     if not site.parameter.is_floating_point():

@@ -11,7 +11,7 @@ from typing import get_args
 from torch import nn
 
 from hf_pss.errors import ConfigurationError, SelectionError
-from hf_pss.selection.rules import matrices_of, why_unusable, why_unwanted
+from hf_pss.selection.rules import ADAPTER_FACTOR, matrices_of, why_unusable, why_unwanted
 from hf_pss.selection.survey import survey
 from hf_pss.selection.views import Exclusion, MatrixView, Role, Selection
 
@@ -162,7 +162,13 @@ def _check_not_empty(selection: Selection) -> None:
         return
     seen = Counter(exclusion.reason for exclusion in selection.exclusions)
     counts = "; ".join(f"{count} × {reason}" for reason, count in seen.most_common(6)) or "none"
-    raise SelectionError(
-        f"No weight matrix was selected. Parameters seen: {counts}. Name those to watch, for "
-        r"instance include=[r'layers\.\d+\.weight'], or unfreeze them."
-    )
+    if any(reason == ADAPTER_FACTOR for reason in seen):
+        remedy = (
+            "This release does not smooth the product of an adapter's factors; with detectors=[] "
+            "PSS guards the run against non-finite steps and needs no matrix."
+        )
+    else:
+        remedy = (
+            r"Name those to watch, for instance include=[r'layers\.\d+\.weight'], or unfreeze them."
+        )
+    raise SelectionError(f"No weight matrix was selected. Parameters seen: {counts}. {remedy}")

@@ -218,6 +218,14 @@ def test_a_model_with_nothing_but_adapters_says_so() -> None:
         select_matrices(model)
 
 
+def test_a_model_that_trains_adapters_only_is_told_what_is_left() -> None:
+    model = gpt2().requires_grad_(False)
+    attention = model.transformer.h[0].attn
+    attention.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+    with pytest.raises(SelectionError, match=r"1 × LoRA factor.*detectors=\[\]"):
+        select_matrices(model)
+
+
 def test_roles() -> None:
     assert {m.role for m in select_matrices(gpt2(), roles=["mlp"]).matrices} == {"mlp"}
     skipped = reasons(gpt2(), roles=["mlp"])["transformer.h.0.attn.c_proj.weight"]
