@@ -84,7 +84,9 @@ app.command(
     # Their names are known to transformers, which takes seconds to import: see options.py.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train)
-app.command()(report)
+app.command(
+    epilog="For demo runs only: a run of hf-pss train ends with its table, and has no page."
+)(report)
 
 
 def main() -> None:

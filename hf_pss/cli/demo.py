@@ -42,6 +42,8 @@ def demo(
 
     The text is the Python library that your interpreter ships: nothing is downloaded.
 
+    plain is watched and never touched: bit for bit the plain Trainer. Its overhead is the watching.
+
     Ends with a table and the path of report.html. Ctrl-C reports what there is.
 
     [bold]Examples[/bold]
@@ -50,7 +52,7 @@ def demo(
 
     Means over three seeds:  [cyan]hf-pss demo --seeds 3[/cyan]
 
-    A rate far too high:  [cyan]hf-pss demo --learning-rate 1e-2 --output-dir runs/high[/cyan]
+    A milder learning rate:  [cyan]hf-pss demo --learning-rate 3e-3 --output-dir runs/mild[/cyan]
     """
     require_report_extra()
     if not overwrite:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hf_pss.cli.options import DataOptions, ModelOptions, RunOptions
+from hf_pss.cli.options import LEARNING_RATE_HELP, DataOptions, ModelOptions, RunOptions
 from hf_pss.config import PRESETS, PSSConfig
 
 __all__ = ["print_all_options", "print_help"]
@@ -50,7 +50,7 @@ Exit codes: 0 done, 2 to be mended by you, 3 not finite, 130 interrupted."""
 # The few of TrainingArguments that most runs set; `--help-all` has the rest.
 _TRAINING = (
     ("output_dir", "Checkpoints and the final model. Default: runs/<name of the YAML file>."),
-    ("learning_rate", "Peak of the schedule."),
+    ("learning_rate", LEARNING_RATE_HELP),
     ("max_steps", "Optimizer steps; or use num_train_epochs."),
     ("num_train_epochs", "Passes over the text. Default: 3."),
     ("per_device_train_batch_size", "Blocks a step and device. Default: 8."),

@@ -21,7 +21,14 @@ from transformers import (
 from hf_pss.cli.parsing import one_line, suggest
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["check_fit", "load_model", "load_tokenizer", "make_config", "make_model"]
+__all__ = [
+    "check_fit",
+    "load_model",
+    "load_tokenizer",
+    "make_config",
+    "make_model",
+    "read_overrides",
+]
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -65,7 +72,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
             f"gpt2, llama or qwen3.{suggest(source, CONFIG_MAPPING)}"
         )
     config = _configure(values)
-    changes = _read_overrides(overrides or "")
+    changes = read_overrides(overrides or "")
     known = {*config.to_dict(), *config.attribute_map}
     for name in changes:
         if name not in known:
@@ -151,8 +158,12 @@ def _configure(values: dict[str, Any]) -> PretrainedConfig:
         ) from error
 
 
-def _read_overrides(text: str) -> dict[str, Any]:
-    """Read ``n_layer=8,n_embd=64``, or the mapping that YAML has written as JSON."""
+def read_overrides(text: str) -> dict[str, Any]:
+    """Read ``n_layer=8,n_embd=64``, or the mapping that YAML has written as JSON.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
     if isinstance(values := _parse_value(text), dict):
         return values
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]

@@ -7,7 +7,18 @@ from typing import Any, ClassVar, Literal
 
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["DataOptions", "ModelOptions", "RunOptions"]
+__all__ = [
+    "FRESH_LEARNING_RATE",
+    "LEARNING_RATE_HELP",
+    "TUNED_LEARNING_RATE",
+    "DataOptions",
+    "ModelOptions",
+    "RunOptions",
+]
+
+# Our choice; transformers' 5e-5 is too low for fresh weights and high for tuned ones.
+FRESH_LEARNING_RATE, TUNED_LEARNING_RATE = 1e-3, 2e-5
+LEARNING_RATE_HELP = "Peak of the schedule. Default: 1e-3 with --model_config, 2e-5 with --model."
 
 
 def _option(default: Any, text: str) -> Any:

@@ -15,7 +15,14 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_pss.cli.options import DataOptions, ModelOptions, RunOptions
+from hf_pss.cli.options import (
+    FRESH_LEARNING_RATE,
+    LEARNING_RATE_HELP,
+    TUNED_LEARNING_RATE,
+    DataOptions,
+    ModelOptions,
+    RunOptions,
+)
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.integration.arguments import PSSTrainingArguments
 
@@ -43,11 +50,25 @@ class TrainPlan:
     arguments: PSSTrainingArguments
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # Their None means the preset's value, which the help itself names.
+        names_own = action.dest.startswith("pss_") and action.dest != "pss_preset"
+        names_own = names_own or action.dest == "learning_rate"
+        return action.help if names_own else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(
-            f"{message[:1].upper()}{message[1:]}. See `hf-pss train --help-all`."
-        )
+        raise ConfigurationError(f"{message}. See `hf-pss train --help-all`.")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Call an option by one name: argparse says --learning_rate/--learning-rate."""
+        try:
+            return super().parse_known_args(*args, **kwargs)
+        except argparse.ArgumentError as error:
+            name = str(error.argument_name).split("/")[0]
+            self.error(f"{name}: {error.message}")
 
     def add_argument(self, *names: str, **kwargs: Any) -> Any:
         # An empty list means something: `pss_detectors: []` guards against non-finite steps only.
@@ -56,6 +77,8 @@ class _Parser(HfArgumentParser):
         # Options that are None unless set would need a word: --pss_observe_only true.
         elif kwargs.get("type") is string_to_bool and "nargs" not in kwargs:
             kwargs |= {"nargs": "?", "const": True}
+        if names[0] == "--learning_rate":
+            kwargs["help"] = LEARNING_RATE_HELP
         return super().add_argument(*names, **kwargs)
 
     @property
@@ -68,6 +91,8 @@ def make_parser(output_dir: str = "runs/train") -> _Parser:
     parser = _Parser(
         [ModelOptions, DataOptions, RunOptions, PSSTrainingArguments],
         prog="hf-pss train",
+        formatter_class=_Formatter,
+        exit_on_error=False,
         add_help=False,
         allow_abbrev=False,
     )
@@ -86,7 +111,9 @@ def parse_plan(words: Sequence[str]) -> TrainPlan:
     """
     path = _config_path(words)
     parser = make_parser(f"runs/{path.stem if path else 'train'}")
-    from_file = list(_as_words(_read_yaml(path), parser.names, path)) if path else []
+    from_file = _words_of_file(path, parser) if path else []
+    tunes = parser.parse_known_args([*from_file, *words])[0].model
+    parser.set_defaults(learning_rate=TUNED_LEARNING_RATE if tunes else FRESH_LEARNING_RATE)
     try:
         model, data, run, arguments, unknown = parser.parse_args_into_dataclasses(
             [*from_file, *words], look_for_args_file=False, return_remaining_strings=True
@@ -146,18 +173,35 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in options.items()}
 
 
-def _as_words(options: dict[str, Any], names: Sequence[str], path: Path | None) -> Iterator[str]:
-    """Write a YAML mapping as command-line words; null leaves an option at its default."""
-    for key, value in options.items():
+def _words_of_file(path: Path, parser: _Parser) -> list[str]:
+    """Return a YAML file's options as command-line words, each tried alone to name it if bad."""
+    words: list[str] = []
+    for key, value in _read_yaml(path).items():
         name = key.replace("-", "_")
-        if name not in names or name == "config":
+        if name not in parser.names or name == "config":
             raise ConfigurationError(
-                f"{path} sets {key!r}, which is no option.{suggest(name, names)}"
+                f"{path} sets {key!r}, which is no option.{suggest(name, parser.names)}"
             )
-        if isinstance(value, list):
-            yield from (f"--{name}", *map(str, value))
-        elif value is not None:
-            yield f"--{name}={_as_word(value)}"
+        own = list(_as_words(name, value))
+        try:
+            left = parser.parse_known_args(own)[1]
+        except ConfigurationError as error:
+            problem = str(error).removeprefix(f"--{name}: ")
+            raise ConfigurationError(f"{path} sets {key}: {_as_word(value)}. {problem}") from error
+        if left:
+            raise ConfigurationError(
+                f"{path} sets {key}: {_as_word(value)}, but {key} takes one value."
+            )
+        words += own
+    return words
+
+
+def _as_words(name: str, value: Any) -> Iterator[str]:
+    """Write a YAML entry as command-line words; null leaves an option at its default."""
+    if isinstance(value, list):
+        yield from (f"--{name}", *map(str, value))
+    elif value is not None:
+        yield f"--{name}={_as_word(value)}"
 
 
 def _as_word(value: Any) -> str:

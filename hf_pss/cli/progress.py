@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_pss.cli.summary import logged_loss
+from hf_pss.cli.summary import counted, logged_loss
 
 __all__ = ["ProgressDisplay"]
 
@@ -85,9 +85,9 @@ class ProgressDisplay(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self._loss = logged_loss(logs)
-        events = f"{logs.get('pss/interventions', 0):.0f} interventions"
+        events = counted(logs.get("pss/interventions", 0), "intervention")
         if num_bad := logs.get("pss/nonfinite_steps", 0):
-            events += f", {num_bad:.0f} non-finite steps"
+            events += f", {counted(num_bad, 'non-finite step')}"
         self._bar.update(self._task, loss=f"loss {self._loss:.3f}", events=events)
 
     def on_evaluate(

@@ -1,4 +1,4 @@
-"""What a training run came to: the numbers, and the table that shows them."""
+"""What a training run came to: the numbers, the table that shows them, and what is wrong."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_pss.errors import StateError
+from hf_pss.events import Event, EventKind, read_events
 from hf_pss.integration.callback import PSSCallback
+from hf_pss.integration.reporting import EVENTS_FILE
+from hf_pss.policy import Action, History
 
-__all__ = ["Summary", "logged_loss", "pss_seconds", "render_summary", "summarise"]
+__all__ = ["SessionClock", "Summary", "counted", "logged_loss", "render_summary", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +32,76 @@ class Summary:
     num_nonfinite_steps: int | None
     overhead_ratio: float | None
     """Seconds of PSS over seconds of training, in this session."""
+    num_observed: int | None
+    """Events that would have been interventions; None unless the run only observed."""
+    nonfinite_streak: int
+    """Length of the row of non-finite steps with which the run ended."""
+
+    @property
+    def has_broken_weights(self) -> bool:
+        """Whether the last evaluation was not finite."""
+        return self.eval_loss is not None and not math.isfinite(self.eval_loss)
+
+    @property
+    def problem(self) -> str | None:
+        """What makes the run a failure, in a sentence, if anything does."""
+        if self.has_broken_weights:
+            return (
+                f"The validation loss is {self.eval_loss}: these weights are unusable, and no "
+                "model was saved."
+            )
+        # One alone may be a batch, or a loss scaler that tries its limit.
+        if self.nonfinite_streak > 1:
+            return (
+                f"The last {self.nonfinite_streak} steps were not finite: nothing was learned in "
+                "them, and the weights may be unusable."
+            )
+        return None
 
 
-def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds_before: float) -> Summary:
+class SessionClock(TrainerCallback):
+    """Notes what PSS had spent when this session's first step began: earlier sessions' seconds.
+
+    At that moment, because the Trainer may order callbacks anew when it resumes.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._before: float | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note it once."""
+        if self._before is None:
+            self._before = _pss_seconds(self._trainer)
+
+    @property
+    def pss_seconds(self) -> float:
+        """Seconds of PSS in this session."""
+        return 0.0 if self._before is None else _pss_seconds(self._trainer) - self._before
+
+
+def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> Summary:
     """Gather the numbers of a run that has ended.
 
     Args:
         trainer: It has trained.
         train_seconds: Wall time of this session's training, evaluations included.
-        pss_seconds_before: What PSS had spent before this session, from its checkpoint.
+        pss_seconds: Seconds of PSS in this session.
     """
     history = trainer.state.log_history
     report = _callback(trainer).report
     scalars: Mapping[str, float] = report.scalars if report is not None else {}
-    inside = pss_seconds(trainer) - pss_seconds_before
     return Summary(
         num_steps=trainer.state.global_step,
         train_loss=next((logged_loss(row) for row in reversed(history) if "loss" in row), None),
         eval_loss=next((row["eval_loss"] for row in reversed(history) if "eval_loss" in row), None),
         num_interventions=_count(scalars.get("interventions")),
         num_nonfinite_steps=_count(scalars.get("nonfinite_steps")),
-        overhead_ratio=inside / train_seconds if report is not None else None,
+        overhead_ratio=pss_seconds / train_seconds if report is not None else None,
+        num_observed=_count_observed(trainer),
+        nonfinite_streak=_closing_streak(trainer),
     )
 
 
@@ -60,16 +114,20 @@ def logged_loss(logs: Mapping[str, float]) -> float:
     return math.nan if is_hidden else float(logs["loss"])
 
 
-def pss_seconds(trainer: Trainer) -> float:
-    """Return the seconds spent in PSS since the run began, over all its sessions."""
-    controller = _callback(trainer).controller
-    return controller.seconds if controller is not None else 0.0
+def counted(number: float, what: str) -> str:
+    """Return a number and what it counts, with an s where there is not one of them."""
+    return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
 
 
 def render_summary(summary: Summary, model_dir: Path) -> Table:
     """Put the numbers and the place of the model into a table of two columns."""
     perplexity = None if summary.eval_loss is None else math.exp(min(summary.eval_loss, 700.0))
     overhead = None if summary.overhead_ratio is None else 100 * summary.overhead_ratio
+    observed = (
+        [("would have intervened", f"{summary.num_observed:,}")]
+        if summary.num_observed is not None
+        else []
+    )
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -79,9 +137,10 @@ def render_summary(summary: Summary, model_dir: Path) -> Table:
         ("validation loss", _text(summary.eval_loss, "{:.4f}")),
         ("validation perplexity", _text(perplexity, "{:.4g}")),
         ("interventions", _text(summary.num_interventions, "{:,}")),
+        *observed,
         ("non-finite steps", _text(summary.num_nonfinite_steps, "{:,}")),
         ("overhead of PSS", _text(overhead, "{:.2f} %")),
-        ("model", str(model_dir)),
+        ("model", "not saved" if summary.has_broken_weights else str(model_dir)),
     ):
         table.add_row(name, value)
     return table
@@ -90,6 +149,37 @@ def render_summary(summary: Summary, model_dir: Path) -> Table:
 def _callback(trainer: Trainer) -> PSSCallback:
     # Looked up late: the Trainer replaces its callbacks when it resumes.
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, PSSCallback))
+
+
+def _pss_seconds(trainer: Trainer) -> float:
+    controller = _callback(trainer).controller
+    return controller.seconds if controller is not None else 0.0
+
+
+def _closing_streak(trainer: Trainer) -> int:
+    controller = _callback(trainer).controller
+    if controller is None:
+        return 0
+    history = History.from_state_dict(controller.state_dict()["history"])
+    is_last = history.last_nonfinite_step == controller.step_number
+    return history.nonfinite_streak if is_last else 0
+
+
+def _count_observed(trainer: Trainer) -> int | None:
+    controller = _callback(trainer).controller
+    if controller is None or not controller.config.observe_only:
+        return None
+    path = Path(trainer.args.output_dir, EVENTS_FILE)
+    try:
+        records = read_events(path).records if path.is_file() else ()
+    except StateError:  # lines of another release: a table does not fail for them
+        return None
+    return sum(
+        isinstance(record, Event)
+        and record.decision is Action.OBSERVE
+        and record.kind is not EventKind.NON_FINITE
+        for record in records
+    )
 
 
 def _count(value: float | None) -> int | None:

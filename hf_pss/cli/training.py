@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
+import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
@@ -16,25 +18,52 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
     TrainerState,
+    TrainingArguments,
     default_data_collator,
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
 
+from hf_pss.cli.checkpoints import (
+    checkpoints_in,
+    is_complete,
+    latest_checkpoint,
+    step_of,
+    where_to_go_on,
+)
 from hf_pss.cli.model import check_fit, load_model, load_tokenizer, make_config, make_model
 from hf_pss.cli.options import ModelOptions
 from hf_pss.cli.parsing import TrainPlan
 from hf_pss.cli.progress import ProgressDisplay
-from hf_pss.cli.summary import render_summary, summarise
+from hf_pss.cli.quiet import without_noise
+from hf_pss.cli.rhythm import set_rhythms_
+from hf_pss.cli.saved_options import KeepOptions, options_to_keep
+from hf_pss.cli.summary import SessionClock, render_summary, summarise
 from hf_pss.cli.text import Text, load_training_text
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.trainer import PSSTrainer
+from hf_pss.selection import Selection, select_matrices
 
 __all__ = ["run_training"]
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+class _MakeRoom(TrainerCallback):
+    """Removes an earlier run's checkpoints where training begins: all has been checked by then."""
+
+    def __init__(self, checkpoints: list[Path]) -> None:
+        self._checkpoints = checkpoints
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove them, on the first process only."""
+        if state.is_world_process_zero:
+            for folder in self._checkpoints:
+                shutil.rmtree(folder)
 
 
 def run_training(plan: TrainPlan) -> None:
@@ -44,18 +73,31 @@ def run_training(plan: TrainPlan) -> None:
 
     Raises:
         ConfigurationError: A model, text or checkpoint is not there, or they do not fit together.
-        NonFiniteError: ``pss_on_nonfinite`` is ``stop``, and a step was not finite.
+        NonFiniteError: The run stopped at a step that was not finite, or ended with weights that
+            are not.
     """
     _hide_progress_bars()
     _check_model_options(plan.model)
     _check_reporters(plan.arguments.report_to)
-    _make_folder(Path(plan.arguments.output_dir))
+    output_dir = Path(plan.arguments.output_dir)
+    _check_folder(output_dir)
     console = Console(stderr=True)
-    checkpoint = _find_checkpoint(plan)
+    checkpoint, replaced = _find_checkpoints(plan)
+    _refuse_fewer_steps(plan.arguments, checkpoint)
+    kept = options_to_keep(
+        plan, checkpoint, warn=lambda text: console.print(text, style="yellow", markup=False)
+    )
     with console.status("Loading the model and the text …"):
         model, text = _load(plan, checkpoint)
     check_fit(model, text.tokenizer, context_length=plan.data.context_length)
-    _announce(console, model, text, plan.arguments, checkpoint)
+    pss_config = plan.arguments.pss_config()
+    selection = select_matrices(
+        model, roles=pss_config.roles, include=pss_config.include, exclude=pss_config.exclude
+    )
+    _announce(console, model, text, checkpoint)
+    _announce_pss(console, selection, plan.arguments)
+    set_rhythms_(plan.arguments, num_blocks=len(text.train))
+    _make_folder(output_dir)  # not before: a run that cannot begin leaves nothing behind
     trainer = PSSTrainer(
         model=model,
         args=plan.arguments,
@@ -63,7 +105,10 @@ def run_training(plan: TrainPlan) -> None:
         eval_dataset=text.validation,
         processing_class=text.tokenizer,
         data_collator=default_data_collator,
+        pss_config=pss_config,
     )
+    trainer.add_callback(_MakeRoom(replaced))  # after PSS, which may refuse the model
+    trainer.add_callback(KeepOptions(kept))
     _train(trainer, console, checkpoint)
 
 
@@ -73,21 +118,28 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
     for other in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other)
     trainer.add_callback(display)
-    before = _seconds_before(checkpoint)
+    clock = SessionClock(trainer)
+    trainer.add_callback(clock)
+    quiet = without_noise(trainer.model)
     try:
-        with display, _silenced("transformers.modeling_utils"):
+        with display, quiet, _silenced("transformers.modeling_utils"):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        if latest := _latest_checkpoint(output_dir):
+        if latest := latest_checkpoint(output_dir):
             console.print(f"{latest} is saved: the same command with --resume goes on from there.")
         raise
-    trainer.save_model()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error} {where_to_go_on(output_dir, checkpoint)}") from error
+    summary = summarise(
+        trainer, train_seconds=outcome.metrics["train_runtime"], pss_seconds=clock.pss_seconds
+    )
+    if not summary.has_broken_weights:
+        trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        summary = summarise(
-            trainer, train_seconds=outcome.metrics["train_runtime"], pss_seconds_before=before
-        )
         Console().print(render_summary(summary, output_dir))
+    if summary.problem:
+        raise NonFiniteError(f"{summary.problem} {where_to_go_on(output_dir, checkpoint)}")
 
 
 def _hide_progress_bars() -> None:
@@ -106,6 +158,16 @@ def _silenced(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _check_folder(path: Path) -> None:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problem = "it cannot be written to" if there.is_dir() else "it is a file"
+        where = "" if there == path else f" {there} is in the way:"
+        raise ConfigurationError(
+            f"The folder {path} cannot be made:{where} {problem}. Choose another --output_dir."
+        )
 
 
 def _make_folder(path: Path) -> None:
@@ -158,67 +220,62 @@ def _load(plan: TrainPlan, checkpoint: Path | None) -> tuple[PreTrainedModel, Te
     return model, load_training_text(plan.data, tokenizer, vocab_size=options.vocab_size)
 
 
-def _find_checkpoint(plan: TrainPlan) -> Path | None:
-    """Return the checkpoint to resume from; make room for a new run where that was asked for."""
+def _find_checkpoints(plan: TrainPlan) -> tuple[Path | None, list[Path]]:
+    """Return the checkpoint to resume from, and those that a new run is to replace."""
     output_dir, given = Path(plan.arguments.output_dir), plan.arguments.resume_from_checkpoint
-    latest = _latest_checkpoint(output_dir)
+    latest = latest_checkpoint(output_dir)
     if plan.run.resume or str(given).lower() == "true":
         if latest is None:
             raise ConfigurationError(
                 f"{output_dir} holds no checkpoint to resume from. Leave --resume out, or give "
                 "the --output_dir of the run that you want to continue."
             )
-        return latest
+        return latest, []
     if given is not None:
-        if not _is_complete(Path(given)):
+        if not is_complete(Path(given)):
             raise ConfigurationError(f"{given} is no complete checkpoint: no trainer_state.json.")
-        return Path(given)
-    if latest is not None:
-        if not plan.run.overwrite:
-            raise ConfigurationError(
-                f"{output_dir} holds checkpoints of an earlier run. Add --resume to continue it, "
-                "--overwrite to remove them, or choose another --output_dir."
-            )
-        for folder in _checkpoints(output_dir):
-            shutil.rmtree(folder)
-    return None
+        return Path(given), []
+    if latest is not None and not plan.run.overwrite:
+        raise ConfigurationError(
+            f"{output_dir} holds checkpoints of an earlier run. Add --resume to continue it, "
+            "--overwrite to remove them, or choose another --output_dir."
+        )
+    return None, checkpoints_in(output_dir) if plan.run.overwrite else []
 
 
-def _latest_checkpoint(output_dir: Path) -> Path | None:
-    return next(filter(_is_complete, reversed(_checkpoints(output_dir))), None)
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    found = {path: _CHECKPOINT.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=steps.__getitem__)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / "trainer_state.json").is_file()  # the last file that the Trainer writes
-
-
-def _seconds_before(checkpoint: Path | None) -> float:
-    """Return what PSS had spent when the checkpoint's run last logged."""
-    if checkpoint is None:
-        return 0.0
-    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
-    return next((row["pss/seconds"] for row in reversed(history) if "pss/seconds" in row), 0.0)
+def _refuse_fewer_steps(arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """Also where none is left: the Trainer would take one more all the same (5.23)."""
+    if checkpoint is not None and 0 < arguments.max_steps <= (step := step_of(checkpoint)):
+        where = "at" if step == arguments.max_steps else "past"
+        raise ConfigurationError(
+            f"{checkpoint.name} is already {where} --max_steps {arguments.max_steps}. Give more "
+            "steps, or begin a run in another --output_dir."
+        )
 
 
 def _announce(
     console: Console,
     model: PreTrainedModel,
     text: Text,
-    arguments: PSSTrainingArguments,
     checkpoint: Path | None,
 ) -> None:
     blocks, context_length = text.train.blocks.shape
     console.print(
         f"{model.config.model_type}, {model.num_parameters():,} parameters; "
         f"{blocks * context_length:,} training tokens in blocks of {context_length}, "
-        f"{len(text.validation):,} validation blocks; PSS preset {arguments.pss_preset}"
+        f"{len(text.validation):,} validation blocks"
         + (f"; resumed from {checkpoint}" if checkpoint else ""),
+        highlight=False,
+        markup=False,
+    )
+
+
+def _announce_pss(console: Console, selection: Selection, arguments: PSSTrainingArguments) -> None:
+    roles = Counter(matrix.role for matrix in selection.matrices)
+    parts = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
+    matrices = "1 matrix" if roles.total() == 1 else f"{roles.total()} matrices"
+    console.print(
+        f"watching {matrices} ({parts}), preset {arguments.pss_preset}",
         highlight=False,
         markup=False,
     )

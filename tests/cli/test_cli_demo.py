@@ -80,6 +80,12 @@ def test_demo_refuses(run: Run, words: tuple[str, ...], message: str) -> None:
     assert message in result.stderr
 
 
+def test_help_tells_what_plain_is_and_gives_no_default_as_an_example(run: Run) -> None:
+    words = " ".join(run("demo", "--help").output.split())
+    assert "bit for bit the plain Trainer" in words
+    assert "--learning-rate 1e-2" not in words
+
+
 @pytest.mark.slow
 def test_demo_trains_and_reports(run: Run) -> None:
     words = ("--steps", "3", "--guards", "plain,floor", "--output-dir", "out")

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from hf_pss.cli import help as help_page
+from hf_pss.cli.options import FRESH_LEARNING_RATE, LEARNING_RATE_HELP, TUNED_LEARNING_RATE
 from hf_pss.cli.parsing import make_parser, parse_plan
+from hf_pss.cli.rhythm import count_steps, set_rhythms_
+from hf_pss.cli.summary import counted
 from hf_pss.errors import ConfigurationError
 
 
@@ -67,10 +72,10 @@ def test_defaults() -> None:
         (["--preset=floor"], "no option --preset. Did you mean pss_preset"),
         (["--learn", "1"], "no option --learn"),  # no abbreviations: they break when options come
         (["notes.txt"], "--dataset notes.txt"),
-        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
         (["--learning_rate"], "expected one argument"),
         (["--pss_preset", "ceiling"], "invalid choice: 'ceiling'"),
-        (["--pss_threshold_ratio", "0.5"], "threshold_ratio must be above 1"),
+        (["--pss_threshold_ratio", "0.5"], "threshold_ratio must be"),
         (["--pss_detectors", "grad_norm"], "detectors may be grad_norm_ratio or"),
         (["--load_best_model_at_end", "--save_steps", "7"], "load_best_model_at_end"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file"),
@@ -90,7 +95,9 @@ def test_mistake_in_arguments(words: list[str], message: str) -> None:
         ("learning_rate: [1", "no valid YAML"),
         ("- learning_rate", "must hold options, one a line"),
         ("config: other.yaml", "sets 'config'"),
-        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("learning-rate: fast", "run.yaml sets learning-rate: fast. invalid float value"),
+        ("pss_preset: flor", "run.yaml sets pss_preset: flor. invalid choice"),
+        ("learning_rate: [1, 2]", "learning_rate takes one value"),
         ("pss_max_rank: 0", "max_rank must be a whole number of at least 1"),
     ],
 )
@@ -99,6 +106,50 @@ def test_mistake_in_yaml(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_plan(["--config", str(path)])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (["--model_config", "gpt2"], FRESH_LEARNING_RATE),
+        (["--model", "gpt2"], TUNED_LEARNING_RATE),
+        (["--model=gpt2", "--learning_rate", "3"], 3.0),
+    ],
+)
+def test_learning_rate_suits_what_is_trained(words: list[str], rate: float) -> None:
+    assert parse_plan(words).arguments.learning_rate == rate
+    for shown in ("1e-3 with --model_config", "2e-5 with --model"):
+        assert shown in LEARNING_RATE_HELP
+    assert (FRESH_LEARNING_RATE, TUNED_LEARNING_RATE) == (1e-3, 2e-5)
+
+
+def test_help_of_pss_options_names_one_default() -> None:
+    text = " ".join(make_parser().format_help().split())
+    assert re.search(r"Preset paper: 2\.5\. --pss", text)
+    assert LEARNING_RATE_HELP in text
+    assert re.search(r"or both\. \(default: paper\)", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "num_steps"),
+    [
+        (["--max_steps", "40"], 40),
+        (["--num_train_epochs", "1.5", "--gradient_accumulation_steps", "2"], 11),
+        (["--per_device_train_batch_size", "9", "--dataloader_drop_last"], 33),
+    ],
+)
+def test_rhythms_become_steps(words: list[str], num_steps: int) -> None:
+    arguments = parse_plan(["--use_cpu", *words, "--save_steps", "7"]).arguments
+    assert count_steps(arguments, num_blocks=101) == num_steps
+    set_rhythms_(arguments, num_blocks=101)
+    assert arguments.save_steps == 7
+    assert arguments.eval_steps == math.ceil(num_steps / 10)
+    assert arguments.logging_steps == 1
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 spikes"), (1, "1 spike"), (2, "2 spikes")])
+def test_one_is_singular(number: float, said: str) -> None:
+    assert counted(number, "spike") == said
 
 
 def test_help_page_names_options_that_exist() -> None:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -11,7 +15,11 @@ import datasets
 import pytest
 import torch
 from commandline import PROSE, SHORT, Run
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_pss.cli.quiet import without_noise
+from hf_pss.cli.summary import Summary
 
 # A model, but no causal one.
 T5 = ("--model_config", "t5", "--model_overrides", "num_layers=1")
@@ -108,7 +116,95 @@ def test_resumes_as_if_never_interrupted(train: Run, text_file: Path) -> None:
     assert "--resume" in again.stderr
     assert train(*words, "--output_dir", "parts", "--overwrite").exit_code == 0
     done = train(*words, "--output_dir", "parts", "--resume_from_checkpoint", "true")
-    assert done.exit_code == 0, done.stderr  # nothing left to do
+    assert done.exit_code == 2  # the Trainer would take a sixth step
+    assert "checkpoint-5 is already at --max_steps 5" in done.stderr
+    fewer = train(*words, "--output_dir", "parts", "--resume", "--max_steps", "4")
+    assert fewer.exit_code == 2
+    assert "checkpoint-5 is already past --max_steps 4" in fewer.stderr
+
+
+def test_resume_holds_to_the_options_of_the_run(train: Run, text_file: Path) -> None:
+    words = ("--dataset", text_file, "--output_dir", "out", "--save_steps", "2")
+    assert train(*words, "--max_steps", "2").exit_code == 0
+    kept = json.loads(Path("out/hf_pss_options.json").read_text(encoding="utf-8"))
+    assert kept["model_overrides"]["n_layer"] == 2
+    resume = (*words, "--resume")
+    for refused in (("--model_overrides", "n_layer=1"), ("--context_length", "16")):
+        result = train(*resume, *refused)
+        assert result.exit_code == 2
+        assert f"you gave {' '.join(refused)}" in result.stderr
+    shorter = text_file.with_name("shorter.txt")
+    shorter.write_text(PROSE[:9000], encoding="utf-8")
+    result = train(*resume, "--dataset", shorter, "--learning_rate", "0.5")
+    assert result.exit_code == 0, result.stderr
+    said = result.stderr.replace("\n", "")
+    assert "began with --dataset" in said
+    assert "--learning_rate 0.5 has no effect" in said.replace("  ", " ")
+    assert json.loads(Path("out/hf_pss_options.json").read_text(encoding="utf-8")) == kept
+    Path("out/hf_pss_options.json").write_text('{"version": 1}', encoding="utf-8")
+    assert "cannot be read" in train(*resume, "--max_steps", "9").stderr
+
+
+def test_a_resumed_run_is_quiet_and_its_overhead_its_own(
+    train: Run, text_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # into caplog
+    words = (
+        *("--dataset", text_file, "--output_dir", "out", "--num_train_epochs", "1"),
+        *("--max_steps", "-1", "--logging_steps", "0.02"),
+    )
+    assert train(*words).exit_code == 0
+    for checkpoint in sorted(Path("out").glob("checkpoint-*"))[-1:]:
+        shutil.rmtree(checkpoint)
+    state = next(Path("out").glob("checkpoint-*/trainer_state.json"))
+    text = state.read_text(encoding="utf-8")
+    seconds = re.compile(r'("pss/seconds": )[^,\n]+')
+    state.write_text(seconds.sub(r"\g<1>1e6", text), encoding="utf-8")
+    result = train(*words, "--resume")
+    assert result.exit_code == 0, result.stderr
+    overhead = next(line for line in result.stdout.splitlines() if "overhead" in line)
+    assert "-" not in overhead
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("transformers")] == []
+
+
+def test_observer_says_how_often_it_would_have_intervened(train: Run, text_file: Path) -> None:
+    words = (
+        *("--dataset", text_file, "--output_dir", "out", "--pss_preset", "floor"),
+        *("--pss_floor_reference", "noise", "--pss_floor_ratio", "100"),
+    )
+    result = train(*words, "--pss_check_every_steps", "2", "--pss_observe_only")
+    assert result.exit_code == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if "would have intervened" in line)
+    assert " 2 " in row
+    assert "would have" not in train(*words, "--overwrite").stdout
+
+
+def test_start_says_what_is_watched(train: Run, text_file: Path) -> None:
+    stderr = train("--dataset", text_file, "--pss_preset", "both", "--max_steps", "1").stderr
+    assert "watching 12 matrices (8 attention, 4 mlp), preset both" in stderr
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("--dataset", "nosuch.jsonl"),
+        ("--model_config", "gpt3"),
+        ("--context_length", "64"),
+        ("--pss_include", "*.nosuch.*"),
+    ],
+)
+def test_overwrite_removes_nothing_before_all_is_checked(
+    train: Run, text_file: Path, mistake: tuple[str, str]
+) -> None:
+    earlier = Path("out/checkpoint-3/trainer_state.json")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}", encoding="utf-8")
+    words = ("--dataset", text_file, "--output_dir", "out", "--overwrite")
+    refused = train(*words, *mistake)
+    assert refused.exit_code == 2, refused.output
+    assert earlier.is_file()
+    assert train(*words).exit_code == 0
+    assert not earlier.exists()
 
 
 def test_interrupted_run_says_how_to_go_on(train: Run, text_file: Path) -> None:
@@ -129,12 +225,61 @@ def test_nonfinite_stop_has_its_own_exit_code(train: Run, text_file: Path) -> No
     result = train("--dataset", text_file, *words, "--pss_on_nonfinite", "stop")
     assert result.exit_code == 3
     assert "Stopped before the update of step" in result.stderr.replace("\n", " ")
+    assert "No checkpoint has a finite evaluation" in result.stderr
+
+
+def test_broken_run_names_the_last_healthy_checkpoint(train: Run, text_file: Path) -> None:
+    words = (
+        *("--dataset", text_file, "--output_dir", "out", "--eval_steps", "1", "--save_steps", "1"),
+        *("--save_total_limit", "9", "--max_grad_norm", "0"),
+        *("--warmup_steps", "3", "--learning_rate", "1e30"),  # from 0 to absurd within the run
+    )
+    for ending in ("stop", "skip"):
+        result = train(*words, "--pss_on_nonfinite", ending, "--overwrite")
+        assert result.exit_code == 3, result.stderr
+        # The first step of a warm-up has a rate of zero.
+        assert "finite is out/checkpoint-1: --resume_from_checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("eval_loss", "streak", "problem"),
+    [
+        (3.0, 0, None),
+        (None, 1, None),
+        (3.0, 2, "last 2 steps were not finite"),
+        (math.nan, 0, "these weights are unusable"),
+        (math.inf, 2, "these weights are unusable"),
+    ],
+)
+def test_problem_of_a_run(eval_loss: float | None, streak: int, problem: str | None) -> None:
+    summary = Summary(9, 1.0, eval_loss, 0, streak, 0.0, None, streak)
+    assert (problem in summary.problem) if summary.problem and problem else not problem
+
+
+def test_only_the_two_warnings_are_held_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # into caplog
+    model = nn.ModuleDict({"wte": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+    model["head"].weight = model["wte"].weight
+    logger = logging.getLogger("transformers.trainer")
+    missing = "There were missing keys in the checkpoint model loaded: {}."
+    with without_noise(model), caplog.at_level(logging.WARNING):
+        logger.warning(missing.format(["head.weight"]))
+        logger.warning(missing.format(["head.weight", "other.weight"]))
+        logger.warning("mtime is something else")
+    told = {record.getMessage() for record in caplog.records}
+    assert told == {missing.format(["head.weight", "other.weight"]), "mtime is something else"}
 
 
 def test_nonfinite_steps_are_counted(train: Run, text_file: Path) -> None:
     words = ("--learning_rate", "1e30", "--lr_scheduler_type", "constant", "--max_grad_norm", "0")
     result = train("--dataset", text_file, *words)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 3, result.stderr
+    assert "these weights are unusable" in result.stderr
+    assert "No checkpoint has a finite evaluation" in result.stderr
+    assert "not saved" in result.stdout
+    assert not Path("out/model.safetensors").exists()
     count = next(line for line in result.stdout.splitlines() if "non-finite steps" in line)
     assert " 0 " not in count
     loss = next(line for line in result.stdout.splitlines() if "train loss" in line)
@@ -165,6 +310,8 @@ def test_nonfinite_steps_are_counted(train: Run, text_file: Path) -> None:
         (("--max_validation_blocks", "0"), "max_validation_blocks must be at least 1"),
         (("--output_dir", "prose.txt"), "The folder prose.txt cannot be made"),
         (("--report_to", "abacus"), "report to abacus, which is not installed or not known"),
+        (("--output_dir", "prose.txt/run"), "prose.txt is in the way: it is a file"),
+        (("--dataset", "prose.txt", "--pss_include", "nosuch"), "nosuch"),
         (("--resume",), "no checkpoint to resume from"),
         (("--resume_from_checkpoint", "prose.txt"), "no complete checkpoint"),
     ],
@@ -173,9 +320,11 @@ def test_mistake(train: Run, text_file: Path, words: tuple[str, ...], message: s
     Path("empty.txt").touch()
     Path("rows.jsonl").write_text('{"body": "text"}\n', encoding="utf-8")
     Path("broken.jsonl").write_text('{"text": "cut', encoding="utf-8")
+    before = set(Path().iterdir())
     result = train(*words)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+    assert {path.name for path in set(Path().iterdir()) - before} <= {"datasets"}  # no empty runs/
 
 
 def test_model_that_the_hub_does_not_give(run: Run, text_file: Path) -> None:
