@@ -268,10 +268,15 @@ def _load_rows(
         raise ConfigurationError(f"There is no file {source}. Check the path.")
     try:
         return datasets.load_dataset(source, subset, split=split, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    # RuntimeError: a dataset that is a script, which datasets 4 and later do not run.
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"There is no file {source!r}, and the Hub gave no dataset of that name "
             f"(subset {subset!r}, split {split!r}): {error}"
+        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ConfigurationError(
+            f"The Hub's dataset {source!r} could not be read: {error.__cause__ or error}"
         ) from error
 
 

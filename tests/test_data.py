@@ -183,6 +183,12 @@ def test_a_folder_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
         load_text(tmp_path, tokenizer, context_length=64)
 
 
+def test_a_dataset_that_is_a_script_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    # A name that `datasets` takes for a script's without asking the Hub, and we not for a file's.
+    with pytest.raises(ConfigurationError, match=r"nobody/\.py.*scripts are no longer supported"):
+        load_text("nobody/.py", tokenizer, context_length=64)
+
+
 def test_an_unknown_dataset_names_what_was_tried(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

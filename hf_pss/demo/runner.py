@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hf_pss.demo.corpus import build_corpus
+from hf_pss.demo.folder import (
+    LOG_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    remove_earlier_demo,
+    run_folder,
+)
 from hf_pss.demo.recipe import GUARDS, DemoRecipe
-from hf_pss.demo.worker import METRICS_FILE, SUMMARY_FILE, run_folder
 from hf_pss.errors import ConfigurationError
 
 __all__ = ["run_demo"]
@@ -32,7 +39,6 @@ __all__ = ["run_demo"]
 _VERSION = 1
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
-_LOG_FILE = "train.log"
 
 
 @dataclass(slots=True)
@@ -68,14 +74,15 @@ def run_demo(
         output_dir: Made if need be; results of an earlier demo in it are replaced.
         guards: Names from `GUARDS`.
         num_seeds: Seeds 0 … num_seeds − 1, each trained under every guard.
-        num_processes: Runs at a time; as many as there are cores when None.
+        num_processes: Runs at a time; as many as there are cores for this process when None.
         console: Where progress is shown.
 
     Returns:
         ``finished``, ``interrupted`` (Ctrl-C: what was there by then is kept) or ``failed``.
 
     Raises:
-        ConfigurationError: An unknown guard, or a count below one.
+        ConfigurationError: An unknown guard, a count below one, or an earlier demo's file that
+            cannot be removed.
     """
     _check(guards, num_seeds, num_processes)
     console = console or Console()
@@ -87,7 +94,7 @@ def run_demo(
         progress=lambda text: console.print(f"Preparing the corpus: {text} …"),
     )
     num_runs = len(guards) * num_seeds
-    cores = os.cpu_count() or 1
+    cores = _num_cores()
     at_a_time = min(num_processes or cores, num_runs)
     info = {
         "version": _VERSION,
@@ -119,6 +126,7 @@ def run_demo(
         "seeds": list(range(num_seeds)),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
+    remove_earlier_demo(output_dir)
     _write_json(output_dir / "run.json", info)
     status = _train_all(output_dir, recipe, info, at_a_time, console)
     elapsed = time.monotonic() - started
@@ -136,7 +144,7 @@ def _train_all(
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress, _sigterm_interrupts():
+    with Progress(*columns, console=console) as progress, _signals_interrupt():
         runs = [
             _Run(
                 guard=guard,
@@ -149,9 +157,6 @@ def _train_all(
             for seed in info["seeds"]
             for guard in info["guards"]
         ]
-        for run in runs:  # nothing of an earlier demo may pass for a result of this one
-            (run.folder / SUMMARY_FILE).unlink(missing_ok=True)
-            (run.folder / METRICS_FILE).unlink(missing_ok=True)
         try:
             _supervise(runs, out, at_a_time, progress)
         except KeyboardInterrupt:
@@ -159,7 +164,7 @@ def _train_all(
         finally:
             _end(runs)
     for run in (run for run in runs if run.failed):
-        log = run.folder / _LOG_FILE
+        log = run.folder / LOG_FILE
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         console.print(f"{run.guard}, seed {run.seed} failed; {log} ends with:\n{tail}", style="red")
     return "failed" if any(run.failed for run in runs) else "finished"
@@ -167,12 +172,11 @@ def _train_all(
 
 def _supervise(runs: Sequence[_Run], out: Path, at_a_time: int, progress: Progress) -> None:
     """Keep ``at_a_time`` runs going until all have ended."""
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
     waiting, going = deque(runs), list[_Run]()
     while waiting or going:
         while waiting and len(going) < at_a_time:
             run = waiting.popleft()
-            run.process = _start(run, out, threads)
+            run.process = _start(run, out)
             progress.start_task(run.task)
             going.append(run)
         time.sleep(_POLL_SECONDS)
@@ -181,14 +185,15 @@ def _supervise(runs: Sequence[_Run], out: Path, at_a_time: int, progress: Progre
         going = [r for r in going if r.process is not None and r.process.poll() is None]
 
 
-def _start(run: _Run, out: Path, threads: int) -> subprocess.Popen[bytes]:
+def _start(run: _Run, out: Path) -> subprocess.Popen[bytes]:
     run.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hf_pss.demo.worker", str(out), run.guard, str(run.seed)]
-    quiet = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    with (run.folder / _LOG_FILE).open("wb") as log:
+    words = [str(out), run.guard, str(run.seed), str(os.getpid())]
+    # One thread a run: its matrices are too small to share.
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (run.folder / LOG_FILE).open("wb") as log:
         # A session of its own: Ctrl-C reaches the demo alone, which then ends its runs in order.
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "hf_pss.demo.worker", *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -236,21 +241,24 @@ def _last_row(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, so that it, too, leaves a report and no orphan."""
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, so that they leave a report and no orphan."""
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are somebody else's
         return
+    # Windows has no SIGHUP; under nohup it is ignored, and stays so.
+    wanted = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
+    heeded = [one for one in wanted if signal.getsignal(one) not in (None, signal.SIG_IGN)]
+    before = {one: signal.signal(one, interrupt) for one in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _check(guards: Sequence[str], num_seeds: int, num_processes: int | None) -> None:
@@ -262,6 +270,11 @@ def _check(guards: Sequence[str], num_seeds: int, num_processes: int | None) -> 
         )
     if num_seeds < 1 or (num_processes is not None and num_processes < 1):
         raise ConfigurationError("The numbers of seeds and of processes must be 1 or more.")
+
+
+def _num_cores() -> int:
+    """Count the cores that this process may use, where the system tells, or else all."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _command() -> str:

@@ -1,4 +1,4 @@
-"""One run of the demo, in a process of its own: ``python -m hf_pss.demo.worker OUT GUARD SEED``."""
+"""One run of the demo, in a process of its own; its parent is the demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils.data import Subset
@@ -23,24 +23,23 @@ from transformers import (
     set_seed,
 )
 
-from hf_pss.demo.corpus import build_corpus
+from hf_pss.demo.corpus import Corpus, build_corpus
+from hf_pss.demo.folder import METRICS_FILE, SUMMARY_FILE, run_folder
 from hf_pss.demo.recipe import GUARDS, DemoRecipe
-from hf_pss.integration.reporting import EVENTS_FILE, HEALTH_FILE
+from hf_pss.integration.reporting import EVENTS_FILE
 from hf_pss.integration.trainer import PSSTrainer
 
-__all__ = ["METRICS_FILE", "SUMMARY_FILE", "main"]
-
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
+__all__ = ["main"]
 
 
 class _Recorder(TrainerCallback):
-    """Writes every step's numbers, flushed at once: a killed run leaves all it had."""
+    """Writes every step's numbers into a file of lines; stops the run when its parent is gone."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        self._parent = os.getppid()
+    def __init__(self, file: TextIO, *, parent: int) -> None:
+        self._file = file
+        self._parent = parent
         self._started = 0.0
+        self._num_nonfinite_steps = 0.0
         self.train_seconds = 0.0
         self.last: dict[str, float | None] = {}
         self.final_eval_loss: float | None = None
@@ -56,8 +55,7 @@ class _Recorder(TrainerCallback):
     ) -> None:
         """Stop the clock; stop the run, too, if whoever started it is gone."""
         self.train_seconds += time.perf_counter() - self._started
-        if os.getppid() != self._parent:
-            raise SystemExit("The demo that started this run is gone.")
+        _stop_if_orphaned(self._parent)
 
     def on_log(
         self,
@@ -75,7 +73,7 @@ class _Recorder(TrainerCallback):
         elif "loss" in logs:
             self.last = {
                 "step": state.global_step,
-                "loss": _finite(logs["loss"]),
+                "loss": self._loss(logs),
                 "grad_norm_preclip": _finite(logs.get("pss/grad_norm_preclip")),
                 "baseline": _finite(logs.get("pss/baseline")),
                 "threshold": _finite(logs.get("pss/threshold")),
@@ -85,23 +83,47 @@ class _Recorder(TrainerCallback):
             }
             self._write(self.last)
 
+    def _loss(self, logs: dict[str, float]) -> float | None:
+        """Return the step's loss; None for the 0.0 by which the Trainer's filter replaces a NaN.
+
+        Without its filter (``logging_nan_inf_filter``) the Trainer's sum stays NaN to the end.
+        """
+        before, now = self._num_nonfinite_steps, logs.get("pss/nonfinite_steps", 0.0)
+        self._num_nonfinite_steps = now
+        return None if now > before and logs["loss"] == 0.0 else _finite(logs["loss"])
+
     def _write(self, row: dict[str, float | None]) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def main(out: Path, guard: str, seed: int) -> None:
-    """Train one twin and write its metrics, health, events and summary into its folder."""
+def main(out: Path, guard: str, seed: int, *, parent: int) -> None:
+    """Train one twin and write its metrics, health, events and summary into its folder.
+
+    Args:
+        out: The demo's folder; its run.json holds the recipe.
+        guard: A name from `GUARDS`.
+        seed: Of the weights and of the order of the data.
+        parent: Process id of the demo. The run ends as soon as this is not its parent any more.
+    """
+    _stop_if_orphaned(parent)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     recipe = DemoRecipe(**json.loads((out / "run.json").read_text())["recipe"])
     folder = run_folder(out, guard, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS_FILE, SUMMARY_FILE, EVENTS_FILE, HEALTH_FILE):
-        (folder / name).unlink(missing_ok=True)
     corpus = build_corpus(
         vocab_size=recipe.vocab_size, context_length=recipe.context_length, max_tokens=None
     )
+    # Buffered by lines: a killed run leaves all it had.
+    with (folder / METRICS_FILE).open("w", encoding="utf-8", buffering=1) as file:
+        recorder = _Recorder(file, parent=parent)
+        _train(recipe, folder, guard, seed, corpus, recorder)
+    _write_summary(folder, recorder)
+
+
+def _train(
+    recipe: DemoRecipe, folder: Path, guard: str, seed: int, corpus: Corpus, recorder: _Recorder
+) -> None:
     set_seed(seed)
-    recorder = _Recorder(folder / METRICS_FILE)
     trainer = PSSTrainer(
         model=recipe.model(),
         args=recipe.arguments(folder, seed),
@@ -113,12 +135,11 @@ def main(out: Path, guard: str, seed: int) -> None:
     trainer.add_callback(recorder)  # after PSS, so that its clock holds the smoothing too
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    _write_summary(folder, recorder)
 
 
-def run_folder(out: Path, guard: str, seed: int) -> Path:
-    """Return where one run writes."""
-    return out / guard / f"seed-{seed}"
+def _stop_if_orphaned(parent: int) -> None:
+    if os.getppid() != parent:
+        raise SystemExit("The demo that started this run is gone.")
 
 
 def _evenly(length: int, recipe: DemoRecipe) -> list[int]:
@@ -149,4 +170,4 @@ def _finite(value: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), parent=int(sys.argv[4]))

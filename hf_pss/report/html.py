@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from hf_pss.report import MISSING_EXTRA, canvas, plots, text
 from hf_pss.report.heatmap import OUTSIDE_BLOCKS, noise_levels, row_of, stable_rank_figure
 from hf_pss.report.load import load_run_directory
-from hf_pss.report.records import Intervention, RunDirectory, TrainingRun
+from hf_pss.report.records import Event, RunDirectory, TrainingRun
 from hf_pss.report.results import Result, headline, label, mean_result, outcome, result
 
 try:
@@ -24,7 +25,7 @@ except ImportError as error:
 __all__ = ["write_report"]
 
 # A floor may act at every check: the page shows the first ones, the run's own file has all.
-_MOST_INTERVENTIONS = 40
+_MOST_LINES = 40
 _MOST_DETAILED = 10
 
 
@@ -40,14 +41,25 @@ class SummaryLine:
 
 
 @dataclass(frozen=True, slots=True)
-class InterventionList:
-    """The interventions of one run, as far as the page shows them."""
+class EventLine:
+    """A line of the table of events: one intervention, or a row of events that are alike."""
+
+    first: Event
+    last_step: int
+    num_events: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventList:
+    """The events of one run, as far as the page shows them."""
 
     title: str
     path: str
-    shown: tuple[Intervention, ...]
-    detailed: tuple[Intervention, ...]
-    num_all: int
+    shown: tuple[EventLine, ...]
+    detailed: tuple[Event, ...]
+    num_lines: int
+    num_interventions: int
+    num_others: int
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -112,7 +124,7 @@ def _render(directory: RunDirectory, figures: Mapping[str, str]) -> str:
         figures=figures,
         noise=noise_levels(directory),
         roles=_roles(directory),
-        interventions=[_intervention_list(run) for run in directory.runs if run.interventions],
+        events=[_event_list(run) for run in directory.runs if run.events],
         methods=[_method(directory, guard) for guard in directory.guards],
         label=label,
         outcome=outcome,
@@ -140,14 +152,30 @@ def _roles(directory: RunDirectory) -> list[str]:
     return sorted({row_of(name).role for name in names})
 
 
-def _intervention_list(run: TrainingRun) -> InterventionList:
-    return InterventionList(
+def _event_list(run: TrainingRun) -> EventList:
+    event_lines = tuple(_event_lines(run.events))
+    return EventList(
         title=f"{label(run.guard)}, seed {run.seed}",
         path=f"{run.guard}/seed-{run.seed}/pss_events.jsonl",
-        shown=run.interventions[:_MOST_INTERVENTIONS],
+        shown=event_lines[:_MOST_LINES],
         detailed=run.interventions[:_MOST_DETAILED],
-        num_all=len(run.interventions),
+        num_lines=len(event_lines),
+        num_interventions=len(run.interventions),
+        num_others=len(run.events) - len(run.interventions),
     )
+
+
+def _event_lines(events: Sequence[Event]) -> Iterator[EventLine]:
+    """One line for each intervention; neighbours that nothing was done about share one."""
+
+    def likeness(numbered: tuple[int, Event]) -> tuple[object, ...]:
+        index, event = numbered
+        alone = index if event.is_intervention else None
+        return alone, event.kind, event.detector, event.answer
+
+    for _, group in groupby(enumerate(events), key=likeness):
+        alike = [event for _, event in group]
+        yield EventLine(alike[0], alike[-1].step, len(alike))
 
 
 def _method(directory: RunDirectory, guard: str) -> tuple[str, str]:

@@ -6,16 +6,17 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.report.records import (
     Curve,
-    Intervention,
+    Event,
     MatrixChange,
     Row,
     RunDirectory,
@@ -28,6 +29,10 @@ from hf_pss.report.records import (
 __all__ = ["load_run_directory"]
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
+_EVENT_KINDS = {"spike", "drop", "floor", "non_finite", "intervention"}
+
+
+_Folders: TypeAlias = Mapping[tuple[str, int], Path]
 
 
 @dataclass(slots=True)
@@ -72,6 +77,9 @@ class _Reader:
 def load_run_directory(run_dir: Path) -> RunDirectory:
     """Read what a demo run has written so far.
 
+    Where ``run.json`` names its guards and seeds, folders of others are an earlier demo's: they are
+    left out.
+
     Raises:
         ConfigurationError: no such folder, or nothing in it that a run would write.
     """
@@ -79,29 +87,45 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
         raise ConfigurationError(f"There is no folder {run_dir}. Give the folder of a demo run.")
     reader = _Reader(run_dir)
     info = reader.json(run_dir / "run.json") or {}
-    found = {folder.parent.name for folder in run_dir.glob("*/seed-*") if folder.is_dir()}
-    named = [str(guard) for guard in _sequence(info.get("guards"))]
-    for guard in named:
-        if guard not in found:
-            reader.missing.append(f"{guard} has left nothing.")
-    guards = tuple(guard for guard in dict.fromkeys(named) if guard in found)
-    guards += tuple(sorted(found - set(guards)))
-    if not guards:
+    found = _run_folders(run_dir)
+    guards = [str(guard) for guard in _sequence(info.get("guards"))]
+    guards = guards or sorted({guard for guard, _ in found})
+    seeds = {seed for value in _sequence(info.get("seeds")) if (seed := _count(value)) is not None}
+    runs = tuple(
+        run for guard in dict.fromkeys(guards) for run in _load_guard(reader, guard, seeds, found)
+    )
+    if not runs:
         raise ConfigurationError(
             f"{run_dir} holds no run: a demo run has folders such as plain/seed-0. "
             "Give the folder that `hf-pss demo` wrote."
         )
-    runs = tuple(run for guard in guards for run in _load_guard(reader, guard))
-    return RunDirectory(info=info, guards=guards, runs=runs, missing=tuple(reader.missing))
+    return RunDirectory(
+        info=info,
+        guards=tuple(dict.fromkeys(run.guard for run in runs)),
+        runs=runs,
+        missing=tuple(reader.missing),
+    )
 
 
-def _load_guard(reader: _Reader, guard: str) -> Iterable[TrainingRun]:
-    seeds = {
-        int(match[1]): folder
-        for folder in (reader.root / guard).iterdir()
-        if (match := _SEED_FOLDER.fullmatch(folder.name))
+def _run_folders(run_dir: Path) -> _Folders:
+    return {
+        (folder.parent.name, int(match[1])): folder
+        for folder in run_dir.glob("*/seed-*")
+        if folder.is_dir() and (match := _SEED_FOLDER.fullmatch(folder.name))
     }
-    return [_load_run(reader, guard, seed, seeds[seed]) for seed in sorted(seeds)]
+
+
+def _load_guard(
+    reader: _Reader, guard: str, seeds: AbstractSet[int], found: _Folders
+) -> list[TrainingRun]:
+    there = {
+        seed: folder
+        for (name, seed), folder in sorted(found.items())
+        if name == guard and (seed in seeds or not seeds)
+    }
+    absent = [f"{guard}/seed-{seed}" for seed in sorted(seeds - set(there))] if there else [guard]
+    reader.missing += [f"{name} has left nothing." for name in absent]
+    return [_load_run(reader, guard, seed, folder) for seed, folder in there.items()]
 
 
 def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingRun:
@@ -116,7 +140,7 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
         baseline=_curve(metrics, "baseline"),
         threshold=_curve(metrics, "threshold"),
         stable_ranks=_stable_ranks(reader.json_lines(folder / "pss_health.jsonl")),
-        interventions=_interventions(folder, reader),
+        events=_events(folder, reader),
         summary=None if summary is None else _summary(summary),
     )
 
@@ -147,21 +171,30 @@ def _stable_ranks(rows: Iterable[Row]) -> StableRanks:
     )
 
 
-def _interventions(folder: Path, reader: _Reader) -> tuple[Intervention, ...]:
+def _events(folder: Path, reader: _Reader) -> tuple[Event, ...]:
     path = folder / "pss_events.jsonl"
     # A guard that noticed nothing writes no events: neither absent nor empty is a loss.
     if not path.is_file() or path.stat().st_size == 0:
         return ()
-    rows = [row for row in reader.json_lines(path) if row.get("kind") == "intervention"]
-    by_step = {_step(row): row for row in rows}
-    return tuple(_intervention(by_step[step]) for step in sorted(by_step))
+    # All of them: a step may hold several, one for each detector.
+    events = [_event(row) for row in reader.json_lines(path) if _kind(row) in _EVENT_KINDS]
+    return tuple(sorted(events, key=lambda event: event.step))
 
 
-def _intervention(row: Row) -> Intervention:
+def _kind(row: Row) -> str:
+    return str(row.get("kind", ""))
+
+
+def _event(row: Row) -> Event:
+    is_intervention = _kind(row) == "intervention"
     matrices = [item for item in _sequence(row.get("matrices")) if isinstance(item, Mapping)]
-    return Intervention(
+    return Event(
         step=_step(row),
+        kind=str(row.get("trigger", "")) if is_intervention else _kind(row),
         detector=str(row.get("detector", "")),
+        is_intervention=is_intervention,
+        decision=str(row.get("decision", "")),
+        reason=str(row.get("reason", "")),
         smoothing=str(row.get("smoothing", "")),
         value=number(row.get("value")),
         threshold=number(row.get("threshold")),

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 __all__ = [
     "Curve",
+    "Event",
     "Floats",
-    "Intervention",
     "MatrixChange",
     "Row",
     "RunDirectory",
@@ -76,16 +76,33 @@ class MatrixChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Intervention:
-    """One line of ``pss_events.jsonl`` that changed weights."""
+class Event:
+    """One line of ``pss_events.jsonl``: something was noticed, and smoothed or not."""
 
     step: int
+    kind: str
+    """``spike``, ``drop``, ``floor`` or ``non_finite``."""
     detector: str
+    is_intervention: bool
+    """Whether weights were smoothed; smoothing, seconds and matrices are an intervention's."""
+    decision: str
+    """``observe``, ``skip_update`` or ``stop``, where no weight was smoothed."""
+    reason: str
+    """Why it was decided so: ``cooldown``, ``budget``, ``observe only``."""
     smoothing: str
     value: float
     threshold: float
     seconds: float
     matrices: tuple[MatrixChange, ...]
+
+    @property
+    def answer(self) -> str:
+        """What was done, in a few words."""
+        if self.is_intervention:
+            return self.smoothing
+        if self.decision == "observe":
+            return f"none ({self.reason})"
+        return self.decision.replace("_", " ") or "none"
 
     @property
     def changed(self) -> tuple[MatrixChange, ...]:
@@ -125,8 +142,13 @@ class TrainingRun:
     baseline: Curve
     threshold: Curve
     stable_ranks: StableRanks
-    interventions: tuple[Intervention, ...]
+    events: tuple[Event, ...]
     summary: Summary | None
+
+    @property
+    def interventions(self) -> tuple[Event, ...]:
+        """The events that were answered by smoothing."""
+        return tuple(event for event in self.events if event.is_intervention)
 
 
 @dataclass(frozen=True, slots=True)

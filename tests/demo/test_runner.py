@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from hf_pss.demo import worker
 from hf_pss.demo.recipe import DemoRecipe
-from hf_pss.demo.runner import run_demo
+from hf_pss.demo.runner import _num_cores, _signals_interrupt, run_demo
 from hf_pss.errors import ConfigurationError
 from hf_pss.report.html import write_report
 from hf_pss.report.table import render_table
@@ -99,18 +101,91 @@ def test_refuses(options: dict[str, object], word: str, tmp_path: Path) -> None:
         run_demo(TINY, tmp_path, **options)
 
 
-def test_a_failing_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The child reads the recipe from run.json; a directory in the way of its metrics ends it.
-    (tmp_path / "plain" / "seed-0" / "pss_events.jsonl").mkdir(parents=True)
+def test_a_failing_run_says_why(tmp_path: Path) -> None:
+    recipe = replace(TINY, adam_beta2=2.0)  # AdamW refuses it
     shown = io.StringIO()
-    status = run_demo(TINY, tmp_path, guards=("plain",), console=Console(file=shown, width=200))
+    status = run_demo(recipe, tmp_path, guards=("plain",), console=Console(file=shown, width=200))
     assert status == "failed"
     assert "train.log ends with" in shown.getvalue()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
+def test_nothing_of_an_earlier_demo_is_left(tmp_path: Path) -> None:
+    for folder in ("plain/seed-0", "plain/seed-3", "paper/seed-0", "other/seed-0", "plain/seed-x"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("metrics.jsonl", "summary.json", "pss_events.jsonl", "pss_health.jsonl"):
+            (tmp_path / folder / name).write_text("{}\n")
+    (tmp_path / "report.html").touch()
+    (tmp_path / "paper" / "seed-0" / "notes.txt").touch()
+    recipe = replace(TINY, adam_beta2=2.0)  # fails before it has written anything
+    console = Console(file=io.StringIO())
+    assert run_demo(recipe, tmp_path, guards=("plain",), console=console) == "failed"
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert {x for x in left if not x.startswith(("other/", "plain/seed-x"))} == {
+        "run.json",
+        "plain/seed-0/metrics.jsonl",
+        "plain/seed-0/train.log",
+        "paper/seed-0/notes.txt",
+    }
+    assert (tmp_path / "plain" / "seed-0" / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "plain" / "seed-3").exists()
+    assert (tmp_path / "other" / "seed-0" / "metrics.jsonl").exists()
+    assert (tmp_path / "plain" / "seed-x" / "metrics.jsonl").exists()
+
+
+def test_what_cannot_be_removed_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "plain" / "seed-0" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=r"cannot be removed: .*metrics\.jsonl"):
+        run_demo(TINY, tmp_path, guards=("plain",), console=Console(file=io.StringIO()))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_step_that_is_not_finite_is_null_and_not_zero(tmp_path: Path) -> None:
+    """The Trainer's filter logs a loss of NaN as 0.0, which would pass for the best of all."""
+    recipe = replace(TINY, learning_rate=1e30)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+    worker.main(tmp_path, "plain", 0, parent=os.getppid())
+    rows = [r for r in _read_lines(tmp_path / "plain" / "seed-0" / "metrics.jsonl") if "loss" in r]
+    losses = [row["loss"] for row in rows]
+    num_bad = losses.count(None)
+    assert 0 < num_bad < len(losses)
+    assert 0.0 not in losses
+    assert rows[-1]["nonfinite_steps"] == num_bad
+    summary = json.loads((tmp_path / "plain" / "seed-0" / "summary.json").read_text())
+    assert summary["final_train_loss"] is None
+    assert summary["num_nonfinite_steps"] == num_bad
+
+
+def test_a_run_whose_demo_is_gone_does_not_begin(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is gone"):
+        worker.main(tmp_path, "plain", 0, parent=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its cores")
+def test_only_cores_that_it_may_use_are_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert _num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_under_nohup_a_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _signals_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def _processes_of(out: Path) -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    words = ["ps", "-eww", "-o", "pid,args"]  # -ww: a line that is cut would hide the folder
+    listed = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = [x for x in listed.stdout.splitlines() if str(out) in x and "hf_pss.demo.worker" in x]
     return [int(line.split()[0]) for line in lines]
 
@@ -124,22 +199,26 @@ def _wait_for(condition: object, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Path) -> None:
+def _start_endless_demo(out: Path) -> subprocess.Popen[str]:
     script = (
         "import sys; from pathlib import Path; from dataclasses import replace\n"
         "from tests.demo.test_runner import TINY; from hf_pss.demo.runner import run_demo\n"
-        f"print(run_demo(replace(TINY, num_steps=100_000), Path({str(tmp_path)!r}),"
+        f"print(run_demo(replace(TINY, num_steps=100_000), Path({str(out)!r}),"
         " guards=('plain',)))"
     )
     root = Path(__file__).parents[2]
-    demo = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Path) -> None:
+    demo = _start_endless_demo(tmp_path)
     metrics = tmp_path / "plain" / "seed-0" / "metrics.jsonl"
     try:
         assert _wait_for(lambda: metrics.exists() and metrics.stat().st_size > 4000, 90)
@@ -154,3 +233,15 @@ def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Pat
         assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
     page = write_report(tmp_path).read_text()
     assert "<html" in page
+
+
+def test_a_demo_killed_as_its_run_starts_leaves_no_orphan(tmp_path: Path) -> None:
+    """A run that is still importing has not asked yet who its parent is."""
+    demo = _start_endless_demo(tmp_path)
+    try:
+        assert _wait_for(lambda: _processes_of(tmp_path), 90)
+    finally:
+        demo.kill()
+        demo.communicate()
+    assert _wait_for(lambda: not _processes_of(tmp_path), 60)
+    assert not (tmp_path / "plain" / "seed-0" / "metrics.jsonl").exists()

@@ -174,6 +174,37 @@ def test_long_lists_of_interventions_are_shortened(files: Any, make_intervention
     assert "Every matrix of the first 10 interventions" in words
 
 
+def test_events_without_an_answer_are_listed_and_neighbours_share_a_line(
+    files: Any, make_intervention: Any
+) -> None:
+    def event(step: int, kind: str, **fields: Any) -> dict[str, Any]:
+        return make_intervention(step, kind=kind, matrices=[], **fields)
+
+    watched = [event(s, "spike", decision="observe", reason="observe only") for s in (3, 4, 7)]
+    broken = [event(s, "non_finite", decision="skip_update", value=None) for s in range(8, 38)]
+    cooling = event(14, "spike", decision="observe", reason="cooldown")
+    files.run("plain", events=watched + broken)
+    files.run("paper", events=[make_intervention(12, trigger="spike"), cooling])
+    words = Page(write_report(files.info())).text
+    assert "plain Trainer, seed 0: 0 interventions, 33 other events" in words
+    assert "3–7 (3) spike" in words
+    assert "none (observe only)" in words
+    assert "8–37 (30) non-finite" in words
+    assert "skip update" in words
+    assert "PSS as published, seed 0: 1 intervention, 1 other event " in words
+    assert "none (cooldown)" in words
+    assert "No guard changed a weight." not in words
+
+
+def test_the_page_says_that_the_plain_twin_is_watched(twins: Path) -> None:
+    assert "its overhead is that of watching" in Page(write_report(twins)).text
+
+
+def test_without_a_plain_twin_nothing_is_said_about_it(files: Any) -> None:
+    files.run("floor")
+    assert "that of watching" not in Page(write_report(files.info())).text
+
+
 def test_the_page_goes_where_it_is_told(twins: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     assert write_report(twins, tmp_path / "site") == tmp_path / "site" / "report.html"

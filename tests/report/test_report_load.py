@@ -89,6 +89,29 @@ def test_a_guard_named_but_not_found_is_said(guard: str, files: Any) -> None:
     assert directory.missing == (f"{guard} has left nothing.",)
 
 
+def test_folders_of_an_earlier_demo_are_left_out(files: Any) -> None:
+    """What run.json does not name is older than it: other guards, other seeds."""
+    for guard, seed in (("plain", 0), ("plain", 1), ("paper", 0), ("floor", 1)):
+        files.run(guard, seed=seed)
+    directory = load_run_directory(files.info(guards=["plain", "paper", "floor"], seeds=[0]))
+    assert [(run.guard, run.seed) for run in directory.runs] == [("plain", 0), ("paper", 0)]
+    assert directory.guards == ("plain", "paper")
+    assert directory.missing == ("floor has left nothing.",)
+
+
+def test_a_seed_named_but_not_found_is_said(files: Any) -> None:
+    files.run("plain")
+    directory = load_run_directory(files.info(seeds=[0, 1, None, "two"]))
+    assert directory.missing == ("plain/seed-1 has left nothing.",)
+
+
+@pytest.mark.parametrize("value", [None, [], "all", 3])
+def test_a_run_json_without_names_leaves_nothing_out(value: object, files: Any) -> None:
+    files.run("plain", seed=2)
+    directory = load_run_directory(files.info(guards=value, seeds=value))
+    assert [(run.guard, run.seed) for run in directory.runs] == [("plain", 2)]
+
+
 def test_only_changed_matrices_count_most_singular_first(
     files: Any, make_intervention: Any, make_change: Any
 ) -> None:
@@ -107,8 +130,36 @@ def test_only_changed_matrices_count_most_singular_first(
 def test_events_that_changed_nothing_are_no_interventions(
     files: Any, make_intervention: Any
 ) -> None:
-    files.run("paper", events=[make_intervention(3, kind="spike"), make_intervention(9)])
-    assert [e.step for e in load_run_directory(files.info()).runs[0].interventions] == [9]
+    events = [
+        make_intervention(3, kind="spike", decision="observe", reason="cooldown"),
+        make_intervention(5, kind="non_finite", decision="skip_update", value=None),
+        make_intervention(9, trigger="spike"),
+        {"version": 1, "kind": "remark", "step": 11},
+    ]
+    files.run("paper", events=events)
+    run = load_run_directory(files.info()).runs[0]
+    assert [event.step for event in run.interventions] == [9]
+    assert [(event.step, event.kind, event.answer) for event in run.events] == [
+        (3, "spike", "none (cooldown)"),
+        (5, "non_finite", "skip update"),
+        (9, "spike", "clip"),
+    ]
+
+
+def test_two_interventions_in_one_step_are_two(files: Any, make_intervention: Any) -> None:
+    events = [
+        make_intervention(4, detector="stable_rank_floor"),
+        make_intervention(3, detector="grad_norm_ratio"),
+        make_intervention(3, detector="stable_rank_floor"),
+    ]
+    files.run("both", events=events, finished=False)
+    run = load_run_directory(files.info()).runs[0]
+    assert [(event.step, event.detector) for event in run.interventions] == [
+        (3, "grad_norm_ratio"),
+        (3, "stable_rank_floor"),
+        (4, "stable_rank_floor"),
+    ]
+    assert result(run).num_interventions == 3
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
