@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -188,6 +189,8 @@ class PSSConfig:
             _check_range(name, getattr(self, name), low, high)
         for name, minimum in _MINIMA.items():
             _check_count(name, getattr(self, name), minimum)
+        _check_patterns("include", self.include)
+        _check_patterns("exclude", self.exclude)
         if self.max_interventions is not None:
             _check_count("max_interventions", self.max_interventions, 0)
 
@@ -215,7 +218,7 @@ class PSSConfig:
             )
         config = replace(cls(**PRESETS[name]), **overrides)
         for option in sorted(overrides):
-            if not _READERS.get(option, set(config.detectors)) & set(config.detectors):
+            if option in _READERS and not _READERS[option] & set(config.detectors):
                 logger.warning(
                     "%s has no effect with the detectors %s; only %s read it.",
                     option,
@@ -257,11 +260,12 @@ _READERS: Mapping[str, set[str]] = {
     "spike_update": {"grad_norm_ratio", "matrix_grad_norm_ratio"},
     "cooldown_steps": _SPIKES,
 }
+_ANY = sys.float_info.max
 # name: (above, at most)
 _RANGES = {
     "baseline_alpha": (0.0, 1.0),
-    "threshold_ratio": (1.0, sys.float_info.max),
-    "floor_ratio": (0.0, sys.float_info.max),
+    "threshold_ratio": (1.0, _ANY),
+    "floor_ratio": (0.0, _ANY),
     "stable_rank_drop": (0.0, 0.99),
 }
 _MINIMA = {
@@ -307,9 +311,18 @@ def _check_truth(name: str, value: Any) -> None:
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and low < value <= high):  # NaN compares false and is refused with the rest
-        raise ConfigurationError(
-            f"{name} must be above {low:g} and at most {high:g}; you gave {value!r}."
-        )
+        allowed = f"above {low:g}" if high == _ANY else f"above {low:g} and at most {high:g}"
+        raise ConfigurationError(f"{name} must be a number {allowed}; you gave {value!r}.")
+
+
+def _check_patterns(name: str, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigurationError(
+                f"{name} holds {pattern!r}, which is no regular expression: {error}."
+            ) from error
 
 
 def _check_count(name: str, value: Any, minimum: int) -> None:

@@ -5,24 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection import (
-    GLOBAL,
-    AnyOf,
-    DetectorSettings,
-    Judgement,
-    Quantity,
-    Readings,
-    Verdict,
-    make_detector,
-    worst,
-)
+from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.state import (
     JSON,
     check_version,
@@ -30,52 +20,24 @@ from hf_pss.detection.state import (
     read_mapping,
     read_number,
     read_object,
-    read_text,
 )
 from hf_pss.distributed import Backend
-from hf_pss.errors import NonFiniteError, StateError
+from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.events import Event, Intervention, Record
 from hf_pss.gauges import Gauges
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction, StableRankCap, noise_stable_rank
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction, StableRankCap
+from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
 from hf_pss.policy import Action, Decision, History, Policy
 from hf_pss.selection import Selection
 from hf_pss.smoother import smooth_matrices_
+from hf_pss.steps import Step, StepReport
+from hf_pss.watch import Watch
 
 __all__ = ["PSSController", "StepReport"]
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What PSS saw and did in one step."""
-
-    step: int
-    verdict: Verdict
-    update_applied: bool
-    records: tuple[Record, ...]
-    """Events and interventions, in the order in which they happened."""
-    scalars: Mapping[str, float]
-    """Finite numbers for the log; a number that is not finite, or not defined yet, is left out."""
-    stable_ranks: Mapping[str, float] | None
-    """Every matrix's stable rank, at the rhythm of ``health_every_steps``."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """The step under way: what `before_update` leaves for `after_update`."""
-
-    number: int
-    loss: float | None = None
-    grad_norm_preclip: float | None = None
-    update_applied: bool = True
-    is_after_update: bool = False
-    judgements: list[Judgement] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    answers: list[tuple[Event, Judgement]] = field(default_factory=list)
-    """Events that `after_update` must answer by smoothing."""
 
 
 class PSSController:
@@ -113,6 +75,7 @@ class PSSController:
     ) -> None:
         self.config = config if config is not None else PSSConfig()
         self._gauges = Gauges(model, self.config, backend)
+        self._watch = Watch(self._gauges, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
             # An observer spends no budget and starts no cooldown.
@@ -120,8 +83,7 @@ class PSSController:
             on_nonfinite=self.config.on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
-        self._current: _Step | None = None
-        self._starting_ranks = self._measure_starting_ranks()
+        self._current: Step | None = None
         self.reset()
 
     # ---- one step ----
@@ -143,7 +105,13 @@ class PSSController:
 
         Raises:
             NonFiniteError: The step is not finite and the policy says to stop; nothing was updated.
+            ConfigurationError: ``update`` cannot be called.
         """
+        if not callable(update):
+            raise ConfigurationError(
+                f"update is called when the step may be applied; you gave {update!r}. Write "
+                "update=optimizer.step, without parentheses."
+            )
         if self.before_update(*self.to_host(grad_norm_preclip, loss)):
             update()
         return self.after_update()
@@ -183,17 +151,17 @@ class PSSController:
         """
         started = time.perf_counter()
         self.step_number += 1
-        step = self._current = _Step(self.step_number, loss, grad_norm_preclip)
+        step = self._current = Step(self.step_number, loss, grad_norm_preclip)
         has_overflown = (
             loss_scaled and grad_norm_preclip is not None and not math.isfinite(grad_norm_preclip)
         )
-        for judgement in self._judge_gradient(grad_norm_preclip, loss):
+        for judgement in self._watch.judge_gradient(grad_norm_preclip, loss):
             action = self._decide(step, judgement, has_overflown=has_overflown)
             skips_spike = action is Action.ACT and self.config.spike_update == "skip"
             if has_overflown or skips_spike or action is Action.SKIP_UPDATE:
                 step.update_applied = False
         self._gauges.forget_gradients()
-        if step.update_applied and self._reads(Quantity.UPDATE_NORM):
+        if step.update_applied and self._watch.reads(Quantity.UPDATE_NORM):
             self._gauges.start_update()
         self.seconds += time.perf_counter() - started
         return step.update_applied or has_overflown
@@ -205,29 +173,28 @@ class PSSController:
         Raises:
             NonFiniteError: The weights themselves are not finite and the policy says to stop.
         """
-        step = self._current if self._current is not None else _Step(self.step_number)
+        step = self._current if self._current is not None else Step(self.step_number)
         step.is_after_update = True
-        check_is_due = self._reads(Quantity.STABLE_RANK) and _is_due(
-            step, self.config.check_every_steps
+        check_is_due = self._watch.reads(Quantity.STABLE_RANK) and step.is_due(
+            self.config.check_every_steps
         )
-        health_is_due = _is_due(step, self.config.health_every_steps)
+        health_is_due = step.is_due(self.config.health_every_steps)
         started = time.perf_counter()
         # Before any smoothing: health shows what the optimizer left, not what we made of it.
         ranks = self.stable_ranks() if check_is_due or health_is_due else None
         if not check_is_due:
             started = time.perf_counter()  # a reading for the report alone is no cost of PSS
-        for judgement in self._judge_weights(step, ranks if check_is_due else None):
-            self._decide(step, judgement)
+        if step.update_applied:
+            for judgement in self._watch.judge_update():
+                self._decide(step, judgement)
+        if check_is_due and ranks is not None:
+            for judgement in self._watch.judge_stable_ranks(ranks):
+                self._decide(step, judgement)
         step.records += [self._smooth(event, judgement) for event, judgement in step.answers]
         self._current = None
         self.seconds += time.perf_counter() - started
-        return StepReport(
-            step=step.number,
-            verdict=worst(step.judgements).verdict if step.judgements else Verdict.NORMAL,
-            update_applied=step.update_applied,
-            records=tuple(step.records),
-            scalars=self._scalars(step),
-            stable_ranks=ranks if health_is_due else None,
+        return step.report(
+            self._history, seconds=self.seconds, stable_ranks=ranks if health_is_due else None
         )
 
     @property
@@ -253,12 +220,10 @@ class PSSController:
         """Return all that later steps depend on, as plain strict JSON."""
         return {
             "version": _VERSION,
-            "matrices": self._gauges.fingerprint(),
             "step": self.step_number,
             "seconds": self.seconds,
             "history": self._history.state_dict(),
-            "starting_ranks": dict(self._starting_ranks),
-            "detectors": self._detectors.state_dict() if self._detectors else None,
+            **self._watch.state_dict(),
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -274,118 +239,51 @@ class PSSController:
         what = "the PSS state"
         check_version(state, _VERSION, what=what)
         found = read_object(state, tuple(self.state_dict()), what=what)
-        if read_text(found["matrices"], what=f"'matrices' of {what}") != self._gauges.fingerprint():
-            raise StateError(
-                "The PSS state belongs to a model with other weight matrices (or to another "
-                "selection of them); load it into the model that it was saved with."
-            )
-        ranks = read_object(
-            found["starting_ranks"], tuple(self._starting_ranks), what=f"'starting_ranks' of {what}"
-        )
-        starting_ranks = {
-            name: read_number(rank, minimum=0.0, what=f"starting rank of {name!r}")
-            for name, rank in ranks.items()
-        }
         step_number = read_integer(found["step"], what=f"'step' of {what}")
         seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
         history = History.from_state_dict(read_mapping(found["history"], what="the history"))
-        floors = self._floors_for(starting_ranks)
-        detectors = self._new_detectors(floors)
-        if detectors is not None:
-            detectors.load_state_dict(found["detectors"])
-        self._starting_ranks, self._floors = starting_ranks, floors
-        self._detectors, self._history = detectors, history
-        self.step_number, self.seconds = step_number, seconds
+        noticed = {key: found[key] for key in self._watch.state_dict()}
+        self._watch.load_state_dict(noticed)  # the last that may refuse
+        self._history, self.step_number, self.seconds = history, step_number, seconds
 
     def reset(self, *, step_number: int = 0) -> None:
         """Forget everything but the floors, and count on from the given step."""
-        self._floors = self._floors_for(self._starting_ranks)
-        self._detectors, self._history = self._new_detectors(self._floors), History()
-        self.step_number, self.seconds = step_number, 0.0
+        self._watch.reset()
+        self._history, self.step_number, self.seconds = History(), step_number, 0.0
 
     # ---- inside ----
 
-    def _measure_starting_ranks(self) -> dict[str, float]:
-        """Return what the floors refer to where that is the matrices' own stable rank now."""
-        if "stable_rank_floor" not in self.config.detectors or (
-            self.config.floor_reference == "noise"
-        ):
-            return {}
-        ranks = {name: noise_stable_rank(m, n) for name, (m, n) in self._gauges.shapes.items()}
-        for name, rank in self.stable_ranks().items():
-            # Zero (a zero-initialised projection) and NaN say nothing about a healthy level.
-            if 0 < rank < ranks[name]:
-                ranks[name] = rank
-        return ranks
-
-    def _floors_for(self, starting_ranks: Mapping[str, float]) -> dict[str, float]:
-        """ρ times the starting stable rank; times that of noise where there is none."""
-        if "stable_rank_floor" not in self.config.detectors:
-            return {}
-        return {
-            name: self.config.floor_ratio * starting_ranks.get(name, noise_stable_rank(m, n))
-            for name, (m, n) in self._gauges.shapes.items()
-        }
-
-    def _new_detectors(self, floors: Mapping[str, float]) -> AnyOf | None:
-        settings = DetectorSettings(
-            threshold_ratio=self.config.threshold_ratio,
-            baseline_alpha=self.config.baseline_alpha,
-            calibration_steps=self.config.calibration_steps,
-            patience_steps=self.config.patience_steps,
-            stable_rank_drop=self.config.stable_rank_drop,
-            floors=floors,
-        )
-        names = self.config.detectors
-        return AnyOf([make_detector(name, settings) for name in names]) if names else None
-
-    def _reads(self, quantity: Quantity) -> bool:
-        return self._detectors is not None and quantity in self._detectors.quantities
-
-    def _judge_gradient(self, norm: float | None, loss: float | None) -> Iterator[Judgement]:
-        if norm is not None and not math.isfinite(norm):
-            where = self._gauges.first_nonfinite_gradients()
-            yield Judgement(Verdict.NON_FINITE, "grad_norm", where, value=norm)
-        elif loss is not None and not math.isfinite(loss):
-            yield Judgement(Verdict.NON_FINITE, "loss", (GLOBAL,), value=loss)
-        elif norm is not None:
-            yield from self._judge(Quantity.GRAD_NORM, lambda: {GLOBAL: norm})
-            yield from self._judge(
-                Quantity.MATRIX_GRAD_NORM, lambda: self._gauges.matrix_grad_norms(norm)
-            )
-
-    def _judge_weights(self, step: _Step, ranks: Mapping[str, float] | None) -> Iterator[Judgement]:
-        if step.update_applied:
-            yield from self._judge(Quantity.UPDATE_NORM, self._gauges.update_norm)
-        if ranks is not None:
-            # A zero matrix has no direction to be concentrated in: there is nothing to judge.
-            judged = {name: rank for name, rank in ranks.items() if rank != 0}
-            yield from self._judge(Quantity.STABLE_RANK, lambda: judged)
-
-    def _judge(self, quantity: Quantity, measure: Callable[[], Readings]) -> Iterator[Judgement]:
-        """Measure a quantity that some detector reads, and yield what the gravest one says."""
-        if self._detectors and self._reads(quantity) and (readings := measure()):
-            yield self._detectors.judge(quantity, readings)
-
-    def _decide(self, step: _Step, judgement: Judgement, *, has_overflown: bool = False) -> Action:
+    def _decide(self, step: Step, judgement: Judgement, *, has_overflown: bool = False) -> Action:
         """Put a judgement through the policy, on record, and into the step's plan."""
         # A loss scaler overflows now and then by design and skips those steps itself.
         policy = replace(self._policy, on_nonfinite="skip") if has_overflown else self._policy
-        decision, self._history = policy.decide(judgement, step=step.number, history=self._history)
+        decision, self._history = policy.decide(
+            judgement,
+            step=step.number,
+            history=self._history,
+            is_after_update=step.is_after_update,
+        )
         step.judgements.append(judgement)
         if decision.action is Action.CONTINUE:
             return decision.action
         if self.config.observe_only:
             decision = Decision(Action.OBSERVE, "observe only")
         event = Event.of(judgement, decision, step=step.number, loss=step.loss)
-        if judgement.verdict is Verdict.NON_FINITE:
-            _warn_of_nonfinite(event, self._history, has_overflown)
+        is_nonfinite = judgement.verdict is Verdict.NON_FINITE
+        if is_nonfinite and is_worth_a_line(self._history.nonfinite_streak):
+            logger.log(
+                logging.INFO if has_overflown else logging.WARNING,
+                "%s",
+                describe_nonfinite(
+                    event, self._history.num_nonfinite_steps, has_overflown=has_overflown
+                ),
+            )
         if decision.action is Action.ACT:
             step.answers.append((event, judgement))
         else:
             step.records.append(event)
         if decision.action is Action.STOP:
-            raise NonFiniteError(_describe_stop(event, step.is_after_update))
+            raise NonFiniteError(describe_stop(event, is_after_update=step.is_after_update))
         return decision.action
 
     def _smooth(self, event: Event, judgement: Judgement) -> Intervention:
@@ -412,53 +310,4 @@ class PSSController:
         return SMOOTHING_FUNCTIONS[self.config.smoothing]()
 
     def _cap_at_floors(self, names: Sequence[str]) -> SmoothingFunction:
-        return StableRankCap(torch.tensor([self._floors[name] for name in names]))
-
-    def _scalars(self, step: _Step) -> dict[str, float]:
-        numbers: dict[str, float | None] = {
-            "grad_norm_preclip": step.grad_norm_preclip,
-            "interventions": self._history.num_interventions,
-            "nonfinite_steps": self._history.num_nonfinite_steps,
-            "seconds": self.seconds,
-        }
-        for judgement in step.judgements:
-            if judgement.detector == "grad_norm_ratio":
-                numbers["baseline"] = judgement.baseline
-                numbers["threshold"] = judgement.threshold
-        return {k: float(v) for k, v in numbers.items() if v is not None and math.isfinite(v)}
-
-
-def _is_due(step: _Step, every: int) -> bool:
-    return every > 0 and step.number % every == 0
-
-
-def _warn_of_nonfinite(event: Event, history: History, has_overflown: bool) -> None:
-    logger.log(
-        logging.INFO if has_overflown else logging.WARNING,
-        "Step %d is not finite (%s = %s, loss %s)%s: %s. Non-finite steps so far: %d.",
-        event.step,
-        event.detector,
-        event.value,
-        event.loss,
-        _where(event),
-        "left to the loss scaler" if has_overflown else event.decision.value.replace("_", " "),
-        history.num_nonfinite_steps,
-    )
-
-
-def _where(event: Event) -> str:
-    return f", first in {', '.join(event.fired)}" if event.fired not in ((), (GLOBAL,)) else ""
-
-
-def _describe_stop(event: Event, is_after_update: bool) -> str:
-    moment = "after" if is_after_update else "before"
-    remedy = (
-        "The weights are damaged: resume from an earlier checkpoint"
-        if is_after_update
-        else "No weight was touched: look at this step's batch"
-    )
-    return (
-        f"Stopped {moment} the update of step {event.step}: {event.detector} = {event.value}, "
-        f"loss = {event.loss}{_where(event)} ({event.reason}). {remedy}, lower the learning rate, "
-        "or set on_nonfinite='skip' to pass over such steps."
-    )
+        return StableRankCap(torch.tensor([self._watch.floors[name] for name in names]))

@@ -101,7 +101,6 @@ class MatrixChange:
     sigma_after: float | None = None
     stable_rank_before: float | None = None
     stable_rank_after: float | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,17 +113,7 @@ class Intervention:
     matrices: tuple[MatrixChange, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rescue:
-    """An intervention that was followed by recovery within a stated horizon."""
-
-    step: int
-    """Where the run had recovered."""
-    intervention_step: int
-    horizon_steps: int
-
-
-Record: TypeAlias = Event | Intervention | Rescue
+Record: TypeAlias = Event | Intervention
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +128,12 @@ class EventLog:
 def to_json_line(record: Record) -> str:
     """Return the record as one line of strict JSON, without the line's end.
 
-    >>> to_json_line(Rescue(step=90, intervention_step=60, horizon_steps=50))
-    '{"version": 1, "kind": "rescue", "step": 90, "intervention_step": 60, "horizon_steps": 50}'
+    >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    >>> event = Event.of(spike, Decision(Action.OBSERVE, "cooldown"), step=90, loss=math.inf)
+    >>> to_json_line(event)[-62:]
+    '...'
+    >>> from_json_line(to_json_line(event)) == event
+    True
     """
     return json.dumps({"version": VERSION, **_encode(record)}, allow_nan=False)
 
@@ -198,8 +191,6 @@ def _encode(record: Record) -> dict[str, JSON]:
             own = {name: value for name, value in _values(record).items() if name != "event"}
             trigger = {**_values(event), "kind": "intervention", "trigger": event.kind.value}
             return _encode_values({**trigger, **own})
-        case Rescue():
-            return _encode_values({"kind": "rescue", **_values(record)})
 
 
 def _values(record: Record | MatrixChange) -> dict[str, Any]:
@@ -224,18 +215,13 @@ def _encode_values(values: dict[str, Any]) -> dict[str, JSON]:
 
 def _decode(parsed: dict[str, object]) -> Record:
     del parsed["version"]
-    match parsed.get("kind"):
-        case "rescue":
-            del parsed["kind"]
-            return Rescue(**_decode_values(_types(Rescue), parsed, "rescue"))
-        case "intervention":
-            parsed["kind"] = parsed.pop("trigger", None)
-            own = {name: hint for name, hint in _types(Intervention).items() if name != "event"}
-            values = _decode_values({**_types(Event), **own}, parsed, "intervention")
-            answer = {name: values.pop(name) for name in own}
-            return Intervention(event=Event(**values), **answer)
-        case _:
-            return Event(**_decode_values(_types(Event), parsed, "event"))
+    if parsed.get("kind") != "intervention":
+        return Event(**_decode_values(_types(Event), parsed, "event"))
+    parsed["kind"] = parsed.pop("trigger", None)
+    own = {name: hint for name, hint in _types(Intervention).items() if name != "event"}
+    values = _decode_values({**_types(Event), **own}, parsed, "intervention")
+    answer = {name: values.pop(name) for name in own}
+    return Intervention(event=Event(**values), **answer)
 
 
 def _types(cls: type[Record | MatrixChange]) -> dict[str, str]:
@@ -305,7 +291,6 @@ _READERS: dict[str, Callable[[object, str], object]] = {
     "float": read_number,
     "float | None": _optional(read_number),
     "str": read_text,
-    "str | None": _optional(read_text),
     "EventKind": _read_word(EventKind),
     "Action": _read_word(Action),
     "tuple[int, ...]": _read_shape,

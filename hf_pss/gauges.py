@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Readings
 from hf_pss.distributed import Backend, backend_for
+from hf_pss.errors import ConfigurationError
 from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
 from hf_pss.health.stable_rank import measure_stable_ranks
 from hf_pss.health.update_norm import UpdateMeter
@@ -35,10 +36,12 @@ class Gauges:
 
     Raises:
         SelectionError: The model holds no matrix to watch, or a pattern matches none.
-        ConfigurationError: The model is sharded in a way that is not supported.
+        ConfigurationError: The model is sharded in a way that is not supported, has no weights yet,
+            or is no model.
     """
 
     def __init__(self, model: nn.Module, config: PSSConfig, backend: Backend | None) -> None:
+        _check(model, config)
         self._model = model
         self.backend = backend if backend is not None else backend_for(self.parameters())
         self.selection = _select(model, config)
@@ -113,6 +116,22 @@ class Gauges:
         # A model spread over devices has its loss on another one than the norm.
         target = (numbers[0].device, torch.float64 if exact else torch.float32)
         return iter(self.backend.agree(torch.stack([number.to(*target) for number in numbers])))
+
+
+def _check(model: nn.Module, config: PSSConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"PSS watches a torch.nn.Module; you gave a {type(model).__name__}."
+        )
+    if not isinstance(config, PSSConfig):
+        raise ConfigurationError(
+            f"The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'); you gave "
+            f"{config!r}."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigurationError(
+            "The model is on the meta device: it has no weights yet. Load them first."
+        )
 
 
 def _select(model: nn.Module, config: PSSConfig) -> Selection:

@@ -8,7 +8,6 @@ from typing import Literal
 
 from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.detection.state import JSON, check_version, read_integer, read_object
-from hf_pss.errors import ConfigurationError
 
 _VERSION = 1
 
@@ -27,9 +26,9 @@ class Action(StrEnum):
     ACT = "act"
     """Smooth now."""
     SKIP_UPDATE = "skip_update"
-    """Do not apply this update; nothing is left to skip where the reading came after it."""
+    """Do not apply this update."""
     STOP = "stop"
-    """End the run before this update."""
+    """End the run now: before this update, where the reading came before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +89,15 @@ class History:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """Decides about one judgement at a time; pure: the history goes in and comes out.
 
     All rules are ours; no source states any.
 
-    >>> policy = Policy(cooldown_steps=10)
+    >>> policy = Policy(
+    ...     cooldown_steps=10, max_interventions=None, on_nonfinite="skip", max_nonfinite_streak=100
+    ... )
     >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio")
     >>> decision, history = policy.decide(spike, step=100, history=History())
     >>> decision.action.value
@@ -105,46 +106,27 @@ class Policy:
     'cooldown'
     """
 
-    cooldown_steps: int = 10
+    cooldown_steps: int
     """After an intervention at step s, none at s+1 … s+this; the stable-rank floor is exempt."""
-    max_interventions: int | None = None
+    max_interventions: int | None
     """Budget of the whole run, over all detectors; None has no end, 0 only observes."""
-    on_nonfinite: Literal["skip", "stop"] = "skip"
+    on_nonfinite: Literal["skip", "stop"]
     """Skip the update of a non-finite step, or stop before it."""
-    max_nonfinite_streak: int = 100
+    max_nonfinite_streak: int
     """With "skip": stop at this many non-finite steps in a row, for such a run learns nothing."""
 
-    def __post_init__(self) -> None:
-        if self.cooldown_steps < 0:
-            raise ConfigurationError(
-                f"You gave cooldown_steps={self.cooldown_steps}; choose an integer >= 0."
-            )
-        if self.max_interventions is not None and self.max_interventions < 0:
-            raise ConfigurationError(
-                f"You gave max_interventions={self.max_interventions}; choose an integer >= 0, "
-                "or None for no limit."
-            )
-        if self.on_nonfinite not in ("skip", "stop"):
-            raise ConfigurationError(
-                f"You gave on_nonfinite={self.on_nonfinite!r}; choose 'skip' or 'stop'."
-            )
-        if self.max_nonfinite_streak < 1:
-            raise ConfigurationError(
-                f"You gave max_nonfinite_streak={self.max_nonfinite_streak}; "
-                "choose an integer >= 1."
-            )
-
     def decide(
-        self, judgement: Judgement, *, step: int, history: History
+        self, judgement: Judgement, *, step: int, history: History, is_after_update: bool = False
     ) -> tuple[Decision, History]:
         """Return what to do about one judgement, and the history after it.
 
         Several judgements may come in one step, or none: a non-finite step counts once, and a
         streak is non-finite steps with consecutive numbers, whatever else is judged between them.
+        A non-finite number that was read after the update leaves no update to skip.
         """
         if judgement.verdict is Verdict.NON_FINITE:
             history = _with_nonfinite(history, step)
-            return self._decide_nonfinite(history), history
+            return self._decide_nonfinite(history, is_after_update), history
         if judgement.verdict is not Verdict.SPIKE:
             return Decision(Action.CONTINUE, judgement.verdict.value), history
         shares_cooldown = judgement.detector not in _WITHOUT_COOLDOWN
@@ -163,7 +145,7 @@ class Policy:
         last = history.last_intervention_step
         return last is not None and step - last <= self.cooldown_steps
 
-    def _decide_nonfinite(self, history: History) -> Decision:
+    def _decide_nonfinite(self, history: History, is_after_update: bool) -> Decision:
         if self.on_nonfinite == "stop":
             return Decision(Action.STOP, "non-finite step")
         if history.nonfinite_streak >= self.max_nonfinite_streak:
@@ -172,6 +154,8 @@ class Policy:
                 f"{history.nonfinite_streak} non-finite steps in a row: nothing is learned any "
                 "more. Resume from a healthy checkpoint, with a lower learning rate",
             )
+        if is_after_update:
+            return Decision(Action.OBSERVE, "after the update")
         return Decision(Action.SKIP_UPDATE, "non-finite step")
 
 

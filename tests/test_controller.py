@@ -284,3 +284,88 @@ def test_the_floor_is_checked_at_its_rhythm() -> None:
     loop = Loop(config)
     acted = [bool(loop.pss.step(1.0, update=lambda: None).records) for _ in range(6)]
     assert acted == [False, False, True, False, False, True]
+
+
+# ---- several detectors, and several matrices, in one check ----
+
+LOW, FALLING = "layers.0.linear1.weight", "layers.1.linear2.weight"
+FLOOR_AND_DROP = ("stable_rank_floor", "stable_rank_drop")
+
+
+def watch_stable_ranks(detectors: tuple[str, ...], **options: Any) -> PSSConfig:
+    return PSSConfig(
+        detectors=detectors,
+        check_every_steps=1,
+        calibration_steps=2,
+        floor_ratio=0.4,
+        stable_rank_drop=0.25,
+        scope="fired",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("detectors", [FLOOR_AND_DROP, FLOOR_AND_DROP[::-1]])
+def test_floor_and_drop_both_act_in_their_order(detectors: tuple[str, ...]) -> None:
+    loop = Loop(watch_stable_ranks(detectors))
+    for _ in range(3):  # a run too hot: at every check one matrix lies below its floor
+        collapse_(loop.model.get_parameter(LOW), 30.0)
+        (record,) = loop.pss.step(1.0, update=lambda: None).records
+        assert record.event.fired == (LOW,)
+    collapse_(loop.model.get_parameter(LOW), 30.0)
+    collapse_(loop.model.get_parameter(FALLING), 1.5)
+    before = loop.weights()
+    report = loop.pss.step(1.0, update=lambda: None)
+    assert [type(record) for record in report.records] == [Intervention] * 2
+    assert tuple(record.event.detector for record in report.records) == detectors
+    fired = {record.event.detector: record.event.fired for record in report.records}
+    assert fired == {"stable_rank_floor": (LOW,), "stable_rank_drop": (FALLING,)}
+    assert changed(before, loop.weights()) == {LOW, FALLING}
+    assert report.scalars["interventions"] == 5
+
+
+def test_a_drop_that_waits_for_its_cooldown_leaves_the_floor_free() -> None:
+    loop = Loop(watch_stable_ranks(FLOOR_AND_DROP[::-1], cooldown_steps=50))
+    for _ in range(3):
+        loop.pss.step(1.0, update=lambda: None)
+    collapse_(loop.model.get_parameter(FALLING), 1.5)
+    loop.pss.step(1.0, update=lambda: None)
+    collapse_(loop.model.get_parameter(FALLING), 1.5)
+    collapse_(loop.model.get_parameter(LOW), 30.0)
+    observed, acted = loop.pss.step(1.0, update=lambda: None).records
+    assert (observed.detector, observed.reason) == ("stable_rank_drop", "cooldown")
+    assert acted.event.fired == (LOW,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_broken_matrix_leaves_the_guard_of_all_others_on(
+    bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop(watch_stable_ranks(FLOOR_AND_DROP))
+    broken = "layers.0.linear2.weight"
+    for _ in range(3):
+        loop.pss.step(1.0, update=lambda: None)
+    with torch.no_grad():
+        loop.model.get_parameter(broken)[0, 0] = bad
+    collapse_(loop.model.get_parameter(LOW), 30.0)
+    collapse_(loop.model.get_parameter(FALLING), 1.5)
+    report = loop.pss.step(1.0, update=lambda: None)
+    seen, floor, drop = report.records
+    assert (seen.detector, seen.fired, seen.kind.value) == ("stable_rank", (broken,), "non_finite")
+    # The update had happened: there is none to skip, and the record does not say so.
+    assert (seen.decision, seen.reason) == (Action.OBSERVE, "after the update")
+    assert report.update_applied
+    assert (LOW in floor.event.fired, drop.event.fired) == (True, (LOW, FALLING))
+    assert broken not in {change.name for change in floor.matrices + drop.matrices}
+    assert (report.verdict, report.scalars["nonfinite_steps"]) == (Verdict.NON_FINITE, 1)
+    assert f"first in {broken}: observed (after the update)" in caplog.text
+
+
+def test_an_update_norm_that_is_not_finite_is_observed_after_the_update() -> None:
+    loop = Loop(PSSConfig(detectors=("update_norm_ratio",)))
+
+    def break_a_weight() -> None:
+        with torch.no_grad():
+            loop.model.get_parameter(LOW)[0, 0] = math.inf
+
+    (seen,) = loop.pss.step(1.0, update=break_a_weight).records
+    assert (seen.detector, seen.decision) == ("update_norm", Action.OBSERVE)

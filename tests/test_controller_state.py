@@ -70,11 +70,21 @@ def _drop(key: str) -> Damage:
 
 
 def damages() -> Iterator[Any]:
-    keys = ("version", "matrices", "step", "seconds", "history", "starting_ranks", "detectors")
+    keys = (
+        "version",
+        "matrices",
+        "step",
+        "seconds",
+        "history",
+        "watched",
+        "starting_ranks",
+        "detectors",
+    )
     for key in keys:
         yield pytest.param(_drop(key), id=f"no {key}")
         for value in (None, "garbage", -1, math.nan, [1], {}, {"version": 7}):
-            yield pytest.param(_set(key, value), id=f"{key}={value}")
+            if (key, value) != ("starting_ranks", {}):  # what floors that refer to noise save
+                yield pytest.param(_set(key, value), id=f"{key}={value}")
     yield pytest.param(_set("version", 99), id="newer")
     yield pytest.param(_set("version", True), id="version is a truth value")
     yield pytest.param(_set("unknown", 1), id="unknown key")
@@ -94,12 +104,31 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: Damage) -> None:
     assert loop.pss.state_dict() == before
 
 
-def test_a_state_of_other_matrices_or_other_detectors_is_refused() -> None:
+def test_a_state_of_other_matrices_is_refused() -> None:
     saved = Loop(PSSConfig()).pss.state_dict()
     with pytest.raises(StateError, match="other weight matrices"):
         Loop(PSSConfig(roles=("mlp",))).pss.load_state_dict(saved)
-    with pytest.raises(StateError):
-        Loop(PSSConfig(detectors=("update_norm_ratio",))).pss.load_state_dict(saved)
+
+
+def test_other_detectors_start_afresh_and_shared_ones_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = Loop(PSSConfig())
+    for _ in range(3):
+        before.step(1.0)
+    saved = before.pss.state_dict()
+    both = Loop(PSSConfig.preset("both")).pss
+    fresh_floors = both.state_dict()["starting_ranks"]
+    both.load_state_dict(saved)
+    after = both.state_dict()
+    assert "watched by grad_norm_ratio, this run is by grad_norm_ratio, stable_rank_floor" in (
+        caplog.text
+    )
+    assert (after["step"], after["history"]) == (3, saved["history"])
+    shared = "grad_norm_ratio"
+    learned = saved["detectors"]["detectors"][shared]
+    assert after["detectors"]["detectors"][shared] == learned
+    assert after["starting_ranks"] == fresh_floors
 
 
 def test_a_floor_ratio_given_at_resume_applies_to_the_saved_starting_ranks() -> None:

@@ -18,7 +18,6 @@ from hf_pss.events import (
     Intervention,
     MatrixChange,
     Record,
-    Rescue,
     from_json_line,
     read_events,
     to_json_line,
@@ -52,7 +51,6 @@ changes = st.builds(
     sigma_after=numbers,
     stable_rank_before=numbers,
     stable_rank_after=numbers,
-    reason=st.none() | st.text(max_size=8),
 )
 records = st.one_of(
     events,
@@ -63,7 +61,6 @@ records = st.one_of(
         seconds=st.floats(min_value=0.0),
         matrices=st.lists(changes, max_size=3).map(tuple),
     ),
-    st.builds(Rescue, step=counts, intervention_step=counts, horizon_steps=counts),
 )
 
 EVENT = Event.of(
@@ -78,7 +75,7 @@ INTERVENTION = Intervention(
     seconds=0.25,
     matrices=(
         MatrixChange("h.0.attn.c_attn[q]", (64, 64), "smoothed", 3, 8.0, 2.0, 3.5, 20.0),
-        MatrixChange("h.0.mlp.c_fc", (256, 64), "non_finite", reason="holds NaN"),
+        MatrixChange("h.0.mlp.c_fc", (256, 64), "non_finite"),
         MatrixChange("h.1.mlp.c_fc", (256, 64), "smoothed", 1, math.inf, math.nan, 1.0, None),
     ),
 )
@@ -140,7 +137,6 @@ def test_intervention_on_disk() -> None:
         "sigma_after": 2.0,
         "stable_rank_before": 3.5,
         "stable_rank_after": 20.0,
-        "reason": None,
     }
     assert found["matrices"][2]["sigma_before"] is None
     assert found["matrices"][2]["non_finite"] == {"sigma_before": "inf", "sigma_after": "nan"}
@@ -181,6 +177,7 @@ def changed(record: Record, **change: Any) -> str:
         changed(EVENT, version=True),
         changed(EVENT, version=...),
         changed(EVENT, kind="alarm"),
+        changed(EVENT, kind="rescue"),
         changed(EVENT, kind=...),
         changed(EVENT, kind=["spike"]),
         changed(EVENT, step=-1),
@@ -221,8 +218,7 @@ def write(path: Path, *lines: str, end: str = "\n") -> Path:
 
 
 def test_reads_a_file(tmp_path: Path) -> None:
-    rescue = Rescue(step=150, intervention_step=120, horizon_steps=50)
-    lines = [to_json_line(record) for record in (EVENT, INTERVENTION, rescue)]
+    lines = [to_json_line(record) for record in (EVENT, INTERVENTION)]
     log = read_events(write(tmp_path / "events.jsonl", *lines))
     assert [to_json_line(record) for record in log.records] == lines
     assert not log.is_cut

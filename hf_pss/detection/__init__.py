@@ -15,5 +15,5 @@ from hf_pss.detection.judgement import Readings as Readings
 from hf_pss.detection.judgement import Verdict as Verdict
 from hf_pss.detection.judgement import worst as worst
 from hf_pss.detection.registry import DETECTORS as DETECTORS
-from hf_pss.detection.registry import DetectorSettings as DetectorSettings
+from hf_pss.detection.registry import Floors as Floors
 from hf_pss.detection.registry import make_detector as make_detector

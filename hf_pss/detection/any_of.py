@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_pss.detection.detectors import Detector
-from hf_pss.detection.judgement import Judgement, Quantity, Readings, worst
+from hf_pss.detection.judgement import Judgement, Quantity, Readings
 from hf_pss.detection.state import JSON, check_version, read_object
 from hf_pss.errors import ConfigurationError, StateError
 
@@ -17,20 +17,19 @@ class AnyOf:
 
     Quantities come at different moments and rhythms (gradient norms before each update, stable
     ranks after every tenth), so readings are judged one quantity at a time and no detector waits
-    for another. The answer is the gravest judgement; among equals, the detector named first.
+    for another. Each answers for itself: the floor fires at every check of a run that is too hot,
+    and a drop in another matrix must be heard all the same.
 
     >>> from hf_pss.detection.detectors import FloorDetector
     >>> guard = AnyOf([FloorDetector({"w": 16.0})])
-    >>> guard.judge(Quantity.STABLE_RANK, {"w": 4.0}).detector
-    'stable_rank_floor'
+    >>> [judgement.fired for judgement in guard.judge(Quantity.STABLE_RANK, {"w": 4.0})]
+    [('w',)]
     """
 
     def __init__(self, detectors: Sequence[Detector]) -> None:
         names = [detector.name for detector in detectors]
-        if len(set(names)) < len(names) or not names:
-            raise ConfigurationError(
-                f"You gave the detectors {names}; give at least one, and each only once."
-            )
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"You gave the detectors {names}; give each only once.")
         self._detectors = {detector.name: detector for detector in detectors}
 
     @property
@@ -38,8 +37,8 @@ class AnyOf:
         """What has to be measured."""
         return frozenset(detector.quantity for detector in self._detectors.values())
 
-    def judge(self, quantity: Quantity, readings: Readings) -> Judgement:
-        """Judge one quantity by all its detectors and return the gravest judgement.
+    def judge(self, quantity: Quantity, readings: Readings) -> list[Judgement]:
+        """Judge one quantity: one judgement for each detector that reads it, in their order.
 
         Raises:
             ConfigurationError: no detector reads `quantity`, or one cannot judge the readings.
@@ -50,7 +49,7 @@ class AnyOf:
                 f"You gave readings of {quantity.value!r}, which no detector here reads; "
                 f"give one of {', '.join(sorted(self.quantities))}."
             )
-        return worst([detector.judge(readings) for detector in readers])
+        return [detector.judge(readings) for detector in readers]
 
     def state_dict(self) -> dict[str, JSON]:
         """Return the states of all detectors, as plain JSON."""
@@ -75,3 +74,9 @@ class AnyOf:
             for name, detector in self._detectors.items():
                 detector.load_state_dict(before[name])
             raise
+
+    def continue_from(self, other: AnyOf) -> None:
+        """Take over what the detectors of the same names in another set have learned."""
+        for name, detector in self._detectors.items():
+            if name in other._detectors:
+                detector.load_state_dict(other._detectors[name].state_dict())

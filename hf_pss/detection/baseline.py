@@ -53,14 +53,8 @@ class Baseline:
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise ConfigurationError(
-                f"You gave baseline_alpha={self.alpha}; choose a number in (0, 1], such as 0.1."
+                f"You gave alpha={self.alpha} to a baseline; choose a number in (0, 1]."
             )
-        for name, steps in (
-            ("calibration_steps", self.calibration_steps),
-            ("patience_steps", self.patience_steps),
-        ):
-            if steps < 1:
-                raise ConfigurationError(f"You gave {name}={steps}; choose an integer >= 1.")
 
     @property
     def is_calibrated(self) -> bool:

@@ -87,7 +87,7 @@ class _BaselineDetector(ABC):
         self.quantity = quantity
         self._limit_ratio = limit_ratio
         self._settings = (alpha, calibration_steps, patience_steps)
-        self._new_baseline()  # refuses settings without a meaning now, not at the first reading
+        self._new_baseline()  # refuses an alpha without a meaning now, not at the first reading
         self._baselines: dict[str, Baseline] = {}
 
     @abstractmethod
@@ -161,17 +161,12 @@ class RatioDetector(_BaselineDetector):
     def __init__(
         self,
         quantity: Quantity,
-        threshold_ratio: float = 2.5,
+        threshold_ratio: float,
         *,
         alpha: float,
         calibration_steps: int,
         patience_steps: int,
     ) -> None:
-        if not 1 < threshold_ratio < math.inf:
-            raise ConfigurationError(
-                f"You gave threshold_ratio={threshold_ratio}; choose a finite number > 1, "
-                "such as 2.5: at 1 every second step would fire."
-            )
         super().__init__(
             f"{quantity}_ratio",
             quantity,
@@ -197,12 +192,8 @@ class DropDetector(_BaselineDetector):
     """
 
     def __init__(
-        self, drop: float = 0.5, *, alpha: float, calibration_steps: int, patience_steps: int
+        self, drop: float, *, alpha: float, calibration_steps: int, patience_steps: int
     ) -> None:
-        if not 0 < drop < 1:
-            raise ConfigurationError(
-                f"You gave stable_rank_drop={drop}; choose a share in (0, 1), such as 0.5."
-            )
         super().__init__(
             "stable_rank_drop",
             Quantity.STABLE_RANK,

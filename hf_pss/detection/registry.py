@@ -3,58 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from typing import TypeAlias
 
+from hf_pss.config import PSSConfig
 from hf_pss.detection.detectors import Detector, DropDetector, FloorDetector, RatioDetector
 from hf_pss.detection.judgement import Quantity
 from hf_pss.errors import ConfigurationError
 
+Floors: TypeAlias = Mapping[str, float]
+"""Stable-rank floor of each matrix, by name: the one setting that no option holds."""
 
-@dataclass(frozen=True, slots=True)
-class DetectorSettings:
-    """Everything that some detector may be told; each factory takes what it needs."""
-
-    threshold_ratio: float = 2.5
-    """τ of the ratio detectors (the paper's value)."""
-    baseline_alpha: float = 0.1
-    """Weight of the newest value in every running baseline (ours: no source states it)."""
-    calibration_steps: int = 20
-    """Readings that each baseline accepts before it may fire (ours)."""
-    patience_steps: int = 50
-    """Firings in a row, counted in readings, after which the new level is accepted (ours)."""
-    stable_rank_drop: float = 0.5
-    """Share of its running baseline that a stable rank must lose to fire (ours)."""
-    floors: Mapping[str, float] = field(default_factory=dict)
-    """Stable-rank floor of each matrix, by name (ours)."""
+_Factory: TypeAlias = Callable[[PSSConfig, Floors], Detector]
 
 
-def _ratio(quantity: Quantity) -> Callable[[DetectorSettings], Detector]:
-    def make(settings: DetectorSettings) -> Detector:
+def _ratio(quantity: Quantity) -> _Factory:
+    def make(config: PSSConfig, floors: Floors) -> Detector:
         return RatioDetector(
             quantity,
-            settings.threshold_ratio,
-            alpha=settings.baseline_alpha,
-            calibration_steps=settings.calibration_steps,
-            patience_steps=settings.patience_steps,
+            config.threshold_ratio,
+            alpha=config.baseline_alpha,
+            calibration_steps=config.calibration_steps,
+            patience_steps=config.patience_steps,
         )
 
     return make
 
 
-def _drop(settings: DetectorSettings) -> Detector:
+def _drop(config: PSSConfig, floors: Floors) -> Detector:
     return DropDetector(
-        settings.stable_rank_drop,
-        alpha=settings.baseline_alpha,
-        calibration_steps=settings.calibration_steps,
-        patience_steps=settings.patience_steps,
+        config.stable_rank_drop,
+        alpha=config.baseline_alpha,
+        calibration_steps=config.calibration_steps,
+        patience_steps=config.patience_steps,
     )
 
 
-def _floor(settings: DetectorSettings) -> Detector:
-    return FloorDetector(settings.floors)
+def _floor(config: PSSConfig, floors: Floors) -> Detector:
+    return FloorDetector(floors)
 
 
-DETECTORS: dict[str, Callable[[DetectorSettings], Detector]] = {
+DETECTORS: dict[str, _Factory] = {
     "grad_norm_ratio": _ratio(Quantity.GRAD_NORM),
     "matrix_grad_norm_ratio": _ratio(Quantity.MATRIX_GRAD_NORM),
     "update_norm_ratio": _ratio(Quantity.UPDATE_NORM),
@@ -63,17 +51,17 @@ DETECTORS: dict[str, Callable[[DetectorSettings], Detector]] = {
 }
 
 
-def make_detector(name: str, settings: DetectorSettings) -> Detector:
-    """Build the detector of that name.
+def make_detector(name: str, config: PSSConfig, floors: Floors) -> Detector:
+    """Build the detector of that name; it takes what it needs of the options and floors.
 
-    >>> make_detector("grad_norm_ratio", DetectorSettings()).quantity.value
+    >>> make_detector("grad_norm_ratio", PSSConfig(), {}).quantity.value
     'grad_norm'
 
     Raises:
-        ConfigurationError: no such detector, or settings without a meaning for it.
+        ConfigurationError: no such detector, or floors without a meaning for it.
     """
     if name not in DETECTORS:
         raise ConfigurationError(
             f"You asked for detector {name!r}; choose one of {', '.join(sorted(DETECTORS))}."
         )
-    return DETECTORS[name](settings)
+    return DETECTORS[name](config, floors)

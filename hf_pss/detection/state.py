@@ -93,7 +93,8 @@ def _as_object(value: object, what: str) -> dict[str, object]:
 
 
 def _listed(names: Collection[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+    shown = ", ".join(repr(name) for name in list(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def _quoted(value: object) -> str:

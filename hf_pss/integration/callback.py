@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from hf_pss.config import PSSConfig
 from hf_pss.controller import PSSController, StepReport
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
-from hf_pss.events import EventKind, Intervention, Record
+from hf_pss.events import Event, EventKind, Intervention, Record
 from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.hooks import StepListener, hook
 from hf_pss.integration.reporting import (
@@ -62,6 +62,7 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         self._loss: float | None = None
         self._norm_is_new = False
         self._scaler_is_active = False
+        self._floor_has_acted = False
         self._events: JsonLines | None = None
         self._health: JsonLines | None = None
 
@@ -118,7 +119,7 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         if model is None:
             raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
         self._grad_norm = self._device_loss = self._loss = self.report = None
-        self._norm_is_new = False
+        self._norm_is_new = self._floor_has_acted = False
         self.controller = PSSController(model, self._config_for(args))
         self._resume(state)
         # The Trainer saves into this entry and fails where a resumed file lacks it.
@@ -219,9 +220,15 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
     # ---- inside ----
 
     def _config_for(self, args: TrainingArguments) -> PSSConfig:
-        if self.config is not None:
-            return self.config
-        return args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
+        from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
+        if self.config is None:
+            return from_args
+        if from_args not in (PSSConfig(), self.config):
+            raise ConfigurationError(
+                "You gave PSS options twice, in PSSTrainingArguments and as a PSSConfig, and they "
+                "differ. Give them once."
+            )
+        return self.config
 
     def _ready(self, *, check_norm: bool = True) -> PSSController:
         if self.controller is None or (check_norm and not self._norm_is_new):
@@ -234,21 +241,38 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
     def _write(self, records: Sequence[Record]) -> None:
         for record in records:
             if isinstance(record, Intervention):
-                # The floor is upkeep and acts often; a spike is news.
-                is_news = record.event.kind is not EventKind.FLOOR
-                logger.log(logging.WARNING if is_news else logging.INFO, "%s", describe(record))
+                logger.log(self._level_of(record), "%s", describe(record))
         if self._events is not None:
             self._events.write_records(records)
+
+    def _level_of(self, record: Intervention) -> int:
+        """Every spike is news; the floor is upkeep and acts often: its first act is news."""
+        if record.event.kind is not EventKind.FLOOR:
+            return logging.WARNING
+        is_first, self._floor_has_acted = not self._floor_has_acted, True
+        return logging.WARNING if is_first else logging.INFO
 
 
 def describe(intervention: Intervention) -> str:
     """Return one line for people: what was noticed, and what was done."""
-    event = intervention.event
     moved = [c for c in intervention.matrices if c.status in ("smoothed", "truncated")]
     return (
-        f"PSS, step {event.step}: {event.detector} {event.value:.3g} against a threshold of "
-        f"{event.threshold:.3g}; {intervention.smoothing} smoothed {len(moved)} of "
-        f"{len(intervention.matrices)} matrices in {intervention.seconds:.2f} s."
+        f"PSS, step {intervention.event.step}: {_noticed(intervention.event)}; "
+        f"{intervention.smoothing} smoothed {len(moved)} of {len(intervention.matrices)} matrices "
+        f"in {intervention.seconds:.2f} s. More in {EVENTS_FILE}."
+    )
+
+
+def _noticed(event: Event) -> str:
+    value, baseline, threshold = event.value or 0.0, event.baseline, event.threshold or 0.0
+    if event.kind is EventKind.FLOOR:
+        return f"stable rank {value:.3g} below its floor of {threshold:.3g}"
+    name = event.detector.removesuffix("_ratio").replace("_", " ")
+    if not baseline:
+        return f"{name} {value:.3g} against a threshold of {threshold:.3g}"
+    return (
+        f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
+        f"(limit {threshold / baseline:.2g} ×)"
     )
 
 

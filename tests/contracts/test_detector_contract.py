@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_pss import PSSConfig
 from hf_pss.detection import (
     DETECTORS,
     Detector,
-    DetectorSettings,
     Judgement,
     Quantity,
     Verdict,
@@ -25,7 +25,8 @@ NAMES = ("a", "b", "c")
 CALM = 1.0
 # One way or the other, tenfold must be noticed.
 ALARMS = (10.0, 0.1)
-SETTINGS = DetectorSettings(calibration_steps=3, patience_steps=4, floors=dict.fromkeys(NAMES, 0.5))
+CONFIG = PSSConfig(calibration_steps=3, patience_steps=4)
+FLOORS = dict.fromkeys(NAMES, 0.5)
 
 every_detector = pytest.mark.parametrize("name", sorted(DETECTORS))
 non_finite = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -35,7 +36,7 @@ readings = st.fixed_dictionaries(
 
 
 def calibrated(name: str) -> Detector:
-    detector = make_detector(name, SETTINGS)
+    detector = make_detector(name, CONFIG, FLOORS)
     for _ in range(10):
         detector.judge(dict.fromkeys(NAMES, CALM))
     return detector
@@ -57,14 +58,14 @@ def replay(detector: Detector, steps: list[dict[str, float]]) -> list[str]:
 
 @every_detector
 def test_is_called_as_its_row(name: str) -> None:
-    detector = make_detector(name, SETTINGS)
+    detector = make_detector(name, CONFIG, FLOORS)
     assert detector.name == name
     assert isinstance(detector.quantity, Quantity)
 
 
 @every_detector
 def test_calm_never_fires(name: str) -> None:
-    detector = make_detector(name, SETTINGS)
+    detector = make_detector(name, CONFIG, FLOORS)
     for _ in range(50):
         judgement = detector.judge(dict.fromkeys(NAMES, CALM))
         assert judgement.verdict in (Verdict.CALIBRATING, Verdict.NORMAL)
@@ -106,8 +107,8 @@ def test_one_non_finite_step_anywhere_changes_no_other_verdict(
 ) -> None:
     at = data.draw(st.integers(0, len(steps)))
     bad = {**data.draw(readings), data.draw(st.sampled_from(NAMES)): data.draw(non_finite)}
-    expected = replay(make_detector(name, SETTINGS), steps)
-    found = replay(make_detector(name, SETTINGS), [*steps[:at], bad, *steps[at:]])
+    expected = replay(make_detector(name, CONFIG, FLOORS), steps)
+    found = replay(make_detector(name, CONFIG, FLOORS), [*steps[:at], bad, *steps[at:]])
     assert found[:at] + found[at + 1 :] == expected
 
 
@@ -132,8 +133,8 @@ def test_that_check_can_fail() -> None:
 @given(steps=st.lists(readings, min_size=1, max_size=20))
 def test_order_of_the_readings_does_not_matter(name: str, steps: list[dict[str, float]]) -> None:
     backwards = [dict(reversed(step.items())) for step in steps]
-    assert replay(make_detector(name, SETTINGS), steps) == replay(
-        make_detector(name, SETTINGS), backwards
+    assert replay(make_detector(name, CONFIG, FLOORS), steps) == replay(
+        make_detector(name, CONFIG, FLOORS), backwards
     )
 
 
@@ -143,7 +144,7 @@ def test_order_of_the_readings_does_not_matter(name: str, steps: list[dict[str, 
 def test_state_through_json_continues_bit_for_bit(
     name: str, before: list[dict[str, float]], after: list[dict[str, float]]
 ) -> None:
-    original, resumed = make_detector(name, SETTINGS), make_detector(name, SETTINGS)
+    original, resumed = make_detector(name, CONFIG, FLOORS), make_detector(name, CONFIG, FLOORS)
     replay(original, before)
     resumed.load_state_dict(json.loads(json.dumps(original.state_dict(), allow_nan=False)))
     assert replay(resumed, after) == replay(original, after)

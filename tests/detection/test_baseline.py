@@ -113,13 +113,10 @@ def test_patience_counts_refusals_in_a_row_and_then_starts_anew() -> None:
     assert not baseline.is_calibrated
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [(0.0, 1, 1), (1.1, 1, 1), (-0.1, 1, 1), (math.nan, 1, 1), (0.1, 0, 1), (0.1, 1, 0)],
-)
-def test_settings_without_a_meaning_are_refused(settings: tuple[float, int, int]) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 1.1, -0.1, math.nan])
+def test_an_alpha_that_makes_no_average_is_refused(alpha: float) -> None:
     with pytest.raises(ConfigurationError, match="choose"):
-        Baseline(*settings)
+        make(alpha)
 
 
 def test_state_comes_back_exactly() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EAGER, events_of, history, make_trainer, token_rows, weights_of
+from helpers import EAGER, differences, events_of, history, make_trainer, token_rows, weights_of
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -81,17 +81,18 @@ def test_the_same_gradient_destroys_the_plain_trainers_model(tmp_path: Path) -> 
     assert not is_finite(trainer.model)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "unclipped"])
-def test_stop_comes_before_the_update(max_grad_norm: float, tmp_path: Path) -> None:
+def test_stop_comes_before_the_update(bad: float, max_grad_norm: float, tmp_path: Path) -> None:
     config = PSSConfig(on_nonfinite="stop")
     trainer = make_trainer(tmp_path, config, max_grad_norm=max_grad_norm, **STEPS)
-    poison(trainer, math.nan, at=lambda step: step == STEP)
+    poison(trainer, bad, at=lambda step: step == STEP)
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
-    with pytest.raises(NonFiniteError, match=rf"step {STEP}.*first in {POISONED}"):
+    with pytest.raises(NonFiniteError, match=rf"before the update of step {STEP}: .*{POISONED}"):
         trainer.train()
     last = snapshots.weights[STEP - 1]
-    assert all(torch.equal(value, last[name]) for name, value in weights_of(trainer.model).items())
+    assert list(differences(weights_of(trainer.model), last)) == []
     (event,) = events_of(tmp_path)
     assert (event["step"], event["decision"], event["fired"]) == (STEP, "stop", [POISONED])
 
@@ -122,6 +123,21 @@ def test_a_weight_that_an_update_broke_stops_after_it_and_is_on_record(tmp_path:
         trainer.train()
     (event,) = events_of(tmp_path)
     assert (event["step"], event["decision"], event["fired"]) == (STEP, "stop", [POISONED])
+
+
+def test_one_broken_matrix_leaves_the_floor_of_the_others_on(tmp_path: Path) -> None:
+    """With the update done there is nothing to skip, and the other matrices are still too hot."""
+    config = PSSConfig.preset("floor", floor_ratio=1.3, check_every_steps=STEP)
+    trainer = make_trainer(tmp_path, config, **{**STEPS, "max_steps": STEP})
+    trainer.add_callback(BreakAWeight())
+    trainer.train()
+    seen, answered = events_of(tmp_path)
+    assert (seen["kind"], seen["decision"], seen["fired"]) == ("non_finite", "observe", [POISONED])
+    assert seen["reason"] == "after the update"
+    assert (answered["kind"], answered["trigger"]) == ("intervention", "floor")
+    names = [matrix["name"] for matrix in answered["matrices"]]
+    assert names
+    assert POISONED not in names
 
 
 class NaNLoss(PSSTrainer):
@@ -158,6 +174,24 @@ def test_a_nan_loss_with_finite_gradients_counts(tmp_path: Path) -> None:
     trainer.train()
     (event,) = events_of(tmp_path)
     assert (event["step"], event["detector"], event["decision"]) == (STEP, "loss", "skip_update")
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "number"), [(NaNLoss, "grad_norm"), (NaNLossOnly, "loss")]
+)
+def test_a_nan_loss_stops_before_the_update(
+    trainer_class: type[PSSTrainer], number: str, tmp_path: Path
+) -> None:
+    config = PSSConfig(on_nonfinite="stop")
+    trainer = make_trainer(tmp_path, config, trainer_class=trainer_class, **STEPS)
+    snapshots = Snapshots()
+    trainer.add_callback(snapshots)
+    with pytest.raises(NonFiniteError, match=rf"before the update of step {STEP}: {number} = nan"):
+        trainer.train()
+    last = snapshots.weights[STEP - 1]
+    assert list(differences(weights_of(trainer.model), last)) == []
+    (event,) = events_of(tmp_path)
+    assert (event["step"], event["detector"], event["decision"]) == (STEP, number, "stop")
 
 
 def test_one_nan_among_micro_batches_is_one_non_finite_step(tmp_path: Path) -> None:

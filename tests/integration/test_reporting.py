@@ -143,13 +143,15 @@ def test_an_intervention_is_one_warning_for_people(
     assert "clip smoothed 6 of 6 matrices" in said[0]
 
 
-def test_upkeep_by_the_floor_is_no_warning(
+def test_the_floor_warns_once_then_it_is_upkeep(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = PSSConfig.preset("floor", floor_ratio=1.3, check_every_steps=1)
     train(tmp_path, config, save_strategy="no")
-    assert steps_of(events_of(tmp_path))
-    assert not [r for r in caplog.records if r.name.startswith("hf_pss")]
+    assert len(steps_of(events_of(tmp_path))) > 1
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")]
+    assert "PSS, step 1: stable rank" in said
+    assert "below its floor of" in said
 
 
 def test_tensorboard_receives_the_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

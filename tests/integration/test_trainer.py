@@ -14,10 +14,12 @@ from helpers import (
     controller_of,
     differences,
     events_of,
+    gpt2,
     history,
     make_trainer,
     run_differences,
     steps_of,
+    token_rows,
     train,
     weights_of,
 )
@@ -29,6 +31,7 @@ from hf_pss import (
     IncompatibleVersionError,
     PSSCallback,
     PSSConfig,
+    PSSController,
     PSSTrainer,
     PSSTrainerMixin,
     PSSTrainingArguments,
@@ -66,12 +69,6 @@ def test_options_come_from_the_arguments(tmp_path: Path) -> None:
     )
     trainer.train()
     assert controller_of(trainer).config == PSSConfig.preset("floor")
-
-
-def test_pss_config_wins_over_the_arguments(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, EAGER, cls=PSSTrainingArguments, pss_preset="floor")
-    trainer.train()
-    assert controller_of(trainer).config == EAGER
 
 
 def test_attaching_and_mixing_in_are_the_same_run(tmp_path: Path) -> None:
@@ -247,3 +244,26 @@ def test_the_same_seed_gives_the_same_interventions(tmp_path: Path) -> None:
     one, two = (train(tmp_path / name, EAGER) for name in ("one", "two"))
     assert run_differences(one, two) == []
     assert list(differences(history(one), history(two))) == []
+
+
+def test_options_given_twice_must_agree(tmp_path: Path) -> None:
+    args = PSSTrainingArguments(str(tmp_path), use_cpu=True, pss_on_nonfinite="stop")
+    rows = token_rows(4)
+    trainer = PSSTrainer(gpt2(), args, train_dataset=rows, pss_config=PSSConfig.preset("floor"))
+    with pytest.raises(ConfigurationError, match="options twice"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("config", ["floor", {"max_rank": 3}])
+def test_options_of_another_type_are_refused(config: object, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = PSSTrainer(gpt2(), args, train_dataset=token_rows(4), pss_config=config)
+    with pytest.raises(ConfigurationError, match=r"PSSConfig\.preset"):
+        trainer.train()
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = gpt2()
+    with pytest.raises(ConfigurationError, match="meta device"):
+        PSSController(model)

@@ -25,6 +25,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama paper": ("llama", "paper", {}),
     "bert paper": ("bert", "paper", {}),
     "gpt2 floor": ("gpt2", "floor", {"gradient_accumulation_steps": 3}),
+    "llama floor": ("llama", "floor", {}),
+    "bert floor": ("bert", "floor", {"gradient_accumulation_steps": 3}),
     "llama both": ("llama", "both", {"gradient_accumulation_steps": 3, "logging_steps": 5}),
     "bert both": ("bert", "both", {"max_grad_norm": 0.0}),
     "gpt2 all": ("gpt2", "all detectors", {"max_grad_norm": 1e-3}),

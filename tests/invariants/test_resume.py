@@ -59,18 +59,27 @@ def _state(folder: Path) -> Any:
     return {k: v for k, v in saved.items() if k != "seconds"}
 
 
-@pytest.mark.parametrize(
-    ("name", "restoring"),
-    [*((name, False) for name in CONFIGS), ("paper", True), ("both", True)],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(name: str, restoring: bool, tmp_path: Path) -> None:
+# Each configuration once; and what else a run may do differently, with two of them.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in CONFIGS},
+    "paper, restoring": ("paper", {"restore_callback_states_from_checkpoint": True}),
+    "both, restoring": ("both", {"restore_callback_states_from_checkpoint": True}),
+    "both, accumulating": ("both", {"gradient_accumulation_steps": 3}),
+    "both, bf16": ("both", {"bf16": True}),
+    "both, unclipped": ("both", {"max_grad_norm": 0.0}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one(run: str, tmp_path: Path) -> None:
+    name, run_options = RUNS[run]
     config = CONFIGS[name]
     options: dict[str, Any] = {
         "save_steps": MIDDLE,
-        "restore_callback_states_from_checkpoint": restoring,
         # Updates that grow from step to step, for the detector that watches them.
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 8,
+        **run_options,
     }
     whole = train(tmp_path, config, **options)
     events, last = events_of(tmp_path), tmp_path / "checkpoint-8"

@@ -1,0 +1,73 @@
+"""One step of training: what is collected while it is under way, and the report at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hf_pss.detection import Judgement, Verdict, worst
+from hf_pss.events import Event, Record
+from hf_pss.policy import History
+
+__all__ = ["Step", "StepReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What PSS saw and did in one step."""
+
+    step: int
+    verdict: Verdict
+    update_applied: bool
+    records: tuple[Record, ...]
+    """Events and interventions, in the order in which they happened."""
+    scalars: Mapping[str, float]
+    """Finite numbers for the log; a number that is not finite, or not defined yet, is left out."""
+    stable_ranks: Mapping[str, float] | None
+    """Every matrix's stable rank, at the rhythm of ``health_every_steps``."""
+
+
+@dataclass(slots=True)
+class Step:
+    """The step under way: what comes before the update leaves it for what comes after."""
+
+    number: int
+    loss: float | None = None
+    grad_norm_preclip: float | None = None
+    update_applied: bool = True
+    is_after_update: bool = False
+    judgements: list[Judgement] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    answers: list[tuple[Event, Judgement]] = field(default_factory=list)
+    """Events that must be answered by smoothing once the update is done, in this order."""
+
+    def is_due(self, every_steps: int) -> bool:
+        """Tell whether something of this rhythm happens now; 0 is never."""
+        return every_steps > 0 and self.number % every_steps == 0
+
+    def report(
+        self, history: History, *, seconds: float, stable_ranks: Mapping[str, float] | None
+    ) -> StepReport:
+        """Return what is said of this step, given what the run remembers at its end."""
+        return StepReport(
+            step=self.number,
+            verdict=worst(self.judgements).verdict if self.judgements else Verdict.NORMAL,
+            update_applied=self.update_applied,
+            records=tuple(self.records),
+            scalars=self._scalars(history, seconds),
+            stable_ranks=stable_ranks,
+        )
+
+    def _scalars(self, history: History, seconds: float) -> dict[str, float]:
+        numbers: dict[str, float | None] = {
+            "grad_norm_preclip": self.grad_norm_preclip,
+            "interventions": history.num_interventions,
+            "nonfinite_steps": history.num_nonfinite_steps,
+            "seconds": seconds,
+        }
+        for judgement in self.judgements:
+            if judgement.detector == "grad_norm_ratio":
+                numbers["baseline"] = judgement.baseline
+                numbers["threshold"] = judgement.threshold
+        return {k: float(v) for k, v in numbers.items() if v is not None and math.isfinite(v)}
