@@ -75,7 +75,7 @@ def _on_record(
         smoothed.status,
         smoothed.rank,
         smoothed.sigma_before[:, 0],
-        smoothed.sigma_after[:, 0],
+        smoothed.spectral_norm_after,
         smoothed.stable_rank_before,
         smoothed.stable_rank_after,
     )

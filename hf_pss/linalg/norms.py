@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.linalg.krylov import cold_start, krylov_space
 from hf_pss.linalg.scaling import UnitScaled, unit_scaled
 
 # Block of 4, five multiplications by WᵀW: chosen on 2026-11-20 (torch 2.13, 1 thread) against other
@@ -18,7 +19,6 @@ QUICK_ROUNDS = 5
 _NUM_SQUARINGS = 6
 # Up to here squaring WᵀW itself costs less than a Krylov space: 16 × 256×64, 1.0 ms against 2.1.
 _SMALL = 64
-_SEED = 20260201
 
 
 def frobenius_norm(weight: Tensor) -> Tensor:
@@ -149,29 +149,10 @@ def _spectral(scaled: UnitScaled, num_rounds: int | None) -> Tensor:
         )
     weight = scaled.matrix
     tall = weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
-    y = tall if tall.shape[-1] <= _SMALL else tall @ _krylov_basis(tall, num_rounds)
+    y = tall
+    if tall.shape[-1] > _SMALL:
+        y = krylov_space(tall, cold_start(tall, _BLOCK), num_rounds).core
     return _largest_eigenvalue(y.mT @ y).sqrt()
-
-
-def _krylov_basis(tall: Tensor, num_rounds: int) -> Tensor:
-    block = cold_start(tall, _BLOCK)
-    blocks = [block]
-    for _ in range(num_rounds):
-        # Orthonormal blocks span the same space, and keep high powers from leaving fp32's range.
-        block = torch.linalg.qr(tall.mT @ (tall @ block)).Q
-        blocks.append(block)
-    basis: Tensor = torch.linalg.qr(torch.cat(blocks, dim=-1)).Q
-    return basis
-
-
-def cold_start(weight: Tensor, num_columns: int) -> Tensor:
-    """Return the same normal block (..., n, b) at every call, leaving torch's global RNG alone."""
-    generator = torch.Generator().manual_seed(_SEED)
-    n = weight.shape[-1]
-    block = torch.randn(n, min(num_columns, n), generator=generator)
-    # A blocking copy from pageable memory would make the host wait for the device.
-    block = block.to(weight.device, weight.dtype, non_blocking=True)
-    return block.expand(*weight.shape[:-2], -1, -1)
 
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:

@@ -96,8 +96,8 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     )
     if not runs:
         raise ConfigurationError(
-            f"{run_dir} holds no run: a demo run has folders such as plain/seed-0. "
-            "Give the folder that `hf-pss demo` wrote."
+            f"{run_dir} holds no run: a demo run has folders such as plain/seed-0. Give the folder "
+            "that `hf-pss demo` wrote; `hf-pss train` leaves its numbers in trainer_state.json."
         )
     return RunDirectory(
         info=info,

@@ -16,9 +16,8 @@ from hf_pss.linalg import Triplets, leading_triplets
 EXACT_SIGMA = 2e-6  # 7.0e-7
 EXACT_RESIDUAL = 3e-6  # 1.1e-6
 ORTHONORMAL = 5e-6  # 2.0e-6
-ITERATED_SIGMA = 3e-3  # 1.0e-3, the 33rd of 33 values
-ITERATED_LEADER = 1e-6  # 3.6e-7
-NOISE_SIGMA = 0.15  # 0.065
+ITERATED_SIGMA = 1e-6  # 3.8e-7
+NOISE_SIGMA = 0.016  # 0.0055, the 33rd of 33 values
 WARM_SIGMA = 6e-7  # 2.2e-7
 
 
@@ -47,21 +46,21 @@ def test_small_matrices_are_decomposed_exactly(
     check(orthonormality_error(triplets.v), ORTHONORMAL)
 
 
-@pytest.mark.parametrize(("m", "n"), [(200, 150), (150, 400), (300, 300)])
+@pytest.mark.parametrize(("m", "n"), [(400, 250), (250, 600), (300, 300)])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("k", [1, 17, 33])
 def test_iteration_on_a_decaying_spectrum(m: int, n: int, scale: float, k: int) -> None:
     weight = (matrix_with(decaying(min(m, n)), m, n) * scale).float()
     triplets = leading_triplets(weight, k)
     check(sigma_error(triplets, weight), ITERATED_SIGMA)
-    check(sigma_error(triplets, weight)[0], ITERATED_LEADER)
+    assert not triplets.is_exact
     check(orthonormality_error(triplets.u), ORTHONORMAL)
     check(orthonormality_error(triplets.v), ORTHONORMAL)
 
 
 def test_iteration_on_noise_the_hardest_spectrum() -> None:
     weight = noise(3, 400, 300)
-    coarse, fine = (leading_triplets(weight, 33, num_rounds=r) for r in (3, 12))
+    coarse, fine = (leading_triplets(weight, 33, num_rounds=r) for r in (8, 12))
     check(sigma_error(coarse, weight), NOISE_SIGMA)
     assert sigma_error(fine, weight).max() < sigma_error(coarse, weight).max() / 3
 
@@ -88,7 +87,7 @@ def test_a_batch_is_its_matrices(shape: tuple[int, ...]) -> None:
 
 
 def test_transposed_input_gives_transposed_output() -> None:
-    weight = noise(200, 150)
+    weight = noise(300, 250)
     one, other = leading_triplets(weight, 10), leading_triplets(weight.mT, 10)
     assert torch.equal(one.sigma, other.sigma)
     assert torch.equal(one.u, other.v)
@@ -107,10 +106,10 @@ def test_rank_deficient_and_zero_matrices(rank: int, shape: tuple[int, int]) -> 
     check(orthonormality_error(triplets.v), ORTHONORMAL)
 
 
-def test_clustered_spectrum() -> None:
+def test_more_equal_values_than_the_block_is_wide() -> None:
     sigma = torch.ones(200).double()
     sigma[:20] = 4.0
-    triplets = leading_triplets(matrix_with(sigma, 250, 200).float(), 20, num_rounds=6)
+    triplets = leading_triplets(matrix_with(sigma, 250, 200).float(), 20)
     check((triplets.sigma - 4).abs() / 4, EXACT_SIGMA)
     check(triplets.residual, EXACT_RESIDUAL)
 
@@ -125,7 +124,7 @@ def test_a_collapsed_matrix_keeps_the_rest_visible() -> None:
 
 def test_k_in_the_hundreds() -> None:
     weight = matrix_with(decaying(768), 768, 900).float()
-    triplets = leading_triplets(weight, 300)
+    triplets = leading_triplets(weight, 100)
     check(sigma_error(triplets, weight), ITERATED_SIGMA)
     check(orthonormality_error(triplets.u), ORTHONORMAL)
 
@@ -169,7 +168,7 @@ def test_deterministic_and_without_touching_the_global_random_state() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    weight = noise(200, 150, dtype=dtype)
+    weight = noise(300, 250, dtype=dtype)
     triplets = leading_triplets(weight, 3)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert triplets.u.dtype == triplets.sigma.dtype == expected
@@ -181,9 +180,7 @@ def test_gradients_are_not_followed() -> None:
     assert not leading_triplets(weight, 2).sigma.requires_grad
 
 
-@pytest.mark.parametrize(
-    "options", [{"k": 0}, {"num_rounds": -1}, {"oversampling": -1}, {"start": torch.zeros(4, 2)}]
-)
+@pytest.mark.parametrize("options", [{"k": 0}, {"num_rounds": -1}, {"start": torch.zeros(4, 2)}])
 def test_meaningless_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError, match="You gave"):
         leading_triplets(noise(6, 5), **{"k": 2, **options})  # type: ignore[arg-type]
