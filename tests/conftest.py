@@ -16,5 +16,6 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_OFFLINE"
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
+
 # Doctests are collected from every module; these two of one name would be taken for each other.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
