@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -219,11 +220,10 @@ class PSSConfig:
         config = replace(cls(**PRESETS[name]), **overrides)
         for option in sorted(overrides):
             if option in _READERS and not _READERS[option] & set(config.detectors):
-                logger.warning(
-                    "%s has no effect with the detectors %s; only %s read it.",
-                    option,
-                    ", ".join(config.detectors) or "none",
-                    ", ".join(sorted(_READERS[option])),
+                _warn_once(
+                    f"{option} has no effect with the detectors "
+                    f"{', '.join(config.detectors) or 'none'}; only "
+                    f"{', '.join(sorted(_READERS[option]))} read it."
                 )
         return config
 
@@ -277,6 +277,12 @@ _MINIMA = {
     "max_nonfinite_streak": 1,
     "health_every_steps": 0,
 }
+
+
+@cache
+def _warn_once(message: str) -> None:
+    # A Trainer asks for its arguments' configuration more than once.
+    logger.warning("%s", message)
 
 
 def _words(hint: Any) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Where parameters live: the one file that may know DDP, DTensor and ZeRO; today, whole weights.
 
-Layer 3 sees a `Backend` and asks it three things: the whole of a parameter, to put a changed one
-back, and to bring device numbers to the host so that every rank decides the same.
+Layer 3 sees a `Backend` and asks it for the whole of a parameter, to put a changed one back, to
+bring device numbers to the host so that every rank decides the same, and whether there are others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp._flat_param import FlatParameter
+from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
 from hf_pss.errors import ConfigurationError
@@ -105,8 +105,9 @@ def backend_for(parameters: Mapping[str, nn.Parameter]) -> Backend:
 def _sharding_of(parameter: nn.Parameter) -> str | None:
     if isinstance(parameter, DTensor):
         return "FSDP2 or tensor parallelism (it is a DTensor)"
-    if isinstance(parameter, FlatParameter):
-        return "FSDP1 (it is a FlatParameter)"
+    # FSDP1 marks what it has flattened, also where it shows the original parameters.
+    if isinstance(parameter, FlatParameter) or hasattr(parameter, "_fsdp_flattened"):
+        return "FSDP1"
     # DeepSpeed marks its parameters: `ds_id` under ZeRO-3, `_hp_mapping` under ZeRO-1 and 2, where
     # the fp32 master would undo whatever is written into the parameter alone.
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,9 +22,12 @@ from hf_pss.selection import (
     named_parameters_canonical,
     select_matrices,
 )
+from hf_pss.selection.rules import ADAPTER_FACTOR
 from hf_pss.stacks import matrix_shapes
 
 __all__ = ["Gauges"]
+
+logger = logging.getLogger(__name__)
 
 
 class Gauges:
@@ -137,6 +141,9 @@ def _check(model: nn.Module, config: PSSConfig) -> None:
 def _select(model: nn.Module, config: PSSConfig) -> Selection:
     if not config.detectors and not config.health_every_steps:
         return Selection((), ())  # only the guard against non-finite steps: no matrix needed
-    return select_matrices(
+    selection = select_matrices(
         model, roles=config.roles, include=config.include, exclude=config.exclude
     )
+    if any(exclusion.reason == ADAPTER_FACTOR for exclusion in selection.exclusions):
+        logger.warning("The model's LoRA factors are neither watched nor smoothed in this release.")
+    return selection

@@ -104,11 +104,13 @@ class Watch:
                 "selection of them); load it into the model that it was saved with."
             )
         starts = self._read_starting_ranks(found["starting_ranks"])
-        floors = floors_at(self._config.floor_ratio, self._gauges.shapes, starts)
+        floors = self._floors_from(starts)
         names = [read_text(n, what="a detector") for n in read_list(found["watched"], what=what)]
-        if unknown := sorted(set(names) - set(DETECTORS)):
-            raise StateError(f"The PSS state is of detectors that are not known: {unknown}.")
-        saved = AnyOf([make_detector(name, self._config, floors) for name in names])
+        if not set(names) <= set(DETECTORS) or len(set(names)) < len(names):
+            raise StateError(f"The PSS state is damaged: no run is watched by {names}.")
+        # A floor detector needs floors to be built, also where only the saved run had one.
+        levels = floors or floors_at(self._config.floor_ratio, self._gauges.shapes, starts)
+        saved = AnyOf([make_detector(name, self._config, levels) for name in names])
         saved.load_state_dict(found["detectors"])
         if tuple(names) == self._config.detectors:
             self._detectors = saved
@@ -120,7 +122,7 @@ class Watch:
             )
             self._detectors = self._new_detectors(floors)
             self._detectors.continue_from(saved)
-        self._starting_ranks, self.floors = starts, floors if self._has_floors else {}
+        self._starting_ranks, self.floors = starts, floors
 
     def _read_starting_ranks(self, saved: object) -> dict[str, float]:
         """Return the saved ranks; those of now where the saved run had no floor."""
@@ -160,7 +162,10 @@ class Watch:
     def _floors_from(self, starts: Mapping[str, float]) -> dict[str, float]:
         if not self._has_floors:
             return {}
-        return floors_at(self._config.floor_ratio, self._gauges.shapes, starts)
+        refers_to_start = self._config.floor_reference == "start"
+        return floors_at(
+            self._config.floor_ratio, self._gauges.shapes, starts if refers_to_start else {}
+        )
 
     def _new_detectors(self, floors: Mapping[str, float]) -> AnyOf:
         names = self._config.detectors

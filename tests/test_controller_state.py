@@ -164,3 +164,25 @@ def test_the_same_model_under_another_wrapper_keeps_its_state() -> None:
     wrapped = PSSController(nn.DataParallel(loop.model), EVERYTHING)
     wrapped.load_state_dict(loop.pss.state_dict())
     assert wrapped.step_number == 1
+
+
+@pytest.mark.parametrize("first", ["start", "noise"])
+def test_the_floors_of_a_resumed_run_refer_to_what_this_run_says(first: str) -> None:
+    """A rescue refers to noise where the damaged run referred to its start; and back."""
+    second = {"start": "noise", "noise": "start"}[first]
+    loop = Loop(PSSConfig.preset("floor", floor_reference=first))
+    for name in ("linear1", "linear2"):
+        collapse_(loop.model.get_parameter(f"layers.0.{name}.weight"), 3.0)
+    saved = PSSController(loop.model, PSSConfig.preset("floor", floor_reference=first)).state_dict()
+    fresh, resumed = (
+        PSSController(loop.model, PSSConfig.preset("floor", floor_reference=second)) for _ in "ab"
+    )
+    resumed.load_state_dict(saved)
+    assert resumed._watch.floors == fresh._watch.floors
+
+
+def test_a_repeated_detector_is_a_damaged_state() -> None:
+    loop = Loop(PSSConfig())
+    state = loop.pss.state_dict()
+    with pytest.raises(StateError, match="damaged"):
+        loop.pss.load_state_dict({**state, "watched": ["grad_norm_ratio"] * 2})

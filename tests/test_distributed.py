@@ -70,11 +70,18 @@ def test_a_sharded_model_is_refused() -> None:
         PSSController(model)
 
 
-@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"], ids=["ZeRO-3", "ZeRO-1 and 2"])
-def test_a_parameter_of_deepspeed_is_refused(mark: str) -> None:
+@pytest.mark.parametrize(
+    ("mark", "owner"),
+    [
+        pytest.param("ds_id", "DeepSpeed ZeRO", id="ZeRO-3"),
+        pytest.param("_hp_mapping", "DeepSpeed ZeRO", id="ZeRO-1 and 2"),
+        pytest.param("_fsdp_flattened", "FSDP1", id="FSDP1 with its original parameters"),
+    ],
+)
+def test_a_marked_parameter_is_refused(mark: str, owner: str) -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
-    setattr(parameter, mark, 3)  # what DeepSpeed writes on a parameter
-    with pytest.raises(ConfigurationError, match="w belongs to DeepSpeed ZeRO"):
+    setattr(parameter, mark, 3)  # what these frameworks write on a parameter
+    with pytest.raises(ConfigurationError, match=f"w belongs to {owner}"):
         backend_for({"w": parameter})
 
 

@@ -27,8 +27,12 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether it was written to its end."""
-    return (checkpoint / _STATE).is_file()
+    """Tell whether it was written to its end, so that its state can be read."""
+    try:
+        _state(checkpoint)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -44,7 +48,10 @@ def where_to_go_on(output_dir: Path, resumed: Path | None) -> str:
         resumed: What it had resumed from, which may lie elsewhere.
     """
     candidates = [*([resumed] if resumed else []), *checkpoints_in(output_dir)]
-    healthy = [path for path in candidates if is_complete(path) and _was_finite(path)]
+    complete = [path for path in candidates if is_complete(path)]
+    healthy = [path for path in complete if _was_finite(path)]
+    if not healthy and complete and not any(map(_evaluations, complete)):
+        return f"No checkpoint was evaluated; the latest, of unknown health, is {complete[-1]}."
     if not healthy:
         return "No checkpoint has a finite evaluation to go on from: begin anew."
     return (
@@ -55,9 +62,14 @@ def where_to_go_on(output_dir: Path, resumed: Path | None) -> str:
 
 
 def _was_finite(checkpoint: Path) -> bool:
+    return any(map(math.isfinite, _evaluations(checkpoint)))
+
+
+def _evaluations(checkpoint: Path) -> list[float]:
+    """Return the validation losses at the checkpoint's own step."""
     state = _state(checkpoint)
-    losses = (row.get("eval_loss") for row in state.log_history if row["step"] == state.global_step)
-    return any(loss is not None and math.isfinite(loss) for loss in losses)
+    rows = (row for row in state.log_history if row["step"] == state.global_step)
+    return [row["eval_loss"] for row in rows if "eval_loss" in row]
 
 
 def _state(checkpoint: Path) -> TrainerState:

@@ -90,6 +90,6 @@ class RunOptions:
         None, "A YAML file with any of these options, one a line; arguments win over it."
     )
     resume: bool = _option(
-        False, "Go on from the last checkpoint in --output_dir, with its model and tokenizer."
+        False, "Go on from the last checkpoint in --output_dir; give the same options again."
     )
     overwrite: bool = _option(False, "Remove an earlier run's checkpoints from --output_dir.")

@@ -63,8 +63,8 @@ def options_to_keep(
         here, there = _show(name, given[name]), _show(name, kept[name])
         if name in _BINDING:
             raise ConfigurationError(
-                f"The run that you resume has {there}; you gave {here}. Give what it has, or begin "
-                "a run in another --output_dir."
+                f"The run that you resume has {there}; this one has {here}. Give what it has, or "
+                "begin a run in another --output_dir."
             )
         if name == "learning_rate":
             warn(f"The schedule is the checkpoint's, with {there}; {here} has no effect.")

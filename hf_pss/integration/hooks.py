@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import transformers
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import Trainer
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
-__all__ = ["StepHooks", "StepListener", "check_seams", "hook"]
+__all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_sharding"]
 
 # Methods of Trainer that hf_pss overrides or calls, with the parameters that it relies on. The
 # first two are private: they exist since transformers 5.3.
@@ -121,7 +122,7 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
     name: one way of overhearing for every trainer, and its own overrides stay in force.
 
     Raises:
-        ConfigurationError: The trainer has a listener already.
+        ConfigurationError: The trainer has a listener already, or shards its model.
         IncompatibleVersionError: See `check_seams`.
     """
     if any(isinstance(callback, StepListener) for callback in trainer.callback_handler.callbacks):
@@ -131,10 +132,25 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
         )
     own = type(trainer)
     check_seams(own)
+    refuse_sharding(trainer)
     if not isinstance(trainer, StepHooks):
         hooked = type(own.__name__, (StepHooks, own), {"__module__": own.__module__})
         trainer.__class__ = hooked
     trainer.add_callback(listener)
+
+
+def refuse_sharding(trainer: Trainer) -> None:
+    """Refuse the backends that hold a model in pieces, before anything is trained.
+
+    Raises:
+        ConfigurationError: The trainer runs under FSDP, DeepSpeed or Megatron-LM.
+    """
+    kind = trainer.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigurationError(
+            f"This trainer runs under {kind.value}; this release of hf_pss smooths whole weights "
+            "only. Train on one process or under DDP."
+        )
 
 
 def _own_version() -> str:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from commandline import PROSE, SHORT, Run
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
+from hf_pss.cli.checkpoints import latest_checkpoint, where_to_go_on
 from hf_pss.cli.quiet import without_noise
 from hf_pss.cli.summary import Summary
 
@@ -132,7 +133,7 @@ def test_resume_holds_to_the_options_of_the_run(train: Run, text_file: Path) -> 
     for refused in (("--model_overrides", "n_layer=1"), ("--context_length", "16")):
         result = train(*resume, *refused)
         assert result.exit_code == 2
-        assert f"you gave {' '.join(refused)}" in result.stderr
+        assert f"this one has {' '.join(refused)}" in result.stderr
     shorter = text_file.with_name("shorter.txt")
     shorter.write_text(PROSE[:9000], encoding="utf-8")
     result = train(*resume, "--dataset", shorter, "--learning_rate", "0.5")
@@ -347,3 +348,15 @@ def test_config_file_with_sizes(run: Run, text_file: Path) -> None:
     result = run("train", *words, "--dataset", text_file, *SHORT, "--output_dir", "out")
     assert result.exit_code == 0, result.stderr
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 2
+
+
+def test_a_checkpoint_that_was_never_evaluated_is_named_as_unknown(tmp_path: Path) -> None:
+    """And one whose state was cut by a crash is none."""
+    whole, cut = tmp_path / "checkpoint-5", tmp_path / "checkpoint-6"
+    for folder in (whole, cut):
+        folder.mkdir()
+    state = TrainerState(global_step=5, log_history=[{"loss": 3.0, "step": 5}])
+    state.save_to_json(str(whole / "trainer_state.json"))
+    (cut / "trainer_state.json").write_text('{"x')
+    assert latest_checkpoint(tmp_path) == whole
+    assert f"of unknown health, is {whole}" in where_to_go_on(tmp_path, None)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from helpers import (
     EAGER,
     OUT_OF_REACH,
@@ -267,3 +268,14 @@ def test_a_model_without_weights_is_refused() -> None:
         model = gpt2()
     with pytest.raises(ConfigurationError, match="meta device"):
         PSSController(model)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_sharding_backend_is_refused(kind: DistributedType, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=Trainer)
+    trainer.accelerator.state.distributed_type = kind
+    try:
+        with pytest.raises(ConfigurationError, match=f"runs under {kind.value}"):
+            PSSCallback().attach(trainer)
+    finally:
+        trainer.accelerator.state.distributed_type = DistributedType.NO
