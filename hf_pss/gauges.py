@@ -25,7 +25,7 @@ from hf_pss.selection import (
 from hf_pss.selection.rules import ADAPTER_FACTOR
 from hf_pss.stacks import matrix_shapes
 
-__all__ = ["Gauges"]
+__all__ = ["Gauges", "select_watched"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Gauges:
         _check(model, config)
         self._model = model
         self.backend = backend if backend is not None else backend_for(self.parameters())
-        self.selection = _select(model, config)
+        self.selection = select_watched(model, config)
         self.shapes = matrix_shapes(self.selection.matrices)
         self._meter = UpdateMeter(self.selection.matrices, self.backend)
         self._probe: GradientProbe | None = None
@@ -138,7 +138,12 @@ def _check(model: nn.Module, config: PSSConfig) -> None:
         )
 
 
-def _select(model: nn.Module, config: PSSConfig) -> Selection:
+def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
+    """Return the matrices that a run with these options watches; none where it only guards.
+
+    Raises:
+        SelectionError: As `select_matrices`.
+    """
     if not config.detectors and not config.health_every_steps:
         return Selection((), ())  # only the guard against non-finite steps: no matrix needed
     selection = select_matrices(

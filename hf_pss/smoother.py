@@ -61,6 +61,7 @@ def smooth_matrices_(
                 phi_for(healthy.names),
                 max_rank=max_rank,
                 keep_frobenius=keep_frobenius,
+                check_finite=False,  # just done, matrix by matrix
             )
             changed = smoothed.changed.tolist()
             write_stack_(healthy, smoothed.weight, changed, parameters, backend)

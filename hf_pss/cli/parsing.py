@@ -74,7 +74,7 @@ class _Parser(HfArgumentParser):
         # An empty list means something: `pss_detectors: []` guards against non-finite steps only.
         if kwargs.get("nargs") == "+":
             kwargs["nargs"] = "*"
-        # Options that are None unless set would need a word: --pss_observe_only true.
+        # Options that are None unless set would need a word: --tf32 true.
         elif kwargs.get("type") is string_to_bool and "nargs" not in kwargs:
             kwargs |= {"nargs": "?", "const": True}
         if names[0] == "--learning_rate":

@@ -44,9 +44,10 @@ from hf_pss.cli.saved_options import KeepOptions, options_to_keep
 from hf_pss.cli.summary import SessionClock, render_summary, summarise
 from hf_pss.cli.text import Text, load_training_text
 from hf_pss.errors import ConfigurationError, NonFiniteError
+from hf_pss.gauges import select_watched
 from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.trainer import PSSTrainer
-from hf_pss.selection import Selection, select_matrices
+from hf_pss.selection import Selection
 
 __all__ = ["run_training"]
 
@@ -91,9 +92,7 @@ def run_training(plan: TrainPlan) -> None:
         model, text = _load(plan, checkpoint)
     check_fit(model, text.tokenizer, context_length=plan.data.context_length)
     pss_config = plan.arguments.pss_config()
-    selection = select_matrices(
-        model, roles=pss_config.roles, include=pss_config.include, exclude=pss_config.exclude
-    )
+    selection = select_watched(model, pss_config)
     _announce(console, model, text, checkpoint)
     _announce_pss(console, selection, plan.arguments)
     set_rhythms_(plan.arguments, num_blocks=len(text.train))
@@ -274,8 +273,9 @@ def _announce_pss(console: Console, selection: Selection, arguments: PSSTraining
     roles = Counter(matrix.role for matrix in selection.matrices)
     parts = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
     matrices = "1 matrix" if roles.total() == 1 else f"{roles.total()} matrices"
+    watched = f"{matrices} ({parts})" if roles else "for non-finite steps only"
     console.print(
-        f"watching {matrices} ({parts}), preset {arguments.pss_preset}",
+        f"watching {watched}, preset {arguments.pss_preset}",
         highlight=False,
         markup=False,
     )

@@ -29,7 +29,7 @@ GUARDS: Mapping[str, PSSConfig] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class DemoRecipe:
-    """Numbers of the demo's training, at a learning rate far above the usable one."""
+    """Numbers of the demo's training, at a learning rate above its best one."""
 
     num_layers: int = 8
     width: int = 64

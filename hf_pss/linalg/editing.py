@@ -71,6 +71,7 @@ def smooth_spectrum(
     keep_frobenius: bool = False,
     start: Tensor | None = None,
     num_rounds: int = DEFAULT_ROUNDS,
+    check_finite: bool = True,
 ) -> Smoothed:
     """Smooth the dominant singular values: W* = W + U_k (φ(Σ_k) − Σ_k) V_kᵀ (arXiv 2602.01308).
 
@@ -94,9 +95,11 @@ def smooth_spectrum(
         keep_frobenius: rescale each changed matrix to its ‖W‖_F.
         start: (..., n, b), guesses for v, as in `leading_triplets`.
         num_rounds: rounds of Krylov iteration, as in `leading_triplets`.
+        check_finite: raise on NaN and inf, at the price of one device-to-host read; a caller that
+            has looked need not look again.
 
     Raises:
-        NonFiniteError: a matrix holds NaN or inf; the check reads from the device once.
+        NonFiniteError: a matrix holds NaN or inf (with check_finite).
         ConfigurationError: max_rank below 1, or what `leading_triplets` refuses.
 
     >>> from hf_pss.linalg import Clip
@@ -108,7 +111,9 @@ def smooth_spectrum(
     m, n = weight.shape[-2:] if weight.ndim >= 2 else (0, 0)
     size = min(m, n)
     num_values = max(1, size if phi.whole_spectrum else min(max_rank + 1, size))
-    triplets = leading_triplets(weight, num_values, start=start, num_rounds=num_rounds)
+    triplets = leading_triplets(
+        weight, num_values, start=start, num_rounds=num_rounds, check_finite=check_finite
+    )
     matrix = weight.detach().to(triplets.sigma.dtype)
     spectrum = _spectrum(matrix, triplets, max_rank)
     sigma, sigma1 = spectrum.sigma, spectrum.sigma[..., :1]

@@ -185,6 +185,13 @@ def test_start_says_what_is_watched(train: Run, text_file: Path) -> None:
     assert "watching 12 matrices (8 attention, 4 mlp), preset both" in stderr
 
 
+def test_a_run_without_detectors_needs_no_matrix(train: Run, text_file: Path) -> None:
+    words = ("--dataset", text_file, "--max_steps", "1", "--pss_detectors", "--pss_exclude", "h")
+    result = train(*words)
+    assert result.exit_code == 0, result.stderr
+    assert "watching for non-finite steps only" in result.stderr
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
