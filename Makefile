@@ -2,6 +2,8 @@
 #   make demo       train the twins on the built-in corpus and write runs/demo/report.html
 #   make test       the tests that a change must pass, within 12 minutes on 2 cores
 #   make test-all   those and the slow ones (whole trajectories, large matrices)
+#   make evidence     compare the guards in paired runs: the small table, in a few minutes
+#   make evidence-gpu the same for GPT-2 124M on one GPU, in calls of 10 minutes that go on
 #   make lint types bench bench-gpu
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types bench bench-gpu clean
+.PHONY: help demo evidence evidence-gpu test test-all lint types bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -26,6 +28,16 @@ $(READY): pyproject.toml .ci/constraints.txt
 
 demo: $(READY)
 	$(ONLINE_OFF) $(BIN)/hf-pss demo --output-dir runs/demo $(DEMO_ARGS)
+
+evidence: $(READY)
+	$(ONLINE_OFF) $(BIN)/hf-pss sweep run recipes/lr_sweep/small.yaml --output-dir runs/evidence
+	$(BIN)/hf-pss sweep table --output-dir runs/evidence
+	$(BIN)/hf-pss sweep plot --output-dir runs/evidence
+
+# Ten minutes a call: what is finished by then stays, and the next call goes on.
+evidence-gpu: $(READY)
+	$(ONLINE_OFF) timeout --signal=TERM 570 $(BIN)/hf-pss sweep run recipes/lr_sweep/gpt2_124m.yaml --output-dir runs/evidence-gpu --processes 1 || test $$? -ge 124
+	$(BIN)/hf-pss sweep table --output-dir runs/evidence-gpu
 
 test: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not bench and not gpu' $(PYTEST_ARGS)

@@ -115,6 +115,13 @@ class PSSConfig:
         default=False,
         metadata={"help": "Rescale a smoothed matrix to the Frobenius norm it had."},
     )
+    moments: Literal["keep", "reset", "project"] = field(
+        default="keep",
+        metadata={
+            "help": "The optimizer's first moment of a smoothed matrix: keep it, set it to zero "
+            "(reset), or take out of it what would grow the lowered values again (project)."
+        },
+    )
     scope: Literal["all", "fired"] = field(
         default="all",
         metadata={

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
@@ -25,11 +26,13 @@ from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.events import Event, Intervention, Record
 from hf_pss.gauges import Gauges
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction, StableRankCap
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, Smoothed, SmoothingFunction
+from hf_pss.moments import edit_first_moments_
 from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
 from hf_pss.policy import Action, Decision, History, Policy
 from hf_pss.selection import Selection
-from hf_pss.smoother import smooth_matrices_
+from hf_pss.smoother import cap_matrices_, smooth_matrices_
+from hf_pss.stacks import Stack
 from hf_pss.steps import Step, StepReport
 from hf_pss.watch import Watch
 
@@ -60,10 +63,12 @@ class PSSController:
             use, so wrappers may swap them.
         config: The options; the preset ``paper`` when None.
         backend: How parameters are stored; found from the parameters when None.
+        optimizer: Needed where ``moments`` is not ``keep``: its state is edited in place.
 
     Raises:
         SelectionError: The model holds no matrix to watch, or a pattern matches none.
-        ConfigurationError: The model is sharded in a way that is not supported.
+        ConfigurationError: The model is sharded in a way that is not supported, or the optimizer
+            is missing.
     """
 
     def __init__(
@@ -72,9 +77,16 @@ class PSSController:
         config: PSSConfig | None = None,
         *,
         backend: Backend | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.config = config if config is not None else PSSConfig()
+        self._optimizer = optimizer
         self._gauges = Gauges(model, self.config, backend)
+        if self.config.moments != "keep" and optimizer is None:
+            raise ConfigurationError(
+                f"moments={self.config.moments!r} edits the optimizer's state; give the controller "
+                "its optimizer: PSSController(model, config, optimizer=optimizer)."
+            )
         self._watch = Watch(self._gauges, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
@@ -179,23 +191,21 @@ class PSSController:
             self.config.check_every_steps
         )
         health_is_due = step.is_due(self.config.health_every_steps)
+        # Before any smoothing: health shows what the optimizer left, not what we made of it. A
+        # reading for the report alone is no cost of PSS.
+        health = self.stable_ranks() if health_is_due else None
         started = time.perf_counter()
-        # Before any smoothing: health shows what the optimizer left, not what we made of it.
-        ranks = self.stable_ranks() if check_is_due or health_is_due else None
-        if not check_is_due:
-            started = time.perf_counter()  # a reading for the report alone is no cost of PSS
+        ranks = self._ranks_to_judge(step) if check_is_due else None
         if step.update_applied:
             for judgement in self._watch.judge_update():
                 self._decide(step, judgement)
         if check_is_due and ranks is not None:
             for judgement in self._watch.judge_stable_ranks(ranks):
                 self._decide(step, judgement)
-        step.records += [self._smooth(event, judgement) for event, judgement in step.answers]
+        step.records += [self._smooth(step, *answer) for answer in step.answers]
         self._current = None
         self.seconds += time.perf_counter() - started
-        return step.report(
-            self._history, seconds=self.seconds, stable_ranks=ranks if health_is_due else None
-        )
+        return step.report(self._history, seconds=self.seconds, stable_ranks=health)
 
     @property
     def selection(self) -> Selection:
@@ -286,19 +296,44 @@ class PSSController:
             raise NonFiniteError(describe_stop(event, is_after_update=step.is_after_update))
         return decision.action
 
-    def _smooth(self, event: Event, judgement: Judgement) -> Intervention:
+    def _ranks_to_judge(self, step: Step) -> dict[str, float]:
+        if "stable_rank_floor" not in self.config.detectors:
+            return self.stable_ranks()
+        # The floor acts on what it has looked at: matrices are decomposed once, not twice.
+        step.looks, ranks = self._gauges.look()
+        return ranks
+
+    def _smooth(self, step: Step, event: Event, judgement: Judgement) -> Intervention:
         started = time.perf_counter()
         is_floor = judgement.detector == "stable_rank_floor"
-        own = is_floor or (self.config.scope == "fired" and GLOBAL not in judgement.fired)
-        changes = smooth_matrices_(
-            self.selection.matrices,
-            self._gauges.parameters(),
-            self._gauges.backend,
-            self._cap_at_floors if is_floor else self._smoothing_function,
-            names=frozenset(judgement.fired) if own else None,
-            max_rank=self.config.max_rank,
-            keep_frobenius=self.config.keep_frobenius,
-        )
+        parameters, backend = self._gauges.parameters(), self._gauges.backend
+        keep_frobenius = self.config.keep_frobenius
+        and_then = self._edit_moments if self.config.moments != "keep" else None
+        if is_floor:
+            # Another answer of this step may have smoothed what was looked at.
+            looks = step.looks if step.has_its_looks else self._gauges.look()[0]
+            changes = cap_matrices_(
+                looks,
+                self._watch.floors,
+                frozenset(judgement.fired),
+                parameters,
+                backend,
+                keep_frobenius=keep_frobenius,
+                and_then=and_then,
+            )
+        else:
+            own = self.config.scope == "fired" and GLOBAL not in judgement.fired
+            changes = smooth_matrices_(
+                self.selection.matrices,
+                parameters,
+                backend,
+                self._smoothing_function,
+                names=frozenset(judgement.fired) if own else None,
+                max_rank=self.config.max_rank,
+                keep_frobenius=keep_frobenius,
+                and_then=and_then,
+            )
+        step.has_its_looks = False
         return Intervention(
             event=event,
             smoothing="stable_rank_cap" if is_floor else self.config.smoothing,
@@ -306,8 +341,16 @@ class PSSController:
             matrices=changes,
         )
 
+    def _edit_moments(self, stack: Stack, smoothed: Smoothed) -> None:
+        if self._optimizer is not None and self.config.moments != "keep":
+            edit_first_moments_(
+                self.config.moments,
+                self._optimizer,
+                stack,
+                smoothed,
+                self._gauges.parameters(),
+                self._gauges.backend,
+            )
+
     def _smoothing_function(self, names: Sequence[str]) -> SmoothingFunction:
         return SMOOTHING_FUNCTIONS[self.config.smoothing]()
-
-    def _cap_at_floors(self, names: Sequence[str]) -> SmoothingFunction:
-        return StableRankCap(torch.tensor([self._watch.floors[name] for name in names]))

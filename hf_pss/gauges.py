@@ -23,6 +23,7 @@ from hf_pss.selection import (
     select_matrices,
 )
 from hf_pss.selection.rules import ADAPTER_FACTOR
+from hf_pss.smoother import Look, look_at_matrices
 from hf_pss.stacks import matrix_shapes
 
 __all__ = ["Gauges", "select_watched"]
@@ -108,6 +109,19 @@ class Gauges:
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each 2-D matrix by name; NaN where one is broken."""
         return measure_stable_ranks(self.selection.matrices, self.parameters(), self.backend)
+
+    def look(self) -> tuple[tuple[Look, ...], dict[str, float]]:
+        """Look at the leading triplets of all matrices; return them and their stable ranks.
+
+        The ranks are high by up to a tenth on noise, see `quick_triplets`; one read.
+        """
+        looks = look_at_matrices(self.selection.matrices, self.parameters(), self.backend)
+        if not looks:
+            return (), {}
+        device = looks[0].stable_ranks.device
+        ranks = self.backend.agree(torch.cat([look.stable_ranks.to(device) for look in looks]))
+        names = [name for look in looks for name in look.stack.names]
+        return looks, dict(zip(names, ranks, strict=True))
 
     def _on_device(self, number: float) -> Tensor:
         device = next(iter(self._model.parameters())).device

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_pss.distributed import Backend
 from hf_pss.events import MatrixChange
-from hf_pss.linalg import Smoothed, SmoothingFunction, SmoothingStatus, smooth_spectrum
+from hf_pss.linalg import (
+    Smoothed,
+    SmoothingFunction,
+    SmoothingStatus,
+    StableRankCap,
+    Triplets,
+    frobenius_norm,
+    quick_triplets,
+    smooth_spectrum,
+)
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import stacks, write_stack_
+from hf_pss.stacks import Stack, gather, stacks, write_stack_
 
-__all__ = ["smooth_matrices_"]
+__all__ = ["Look", "cap_matrices_", "look_at_matrices", "smooth_matrices_"]
 
 
 @torch.no_grad()
@@ -26,6 +36,7 @@ def smooth_matrices_(
     names: Collection[str] | None = None,
     max_rank: int,
     keep_frobenius: bool = False,
+    and_then: Callable[[Stack, Smoothed], None] | None = None,
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of matrices in place: W ← W + U_k (φ(Σ_k) − Σ_k) V_kᵀ.
 
@@ -41,6 +52,7 @@ def smooth_matrices_(
         names: Only these 2-D matrices; all when None.
         max_rank: At most so many singular values of a matrix move.
         keep_frobenius: Rescale each smoothed matrix to the Frobenius norm it had.
+        and_then: Told of each batch, as it was read, and what was done to it.
 
     Returns:
         What happened to each matrix looked at, in the order of the batches.
@@ -65,7 +77,83 @@ def smooth_matrices_(
             )
             changed = smoothed.changed.tolist()
             write_stack_(healthy, smoothed.weight, changed, parameters, backend)
+            if and_then is not None:
+                and_then(healthy, smoothed)
             changes += _on_record(healthy.names, shape, smoothed)
+    return tuple(changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The leading singular triplets of a stack of matrices, and what they say."""
+
+    stack: Stack
+    """Without its matrices: they would be a second copy of the model."""
+    triplets: Triplets
+    stable_ranks: Tensor
+    """(len(stack.names),), NaN where a matrix holds NaN or inf."""
+
+
+@torch.no_grad()
+def look_at_matrices(
+    views: Sequence[MatrixView], parameters: Mapping[str, nn.Parameter], backend: Backend
+) -> tuple[Look, ...]:
+    """Look at all matrices with `quick_triplets`; σ₁ is low, and the stable rank high, by its band.
+
+    Args:
+        views: What to look at.
+        parameters: The model's parameters by canonical name.
+        backend: How parameters are stored.
+    """
+    looks = []
+    for stack in stacks(views, parameters, backend):
+        triplets = quick_triplets(stack.matrices)
+        norm = frobenius_norm(stack.matrices)
+        sigma1 = triplets.sigma[:, 0]
+        ranks = torch.where(norm == 0, 0.0, (norm / sigma1).square())
+        looks.append(Look(replace(stack, matrices=norm.new_empty(0)), triplets, ranks))
+    return tuple(looks)
+
+
+@torch.no_grad()
+def cap_matrices_(
+    looks: Sequence[Look],
+    floors: Mapping[str, float],
+    names: Collection[str],
+    parameters: Mapping[str, nn.Parameter],
+    backend: Backend,
+    *,
+    keep_frobenius: bool = False,
+    and_then: Callable[[Stack, Smoothed], None] | None = None,
+) -> tuple[MatrixChange, ...]:
+    """Bring the named matrices up to their stable-rank floors, with the triplets of a look at them.
+
+    Args:
+        looks: Of the matrices as they are now.
+        floors: Of each matrix, by name.
+        names: Which matrices; finite ones only.
+        parameters: The model's parameters by canonical name; those touched change in place.
+        backend: How parameters are stored.
+        keep_frobenius: Rescale each capped matrix to the Frobenius norm it had.
+        and_then: As in `smooth_matrices_`.
+    """
+    changes: list[MatrixChange] = []
+    for look in looks:
+        kept = [name in names for name in look.stack.names]
+        if not any(kept):
+            continue
+        slots = look.stack.slots if all(kept) else look.stack.where_slots(kept)
+        stack = Stack(slots, gather(slots, parameters, backend))
+        smoothed = smooth_spectrum(
+            stack.matrices,
+            StableRankCap(torch.tensor([floors[name] for name in stack.names])),
+            keep_frobenius=keep_frobenius,
+            triplets=look.triplets if all(kept) else look.triplets.where(kept),
+        )
+        write_stack_(stack, smoothed.weight, smoothed.changed.tolist(), parameters, backend)
+        if and_then is not None:
+            and_then(stack, smoothed)
+        changes += _on_record(stack.names, tuple(stack.matrices.shape[-2:]), smoothed)
     return tuple(changes)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_pss.distributed import Backend
 from hf_pss.selection import MatrixView
 
-__all__ = ["Stack", "matrix_names", "matrix_shapes", "stacks", "write_stack_"]
+__all__ = ["Stack", "gather", "matrix_names", "matrix_shapes", "stacks", "write_stack_"]
 
 # fp32 elements in one batched call (256 MiB): bounds the extra memory of a whole-model reading.
 _MAX_ELEMENTS = 2**26
@@ -43,7 +43,11 @@ class Stack:
     def where(self, kept: Sequence[bool]) -> Self:
         """Return the stack of those matrices for which ``kept`` is true."""
         index = [i for i, keep in enumerate(kept) if keep]
-        return type(self)(tuple(self.slots[i] for i in index), self.matrices[index])
+        return type(self)(self.where_slots(kept), self.matrices[index])
+
+    def where_slots(self, kept: Sequence[bool]) -> tuple[_Slot, ...]:
+        """Return the slots for which ``kept`` is true."""
+        return tuple(slot for slot, keep in zip(self.slots, kept, strict=True) if keep)
 
 
 def _slots(view: MatrixView) -> list[_Slot]:
@@ -90,12 +94,11 @@ def stacks(
         size = max(1, _MAX_ELEMENTS // (m * n))
         for first in range(0, len(slots), size):
             chunk = tuple(slots[first : first + size])
-            yield Stack(chunk, _gather(chunk, parameters, backend))
+            yield Stack(chunk, gather(chunk, parameters, backend))
 
 
-def _gather(
-    slots: Sequence[_Slot], parameters: Mapping[str, nn.Parameter], backend: Backend
-) -> Tensor:
+def gather(slots: Sequence[_Slot], parameters: Mapping[str, Tensor], backend: Backend) -> Tensor:
+    """Return the matrices of these slots, (len(slots), m, n), a copy in the stored dtype."""
     matrices = []
     for view, group in itertools.groupby(slots, key=lambda slot: slot.view):
         whole = view.read(backend.full(parameters[view.parameter_name]))
@@ -107,7 +110,7 @@ def write_stack_(
     stack: Stack,
     matrices: Tensor,
     changed: Sequence[bool],
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     backend: Backend,
 ) -> None:
     """Write the changed matrices of a stack into the model, each parameter once per view.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hf_pss.detection import Judgement, Verdict, worst
 from hf_pss.events import Event, Record
 from hf_pss.policy import History
+from hf_pss.smoother import Look
 
 __all__ = ["Step", "StepReport"]
 
@@ -41,6 +42,10 @@ class Step:
     records: list[Record] = field(default_factory=list)
     answers: list[tuple[Event, Judgement]] = field(default_factory=list)
     """Events that must be answered by smoothing once the update is done, in this order."""
+    looks: tuple[Look, ...] = ()
+    """What the floor saw of the weights after this update."""
+    has_its_looks: bool = True
+    """Whether the weights are still as they were looked at."""
 
     def is_due(self, every_steps: int) -> bool:
         """Tell whether something of this rhythm happens now; 0 is never."""

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from hf_pss.cli.demo import demo
 from hf_pss.cli.report import report
+from hf_pss.cli.sweep import sweep
 from hf_pss.cli.train import TrainCommand, train
 from hf_pss.errors import NonFiniteError, PSSError
 
@@ -87,6 +88,7 @@ app.command(
 app.command(
     epilog="For demo runs only: a run of hf-pss train ends with its table, and has no page."
 )(report)
+app.add_typer(sweep, name="sweep")
 
 
 def main() -> None:

@@ -76,12 +76,14 @@ class DemoRecipe:
             )
         )
 
-    def arguments(self, output_dir: Path, seed: int) -> TrainingArguments:
+    def arguments(
+        self, output_dir: Path, seed: int, *, use_cpu: bool = True, **changes: Any
+    ) -> TrainingArguments:
         """Return the training arguments of one run, the same for every guard."""
         return TrainingArguments(
             output_dir=str(output_dir),
             seed=seed,
-            use_cpu=True,
+            use_cpu=use_cpu,
             max_steps=self.num_steps,
             per_device_train_batch_size=self.batch_size,
             per_device_eval_batch_size=64,
@@ -102,6 +104,7 @@ class DemoRecipe:
             disable_tqdm=True,
             report_to="none",
             dataloader_num_workers=0,
+            **changes,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -33,6 +28,7 @@ from hf_pss.demo.folder import (
 )
 from hf_pss.demo.recipe import GUARDS, DemoRecipe
 from hf_pss.errors import ConfigurationError
+from hf_pss.processes import num_cores, signals_interrupt, versions
 
 __all__ = ["run_demo"]
 
@@ -94,7 +90,7 @@ def run_demo(
         progress=lambda text: console.print(f"Preparing the corpus: {text} …"),
     )
     num_runs = len(guards) * num_seeds
-    cores = _num_cores()
+    cores = num_cores()
     at_a_time = min(num_processes or cores, num_runs)
     info = {
         "version": _VERSION,
@@ -120,7 +116,7 @@ def run_demo(
         },
         "pss": {guard: GUARDS[guard].to_dict() for guard in guards},
         "unigram_entropy_nats": corpus.unigram_entropy_nats,
-        "versions": _versions(),
+        "versions": versions(),
         "machine": f"{cores} cores, {platform.machine()}, {at_a_time} runs at a time",
         "guards": list(guards),
         "seeds": list(range(num_seeds)),
@@ -144,7 +140,7 @@ def _train_all(
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress, _signals_interrupt():
+    with Progress(*columns, console=console) as progress, signals_interrupt():
         runs = [
             _Run(
                 guard=guard,
@@ -240,27 +236,6 @@ def _last_row(path: Path) -> dict[str, Any] | None:
     return next((row for row in rows if "loss" in row), None)
 
 
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP do what Ctrl-C does, so that they leave a report and no orphan."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are somebody else's
-        return
-    # Windows has no SIGHUP; under nohup it is ignored, and stays so.
-    wanted = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
-    heeded = [one for one in wanted if signal.getsignal(one) not in (None, signal.SIG_IGN)]
-    before = {one: signal.signal(one, interrupt) for one in heeded}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
 def _check(guards: Sequence[str], num_seeds: int, num_processes: int | None) -> None:
     unknown = sorted(set(guards) - set(GUARDS))
     if unknown or not guards or len(set(guards)) < len(guards):
@@ -272,19 +247,9 @@ def _check(guards: Sequence[str], num_seeds: int, num_processes: int | None) -> 
         raise ConfigurationError("The numbers of seeds and of processes must be 1 or more.")
 
 
-def _num_cores() -> int:
-    """Count the cores that this process may use, where the system tells, or else all."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def _command() -> str:
     program = Path(sys.argv[0]).name
     return " ".join([program if program == "hf-pss" else "python", *sys.argv[1:]])
-
-
-def _versions() -> dict[str, str]:
-    packages = ("hf-pss", "torch", "transformers", "accelerate", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

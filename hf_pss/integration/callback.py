@@ -113,6 +113,7 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Build the controller on the prepared model, and continue where a checkpoint left off."""
@@ -120,7 +121,10 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
             raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
         self._grad_norm = self._device_loss = self._loss = self.report = None
         self._norm_is_new = self._floor_has_acted = False
-        self.controller = PSSController(model, self._config_for(args))
+        # Accelerate wraps the optimizer; its state is the inner one's.
+        self.controller = PSSController(
+            model, self._config_for(args), optimizer=getattr(optimizer, "optimizer", optimizer)
+        )
         self._resume(state)
         # The Trainer saves into this entry and fails where a resumed file lacks it.
         state.stateful_callbacks[type(self).__name__] = self.state()

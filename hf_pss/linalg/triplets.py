@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from hf_pss.linalg.scaling import require_finite, unit_scaled
 # for 8 % and 6e-3. torch.svd_lowrank with niter=2: 6 ms, for 9 % and 6 %.
 DEFAULT_ROUNDS = 8
 _BLOCK = 16
+QUICK_VALUES, QUICK_SUBSPACE_ROUNDS = 8, 3
 # At least so many dimensions of the Krylov space for each value wanted.
 _SPACE = 3
 # The whole SVD takes 1.1 ms for 128×128, an iteration 1.2.
@@ -38,6 +40,13 @@ class Triplets:
     rounding by construction. 0 for the zero matrix."""
     is_exact: bool
     """Whether they come from the whole decomposition, not from an iteration."""
+
+    def where(self, kept: Sequence[bool]) -> Triplets:
+        """Return those of the matrices of a stack for which ``kept`` is true."""
+        index = [i for i, keep in enumerate(kept) if keep]
+        return Triplets(
+            self.u[index], self.sigma[index], self.v[index], self.residual[index], self.is_exact
+        )
 
 
 def leading_triplets(
@@ -102,6 +111,43 @@ def leading_triplets(
     if wide:
         u, v = v, u
     return Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=is_exact)
+
+
+def quick_triplets(
+    weight: Tensor, k: int = QUICK_VALUES, *, num_rounds: int = QUICK_SUBSPACE_ROUNDS
+) -> Triplets:
+    """Return the k leading triplets at a seventh of the cost of a small matrix's SVD.
+
+    Subspace iteration from a fixed block of k columns, with Rayleigh–Ritz at its end. Never raises,
+    never reads back; a matrix that holds NaN or inf gives NaN values. No value is above the true
+    one and WᵀU = VΣ holds to rounding, so an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a
+    contraction, whatever has not converged.
+
+    Measured with the defaults, 48 matrices of 64×64: σ₁ low by 1.8 % on i.i.d. noise (worst 4.8 %),
+    by 1e-6 where three directions stand out; σ₄ by 4 %. 1.6 ms against 11 ms for torch.linalg.svd.
+
+    Args:
+        weight: (..., m, n), any real floating dtype; computed in float32, or float64 for float64.
+        k: number of triplets; at most min(m, n) come back.
+        num_rounds: multiplications by WᵀW.
+
+    >>> quick_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0]))).sigma.round().tolist()
+    [5.0, 3.0, 1.0]
+    """
+    scaled = unit_scaled(weight)
+    matrix = scaled.matrix
+    right = cold_start(matrix, min(k, *matrix.shape[-2:]))
+    for _ in range(num_rounds):
+        u = torch.linalg.qr(matrix @ torch.linalg.qr(right).Q).Q
+        right = matrix.mT @ u
+    # The small SVD of (n, k): of its R factor, k×k.
+    v, core = torch.linalg.qr(right)
+    rotate_v, sigma, rotate_u = torch.linalg.svd(core)
+    u, v = u @ rotate_u.mT, v @ rotate_v
+    residual = torch.linalg.vector_norm(matrix @ v - u * sigma.unsqueeze(-2), dim=-2)
+    residual = residual / torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
+    residual = torch.where(scaled.finite.unsqueeze(-1), residual, torch.nan)
+    return Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=False)
 
 
 def _check_start(weight: Tensor, start: Tensor | None) -> None:

@@ -18,8 +18,9 @@ from rich.console import Console
 
 from hf_pss.demo import worker
 from hf_pss.demo.recipe import DemoRecipe
-from hf_pss.demo.runner import _num_cores, _signals_interrupt, run_demo
+from hf_pss.demo.runner import run_demo
 from hf_pss.errors import ConfigurationError
+from hf_pss.processes import num_cores, signals_interrupt
 from hf_pss.report.html import write_report
 from hf_pss.report.table import render_table
 
@@ -167,7 +168,7 @@ def test_only_cores_that_it_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert _num_cores() == 1
+        assert num_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -176,7 +177,7 @@ def test_only_cores_that_it_may_use_are_counted() -> None:
 def test_under_nohup_a_hangup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _signals_interrupt():
+        with signals_interrupt():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

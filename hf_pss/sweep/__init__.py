@@ -1,0 +1,1 @@
+"""Paired runs over a grid of recipes, learning rates, guards and seeds, and what they show."""

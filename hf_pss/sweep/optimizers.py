@@ -1,0 +1,88 @@
+"""The optimizers of a sweep, each over the same groups of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.trainer_pt_utils import get_parameter_names
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.sweep.guards.base import OptimizerSettings
+
+__all__ = ["OPTIMIZERS", "make_optimizer"]
+
+_SGD_MOMENTUM = 0.9
+
+Groups = list[dict[str, Any]]
+
+
+def parameter_groups(
+    model: nn.Module, settings: OptimizerSettings, *, matrix_lr_ratio: float
+) -> Groups:
+    """Return block matrices, other decayed parameters, and those without weight decay."""
+    selected = {view.parameter_name for view in select_matrices(model).matrices}
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", r"ln_\d"]))
+    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "decayed": [], "plain": []}
+    for name, parameter in named_parameters_canonical(model).items():
+        kind = "matrices" if name in selected else "decayed" if name in decayed else "plain"
+        kinds[kind].append(parameter)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return [
+        {"params": kinds["matrices"], "lr": rate * matrix_lr_ratio, "weight_decay": decay},
+        {"params": kinds["decayed"], "lr": rate, "weight_decay": decay},
+        {"params": kinds["plain"], "lr": rate, "weight_decay": 0.0},
+    ]
+
+
+def _adamw(groups: Groups, settings: OptimizerSettings) -> Optimizer:
+    return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
+
+
+def _sgd(groups: Groups, settings: OptimizerSettings) -> Optimizer:
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=_SGD_MOMENTUM, nesterov=True)
+
+
+def _muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
+    try:
+        from pytorch_optimizer import Muon
+    except ImportError as error:
+        raise ConfigurationError(
+            "The optimizer muon of a sweep is pytorch_optimizer's: pip install 'hf-pss[evidence]'."
+        ) from error
+    matrices, *others = groups
+    # Moonlight's scale 0.2 sqrt(max(m, n)): an update has the RMS of AdamW's, so one learning rate
+    # serves both kinds of parameters.
+    optimizer: Optimizer = Muon(
+        [{**matrices, "use_muon": True}]
+        + [{**g, "use_muon": False, "betas": settings.betas, "eps": settings.eps} for g in others],
+        use_adjusted_lr=True,
+    )
+    return optimizer
+
+
+OPTIMIZERS: Mapping[str, Callable[[Groups, OptimizerSettings], Optimizer]] = MappingProxyType(
+    {"adamw": _adamw, "sgd": _sgd, "muon": _muon}
+)
+"""SGD has Nesterov momentum 0.9; Muon gives AdamW all that is no block matrix."""
+
+
+def make_optimizer(
+    name: str, model: nn.Module, settings: OptimizerSettings, *, matrix_lr_ratio: float = 1.0
+) -> Optimizer:
+    """Return the optimizer of that name for a model.
+
+    Raises:
+        ConfigurationError: The name is unknown, or its package is not installed.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigurationError(
+            f"You asked for the optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}."
+        )
+    groups = parameter_groups(model, settings, matrix_lr_ratio=matrix_lr_ratio)
+    return OPTIMIZERS[name](groups, settings)

@@ -1,0 +1,190 @@
+"""The pictures of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_pss.report.canvas import new_figure, save_png, style, to_svg
+from hf_pss.sweep.rows import Row
+from hf_pss.sweep.statistics import (
+    Setting,
+    compare_at_best,
+    final_loss,
+    losses_by_rate,
+    settings_of,
+)
+
+__all__ = ["plot_all", "plot_curves", "plot_learning_rates", "plot_paired"]
+
+_GREY = "#555555"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513", "#000000")
+_SMOOTHED_STEPS = 25
+
+Plot = Callable[[Sequence[Row], Setting, str], Figure]
+
+
+def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]:
+    """Draw every picture that the rows give something for; return the files, PNG and SVG.
+
+    Args:
+        rows: Of any recipes; each recipe and optimizer has its own pictures.
+        folder: Where they go.
+        reference: The guard drawn in grey, and compared with.
+    """
+    files: list[Path] = []
+    for setting in settings_of(rows):
+        here = [r for r in rows if (r.recipe, r.optimizer) == (setting.recipe, setting.optimizer)]
+        plots: dict[str, Plot] = {"curves": plot_curves}
+        if len({row.learning_rate for row in here}) > 1:
+            plots["learning-rates"] = plot_learning_rates
+        if any(row.guard == reference for row in here) and len({row.guard for row in here}) > 1:
+            plots["paired"] = plot_paired
+        for name, plot in plots.items():
+            with style():
+                figure = plot(here, setting, reference)
+                stem = folder / f"{setting.recipe}-{setting.optimizer}-{name}"
+                save_png(figure, stem.with_suffix(".png"))
+                stem.with_suffix(".svg").write_bytes(to_svg(figure))
+            files += [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    return files
+
+
+def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+    """Final validation loss against learning rate: median over seeds, band from best to worst."""
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    guards = _guards(rows, reference)
+    ends = []
+    for guard in guards:
+        losses = losses_by_rate(rows, setting, guard)
+        rates = list(losses)
+        medians = [median(by_seed.values()) for by_seed in losses.values()]
+        lows, highs = (
+            [pick(by_seed.values()) for by_seed in losses.values()] for pick in (min, max)
+        )
+        colour = _colour(guard, guards, reference)
+        axes.fill_between(rates, lows, highs, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(rates, medians, color=colour, marker="o", markersize=3.5)
+        best = int(np.argmin(medians))
+        axes.plot(rates[best], medians[best], color=colour, marker="*", markersize=11)
+        ends.append((medians[-1], rates[-1], guard, colour))
+    _label_ends(axes, ends)
+    entropy = rows[0].unigram_entropy
+    axes.axhline(entropy, color="#999999", linestyle=":", linewidth=1)
+    axes.annotate(
+        "knows token frequencies only",
+        (axes.get_xlim()[0], entropy),
+        xytext=(4, 3),
+        textcoords="offset points",
+        color="#777777",
+        fontsize=8,
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("final validation loss, nats a token")
+    seeds = len({row.seed for row in rows})
+    axes.set_title(f"{setting}: median of {seeds} seeds, band from best to worst, ★ the best rate")
+    return figure
+
+
+def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+    """Training loss of every run, a panel a learning rate, a colour a guard."""
+    rates = sorted({row.learning_rate for row in rows})
+    shown = rates if len(rates) <= 3 else [rates[0], rates[len(rates) // 2], rates[-1]]
+    guards = _guards(rows, reference)
+    figure = new_figure(3.6 * len(shown) + 1.6, 3.4)
+    panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+    for axes, rate in zip(panels, shown, strict=True):
+        ends = []
+        for guard in guards:
+            runs = [row for row in rows if row.guard == guard and row.learning_rate == rate]
+            colour = _colour(guard, guards, reference)
+            curves = [_smoothed(row.losses) for row in runs]
+            for curve in curves:
+                axes.plot(curve, color=colour, linewidth=0.6, alpha=0.35)
+            if curves:
+                length = min(len(curve) for curve in curves)
+                middle = np.nanmedian([curve[:length] for curve in curves], axis=0)
+                axes.plot(middle, color=colour, linewidth=1.6)
+                ends.append((float(middle[-1]), float(length), guard, colour))
+        axes.set_title(f"learning rate {rate:g}")
+        axes.set_xlabel("step")
+        if axes is panels[-1]:
+            _label_ends(axes, ends)
+    panels[0].set_ylabel(f"training loss, mean of {_SMOOTHED_STEPS} steps")
+    figure.suptitle(str(setting), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+    """Each guard at its own best rate less the reference at its own: seeds, mean, 95 % interval."""
+    found = [
+        comparison
+        for guard in _guards(rows, reference)
+        if guard != reference
+        and (comparison := compare_at_best(rows, setting, guard, reference)) is not None
+    ]
+    found.sort(key=lambda comparison: comparison.mean, reverse=True)
+    figure = new_figure(6.4, 0.9 + 0.3 * len(found))
+    axes = figure.subplots()
+    for height, comparison in enumerate(found):
+        colour = "#0072B2" if comparison.mean < 0 else "#D55E00"
+        axes.plot(comparison.differences, [height] * len(comparison.differences), "|", color=colour)
+        if comparison.interval:
+            axes.plot(comparison.interval, [height, height], color=colour, linewidth=2.5, alpha=0.5)
+        axes.plot(comparison.mean, height, "o", color=colour, markersize=5)
+    axes.axvline(0.0, color="#999999", linewidth=1)
+    axes.set_yticks(
+        range(len(found)),
+        [f"{c.guard}, {c.learning_rates[0]:g}  [{len(c.differences)}]" for c in found],
+    )
+    rate = found[0].learning_rates[1] if found else float("nan")
+    axes.set_xlabel(f"validation loss less that of {reference} at {rate:g}, nats")
+    axes.set_title(f"{setting}: each at its best rate, [seeds]; bar: 95 % interval of the mean")
+    return figure
+
+
+def _guards(rows: Sequence[Row], reference: str) -> list[str]:
+    """The guards in the order of their best loss, so that labels meet their lines."""
+    best = {row.guard: min(final_loss(r) for r in rows if r.guard == row.guard) for row in rows}
+    return sorted(best, key=lambda guard: (guard != reference, best[guard]))
+
+
+def _colour(guard: str, guards: Sequence[str], reference: str) -> str:
+    others = [name for name in guards if name != reference]
+    return _GREY if guard == reference else _COLOURS[others.index(guard) % len(_COLOURS)]
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each name beside the end of its line, apart from its neighbours."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    at = -np.inf
+    for value, x, name, colour in sorted(ends):
+        at = max(value, at + gap)
+        axes.annotate(
+            name,
+            (x, value),
+            xytext=(1.02, at),
+            textcoords=axes.get_yaxis_transform(),
+            color=colour,
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _smoothed(losses: Sequence[float | None]) -> np.ndarray:
+    values = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
+    means = np.full_like(values, np.nan)
+    for end in range(len(values)):
+        window = values[max(0, end - _SMOOTHED_STEPS + 1) : end + 1]
+        if np.isfinite(window).any():
+            means[end] = np.nanmean(window)
+    return means

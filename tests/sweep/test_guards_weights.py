@@ -1,0 +1,112 @@
+"""Guards on the weights: what they promise of the matrices, and when they act."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import gpt2, token_rows
+from sweep_guards import trainer_of
+
+from hf_pss import PSSConfig, select_matrices
+from hf_pss.linalg import spectral_norm
+from hf_pss.selection import named_parameters_canonical
+from hf_pss.sweep.guards.base import Guard
+from hf_pss.sweep.guards.reparametrization import sigma_reparam_
+from hf_pss.sweep.guards.table import _pss_of
+from hf_pss.sweep.guards.triggers import LearningRateDrop
+from hf_pss.sweep.guards.weights import ScheduledSmoothing, SpectralCap
+
+LOGITS = 2.5e-7  # absolute; 8.9e-8 measured, logits are of the order 0.1
+ABOVE_CAP = 1.04  # 1.0134 measured: power iteration sees σ₁ from below
+
+
+def test_sigma_reparam_starts_as_the_same_function() -> None:
+    model = gpt2(num_layers=2)
+    rows = torch.stack([row["input_ids"] for row in token_rows(4)])
+    before = model.eval()(rows).logits
+    sigma_reparam_(model)
+    assert (model.eval()(rows).logits - before).abs().max() < LOGITS
+    model.train()
+    weight = model.transformer.h[0].attn.c_attn.weight
+    gain = model.transformer.h[0].attn.c_attn.parametrizations.weight[1].gain
+    assert math.isclose(spectral_norm(weight.detach()), gain.item(), rel_tol=1e-4)
+
+
+def test_spectral_cap_holds(tmp_path: Path) -> None:
+    guard = Guard("", "", callback=lambda trainer: SpectralCap(factor=0.05))
+    trainer, own = trainer_of(tmp_path, guard, max_steps=8, learning_rate=1e-2)
+    trainer.train()
+    assert own is not None
+    assert own.intervention_steps
+    parameters = named_parameters_canonical(trainer.model)
+    for view in select_matrices(trainer.model).matrices:
+        weight = view.read(parameters[view.parameter_name])
+        m, n = weight.shape
+        assert spectral_norm(weight) < ABOVE_CAP * 0.05 * (1 + math.sqrt(m / n))
+
+
+@pytest.mark.parametrize("smoothing", ["clip", "polar"])
+def test_scheduled_smoothing_keeps_its_rhythm(smoothing: str, tmp_path: Path) -> None:
+    guard = Guard("", "", callback=lambda trainer: ScheduledSmoothing(smoothing, every_steps=3))
+    trainer, own = trainer_of(tmp_path, guard, max_steps=6)
+    trainer.train()
+    assert own is not None
+    assert own.intervention_steps == [3, 6]
+    parameters = named_parameters_canonical(trainer.model)
+    for view in select_matrices(trainer.model).matrices:
+        sigma = torch.linalg.svdvals(view.read(parameters[view.parameter_name]))
+        if smoothing == "polar":
+            assert sigma[0] / sigma[-1] < 1.001
+        else:
+            assert sigma[0] / sigma[1] < 1.001
+
+
+def test_the_hammer_levels_the_first_two_values(tmp_path: Path) -> None:
+    guard = Guard(
+        "", "", callback=lambda t: ScheduledSmoothing("hammer", every_steps=1, max_rank=1)
+    )
+    trainer, own = trainer_of(tmp_path, guard, max_steps=3)
+    trainer.train()
+    assert own is not None
+    assert own.intervention_steps == [1, 2, 3]
+    parameters = named_parameters_canonical(trainer.model)
+    for view in select_matrices(trainer.model).matrices:
+        sigma = torch.linalg.svdvals(view.read(parameters[view.parameter_name]))
+        assert sigma[0] / sigma[1] < 1.001
+
+
+def test_random_steps_are_the_seeds_and_as_many() -> None:
+    def steps(seed: int) -> list[int]:
+        own = ScheduledSmoothing("clip", random_seed=seed)
+        return [step for step in range(1, 20001) if own._is_due(step)]
+
+    assert steps(3) == steps(3)
+    assert steps(3) != steps(4)
+    assert 150 < len(steps(3)) < 250  # 200 expected, standard deviation 14
+
+
+def test_the_learning_rate_drops_for_good(tmp_path: Path) -> None:
+    eager = PSSConfig(
+        observe_only=True, threshold_ratio=1.0001, calibration_steps=1, baseline_alpha=0.5
+    )
+    guard = Guard(
+        "",
+        "",
+        pss=eager,
+        callback=lambda trainer: LearningRateDrop(_pss_of(trainer), cooldown_steps=1),
+    )
+    trainer, own = trainer_of(
+        tmp_path, guard, max_steps=10, lr_scheduler_type="constant", learning_rate=0.1
+    )
+    trainer.train()
+    assert own is not None
+    steps = own.intervention_steps
+    assert steps
+    assert all(b - a > 1 for a, b in itertools.pairwise(steps))
+    wanted = 0.1 * 0.5 ** len(steps)
+    assert math.isclose(trainer.optimizer.param_groups[0]["lr"], wanted)
+    assert math.isclose(trainer.lr_scheduler.get_last_lr()[0], wanted) or steps[-1] == 10
