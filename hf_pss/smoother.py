@@ -16,7 +16,6 @@ from hf_pss.linalg import (
     SmoothingStatus,
     StableRankCap,
     Triplets,
-    frobenius_norm,
     quick_triplets,
     smooth_spectrum,
 )
@@ -90,6 +89,8 @@ class Look:
     stack: Stack
     """Without its matrices: they would be a second copy of the model."""
     triplets: Triplets
+    tails: Tensor
+    """(len(stack.names),), the Frobenius norm of what the triplets leave."""
     stable_ranks: Tensor
     """(len(stack.names),), NaN where a matrix holds NaN or inf."""
 
@@ -107,11 +108,11 @@ def look_at_matrices(
     """
     looks = []
     for stack in stacks(views, parameters, backend):
-        triplets = quick_triplets(stack.matrices)
-        norm = frobenius_norm(stack.matrices)
-        sigma1 = triplets.sigma[:, 0]
-        ranks = torch.where(norm == 0, 0.0, (norm / sigma1).square())
-        looks.append(Look(replace(stack, matrices=norm.new_empty(0)), triplets, ranks))
+        triplets, tails = quick_triplets(stack.matrices)
+        values = torch.cat([triplets.sigma, tails.unsqueeze(-1)], dim=-1)
+        ratios = values / torch.where(values[:, :1] == 0, 1.0, values[:, :1])
+        ranks = ratios.square().sum(dim=-1)
+        looks.append(Look(replace(stack, matrices=tails.new_empty(0)), triplets, tails, ranks))
     return tuple(looks)
 
 
@@ -142,13 +143,14 @@ def cap_matrices_(
         kept = [name in names for name in look.stack.names]
         if not any(kept):
             continue
-        slots = look.stack.slots if all(kept) else look.stack.where_slots(kept)
+        slots = look.stack.where_slots(kept)
         stack = Stack(slots, gather(slots, parameters, backend))
+        index = [i for i, keep in enumerate(kept) if keep]
         smoothed = smooth_spectrum(
             stack.matrices,
             StableRankCap(torch.tensor([floors[name] for name in stack.names])),
             keep_frobenius=keep_frobenius,
-            triplets=look.triplets if all(kept) else look.triplets.where(kept),
+            known=(look.triplets.where(kept), look.tails[index]),
         )
         write_stack_(stack, smoothed.weight, smoothed.changed.tolist(), parameters, backend)
         if and_then is not None:

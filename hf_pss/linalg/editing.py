@@ -72,7 +72,7 @@ def smooth_spectrum(
     start: Tensor | None = None,
     num_rounds: int = DEFAULT_ROUNDS,
     check_finite: bool = True,
-    triplets: Triplets | None = None,
+    known: tuple[Triplets, Tensor] | None = None,
 ) -> Smoothed:
     """Smooth the dominant singular values: W* = W + U_k (φ(Σ_k) − Σ_k) V_kᵀ (arXiv 2602.01308).
 
@@ -98,8 +98,8 @@ def smooth_spectrum(
         num_rounds: rounds of Krylov iteration, as in `leading_triplets`.
         check_finite: raise on NaN and inf, at the price of one device-to-host read; a caller that
             has looked need not look again.
-        triplets: of these matrices, where the caller has them: no others are computed, nothing is
-            checked, and σ₁ after the edit is not measured but taken from them.
+        known: what `quick_triplets` gave for these matrices: nothing is decomposed again, nothing
+            is checked, and σ₁ after the edit is not measured but taken from it.
 
     Raises:
         NonFiniteError: a matrix holds NaN or inf (with check_finite).
@@ -114,14 +114,16 @@ def smooth_spectrum(
     m, n = weight.shape[-2:] if weight.ndim >= 2 else (0, 0)
     size = min(m, n)
     num_values = max(1, size if phi.whole_spectrum else min(max_rank + 1, size))
-    is_given = triplets is not None
-    if triplets is None:
+    if known is not None:
+        triplets, tail = known
+    else:
         triplets = leading_triplets(
             weight, num_values, start=start, num_rounds=num_rounds, check_finite=check_finite
         )
+        tail = _tail(weight, triplets)
     num_values = triplets.sigma.shape[-1]
     matrix = weight.detach().to(triplets.sigma.dtype)
-    spectrum = _spectrum(matrix, triplets, max_rank)
+    spectrum = _spectrum(triplets, tail, max_rank, (m, n))
     sigma, sigma1 = spectrum.sigma, spectrum.sigma[..., :1]
 
     after = phi(spectrum)
@@ -142,7 +144,7 @@ def smooth_spectrum(
     edited = torch.where(changed[..., None, None], edited.to(weight.dtype), weight.detach())
     values_after = after * gain
     largest = values_after[..., 0]
-    if not triplets.is_exact and not is_given:
+    if not triplets.is_exact and known is None:
         measured = spectral_norm(edited, num_rounds=_MEASURING_ROUNDS)
         largest = torch.where(changed, torch.maximum(measured, largest), largest)
     down_to_last = (after[..., 0] <= sigma[..., -1]) & (num_values < size)
@@ -162,16 +164,19 @@ def smooth_spectrum(
     )
 
 
-def _spectrum(matrix: Tensor, triplets: Triplets, max_rank: int) -> Spectrum:
+def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
+    """‖W − UΣVᵀ‖_F, measured: ‖W‖_F² − Σσ² of a collapsed matrix is rounding noise."""
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
-    m, n = matrix.shape[-2:]
-    # The rest is measured, not subtracted: ‖W‖_F² − Σσ² of a collapsed matrix is rounding noise.
-    all_at_hand = sigma.shape[-1] == min(m, n)
-    rest = matrix - (u * sigma.unsqueeze(-2)) @ v.mT
-    tail = torch.zeros_like(sigma[..., 0]) if all_at_hand else frobenius_norm(rest)
+    if sigma.shape[-1] == min(weight.shape[-2:]):
+        return torch.zeros_like(sigma[..., 0])
+    return frobenius_norm(weight.detach().to(sigma.dtype) - (u * sigma.unsqueeze(-2)) @ v.mT)
+
+
+def _spectrum(triplets: Triplets, tail: Tensor, max_rank: int, shape: tuple[int, int]) -> Spectrum:
+    sigma = triplets.sigma
     rank = _stable_rank(sigma, tail).floor().to(torch.int64)
     at_most = max(1, min(max_rank, sigma.shape[-1] - 1))
-    return Spectrum(sigma, rank.clamp(1, at_most), tail, (m, n))
+    return Spectrum(sigma, rank.clamp(1, at_most), tail, shape)
 
 
 def _stable_rank(values: Tensor, tail: Tensor, largest: Tensor | None = None) -> Tensor:

@@ -115,13 +115,16 @@ def leading_triplets(
 
 def quick_triplets(
     weight: Tensor, k: int = QUICK_VALUES, *, num_rounds: int = QUICK_SUBSPACE_ROUNDS
-) -> Triplets:
-    """Return the k leading triplets at a seventh of the cost of a small matrix's SVD.
+) -> tuple[Triplets, Tensor]:
+    """Return the k leading triplets, and the norm of the rest, at a seventh of a small SVD's cost.
 
     Subspace iteration from a fixed block of k columns, with Rayleigh–Ritz at its end. Never raises,
     never reads back; a matrix that holds NaN or inf gives NaN values. No value is above the true
     one and WᵀU = VΣ holds to rounding, so an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a
     contraction, whatever has not converged.
+
+    The second result is ‖W − UΣVᵀ‖_F, (...): measured, for ‖W‖_F² − Σσ² of a collapsed matrix would
+    be rounding noise.
 
     Measured with the defaults, 48 matrices of 64×64: σ₁ low by 1.8 % on i.i.d. noise (worst 4.8 %),
     by 1e-6 where three directions stand out; σ₄ by 4 %. 1.6 ms against 11 ms for torch.linalg.svd.
@@ -131,7 +134,7 @@ def quick_triplets(
         k: number of triplets; at most min(m, n) come back.
         num_rounds: multiplications by WᵀW.
 
-    >>> quick_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0]))).sigma.round().tolist()
+    >>> quick_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0])))[0].sigma.round().tolist()
     [5.0, 3.0, 1.0]
     """
     scaled = unit_scaled(weight)
@@ -140,6 +143,7 @@ def quick_triplets(
     for _ in range(num_rounds):
         u = torch.linalg.qr(matrix @ torch.linalg.qr(right).Q).Q
         right = matrix.mT @ u
+    rest = torch.linalg.vector_norm(matrix - u @ right.mT, dim=(-2, -1))
     # The small SVD of (n, k): of its R factor, k×k.
     v, core = torch.linalg.qr(right)
     rotate_v, sigma, rotate_u = torch.linalg.svd(core)
@@ -147,7 +151,8 @@ def quick_triplets(
     residual = torch.linalg.vector_norm(matrix @ v - u * sigma.unsqueeze(-2), dim=-2)
     residual = residual / torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
     residual = torch.where(scaled.finite.unsqueeze(-1), residual, torch.nan)
-    return Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=False)
+    triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=False)
+    return triplets, scaled.restore(rest)
 
 
 def _check_start(weight: Tensor, start: Tensor | None) -> None:

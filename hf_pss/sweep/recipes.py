@@ -176,6 +176,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             {**_TINY, "learning_rate": 2e-3},
             fault=Fault("high_learning_rate", start=200, num_steps=20, factor=30.0),
         ),
+        "damaged_mildly": _recipe(
+            "The same with 5 steps at 10 times that rate",
+            {**_TINY, "learning_rate": 2e-3},
+            fault=Fault("high_learning_rate", start=200, num_steps=5, factor=10.0),
+        ),
         "undamaged": _recipe(
             "The twin of `damaged` without the damage", {**_TINY, "learning_rate": 2e-3}
         ),
