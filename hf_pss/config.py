@@ -75,7 +75,7 @@ class PSSConfig:
         },
     )
     floor_ratio: float = field(
-        default=0.8,  # chosen among 0.5, 0.8 and 1: docs/experiments.md, 2026-11-20
+        default=1.0,
         metadata={
             "help": "Stable-rank floor (rho) in units of i.i.d. noise of the same shape, "
             "mn/(sqrt(m)+sqrt(n))^2."
@@ -95,7 +95,7 @@ class PSSConfig:
         },
     )
     check_every_steps: int = field(
-        default=10,
+        default=5,
         metadata={"help": "Rhythm of the stable-rank detectors, in optimizer steps."},
     )
     smoothing: SmoothingName = field(

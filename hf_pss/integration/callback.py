@@ -66,6 +66,11 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         self._events: JsonLines | None = None
         self._health: JsonLines | None = None
 
+    @property
+    def readings(self) -> tuple[float | None, float | None]:
+        """This step's loss, and its gradient norm before clipping, once they are on the host."""
+        return self._loss, self._grad_norm
+
     def attach(self, trainer: Trainer) -> PSSCallback:
         """Add this callback to a trainer of any class, and let it hear norms and losses.
 

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.sweep.groups import Groups, matrix_groups
 from hf_pss.sweep.guards.base import OptimizerSettings
 
 __all__ = ["OPTIMIZERS", "make_optimizer"]
 
 _SGD_MOMENTUM = 0.9
-
-Groups = list[dict[str, Any]]
-
-
-def parameter_groups(
-    model: nn.Module, settings: OptimizerSettings, *, matrix_lr_ratio: float
-) -> Groups:
-    """Return block matrices, other decayed parameters, and those without weight decay."""
-    selected = {view.parameter_name for view in select_matrices(model).matrices}
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", r"ln_\d"]))
-    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "decayed": [], "plain": []}
-    for name, parameter in named_parameters_canonical(model).items():
-        kind = "matrices" if name in selected else "decayed" if name in decayed else "plain"
-        kinds[kind].append(parameter)
-    rate, decay = settings.learning_rate, settings.weight_decay
-    return [
-        {"params": kinds["matrices"], "lr": rate * matrix_lr_ratio, "weight_decay": decay},
-        {"params": kinds["decayed"], "lr": rate, "weight_decay": decay},
-        {"params": kinds["plain"], "lr": rate, "weight_decay": 0.0},
-    ]
 
 
 def _adamw(groups: Groups, settings: OptimizerSettings) -> Optimizer:
@@ -84,5 +62,5 @@ def make_optimizer(
         raise ConfigurationError(
             f"You asked for the optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}."
         )
-    groups = parameter_groups(model, settings, matrix_lr_ratio=matrix_lr_ratio)
+    groups = matrix_groups(model, settings, matrix_lr_ratio=matrix_lr_ratio)
     return OPTIMIZERS[name](groups, settings)

@@ -6,36 +6,18 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.selection import named_parameters_canonical
+from hf_pss.sweep.groups import decay_groups
 from hf_pss.sweep.guards.base import OptimizerSettings
 
 __all__ = [
     "adagc",
-    "parameter_groups",
     "reparametrized_adamw",
     "spam",
     "stable_adamw",
     "stable_spam",
 ]
-
-# Of transformers' Trainer, and the gains of σReparam, which are no weights.
-_WITHOUT_DECAY = ["bias", "layernorm", "rmsnorm", r"ln_\d", r"(?:^|\.)norm(?:$|\.)", r"\.gain$"]
-
-
-def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Return the parameters with weight decay, and those without: biases, norms and gains."""
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], _WITHOUT_DECAY))
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in named_parameters_canonical(model).items():
-        if parameter.requires_grad:
-            groups[name in decayed].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": settings.weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
 
 
 def adagc(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
@@ -78,7 +60,7 @@ def stable_adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
 def reparametrized_adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """AdamW itself; σReparam's gains are among the parameters without decay."""
     return AdamW(
-        parameter_groups(model, settings),
+        decay_groups(model, settings),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
@@ -95,7 +77,7 @@ def _packaged(
             f"The guard's optimizer {name} is pytorch_optimizer's: pip install 'hf-pss[evidence]'."
         ) from error
     optimizer: Optimizer = getattr(pytorch_optimizer, name)(
-        parameter_groups(model, settings),
+        decay_groups(model, settings),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
@@ -36,8 +35,8 @@ def _pss_of(trainer: Trainer) -> PSSCallback:
 
 
 def _olmo_skip(trainer: Trainer) -> TrainerCallback:
-    pss: Any = _pss_of(trainer)
-    return OlmoSkipStep(lambda: (pss._loss, pss._grad_norm))
+    pss = _pss_of(trainer)
+    return OlmoSkipStep(lambda: pss.readings)
 
 
 def _random_clip(trainer: Trainer) -> TrainerCallback:
