@@ -79,17 +79,21 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
     axes.axhline(entropy, color="#999999", linestyle=":", linewidth=1)
     axes.annotate(
         "knows token frequencies only",
-        (axes.get_xlim()[0], entropy),
-        xytext=(4, 3),
+        (0.01, entropy),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 3),
         textcoords="offset points",
         color="#777777",
         fontsize=8,
     )
     axes.set_xscale("log")
+    tried = sorted({row.learning_rate for row in rows})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("final validation loss, nats a token")
     seeds = len({row.seed for row in rows})
-    axes.set_title(f"{setting}: median of {seeds} seeds, band from best to worst, ★ the best rate")
+    axes.set_title(f"{setting}\nmedian of {seeds} seeds, band from best to worst, ★ best rate")
     return figure
 
 
@@ -131,7 +135,7 @@ def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
         and (comparison := compare_at_best(rows, setting, guard, reference)) is not None
     ]
     found.sort(key=lambda comparison: comparison.mean, reverse=True)
-    figure = new_figure(6.4, 0.9 + 0.3 * len(found))
+    figure = new_figure(6.4, 1.2 + 0.28 * len(found))
     axes = figure.subplots()
     for height, comparison in enumerate(found):
         colour = "#0072B2" if comparison.mean < 0 else "#D55E00"
@@ -146,7 +150,7 @@ def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
     )
     rate = found[0].learning_rates[1] if found else float("nan")
     axes.set_xlabel(f"validation loss less that of {reference} at {rate:g}, nats")
-    axes.set_title(f"{setting}: each at its best rate, [seeds]; bar: 95 % interval of the mean")
+    axes.set_title(f"{setting}\neach at its best rate [seeds]; bar: 95 % interval of the mean")
     return figure
 
 

@@ -8,6 +8,7 @@ from statistics import median
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from hf_pss.sweep.rows import Row
 from hf_pss.sweep.statistics import (
@@ -36,14 +37,15 @@ class _Cells:
 
 def render_tables(rows: Sequence[Row], *, reference: str, target: float | None = None) -> Group:
     """Return the tables for a terminal."""
-    shown: list[Table | str] = []
+    shown: list[Table | Text] = []
     for cells in _all(rows, reference, target):
-        table = Table(title=cells.title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        # `Text`: "[3]" is a number of seeds, which rich would take for markup.
+        table = Table(box=None, padding=(0, 2, 0, 0))
         for number, name in enumerate(cells.head):
-            table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+            table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
         for line in cells.body:
-            table.add_row(*line)
-        shown += [table, ""]
+            table.add_row(*map(Text, line))
+        shown += [Text(cells.title, style="bold"), table, Text()]
     return Group(*shown)
 
 
@@ -82,9 +84,10 @@ def _losses(rows: Sequence[Row], setting: Setting, guards: Sequence[str]) -> _Ce
         cells = [_loss(losses.get(rate), is_best=rate == best) for rate in rates]
         low, high = usable_range(rows, setting, guard)
         body.append((guard, *cells, f"{high / low:.3g}×"))
-    head = ("guard", *(f"{rate:g}" for rate in rates), "usable range")
+    head = ("guard", *(f"{rate:g}" for rate in rates), "range")
     return _Cells(
-        f"{setting}: median final validation loss by learning rate [seeds], * the guard's best",
+        f"{setting}: median final validation loss by learning rate [seeds]; * the guard's best, "
+        "range: rates within 0.05 of it",
         head,
         tuple(body),
     )
