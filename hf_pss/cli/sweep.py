@@ -102,6 +102,9 @@ def warnings(
     max_false_alarms: Annotated[
         float, typer.Option(help="Per 1,000 healthy readings, at which rules are compared.")
     ] = 1.0,
+    guard: Annotated[
+        str, typer.Option(help="Whose runs are read: one that acts hides what was warned of.")
+    ] = "clip",
 ) -> None:
     """Print how early each warning rule spoke before an explosion, and how often falsely.
 
@@ -109,10 +112,10 @@ def warnings(
     """
     from hf_pss.sweep.lead_time import at_equal_rate, render_table
 
-    rows = [row for row in _read(output_dir) if "probes" in row.extra]
+    rows = [r for r in _read(output_dir) if "probes" in r.extra and r.guard == guard]
     if not rows:
         raise ConfigurationError(
-            f"No run in {output_dir} kept probes; set probes_every_steps in the grid."
+            f"No run in {output_dir} under {guard} kept probes; set probes_every_steps in the grid."
         )
     Console().print(render_table(at_equal_rate(rows, max_false_alarms=max_false_alarms)))
 

@@ -1,0 +1,148 @@
+"""Grids: what is meant by a file, and what is said of one that means nothing."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sweep_cells import cell
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.sweep.grid import Cell, read_grid
+from hf_pss.sweep.guards.table import GUARDS
+from hf_pss.sweep.recipes import RECIPES
+
+BASE = "recipes: [wide]\nlearning_rates: [1e-3]\nguards: [none]\n"
+RECIPES_FOLDER = Path(__file__).parents[2] / "recipes" / "lr_sweep"
+
+Cells = Callable[[str], list[Cell]]
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Cells:
+    def read(text: str) -> list[Cell]:
+        path = tmp_path / "grid.yaml"
+        path.write_text(text, encoding="utf-8")
+        return read_grid(path)
+
+    return read
+
+
+def test_a_number_without_a_dot_is_a_number(cells: Cells) -> None:
+    (only,) = cells(BASE)
+    assert only.learning_rate == 1e-3
+    assert only.recipe.training.learning_rate == 1e-3
+
+
+def test_a_block_is_the_full_product_seeds_outermost(cells: Cells) -> None:
+    found = cells(
+        "recipes: [wide, deep]\nlearning_rates: [1e-3, 1e-2]\nguards: [none, clip]\nseeds: 2\n"
+        "optimizers: [adamw, sgd]"
+    )
+    assert len(found) == len({c.id for c in found}) == 2 * 2 * 2 * 2 * 2
+    assert [c.seed for c in found] == [0] * 16 + [1] * 16
+
+
+def test_seeds_are_a_count_or_a_list(cells: Cells) -> None:
+    assert [c.seed for c in cells(BASE + "seeds: 3")] == [0, 1, 2]
+    assert [c.seed for c in cells(BASE + "seeds: [7, 5]")] == [5, 7]
+
+
+def test_cells_that_blocks_share_are_run_once(cells: Cells) -> None:
+    blocks = (
+        "- {recipes: [wide], learning_rates: [1e-3], guards: [none, clip]}\n"
+        "- {recipes: [wide], learning_rates: [0.001, 0.002], guards: [clip]}"
+    )
+    found = {(c.guard_name, c.learning_rate) for c in cells(blocks)}
+    assert len(cells(blocks)) == len(found) == 3
+
+
+def test_changes_reach_the_training_and_the_recipe(cells: Cells) -> None:
+    (only,) = cells(BASE + "changes: {num_layers: 1, init_gain: 4.0}")
+    assert only.recipe.training.num_layers == 1
+    assert only.recipe.init_gain == 4.0
+    assert RECIPES["wide"].training.num_layers == 6
+
+
+def test_pss_with_options_of_its_own(cells: Cells) -> None:
+    mine = "{name: mine, preset: floor, floor_ratio: 0.5}"
+    (only,) = cells(BASE.replace("[none]", f"[{mine}]"))
+    assert only.guard_name == "mine"
+    assert only.guard.pss.floor_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("colour: red\n" + BASE, "no key colour; it has recipes"),
+        (BASE.replace("wide", "huge"), "'huge'; choose one of slow_damage"),
+        (BASE.replace("none", "prayer"), "'prayer'; choose one of none"),
+        (BASE + "optimizers: [adam]", "'adam'; choose of adamw"),
+        (BASE + "changes: {depth: 3}", "no depth; it has"),
+        (BASE + "changes: {num_layers: 0}", "num_layers must be above 0"),
+        (BASE + "changes: [1]", "is a mapping"),
+        ("recipes: [wide]\nguards: [none]", "lacks learning_rates"),
+        (BASE.replace("[1e-3]", "[fast]"), "'fast'"),
+        (BASE.replace("[1e-3]", "1e-3"), "`learning_rates` of a grid is a list"),
+        (BASE.replace("[1e-3]", "[]"), "`learning_rates` of a grid is a list"),
+        (BASE + "seeds: 0", "how many, or a list of whole numbers"),
+        (BASE + "seeds: [a]", "how many, or a list of whole numbers"),
+        (BASE + "seeds: [0.5]", "how many, or a list of whole numbers"),
+        (BASE.replace("[none]", "[{preset: floor}]"), "a mapping with a name"),
+        (BASE.replace("[none]", "[{name: clip}]"), "give yours another name"),
+        (BASE.replace("[none]", "[{name: mine, preset: best}]"), "paper"),
+        (BASE.replace("[none]", "[{name: mine, floor: 2}]"), "floor"),
+        ("[]", "holds no run"),
+        ("", "is a mapping"),
+        ("just words", "is a mapping"),
+        ("{: [", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_is_allowed(cells: Cells, text: str, told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        cells(text)
+    assert told in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"absent\.yaml cannot be read"):
+        read_grid(tmp_path / "absent.yaml")
+
+
+def test_ids_are_stable() -> None:
+    """A change of this value throws away every sweep that was ever run: do it knowingly."""
+    assert cell().id == cell().id
+    assert pickle.loads(pickle.dumps(cell())).id == cell().id
+
+
+def test_whatever_changes_the_run_changes_its_id(cells: Cells) -> None:
+    mine = "{{name: mine, preset: floor, floor_ratio: {}}}"
+    texts = [
+        BASE,
+        BASE + "seeds: [1]",
+        BASE + "optimizers: [sgd]",
+        BASE + "changes: {num_layers: 1}",
+        BASE + "changes: {init_gain: 2.0}",
+        BASE + "probes_every_steps: 5",
+        BASE.replace("1e-3", "2e-3"),
+        BASE.replace("wide", "deep"),
+        BASE.replace("none", "clip"),
+        *(BASE.replace("[none]", f"[{mine.format(ratio)}]") for ratio in (0.5, 0.6)),
+    ]
+    found = [cells(text)[0].id for text in texts]
+    assert len(set(found)) == len(texts)
+
+
+@pytest.mark.parametrize("guard", list(GUARDS))
+def test_cells_go_to_another_process(guard: str) -> None:
+    before = cell(guard)
+    after = pickle.loads(pickle.dumps(before))
+    assert after == before
+    assert after.guard is GUARDS[guard]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_grids_that_are_shipped_can_be_read(path: Path) -> None:
+    assert read_grid(path)

@@ -1,0 +1,123 @@
+"""One cell, trained: what its row holds, and that nothing leaks from one run into the next."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from sweep_cells import TINY, cell, corpus_cache
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.sweep.grid import Cell
+from hf_pss.sweep.recipes import Fault
+from hf_pss.sweep.rows import Row
+from hf_pss.sweep.worker import run_cell
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_PSS_CACHE", str(corpus_cache()))
+
+
+def curve(row: Row) -> tuple[object, ...]:
+    return row.losses, row.grad_norms, row.eval_losses, row.final_eval_loss
+
+
+def test_a_row_holds_the_whole_run() -> None:
+    row = run_cell(cell())
+    assert (row.status, row.error) == ("finished", None)
+    assert len(row.losses) == len(row.grad_norms) == row.num_steps == STEPS
+    assert all(loss is not None and 0 < loss < 8 for loss in row.losses)
+    assert row.eval_steps == (2, 4)
+    assert row.final_eval_loss == row.eval_losses[-1]
+    assert 0 < row.guard_seconds < row.train_seconds
+    assert row.interventions == ()
+    assert row.explosion_kind is None
+    assert 3 < row.unigram_entropy < math.log(TINY["vocab_size"])
+    assert row.versions["torch"]
+    assert Row.from_line(row.to_line()) == row
+
+
+def test_a_run_is_the_same_alone_and_after_another() -> None:
+    alone = run_cell(cell("none"))
+    run_cell(cell("random_clip", seed=3))
+    assert curve(run_cell(cell("none"))) == curve(alone)
+
+
+def test_guards_are_paired_and_seeds_are_not() -> None:
+    """Same first batch and same weights for every guard, whatever it draws or builds."""
+    first = run_cell(cell("none")).losses[0]
+    for guard in ("clip", "random_clip", "stable_adamw", "paper"):
+        assert run_cell(cell(guard)).losses[0] == first
+    assert run_cell(cell("none", seed=1)).losses[0] != first
+
+
+def test_clipping_at_a_huge_norm_is_no_guard() -> None:
+    assert curve(run_cell(cell("clip", max_grad_norm=1e9))) == curve(run_cell(cell("none")))
+
+
+def test_a_guard_that_acts_says_when() -> None:
+    row = run_cell(Cell(**{**_fields(cell("floor")), "guard_name": "mine", "pss": _eager()}))
+    assert row.interventions
+    assert set(row.interventions) <= set(range(1, STEPS + 1))
+    assert row.guard_seconds > 0
+
+
+def test_a_nan_gradient_under_an_observer_ruins_the_run_and_is_called_an_explosion() -> None:
+    row = run_cell(cell("none", fault=Fault("nan_gradient", start=2)))
+    assert row.losses[1] is not None  # the gradient breaks, not yet the loss
+    assert row.losses[2:] == (None, None)
+    assert row.grad_norms[1] is None
+    assert (row.explosion_kind, row.explosion_step) == ("non_finite", 3)
+    assert row.final_eval_loss is None
+    assert (row.extra["fault_start"], row.extra["fault_end"]) == (2, 2)
+    assert Row.from_line(row.to_line()) == row
+
+
+def test_a_nan_gradient_is_skipped_by_pss() -> None:
+    row = run_cell(cell("paper", fault=Fault("nan_gradient", start=2)))
+    assert None not in row.losses
+    assert row.final_eval_loss is not None
+
+
+def test_random_tokens_are_the_same_for_every_guard_and_for_their_steps_only() -> None:
+    fault = Fault("random_batch", start=3)
+    harmed, plain = run_cell(cell("none", fault=fault)), run_cell(cell("none"))
+    assert harmed.losses[:2] == plain.losses[:2]
+    assert harmed.losses[2] != plain.losses[2]
+    assert run_cell(cell("none", fault=fault)).losses == harmed.losses
+
+
+def test_a_high_learning_rate_is_felt_after_its_first_step() -> None:
+    fault = Fault("high_learning_rate", start=2, factor=1000.0)
+    harmed, plain = run_cell(cell("none", fault=fault)), run_cell(cell("none"))
+    assert harmed.losses[:2] == plain.losses[:2]
+    assert harmed.losses[2] != plain.losses[2]
+
+
+def test_probes_are_kept_at_their_rhythm() -> None:
+    row = run_cell(cell("none", probes_every_steps=2))
+    assert tuple(row.extra["probes"]["step"]) == (2, 4)
+
+
+def test_a_guard_that_is_an_optimizer_refuses_to_stand_in_for_another() -> None:
+    with pytest.raises(ConfigurationError, match="in AdamW's place"):
+        run_cell(cell("stable_adamw", optimizer="sgd"))
+
+
+def test_a_post_ln_model_and_another_optimizer_train_too() -> None:
+    row = run_cell(cell("floor", recipe="collapse", optimizer="sgd"))
+    assert row.status == "finished"
+    assert len(row.losses) == STEPS
+
+
+def _fields(one: Cell) -> dict[str, object]:
+    return {name: getattr(one, name) for name in Cell.__dataclass_fields__}
+
+
+def _eager() -> object:
+    from hf_pss.config import PSSConfig
+
+    return PSSConfig.preset("floor", floor_ratio=1.0, floor_reference="noise", check_every_steps=1)
