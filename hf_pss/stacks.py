@@ -126,8 +126,12 @@ def write_stack_(
     for view, group in itertools.groupby(moved, key=lambda item: item[0].view):
         parameter = parameters[view.parameter_name]
         full = backend.full(parameter)
-        whole = view.read(full).clone()
-        for slot, matrix, _ in group:
-            whole[... if slot.expert is None else slot.expert] = matrix
+        items = [(slot.expert, matrix) for slot, matrix, _ in group]
+        if items[0][0] is None:
+            (_, whole) = items[0]
+        else:
+            whole = view.read(full).clone()
+            for expert, matrix in items:
+                whole[expert] = matrix
         view.write_(full, whole)
         backend.write_back_(parameter, full)

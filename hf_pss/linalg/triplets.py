@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg.krylov import cold_start, krylov_space
+from hf_pss.linalg.krylov import cold_start, krylov_space, product
 from hf_pss.linalg.scaling import require_finite, unit_scaled
 
 # Measured on 2026-11-21 (torch 2.13, 1 thread, k = 33, 768×768) among blocks of 8 to 41 and 2 to 16
@@ -141,14 +141,14 @@ def quick_triplets(
     matrix = scaled.matrix
     right = cold_start(matrix, min(k, *matrix.shape[-2:]))
     for _ in range(num_rounds):
-        u = torch.linalg.qr(matrix @ torch.linalg.qr(right).Q).Q
-        right = matrix.mT @ u
+        u = torch.linalg.qr(product(matrix, torch.linalg.qr(right).Q)).Q
+        right = product(matrix.mT, u)
     rest = torch.linalg.vector_norm(matrix - u @ right.mT, dim=(-2, -1))
     # The small SVD of (n, k): of its R factor, k×k.
     v, core = torch.linalg.qr(right)
     rotate_v, sigma, rotate_u = torch.linalg.svd(core)
     u, v = u @ rotate_u.mT, v @ rotate_v
-    residual = torch.linalg.vector_norm(matrix @ v - u * sigma.unsqueeze(-2), dim=-2)
+    residual = torch.linalg.vector_norm(product(matrix, v) - u * sigma.unsqueeze(-2), dim=-2)
     residual = residual / torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
     residual = torch.where(scaled.finite.unsqueeze(-1), residual, torch.nan)
     triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=False)

@@ -25,6 +25,19 @@ RANK_BAND = 2e-3  # how far below the floor a matrix may end, relative; PLACE
 Snapshot = dict[str, Tensor]
 
 
+class Harm(TrainerCallback):
+    """Makes one direction of every matrix dominant in the first step of the fault."""
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == FAULT.start:
+            for view in select_matrices(kwargs["model"]).matrices:
+                parameter = kwargs["model"].get_parameter(view.parameter_name)
+                u, s, vh = torch.linalg.svd(view.read(parameter), full_matrices=False)
+                s[..., 0] *= 5
+                view.write_(parameter, u @ (s.unsqueeze(-1) * vh))
+
+
 class Watch(TrainerCallback):
     """Keeps weights and first moments after each step; 0 is before the first."""
 
@@ -59,7 +72,7 @@ def treated(folder: Path, treatment: Treatment | None) -> tuple[Watch, Rescue | 
     )
     rescue = Rescue(FAULT, treatment, floor_ratio=FLOOR_RATIO) if treatment else None
     watch = Watch()
-    for callback in (rescue, watch):
+    for callback in (Harm(), rescue, watch):
         if callback is not None:
             trainer.add_callback(callback)
     trainer.train()

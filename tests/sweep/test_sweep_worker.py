@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from sweep_cells import TINY, cell, corpus_cache
 
+from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.grid import Cell
 from hf_pss.sweep.recipes import Fault
 from hf_pss.sweep.rows import Row
 from hf_pss.sweep.worker import run_cell
 
 STEPS = 4
+# A floor at which fresh matrices already lie.
+EAGER = PSSConfig.preset("floor", floor_ratio=1.0, floor_reference="noise", check_every_steps=1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +58,13 @@ def test_guards_are_paired_and_seeds_are_not() -> None:
 
 
 def test_clipping_at_a_huge_norm_is_no_guard() -> None:
-    assert curve(run_cell(cell("clip", max_grad_norm=1e9))) == curve(run_cell(cell("none")))
+    watching = PSSConfig(observe_only=True)  # the clipping is the recipe's
+    clipped = replace(cell(max_grad_norm=1e9), guard_name="mine", pss=watching)
+    assert curve(run_cell(clipped)) == curve(run_cell(cell("none")))
 
 
 def test_a_guard_that_acts_says_when() -> None:
-    row = run_cell(Cell(**{**_fields(cell("floor")), "guard_name": "mine", "pss": _eager()}))
+    row = run_cell(replace(cell(), guard_name="mine", pss=EAGER))
     assert row.interventions
     assert set(row.interventions) <= set(range(1, STEPS + 1))
     assert row.guard_seconds > 0
@@ -111,13 +116,3 @@ def test_a_post_ln_model_and_another_optimizer_train_too() -> None:
     row = run_cell(cell("floor", recipe="collapse", optimizer="sgd"))
     assert row.status == "finished"
     assert len(row.losses) == STEPS
-
-
-def _fields(one: Cell) -> dict[str, object]:
-    return {name: getattr(one, name) for name in Cell.__dataclass_fields__}
-
-
-def _eager() -> object:
-    from hf_pss.config import PSSConfig
-
-    return PSSConfig.preset("floor", floor_ratio=1.0, floor_reference="noise", check_every_steps=1)
