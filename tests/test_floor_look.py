@@ -16,10 +16,10 @@ from hf_pss.smoother import Look, cap_matrices_, look_at_matrices
 
 BACKEND = OneProcess()
 # Relative, against float64 SVDs, worst over the matrices of both models.
-SPIKED_RANK = 3e-6  # PLACE, the stable rank that a look reads off matrices with two spikes
-NOISE_RANK_ABOVE = 0.2  # PLACE, and how far above the true one off fresh matrices
-FLOOR_BAND = 0.01  # PLACE, how far below its floor a capped matrix ends
-CONTRACTION = 2e-6  # PLACE, relative to σ₁
+SPIKED_RANK = 9e-7  # 3.2e-7, the stable rank that a look reads off matrices with two spikes
+NOISE_RANK_ABOVE = 0.1  # 0.034, and how far above the true one off fresh matrices
+FLOOR_BAND = 1.7e-5  # 5.7e-6, how far below its floor a capped matrix ends
+CONTRACTION = 1.5e-8  # 5.2e-9, relative to σ₁
 
 MODELS = {"gpt2": lambda: gpt2(num_layers=2, width=32), "llama": llama}
 

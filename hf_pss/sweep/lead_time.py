@@ -246,9 +246,9 @@ _COLUMNS = (
     "recipe",
     "threshold",
     "warned ahead",
-    "median lead (range), steps",
-    "false alarms per 1,000",
-    "healthy readings",
+    "lead, steps",
+    "false /1,000",
+    "healthy",
 )
 
 
@@ -256,7 +256,8 @@ def render_table(scores: Sequence[Score]) -> Table:
     """Return the scores as a table for the terminal."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in _COLUMNS[:2] else "right")
+        is_name = name in _COLUMNS[:2]
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for line in scores:
         # `Text`, because a name in square brackets would be taken for rich's markup.
         table.add_row(*(Text(cell) for cell in _cells(line)))
@@ -278,7 +279,7 @@ def _cells(line: Score) -> tuple[str, ...]:
         line.recipe,
         f"{line.threshold:g}",
         f"{len(line.warned_ahead)} of {len(line.leads)}" if line.leads else "–",
-        f"{line.median_lead:g} ({min(known)} … {max(known)})" if known else "–",
+        f"{line.median_lead:g} ({min(known)}…{max(known)})" if known else "–",
         "–" if rate is None else f"{rate:.2g}",
         str(line.num_healthy_readings),
     )

@@ -91,7 +91,7 @@ def test_a_grid_is_run_once(tmp_path: Path, grid: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_sweep_goes_on_and_leaves_no_orphan(tmp_path: Path, grid: Path) -> None:
-    grid.write_text(GRID.replace("'num_steps': 4", "'num_steps': 60"), encoding="utf-8")
+    grid.write_text(GRID.replace("'num_steps': 4", "'num_steps': 150"), encoding="utf-8")
     path = tmp_path / "out" / ROWS_FILE
     process = start(tmp_path, grid)
     wait_until_rows(path, 1, process)
