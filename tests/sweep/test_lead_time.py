@@ -241,7 +241,7 @@ def test_the_tables_show_what_was_counted() -> None:
         Score("loss_ratio", "flat", 1.2, (), 0, 0),
     )
     text = markdown(scores)
-    assert "| grad_norm_ratio | deep[24] | 2.5 | 1 of 3 | 4.5 (-3 … 12) | 0.5 | 2000 |" in text
+    assert "| grad_norm_ratio | deep[24] | 2.5 | 1 of 3 | 4.5 (-3…12) | 0.5 | 2000 |" in text
     assert "| loss_ratio | flat | 1.2 | – | – | – | 0 |" in text
     console = Console(width=200, record=True, file=None, quiet=False)
     with console.capture() as captured:

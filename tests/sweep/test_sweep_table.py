@@ -17,7 +17,7 @@ def lines_of(markdown: str, title: str) -> dict[str, list[str]]:
 
 def test_losses_by_rate_mark_the_best_and_count_seeds() -> None:
     lines = lines_of(render_markdown(grid_of_rows(), reference="clip"), "median final validation")
-    assert lines["guard"] == ["0.001", "0.01", "0.1", "usable range"]
+    assert lines["guard"] == ["0.001", "0.01", "0.1", "range"]
     assert lines["clip"] == ["*4.010 [3]", "4.510 [3]", "6.000 [3]", "1×"]
     assert lines["floor"] == ["3.930 [3]", "*3.910 [3]", "4.410 [3]", "10×"]
 
