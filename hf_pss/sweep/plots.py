@@ -114,7 +114,7 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
                 axes.plot(curve, color=colour, linewidth=0.6, alpha=0.35)
             if curves:
                 length = min(len(curve) for curve in curves)
-                middle = np.nanmedian([curve[:length] for curve in curves], axis=0)
+                middle = np.median([curve[:length] for curve in curves], axis=0)
                 axes.plot(middle, color=colour, linewidth=1.6)
                 ends.append((float(middle[-1]), float(length), guard, colour))
         axes.set_title(f"learning rate {rate:g}")

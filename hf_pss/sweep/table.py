@@ -39,6 +39,8 @@ def render_tables(rows: Sequence[Row], *, reference: str, target: float | None =
     """Return the tables for a terminal."""
     shown: list[Table | Text] = []
     for cells in _all(rows, reference, target):
+        if not cells.body:
+            continue
         # `Text`: "[3]" is a number of seeds, which rich would take for markup.
         table = Table(box=None, padding=(0, 2, 0, 0))
         for number, name in enumerate(cells.head):
@@ -53,6 +55,8 @@ def render_markdown(rows: Sequence[Row], *, reference: str, target: float | None
     """Return the tables as Markdown."""
     parts = []
     for cells in _all(rows, reference, target):
+        if not cells.body:
+            continue
         rule = ("---",) + ("---:",) * (len(cells.head) - 1)
         lines = [cells.head, rule, *cells.body]
         parts.append(f"**{cells.title}**\n")
