@@ -117,8 +117,9 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
                 middle = np.median([curve[:length] for curve in curves], axis=0)
                 axes.plot(middle, color=colour, linewidth=1.6)
                 # A run that ended in NaN is named where it was last finite.
-                last = int(np.flatnonzero(np.isfinite(middle)).max(initial=0))
-                ends.append((float(np.nan_to_num(middle[last])), float(length), guard, colour))
+                known = middle[np.isfinite(middle)]
+                if known.size:
+                    ends.append((float(known[-1]), float(length), guard, colour))
         axes.set_title(f"learning rate {rate:g}")
         axes.set_xlabel("step")
         if axes is panels[-1]:
