@@ -318,6 +318,7 @@ class PSSController:
                 frozenset(judgement.fired),
                 parameters,
                 backend,
+                max_rank=self.config.max_rank,
                 keep_frobenius=keep_frobenius,
                 and_then=and_then,
             )

@@ -113,7 +113,7 @@ class Gauges:
     def look(self) -> tuple[tuple[Look, ...], dict[str, float]]:
         """Look at the leading triplets of all matrices; return them and their stable ranks.
 
-        The ranks are high on noise, by 4 % at 64×64 and 18 % at 768×768; one read.
+        The ranks are high on noise, by 4 % at 64×64 and 3 % at 768×768; one read.
         """
         looks = look_at_matrices(self.selection.matrices, self.parameters(), self.backend)
         if not looks:

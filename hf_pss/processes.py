@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import NoReturn
 
@@ -27,7 +27,12 @@ def num_cores() -> int:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("hf-pss", "torch", "transformers", "accelerate", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    others = ("pytorch_optimizer", "scipy")
+    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    for name in others:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def end_with_parent(parent: int) -> None:

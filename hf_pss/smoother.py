@@ -94,6 +94,20 @@ class Look:
     stable_ranks: Tensor
     """(len(stack.names),), NaN where a matrix holds NaN or inf."""
 
+    def reaches(self, floors: Mapping[str, float], max_rank: int) -> list[bool]:
+        """Tell of each matrix whether capping the triplets at hand can bring it to its floor.
+
+        Capped at the last of K values, a matrix has the stable rank K + tail² / σ_K².
+        """
+        num_values = self.triplets.sigma.shape[-1]
+        last = self.triplets.sigma[:, -1]
+        highest = num_values + (self.tails / torch.where(last > 0, last, 1.0)).square()
+        enough = num_values <= max_rank + 1
+        return [
+            enough and rank >= floors[name]
+            for name, rank in zip(self.stack.names, highest.tolist(), strict=True)
+        ]
+
 
 @torch.no_grad()
 def look_at_matrices(
@@ -124,10 +138,13 @@ def cap_matrices_(
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
     *,
+    max_rank: int,
     keep_frobenius: bool = False,
     and_then: Callable[[Stack, Smoothed], None] | None = None,
 ) -> tuple[MatrixChange, ...]:
     """Bring the named matrices up to their stable-rank floors, with the triplets of a look at them.
+
+    Where a look has too few triplets to reach the floor, the matrix is decomposed thoroughly.
 
     Args:
         looks: Of the matrices as they are now.
@@ -135,6 +152,7 @@ def cap_matrices_(
         names: Which matrices; finite ones only.
         parameters: The model's parameters by canonical name; those touched change in place.
         backend: How parameters are stored.
+        max_rank: At most so many singular values of a matrix move.
         keep_frobenius: Rescale each capped matrix to the Frobenius norm it had.
         and_then: As in `smooth_matrices_`.
     """
@@ -143,19 +161,26 @@ def cap_matrices_(
         kept = [name in names for name in look.stack.names]
         if not any(kept):
             continue
-        slots = look.stack.where_slots(kept)
-        stack = Stack(slots, gather(slots, parameters, backend))
-        index = [i for i, keep in enumerate(kept) if keep]
-        smoothed = smooth_spectrum(
-            stack.matrices,
-            StableRankCap(torch.tensor([floors[name] for name in stack.names])),
-            keep_frobenius=keep_frobenius,
-            known=(look.triplets.where(kept), look.tails[index]),
-        )
-        write_stack_(stack, smoothed.weight, smoothed.changed.tolist(), parameters, backend)
-        if and_then is not None:
-            and_then(stack, smoothed)
-        changes += _on_record(stack.names, tuple(stack.matrices.shape[-2:]), smoothed)
+        reaches = look.reaches(floors, max_rank)
+        for is_known in (True, False):
+            part = [keep and reach is is_known for keep, reach in zip(kept, reaches, strict=True)]
+            if not any(part):
+                continue
+            slots = look.stack.where_slots(part)
+            stack = Stack(slots, gather(slots, parameters, backend))
+            index = [i for i, keep in enumerate(part) if keep]
+            smoothed = smooth_spectrum(
+                stack.matrices,
+                StableRankCap(torch.tensor([floors[name] for name in stack.names])),
+                max_rank=max_rank,
+                keep_frobenius=keep_frobenius,
+                check_finite=False,
+                known=(look.triplets.where(part), look.tails[index]) if is_known else None,
+            )
+            write_stack_(stack, smoothed.weight, smoothed.changed.tolist(), parameters, backend)
+            if and_then is not None:
+                and_then(stack, smoothed)
+            changes += _on_record(stack.names, tuple(stack.matrices.shape[-2:]), smoothed)
     return tuple(changes)
 
 

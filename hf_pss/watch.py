@@ -157,7 +157,8 @@ class Watch:
         """Return what the floors refer to where that is the matrices' own stable rank now."""
         if not self._has_floors or self._config.floor_reference == "noise":
             return {}
-        return starting_ranks(self._gauges.shapes, self._gauges.stable_ranks())
+        # By the same look as later: a reading that is high on noise is high on both sides.
+        return starting_ranks(self._gauges.shapes, self._gauges.look()[1])
 
     def _floors_from(self, starts: Mapping[str, float]) -> dict[str, float]:
         if not self._has_floors:

@@ -148,7 +148,7 @@ def render_summary(summary: Summary, model_dir: Path) -> Table:
 
 def _callback(trainer: Trainer) -> PSSCallback:
     # Looked up late: the Trainer replaces its callbacks when it resumes.
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, PSSCallback))
+    return PSSCallback.of(trainer)
 
 
 def _pss_seconds(trainer: Trainer) -> float:

@@ -117,6 +117,11 @@ def warnings(
         raise ConfigurationError(
             f"No run in {output_dir} under {guard} kept probes; set probes_every_steps in the grid."
         )
+    if not any(row.explosion_kind is None for row in rows):
+        raise ConfigurationError(
+            f"Every run under {guard} in {output_dir} exploded: without a healthy one nobody can "
+            "say how often a rule warns falsely. Add a recipe that trains well to the grid."
+        )
     Console().print(render_table(at_equal_rate(rows, max_false_alarms=max_false_alarms)))
 
 
@@ -147,9 +152,14 @@ def _rows(output_dir: Path, reference: str) -> list[Row]:
 def _read(output_dir: Path) -> list[Row]:
     from hf_pss.sweep.rows import read_rows
     from hf_pss.sweep.runner import ROWS_FILE
+    from hf_pss.sweep.statistics import comparable
 
-    # A run that failed and was tried again has two rows: the newer counts.
-    rows = list({row.id: row for row in read_rows(output_dir / ROWS_FILE)}.values())
+    found = list(read_rows(output_dir / ROWS_FILE))
+    rows = comparable(found)
     if not rows:
         raise ConfigurationError(f"{output_dir} holds no finished run yet.")
+    if num_failed := len({row.id for row in found} - {row.id for row in rows}):
+        Console(stderr=True).print(
+            f"{num_failed} failed runs are left out; the sweep tries them again."
+        )
     return rows

@@ -71,6 +71,18 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         """This step's loss, and its gradient norm before clipping, once they are on the host."""
         return self._loss, self._grad_norm
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> PSSCallback:
+        """Return the trainer's PSSCallback.
+
+        Raises:
+            ConfigurationError: It has none.
+        """
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, PSSCallback):
+                return callback
+        raise ConfigurationError("This trainer has no PSSCallback: attach one to it.")
+
     def attach(self, trainer: Trainer) -> PSSCallback:
         """Add this callback to a trainer of any class, and let it hear norms and losses.
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
+from hf_pss.processes import versions
 from hf_pss.sweep.guards.base import Guard
 from hf_pss.sweep.guards.table import GUARDS
 from hf_pss.sweep.optimizers import OPTIMIZERS
 from hf_pss.sweep.recipes import RECIPES, Recipe
+from hf_pss.sweep.rows import Row
 
 __all__ = ["Cell", "read_grid"]
 
@@ -44,6 +49,8 @@ class Cell:
     pss: PSSConfig | None = None
     """PSS with options of the grid's own; None is the table's guard of that name."""
     seed: int
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What the grid changed of the recipe; `recipe` has them already."""
     probes_every_steps: int = 0
     """Rhythm at which early-warning readings are kept; 0 keeps none."""
 
@@ -53,6 +60,11 @@ class Cell:
         if self.pss is None:
             return _of_the_table(self.guard_name)
         return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
+
+    @property
+    def guard_id(self) -> str:
+        """A hash of the guard's options."""
+        return _hash([self.guard.pss.to_dict(), self.guard.max_grad_norm])
 
     @property
     def id(self) -> str:
@@ -66,8 +78,47 @@ class Cell:
             self.seed,
             self.probes_every_steps,
         ]
-        text = json.dumps([self.recipe_name, *parts], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash([self.recipe_name, *parts])
+
+    def new_row(self, **measured: Any) -> Row:
+        """Return the row of this run, with what has been measured of it."""
+        about: dict[str, Any] = {
+            "id": self.id,
+            "recipe": self.recipe_name,
+            "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "guard": self.guard_name,
+            "guard_id": self.guard_id,
+            "changes": dict(self.changes),
+            "seed": self.seed,
+            "num_steps": self.recipe.training.num_steps,
+            "versions": versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return Row(**about, **measured)
+
+    def check(self) -> None:
+        """Refuse a combination that cannot be run, before anything is.
+
+        Raises:
+            ConfigurationError: It says why.
+        """
+        guard, recipe = self.guard, self.recipe
+        if guard.optimizer is not None and (
+            self.optimizer != "adamw" or recipe.matrix_lr_ratio != 1.0
+        ):
+            raise ConfigurationError(
+                f"The guard {self.guard_name} is an optimizer in AdamW's place, with one learning "
+                f"rate for all; the cell {self} asks for another."
+            )
+        if guard.needs_fault and recipe.fault is None:
+            raise ConfigurationError(
+                f"{self.guard_name} treats a run after its fault; {self.recipe_name} has none."
+            )
+        if recipe.on_gpu and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"The recipe {self.recipe_name} needs a CUDA device; there is none here."
+            )
 
     def __str__(self) -> str:
         parts = (self.recipe_name, self.optimizer, f"{self.learning_rate:g}", self.guard_name)
@@ -86,7 +137,7 @@ def read_grid(path: Path) -> list[Cell]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"The grid {path} cannot be read: {error}.") from error
     blocks = content if isinstance(content, list) else [content]
     cells: dict[str, Cell] = {}
@@ -94,6 +145,13 @@ def read_grid(path: Path) -> list[Cell]:
         cells.update((cell.id, cell) for cell in _cells(block))
     if not cells:
         raise ConfigurationError(f"The grid {path} holds no run.")
+    meant: dict[str, str] = {}
+    for cell in cells.values():
+        if meant.setdefault(cell.guard_name, cell.guard_id) != cell.guard_id:
+            raise ConfigurationError(
+                f"The grid {path} gives the name {cell.guard_name!r} to two sets of options; a "
+                "table could not tell them apart."
+            )
     return sorted(cells.values(), key=lambda cell: cell.seed)
 
 
@@ -109,34 +167,41 @@ def _cells(block: Any) -> Iterator[Cell]:
         guards,
     )
     for seed, (name, recipe), optimizer, rate, (guard_name, pss) in product(*axes):
-        if optimizer not in OPTIMIZERS:
+        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise ConfigurationError(
                 f"The grid asks for the optimizer {optimizer!r}; choose of {', '.join(OPTIMIZERS)}."
             )
-        yield Cell(
+        cell = Cell(
             recipe_name=name,
             recipe=recipe.with_changes({**found["changes"], "learning_rate": rate}),
+            changes=found["changes"],
             optimizer=optimizer,
             learning_rate=rate,
             guard_name=guard_name,
             pss=pss,
             seed=seed,
-            probes_every_steps=int(_number(found["probes_every_steps"])),
+            probes_every_steps=_count(found["probes_every_steps"]),
         )
+        if not 0 < rate < math.inf:
+            raise ConfigurationError(f"A learning rate is above 0 and finite, not {rate!r}.")
+        yield cell
 
 
 def _checked(block: Any) -> dict[str, Any]:
     if not isinstance(block, dict):
         raise ConfigurationError(f"A block of a grid is a mapping; this one is {block!r}.")
-    if unknown := sorted(set(block) - set(_BLOCK)):
+    if unknown := sorted(map(str, set(block) - set(_BLOCK))):
         raise ConfigurationError(
             f"A grid has no key {', '.join(unknown)}; it has {', '.join(_BLOCK)}."
         )
     found = {**_BLOCK, **block}
     if missing := [key for key, value in found.items() if value is None]:
         raise ConfigurationError(f"The grid lacks {', '.join(missing)}.")
-    if not isinstance(found["changes"], dict):
+    changes = found["changes"]
+    if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
         raise ConfigurationError("`changes` of a grid is a mapping from fields to values.")
+    if "learning_rate" in changes:
+        raise ConfigurationError("Learning rates are an axis: write them as `learning_rates`.")
     return found
 
 
@@ -149,8 +214,8 @@ def _list(found: Mapping[str, Any], key: str) -> list[Any]:
 
 def _seeds(value: Any) -> list[int]:
     """Return seeds 0 … n−1 for a number n, or those listed."""
-    seeds = list(range(value)) if isinstance(value, int) else value
-    if not isinstance(seeds, (list, tuple)) or not seeds or not all(type(s) is int for s in seeds):
+    seeds = list(range(value)) if _is_count(value) else value
+    if not isinstance(seeds, (list, tuple)) or not seeds or not all(map(_is_count, seeds)):
         raise ConfigurationError(
             f"`seeds` of a grid is how many, or a list of whole numbers; you gave {value!r}."
         )
@@ -165,8 +230,22 @@ def _number(value: Any) -> float:
         raise ConfigurationError(f"A number is wanted in the grid, not {value!r}.") from error
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _count(value: Any) -> int:
+    if not _is_count(value):
+        raise ConfigurationError(f"A count is wanted in the grid, not {value!r}.")
+    return int(value)
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _recipe(name: Any) -> Recipe:
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigurationError(
             f"The grid asks for the recipe {name!r}; choose one of {', '.join(RECIPES)}."
         )

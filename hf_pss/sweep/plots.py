@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,7 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
     """
     files: list[Path] = []
     for setting in settings_of(rows):
-        here = [r for r in rows if (r.recipe, r.optimizer) == (setting.recipe, setting.optimizer)]
+        here = [row for row in rows if Setting.of(row) == setting]
         plots: dict[str, Plot] = {"curves": plot_curves}
         if len({row.learning_rate for row in here}) > 1:
             plots["learning-rates"] = plot_learning_rates
@@ -48,7 +49,7 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
         for name, plot in plots.items():
             with style():
                 figure = plot(here, setting, reference)
-                stem = folder / f"{setting.recipe}-{setting.optimizer}-{name}"
+                stem = folder / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', str(setting))}-{name}"
                 save_png(figure, stem.with_suffix(".png"))
                 stem.with_suffix(".svg").write_bytes(to_svg(figure))
             files += [stem.with_suffix(".png"), stem.with_suffix(".svg")]
@@ -92,7 +93,8 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
     axes.set_xticks([], minor=True)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("final validation loss, nats a token")
-    seeds = len({row.seed for row in rows})
+    counts = {len(by) for g in guards for by in losses_by_rate(rows, setting, g).values()}
+    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     axes.set_title(f"{setting}\nmedian of {seeds} seeds, band from best to worst, ★ best rate")
     return figure
 

@@ -77,6 +77,9 @@ class Recipe:
             raise ConfigurationError(
                 f"A recipe has no {', '.join(unknown)}; it has {', '.join(sorted(own | trained))}."
             )
+        for name, value in changes.items():
+            now = getattr(self, name) if name in own else getattr(self.training, name)
+            _check_like(name, value, now)
         training = replace(self.training, **{k: v for k, v in changes.items() if k in trained})
         return replace(self, training=training, **{k: v for k, v in changes.items() if k in own})
 
@@ -128,6 +131,22 @@ class Recipe:
                 attn_pdrop=0.0,
             )
         )
+
+
+_WORDS = {
+    "architecture": ("gpt2", "post_ln"),
+    "schedule": ("warmup_stable_decay", "constant", "ramp"),
+}
+
+
+def _check_like(name: str, value: Any, now: Any) -> None:
+    """Refuse a value of another kind than the field has; YAML takes 1e-1, undotted, for a word."""
+    if name in _WORDS and value not in _WORDS[name]:
+        raise ConfigurationError(f"{name} is {' or '.join(_WORDS[name])}; you gave {value!r}.")
+    kinds = (int, float) if isinstance(now, float) else (type(now),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(now, bool)):
+        hint = " (in YAML a number needs its dot: 1.0e-1)" if isinstance(value, str) else ""
+        raise ConfigurationError(f"{name} of a recipe is like {now!r}; you gave {value!r}{hint}.")
 
 
 def _recipe(

@@ -24,15 +24,19 @@ class Row:
     optimizer: str
     learning_rate: float
     guard: str
+    guard_id: str = ""
+    """Hash of the guard's options: one name with two of them is two guards."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What the grid changed of the recipe."""
     seed: int
     num_steps: int
     """Steps that the recipe asked for."""
-    status: str
+    status: str = "finished"
     """``finished``, ``stopped`` (the guard ended it) or ``failed`` (an error; see `error`)."""
     error: str | None = None
     final_eval_loss: float | None = None
     """Nats per token at the last step; None where it is not finite or the run did not get there."""
-    unigram_entropy: float
+    unigram_entropy: float = 0.0
     """Nats; loss of a model that knows the training text's token frequencies only."""
     losses: tuple[float | None, ...] = ()
     """Training loss of each step, from step 1."""
@@ -85,7 +89,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     try:
         content = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"The rows {path} cannot be read: {error}.") from error
     for number, line in enumerate(content.split("\n")[:-1], start=1):
         try:

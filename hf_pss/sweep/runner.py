@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.processes import end_with_parent, num_cores, signals_interrupt
 from hf_pss.sweep.grid import Cell
 from hf_pss.sweep.rows import Row, append_row, drop_unfinished_line, read_rows
@@ -50,11 +51,18 @@ def run_sweep(
     Returns:
         ``finished``, ``failed`` (some run ended with an error; its row says which) or
         ``interrupted``.
+
+    Raises:
+        ConfigurationError: The folder cannot be written to, or a count is not positive.
+        PSSError: A worker was killed from outside.
     """
     if num_processes is not None and num_processes < 1:
         raise ConfigurationError("The number of processes must be 1 or more.")
     console = console or Console(stderr=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"The sweep cannot write to {output_dir}: {error}.") from error
     path = output_dir / ROWS_FILE
     drop_unfinished_line(path)
     done = {row.id for row in read_rows(path) if row.status != "failed"} if path.exists() else set()
@@ -79,14 +87,29 @@ def run_sweep(
             futures: dict[Future[Row], Cell] = {pool.submit(_run, cell): cell for cell in todo}
             try:
                 for future in as_completed(futures):
-                    row = future.result()
+                    row = _row(future, futures[future])
                     append_row(path, row)
                     num_failed += row.status == "failed"
                     progress.advance(task)
                     progress.console.print(_told(futures[future], row), highlight=False)
             except KeyboardInterrupt:
                 return "interrupted"
+            except BrokenProcessPool as error:
+                raise PSSError(
+                    "A run's process was killed from outside, perhaps for its memory. What has "
+                    "finished is kept; the same command, with fewer --processes, goes on."
+                ) from error
     return "failed" if num_failed else "finished"
+
+
+def _row(future: Future[Row], cell: Cell) -> Row:
+    """Return the run's row; an error in one run must not end the others."""
+    try:
+        return future.result()
+    except (ConfigurationError, BrokenProcessPool):
+        raise
+    except Exception as error:
+        return cell.new_row(status="failed", error=f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,6 +19,7 @@ __all__ = [
     "Setting",
     "best_learning_rate",
     "bootstrap_interval",
+    "comparable",
     "compare",
     "compare_at_best",
     "final_loss",
@@ -32,15 +34,23 @@ _CONFIDENCE = 0.95
 _MIN_SEEDS = 3
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Setting:
     """What a comparison of guards holds fixed."""
 
     recipe: str
     optimizer: str
+    changes: tuple[tuple[str, Any], ...] = ()
+    """What the grid changed of the recipe, sorted by name."""
+
+    @classmethod
+    def of(cls, row: Row) -> Self:
+        """Return the setting that a row was run in."""
+        return cls(row.recipe, row.optimizer, tuple(sorted(row.changes.items())))
 
     def __str__(self) -> str:
-        return f"{self.recipe} · {self.optimizer}"
+        changed = (f"{name} {value}" for name, value in self.changes)
+        return " · ".join((self.recipe, self.optimizer, *changed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,26 @@ class Comparison:
 
 def settings_of(rows: Iterable[Row]) -> list[Setting]:
     """Return what was compared, sorted."""
-    return sorted({Setting(row.recipe, row.optimizer) for row in rows})
+    return sorted({Setting.of(row) for row in rows}, key=str)
+
+
+def comparable(rows: Iterable[Row]) -> list[Row]:
+    """Return the newest row of each run that was carried out, refusing guards that are mixed up.
+
+    Raises:
+        ConfigurationError: One name stands for guards with different options in one setting.
+    """
+    newest = {row.id: row for row in rows}
+    found = [row for row in newest.values() if row.status != "failed"]
+    meant: dict[tuple[Setting, str], str] = {}
+    for row in found:
+        key = (Setting.of(row), row.guard)
+        if meant.setdefault(key, row.guard_id) != row.guard_id:
+            raise ConfigurationError(
+                f"The guard {row.guard!r} has two sets of options in {key[0]}: runs of two grids, "
+                "or of two versions, are mixed. Give each its own --output-dir."
+            )
+    return found
 
 
 def final_loss(row: Row) -> float:
@@ -89,7 +118,7 @@ def losses_by_rate(
     """Return final losses by learning rate, then by seed; rates ascend."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
-        if (row.recipe, row.optimizer, row.guard) == (setting.recipe, setting.optimizer, guard):
+        if row.guard == guard and Setting.of(row) == setting:
             found[row.learning_rate][row.seed] = final_loss(row)
     return dict(sorted(found.items()))
 

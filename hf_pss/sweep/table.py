@@ -68,7 +68,7 @@ def render_markdown(rows: Sequence[Row], *, reference: str, target: float | None
 def _all(rows: Sequence[Row], reference: str, target: float | None) -> list[_Cells]:
     tables = []
     for setting in settings_of(rows):
-        here = [r for r in rows if (r.recipe, r.optimizer) == (setting.recipe, setting.optimizer)]
+        here = [row for row in rows if Setting.of(row) == setting]
         guards = list(dict.fromkeys(row.guard for row in here))
         tables.append(_losses(here, setting, guards))
         if reference in guards:

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,10 @@ from transformers import (
 )
 
 from hf_pss.demo.corpus import Corpus, build_corpus
-from hf_pss.errors import ConfigurationError, NonFiniteError
+from hf_pss.errors import NonFiniteError
 from hf_pss.events import Intervention
 from hf_pss.integration.callback import PSSCallback
 from hf_pss.integration.trainer import PSSTrainer
-from hf_pss.processes import versions
 from hf_pss.sweep.explosion import find_explosion
 from hf_pss.sweep.grid import Cell
 from hf_pss.sweep.guards.base import Guard, OptimizerSettings
@@ -122,27 +120,20 @@ class _HighLearningRate(TrainerCallback):
 
 
 def run_cell(cell: Cell) -> Row:
-    """Train one cell and return its row; an error in the run is a row, too."""
+    """Train one cell and return its row.
+
+    Raises:
+        ConfigurationError: The cell cannot be run, see `Cell.check`.
+    """
+    cell.check()
     recipe = replace(
         cell.recipe, training=replace(cell.recipe.training, learning_rate=cell.learning_rate)
     )
     corpus = _corpus(recipe.training.vocab_size, recipe.training.context_length)
-    row = Row(
-        id=cell.id,
-        recipe=cell.recipe_name,
-        optimizer=cell.optimizer,
-        learning_rate=cell.learning_rate,
-        guard=cell.guard_name,
-        seed=cell.seed,
-        num_steps=recipe.training.num_steps,
-        status="finished",
-        unigram_entropy=corpus.unigram_entropy_nats,
-        versions=versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    row = cell.new_row(unigram_entropy=corpus.unigram_entropy_nats)
     with tempfile.TemporaryDirectory(prefix="hf_pss-sweep-") as folder:
         trainer = _trainer(cell, recipe, corpus, Path(folder))
-        recorder = _Recorder(_pss_of(trainer))
+        recorder = _Recorder(PSSCallback.of(trainer))
         probes = Probes(trainer, every_steps=cell.probes_every_steps or 1)
         own = cell.guard.callback(trainer) if cell.guard.callback is not None else None
         callbacks: list[TrainerCallback] = [_HighLearningRate(recipe)]
@@ -155,10 +146,6 @@ def run_cell(cell: Cell) -> Row:
             trainer.train()
         except NonFiniteError as error:
             row = replace(row, status="stopped", error=str(error))
-        except ConfigurationError:
-            raise
-        except (RuntimeError, ValueError, FloatingPointError) as error:
-            row = replace(row, status="failed", error=f"{type(error).__name__}: {error}")
     return _measured(row, cell, trainer, recorder, own, probes)
 
 
@@ -178,7 +165,7 @@ def _measured(
     explosion = find_explosion(
         trainer.losses, recipe.explosion, unigram_entropy=row.unigram_entropy
     )
-    controller = _pss_of(trainer).controller
+    controller = PSSCallback.of(trainer).controller
     fault = recipe.fault
     return replace(
         row,
@@ -214,17 +201,11 @@ def _trainer(cell: Cell, recipe: Recipe, corpus: Corpus, folder: Path) -> SweepT
         eps=arguments.adam_epsilon,
         weight_decay=arguments.weight_decay,
     )
-    if guard.optimizer is None:
-        optimizer = make_optimizer(
-            cell.optimizer, model, settings, matrix_lr_ratio=recipe.matrix_lr_ratio
-        )
-    elif cell.optimizer == "adamw" and recipe.matrix_lr_ratio == 1.0:
-        optimizer = guard.optimizer(model, settings)
-    else:
-        raise ConfigurationError(
-            f"The guard {cell.guard_name} is an optimizer in AdamW's place, with one learning rate "
-            f"for all; the cell {cell} asks for another."
-        )
+    optimizer = (
+        make_optimizer(cell.optimizer, model, settings, matrix_lr_ratio=recipe.matrix_lr_ratio)
+        if guard.optimizer is None
+        else guard.optimizer(model, settings)
+    )
     set_seed(cell.seed)  # whatever the guard has drawn, the order of the data is the same
     trainer = SweepTrainer(
         model=model,
@@ -237,11 +218,6 @@ def _trainer(cell: Cell, recipe: Recipe, corpus: Corpus, folder: Path) -> SweepT
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _pss_of(trainer: SweepTrainer) -> PSSCallback:
-    found = next(c for c in trainer.callback_handler.callbacks if isinstance(c, PSSCallback))
-    return found
 
 
 @cache

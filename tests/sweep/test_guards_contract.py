@@ -10,10 +10,10 @@ import torch
 from helpers import gpt2
 from sweep_guards import SETTINGS, trainer_of
 
-from hf_pss.sweep.guards.table import GUARDS, guard_names
+from hf_pss.sweep.guards.table import GUARDS
 
 # A rescue treats what a recipe's fault has done, and refuses a trainer without one.
-UNFAULTED = [name for name in guard_names() if not name.startswith("rescue_")]
+UNFAULTED = [name for name in GUARDS if not name.startswith("rescue_")]
 
 
 @pytest.mark.parametrize("name", UNFAULTED)
@@ -32,7 +32,7 @@ def test_every_guard_trains(name: str, tmp_path: Path) -> None:
         assert own.seconds > 0
 
 
-@pytest.mark.parametrize("name", [n for n in guard_names() if GUARDS[n].optimizer])
+@pytest.mark.parametrize("name", [n for n in GUARDS if GUARDS[n].optimizer])
 def test_packaged_optimizers_leave_vectors_without_weight_decay(name: str) -> None:
     model, guard = gpt2(num_layers=2), GUARDS[name]
     if guard.prepare is not None:

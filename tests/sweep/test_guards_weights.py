@@ -12,11 +12,11 @@ from helpers import gpt2, token_rows
 from sweep_guards import trainer_of
 
 from hf_pss import PSSConfig, select_matrices
+from hf_pss.integration.callback import PSSCallback
 from hf_pss.linalg import spectral_norm
 from hf_pss.selection import named_parameters_canonical
 from hf_pss.sweep.guards.base import Guard
 from hf_pss.sweep.guards.reparametrization import sigma_reparam_
-from hf_pss.sweep.guards.table import _pss_of
 from hf_pss.sweep.guards.triggers import LearningRateDrop
 from hf_pss.sweep.guards.weights import ScheduledSmoothing, SpectralCap
 
@@ -97,7 +97,7 @@ def test_the_learning_rate_drops_for_good(tmp_path: Path) -> None:
         "",
         "",
         pss=eager,
-        callback=lambda trainer: LearningRateDrop(_pss_of(trainer), cooldown_steps=1),
+        callback=lambda trainer: LearningRateDrop(PSSCallback.of(trainer), cooldown_steps=1),
     )
     trainer, own = trainer_of(
         tmp_path, guard, max_steps=10, lr_scheduler_type="constant", learning_rate=0.1

@@ -43,5 +43,7 @@ class Guard:
     """Builds the optimizer that takes AdamW's place; None keeps the recipe's."""
     callback: Callable[[Trainer], TrainerCallback] | None = None
     """Acts during training; added behind PSS's own callback."""
+    needs_fault: bool = False
+    """Whether it treats a run after the recipe's fault, and means nothing without one."""
     prepare: Callable[[nn.Module], None] | None = None
     """Changes the model before training, at the recipe's initial weights."""

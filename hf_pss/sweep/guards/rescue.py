@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import StableRankCap, noise_stable_rank
+from hf_pss.moments import FIRST_MOMENTS
 from hf_pss.smoother import smooth_matrices_
 from hf_pss.sweep.guards.weights import MatrixCallback
 from hf_pss.sweep.recipes import Fault
@@ -19,8 +20,6 @@ from hf_pss.sweep.recipes import Fault
 __all__ = ["Rescue"]
 
 Treatment = Literal["smooth", "smooth_and_reset", "reset", "roll_back"]
-
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 class Rescue(MatrixCallback):
@@ -90,7 +89,7 @@ class Rescue(MatrixCallback):
                 )
             if self._treatment.endswith("reset"):
                 for moments in optimizer.state.values():
-                    for key in _FIRST_MOMENTS:
+                    for key in FIRST_MOMENTS:
                         if key in moments:
                             moments[key].zero_()
             self.intervention_steps.append(state.global_step)

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from transformers import Trainer, TrainerCallback
 
 from hf_pss.config import PSSConfig
-from hf_pss.errors import ConfigurationError
 from hf_pss.integration.callback import PSSCallback
 from hf_pss.sweep.guards.base import Guard
 from hf_pss.sweep.guards.gradients import OlmoSkipStep, ZClip
@@ -24,18 +23,13 @@ from hf_pss.sweep.guards.rescue import Rescue, Treatment
 from hf_pss.sweep.guards.triggers import LearningRateDrop
 from hf_pss.sweep.guards.weights import ScheduledSmoothing, SpectralCap
 
-__all__ = ["GUARDS", "guard_names"]
+__all__ = ["GUARDS"]
 
 _PSS_PAPER = "Dispelling the Curse of Singularities, arXiv 2602.01308"
 
 
-def _pss_of(trainer: Trainer) -> PSSCallback:
-    callbacks = trainer.callback_handler.callbacks
-    return next(callback for callback in callbacks if isinstance(callback, PSSCallback))
-
-
 def _olmo_skip(trainer: Trainer) -> TrainerCallback:
-    pss = _pss_of(trainer)
+    pss = PSSCallback.of(trainer)
     return OlmoSkipStep(lambda: pss.readings)
 
 
@@ -45,12 +39,7 @@ def _random_clip(trainer: Trainer) -> TrainerCallback:
 
 def _rescue(treatment: Treatment) -> Guard:
     def callback(trainer: Trainer) -> TrainerCallback:
-        fault = getattr(trainer, "recipe", None) and trainer.recipe.fault
-        if fault is None:
-            raise ConfigurationError(
-                f"rescue_{treatment} treats a run after its fault; this recipe has none."
-            )
-        return Rescue(fault, treatment)
+        return Rescue(trainer.recipe.fault, treatment)
 
     told = {
         "smooth": "matrices capped at the stable-rank floor 0.8 x noise, once, after the fault",
@@ -58,7 +47,7 @@ def _rescue(treatment: Treatment) -> Guard:
         "reset": "only the first moments set to zero",
         "roll_back": "weights and optimizer as before the fault; on with the next data",
     }
-    return Guard(description=told[treatment], source="ours", callback=callback)
+    return Guard(description=told[treatment], source="ours", callback=callback, needs_fault=True)
 
 
 _ROWS = {
@@ -130,7 +119,7 @@ _ROWS = {
         description="learning rate halved for good where PSS would have smoothed",
         source=f"control for {_PSS_PAPER}",
         pss=PSSConfig.preset("paper", observe_only=True),
-        callback=lambda trainer: LearningRateDrop(_pss_of(trainer)),
+        callback=lambda trainer: LearningRateDrop(PSSCallback.of(trainer)),
     ),
     "scheduled_clip": Guard(
         description="PSS's smoothing every 100 steps, without a detector",
@@ -170,8 +159,3 @@ _ROWS = {
 
 GUARDS: Mapping[str, Guard] = MappingProxyType(_ROWS)
 """Guard by name. With ``max_grad_norm`` None the recipe's clipping stays on."""
-
-
-def guard_names() -> tuple[str, ...]:
-    """Return the names of all guards, in the table's order."""
-    return tuple(GUARDS)
