@@ -19,6 +19,7 @@ BACKEND = OneProcess()
 SPIKED_RANK = 9e-7  # 3.2e-7, the stable rank that a look reads off matrices with two spikes
 NOISE_RANK_ABOVE = 0.1  # 0.034, and how far above the true one off fresh matrices
 FLOOR_BAND = 1.7e-5  # 5.7e-6, how far below its floor a capped matrix ends
+THOROUGH_BAND = 1e-4  # 2.0e-5, the same, of a Krylov space that has not converged to the last value
 CONTRACTION = 1.5e-8  # 5.2e-9, relative to σ₁
 
 MODELS = {"gpt2": lambda: gpt2(num_layers=2, width=32), "llama": llama}
@@ -208,7 +209,7 @@ def test_more_strong_directions_than_a_look_has_triplets(num_spikes: int) -> Non
     (change,) = cap_matrices_(looks, floors, [view.name], parameters, BACKEND, max_rank=32)
     assert change.status == "smoothed"
     sigma = values_of(model)[view.name]
-    assert rank_of(sigma) == pytest.approx(floors[view.name], rel=FLOOR_BAND)
+    assert rank_of(sigma) == pytest.approx(floors[view.name], rel=THOROUGH_BAND)
 
 
 @torch.no_grad()
