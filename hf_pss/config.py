@@ -173,6 +173,14 @@ class PSSConfig:
         default=(),
         metadata={"help": "Regular expressions on parameter names: matrices to leave out."},
     )
+    smooth_on_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Smooth once, right after a checkpoint was loaded: to repair a run that has "
+            "failed. With the floor detector up to the floors (set floor_reference=noise, for the "
+            "weights are damaged already), otherwise with `smoothing`."
+        },
+    )
     observe_only: bool = field(
         default=False,
         metadata={"help": "Notice and report, but never touch a weight or an update."},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,16 @@ from hf_pss.detection.state import (
     read_object,
 )
 from hf_pss.distributed import Backend
+from hf_pss.edits import Edit
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.events import Event, Intervention, Record
 from hf_pss.gauges import Gauges
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, Smoothed, SmoothingFunction
-from hf_pss.moments import edit_first_moments_
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction
+from hf_pss.moments import FIRST_MOMENTS, edit_first_moments_
 from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
 from hf_pss.policy import Action, Decision, History, Policy
 from hf_pss.selection import Selection
 from hf_pss.smoother import cap_matrices_, smooth_matrices_
-from hf_pss.stacks import Stack
 from hf_pss.steps import Step, StepReport
 from hf_pss.watch import Watch
 
@@ -87,15 +88,17 @@ class PSSController:
                 f"moments={self.config.moments!r} edits the optimizer's state; give the controller "
                 "its optimizer: PSSController(model, config, optimizer=optimizer)."
             )
+        on_nonfinite = self._check_backend()
         self._watch = Watch(self._gauges, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
             # An observer spends no budget and starts no cooldown.
             max_interventions=0 if self.config.observe_only else self.config.max_interventions,
-            on_nonfinite=self.config.on_nonfinite,
+            on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
         self._current: Step | None = None
+        self._has_told_of_moments = False
         self.reset()
 
     # ---- one step ----
@@ -202,7 +205,10 @@ class PSSController:
         if check_is_due and ranks is not None:
             for judgement in self._watch.judge_stable_ranks(ranks):
                 self._decide(step, judgement)
-        step.records += [self._smooth(step, *answer) for answer in step.answers]
+        step.records += [
+            self._smooth(step, *answer, is_floor=answer[1].detector == "stable_rank_floor")
+            for answer in step.answers
+        ]
         self._current = None
         self.seconds += time.perf_counter() - started
         return step.report(self._history, seconds=self.seconds, stable_ranks=health)
@@ -223,6 +229,20 @@ class PSSController:
     def pending_records(self) -> tuple[Record, ...]:
         """Records of a step that an error ended before it could be reported."""
         return tuple(self._current.records) if self._current is not None else ()
+
+    @torch.no_grad()
+    def smooth_now(self) -> Intervention:
+        """Smooth all selected matrices without waiting for a detector: to repair a run that died.
+
+        With the detector ``stable_rank_floor`` each matrix is brought up to its floor, otherwise
+        the smoothing function is applied; ``moments`` says what becomes of the first moments. It
+        counts against no budget and starts no cooldown.
+        """
+        judgement = Judgement(Verdict.SPIKE, "resume", (GLOBAL,))
+        decision = Decision(Action.ACT, "asked for")
+        event = Event.of(judgement, decision, step=self.step_number, loss=None)
+        has_floor = "stable_rank_floor" in self.config.detectors
+        return self._smooth(Step(self.step_number), event, judgement, is_floor=has_floor)
 
     # ---- what survives a checkpoint ----
 
@@ -263,6 +283,28 @@ class PSSController:
 
     # ---- inside ----
 
+    def _check_backend(self) -> Literal["skip", "stop"]:
+        """Refuse what the backend cannot do, announce what it does, and return what NaN leads to.
+
+        Raises:
+            ConfigurationError: An option needs gradients that are gone, or an update held back.
+        """
+        backend = self._gauges.backend
+        for sentence in backend.cautions(self._gauges.parameters()):
+            logger.warning("%s", sentence)
+        if backend.can_hold_back:
+            return self.config.on_nonfinite
+        needs_gradients = {"matrix_grad_norm_ratio", "update_norm_ratio"} & {*self.config.detectors}
+        if needs_gradients or self.config.spike_update == "skip":
+            named = [*sorted(needs_gradients)]
+            named += ["spike_update='skip'"] if self.config.spike_update == "skip" else []
+            raise ConfigurationError(
+                f"{' and '.join(named)} cannot be had under DeepSpeed, which has applied the "
+                "update, and dropped the gradients, before anybody can look at them. Use "
+                "grad_norm_ratio or stable_rank_floor, with spike_update='apply'."
+            )
+        return "stop"
+
     def _decide(self, step: Step, judgement: Judgement, *, has_overflown: bool = False) -> Action:
         """Put a judgement through the policy, on record, and into the step's plan."""
         # A loss scaler overflows now and then by design and skips those steps itself.
@@ -293,7 +335,8 @@ class PSSController:
         else:
             step.records.append(event)
         if decision.action is Action.STOP:
-            raise NonFiniteError(describe_stop(event, is_after_update=step.is_after_update))
+            has_happened = step.is_after_update or not self._gauges.backend.can_hold_back
+            raise NonFiniteError(describe_stop(event, is_after_update=has_happened))
         return decision.action
 
     def _ranks_to_judge(self, step: Step) -> dict[str, float]:
@@ -303,19 +346,25 @@ class PSSController:
         step.looks, ranks = self._gauges.look()
         return ranks
 
-    def _smooth(self, step: Step, event: Event, judgement: Judgement) -> Intervention:
+    def _smooth(
+        self, step: Step, event: Event, judgement: Judgement, *, is_floor: bool
+    ) -> Intervention:
         started = time.perf_counter()
-        is_floor = judgement.detector == "stable_rank_floor"
         parameters, backend = self._gauges.parameters(), self._gauges.backend
         keep_frobenius = self.config.keep_frobenius
         and_then = self._edit_moments if self.config.moments != "keep" else None
         if is_floor:
             # Another answer of this step may have smoothed what was looked at.
-            looks = step.looks if step.has_its_looks else self._gauges.look()[0]
+            looks = step.looks
+            ranks: dict[str, float] = {}
+            if not looks or not step.has_its_looks:
+                looks, ranks = self._gauges.look()
+            fired = judgement.fired if GLOBAL not in judgement.fired else _finite(ranks)
             changes = cap_matrices_(
                 looks,
                 self._watch.floors,
-                frozenset(judgement.fired),
+                frozenset(fired),
+                self.selection.matrices,
                 parameters,
                 backend,
                 max_rank=self.config.max_rank,
@@ -342,16 +391,29 @@ class PSSController:
             matrices=changes,
         )
 
-    def _edit_moments(self, stack: Stack, smoothed: Smoothed) -> None:
-        if self._optimizer is not None and self.config.moments != "keep":
-            edit_first_moments_(
+    def _edit_moments(self, edits: Sequence[Edit]) -> None:
+        if self._optimizer is None or self.config.moments == "keep" or not edits:
+            return
+        num_edited = edit_first_moments_(
+            self.config.moments,
+            self._optimizer,
+            edits,
+            self._gauges.parameters(),
+            self._gauges.backend,
+        )
+        if not num_edited and not self._has_told_of_moments:
+            self._has_told_of_moments = True
+            logger.warning(
+                "moments=%r: %s keeps no first moment of the smoothed matrices (%s); nothing was "
+                "done to its state.",
                 self.config.moments,
-                self._optimizer,
-                stack,
-                smoothed,
-                self._gauges.parameters(),
-                self._gauges.backend,
+                type(self._optimizer).__name__,
+                " or ".join(FIRST_MOMENTS),
             )
 
     def _smoothing_function(self, names: Sequence[str]) -> SmoothingFunction:
         return SMOOTHING_FUNCTIONS[self.config.smoothing]()
+
+
+def _finite(ranks: Mapping[str, float]) -> list[str]:
+    return [name for name, rank in ranks.items() if math.isfinite(rank) and rank > 0]

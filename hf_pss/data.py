@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import glob
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -21,16 +23,20 @@ __all__ = [
     "BlockDataset",
     "Tokens",
     "encode_documents",
+    "encode_each",
     "hold_out",
     "load_text",
+    "open_rows",
     "pack_blocks",
     "read_documents",
+    "texts_of",
     "train_tokenizer",
     "unigram_entropy_nats",
     "wrap_tokenizer",
 ]
 
 Tokens = npt.NDArray[np.int32]
+_Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -167,22 +173,36 @@ def encode_documents(
     Raises:
         ConfigurationError: the tokenizer has no end-of-text token.
     """
+    pieces: list[Tokens] = []
+    num_tokens = 0
+    for ids in encode_each(documents, tokenizer):
+        pieces.append(np.asarray(ids, dtype=np.int32))
+        num_tokens += len(ids)
+        if max_tokens is not None and num_tokens >= max_tokens:
+            break
+    stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return stream[:max_tokens]
+
+
+def encode_each(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """Return each document's tokens and the end-of-text token after them, as they are asked for.
+
+    Raises:
+        ConfigurationError: the tokenizer has no end-of-text token; at once, not at the first.
+    """
     separator = tokenizer.eos_token_id
     if separator is None:
         raise ConfigurationError(
             "Your tokenizer has no end-of-text token, so documents would run into each other. "
             "Set `tokenizer.eos_token`."
         )
-    pieces: list[Tokens] = []
-    num_tokens = 0
-    for batch in _batches(documents, _DOCUMENTS_PER_BATCH):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(np.asarray([*ids, separator], dtype=np.int32))
-            num_tokens += len(ids) + 1
-        if max_tokens is not None and num_tokens >= max_tokens:
-            break
-    stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-    return stream[:max_tokens]
+    return (
+        [*ids, separator]
+        for batch in _batches(documents, _DOCUMENTS_PER_BATCH)
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    )
 
 
 def unigram_entropy_nats(tokens: Tokens) -> float:
@@ -213,7 +233,8 @@ def load_text(
 
     Args:
         source: a file (``.txt``, ``.md`` and ``.py`` are one document; ``.jsonl``, ``.json`` and
-            ``.parquet`` hold one a row), or the name of a dataset on the Hub.
+            ``.parquet`` hold one a row), a pattern such as ``data/*.jsonl``, or the name of a
+            dataset on the Hub.
         tokenizer: anything of `transformers` with an end-of-text token.
         context_length: tokens a block.
         column: where rows keep their text.
@@ -247,27 +268,62 @@ def read_documents(
     The arguments, and the errors, are those of `load_text`. The source is opened at once; its rows
     are read as they are asked for.
     """
-    rows = _load_rows(str(source), subset=subset, split=split, cache_dir=cache_dir)
-    if column not in rows.column_names:
+    rows = open_rows(source, column=column, subset=subset, split=split, cache_dir=cache_dir)
+    return texts_of(rows, column)
+
+
+def open_rows(
+    source: str | Path,
+    *,
+    column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    cache_dir: Path | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a file, files that a pattern names, or a dataset on the Hub, and check its column.
+
+    Args:
+        source: see `load_text`.
+        column: where rows keep their text.
+        subset: a Hub dataset's configuration.
+        split: a Hub dataset's split.
+        cache_dir: where `datasets` keeps its copy; None is its own default.
+        streaming: read rows as they are asked for, and copy nothing to the disk.
+
+    Raises:
+        ConfigurationError: no such file or dataset, or no such column.
+    """
+    options = {"cache_dir": cache_dir, "streaming": streaming}
+    rows = _load_rows(str(source), subset=subset, split=split, **options)
+    # A stream of JSON lines does not know its columns before its first row.
+    names = rows.column_names or list(next(iter(rows), {}))
+    if names and column not in names:
         raise ConfigurationError(
-            f"{source} has no column {column!r}; it has {', '.join(map(repr, rows.column_names))}. "
+            f"{source} has no column {column!r}; it has {', '.join(map(repr, names))}. "
             "Name the one that holds the text."
         )
-    return (text for text in _texts(rows, column) if text.strip())
+    return rows
 
 
-def _load_rows(
-    source: str, *, subset: str | None, split: str, cache_dir: Path | None
-) -> datasets.Dataset:
+def _load_rows(source: str, *, subset: str | None, split: str, **options: Any) -> _Rows:
     path = Path(source).expanduser()
     if path.is_file():
-        return _load_file(path, cache_dir)
+        return _load_files([path], **options)
+    if glob.has_magic(source):
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise ConfigurationError(f"No file matches {source}. Check the pattern.")
+        return _load_files([Path(name) for name in found], **options)
     if path.is_dir():
-        raise ConfigurationError(f"{source} is a folder; give one text, JSONL or parquet file.")
+        raise ConfigurationError(
+            f"{source} is a folder; give one text, JSONL or parquet file, or a pattern: "
+            f"{source.rstrip('/')}/*.jsonl."
+        )
     if path.suffix in _LOADERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ConfigurationError(f"There is no file {source}. Check the path.")
     try:
-        return datasets.load_dataset(source, subset, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(source, subset, split=split, **options)
     # RuntimeError: a dataset that is a script, which datasets 4 and later do not run.
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
@@ -280,37 +336,59 @@ def _load_rows(
         ) from error
 
 
-def _load_file(path: Path, cache_dir: Path | None) -> datasets.Dataset:
-    loader = _LOADERS.get(path.suffix)
-    if loader is None:
+def _load_files(paths: Sequence[Path], **options: Any) -> _Rows:
+    loaders = {path: _LOADERS.get(path.suffix) for path in paths}
+    for path, loader in loaders.items():
+        if loader is None:
+            raise ConfigurationError(
+                f"The ending of {path.name} says nothing about its format; "
+                f"use one of {', '.join(_LOADERS)}."
+            )
+        if path.stat().st_size == 0:
+            raise ConfigurationError(f"{path} is empty. Give a file with text.")
+    loader, *others = dict.fromkeys(loaders.values())
+    if others:
         raise ConfigurationError(
-            f"The ending of {path.name} says nothing about its format; "
-            f"use one of {', '.join(_LOADERS)}."
+            f"{paths[0]} and its neighbours are of several formats ({loader}, "
+            f"{', '.join(map(str, others))}). Give a pattern for files of one."
         )
-    if path.stat().st_size == 0:
-        raise ConfigurationError(f"{path} is empty. Give a file with text.")
-    options = {"sample_by": "document"} if loader == "text" else {}
+    how = {"sample_by": "document"} if loader == "text" else {}
+    names = [str(path) for path in paths]
     try:
-        return datasets.load_dataset(
-            loader, data_files=str(path), split="train", cache_dir=cache_dir, **options
-        )
+        return datasets.load_dataset(loader, data_files=names, split="train", **options, **how)
     except datasets.exceptions.DatasetGenerationError as error:
         raise ConfigurationError(
-            f"{path} could not be read as {loader}: {error.__cause__ or error}"
+            f"{', '.join(names[:3])} could not be read as {loader}: {error.__cause__ or error}"
         ) from error
 
 
-def _texts(rows: datasets.Dataset, column: str) -> Iterator[str]:
-    for batch in rows.select_columns(column).iter(batch_size=_DOCUMENTS_PER_BATCH):
-        for text in batch[column]:
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise ConfigurationError(
-                    f"Column {column!r} holds {type(text).__name__}, not text. "
-                    "Name the one that holds the text."
-                )
+def texts_of(rows: _Rows, column: str) -> Iterator[str]:
+    """Yield the texts of a column as they are asked for, without the blank ones.
+
+    Raises:
+        ConfigurationError: the column holds something else than text.
+    """
+    for text in _column_of(rows, column):
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ConfigurationError(
+                f"Column {column!r} holds {type(text).__name__}, not text. "
+                "Name the one that holds the text."
+            )
+        if text.strip():
             yield text
+
+
+def _column_of(rows: _Rows, column: str) -> Iterator[Any]:
+    rows = rows.select_columns(column)
+    if isinstance(rows, datasets.IterableDataset):
+        # Row by row: `iter(batch_size=...)` gives every DataLoader worker all rows (datasets 4).
+        for row in rows:
+            yield row[column]
+        return
+    for batch in rows.iter(batch_size=_DOCUMENTS_PER_BATCH):
+        yield from batch[column]
 
 
 def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:

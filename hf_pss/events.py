@@ -39,9 +39,14 @@ class EventKind(StrEnum):
     DROP = "drop"
     FLOOR = "floor"
     NON_FINITE = "non_finite"
+    RESUME = "resume"
 
 
-_KINDS = {"stable_rank_drop": EventKind.DROP, "stable_rank_floor": EventKind.FLOOR}
+_KINDS = {
+    "stable_rank_drop": EventKind.DROP,
+    "stable_rank_floor": EventKind.FLOOR,
+    "resume": EventKind.RESUME,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

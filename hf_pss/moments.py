@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from hf_pss.distributed import Backend
-from hf_pss.linalg import Smoothed
-from hf_pss.stacks import Stack, gather, write_stack_
+from hf_pss.edits import Edit
 
 __all__ = ["FIRST_MOMENTS", "edit_first_moments_"]
 
@@ -23,52 +23,50 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 def edit_first_moments_(
     rule: Literal["reset", "project"],
     optimizer: Optimizer,
-    stack: Stack,
-    smoothed: Smoothed,
+    edits: Iterable[Edit],
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
-) -> None:
+) -> int:
     """Take from the first moment M of each smoothed matrix what would undo the smoothing. [ours].
 
     ``project``: M ← M − Σ u_i (u_iᵀ M v_i) v_iᵀ over the singular values that were moved. To first
     order a step along M changes σ_i by u_iᵀ M v_i, so a step of momentum SGD leaves the values
     where smoothing put them; Adam's division by √v̂ makes that approximate. ``reset``: M ← 0.
 
-    A matrix without a first moment (no step yet, or an optimizer that keeps none), and one that
-    was not changed, is passed over. The second moment stays.
+    A matrix without a first moment (no step yet, or an optimizer that keeps none) is passed over.
+    The second moment stays.
 
     Args:
         rule: See above.
         optimizer: Whose state is edited, in place.
-        stack: The matrices, as they were read.
-        smoothed: What was done to them.
+        edits: What was done to the matrices; the same on every rank.
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored, and with them their moments.
+
+    Returns:
+        How many matrices had a first moment.
     """
-    moments = {
-        slot.view.parameter_name: moment
-        for slot in stack.slots
-        if (moment := _first_moment(optimizer, parameters[slot.view.parameter_name])) is not None
-    }
-    has_one = [slot.view.parameter_name in moments for slot in stack.slots]
-    wanted = smoothed.changed & torch.tensor(has_one, device=smoothed.changed.device)
-    keep = wanted.tolist()
-    if not any(keep):
-        return
-    edited = stack.where(keep)
-    matrices = gather(edited.slots, moments, backend)
-    if rule == "reset":
-        matrices = torch.zeros_like(matrices)
-    else:
-        moved = (smoothed.sigma_before != smoothed.sigma_after)[wanted]
-        u, v = smoothed.u[wanted], smoothed.v[wanted]
-        wide = matrices.to(u.dtype)
-        along = (u * (wide @ v)).sum(dim=-2) * moved  # u_iᵀ M v_i, (stack, K)
-        matrices = (wide - (u * along.unsqueeze(-2)) @ v.mT).to(matrices.dtype)
-    write_stack_(edited, matrices, [True] * len(edited.slots), moments, backend)
-
-
-def _first_moment(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
-    state = optimizer.state.get(parameter, {})
-    found = (state.get(key) for key in FIRST_MOMENTS)
-    return next((m for m in found if isinstance(m, Tensor) and m.shape == parameter.shape), None)
+    num_edited = 0
+    for name, group in itertools.groupby(edits, key=lambda edit: edit.slot.view.parameter_name):
+        with backend.moment_part(optimizer, parameters[name], FIRST_MOMENTS) as part:
+            if part is None:
+                continue
+            for edit in group:
+                num_edited += 1
+                slot = edit.slot
+                piece = slot.view.piece(part.tensor, part.start, slot.expert)
+                moment = piece.read() if piece is not None else edit.u.new_zeros(0, 0)
+                if rule == "reset":
+                    if piece is not None:
+                        piece.write_(torch.zeros_like(moment))
+                    continue
+                along = torch.zeros_like(edit.before)  # u_iᵀ M v_i
+                if piece is not None:
+                    wide = moment.to(edit.u.dtype)
+                    u, v = edit.u[piece.rows], edit.v[piece.columns]
+                    along = (u * (wide @ v)).sum(dim=0)
+                backend.total_(along)
+                if piece is not None:
+                    along = along * (edit.before != edit.after)
+                    piece.write_(wide - (u * along) @ v.mT)
+    return num_edited

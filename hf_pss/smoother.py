@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_pss.distributed import Backend
+from hf_pss.edits import Edit, Outcome, apply_edits_, exchange
 from hf_pss.events import MatrixChange
 from hf_pss.linalg import (
-    Smoothed,
     SmoothingFunction,
-    SmoothingStatus,
     StableRankCap,
     Triplets,
     quick_triplets,
     smooth_spectrum,
 )
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import Stack, gather, stacks, write_stack_
+from hf_pss.stacks import Stack, Turn, matrix_names, read_turn, share_out, write_stack_
 
 __all__ = ["Look", "cap_matrices_", "look_at_matrices", "smooth_matrices_"]
 
@@ -35,12 +36,12 @@ def smooth_matrices_(
     names: Collection[str] | None = None,
     max_rank: int,
     keep_frobenius: bool = False,
-    and_then: Callable[[Stack, Smoothed], None] | None = None,
+    and_then: Callable[[Sequence[Edit]], None] | None = None,
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of matrices in place: W ← W + U_k (φ(Σ_k) − Σ_k) V_kᵀ.
 
-    Equal shapes go through one batched call. A matrix that holds NaN or inf is reported, never
-    decomposed, never written.
+    The work is shared out over the ranks, and equal shapes go through one batched call. A matrix
+    that holds NaN or inf, and one whose decomposition fails, is reported and not written.
 
     Args:
         views: The selected matrices.
@@ -51,83 +52,151 @@ def smooth_matrices_(
         names: Only these 2-D matrices; all when None.
         max_rank: At most so many singular values of a matrix move.
         keep_frobenius: Rescale each smoothed matrix to the Frobenius norm it had.
-        and_then: Told of each batch, as it was read, and what was done to it.
+        and_then: Told, on every rank, of the edits that were made.
 
     Returns:
-        What happened to each matrix looked at, in the order of the batches.
+        What happened to each matrix looked at, in the model's order.
     """
-    changes: list[MatrixChange] = []
-    for stack in stacks(views, parameters, backend, names=names):
-        finite = stack.matrices.isfinite().flatten(1).all(1).tolist()
-        shape = tuple(stack.matrices.shape[-2:])
-        changes += [
-            MatrixChange(name, shape, "non_finite")
-            for name, is_finite in zip(stack.names, finite, strict=True)
-            if not is_finite
-        ]
-        healthy = stack if all(finite) else stack.where(finite)
-        if healthy.slots:
-            smoothed = smooth_spectrum(
-                healthy.matrices,
-                phi_for(healthy.names),
-                max_rank=max_rank,
-                keep_frobenius=keep_frobenius,
-                check_finite=False,  # just done, matrix by matrix
+    outcomes: list[Outcome] = []
+    for turn in share_out(views, parameters, backend.world_size, names=names):
+        stack = read_turn(turn, parameters, backend)
+        mine = (
+            _smoothed(stack, phi_for, max_rank=max_rank, keep_frobenius=keep_frobenius)
+            if stack is not None
+            else None
+        )
+        outcomes += _carried_out(turn, mine, parameters, backend, and_then)
+    return _on_record(views, outcomes)
+
+
+def _smoothed(
+    stack: Stack,
+    phi_for: Callable[[Sequence[str]], SmoothingFunction],
+    *,
+    max_rank: int,
+    keep_frobenius: bool,
+) -> Outcome:
+    finite = stack.matrices.isfinite().flatten(1).all(1).tolist()
+    outcomes = []
+    if not all(finite):
+        broken = stack.where([not is_finite for is_finite in finite])
+        outcomes.append(Outcome.without_change(broken, failed=False))
+        stack = stack.where(finite)
+    if stack.slots:
+        outcomes.append(
+            _decomposed(
+                stack, phi_for(stack.names), max_rank=max_rank, keep_frobenius=keep_frobenius
             )
+        )
+    return Outcome.joined(outcomes)
+
+
+def _decomposed(stack: Stack, phi: SmoothingFunction, **options: Any) -> Outcome:
+    """Decompose and smooth; a decomposition that fails leaves its matrices alone, and says so."""
+    try:
+        smoothed = smooth_spectrum(stack.matrices, phi, check_finite=False, **options)
+    except LinAlgError:
+        return Outcome.without_change(stack, failed=True)
+    return Outcome.of(stack, smoothed)
+
+
+def _carried_out(
+    turn: Turn,
+    mine: Outcome | None,
+    parameters: Mapping[str, Tensor],
+    backend: Backend,
+    and_then: Callable[[Sequence[Edit]], None] | None,
+) -> list[Outcome]:
+    """Make the edits of all ranks, on all ranks."""
+    if not backend.is_shared:
+        outcomes = [mine] if mine is not None else []
+        for stack, smoothed in (pair for outcome in outcomes for pair in outcome.made):
             changed = smoothed.changed.tolist()
-            write_stack_(healthy, smoothed.weight, changed, parameters, backend)
-            if and_then is not None:
-                and_then(healthy, smoothed)
-            changes += _on_record(healthy.names, shape, smoothed)
-    return tuple(changes)
+            write_stack_(stack, smoothed.weight, changed, parameters, backend)
+    else:
+        # Replicas stay equal bit for bit because every rank makes the edit in the same way, the
+        # one that found it too.
+        outcomes = exchange(turn, mine, parameters, backend)
+        for outcome in outcomes:
+            apply_edits_(outcome.edits(), parameters, backend)
+    if and_then is not None:
+        for outcome in outcomes:
+            and_then(outcome.edits())
+    return outcomes
+
+
+def _on_record(
+    views: Sequence[MatrixView], outcomes: Sequence[Outcome]
+) -> tuple[MatrixChange, ...]:
+    """Return the records in the model's order, which no sharing out of work changes."""
+    records = {change.name: change for outcome in outcomes for change in outcome.changes()}
+    return tuple(records[name] for name in matrix_names(views) if name in records)
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The leading singular triplets of a stack of matrices, and what they say."""
+    """What one turn saw of the matrices: leading singular triplets, each with its owner."""
 
-    stack: Stack
-    """Without its matrices: they would be a second copy of the model."""
-    triplets: Triplets
+    turn: Turn
+    triplets: Triplets | None
+    """Of this rank's slots, without the matrices: these would be a second copy of the model."""
     tails: Tensor
-    """(len(stack.names),), the Frobenius norm of what the triplets leave."""
-    stable_ranks: Tensor
-    """(len(stack.names),), NaN where a matrix holds NaN or inf."""
+    """(this rank's slots,), the Frobenius norm of what the triplets leave."""
 
-    def reaches(self, floors: Mapping[str, float], max_rank: int) -> list[bool]:
+    def stable_ranks(self) -> Tensor:
+        """Return (this rank's slots,); NaN where a matrix holds NaN or inf."""
+        if self.triplets is None:
+            return self.tails
+        values = torch.cat([self.triplets.sigma, self.tails.unsqueeze(-1)], dim=-1)
+        ratios = values / torch.where(values[:, :1] == 0, 1.0, values[:, :1])
+        return ratios.square().sum(dim=-1)
+
+    def reaches(self, floors: Sequence[float], max_rank: int) -> list[bool]:
         """Tell of each matrix whether capping the triplets at hand can bring it to its floor.
 
         Capped at the last of K values, a matrix has the stable rank K + tail² / σ_K².
         """
+        if self.triplets is None:
+            return []
         num_values = self.triplets.sigma.shape[-1]
         last = self.triplets.sigma[:, -1]
         highest = num_values + (self.tails / torch.where(last > 0, last, 1.0)).square()
-        enough = num_values <= max_rank + 1
         return [
-            enough and rank >= floors[name]
-            for name, rank in zip(self.stack.names, highest.tolist(), strict=True)
+            num_values <= max_rank + 1 and rank >= floor
+            for rank, floor in zip(highest.tolist(), floors, strict=True)
         ]
 
 
 @torch.no_grad()
 def look_at_matrices(
     views: Sequence[MatrixView], parameters: Mapping[str, nn.Parameter], backend: Backend
-) -> tuple[Look, ...]:
-    """Look at all matrices with `quick_triplets`; σ₁ is low, and the stable rank high, by its band.
+) -> tuple[tuple[Look, ...], dict[str, float]]:
+    """Look at all matrices with `quick_triplets`; return the looks and the stable ranks by name.
+
+    σ₁ is low, and the stable rank high, by its band. One device-to-host read.
 
     Args:
         views: What to look at.
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
     """
-    looks = []
-    for stack in stacks(views, parameters, backend):
-        triplets, tails = quick_triplets(stack.matrices)
-        values = torch.cat([triplets.sigma, tails.unsqueeze(-1)], dim=-1)
-        ratios = values / torch.where(values[:, :1] == 0, 1.0, values[:, :1])
-        ranks = ratios.square().sum(dim=-1)
-        looks.append(Look(replace(stack, matrices=tails.new_empty(0)), triplets, tails, ranks))
-    return tuple(looks)
+    looks, names, numbers = [], [], []
+    for turn in share_out(views, parameters, backend.world_size):
+        stack = read_turn(turn, parameters, backend)
+        triplets, tails = (
+            (None, torch.empty(0)) if stack is None else quick_triplets(stack.matrices)
+        )
+        looks.append(Look(turn, triplets, tails))
+        for owner, slots in enumerate(turn):
+            names += [slot.name for slot in slots]
+            known = looks[-1].stable_ranks() if owner == backend.rank else torch.zeros(len(slots))
+            numbers.append(known)
+    if not looks:
+        return (), {}
+    device = next(iter(parameters.values())).device
+    ranks = backend.tell(torch.cat([number.to(device) for number in numbers]))
+    by_name = dict(zip(names, ranks, strict=True))
+    return tuple(looks), {name: by_name[name] for name in matrix_names(views)}
 
 
 @torch.no_grad()
@@ -135,12 +204,13 @@ def cap_matrices_(
     looks: Sequence[Look],
     floors: Mapping[str, float],
     names: Collection[str],
+    views: Sequence[MatrixView],
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
     *,
     max_rank: int,
     keep_frobenius: bool = False,
-    and_then: Callable[[Stack, Smoothed], None] | None = None,
+    and_then: Callable[[Sequence[Edit]], None] | None = None,
 ) -> tuple[MatrixChange, ...]:
     """Bring the named matrices up to their stable-rank floors, with the triplets of a look at them.
 
@@ -150,50 +220,44 @@ def cap_matrices_(
         looks: Of the matrices as they are now.
         floors: Of each matrix, by name.
         names: Which matrices; finite ones only.
+        views: The selected matrices.
         parameters: The model's parameters by canonical name; those touched change in place.
         backend: How parameters are stored.
         max_rank: At most so many singular values of a matrix move.
         keep_frobenius: Rescale each capped matrix to the Frobenius norm it had.
         and_then: As in `smooth_matrices_`.
     """
-    changes: list[MatrixChange] = []
+    outcomes: list[Outcome] = []
     for look in looks:
-        kept = [name in names for name in look.stack.names]
-        if not any(kept):
+        turn = tuple(tuple(s for s in slots if s.name in names) for slots in look.turn)
+        if not any(turn):
             continue
-        reaches = look.reaches(floors, max_rank)
-        for is_known in (True, False):
-            part = [keep and reach is is_known for keep, reach in zip(kept, reaches, strict=True)]
-            if not any(part):
-                continue
-            slots = look.stack.where_slots(part)
-            stack = Stack(slots, gather(slots, parameters, backend))
-            index = [i for i, keep in enumerate(part) if keep]
-            smoothed = smooth_spectrum(
-                stack.matrices,
-                StableRankCap(torch.tensor([floors[name] for name in stack.names])),
-                max_rank=max_rank,
-                keep_frobenius=keep_frobenius,
-                check_finite=False,
-                known=(look.triplets.where(part), look.tails[index]) if is_known else None,
-            )
-            write_stack_(stack, smoothed.weight, smoothed.changed.tolist(), parameters, backend)
-            if and_then is not None:
-                and_then(stack, smoothed)
-            changes += _on_record(stack.names, tuple(stack.matrices.shape[-2:]), smoothed)
-    return tuple(changes)
-
-
-def _on_record(
-    names: Sequence[str], shape: tuple[int, ...], smoothed: Smoothed
-) -> Iterator[MatrixChange]:
-    columns = (
-        smoothed.status,
-        smoothed.rank,
-        smoothed.sigma_before[:, 0],
-        smoothed.spectral_norm_after,
-        smoothed.stable_rank_before,
-        smoothed.stable_rank_after,
-    )
-    for name, status, *numbers in zip(names, *(c.tolist() for c in columns), strict=True):
-        yield MatrixChange(name, shape, SmoothingStatus(status).name.lower(), *numbers)
+        stack = read_turn(turn, parameters, backend)
+        mine = None
+        if stack is not None and look.triplets is not None:
+            own = look.turn[backend.rank]
+            kept = [slot.name in names for slot in own]
+            reached = look.reaches([floors[slot.name] for slot in own], max_rank)
+            is_known = [reach for reach, keep in zip(reached, kept, strict=True) if keep]
+            pieces = []
+            for known in (True, False):
+                part = [k is known for k in is_known]
+                if any(part):
+                    here = stack if all(part) else stack.where(part)
+                    chosen = [k and r is known for k, r in zip(kept, reached, strict=True)]
+                    index = [i for i, keep in enumerate(chosen) if keep]
+                    cap = StableRankCap(torch.tensor([floors[name] for name in here.names]))
+                    pieces.append(
+                        _decomposed(
+                            here,
+                            cap,
+                            max_rank=max_rank,
+                            keep_frobenius=keep_frobenius,
+                            known=(look.triplets.where(chosen), look.tails[index])
+                            if known
+                            else None,
+                        )
+                    )
+            mine = Outcome.joined(pieces)
+        outcomes += _carried_out(turn, mine, parameters, backend, and_then)
+    return _on_record(views, outcomes)

@@ -148,6 +148,7 @@ def make_trainer(
     model: PreTrainedModel | None = None,
     model_name: str = "gpt2",
     rows: list[dict[str, Tensor]] | None = None,
+    eval_rows: list[dict[str, Tensor]] | None = None,
     **options: Any,
 ) -> Trainer:
     """Return a plain Trainer without ``pss``, a PSSTrainer with it; same seed, same data."""
@@ -158,6 +159,7 @@ def make_trainer(
         model=model if model is not None else MODELS[model_name](),
         args=arguments(folder, **options),
         train_dataset=rows or token_rows(masked=model_name == "bert"),
+        eval_dataset=eval_rows,
         **extra,
     )
 

@@ -15,6 +15,7 @@ from hf_pss.data import (
     encode_documents,
     hold_out,
     load_text,
+    open_rows,
     pack_blocks,
     train_tokenizer,
     unigram_entropy_nats,
@@ -196,3 +197,29 @@ def test_an_unknown_dataset_names_what_was_tried(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError, match=r"nobody/nothing.*subset 'raw', split 'train'"):
         load_text("nobody/nothing", tokenizer, context_length=64, subset="raw", cache_dir=tmp_path)
+
+
+def test_a_pattern_names_several_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name * 20}])
+    blocks = load_text(
+        tmp_path / "*.jsonl", tokenizer, context_length=4, cache_dir=tmp_path / "cache"
+    )
+    expected = pack_blocks(encode_documents(["a" * 20, "b" * 20], tokenizer), context_length=4)
+    assert torch.equal(blocks.blocks, expected.blocks)
+
+
+def test_a_pattern_of_several_formats_or_of_nothing_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "b.txt").write_text("b", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"several formats \(json, text\)"):
+        open_rows(tmp_path / "*")
+    with pytest.raises(ConfigurationError, match="No file matches"):
+        open_rows(tmp_path / "*.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_is_checked_when_rows_are_opened(streaming: bool, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"body": "a", "id": 1}])
+    with pytest.raises(ConfigurationError, match="no column 'text'; it has 'body', 'id'"):
+        open_rows(path, streaming=streaming, cache_dir=tmp_path / "cache")

@@ -83,18 +83,30 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
     return _configure(values | changes)
 
 
-def make_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_multiple: int = 1,
+    **options: Any,
+) -> PreTrainedModel:
     """Return fresh weights, from torch's global seed, for the tokenizer's vocabulary.
+
+    Args:
+        config: Its vocabulary is set here, in place.
+        tokenizer: Gives the vocabulary and the special tokens.
+        vocab_multiple: The embedding's rows are rounded up to a multiple of this: 64 suits GPUs.
+        options: Of ``AutoModelForCausalLM.from_config``, such as ``attn_implementation``.
 
     Raises:
         ConfigurationError: No causal language model has such a configuration.
     """
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = -(-len(tokenizer) // vocab_multiple) * vocab_multiple
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     try:
-        return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+        return AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, ImportError) as error:
         raise ConfigurationError(
             f"No causal language model can be built from this {config.model_type} config: "
             f"{one_line(error)[:200]}"

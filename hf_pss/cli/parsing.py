@@ -26,7 +26,16 @@ from hf_pss.cli.options import (
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.integration.arguments import PSSTrainingArguments
 
-__all__ = ["TrainPlan", "make_parser", "one_line", "parse_plan", "suggest"]
+__all__ = [
+    "TrainPlan",
+    "config_path",
+    "into_dataclasses",
+    "make_parser",
+    "one_line",
+    "parse_plan",
+    "suggest",
+    "words_of_file",
+]
 
 # Where a one-off run on one machine wants something else than transformers' defaults. Below 1:
 # a share of all steps.
@@ -60,7 +69,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. See `hf-pss train --help-all`.")
+        raise ConfigurationError(f"{message}. See `{self.prog} --help-all`.")
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Call an option by one name: argparse says --learning_rate/--learning-rate."""
@@ -86,11 +95,16 @@ class _Parser(HfArgumentParser):
         return [f.name for dtype in self.dataclass_types for f in fields(dtype) if f.init]
 
 
-def make_parser(output_dir: str = "runs/train") -> _Parser:
+def make_parser(
+    output_dir: str = "runs/train",
+    *,
+    groups: Sequence[type] = (ModelOptions, DataOptions, RunOptions, PSSTrainingArguments),
+    prog: str = "hf-pss train",
+) -> _Parser:
     """Return the parser of all options, grouped, with the defaults of `hf-pss train`."""
     parser = _Parser(
-        [ModelOptions, DataOptions, RunOptions, PSSTrainingArguments],
-        prog="hf-pss train",
+        groups,
+        prog=prog,
         formatter_class=_Formatter,
         exit_on_error=False,
         add_help=False,
@@ -109,22 +123,31 @@ def parse_plan(words: Sequence[str]) -> TrainPlan:
     Raises:
         ConfigurationError: No such file, bad YAML, an unknown option, or a value out of range.
     """
-    path = _config_path(words)
+    path = config_path(words)
     parser = make_parser(f"runs/{path.stem if path else 'train'}")
-    from_file = _words_of_file(path, parser) if path else []
-    tunes = parser.parse_known_args([*from_file, *words])[0].model
+    words = [*(words_of_file(path, parser) if path else []), *words]
+    tunes = parser.parse_known_args(words)[0].model
     parser.set_defaults(learning_rate=TUNED_LEARNING_RATE if tunes else FRESH_LEARNING_RATE)
+    return TrainPlan(*into_dataclasses(words, parser))
+
+
+def into_dataclasses(words: Sequence[str], parser: _Parser) -> tuple[Any, ...]:
+    """Return one object of each of the parser's groups.
+
+    Raises:
+        ConfigurationError: An unknown option, or a value out of range.
+    """
     try:
-        model, data, run, arguments, unknown = parser.parse_args_into_dataclasses(
-            [*from_file, *words], look_for_args_file=False, return_remaining_strings=True
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            list(words), look_for_args_file=False, return_remaining_strings=True
         )
     except PSSError:
         raise
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise ConfigurationError(str(error)) from error
     if unknown:
-        _refuse_unknown(unknown[0], parser.names)
-    return TrainPlan(model, data, run, arguments)
+        _refuse_unknown(unknown[0], parser)
+    return tuple(parsed)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -138,19 +161,20 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _refuse_unknown(word: str, names: Iterable[str]) -> NoReturn:
+def _refuse_unknown(word: str, parser: _Parser) -> NoReturn:
     if not word.startswith("--"):
         raise ConfigurationError(
             f"{word!r} stands alone; every value follows an option: --dataset {word}."
         )
     name = word.removeprefix("--").split("=")[0].replace("-", "_")
     raise ConfigurationError(
-        f"There is no option {word.split('=')[0]}.{suggest(name, names)} "
-        "`hf-pss train --help-all` lists all."
+        f"There is no option {word.split('=')[0]}.{suggest(name, parser.names)} "
+        f"`{parser.prog} --help-all` lists all."
     )
 
 
-def _config_path(words: Sequence[str]) -> Path | None:
+def config_path(words: Sequence[str]) -> Path | None:
+    """Return the YAML file that ``--config`` names, if it does."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")
     found = parser.parse_known_args(words)[0].config
@@ -173,8 +197,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in options.items()}
 
 
-def _words_of_file(path: Path, parser: _Parser) -> list[str]:
-    """Return a YAML file's options as command-line words, each tried alone to name it if bad."""
+def words_of_file(path: Path, parser: _Parser) -> list[str]:
+    """Return a YAML file's options as command-line words, each tried alone to name it if bad.
+
+    Raises:
+        ConfigurationError: No such file, bad YAML, or an option that is unknown or out of range.
+    """
     words: list[str] = []
     for key, value in _read_yaml(path).items():
         name = key.replace("-", "_")

@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
+from hf_pss.distributed import Backend, Part
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import matrix_names
+from hf_pss.stacks import Slot, matrix_names, matrix_slots
 
 __all__ = ["GradientProbe", "measure_matrix_grad_norms"]
 
@@ -26,22 +26,28 @@ class GradientProbe:
 
     names: tuple[str, ...]
     norms: tuple[Tensor, ...]
+    """Of what is kept here of each gradient."""
 
     @classmethod
     @torch.no_grad()
-    def take(cls, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Self:
+    def take(cls, named_parameters: Iterable[tuple[str, nn.Parameter]], backend: Backend) -> Self:
         """Measure the gradients that are there. Cost: one pass over them, nothing read back."""
-        grads = {name: p.grad for name, p in named_parameters if p.grad is not None}
+        grads = {
+            n: _here(p.grad, backend).tensor for n, p in named_parameters if p.grad is not None
+        }
         return cls(tuple(grads), tuple(torch._foreach_norm(list(grads.values()))) if grads else ())
 
-    def nothing_is_finite(self) -> bool:
-        """Tell whether every gradient holds NaN or inf."""
-        return not any(bool(norm.isfinite()) for norm in self.norms)
+    def nonfinite(self, backend: Backend) -> tuple[str, ...]:
+        """Return the parameters, in the model's order, whose gradient holds NaN or inf; one read.
 
-    def first_nonfinite(self, limit: int = 3) -> tuple[str, ...]:
-        """Return the first parameters, in the model's order, whose gradient holds NaN or inf."""
-        bad = (n for n, v in zip(self.names, self.norms, strict=True) if not v.isfinite())
-        return tuple(name for name, _ in zip(bad, range(limit), strict=False))
+        On several ranks all must call.
+        """
+        if not self.norms:
+            return ()
+        device = self.norms[0].device
+        flags = torch.stack([(~norm.isfinite()).double().to(device) for norm in self.norms])
+        backend.total_(flags)
+        return tuple(n for n, bad in zip(self.names, flags.tolist(), strict=True) if bad)
 
 
 @torch.no_grad()
@@ -69,13 +75,25 @@ def measure_matrix_grad_norms(
     held = [view for view in views if view.parameter_name in grads]
     if not held:
         return {}
-    norms = [_norms(view.read(backend.full(grads[view.parameter_name]))) for view in held]
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads.values()))))
-    *host, found = backend.agree(torch.cat([*norms, total.reshape(1)]))
+    parts = {name: _here(grad, backend) for name, grad in grads.items()}
+    norms = [_norm(slot, parts[slot.view.parameter_name]) for slot in matrix_slots(held)]
+    whole = torch.stack(torch._foreach_norm([part.tensor for part in parts.values()]))
+    every = (*norms, torch.linalg.vector_norm(whole))
+    squares = torch.stack([norm.double() for norm in every]).square()
+    backend.total_(squares)
+    *host, found = backend.agree(squares.sqrt())
     factor = grad_norm_preclip / found if found else 0.0
     return {name: n * factor for name, n in zip(matrix_names(held), host, strict=True)}
 
 
-def _norms(matrix: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float32)
-    return norms.reshape(-1)
+def _here(grad: Tensor, backend: Backend) -> Part:
+    with backend.part(grad) as part:
+        return part
+
+
+def _norm(slot: Slot, part: Part) -> Tensor:
+    piece = slot.view.piece(part.tensor, part.start, slot.expert)
+    if piece is None:
+        return part.tensor.new_zeros((), dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(piece.read(), dtype=torch.float32)
+    return norm

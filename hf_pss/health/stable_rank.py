@@ -10,7 +10,7 @@ from torch import nn
 from hf_pss.distributed import Backend
 from hf_pss.linalg import quick_stable_rank
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import stacks
+from hf_pss.stacks import measure_each
 
 __all__ = ["measure_stable_ranks"]
 
@@ -29,12 +29,4 @@ def measure_stable_ranks(
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
     """
-    names: list[str] = []
-    ranks = []
-    for stack in stacks(views, parameters, backend):
-        names += stack.names
-        ranks.append(quick_stable_rank(stack.matrices))
-    if not ranks:
-        return {}
-    device = ranks[0].device
-    return dict(zip(names, backend.agree(torch.cat([r.to(device) for r in ranks])), strict=True))
+    return measure_each(views, parameters, backend, quick_stable_rank)

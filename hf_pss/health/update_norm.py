@@ -27,17 +27,28 @@ class UpdateMeter:
     @torch.no_grad()
     def start(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Remember the parameters as they are before the update."""
-        self._before = [self._backend.full(parameters[name]).clone() for name in self._names]
+        self._before = [self._here(parameters[name]).clone() for name in self._names]
 
     @torch.no_grad()
     def stop(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Return the norm of what changed since `start`, shape (1,), and forget the copy."""
-        now = [self._backend.full(parameters[name]) for name in self._names]
+        now = [self._here(parameters[name]) for name in self._names]
         changes = [
             torch.linalg.vector_norm(after.float() - before.float())
             for after, before in zip(now, self._before, strict=True)
         ]
         self._before = []
         device = changes[0].device
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([c.to(device) for c in changes]))
-        return norm.reshape(1)
+        total = (
+            torch.stack([change.to(device) for change in changes])
+            .double()
+            .square()
+            .sum()
+            .reshape(1)
+        )
+        self._backend.total_(total)
+        return total.sqrt()
+
+    def _here(self, parameter: Tensor) -> Tensor:
+        with self._backend.part(parameter) as part:
+            return part.tensor

@@ -153,6 +153,8 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
             self._health = JsonLines(folder / HEALTH_FILE, resumed_step=step)
             if first_health is not None:
                 self._health.write([health_line(step, first_health)])
+        if state.global_step > 0 and self.controller.config.smooth_on_resume:
+            self._write([self.controller.smooth_now()])
         logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
 
     def on_pre_optimizer_step(
@@ -268,7 +270,7 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
 
     def _level_of(self, record: Intervention) -> int:
         """Every spike is news; the floor is upkeep and acts often: its first act is news."""
-        if record.event.kind is not EventKind.FLOOR:
+        if record.event.kind is not EventKind.FLOOR:  # a repair on resume is news, too
             return logging.WARNING
         is_first, self._floor_has_acted = not self._floor_has_acted, True
         return logging.WARNING if is_first else logging.INFO
@@ -285,6 +287,8 @@ def describe(intervention: Intervention) -> str:
 
 
 def _noticed(event: Event) -> str:
+    if event.kind is EventKind.RESUME:
+        return "resumed from a checkpoint, smoothing as asked for"
     value, baseline, threshold = event.value or 0.0, event.baseline, event.threshold or 0.0
     if event.kind is EventKind.FLOOR:
         return f"stable rank {value:.3g} below its floor of {threshold:.3g}"

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
-__all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_sharding"]
+__all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_backends"]
 
 # Methods of Trainer that hf_pss overrides or calls, with the parameters that it relies on. The
 # first two are private: they exist since transformers 5.3.
@@ -73,6 +73,9 @@ class StepHooks:
             return norm
         scaler = getattr(self.accelerator, "scaler", None)  # type: ignore[attr-defined]
         is_active = scaler is not None and scaler.is_enabled()
+        # DeepSpeed scales fp16 losses itself, and skips steps that overflow.
+        kind = self.accelerator.distributed_type  # type: ignore[attr-defined]
+        is_active |= kind == DistributedType.DEEPSPEED and self.args.fp16  # type: ignore[attr-defined]
         return listener.see_grad_norm(norm, scaler_is_active=is_active)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -122,7 +125,7 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
     name: one way of overhearing for every trainer, and its own overrides stay in force.
 
     Raises:
-        ConfigurationError: The trainer has a listener already, or shards its model.
+        ConfigurationError: The trainer has a listener already, or see `refuse_backends`.
         IncompatibleVersionError: See `check_seams`.
     """
     if any(isinstance(callback, StepListener) for callback in trainer.callback_handler.callbacks):
@@ -132,24 +135,26 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
         )
     own = type(trainer)
     check_seams(own)
-    refuse_sharding(trainer)
+    refuse_backends(trainer)
     if not isinstance(trainer, StepHooks):
         hooked = type(own.__name__, (StepHooks, own), {"__module__": own.__module__})
         trainer.__class__ = hooked
     trainer.add_callback(listener)
 
 
-def refuse_sharding(trainer: Trainer) -> None:
-    """Refuse the backends that hold a model in pieces, before anything is trained.
+def refuse_backends(trainer: Trainer) -> None:
+    """Refuse the backends whose weights are no matrices any more, before anything is trained.
 
     Raises:
-        ConfigurationError: The trainer runs under FSDP, DeepSpeed or Megatron-LM.
+        ConfigurationError: The trainer runs under FSDP1 or Megatron-LM.
     """
     kind = trainer.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 2) == 1
+    if is_fsdp1 or kind == DistributedType.MEGATRON_LM:
         raise ConfigurationError(
-            f"This trainer runs under {kind.value}; this release of hf_pss smooths whole weights "
-            "only. Train on one process or under DDP."
+            f"This trainer runs under {'FSDP1' if is_fsdp1 else kind.value}, which flattens weight "
+            "matrices. Use DDP, FSDP2 (fsdp_config: {version: 2}) or DeepSpeed ZeRO."
         )
 
 

@@ -9,7 +9,7 @@ from transformers import Trainer
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.integration.callback import PSSCallback
-from hf_pss.integration.hooks import StepHooks, check_seams, refuse_sharding
+from hf_pss.integration.hooks import StepHooks, check_seams, refuse_backends
 
 __all__ = ["PSSTrainer", "PSSTrainerMixin"]
 
@@ -26,13 +26,13 @@ class PSSTrainerMixin(StepHooks):
     Raises:
         IncompatibleVersionError: This release of transformers lacks a method that PSS needs.
         ConfigurationError: Both pss_config and a PSSCallback were given, or the trainer runs under
-            FSDP or DeepSpeed.
+            FSDP1 or Megatron-LM.
     """
 
     def __init__(self, *args: Any, pss_config: PSSConfig | None = None, **kwargs: Any) -> None:
         check_seams(type(self))
         super().__init__(*args, **kwargs)
-        refuse_sharding(self)
+        refuse_backends(self)
         if self._listener() is None:
             self.add_callback(PSSCallback(pss_config))  # type: ignore[attr-defined]
         elif pss_config is not None:

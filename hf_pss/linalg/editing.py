@@ -43,7 +43,11 @@ class Smoothed:
     sigma_before: Tensor
     """(..., K), leading singular values, descending."""
     sigma_after: Tensor
-    """(..., K), what they were set to."""
+    """(..., K), what they were set to: `sigma_target` times `gain`."""
+    sigma_target: Tensor
+    """(..., K), φ(Σ); equal to `sigma_before`, bit for bit, where a value is not moved."""
+    gain: Tensor
+    """(...): factor on the whole matrix behind the edit; 1 unless ‖W‖_F is kept."""
     v: Tensor
     """(..., n, K), right singular vectors; the next call's `start`."""
     residual: Tensor
@@ -153,6 +157,8 @@ def smooth_spectrum(
         u=triplets.u,
         sigma_before=sigma,
         sigma_after=values_after,
+        sigma_target=after,
+        gain=gain.squeeze(-1),
         v=triplets.v,
         residual=triplets.residual,
         rank=spectrum.rank,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_pss.errors import SelectionError
 
-__all__ = ["Exclusion", "MatrixView", "Role", "RowPattern", "Selection"]
+__all__ = ["Exclusion", "MatrixView", "Piece", "Role", "RowPattern", "Selection"]
 
 Role: TypeAlias = Literal["attention", "mlp"]
 
@@ -35,6 +35,35 @@ class RowPattern:
     start: int
     size: int
     period: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a matrix that lies in some rows of the parameter that stores it.
+
+    Attributes:
+        stored: Those rows, or the expert's of them, as stored.
+        rows: Rows of the matrix that the piece covers, as an index.
+        columns: Columns of the matrix, as an index.
+        index: Where the piece lies in ``stored``.
+        transposed: Whether ``stored`` has inputs first.
+    """
+
+    stored: Tensor
+    rows: slice | Tensor
+    columns: slice | Tensor
+    index: tuple[slice | Tensor, ...]
+    transposed: bool
+
+    def read(self) -> Tensor:
+        """Return the piece, (rows, columns) of the matrix; it may share memory."""
+        found = self.stored[self.index]
+        return found.mT if self.transposed else found
+
+    def write_(self, piece: Tensor) -> None:
+        """Overwrite the piece."""
+        stored = piece.to(self.stored.dtype)
+        self.stored[self.index] = stored.mT if self.transposed else stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +136,41 @@ class MatrixView:
             matrix = torch.unflatten(matrix, -2, (-1, self.rows.size))
         with torch.no_grad():
             self._part(parameter).copy_(matrix)
+
+    def piece(self, stored: Tensor, start: int, expert: int | None = None) -> Piece | None:
+        """Return what some rows of the stored parameter hold of the matrix; None for nothing.
+
+        Args:
+            stored: Rows ``start`` … of the parameter along its first dimension, which is the
+                experts' where there are several.
+            start: The first row's number.
+            expert: Which one, of a stack.
+        """
+        if expert is not None:
+            if not start <= expert < start + len(stored):
+                return None
+            stored, start = stored[expert - start], 0
+        if len(stored) == 0:
+            return None
+        everything = slice(None)
+        m = self.shape[-2]
+        if self.transposed:
+            columns = slice(start, start + len(stored))
+            outputs = everything if self.rows is None else self._stored_rows(m, stored.device)
+            return Piece(stored, everything, columns, (everything, outputs), True)
+        if self.rows is None:
+            rows = slice(start, start + len(stored))
+            return Piece(stored, rows, everything, (everything,), False)
+        at = self._stored_rows(m, stored.device) - start
+        held = ((at >= 0) & (at < len(stored))).nonzero().squeeze(-1)
+        return Piece(stored, held, everything, (at[held],), False) if len(held) else None
+
+    def _stored_rows(self, m: int, device: torch.device) -> Tensor:
+        """Return the stored output row of each row of the matrix, which has a pattern."""
+        assert self.rows is not None
+        row = torch.arange(m, device=device)
+        start, size, period = self.rows.start, self.rows.size, self.rows.period
+        return row // size * period + start + row % size
 
     def _part(self, parameter: Tensor) -> Tensor:
         """Return a view that always shares memory: (..., m, n), or (..., periods, size, n)."""

@@ -1,0 +1,198 @@
+"""What smoothing must know of how a model is spread over ranks; one process, and replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Backend", "OneProcess", "Part", "Replicated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows ``start`` to ``start + len(tensor)`` of a stored tensor, along its first dimension."""
+
+    tensor: Tensor
+    """Writable; may have no row at all."""
+    start: int = 0
+
+
+class Backend(Protocol):
+    """How a model is spread over devices and ranks.
+
+    Every method but `part` of a backend without shards is collective: all ranks call it, in the
+    same order. The ranks that share out work are numbered 0 … ``world_size − 1``.
+    """
+
+    can_hold_back: ClassVar[bool]
+    """Whether an update has not happened yet when its gradient norm is known."""
+
+    def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return what the user should be told of this backend, a sentence each."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks train the model together."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, among those that share out the work."""
+
+    @property
+    def world_size(self) -> int:
+        """How many share out the work."""
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """Return the whole parameter on every rank, detached; writing into it changes nothing."""
+
+    def write_back_(self, parameter: Tensor, full: Tensor) -> None:
+        """Make ``full``, the same on every rank, the value of the parameter everywhere."""
+
+    def collect(self, parameter: Tensor, owner: int) -> Tensor | None:
+        """Return the whole parameter at its owner, to be read, and None at all others."""
+
+    def part(self, parameter: Tensor) -> AbstractContextManager[Part]:
+        """Give what is kept here of a parameter, to be changed in place until the block ends."""
+
+    def moment_part(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> AbstractContextManager[Part | None]:
+        """Give the same of the first of these optimizer states that the parameter has, or None."""
+
+    def send_(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite a tensor, everywhere, with the owner's."""
+
+    def total_(self, tensor: Tensor) -> None:
+        """Add up, in place, what the ranks hold of a sum over `part`."""
+
+    def tell(self, values: Tensor) -> list[float]:
+        """Return numbers, shape (k,), of which each rank knows its own and holds 0 for others'."""
+
+    def agree(self, values: Tensor) -> list[float]:
+        """Return device numbers, shape (k,), as host floats that are the same on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneProcess:
+    """The identity: every parameter is whole and here, and there is nobody to agree with."""
+
+    is_shared: ClassVar[bool] = False
+    can_hold_back: ClassVar[bool] = True
+
+    def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    @property
+    def rank(self) -> int:
+        """The only one."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """One."""
+        return 1
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """Return the parameter itself, detached: the same memory."""
+        return parameter.detach()
+
+    def write_back_(self, parameter: Tensor, full: Tensor) -> None:
+        """Copy ``full`` into the parameter, unless it is the parameter's own memory."""
+        if full.data_ptr() != parameter.data_ptr():
+            with torch.no_grad():
+                parameter.copy_(full)
+
+    def collect(self, parameter: Tensor, owner: int) -> Tensor | None:
+        """Return the parameter itself."""
+        return parameter.detach() if owner == self.rank else None
+
+    @contextmanager
+    def part(self, parameter: Tensor) -> Iterator[Part]:
+        """Give the whole parameter."""
+        yield Part(parameter.detach())
+
+    @contextmanager
+    def moment_part(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> Iterator[Part | None]:
+        """Give the whole moment."""
+        moment = moment_of(optimizer, parameter, names)
+        yield Part(moment) if moment is not None else None
+
+    def send_(self, tensor: Tensor, owner: int) -> None:
+        """Do nothing."""
+
+    def total_(self, tensor: Tensor) -> None:
+        """Do nothing: a part is the whole."""
+
+    def tell(self, values: Tensor) -> list[float]:
+        """Return the numbers."""
+        return self.agree(values)
+
+    def agree(self, values: Tensor) -> list[float]:
+        """Return the numbers. This is the step's one device-to-host read."""
+        host: list[float] = values.tolist()
+        return host
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated(OneProcess):
+    """DDP: every rank holds every parameter, and all get the same edit.
+
+    Gradients and weights are bit-identical on all ranks, losses are not: a NaN on one rank must not
+    make that rank alone skip an update. Each matrix is decomposed by one rank; all apply what it
+    sends, by the same operations, so replicas stay equal bit for bit.
+    """
+
+    is_shared: ClassVar[bool] = True
+
+    @property
+    def rank(self) -> int:
+        """The global rank."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return dist.get_world_size()
+
+    def send_(self, tensor: Tensor, owner: int) -> None:
+        """Broadcast."""
+        dist.broadcast(tensor, owner)
+
+    def tell(self, values: Tensor) -> list[float]:
+        """Add up over the ranks: each number is one rank's, and 0 on all others."""
+        known = values.double()
+        dist.all_reduce(known)
+        host: list[float] = known.tolist()
+        return host
+
+    def agree(self, values: Tensor) -> list[float]:
+        """Return the mean over ranks, so that NaN on one is NaN on all; every rank must call.
+
+        In float64 the mean of equal float32 numbers is that number, bit for bit.
+        """
+        return mean_over_ranks(values)
+
+
+def mean_over_ranks(values: Tensor) -> list[float]:
+    """Return the mean over all ranks of the run, in float64."""
+    total = values.double()
+    dist.all_reduce(total)
+    host: list[float] = (total / dist.get_world_size()).tolist()
+    return host
+
+
+def moment_of(optimizer: Optimizer, parameter: Tensor, names: Sequence[str]) -> Tensor | None:
+    """Return the first of these optimizer states that is laid out like the parameter."""
+    state = optimizer.state.get(parameter, {})
+    found = (state.get(name) for name in names)
+    return next((m for m in found if isinstance(m, Tensor) and m.shape == parameter.shape), None)

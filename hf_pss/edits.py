@@ -1,0 +1,201 @@
+"""Low-rank edits of weight matrices: computed by one rank, sent to all, made on what each keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_pss.distributed import Backend, Part
+from hf_pss.events import MatrixChange
+from hf_pss.linalg import Smoothed, SmoothingStatus
+from hf_pss.stacks import Slot, Stack, Turn
+
+__all__ = ["Edit", "Outcome", "apply_edits_", "exchange"]
+
+# What happened to a matrix, as it is sent; SmoothingStatus has the numbers below.
+_NON_FINITE, _FAILED = 8, 9
+_STATUS = {
+    **{int(status): status.name.lower() for status in SmoothingStatus},
+    _NON_FINITE: "non_finite",
+    _FAILED: "failed",
+}
+_NUM_NUMBERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """W ← g · (W + Σ (σ*_i − σ_i) u_i v_iᵀ), over the singular values that move."""
+
+    slot: Slot
+    u: Tensor
+    """(m, k), k the number of values that move."""
+    before: Tensor
+    """(k,), σ."""
+    after: Tensor
+    """(k,), σ*, before the gain."""
+    v: Tensor
+    """(n, k)."""
+    gain: float
+
+    def apply_(self, part: Part) -> None:
+        """Make the edit on the rows of the stored parameter that are kept here."""
+        piece = self.slot.view.piece(part.tensor, part.start, self.slot.expert)
+        if piece is None:
+            return
+        left, right = self.u[piece.rows], self.v[piece.columns]
+        matrix = piece.read().to(self.u.dtype)
+        piece.write_((matrix + (left * (self.after - self.before)) @ right.mT) * self.gain)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of some matrices, on the rank that decomposed them or on one that was told."""
+
+    slots: tuple[Slot, ...]
+    numbers: Tensor
+    """(len(slots), 8), float64: status, number of moved values, k, σ₁ and stable rank before and
+    after, gain."""
+    made: tuple[tuple[Stack, Smoothed], ...] = ()
+    """What was decomposed here."""
+    received: tuple[Edit, ...] = ()
+    """What another rank, or this one for all, has sent."""
+
+    @classmethod
+    def of(cls, stack: Stack, smoothed: Smoothed) -> Outcome:
+        """Take what `smooth_spectrum` found for a stack."""
+        moved = smoothed.sigma_before != smoothed.sigma_target
+        index = torch.arange(1, moved.shape[-1] + 1, device=moved.device)
+        counts = (moved * index).amax(dim=-1) * smoothed.changed
+        columns = (
+            smoothed.status,
+            counts,
+            smoothed.rank,
+            smoothed.sigma_before[:, 0],
+            smoothed.spectral_norm_after,
+            smoothed.stable_rank_before,
+            smoothed.stable_rank_after,
+            smoothed.gain,
+        )
+        numbers = torch.stack([column.double() for column in columns], dim=-1)
+        return cls(stack.slots, numbers, made=((stack, smoothed),))
+
+    @classmethod
+    def without_change(cls, stack: Stack, *, failed: bool) -> Outcome:
+        """Return that of matrices that hold NaN or inf, or whose decomposition failed."""
+        numbers = stack.matrices.new_full(
+            (len(stack.slots), _NUM_NUMBERS), torch.nan, dtype=torch.float64
+        )
+        numbers[:, 0], numbers[:, 1] = _FAILED if failed else _NON_FINITE, 0
+        return cls(stack.slots, numbers)
+
+    @classmethod
+    def joined(cls, outcomes: Sequence[Outcome]) -> Outcome:
+        """Return several as one."""
+        return cls(
+            tuple(slot for outcome in outcomes for slot in outcome.slots),
+            torch.cat([outcome.numbers for outcome in outcomes]),
+            tuple(pair for outcome in outcomes for pair in outcome.made),
+        )
+
+    def edits(self) -> tuple[Edit, ...]:
+        """Return the edits of those that changed."""
+        return self.received or tuple(
+            Edit(
+                slot,
+                smoothed.u[i, :, :k],
+                smoothed.sigma_before[i, :k],
+                smoothed.sigma_target[i, :k],
+                smoothed.v[i, :, :k],
+                gain,
+            )
+            for (stack, smoothed), rows in zip(self.made, self._rows_of_made(), strict=True)
+            for i, (slot, row) in enumerate(zip(stack.slots, rows, strict=True))
+            for k, gain in [(int(row[1]), row[-1])]
+            if k
+        )
+
+    def _rows_of_made(self) -> Iterator[list[list[float]]]:
+        rows = dict(zip(self.slots, self.numbers.tolist(), strict=True))
+        for stack, _ in self.made:
+            yield [rows[slot] for slot in stack.slots]
+
+    def changes(self) -> Iterator[MatrixChange]:
+        """Yield the record of each matrix."""
+        for slot, row in zip(self.slots, self.numbers.tolist(), strict=True):
+            status = _STATUS[int(row[0])]
+            if int(row[0]) in (_NON_FINITE, _FAILED):
+                yield MatrixChange(slot.name, slot.shape, status)
+            else:
+                yield MatrixChange(slot.name, slot.shape, status, int(row[2]), *row[3:7])
+
+
+def exchange(
+    turn: Turn,
+    mine: Outcome | None,
+    parameters: Mapping[str, Tensor],
+    backend: Backend,
+) -> list[Outcome]:
+    """Return every rank's outcome of a turn, on all ranks; two broadcasts each.
+
+    What travels of a matrix are eight numbers and, where it changes, U, σ, σ* and V of the values
+    that move: (m + n + 2) · k floats, against m · n of the matrix.
+
+    Args:
+        turn: Which matrices each rank worked on.
+        mine: This rank's outcome, its slots in any order; None where it had nothing to do.
+        parameters: The model's parameters by canonical name.
+        backend: How parameters are stored.
+    """
+    outcomes = []
+    for owner, slots in enumerate(turn):
+        if slots:
+            own = mine if owner == backend.rank else None
+            outcomes.append(_sent(own, owner, slots, parameters, backend))
+    return outcomes
+
+
+def _sent(
+    own: Outcome | None,
+    owner: int,
+    slots: tuple[Slot, ...],
+    parameters: Mapping[str, Tensor],
+    backend: Backend,
+) -> Outcome:
+    parameter = parameters[slots[0].view.parameter_name]
+    numbers = torch.zeros(len(slots), _NUM_NUMBERS, dtype=torch.float64, device=parameter.device)
+    if own is not None:
+        position = {slot.name: i for i, slot in enumerate(own.slots)}
+        numbers.copy_(own.numbers[[position[slot.name] for slot in slots]])
+    backend.send_(numbers, owner)
+    rows = zip(slots, numbers.tolist(), strict=True)
+    sizes = [(slot, int(row[1]), row[-1]) for slot, row in rows if row[1]]
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    length = sum((sum(slot.shape) + 2) * k for slot, k, _ in sizes)
+    payload = torch.empty(length, dtype=dtype, device=parameter.device)
+    if own is not None and length:
+        by_name = {edit.slot.name: edit for edit in own.edits()}
+        edits = [by_name[slot.name] for slot, _, _ in sizes]
+        torch.cat(
+            [t.reshape(-1) for e in edits for t in (e.u, e.before, e.after, e.v)], out=payload
+        )
+    if length:
+        backend.send_(payload, owner)
+    received, at = [], 0
+    for slot, k, gain in sizes:
+        m, n = slot.shape
+        u, before, after, v = torch.split(payload[at : at + (m + n + 2) * k], [m * k, k, k, n * k])
+        received.append(Edit(slot, u.view(m, k), before, after, v.view(n, k), gain))
+        at += (m + n + 2) * k
+    return Outcome(slots, numbers, received=tuple(received))
+
+
+def apply_edits_(edits: Iterable[Edit], parameters: Mapping[str, Tensor], backend: Backend) -> None:
+    """Make the edits on every rank's part of the parameters; each parameter is opened once."""
+    for name, group in itertools.groupby(edits, key=lambda edit: edit.slot.view.parameter_name):
+        with backend.part(parameters[name]) as part:
+            for edit in group:
+                edit.apply_(part)

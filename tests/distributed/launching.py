@@ -1,0 +1,82 @@
+"""Start the worker on one or several ranks, and read what they wrote down."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import events_of
+from torch import Tensor
+
+HERE = Path(__file__).parent
+WORKER = HERE / "worker.py"
+TIMEOUT_SECONDS = 150
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the ranks of a run have left."""
+
+    folder: Path
+    returncode: int
+    errors: str
+    ranks: tuple[dict[str, Any], ...]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = torch.load(self.folder / "weights-0.pt")
+        return found
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return events_of(self.folder)
+
+    @property
+    def checkpoint(self) -> str:
+        return str(self.folder / "checkpoint-4")
+
+
+def environment(backend: str) -> dict[str, str]:
+    wanted = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    return {
+        **os.environ,
+        **(wanted if backend.startswith("zero") else {}),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
+    }
+
+
+def launch(backend: str, folder: Path, *, num_ranks: int = 2, **options: Any) -> Run:
+    """Run the worker; `options` are its flags, mappings as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *(launcher if backend != "one" else []),
+            str(WORKER),
+            backend,
+            str(folder),
+            *flags,
+        ],
+        env=environment(backend),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.terminate()  # and with it its ranks; a kill would leave them behind
+    files = sorted(folder.glob("rank*.json"))
+    ranks = tuple(json.loads(file.read_text()) for file in files)
+    return Run(folder, process.returncode, errors, ranks)

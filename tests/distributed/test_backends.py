@@ -1,0 +1,125 @@
+"""Two ranks under every backend train as one process does, and suffer together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import steps_of
+from launching import Run, launch
+
+BACKENDS = ["ddp", "fsdp2-full", "fsdp2-sharded", "zero2", "zero3"]
+KINDS = {"ddp": "Replicated", "fsdp2": "Sharded", "zero2": "Zero", "zero3": "Zero"}
+
+# Against one process that accumulates both ranks' batches; absolute, over 8 steps in float32.
+LOSS_DRIFT = 1e-6  # 0
+WEIGHT_DRIFT = 1e-6  # 2.1e-7, weights are of the order 0.05
+# After a loss that was 1,000 times too large, clipped: the sums' order shows.
+SPIKED_WEIGHT_DRIFT = 1e-5
+
+FLOORED = {
+    "name": "both",
+    "threshold_ratio": 2.0,
+    "calibration_steps": 2,
+    "check_every_steps": 2,
+    "floor_ratio": 1.2,
+    "floor_reference": "noise",
+    "moments": "project",
+}
+SPIKY = {"threshold_ratio": 2.0, "calibration_steps": 2}
+
+Twin = Callable[..., Run]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; `make test` installs it")
+    return name
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    """The same run in one process."""
+    runs: dict[str, Run] = {}
+
+    def run(**options: Any) -> Run:
+        key = repr(options)
+        if key not in runs:
+            runs[key] = launch("one", tmp_path_factory.mktemp("one"), **options)
+            assert runs[key].returncode == 0, runs[key].errors[-3000:]
+        return runs[key]
+
+    return run
+
+
+def assert_like_one_process(run: Run, one: Run, *, weight_drift: float) -> None:
+    assert run.returncode == 0, run.errors[-3000:]
+    (alone,) = one.ranks
+    for rank in run.ranks:
+        assert rank["error"] is None
+        assert rank["history"] == alone["history"]
+    first, second = run.ranks
+    assert first["digest"] == second["digest"]
+    assert first["detectors"] == second["detectors"]
+    drifts = [abs(a - b) for a, b in zip(first["losses"], alone["losses"], strict=True)]
+    assert max(drifts) <= LOSS_DRIFT
+    weights, expected = run.weights, one.weights
+    assert weights.keys() == expected.keys()
+    drift = max(float((weights[k] - expected[k]).abs().max()) for k in weights)
+    assert drift <= weight_drift, f"weights differ by {drift:.3g}"
+    assert steps_of(run.events) == steps_of(one.events)
+
+
+def test_as_one_process_and_resumed(backend: str, twin: Twin, tmp_path: Path) -> None:
+    """Same losses and interventions, moments edited, evaluations between; then from step 4 on."""
+    one = twin(options=FLOORED)
+    run = launch(backend, tmp_path / "run", options=FLOORED)
+    assert {rank["backend"] for rank in run.ranks} == {KINDS[backend.split("-")[0]]}
+    assert_like_one_process(run, one, weight_drift=WEIGHT_DRIFT)
+    assert steps_of(run.events) == [2, 4, 6, 8]
+    resumed = launch(backend, tmp_path / "resumed", options=FLOORED, resume=run.checkpoint)
+    assert resumed.returncode == 0, resumed.errors[-3000:]
+    first = resumed.ranks[0]
+    assert first["error"] is None
+    assert first["digest"] == run.ranks[0]["digest"], "a resumed run is the run, bit for bit"
+    assert first["history"] == run.ranks[0]["history"]
+
+
+def test_a_spike_on_one_rank_is_everybodys(backend: str, twin: Twin, tmp_path: Path) -> None:
+    one = twin(options=SPIKY, fault="spike")
+    run = launch(backend, tmp_path, options=SPIKY, fault="spike")
+    assert_like_one_process(run, one, weight_drift=SPIKED_WEIGHT_DRIFT)
+    assert steps_of(run.events) == [5]
+
+
+def test_a_nan_on_one_rank_is_everybodys(backend: str, twin: Twin, tmp_path: Path) -> None:
+    """The update is skipped by all; under DeepSpeed, which has made it already, all stop."""
+    run = launch(backend, tmp_path, options=SPIKY, fault="nan")
+    assert run.returncode == 0, run.errors[-3000:]
+    if backend.startswith("zero"):
+        for rank in run.ranks:
+            assert rank["error"].startswith("NonFiniteError: Stopped after the update of step 5")
+            assert rank["history"]["num_nonfinite_steps"] == 1
+        assert run.ranks[0]["history"] == run.ranks[1]["history"]
+        assert "cannot be skipped" in run.errors
+        return
+    one = twin(options=SPIKY, fault="nan")
+    alone = {**one.ranks[0], "losses": []}
+    assert alone["history"]["num_nonfinite_steps"] == 1
+    for rank in run.ranks:
+        assert rank["error"] is None
+        assert rank["history"] == alone["history"]
+    drift = max(float((run.weights[k] - w).abs().max()) for k, w in one.weights.items())
+    assert drift <= SPIKED_WEIGHT_DRIFT
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2-full"])
+def test_a_rank_that_dies_leaves_nobody_hanging(name: str, tmp_path: Path) -> None:
+    run = launch(name, tmp_path, options=SPIKY, fault="kill")
+    assert run.returncode != 0
+    assert "SIGKILL" in run.errors or "-9" in run.errors
