@@ -381,13 +381,13 @@ def texts_of(rows: _Rows, column: str) -> Iterator[str]:
 
 
 def _column_of(rows: _Rows, column: str) -> Iterator[Any]:
-    rows = rows.select_columns(column)
     if isinstance(rows, datasets.IterableDataset):
-        # Row by row: `iter(batch_size=...)` gives every DataLoader worker all rows (datasets 4).
+        # Row by row: `iter(batch_size=...)` gives every DataLoader worker all rows (datasets 5.2).
+        # And as it is: what select_columns returns forgets the epoch.
         for row in rows:
             yield row[column]
         return
-    for batch in rows.iter(batch_size=_DOCUMENTS_PER_BATCH):
+    for batch in rows.select_columns(column).iter(batch_size=_DOCUMENTS_PER_BATCH):
         yield from batch[column]
 
 

@@ -77,7 +77,7 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
         column: str = "text",
     ) -> None:
         encode_each([], tokenizer)  # refuses the tokenizer now, not in a worker
-        self._rows = rows
+        self._rows = rows.select_columns(column)
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._column = column

@@ -165,7 +165,10 @@ def read_turn(turn: Turn, parameters: Mapping[str, Tensor], backend: Backend) ->
             whole = backend.collect(parameters[name], owner)
             if whole is not None:
                 mine += _matrices(group, whole)
-    return Stack(turn[backend.rank], torch.stack(mine)) if mine else None
+    if not mine:
+        return None
+    # One large matrix is a stack for itself, and is not copied.
+    return Stack(turn[backend.rank], mine[0][None] if len(mine) == 1 else torch.stack(mine))
 
 
 def measure_each(

@@ -93,12 +93,17 @@ class Sharded:
         if Shard(0) not in whole.placements:
             return local if owner == self.rank else None
         rows = -(-num_rows // self.world_size)  # as torch.chunk: the last shards may be short
-        padded = local.new_zeros(rows, *whole.shape[1:])
-        padded[: len(local)] = local
-        is_mine = owner == self.rank
-        shards = [torch.empty_like(padded) for _ in range(self.world_size)] if is_mine else None
-        dist.gather(padded, shards, dist.get_global_rank(self.group, owner), group=self.group)
-        return torch.cat(shards)[:num_rows] if shards is not None else None
+        if len(local) < rows:
+            short = local
+            local = short.new_zeros(rows, *short.shape[1:])
+            local[: len(short)] = short
+        if owner != self.rank:
+            dist.gather(local.contiguous(), None, self._global(owner), group=self.group)
+            return None
+        gathered_rows = local.new_empty(rows * self.world_size, *local.shape[1:])
+        shards = list(gathered_rows.chunk(self.world_size))
+        dist.gather(local.contiguous(), shards, self._global(owner), group=self.group)
+        return gathered_rows[:num_rows]
 
     @contextmanager
     def part(self, parameter: Tensor) -> Iterator[Part]:
@@ -115,7 +120,7 @@ class Sharded:
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Broadcast within the group."""
-        dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
+        dist.broadcast(tensor, self._global(owner), group=self.group)
 
     def total_(self, tensor: Tensor) -> None:
         """Add up over the group."""
@@ -127,6 +132,9 @@ class Sharded:
         dist.all_reduce(known, group=self.group)
         host: list[float] = known.tolist()
         return host
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
 
     def agree(self, values: Tensor) -> list[float]:
         """Return the mean over all ranks of the run, see `Replicated.agree`."""

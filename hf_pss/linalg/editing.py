@@ -142,10 +142,12 @@ def smooth_spectrum(
     if keep_frobenius:
         before_to_after = spectrum.frobenius / replace(spectrum, sigma=after).frobenius
         gain = torch.where(changed, before_to_after, 1.0).unsqueeze(-1)
-    edited = (matrix + (triplets.u * (after - sigma).unsqueeze(-2)) @ triplets.v.mT) * gain[
-        ..., None
-    ]
-    edited = torch.where(changed[..., None, None], edited.to(weight.dtype), weight.detach())
+    edited = _plus_product(matrix, triplets.u * (after - sigma).unsqueeze(-2), triplets.v)
+    if keep_frobenius:
+        edited *= gain[..., None]
+    edited = edited.to(weight.dtype)
+    if not bool(changed.all()):
+        edited = torch.where(changed[..., None, None], edited, weight.detach())
     values_after = after * gain
     largest = values_after[..., 0]
     if not triplets.is_exact and known is None:
@@ -175,7 +177,19 @@ def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
     if sigma.shape[-1] == min(weight.shape[-2:]):
         return torch.zeros_like(sigma[..., 0])
-    return frobenius_norm(weight.detach().to(sigma.dtype) - (u * sigma.unsqueeze(-2)) @ v.mT)
+    matrix = weight.detach().to(sigma.dtype)
+    return frobenius_norm(_plus_product(matrix, u * -sigma.unsqueeze(-2), v))
+
+
+def _plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """W + L Rᵀ, (..., m, n), with no second matrix of that size in memory."""
+    m, n = matrix.shape[-2:]
+    flat = torch.baddbmm(
+        matrix.reshape(-1, m, n),
+        left.reshape(-1, m, left.shape[-1]),
+        right.mT.reshape(-1, right.shape[-1], n),
+    )
+    return flat.reshape(matrix.shape)
 
 
 def _spectrum(triplets: Triplets, tail: Tensor, max_rank: int, shape: tuple[int, int]) -> Spectrum:

@@ -1,0 +1,36 @@
+"""One rank of a pretraining run: writes down which blocks it was given, and what was logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts import load_script
+
+script = load_script("pretrain_gpt2")
+
+
+class Recording(script.PretrainTrainer):
+    blocks: list[list[int]]
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.blocks.extend(inputs["input_ids"].tolist())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def main(folder: Path, words: list[str]) -> None:
+    Recording.blocks = []
+    script.PretrainTrainer = Recording
+    code = script.run([*words, "--output_dir", str(folder / "out")])
+    outcome = {"code": code, "blocks": Recording.blocks}
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(outcome))
+    # Gloo's destructor joins a thread that may wait for the interpreter's lock, which that thread's
+    # joiner holds (torch 2.13): seen once in about ten runs. So leave without any destructor.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
