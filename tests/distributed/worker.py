@@ -46,7 +46,11 @@ class FaultyTrainer(PSSTrainer):
 
 
 def strategy(backend: str) -> dict[str, Any]:
-    """Trainer's options for a backend."""
+    """Trainer's options for a backend; a launcher that read a file has said all in advance."""
+    if backend == "fsdp2-launched":
+        return {}
+    if backend == "zero-launched":
+        return {"use_cpu": False}
     if backend.startswith("fsdp2"):
         kind = "FULL_STATE_DICT" if backend == "fsdp2-full" else "SHARDED_STATE_DICT"
         return {
@@ -69,6 +73,10 @@ def strategy(backend: str) -> dict[str, Any]:
     return {"ddp_backend": "gloo"} if backend == "ddp" else {"gradient_accumulation_steps": 2}
 
 
+def strategy_name(backend: str) -> str:
+    return backend.split("-")[0].rstrip("23")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("backend")
@@ -79,9 +87,9 @@ def main() -> None:
     parser.add_argument("--resume", default=None)
     parser.add_argument("--model", default="llama")
     given = parser.parse_args()
-    if given.backend.startswith("fsdp2"):
+    if strategy_name(given.backend) == "fsdp":
         enable_fsdp2_on_cpu()
-    if given.backend.startswith("zero"):
+    if strategy_name(given.backend) == "zero":
         enable_deepspeed_on_cpu()
     FaultyTrainer.fault = given.fault
     options = {

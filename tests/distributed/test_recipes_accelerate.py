@@ -1,0 +1,122 @@
+"""The files of recipes/accelerate: each is read by Accelerate, and starts the ranks it says."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from helpers import events_of, steps_of
+from launching import TIMEOUT_SECONDS, WORKER, environment
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+# The worker's backend that a file must end in, whatever the worker is told.
+BACKENDS = {
+    "single": ("one", "OneProcess"),
+    "ddp": ("ddp", "Replicated"),
+    "fsdp2": ("fsdp2-launched", "Sharded"),
+    "zero2": ("zero-launched", "Zero"),
+    "zero3": ("zero-launched", "Zero"),
+}
+OPTIONS = json.dumps(
+    {
+        "name": "floor",
+        "floor_ratio": 1.2,
+        "check_every_steps": 2,
+        "floor_reference": "noise",
+    }
+)
+
+
+def launcher(name: str, *flags: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(FOLDER / f"{name}.yaml"),
+        *flags,
+        str(WORKER),
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def three_steps(backend: str, folder: Path) -> list[str]:
+    return [backend, str(folder), "--options", OPTIONS, "--trainer", '{"max_steps": 3}']
+
+
+def outcomes(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_knows_every_key(name: str) -> None:
+    """It refuses a file with one that it does not know."""
+    text = (FOLDER / name).read_text()
+    said, config = yaml.safe_load(text), load_config_from_file(str(FOLDER / name))
+    assert config.num_processes == said["num_processes"]
+    assert config.distributed_type.value == said["distributed_type"]
+    assert text.count("#") >= 3, "commented for whoever copies it"
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_it_starts_its_ranks(name: str, tmp_path: Path) -> None:
+    if name.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; `make test` installs it")
+    backend, expected = BACKENDS[name]
+    port = ("--main_process_port", str(free_port())) if name != "single" else ()
+    finished = subprocess.run(
+        [*launcher(name, *port), *three_steps(backend, tmp_path)],
+        env=environment(backend),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = outcomes(tmp_path)
+    assert len(found) == (1 if name == "single" else 2)
+    assert {one["backend"] for one in found} == {expected}
+    assert {one["error"] for one in found} == {None}
+    assert len({one["digest"] for one in found}) == 1
+    assert steps_of(events_of(tmp_path)) == [2]
+
+
+def test_two_nodes_meet_and_agree(tmp_path: Path) -> None:
+    """Two launchers on the loopback, one rank each; they meet by torchrun's rendezvous."""
+    port = str(free_port())
+    nodes = [
+        subprocess.Popen(
+            [
+                *launcher("two_nodes", "--machine_rank", str(rank), "--main_process_port", port),
+                *three_steps("ddp", tmp_path),
+            ],
+            env=environment("ddp"),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [node.communicate(timeout=TIMEOUT_SECONDS)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
+    assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:]
+    one, other = outcomes(tmp_path)
+    assert one["digest"] == other["digest"]
+    assert one["history"] == other["history"]
+    assert steps_of(events_of(tmp_path)) == [2]
