@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_pss.adapters import frozen_collapses, smooth_adapters_
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.state import (
@@ -26,7 +27,7 @@ from hf_pss.detection.state import (
 from hf_pss.distributed import Backend
 from hf_pss.edits import Edit
 from hf_pss.errors import ConfigurationError, NonFiniteError
-from hf_pss.events import Event, Intervention, Record
+from hf_pss.events import Event, Intervention, MatrixChange, Record
 from hf_pss.gauges import Gauges
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction
 from hf_pss.moments import FIRST_MOMENTS, edit_first_moments_
@@ -98,7 +99,13 @@ class PSSController:
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
         self._current: Step | None = None
-        self._has_told_of_moments = False
+        self._has_told_of_moments = self._has_looked_at_base = False
+        if self.selection.adapters and self.config.moments != "keep":
+            logger.warning(
+                "moments=%r: the first moments of LoRA factors are kept; only those of whole "
+                "matrices are edited.",
+                self.config.moments,
+            )
         self.reset()
 
     # ---- one step ----
@@ -372,17 +379,17 @@ class PSSController:
                 and_then=and_then,
             )
         else:
-            own = self.config.scope == "fired" and GLOBAL not in judgement.fired
             changes = smooth_matrices_(
                 self.selection.matrices,
                 parameters,
                 backend,
                 self._smoothing_function,
-                names=frozenset(judgement.fired) if own else None,
+                names=frozenset(judgement.fired) if self._means_its_own(judgement) else None,
                 max_rank=self.config.max_rank,
                 keep_frobenius=keep_frobenius,
                 and_then=and_then,
             )
+            changes += self._smooth_adapters(judgement, parameters)
         step.has_its_looks = False
         return Intervention(
             event=event,
@@ -390,6 +397,37 @@ class PSSController:
             seconds=time.perf_counter() - started,
             matrices=changes,
         )
+
+    def _smooth_adapters(
+        self, judgement: Judgement, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[MatrixChange, ...]:
+        views, backend = self.selection.adapters, self._gauges.backend
+        if not views:
+            return ()
+        if not self._has_looked_at_base:
+            self._has_looked_at_base = True
+            if collapsed := frozen_collapses(views, parameters, backend):
+                worst = min(collapsed, key=collapsed.__getitem__)
+                logger.warning(
+                    "%d of the frozen base weights have a stable rank below 2 (%s: %.3g). An "
+                    "adapter cannot remove a direction of its base: repair the base model itself.",
+                    len(collapsed),
+                    worst,
+                    collapsed[worst],
+                )
+        return smooth_adapters_(
+            views,
+            parameters,
+            backend,
+            self._smoothing_function(()),
+            names=frozenset(judgement.fired) if self._means_its_own(judgement) else None,
+            max_rank=self.config.max_rank,
+            keep_frobenius=self.config.keep_frobenius,
+        )
+
+    def _means_its_own(self, judgement: Judgement) -> bool:
+        """Tell whether only the matrices that fired are smoothed."""
+        return self.config.scope == "fired" and GLOBAL not in judgement.fired
 
     def _edit_moments(self, edits: Sequence[Edit]) -> None:
         if self._optimizer is None or self.config.moments == "keep" or not edits:

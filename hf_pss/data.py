@@ -275,7 +275,7 @@ def read_documents(
 def open_rows(
     source: str | Path,
     *,
-    column: str = "text",
+    column: str | None = "text",
     subset: str | None = None,
     split: str = "train",
     cache_dir: Path | None = None,
@@ -285,7 +285,7 @@ def open_rows(
 
     Args:
         source: see `load_text`.
-        column: where rows keep their text.
+        column: where rows keep their text; None takes rows of any columns.
         subset: a Hub dataset's configuration.
         split: a Hub dataset's split.
         cache_dir: where `datasets` keeps its copy; None is its own default.
@@ -298,7 +298,7 @@ def open_rows(
     rows = _load_rows(str(source), subset=subset, split=split, **options)
     # A stream of JSON lines does not know its columns before its first row.
     names = rows.column_names or list(next(iter(rows), {}))
-    if names and column not in names:
+    if column is not None and names and column not in names:
         raise ConfigurationError(
             f"{source} has no column {column!r}; it has {', '.join(map(repr, names))}. "
             "Name the one that holds the text."

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_pss.adapters import measure_adapters
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Readings
 from hf_pss.distributed import Backend, backend_for, gathered
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, SelectionError
 from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
 from hf_pss.health.stable_rank import measure_stable_ranks
 from hf_pss.health.update_norm import UpdateMeter
@@ -53,7 +54,10 @@ class Gauges:
         self.backend = backend if backend is not None else backend_for(self.parameters())
         self.selection = select_watched(model, config)
         self.shapes = matrix_shapes(self.selection.matrices)
-        self._meter = UpdateMeter(self.selection.matrices, self.backend)
+        self._adapters = self.selection.adapters
+        watched = {view.parameter_name for view in self.selection.matrices}
+        watched |= {name for view in self._adapters for name in (view.left_name, view.right_name)}
+        self._meter = UpdateMeter(sorted(watched), self.backend)
         self._probe: GradientProbe | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -62,7 +66,8 @@ class Gauges:
 
     def fingerprint(self) -> str:
         """Return a short hash of the names and shapes of the watched matrices."""
-        rows = (f"{name} {m}x{n}" for name, (m, n) in self.shapes.items())
+        products = {view.name: view.shape for view in self._adapters}
+        rows = (f"{name} {m}x{n}" for name, (m, n) in {**self.shapes, **products}.items())
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
@@ -97,9 +102,17 @@ class Gauges:
         self._probe = None
 
     def matrix_grad_norms(self, grad_norm_preclip: float) -> Readings:
-        """Return the gradient norm of each matrix before clipping; see `health.grad_norm`."""
-        views = self.selection.matrices
-        return measure_matrix_grad_norms(views, self.parameters(), self.backend, grad_norm_preclip)
+        """Return the gradient norm of each matrix before clipping; see `health.grad_norm`.
+
+        That of a LoRA product is the norm of both factors' gradients.
+        """
+        return measure_matrix_grad_norms(
+            self.selection.matrices,
+            self.parameters(),
+            self.backend,
+            grad_norm_preclip,
+            groups={view.name: (view.left_name, view.right_name) for view in self._adapters},
+        )
 
     def start_update(self) -> None:
         """Remember the watched parameters as they are before the update."""
@@ -110,8 +123,12 @@ class Gauges:
         return {GLOBAL: self.backend.agree(self._meter.stop(self.parameters()))[0]}
 
     def stable_ranks(self) -> dict[str, float]:
-        """Return the stable rank of each 2-D matrix by name; NaN where one is broken."""
-        return measure_stable_ranks(self.selection.matrices, self.parameters(), self.backend)
+        """Return the stable rank of each matrix and LoRA product; NaN where one is broken."""
+        parameters = self.parameters()
+        return {
+            **measure_stable_ranks(self.selection.matrices, parameters, self.backend),
+            **measure_adapters(self._adapters, parameters, self.backend),
+        }
 
     def look(self) -> tuple[tuple[Look, ...], dict[str, float]]:
         """Look at the leading triplets of all matrices; return them and their stable ranks.
@@ -161,5 +178,14 @@ def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
         model, roles=config.roles, include=config.include, exclude=config.exclude
     )
     if any(exclusion.reason == ADAPTER_FACTOR for exclusion in selection.exclusions):
-        logger.warning("The model's LoRA factors are neither watched nor smoothed in this release.")
+        logger.info("Some LoRA factors are left alone; the table of matrices says which.")
+    if selection.adapters and "stable_rank_floor" in config.detectors:
+        told = (
+            f"stable_rank_floor does not watch the {len(selection.adapters)} LoRA products: an "
+            "adapter starts at zero and has no healthy spectrum to refer to. Use grad_norm_ratio "
+            "(the preset paper) for them."
+        )
+        if not selection.matrices:
+            raise SelectionError(f"There is nothing for the stable-rank floor to watch. {told}")
+        logger.warning("%s", told)
     return selection

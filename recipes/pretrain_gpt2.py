@@ -57,6 +57,7 @@ from hf_pss.cli.options import DataOptions, ModelOptions
 from hf_pss.cli.parsing import config_path, into_dataclasses, make_parser, words_of_file
 from hf_pss.cli.quiet import without_noise
 from hf_pss.cli.text import BUILT_IN, load_training_text
+from hf_pss.cli.training import check_reporters
 from hf_pss.data import BlockDataset, open_rows
 from hf_pss.errors import ConfigurationError
 from hf_pss.integration.throughput import ThroughputTrainerMixin
@@ -132,6 +133,7 @@ def main(
     Raises:
         PSSError: Something is not there or does not fit together; or the run was not finite.
     """
+    check_reporters(training.report_to)
     tokenizer = find_tokenizer(script, model, data)
     text = load_text(script, model, data, tokenizer, seed=training.seed)
     if isinstance(text.train, PackedStream) and training.max_steps <= 0:
@@ -330,9 +332,9 @@ def run(words: Sequence[str]) -> int:
     except PSSError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    # Only here: after an error, other ranks may wait in a collective that this would wait for.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -29,6 +29,7 @@ LAYERS = {
     "watch": 4,
     "stacks": 4,
     "edits": 4,
+    "adapters": 4,
     "smoother": 4,
     "moments": 4,
     "health": 4,

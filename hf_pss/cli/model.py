@@ -31,14 +31,18 @@ __all__ = [
 ]
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
+
+    Args:
+        source: A folder or a name on the Hub.
+        options: Of ``AutoTokenizer.from_pretrained``, such as ``revision``.
 
     Raises:
         ConfigurationError: There is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(_not_found("tokenizer", source, error)) from error
 

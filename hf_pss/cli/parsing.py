@@ -86,7 +86,7 @@ class _Parser(HfArgumentParser):
         # Options that are None unless set would need a word: --tf32 true.
         elif kwargs.get("type") is string_to_bool and "nargs" not in kwargs:
             kwargs |= {"nargs": "?", "const": True}
-        if names[0] == "--learning_rate":
+        if names[0] == "--learning_rate" and ModelOptions in self.dataclass_types:
             kwargs["help"] = LEARNING_RATE_HELP
         return super().add_argument(*names, **kwargs)
 

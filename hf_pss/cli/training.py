@@ -49,7 +49,7 @@ from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.trainer import PSSTrainer
 from hf_pss.selection import Selection
 
-__all__ = ["run_training"]
+__all__ = ["check_reporters", "run_training"]
 
 
 class _MakeRoom(TrainerCallback):
@@ -79,7 +79,7 @@ def run_training(plan: TrainPlan) -> None:
     """
     _hide_progress_bars()
     _check_model_options(plan.model)
-    _check_reporters(plan.arguments.report_to)
+    check_reporters(plan.arguments.report_to)
     output_dir = Path(plan.arguments.output_dir)
     _check_folder(output_dir)
     console = Console(stderr=True)
@@ -193,7 +193,12 @@ def _check_model_options(options: ModelOptions) -> None:
         raise ConfigurationError("--model_overrides shapes fresh weights: it needs --model_config.")
 
 
-def _check_reporters(names: list[str]) -> None:
+def check_reporters(names: list[str]) -> None:
+    """Make sure that what a run reports to is there.
+
+    Raises:
+        ConfigurationError: One is not installed, or not known.
+    """
     available = get_available_reporting_integrations()
     if missing := [name for name in names if name not in available]:
         raise ConfigurationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -56,6 +57,8 @@ def measure_matrix_grad_norms(
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
     grad_norm_preclip: float,
+    *,
+    groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Return the gradient norm of each 2-D matrix by name, as it was before clipping.
 
@@ -67,23 +70,29 @@ def measure_matrix_grad_norms(
         parameters: The model's parameters by canonical name, with gradients.
         backend: How parameters are stored.
         grad_norm_preclip: The global norm before clipping, finite.
+        groups: Parameters that count as one matrix, by its name.
 
     Returns:
         Names to norms; matrices without a gradient are left out.
     """
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     held = [view for view in views if view.parameter_name in grads]
-    if not held:
+    both = {name: own for name, own in groups.items() if all(n in grads for n in own)}
+    if not held and not both:
         return {}
     parts = {name: _here(grad, backend) for name, grad in grads.items()}
     norms = [_norm(slot, parts[slot.view.parameter_name]) for slot in matrix_slots(held)]
     whole = torch.stack(torch._foreach_norm([part.tensor for part in parts.values()]))
+    norms += [
+        torch.stack(torch._foreach_norm([parts[n].tensor for n in own])).norm()
+        for own in both.values()
+    ]
     every = (*norms, torch.linalg.vector_norm(whole))
     squares = torch.stack([norm.double() for norm in every]).square()
     backend.total_(squares)
     *host, found = backend.agree(squares.sqrt())
     factor = grad_norm_preclip / found if found else 0.0
-    return {name: n * factor for name, n in zip(matrix_names(held), host, strict=True)}
+    return {name: n * factor for name, n in zip((*matrix_names(held), *both), host, strict=True)}
 
 
 def _here(grad: Tensor, backend: Backend) -> Part:

@@ -1,4 +1,4 @@
-"""Norm of an optimizer update: ‖W_t − W_{t−1}‖ over the parameters that hold selected matrices."""
+"""Norm of an optimizer update: ‖W_t − W_{t−1}‖ over the parameters that are watched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.distributed import Backend
-from hf_pss.selection import MatrixView
 
 __all__ = ["UpdateMeter"]
 
@@ -19,8 +18,8 @@ class UpdateMeter:
     Cost: the memory of one copy and three passes over it at every step.
     """
 
-    def __init__(self, views: Sequence[MatrixView], backend: Backend) -> None:
-        self._names = sorted({view.parameter_name for view in views})
+    def __init__(self, names: Sequence[str], backend: Backend) -> None:
+        self._names = tuple(names)
         self._backend = backend
         self._before: list[Tensor] = []
 

@@ -1,9 +1,10 @@
-"""The four places where a Trainer must be overheard, and the check that they are still there."""
+"""The places where a Trainer must be overheard, and the check that they are still there."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+from hf_pss.integration.renamed import load_renamed_
 
 __all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_backends"]
 
@@ -22,6 +24,7 @@ _SEAMS = {
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
 
 
@@ -83,6 +86,11 @@ class StepHooks:
         if (listener := self._listener()) and "loss" in logs:
             listener.extend_logs(logs)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]
+        loaded = model if model is not None else self.model  # type: ignore[attr-defined]
+        load_renamed_(loaded, Path(resume_from_checkpoint))
 
     def _load_callback_state(self) -> None:
         # With restore_callback_states_from_checkpoint the Trainer builds callbacks anew, from the

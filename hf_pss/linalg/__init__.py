@@ -7,6 +7,9 @@ from hf_pss.linalg.coefficients import PolynomialSchedule as PolynomialSchedule
 from hf_pss.linalg.editing import Smoothed as Smoothed
 from hf_pss.linalg.editing import SmoothingStatus as SmoothingStatus
 from hf_pss.linalg.editing import smooth_spectrum as smooth_spectrum
+from hf_pss.linalg.factored import SmoothedProduct as SmoothedProduct
+from hf_pss.linalg.factored import product_triplets as product_triplets
+from hf_pss.linalg.factored import smooth_product as smooth_product
 from hf_pss.linalg.norms import effective_rank as effective_rank
 from hf_pss.linalg.norms import frobenius_norm as frobenius_norm
 from hf_pss.linalg.norms import noise_stable_rank as noise_stable_rank

@@ -13,7 +13,7 @@ from hf_pss.linalg.norms import frobenius_norm, spectral_norm
 from hf_pss.linalg.smoothing import SmoothingFunction, Spectrum
 from hf_pss.linalg.triplets import DEFAULT_ROUNDS, Triplets, leading_triplets
 
-__all__ = ["Smoothed", "SmoothingStatus", "smooth_spectrum"]
+__all__ = ["Smoothed", "SmoothingStatus", "plan_values", "smooth_spectrum", "status_of"]
 
 # To measure σ₁ after the edit, which leaves a flat top, the slowest to tell apart.
 _MEASURING_ROUNDS = 8
@@ -127,28 +127,18 @@ def smooth_spectrum(
         tail = _tail(weight, triplets)
     num_values = triplets.sigma.shape[-1]
     matrix = weight.detach().to(triplets.sigma.dtype)
-    spectrum = _spectrum(triplets, tail, max_rank, (m, n))
-    sigma, sigma1 = spectrum.sigma, spectrum.sigma[..., :1]
+    plan = plan_values(
+        triplets.sigma, tail, phi, max_rank=max_rank, keep_frobenius=keep_frobenius, shape=(m, n)
+    )
+    sigma, after, gain, changed = triplets.sigma, plan.after, plan.gain, plan.changed
 
-    after = phi(spectrum)
-    if num_values < size:
-        after = torch.maximum(after, sigma[..., -1:])
-    rounding = spectrum.rounding
-    deficient = ((spectrum.reference <= rounding) | (after[..., :1] <= rounding)).squeeze(-1)
-    changed = ((after - sigma).abs() > rounding).any(dim=-1) & ~deficient
-    after = torch.where(changed.unsqueeze(-1), after, sigma)
-
-    gain = torch.ones_like(sigma1)
-    if keep_frobenius:
-        before_to_after = spectrum.frobenius / replace(spectrum, sigma=after).frobenius
-        gain = torch.where(changed, before_to_after, 1.0).unsqueeze(-1)
     edited = _plus_product(matrix, triplets.u * (after - sigma).unsqueeze(-2), triplets.v)
     if keep_frobenius:
-        edited *= gain[..., None]
+        edited *= gain[..., None, None]
     edited = edited.to(weight.dtype)
     if not bool(changed.all()):
         edited = torch.where(changed[..., None, None], edited, weight.detach())
-    values_after = after * gain
+    values_after = after * gain.unsqueeze(-1)
     largest = values_after[..., 0]
     if not triplets.is_exact and known is None:
         measured = spectral_norm(edited, num_rounds=_MEASURING_ROUNDS)
@@ -160,16 +150,67 @@ def smooth_spectrum(
         sigma_before=sigma,
         sigma_after=values_after,
         sigma_target=after,
-        gain=gain.squeeze(-1),
+        gain=gain,
         v=triplets.v,
         residual=triplets.residual,
-        rank=spectrum.rank,
-        stable_rank_before=_stable_rank(sigma, spectrum.tail),
+        rank=plan.rank,
+        stable_rank_before=_stable_rank(sigma, tail),
         spectral_norm_after=largest,
-        stable_rank_after=_stable_rank(values_after, spectrum.tail * gain.squeeze(-1), largest),
+        stable_rank_after=_stable_rank(values_after, tail * gain, largest),
         changed=changed,
-        status=_status(deficient, changed, down_to_last),
+        status=status_of(plan.deficient, changed, down_to_last),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What smoothing makes of singular values; matrices come later."""
+
+    after: Tensor
+    """(..., K), φ(Σ), bit for bit Σ where nothing is to change."""
+    gain: Tensor
+    """(...), factor on the whole matrix behind that."""
+    rank: Tensor
+    """(...) int64: k."""
+    changed: Tensor
+    """(...) bool."""
+    deficient: Tensor
+    """(...) bool: the reference level is zero to rounding."""
+
+
+def plan_values(
+    sigma: Tensor,
+    tail: Tensor,
+    phi: SmoothingFunction,
+    *,
+    max_rank: int,
+    keep_frobenius: bool,
+    shape: tuple[int, int],
+) -> Plan:
+    """Apply φ to leading singular values, within the limits that `smooth_spectrum` states.
+
+    Args:
+        sigma: (..., K), descending.
+        tail: (...), norm of what they leave.
+        phi: The smoothing function.
+        max_rank: At most so many count as dominant.
+        keep_frobenius: Choose a gain that restores ‖W‖_F.
+        shape: (m, n) of the matrix.
+    """
+    num_values = sigma.shape[-1]
+    spectrum = _spectrum(sigma, tail, max_rank, shape)
+    after = phi(spectrum)
+    if num_values < min(shape):
+        after = torch.maximum(after, sigma[..., -1:])
+    rounding = spectrum.rounding
+    deficient = ((spectrum.reference <= rounding) | (after[..., :1] <= rounding)).squeeze(-1)
+    changed = ((after - sigma).abs() > rounding).any(dim=-1) & ~deficient
+    after = torch.where(changed.unsqueeze(-1), after, sigma)
+    gain = torch.ones_like(tail)
+    if keep_frobenius:
+        before_to_after = spectrum.frobenius / replace(spectrum, sigma=after).frobenius
+        gain = torch.where(changed, before_to_after, 1.0)
+    return Plan(after, gain, spectrum.rank, changed, deficient)
 
 
 def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
@@ -192,8 +233,7 @@ def _plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return flat.reshape(matrix.shape)
 
 
-def _spectrum(triplets: Triplets, tail: Tensor, max_rank: int, shape: tuple[int, int]) -> Spectrum:
-    sigma = triplets.sigma
+def _spectrum(sigma: Tensor, tail: Tensor, max_rank: int, shape: tuple[int, int]) -> Spectrum:
     rank = _stable_rank(sigma, tail).floor().to(torch.int64)
     at_most = max(1, min(max_rank, sigma.shape[-1] - 1))
     return Spectrum(sigma, rank.clamp(1, at_most), tail, shape)
@@ -207,7 +247,8 @@ def _stable_rank(values: Tensor, tail: Tensor, largest: Tensor | None = None) ->
     return torch.where(largest > 0, ratios.square(), 0.0).sum(dim=-1)
 
 
-def _status(deficient: Tensor, changed: Tensor, down_to_last: Tensor) -> Tensor:
+def status_of(deficient: Tensor, changed: Tensor, down_to_last: Tensor) -> Tensor:
+    """Return the `SmoothingStatus` of each matrix."""
     status = torch.full_like(changed, int(SmoothingStatus.UNCHANGED), dtype=torch.int64)
     status = torch.where(changed, int(SmoothingStatus.SMOOTHED), status)
     status = torch.where(changed & down_to_last, int(SmoothingStatus.TRUNCATED), status)

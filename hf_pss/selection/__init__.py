@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_pss.selection.adapters import AdapterView as AdapterView
 from hf_pss.selection.select import select_matrices as select_matrices
 from hf_pss.selection.survey import canonical_name as canonical_name
 from hf_pss.selection.survey import named_parameters_canonical as named_parameters_canonical
@@ -12,6 +13,7 @@ from hf_pss.selection.views import RowPattern as RowPattern
 from hf_pss.selection.views import Selection as Selection
 
 __all__ = [
+    "AdapterView",
     "Exclusion",
     "MatrixView",
     "Role",

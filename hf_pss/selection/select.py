@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import get_args
 
 from torch import nn
 
 from hf_pss.errors import ConfigurationError, SelectionError
-from hf_pss.selection.rules import ADAPTER_FACTOR, matrices_of, why_unusable, why_unwanted
-from hf_pss.selection.survey import survey
+from hf_pss.selection.adapters import AdapterView, find_adapters
+from hf_pss.selection.rules import matrices_of, why_unusable, why_unwanted
+from hf_pss.selection.survey import Site, survey
 from hf_pss.selection.views import Exclusion, MatrixView, Role, Selection
 
 __all__ = ["select_matrices"]
@@ -64,12 +65,20 @@ def select_matrices(
     _check_options(roles, min_dim)
     include_patterns = _compiled(include, "include")
     exclude_patterns = _compiled(exclude, "exclude")
+    sites = {site.name: site for site in survey(model)}
+    products, left_out = find_adapters(model)
+    factors = {name for view in products for name in (view.left_name, view.right_name)}
+    adapters, exclusions = _choose_products(
+        products, sites, roles, include_patterns, exclude_patterns
+    )
     matrices: list[MatrixView] = []
-    exclusions: list[Exclusion] = []
-    for site in survey(model):
+    for site in sites.values():
+        if site.name in factors:
+            continue
         unwanted = why_unwanted(site, roles)
         included_by = _first_match(include_patterns, site.name)
-        reason = why_unusable(site) or (unwanted if included_by is None else None)
+        reason = left_out.get(site.name) or why_unusable(site)
+        reason = reason or (unwanted if included_by is None else None)
         if reason is not None:
             exclusions.append(Exclusion(site.name, site.shape, reason))
             continue
@@ -84,11 +93,34 @@ def select_matrices(
                 exclusions.append(Exclusion(view.name, view.shape, few))
             else:
                 matrices.append(view)
-    selection = Selection(tuple(matrices), tuple(exclusions))
-    _check_all_match((*include_patterns, *exclude_patterns), selection)
+    selection = Selection(tuple(matrices), tuple(exclusions), adapters)
+    _check_all_match((*include_patterns, *exclude_patterns), selection, products)
     _check_all_include(include_patterns, selection)
     _check_not_empty(selection)
     return selection
+
+
+def _choose_products(
+    products: Sequence[AdapterView],
+    sites: Mapping[str, Site],
+    roles: Collection[str],
+    include: Sequence[re.Pattern[str]],
+    exclude: Sequence[re.Pattern[str]],
+) -> tuple[tuple[AdapterView, ...], list[Exclusion]]:
+    """Return the products that are wanted, by the same rules as matrices, and all others."""
+    chosen: list[AdapterView] = []
+    exclusions: list[Exclusion] = []
+    for view in products:
+        unwanted = why_unwanted(sites[view.left_name], roles)
+        excluded_by = _first_match(exclude, *view.names)
+        if excluded_by is not None:
+            reason = f"excluded by {excluded_by!r}"
+            exclusions.append(Exclusion(view.name, view.shape, reason))
+        elif unwanted is not None and _first_match(include, *view.names) is None:
+            exclusions.append(Exclusion(view.name, view.shape, unwanted))
+        else:
+            chosen.append(view)
+    return tuple(chosen), exclusions
 
 
 def _check_options(roles: Collection[str], min_dim: int) -> None:
@@ -125,10 +157,13 @@ def _first_match(patterns: Iterable[re.Pattern[str]], *names: str) -> str | None
     return next((p.pattern for p in patterns if any(map(p.search, names))), None)
 
 
-def _check_all_match(patterns: Iterable[re.Pattern[str]], selection: Selection) -> None:
+def _check_all_match(
+    patterns: Iterable[re.Pattern[str]], selection: Selection, products: Sequence[AdapterView]
+) -> None:
     names = [matrix.parameter_name for matrix in selection.matrices]
     names += [matrix.name for matrix in selection.matrices]
     names += [exclusion.parameter_name for exclusion in selection.exclusions]
+    names += [name for view in products for name in view.names]
     for pattern in patterns:
         if _first_match([pattern], *names, *(name.partition("[")[0] for name in names)) is None:
             raise SelectionError(
@@ -139,12 +174,17 @@ def _check_all_match(patterns: Iterable[re.Pattern[str]], selection: Selection) 
 
 def _check_all_include(patterns: Iterable[re.Pattern[str]], selection: Selection) -> None:
     selected = [matrix.parameter_name for matrix in selection.matrices]
+    selected += [name for view in selection.adapters for name in view.names]
     for pattern in patterns:
         if _first_match([pattern], *selected) is None:
-            refused = next(e for e in selection.exclusions if pattern.search(e.parameter_name))
+            refused = (
+                f"{e.parameter_name} is out ({e.reason})"
+                for e in selection.exclusions
+                if pattern.search(e.parameter_name)
+            )
             raise SelectionError(
                 f"The include pattern {pattern.pattern!r} matches nothing that can be selected: "
-                f"{refused.parameter_name} is out ({refused.reason}). Remove the pattern, or "
+                f"{next(refused, 'an exclude pattern wins over it')}. Remove the pattern, or "
                 "include a trainable 2-D or 3-D parameter."
             )
 
@@ -158,14 +198,14 @@ def _similar(pattern: str, names: Sequence[str]) -> str:
 
 
 def _check_not_empty(selection: Selection) -> None:
-    if selection.matrices:
+    if selection.matrices or selection.adapters:
         return
     seen = Counter(exclusion.reason for exclusion in selection.exclusions)
     counts = "; ".join(f"{count} × {reason}" for reason, count in seen.most_common(6)) or "none"
-    if any(reason == ADAPTER_FACTOR for reason in seen):
+    if any(reason.startswith("LoRA factor") for reason in seen):
         remedy = (
-            "This release does not smooth the product of an adapter's factors; with detectors=[] "
-            "PSS guards the run against non-finite steps and needs no matrix."
+            "The adapters are frozen, inactive, or no product of two matrices; with "
+            "detectors=[] PSS guards the run against non-finite steps and needs no matrix."
         )
     else:
         remedy = (

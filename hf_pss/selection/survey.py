@@ -100,7 +100,7 @@ def survey(model: nn.Module) -> Iterator[Site]:
         first = first_names.setdefault(id(parameter), name)
         yield Site(
             name=name,
-            shape=_full_shape(parameter),
+            shape=stored_shape(parameter),
             parameter=parameter,
             module=modules[module_name],
             owner=owner,
@@ -183,5 +183,6 @@ def _embedding_parameters(model: nn.Module) -> set[int]:
     return {id(p) for m in modules for p in m.parameters(recurse=False)}
 
 
-def _full_shape(parameter: Tensor) -> tuple[int, ...]:
+def stored_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the whole parameter's shape; under ZeRO-3 it has one of its own."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import SelectionError
+from hf_pss.selection.adapters import AdapterView
 
 __all__ = ["Exclusion", "MatrixView", "Piece", "Role", "RowPattern", "Selection"]
 
@@ -210,6 +211,8 @@ class Selection:
 
     matrices: tuple[MatrixView, ...]
     exclusions: tuple[Exclusion, ...]
+    adapters: tuple[AdapterView, ...] = ()
+    """Products of LoRA factors, which are matrices that no parameter holds."""
 
     def table(self) -> str:
         """Return an aligned text table: name, shape, role, reason.
@@ -225,7 +228,11 @@ class Selection:
             (name, shape, "excluded", reason if count == 1 else f"{reason} (× {count})")
             for (name, shape, reason), count in alike.items()
         ]
-        return _aligned([("name", "shape", "role", "reason"), *matrices, *excluded])
+        products = [
+            (view.name, _dimensions(view.shape), "adapter", "product of LoRA's factors")
+            for view in self.adapters
+        ]
+        return _aligned([("name", "shape", "role", "reason"), *matrices, *products, *excluded])
 
 
 def _dimensions(shape: tuple[int, ...]) -> str:

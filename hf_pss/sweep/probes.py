@@ -97,7 +97,9 @@ class Probes(TrainerCallback):
         parameters = named_parameters_canonical(model)
         self._backend = backend_for(parameters)
         self._views = select_matrices(model).matrices
-        self._updates = UpdateMeter(self._views, self._backend)
+        self._updates = UpdateMeter(
+            sorted({view.parameter_name for view in self._views}), self._backend
+        )
         self._norms = SpectralNormMeter(self._views, self._backend)
         self._signs = SignDiversityMeter(model, self._views, self._backend)
         first = self._norms.measure(parameters)

@@ -70,7 +70,7 @@ def test_every_option_has_its_argument() -> None:
 def test_no_preset_sets_a_flag() -> None:
     """A flag's argument always overrides the preset: it cannot tell False from not given."""
     flags = {name for name, hint in get_type_hints(PSSConfig).items() if hint is bool}
-    assert flags == {"keep_frobenius", "observe_only"}
+    assert flags == {"keep_frobenius", "observe_only", "smooth_on_resume"}
     assert not any(flags & set(preset) for preset in PRESETS.values())
 
 

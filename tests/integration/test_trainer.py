@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,12 +271,13 @@ def test_a_model_without_weights_is_refused() -> None:
         PSSController(model)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_a_sharding_backend_is_refused(kind: DistributedType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_a_backend_that_flattens_matrices_is_refused(kind: DistributedType, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer_class=Trainer)
-    trainer.accelerator.state.distributed_type = kind
+    state = trainer.accelerator.state
+    state.distributed_type, state.fsdp_plugin = kind, SimpleNamespace(fsdp_version=1)
     try:
-        with pytest.raises(ConfigurationError, match=f"runs under {kind.value}"):
+        with pytest.raises(ConfigurationError, match="flattens weight matrices"):
             PSSCallback().attach(trainer)
     finally:
-        trainer.accelerator.state.distributed_type = DistributedType.NO
+        state.distributed_type, state.fsdp_plugin = DistributedType.NO, None

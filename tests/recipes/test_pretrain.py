@@ -14,7 +14,9 @@ import torch
 import yaml
 from scripts import RECIPES, load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
+from hf_pss.cli.app import app
 from hf_pss.data import train_tokenizer
 from hf_pss.errors import ConfigurationError
 
@@ -102,8 +104,7 @@ def test_every_command_of_a_card_has_its_files() -> None:
         files = [word for word in words if word.startswith("recipes/")]
         assert any(word.endswith("pretrain_gpt2.py") for word in files), card
         for name in files:
-            # The launcher's own folder has its own tests.
-            assert (ROOT / name).exists() or name.startswith("recipes/accelerate/"), (card, name)
+            assert (ROOT / name).exists(), (card, name)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_a_mistaken_option_is_refused(words: tuple[str, ...], message: str) -> N
     ("words", "message"),
     [
         ((), "You gave no model"),
+        (("--report_to", "abacus"), "report to abacus, which is not installed"),
         (("--model_size", "124m", "--model_config", "gpt2"), "--model_size and --model_config"),
         ((*SMALL, "--streaming", "--tokenizer", "nowhere"), "no tokenizer of that name"),
     ],
@@ -193,6 +195,14 @@ def test_the_tiny_recipe_leaves_what_plain_transformers_loads() -> None:
     assert sum("throughput/tokens_per_second" in row for row in rows) == 5
     assert sum("eval_perplexity" in row for row in rows) == 1
     assert [row["step"] for row in rows if "pss/grad_norm_preclip" in row] == [1, 2, 3, 4, 5]
+
+
+def test_the_command_line_and_the_script_train_the_same_run() -> None:
+    words = [*FIVE_STEPS, "--logging_steps", "1", "--output_dir"]
+    assert script.run([*words, "script"]) == 0
+    result = CliRunner().invoke(app, ["train", *words, "command"])
+    assert result.exit_code == 0, result.stderr
+    assert losses("script") == losses("command")
 
 
 def test_the_script_runs_as_the_card_says(corpus_cache: Path) -> None:

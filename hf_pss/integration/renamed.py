@@ -1,0 +1,68 @@
+"""Weights that a checkpoint keeps under other names than the model has in memory.
+
+transformers writes the experts of Mixtral, Qwen-MoE and others one by one, as their first
+publishers did, and stacks them when it loads; `Trainer` resumes by plain `load_state_dict`, warns
+of missing keys and leaves those weights as they were (5.23). Training goes on with experts that are
+not the run's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+__all__ = ["load_renamed_"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
+    """Give a model the weights that plain loading by name has passed over.
+
+    They are read as `from_pretrained` reads them, which knows the other names; the model is in
+    memory twice while that lasts.
+
+    Args:
+        model: Anything but a `PreTrainedModel` is left alone.
+        checkpoint: A folder with safetensors; without them nothing is done.
+
+    Returns:
+        The names of the weights that were loaded.
+    """
+    saved = _saved_names(checkpoint)
+    if not saved or not isinstance(model, PreTrainedModel):
+        return ()
+    state = model.state_dict()
+    # A tied weight is saved once, under one of its names.
+    there = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
+    missing = tuple(
+        name
+        for name, tensor in state.items()
+        if name not in saved and tensor.data_ptr() not in there
+    )
+    if not missing:
+        return ()
+    twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    model.load_state_dict({name: twin[name] for name in missing}, strict=False)
+    logger.info(
+        "%d weights of %s have other names there, such as %s; loaded as from_pretrained does.",
+        len(missing),
+        checkpoint,
+        missing[0],
+    )
+    return missing
+
+
+def _saved_names(checkpoint: Path) -> set[str]:
+    index, single = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            return set(file.keys())
+    return set()

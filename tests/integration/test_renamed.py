@@ -1,0 +1,73 @@
+"""Experts that a checkpoint keeps under other names come back on resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import gpt2, history, make_trainer, token_rows, weights_of
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer, set_seed
+
+from hf_pss import PSSConfig
+from hf_pss.integration.renamed import load_renamed_
+
+
+def mixtral(seed: int) -> PreTrainedModel:
+    set_seed(seed)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+            vocab_size=48,
+            max_position_embeddings=12,
+        )
+    )
+
+
+def resumed(folder: Path, checkpoint: Path, **options: object) -> Trainer:
+    """Another initialisation: what is not loaded shows."""
+    trainer = make_trainer(folder, model=mixtral(4), rows=token_rows(), save_steps=4, **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
+def test_a_mixture_of_experts_resumes_exactly(tmp_path: Path) -> None:
+    pss = PSSConfig()
+    run = make_trainer(tmp_path / "run", pss, model=mixtral(3), rows=token_rows(), save_steps=4)
+    run.train()
+    again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4", pss=pss)
+    assert history(again) == history(run)
+    for name, weight in weights_of(run.model).items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_the_plain_trainer_still_does_not(tmp_path: Path) -> None:
+    """When this fails, transformers has mended it: `load_renamed_` can go."""
+    run = make_trainer(tmp_path / "run", model=mixtral(3), rows=token_rows(), save_steps=4)
+    run.train()
+    again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4")
+    assert history(again) != history(run)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_under_its_own_names_is_left_alone(tied: bool, tmp_path: Path) -> None:
+    model = gpt2(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert load_renamed_(model, tmp_path) == ()
+    assert load_renamed_(torch.nn.Linear(2, 2), tmp_path) == ()
+    assert load_renamed_(model, tmp_path / "nothing here") == ()
+
+
+def test_sharded_checkpoints_too(tmp_path: Path) -> None:
+    mixtral(3).save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    other = mixtral(4)
+    assert len(load_renamed_(other, tmp_path)) == 3  # gate, gate_up_proj, down_proj
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.0.mlp.experts.{name}"
+        assert torch.equal(other.state_dict()[key], mixtral(3).state_dict()[key])
