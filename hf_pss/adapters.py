@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_pss.distributed import Backend
 from hf_pss.events import MatrixChange
@@ -22,6 +26,15 @@ from hf_pss.stacks import measure_each
 __all__ = ["frozen_collapses", "measure_adapters", "smooth_adapters_"]
 
 _COLLAPSED = 2.0
+# Elements of factors in one batched call.
+_MAX_ELEMENTS = 2**24
+# As they are sent; SmoothingStatus has the numbers below.
+_NON_FINITE, _FAILED = 8, 9
+_STATUS = {
+    **{int(status): status.name.lower() for status in SmoothingStatus},
+    _NON_FINITE: "non_finite",
+    _FAILED: "failed",
+}
 
 
 @torch.no_grad()
@@ -37,16 +50,29 @@ def measure_adapters(
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
     """
-    if not views:
+    alike: dict[tuple[object, ...], list[_Factors]] = {}
+    for factors in _factors(views, parameters, backend):
+        left, right = factors.left, factors.right
+        key = (left.shape[1:], right.shape[1:], left.dtype, left.device)
+        alike.setdefault(key, []).append(factors)
+    names: list[str] = []
+    ranks: list[Tensor] = []
+    for group in alike.values():
+        left = torch.cat([factors.left for factors in group])
+        right = torch.cat([factors.right for factors in group])
+        size = max(1, _MAX_ELEMENTS // (left[0].numel() + right[0].numel()))
+        pairs = zip(torch.split(left, size), torch.split(right, size), strict=True)
+        sigma = torch.cat([product_triplets(b, a).sigma for b, a in pairs])
+        # s changes no stable rank, unless it is zero.
+        own = [view for factors in group for view in factors.views]
+        on = torch.tensor([view.scaling != 0 for view in own], device=left.device)
+        names += [view.name for view in own]
+        ranks.append(_stable_rank(sigma) * on)
+    if not ranks:
         return {}
-    ranks = []
-    for view, left, right in _factors(views, parameters, backend):
-        sigma = product_triplets(left, right, view.scaling).sigma
-        top = torch.where(sigma[:1] == 0, 1.0, sigma[:1])
-        ranks.append((sigma / top).square().sum().reshape(1))
-    device = ranks[0].device
-    numbers = backend.agree(torch.cat([rank.to(device) for rank in ranks]))
-    return {view.name: rank for view, rank in zip(views, numbers, strict=True)}
+    told = backend.agree(torch.cat([rank.to(ranks[0].device) for rank in ranks]))
+    by_name = dict(zip(names, told, strict=True))
+    return {view.name: by_name[view.name] for view in views}
 
 
 @torch.no_grad()
@@ -62,6 +88,8 @@ def smooth_adapters_(
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of products, in place, by an edit of both factors.
 
+    The first rank decides and sends: factors are small, and replicas stay equal bit for bit.
+
     Args:
         views: The selected products.
         parameters: The model's parameters by canonical name; factors change in place.
@@ -73,34 +101,44 @@ def smooth_adapters_(
     """
     changes = []
     wanted = [view for view in views if names is None or view.name in names]
-    for view, left, right in _factors(wanted, parameters, backend):
-        if not (left.isfinite().all() and right.isfinite().all()):
-            changes.append(MatrixChange(view.name, view.shape, "non_finite"))
-            continue
-        smoothed = smooth_product(
-            left,
-            right,
-            phi,
-            scaling=view.scaling,
-            max_rank=max_rank,
-            keep_frobenius=keep_frobenius,
-        )
-        if bool(smoothed.changed):
-            _write_(view, smoothed.left, smoothed.right, parameters, backend)
-        before, after = smoothed.sigma_before, smoothed.sigma_after
-        changes.append(
-            MatrixChange(
-                view.name,
-                view.shape,
-                SmoothingStatus(int(smoothed.status)).name.lower(),
-                int(smoothed.rank),
-                float(before[0]),
-                float(after.max()),
-                _stable_rank(before),
-                _stable_rank(after),
-            )
-        )
+    for factors in _factors(wanted, parameters, backend):
+        # What rank 0 found: a status, k, and σ₁ and the stable rank before and after.
+        numbers = factors.left.new_zeros(len(factors.views), 6, dtype=torch.float64)
+        if backend.rank == 0:
+            options = {"max_rank": max_rank, "keep_frobenius": keep_frobenius}
+            factors, found = _smoothed(factors, phi, **options)
+            numbers.copy_(found)
+        backend.send_(numbers, 0)
+        rows = numbers.tolist()
+        if any(row[0] == SmoothingStatus.SMOOTHED for row in rows):
+            _write_(factors, parameters, backend)
+        for view, row in zip(factors.views, rows, strict=True):
+            status, rest = int(row[0]), () if row[0] >= _NON_FINITE else (int(row[1]), *row[2:])
+            changes.append(MatrixChange(view.name, view.shape, _STATUS[status], *rest))
     return tuple(changes)
+
+
+def _smoothed(factors: _Factors, phi: SmoothingFunction, **options: Any) -> tuple[_Factors, Tensor]:
+    """Return the factors after smoothing, and what is sent of each product: (b, 6)."""
+    left, right = factors.left, factors.right
+    try:
+        found = smooth_product(left, right, phi, scaling=factors.views[0].scaling, **options)
+    except LinAlgError:
+        numbers = left.new_zeros(len(left), 6, dtype=torch.float64)
+        numbers[:, 0] = _FAILED
+        return factors, numbers
+    finite = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
+    before, after = found.sigma_before, found.sigma_after
+    columns = (
+        torch.where(finite, found.status, _NON_FINITE),
+        found.rank,
+        before[:, 0],
+        after.amax(dim=-1),
+        _stable_rank(before),
+        _stable_rank(after),
+    )
+    smoothed = replace(factors, left=found.left, right=found.right)
+    return smoothed, torch.stack([column.double() for column in columns], dim=-1)
 
 
 @torch.no_grad()
@@ -125,40 +163,51 @@ def frozen_collapses(
     return {name: rank for name, rank in ranks.items() if 0 < rank < _COLLAPSED}
 
 
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The factors of products that share their parameters: the experts of one adapter, or one."""
+
+    views: tuple[AdapterView, ...]
+    left: Tensor
+    """(len(views), m, r): B, a copy."""
+    right: Tensor
+    """(len(views), r, n): A, a copy."""
+
+
 def _factors(
     views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
-) -> Iterator[tuple[AdapterView, Tensor, Tensor]]:
-    """Yield B, (m, r), and A, (r, n), of each product, whole, on every rank."""
-    for view in views:
-        left = backend.full(parameters[view.left_name])
-        right = backend.full(parameters[view.right_name])
-        yield view, _left(view, left), _right(view, right)
+) -> Iterator[_Factors]:
+    """Yield the factors of all products, whole, on every rank."""
+    for _, group in itertools.groupby(views, key=lambda view: (view.left_name, view.right_name)):
+        own = tuple(group)
+        experts = [view.expert for view in own]
+        left = _left(own[0], backend.full(parameters[own[0].left_name]))
+        right = _right(own[0], backend.full(parameters[own[0].right_name]))
+        yield _Factors(own, left[experts], right[experts])
 
 
 def _left(view: AdapterView, whole: Tensor) -> Tensor:
     # PEFT keeps the experts of B innermost, and those of A outermost.
-    return torch.unflatten(whole, 1, (-1, view.num_experts))[..., view.expert]
+    return torch.unflatten(whole, 1, (-1, view.num_experts)).permute(2, 0, 1)
 
 
 def _right(view: AdapterView, whole: Tensor) -> Tensor:
-    return torch.unflatten(whole, 0, (view.num_experts, -1))[view.expert]
+    return torch.unflatten(whole, 0, (view.num_experts, -1))
 
 
-def _write_(
-    view: AdapterView,
-    left: Tensor,
-    right: Tensor,
-    parameters: Mapping[str, nn.Parameter],
-    backend: Backend,
-) -> None:
-    for name, factor, place in ((view.left_name, left, _left), (view.right_name, right, _right)):
-        factor = factor.contiguous()
-        backend.send_(factor, 0)  # replicas stay equal bit for bit
+def _write_(factors: _Factors, parameters: Mapping[str, nn.Parameter], backend: Backend) -> None:
+    view, experts = factors.views[0], [view.expert for view in factors.views]
+    for name, new, place in (
+        (view.left_name, factors.left, _left),
+        (view.right_name, factors.right, _right),
+    ):
+        new = new.contiguous()
+        backend.send_(new, 0)
         whole = backend.full(parameters[name]).clone()
-        place(view, whole).copy_(factor)
+        place(view, whole)[experts] = new
         backend.write_back_(parameters[name], whole)
 
 
-def _stable_rank(sigma: Tensor) -> float:
-    top = float(sigma.max())
-    return float((sigma / top).square().sum()) if top > 0 else 0.0
+def _stable_rank(sigma: Tensor) -> Tensor:
+    top = sigma.amax(dim=-1, keepdim=True)
+    return (sigma / torch.where(top == 0, 1.0, top)).square().sum(dim=-1)

@@ -49,7 +49,8 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
         return ()
     twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     model.load_state_dict({name: twin[name] for name in missing}, strict=False)
-    logger.info(
+    # The Trainer has just warned of missing keys: this is the other half of that story.
+    logger.warning(
         "%d weights of %s have other names there, such as %s; loaded as from_pretrained does.",
         len(missing),
         checkpoint,

@@ -36,12 +36,16 @@ def resumed(folder: Path, checkpoint: Path, **options: object) -> Trainer:
     return trainer
 
 
+def losses(trainer: Trainer) -> list[float]:
+    return [line["loss"] for line in history(trainer) if "loss" in line]
+
+
 def test_a_mixture_of_experts_resumes_exactly(tmp_path: Path) -> None:
     pss = PSSConfig()
     run = make_trainer(tmp_path / "run", pss, model=mixtral(3), rows=token_rows(), save_steps=4)
     run.train()
     again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4", pss=pss)
-    assert history(again) == history(run)
+    assert losses(again) == losses(run)
     for name, weight in weights_of(run.model).items():
         assert torch.equal(weight, again.model.state_dict()[name]), name
 
@@ -51,7 +55,7 @@ def test_the_plain_trainer_still_does_not(tmp_path: Path) -> None:
     run = make_trainer(tmp_path / "run", model=mixtral(3), rows=token_rows(), save_steps=4)
     run.train()
     again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4")
-    assert history(again) != history(run)
+    assert losses(again)[4:] != losses(run)[4:]
 
 
 @pytest.mark.parametrize("tied", [True, False])
