@@ -205,7 +205,7 @@ class PSSController:
         # reading for the report alone is no cost of PSS.
         health = self.stable_ranks() if health_is_due else None
         started = time.perf_counter()
-        ranks = self._ranks_to_judge(step) if check_is_due else None
+        ranks = self._ranks_to_judge(step, health) if check_is_due else None
         if step.update_applied:
             for judgement in self._watch.judge_update():
                 self._decide(step, judgement)
@@ -346,9 +346,9 @@ class PSSController:
             raise NonFiniteError(describe_stop(event, is_after_update=has_happened))
         return decision.action
 
-    def _ranks_to_judge(self, step: Step) -> dict[str, float]:
+    def _ranks_to_judge(self, step: Step, health: dict[str, float] | None) -> dict[str, float]:
         if "stable_rank_floor" not in self.config.detectors:
-            return self.stable_ranks()
+            return health if health is not None else self.stable_ranks()
         # The floor acts on what it has looked at: matrices are decomposed once, not twice.
         step.looks, ranks = self._gauges.look()
         return ranks

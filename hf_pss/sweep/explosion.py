@@ -69,7 +69,7 @@ def _non_finite(losses: Sequence[float | None], rule: ExplosionRule) -> Explosio
 def _rise(
     losses: Sequence[float | None], rule: ExplosionRule, unigram_entropy: float
 ) -> Explosion | None:
-    lowest, streak, window = math.inf, 0, list[float]()
+    lowest, streak, began, window = math.inf, 0, 0, list[float]()
     for step, loss in enumerate(losses, start=1):
         if loss is None:
             continue
@@ -77,8 +77,9 @@ def _rise(
         median = _median(window)
         has_descended = lowest < unigram_entropy
         streak = streak + 1 if has_descended and median >= lowest + rule.rise_nats else 0
+        began = step if streak == 1 else began  # steps without a loss may lie between
         if streak == rule.num_steps:
-            return Explosion("rise", step - streak + 1)
+            return Explosion("rise", began)
         lowest = min(lowest, median)
     return None
 

@@ -27,7 +27,6 @@ __all__ = [
     "by_recipe",
     "departure_step",
     "lead_time",
-    "markdown",
     "render_table",
     "score",
     "threshold_sweep",
@@ -262,13 +261,6 @@ def render_table(scores: Sequence[Score]) -> Table:
         # `Text`, because a name in square brackets would be taken for rich's markup.
         table.add_row(*(Text(cell) for cell in _cells(line)))
     return table
-
-
-def markdown(scores: Sequence[Score]) -> str:
-    """Return the scores as a Markdown table."""
-    lines = [_COLUMNS, tuple("---" if i < 2 else "---:" for i in range(len(_COLUMNS)))]
-    lines += [_cells(line) for line in scores]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _cells(line: Score) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -53,17 +54,30 @@ def run_sweep(
         ``interrupted``.
 
     Raises:
-        ConfigurationError: The folder cannot be written to, or a count is not positive.
+        ConfigurationError: A cell cannot be run, the folder cannot be written to, another sweep is
+            writing to it, or a count is not positive.
         PSSError: A worker was killed from outside.
     """
     if num_processes is not None and num_processes < 1:
         raise ConfigurationError("The number of processes must be 1 or more.")
+    for cell in cells:
+        cell.check()
     console = console or Console(stderr=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"The sweep cannot write to {output_dir}: {error}.") from error
-    path = output_dir / ROWS_FILE
+    lock = FileLock(output_dir / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            return _run_all(cells, output_dir / ROWS_FILE, num_processes, console)
+    except Timeout as error:
+        raise ConfigurationError(
+            f"Another sweep is writing to {output_dir}; wait for it, or give another --output-dir."
+        ) from error
+
+
+def _run_all(cells: Sequence[Cell], path: Path, num_processes: int | None, console: Console) -> str:
     drop_unfinished_line(path)
     done = {row.id for row in read_rows(path) if row.status != "failed"} if path.exists() else set()
     todo = [cell for cell in cells if cell.id not in done]

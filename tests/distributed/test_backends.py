@@ -76,7 +76,10 @@ def assert_like_one_process(run: Run, one: Run, *, weight_drift: float) -> None:
 
 
 def test_as_one_process_and_resumed(backend: str, twin: Twin, tmp_path: Path) -> None:
-    """Same losses and interventions, moments edited, evaluations between; then from step 4 on."""
+    """Same losses and interventions, moments edited, evaluations between; then from step 4 on.
+
+    And once more from step 4, smoothed right after loading.
+    """
     one = twin(options=FLOORED)
     run = launch(backend, tmp_path / "run", options=FLOORED)
     assert {rank["backend"] for rank in run.ranks} == {KINDS[backend.split("-")[0]]}
@@ -88,6 +91,11 @@ def test_as_one_process_and_resumed(backend: str, twin: Twin, tmp_path: Path) ->
     assert first["error"] is None
     assert first["digest"] == run.ranks[0]["digest"], "a resumed run is the run, bit for bit"
     assert first["history"] == run.ranks[0]["history"]
+    rescue = {**FLOORED, "smooth_on_resume": True, "moments": "reset"}
+    rescued = launch(backend, tmp_path / "rescued", options=rescue, resume=run.checkpoint)
+    alone = twin(options=rescue, resume=one.checkpoint)
+    assert_like_one_process(rescued, alone, weight_drift=WEIGHT_DRIFT)
+    assert steps_of(rescued.events) == [4, 6, 8], "4: right after loading"
 
 
 def test_a_spike_on_one_rank_is_everybodys(backend: str, twin: Twin, tmp_path: Path) -> None:

@@ -145,3 +145,38 @@ def test_cells_go_to_another_process(guard: str) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_grids_that_are_shipped_can_be_read(path: Path) -> None:
     assert read_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BASE.replace("[wide]", "[[wide]]"), "asks for the recipe"),
+        (BASE + "1: 2\n", "no key 1"),
+        (BASE + "changes: {weight_decay: 1e-1}", "needs its dot"),
+        (BASE + "changes: {architecture: foo}", "gpt2 or post_ln"),
+        (BASE + "changes: {schedule: cosine}", "warmup_stable_decay or constant or ramp"),
+        (BASE + "changes: {num_steps: true}", "is like 800"),
+        (BASE + "changes: {learning_rate: 1.0}", "an axis"),
+        (BASE + "probes_every_steps: -1", "A count is wanted"),
+        (BASE + "seeds: [-1]", "whole numbers"),
+        (BASE.replace("1e-3", "-1e-3"), "above 0"),
+        (BASE.replace("none", "rescue_reset"), "has none"),
+        (BASE.replace("none", "adagc") + "optimizers: [sgd]", "in AdamW's place"),
+        (
+            "- {recipes: [wide], learning_rates: [1e-3], guards: [{name: a, floor_ratio: 0.5, "
+            "preset: floor}]}\n- {recipes: [wide], learning_rates: [1e-3], guards: [{name: a}]}",
+            "two sets of options",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused_when_it_is_read(
+    cells: Cells, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        [cell.check() for cell in cells(text)]
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_grid(tmp_path / "grid.yaml")

@@ -18,7 +18,6 @@ from hf_pss.sweep.lead_time import (
     by_recipe,
     departure_step,
     lead_time,
-    markdown,
     render_table,
     score,
     threshold_sweep,
@@ -240,11 +239,9 @@ def test_the_tables_show_what_was_counted() -> None:
         Score("grad_norm_ratio", "deep[24]", 2.5, (12, -3, None), 1, 2000),
         Score("loss_ratio", "flat", 1.2, (), 0, 0),
     )
-    text = markdown(scores)
-    assert "| grad_norm_ratio | deep[24] | 2.5 | 1 of 3 | 4.5 (-3…12) | 0.5 | 2000 |" in text
-    assert "| loss_ratio | flat | 1.2 | – | – | – | 0 |" in text
     console = Console(width=200, record=True, file=None, quiet=False)
     with console.capture() as captured:
         console.print(render_table(scores))
     assert "deep[24]" in captured.get()
-    assert "1 of 3" in captured.get()
+    for cell in ("1 of 3", "4.5 (-3…12)", "0.5", "2000"):
+        assert cell in captured.get()

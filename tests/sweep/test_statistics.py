@@ -11,6 +11,7 @@ from hf_pss.sweep.statistics import (
     Setting,
     best_learning_rate,
     bootstrap_interval,
+    comparable,
     compare,
     compare_at_best,
     final_loss,
@@ -134,3 +135,14 @@ def test_steps_to_a_loss_count_evaluated_finite_steps_only() -> None:
     assert steps_to_loss(found, 4.2) == 30
     assert steps_to_loss(found, 5.0) == 10
     assert steps_to_loss(found, 1.0) is None
+
+
+def test_what_is_comparable_and_what_is_not() -> None:
+    kept = comparable([row(status="failed"), row(seed=1), row(seed=1)])
+    assert [r.seed for r in kept] == [1]
+    other = row(seed=2, guard_id="other")
+    with pytest.raises(ConfigurationError, match="two sets of options"):
+        comparable([row(seed=1), other])
+    changed = row(seed=2, guard_id="other", changes={"num_steps": 9})
+    assert len(settings_of(comparable([row(seed=1), changed]))) == 2
+    assert "num_steps 9" in str(settings_of([changed])[0])
