@@ -52,11 +52,6 @@ def test_equal_shapes_of_one_dtype_share_a_stack(parameters: dict[str, nn.Parame
     assert found["half",].dtype is torch.bfloat16
 
 
-def test_names_restrict_what_is_read(parameters: dict[str, nn.Parameter]) -> None:
-    found = list(stacks(VIEWS, parameters, BACKEND, names={"experts[1]", "qkv[v]"}))
-    assert [stack.names for stack in found] == [("qkv[v]", "experts[1]")]
-
-
 def test_a_stack_never_exceeds_its_memory(
     parameters: dict[str, nn.Parameter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
