@@ -29,6 +29,7 @@ from hf_pss.edits import Edit
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.events import Event, Intervention, MatrixChange, Record
 from hf_pss.gauges import Gauges
+from hf_pss.iterates import edit_iterates_, has_iterates
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction
 from hf_pss.moments import FIRST_MOMENTS, edit_first_moments_
 from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
@@ -359,7 +360,7 @@ class PSSController:
         started = time.perf_counter()
         parameters, backend = self._gauges.parameters(), self._gauges.backend
         keep_frobenius = self.config.keep_frobenius
-        and_then = self._edit_moments if self.config.moments != "keep" else None
+        and_then = self._edit_optimizer if self._has_state_to_edit() else None
         if is_floor:
             # Another answer of this step may have smoothed what was looked at.
             looks = step.looks
@@ -429,15 +430,23 @@ class PSSController:
         """Tell whether only the matrices that fired are smoothed."""
         return self.config.scope == "fired" and GLOBAL not in judgement.fired
 
-    def _edit_moments(self, edits: Sequence[Edit]) -> None:
-        if self._optimizer is None or self.config.moments == "keep" or not edits:
+    def _has_state_to_edit(self) -> bool:
+        optimizer = self._optimizer
+        return self.config.moments != "keep" or (optimizer is not None and has_iterates(optimizer))
+
+    def _edit_optimizer(self, edits: Sequence[Edit]) -> None:
+        if self._optimizer is None or not edits:
+            return
+        parameters, backend = self._gauges.parameters(), self._gauges.backend
+        edit_iterates_(self._optimizer, edits, parameters, backend)
+        if self.config.moments == "keep":
             return
         num_edited = edit_first_moments_(
             self.config.moments,
             self._optimizer,
             edits,
-            self._gauges.parameters(),
-            self._gauges.backend,
+            parameters,
+            backend,
         )
         if not num_edited and not self._has_told_of_moments:
             self._has_told_of_moments = True

@@ -32,6 +32,7 @@ LAYERS = {
     "adapters": 4,
     "smoother": 4,
     "moments": 4,
+    "iterates": 4,
     "health": 4,
     "optim": 4,
     "distributed": 4,

@@ -11,4 +11,12 @@ from hf_pss.distributed.backend import Replicated as Replicated
 from hf_pss.distributed.choose import backend_for as backend_for
 from hf_pss.distributed.sharded import Sharded as Sharded
 from hf_pss.distributed.sharded import gathered as gathered
+from hf_pss.distributed.sharing import Alone as Alone
+from hf_pss.distributed.sharing import Answer as Answer
+from hf_pss.distributed.sharing import Ranks as Ranks
+from hf_pss.distributed.sharing import Replicas as Replicas
+from hf_pss.distributed.sharing import Shards as Shards
+from hf_pss.distributed.sharing import Sharing as Sharing
+from hf_pss.distributed.sharing import local as local
+from hf_pss.distributed.sharing import shards_of as shards_of
 from hf_pss.distributed.zero import Zero as Zero

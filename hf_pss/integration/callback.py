@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import (
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -30,13 +29,14 @@ from hf_pss.integration.reporting import (
     health_line,
     log_scalars,
 )
+from hf_pss.integration.schedule_free import ScheduleFreeCallback
 
 __all__ = ["PSSCallback"]
 
 logger = logging.getLogger(__name__)
 
 
-class PSSCallback(TrainerCallback, ExportableState, StepListener):
+class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
     """Parametric Singularity Smoothing as a callback, for trainers that are not `PSSTrainer`.
 
     The gradient norm before clipping is no callback's argument, so the callback is attached
@@ -185,15 +185,19 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Judge the weights and smooth: before this step is logged, evaluated or saved."""
-        if self.controller is None:
-            return
+        if self.controller is not None:
+            self._after_update(self.controller)
+        super().on_step_end(args, state, control, optimizer)
+
+    def _after_update(self, controller: PSSController) -> None:
         try:
-            self.report = report = self.controller.after_update()
+            self.report = report = controller.after_update()
         except NonFiniteError:
-            self._write(self.controller.pending_records)
+            self._write(controller.pending_records)
             raise
         self._write(report.records)
         if self._health is not None and report.stable_ranks is not None:
@@ -204,9 +208,11 @@ class PSSCallback(TrainerCallback, ExportableState, StepListener):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Say in one line what PSS did."""
+        super().on_train_end(args, state, control, optimizer)
         if self.report is not None:
             numbers = self.report.scalars
             logger.info(

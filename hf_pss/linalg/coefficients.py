@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["POLYNOMIAL_SCHEDULES", "PolynomialSchedule"]
+__all__ = ["POLYNOMIAL_SCHEDULES", "PolynomialSchedule", "Triple"]
 
 Triple = tuple[float, float, float]
 

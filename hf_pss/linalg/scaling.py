@@ -43,6 +43,15 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def require_matrix(weight: Tensor) -> None:
+    """Raise `ConfigurationError` for fewer than two dimensions, no rows or no columns."""
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise ConfigurationError(
+            f"You gave a tensor of shape {tuple(weight.shape)}; a weight matrix has shape "
+            "(..., m, n) with m, n >= 1. Pass the 2-D view of the parameter."
+        )
+
+
 def unit_scaled(weight: Tensor) -> UnitScaled:
     """Divide each matrix by the power of two next above its largest magnitude.
 
@@ -52,11 +61,7 @@ def unit_scaled(weight: Tensor) -> UnitScaled:
     Raises:
         ConfigurationError: fewer than two dimensions, no rows or no columns, or not floating.
     """
-    if weight.ndim < 2 or 0 in weight.shape[-2:]:
-        raise ConfigurationError(
-            f"You gave a tensor of shape {tuple(weight.shape)}; a weight matrix has shape "
-            "(..., m, n) with m, n >= 1. Pass the 2-D view of the parameter."
-        )
+    require_matrix(weight)
     matrix = weight.detach().to(compute_dtype(weight))
     largest = matrix.abs().amax(dim=(-2, -1))
     finite = largest.isfinite()

@@ -1,0 +1,93 @@
+"""Schedule-free optimizers in a Trainer: the averaged weights are evaluated, and saved."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["ScheduleFree", "ScheduleFreeCallback", "schedule_free"]
+
+
+@runtime_checkable
+class ScheduleFree(Protocol):
+    """An optimizer whose parameters hold one sequence while training and another to be used."""
+
+    def train(self) -> None:
+        """Put the training sequence into the parameters."""
+
+    def eval(self) -> None:
+        """Put the averaged weights into the parameters."""
+
+
+def schedule_free(optimizer: Any) -> ScheduleFree | None:
+    """Return the schedule-free optimizer in Accelerate's wrapper, or None."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, ScheduleFree) else None
+
+
+class ScheduleFreeCallback(TrainerCallback):
+    """Puts the averaged weights into the model before they are saved, and at the end.
+
+    The Trainer itself calls ``optimizer.train()`` in each training step and ``optimizer.eval()``
+    before each evaluation, but not before a save: its checkpoints hold the point of the next
+    gradient, unless an evaluation came just before. It also loads the best checkpoint into whatever
+    sequence the parameters hold, which must be the averaged one by then.
+
+    Add it last: it sees a save that another callback has asked for only if that was before. Any
+    optimizer with ``train`` and ``eval`` is switched; with others it does nothing.
+    """
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Go back to training, for trainers whose own `training_step` does not."""
+        if (switched := schedule_free(optimizer)) is not None:
+            switched.train()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Leave training where the weights are to be used before the next step."""
+        _leave_training(optimizer, control)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Do the same where an epoch's end asks for it."""
+        _leave_training(optimizer, control)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Leave the averaged weights in the model."""
+        if (switched := schedule_free(optimizer)) is not None:
+            switched.eval()
+
+
+def _leave_training(optimizer: Any, control: TrainerControl) -> None:
+    is_due = control.should_evaluate or control.should_save or control.should_training_stop
+    if is_due and (switched := schedule_free(optimizer)) is not None:
+        switched.eval()

@@ -1,0 +1,113 @@
+"""From whole momenta to whole directions: equal shapes are stacked, a bounded number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_pss.distributed import Answer
+from hf_pss.optim.layout import Layout, matrices_of
+from hf_pss.optim.rule import Options, Rule, State
+
+__all__ = ["Job", "directions_of"]
+
+# What a stack has at most: enough to keep a GPU busy; on a CPU, where a large matrix gains nothing
+# from company, no more than its cache holds.
+_MAX_ELEMENTS = 2**26
+_MAX_ELEMENTS_CPU = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One parameter's momentum, and what is known of it."""
+
+    momentum: Tensor
+    """Whole, laid out like the parameter."""
+    layout: Layout
+    state: State
+    """What the rule remembers, part by part: ``name.0``, ``name.1``, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Some matrices of one part of a parameter."""
+
+    key: int
+    part: int
+    momenta: Tensor
+    target: Tensor
+    state: State
+
+    def __len__(self) -> int:
+        return len(self.momenta)
+
+
+Stack: TypeAlias = list[_Slice]
+
+
+def directions_of(jobs: Mapping[int, Job], rule: Rule, options: Options) -> dict[int, Answer]:
+    """Return the rule's direction for every job, by its key.
+
+    Args:
+        jobs: Of any shapes, on one device.
+        rule: Which.
+        options: The group's.
+    """
+    directions = {key: torch.empty_like(job.momentum) for key, job in jobs.items()}
+    remembered: dict[tuple[int, str], list[Tensor]] = {}
+    for stack in _stacks(_slices(jobs, directions)):
+        momenta = _joined([piece.momenta for piece in stack]).float()
+        state = {name: _joined([s.state[name] for s in stack]) for name in stack[0].state}
+        found, state = rule.direction(momenta, state, options)
+        sizes = [len(piece) for piece in stack]
+        for piece, direction in zip(stack, found.split_with_sizes(sizes), strict=True):
+            piece.target.copy_(direction)
+        for name, values in state.items():
+            for piece, value in zip(stack, values.split_with_sizes(sizes), strict=True):
+                remembered.setdefault((piece.key, f"{name}.{piece.part}"), []).append(value)
+    states: dict[int, State] = {key: {} for key in jobs}
+    for (key, name), pieces in remembered.items():
+        # A copy: a view would keep, and save, the whole stack's memory.
+        states[key][name] = torch.cat(pieces)
+    return {key: Answer(directions[key], states[key]) for key in jobs}
+
+
+def _slices(jobs: Mapping[int, Job], directions: Mapping[int, Tensor]) -> Iterator[_Slice]:
+    for key, job in jobs.items():
+        momenta, targets = (matrices_of(t, job.layout) for t in (job.momentum, directions[key]))
+        for part, (momentum, target) in enumerate(zip(momenta, targets, strict=True)):
+            ending = f".{part}"
+            state = {
+                name.removesuffix(ending): value
+                for name, value in job.state.items()
+                if name.endswith(ending)
+            }
+            size = max(1, _limit(momentum) // momentum[0].numel())
+            for first in range(0, len(momentum), size):
+                here = slice(first, first + size)
+                own = {name: value[here] for name, value in state.items()}
+                yield _Slice(key, part, momentum[here], target[here], own)
+
+
+def _stacks(slices: Iterable[_Slice]) -> Iterator[Stack]:
+    by_shape: dict[object, Stack] = {}
+    for piece in slices:
+        stack = by_shape.setdefault((piece.momenta.shape[1:], frozenset(piece.state)), [])
+        num_matrices = len(piece) + sum(len(other) for other in stack)
+        if stack and num_matrices * piece.momenta[0].numel() > _limit(piece.momenta):
+            yield stack.copy()
+            stack.clear()
+        stack.append(piece)
+    yield from (stack for stack in by_shape.values() if stack)
+
+
+def _limit(tensor: Tensor) -> int:
+    return _MAX_ELEMENTS_CPU if tensor.is_cpu else _MAX_ELEMENTS
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -1,0 +1,139 @@
+"""Which parameters a rule moves, how their matrices lie in them, and the optimizer of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.optim.amuse import Amuse
+from hf_pss.optim.layout import layout_of, layouts_of_factors
+from hf_pss.optim.optimizer import ADAMW, MatrixOptimizer
+from hf_pss.optim.rules import RULES
+from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
+
+__all__ = ["build_optimizer", "check_groups", "describe_groups", "matrix_groups"]
+
+logger = logging.getLogger(__name__)
+
+AMUSE = "amuse"
+
+
+def matrix_groups(
+    model: nn.Module,
+    *,
+    algo: str = "muon",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    no_decay: Collection[str] | None = None,
+    others_lr: float | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return parameter groups: weight matrices for a rule, the rest, decayed or not, for AdamW.
+
+    Matrices are those that PSS selects: what is orthogonalised and what is smoothed is the same. Of
+    a LoRA adapter each factor is a matrix (ours).
+
+    Args:
+        model: Its trainable parameters are grouped; frozen ones are left out.
+        algo: A row of `RULES`.
+        include: As `select_matrices` takes it.
+        exclude: The same.
+        no_decay: Canonical names that are not decayed, of those that AdamW moves; None: all below
+            two dimensions.
+        others_lr: Learning rate of the rest; None: the optimizer's.
+        options: Of the matrices' group.
+
+    Raises:
+        SelectionError: The model has no matrix that could be selected, or a pattern matches none.
+    """
+    parameters = {n: p for n, p in named_parameters_canonical(model).items() if p.requires_grad}
+    selection = select_matrices(model, include=include, exclude=exclude)
+    views: dict[str, list[MatrixView]] = {}
+    for view in selection.matrices:
+        views.setdefault(view.parameter_name, []).append(view)
+    layouts = {name: layout_of(found) for name, found in views.items()}
+    for adapter in selection.adapters:
+        num_rows = parameters[adapter.right_name].shape[0]
+        layouts |= layouts_of_factors(adapter, num_rows=num_rows)
+    others = [name for name in parameters if name not in layouts]
+    if no_decay is None:
+        no_decay = {name for name in others if parameters[name].ndim < 2}
+    rest = {"algo": ADAMW} if others_lr is None else {"algo": ADAMW, "lr": others_lr}
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in layouts],
+            "algo": algo,
+            "layouts": list(layouts.values()),
+            **options,
+        },
+        {"params": [parameters[name] for name in others if name not in no_decay], **rest},
+        {
+            "params": [parameters[name] for name in others if name in no_decay],
+            **rest,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> MatrixOptimizer:
+    """Return the optimizer of a model, and log its groups.
+
+    A Trainer takes it as ``optimizer_cls_and_kwargs=(lambda: build_optimizer, {"algo": "muon"})``.
+
+    Args:
+        model: The model to train.
+        algo: A row of `RULES`, or ``amuse``: `Amuse` on Muon.
+        options: Of `matrix_groups`, of the rule, and of `MatrixOptimizer` or `Amuse`.
+
+    Raises:
+        ConfigurationError: An option is unknown or out of range.
+        SelectionError: The model has no matrix that could be selected.
+    """
+    if algo not in (*RULES, AMUSE):
+        raise ConfigurationError(
+            f"You gave algo={algo!r}; choose one of {', '.join((*RULES, AMUSE))}."
+        )
+    kind, rule = (Amuse, "muon") if algo == AMUSE else (MatrixOptimizer, algo)
+    own = {name: options.pop(name) for name in RULES[rule].defaults if name in options}
+    names = ("include", "exclude", "no_decay", "others_lr")
+    grouping = {name: options.pop(name) for name in names if name in options}
+    try:
+        optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
+    except TypeError as error:
+        raise ConfigurationError(f"{algo}: {error}.") from error
+    check_groups(optimizer, model)
+    logger.info("%s", describe_groups(optimizer))
+    return optimizer
+
+
+def check_groups(optimizer: MatrixOptimizer, model: nn.Module) -> None:
+    """Make sure that each trainable parameter is in one group.
+
+    Raises:
+        ConfigurationError: One is in none or in two; says which.
+    """
+    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    for name, parameter in named_parameters_canonical(model).items():
+        if parameter.requires_grad and counts[id(parameter)] != 1:
+            raise ConfigurationError(
+                f"{name} is in {counts[id(parameter)]} parameter groups; each trainable parameter "
+                "belongs to one."
+            )
+
+
+def describe_groups(optimizer: MatrixOptimizer) -> str:
+    """Return a table: a line a group."""
+    lines = [f"{'algo':<10}{'parameters':>11}{'entries':>16}{'lr':>11}{'decay':>8}"]
+    for group in optimizer.param_groups:
+        entries = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{group['algo']:<10}{len(group['params']):>11}{entries:>16,}"
+            f"{group['lr']:>11.3g}{group['weight_decay']:>8.3g}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""Muon: the momentum's polar factor; and NorMuon, which evens out its rows."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz
+from hf_pss.optim.rule import Options, Rule, State
+from hf_pss.optim.scales import UPDATE_SCALES
+
+__all__ = ["MUON", "NORMUON", "check_polar", "polar_direction"]
+
+_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def polar_direction(momenta: Tensor, options: Options) -> Tensor:
+    """Return UVᵀ of each momentum UΣVᵀ, to the schedule's band, without update scale.
+
+    Args:
+        momenta: (b, m, n), float32.
+        options: ``schedule``, ``num_steps`` and ``dtype``.
+    """
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(options["dtype"])
+    return newton_schulz(
+        momenta,
+        schedule=options["schedule"],
+        num_steps=options["num_steps"],
+        dtype=dtype or _fast_dtype(momenta),
+    )
+
+
+def _fast_dtype(tensor: Tensor) -> torch.dtype:
+    """Return bfloat16 where the device multiplies it faster than float32."""
+    if not tensor.is_cpu:
+        return torch.bfloat16
+    known = torch.cpu.get_capabilities()
+    is_native = known.get("avx512_bf16") or known.get("amx_bf16")
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def check_polar(options: Options) -> None:
+    """Check what `polar_direction` reads.
+
+    Raises:
+        ConfigurationError: A name is unknown, or there are less than one step.
+    """
+    for name, known in (("schedule", POLYNOMIAL_SCHEDULES), ("dtype", _DTYPES)):
+        if options[name] not in known:
+            raise ConfigurationError(
+                f"You gave {name}={options[name]!r}; choose one of {', '.join(known)}."
+            )
+    num_steps = options["num_steps"]
+    if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
+        raise ConfigurationError(f"num_steps is 1 or more, or None; you gave {num_steps!r}.")
+
+
+def _muon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    scale = UPDATE_SCALES[options["scale"]](*momenta.shape[-2:])
+    return polar_direction(momenta, options).mul_(scale), {}
+
+
+def _normuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    polar = polar_direction(momenta, options)
+    beta, eps = options["row_beta"], options["row_eps"]
+    mean_squares = polar.square().mean(dim=-1)
+    average = state.get("row_mean_square", torch.zeros_like(mean_squares))
+    average = torch.lerp(average, mean_squares, 1 - beta)
+    even = polar / (average.sqrt() + eps).unsqueeze(-1)
+    norms = torch.linalg.matrix_norm(torch.stack((polar, even)), keepdim=True)
+    scale = UPDATE_SCALES[options["scale"]](*momenta.shape[-2:])
+    return even * (scale * norms[0] / norms[1].clamp_min(eps)), {"row_mean_square": average}
+
+
+def _check_normuon(options: Options) -> None:
+    check_polar(options)
+    if not 0 <= options["row_beta"] < 1 or not options["row_eps"] > 0:
+        raise ConfigurationError(
+            f"You gave row_beta={options['row_beta']}, row_eps={options['row_eps']}; the first is "
+            "in [0, 1), the second above 0."
+        )
+
+
+_POLAR = {"schedule": "keller", "num_steps": None, "dtype": "auto"}
+
+MUON = Rule(defaults=MappingProxyType(_POLAR), check=check_polar, direction=_muon)
+"""K. Jordan et al. 2024, kellerjordan.github.io/posts/muon: D = s(m, n) · UVᵀ.
+
+``schedule``, ``num_steps``: of `newton_schulz`. ``dtype``: to iterate in; auto: bfloat16 where the
+device multiplies it faster.
+"""
+
+NORMUON = Rule(
+    defaults=MappingProxyType({**_POLAR, "row_beta": 0.95, "row_eps": 1e-8}),
+    check=_check_normuon,
+    direction=_normuon,
+)
+"""Li et al. 2025, arXiv 2510.05491: with O = UVᵀ and v ← β₂ v + (1 − β₂) mean_j O_ij²,
+
+    Ô_ij = O_ij / (√v_i + ε),   D = s(m, n) · ‖O‖_F / ‖Ô‖_F · Ô.
+
+``row_beta``: β₂; ``row_eps``: ε. The paper's own factor 0.2·√(mn) / ‖Ô‖_F is that of `rms_match`
+where ‖O‖_F = √min(m, n).
+"""

@@ -1,0 +1,315 @@
+"""One optimizer for a whole model: a rule moves its weight matrices, AdamW the rest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from hf_pss.distributed import Alone, Answer, Ranks, Shards, Sharing, local, shards_of
+from hf_pss.errors import ConfigurationError
+from hf_pss.optim.directions import Job, directions_of
+from hf_pss.optim.layout import WHOLE
+from hf_pss.optim.rule import State
+from hf_pss.optim.rules import RULES
+from hf_pss.optim.scales import UPDATE_SCALES
+
+__all__ = ["ADAMW", "MatrixOptimizer"]
+
+ADAMW = "adamw"
+
+
+class MatrixOptimizer(Optimizer):
+    """A rule of `RULES` on weight matrices and AdamW on the rest, a parameter group each.
+
+    With momentum M ← μ M + (1 − μ) G and, by Nesterov, U = μ M + (1 − μ) G, a matrix moves by
+
+        W ← (1 − η λ) W − η D(U),
+
+    D being the rule's direction with its update scale. A fused projection is moved part by part, a
+    transposed (Conv1D) weight by its true outputs and inputs, a stack of experts one by one; equal
+    shapes are one batched call. For ``algo="muon"`` that is the rule of ``torch.optim.Muon``, apart
+    from fused projections.
+
+    `build_optimizer` makes the groups of a model. A group of ``algo="adamw"`` reads ``lr``,
+    ``betas``, ``eps`` and ``weight_decay``; one of a rule all but ``betas`` and ``eps``, the rule's
+    own options, and ``layouts``, one `Layout` a parameter.
+
+    Parameters may be DTensors of FSDP2 or HSDP: each matrix is gathered at one rank, which computes
+    its direction and sends the others their rows. `share_work_` divides the work of DDP likewise.
+
+    Args:
+        params: Parameter groups, each with ``algo``.
+        lr: η.
+        momentum: μ.
+        nesterov: See above.
+        weight_decay: λ, decoupled.
+        cautious: Decay only entries that the update moves towards zero, so that decay adds to the
+            update and never works against it (Chen et al. 2025, arXiv 2510.12402).
+        scale: A row of `UPDATE_SCALES`.
+        betas: AdamW's.
+        eps: AdamW's.
+
+    Attributes:
+        loss: The step's loss, for rules that read it: the closure's result, or what the training
+            loop sets before each step.
+
+    Raises:
+        ConfigurationError: An unknown name, a number out of range, a rule's group with a parameter
+            that is no matrix, or an option that the rule does not have.
+    """
+
+    loss: Tensor | float | None
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        cautious: bool = False,
+        scale: str = "rms_match",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        self.loss = None
+        self._reset_sharing()
+        defaults = {
+            "algo": ADAMW,
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "cautious": cautious,
+            "scale": scale,
+            "betas": tuple(betas),
+            "eps": eps,
+            "layouts": None,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with the defaults of its rule.
+
+        Raises:
+            ConfigurationError: See `MatrixOptimizer`.
+        """
+        algo = param_group.get("algo", ADAMW)
+        if algo != ADAMW and algo not in RULES:
+            raise ConfigurationError(
+                f"You gave algo={algo!r}; choose one of {', '.join((*RULES, ADAMW))}."
+            )
+        own = {} if algo == ADAMW else dict(RULES[algo].defaults)
+        unknown = param_group.keys() - self.defaults.keys() - own.keys() - {"params", "initial_lr"}
+        if unknown:
+            raise ConfigurationError(
+                f"{algo} has no option {', '.join(sorted(unknown))}; its own are "
+                f"{', '.join(own) or 'none'}."
+            )
+        group = {**own, **param_group}
+        super().add_param_group(group)
+        try:
+            _check(group)
+        except ConfigurationError:
+            self.param_groups.pop()
+            raise
+
+    def share_work_(self, sharing: Sharing) -> None:
+        """Divide the directions of whole parameters, as `Replicas` does for DDP."""
+        self._sharing[None] = sharing
+
+    def _reset_sharing(self) -> None:
+        # By the ranks that parameters are split over; None: they are whole.
+        self._sharing: dict[Ranks | None, Sharing] = {None: Alone()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a pickle or a copy holds; who shares the work is not among it."""
+        super().__setstate__(state)
+        self.loss = None
+        self._reset_sharing()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what rules remember keeps its own type, whatever the parameters' is.
+
+        Raises:
+            ValueError: It is of an optimizer with other groups.
+        """
+        super().load_state_dict(state_dict)
+        given = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        held = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        for key, parameter in zip(given, held, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if _is_of_a_rule(name):
+                    self.state[parameter][name] = value.to(parameter.device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step and return the closure's result.
+
+        A gradient with NaN or inf makes its matrix NaN and touches no other: the step is the
+        caller's to hold back, as PSS does. Parameters without a gradient are left alone.
+
+        Raises:
+            ConfigurationError: A gradient is sparse.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                self.loss = result = closure()
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        if any(p.grad is not None and p.grad.is_sparse for p in params):
+            raise ConfigurationError(
+                "A gradient is sparse, and there is no momentum of such: build the embedding "
+                "with sparse=False."
+            )
+        for group in self.param_groups:
+            held = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            if held:
+                move = self._step_others if group["algo"] == ADAMW else self._step_matrices
+                move(group, held)
+        return result
+
+    # ---- matrices ----
+
+    def _step_matrices(self, group: dict[str, Any], held: Sequence[int]) -> None:
+        by_ranks: dict[Ranks | None, list[int]] = {}
+        for i in held:
+            by_ranks.setdefault(shards_of(group["params"][i]), []).append(i)
+        for ranks, places in by_ranks.items():
+            if ranks is not None and ranks not in self._sharing:
+                self._sharing[ranks] = Shards(ranks)
+            self._step_shared(group, places, self._sharing[ranks])
+
+    def _step_shared(self, group: dict[str, Any], places: Sequence[int], sharing: Sharing) -> None:
+        params = [group["params"][i] for i in places]
+        step = max(self._count_on(p) for p in params)
+        own = {name: value for name, value in group.items() if name != "params"}
+        options = {**own, "step": step, "loss": self.loss}
+
+        def compute(whole: Mapping[int, Tensor]) -> dict[int, Answer]:
+            jobs = {
+                i: Job(momentum, group["layouts"][places[i]], self._rule_state(params[i]))
+                for i, momentum in whole.items()
+            }
+            return directions_of(jobs, RULES[group["algo"]], options)
+
+        moved = sharing.compute(params, self._updates(group, params), compute)
+        for parameter, result in zip(params, moved, strict=True):
+            self.state[parameter].update(result.state)
+        self._move_(params, [result.tensor for result in moved], group)
+
+    def _updates(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Tensor]:
+        """Move the momentum on; return what to orthogonalise, this rank's rows of it."""
+        mu = group["momentum"]
+        momenta = [local(self._zeros(p, "momentum_buffer")) for p in params]
+        gradients = [local(p.grad) for p in params if p.grad is not None]
+        torch._foreach_lerp_(momenta, gradients, 1 - mu)
+        if not group["nesterov"]:
+            return momenta
+        return list(torch._foreach_lerp(gradients, momenta, mu))
+
+    def _move_(
+        self, params: Sequence[Tensor], directions: Sequence[Tensor], group: dict[str, Any]
+    ) -> None:
+        """W ← (1 − η λ) W − η D, on this rank's rows."""
+        weights = [local(p) for p in params]
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        if decay and group["cautious"]:
+            for weight, direction in zip(weights, directions, strict=True):
+                weight.sub_(weight * (weight * direction > 0), alpha=decay)
+        elif decay:
+            torch._foreach_mul_(weights, 1 - decay)
+        torch._foreach_add_(weights, list(directions), alpha=-lr)
+
+    def _rule_state(self, parameter: Tensor) -> State:
+        return {n: value for n, value in self.state[parameter].items() if _is_of_a_rule(n)}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count_on(self, parameter: Tensor) -> int:
+        # On the host: a rule may need the number, and must not wait for the device.
+        state = self.state[parameter]
+        state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)).cpu() + 1
+        return int(state["step"])
+
+    # ---- the rest ----
+
+    def _step_others(self, group: dict[str, Any], held: Sequence[int]) -> None:
+        params = [group["params"][i] for i in held]
+        for parameter in params:
+            state = self.state[parameter]
+            count = state.get("step", torch.zeros((), dtype=torch.float32))
+            state["step"] = count.to(parameter.device)  # where the fused kernel wants it
+        adamw(
+            [local(p) for p in params],
+            [local(p.grad) for p in params if p.grad is not None],
+            [local(self._zeros(p, "exp_avg")) for p in params],
+            [local(self._zeros(p, "exp_avg_sq")) for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _zeros(self, parameter: Tensor, name: str) -> Tensor:
+        state = self.state[parameter]
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        found: Tensor = state[name]
+        return found
+
+
+def _is_of_a_rule(name: str) -> bool:
+    """Return whether a state belongs to a rule: those have a part's number behind a point."""
+    return "." in name
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Check a group's options, and give one that has none its layouts.
+
+    Raises:
+        ConfigurationError: See `MatrixOptimizer`.
+    """
+    for name, value in (
+        ("momentum", group["momentum"]),
+        ("beta1", group["betas"][0]),
+        ("beta2", group["betas"][1]),
+    ):
+        if not 0 <= value < 1:
+            raise ConfigurationError(f"{name} is at least 0 and below 1; you gave {value!r}.")
+    if not (group["lr"] >= 0 and group["weight_decay"] >= 0 and group["eps"] > 0):
+        raise ConfigurationError(
+            f"You gave lr={group['lr']}, weight_decay={group['weight_decay']}, "
+            f"eps={group['eps']}; the first two are 0 or more, eps is above 0."
+        )
+    if group["algo"] == ADAMW:
+        return
+    if group["scale"] not in UPDATE_SCALES:
+        raise ConfigurationError(
+            f"You gave scale={group['scale']!r}; choose one of {', '.join(UPDATE_SCALES)}."
+        )
+    RULES[group["algo"]].check(group)
+    group["layouts"] = list(group["layouts"] or [WHOLE] * len(group["params"]))
+    if len(group["layouts"]) != len(group["params"]):
+        raise ConfigurationError(
+            f"A group has one layout for each parameter; you gave {len(group['layouts'])} for "
+            f"{len(group['params'])}."
+        )
+    for parameter in group["params"]:
+        if parameter.ndim not in (2, 3) or 0 in parameter.shape:
+            raise ConfigurationError(
+                f"{group['algo']} moves matrices and stacks of them; a parameter of shape "
+                f"{tuple(parameter.shape)} belongs in a group with algo='adamw'."
+            )

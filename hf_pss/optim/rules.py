@@ -1,0 +1,20 @@
+"""The rules by name: one row each. The contract tests take every row."""
+
+from __future__ import annotations
+
+from hf_pss.optim.muon import MUON, NORMUON
+from hf_pss.optim.rule import Rule
+from hf_pss.optim.softmuon import SOFTMUON, SOFTSIGNUM
+from hf_pss.optim.specmuon import SPECMUON
+from hf_pss.optim.spectra import SPECTRA
+
+__all__ = ["RULES"]
+
+RULES: dict[str, Rule] = {
+    "muon": MUON,
+    "normuon": NORMUON,
+    "softmuon": SOFTMUON,
+    "softsignum": SOFTSIGNUM,
+    "specmuon": SPECMUON,
+    "spectra": SPECTRA,
+}

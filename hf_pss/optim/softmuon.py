@@ -1,0 +1,163 @@
+"""SoftMuon and SoftSignum: a hard phase, then a sign that is softer from step to step.
+
+Feoktistov et al. 2026, arXiv 2605.31371, and github.com/brain-lab-research/softsign.
+"""
+
+from __future__ import annotations
+
+import math
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.optim.muon import MUON, check_polar, polar_direction
+from hf_pss.optim.rule import Options, Rule, State
+from hf_pss.optim.scales import UPDATE_SCALES
+
+__all__ = ["SOFTMUON", "SOFTSIGNUM", "folded_cauchy_quantile", "softened"]
+
+# The source's bounds on τ.
+_MIN_TAU, _MAX_TAU = 1.0, 1e9
+
+_PHASES = {"total_steps": None, "hard_fraction": 0.9, "saturation_tolerance": 1e-4}
+
+
+def softened(matrices: Tensor, tau: Tensor) -> Tensor:
+    """Return τM(I + τ²MᵀM)^(-1/2): singular values σ → τσ / √(1 + (τσ)²).
+
+    By the eigenvalues of the smaller Gram matrix, in float64: squaring a condition number of 1e5
+    leaves 1e-6 of its precision. Measured 2e-8 from the SVD up to there. The upper block of the
+    polar factor of [M; I/τ] is the same without a decomposition, and on GPUs without fast float64
+    perhaps quicker; but at that condition number 12 polynomial steps were 0.07 off and 16 steps
+    2e-4, at 0.84 s for a 768×768 matrix on one CPU core against 0.16 s.
+
+    Args:
+        matrices: (b, m, n), float32, finite.
+        tau: (b,), float64.
+    """
+    wide = matrices.shape[-2] < matrices.shape[-1]
+    tall = (matrices.mT if wide else matrices).double()
+    values, vectors = torch.linalg.eigh(tall.mT @ tall)
+    shrink = (values.clamp_min(0) + tau.pow(-2).unsqueeze(-1)).rsqrt()
+    soft: Tensor = (tall @ (vectors * shrink.unsqueeze(-2))) @ vectors.mT
+    return (soft.mT if wide else soft).to(matrices.dtype)
+
+
+def folded_cauchy_quantile(fraction: float, location: Tensor, width: Tensor) -> Tensor:
+    """Return q with P(|X| <= q) = fraction, X Cauchy distributed.
+
+    The source solves for it by Newton's method; tan(a + b) gives q = (s² + μ²) sin πp /
+    (s cos πp + √(s² + μ² sin² πp)).
+
+    Args:
+        fraction: p in [0, 1).
+        location: μ, any shape.
+        width: s >= 0, same shape.
+
+    >>> folded_cauchy_quantile(0.5, torch.tensor(0.0), torch.tensor(2.0)).item()
+    2.0
+    """
+    sine, cosine = math.sin(math.pi * fraction), math.cos(math.pi * fraction)
+    above = (width.square() + location.square()) * sine
+    below = width * cosine + (width.square() + location.square() * sine**2).sqrt()
+    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)
+
+
+def _soft_muon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    scale = UPDATE_SCALES[options["scale"]](*momenta.shape[-2:])
+    fraction = _soft_fraction(options)
+    if fraction is None:
+        return polar_direction(momenta, options) * scale, {}
+    finite, clean = _finite(momenta)
+    state = state or _fit(torch.linalg.svdvals(clean))
+    soft = 1 - options["saturation_tolerance"]
+    tau = _temperature(soft / math.sqrt(1 - soft**2), fraction, state)
+    return torch.where(finite, softened(clean, tau) * scale, torch.nan), state
+
+
+def _soft_signum(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    m, n = momenta.shape[-2:]
+    scale = UPDATE_SCALES[options["scale"]](m, n) / max(m, n) ** 0.5
+    fraction = _soft_fraction(options)
+    finite, clean = _finite(momenta)
+    if fraction is None:
+        return torch.where(finite, clean.sign() * scale, torch.nan), {}
+    state = state or _fit(clean.flatten(1))
+    tau = _temperature(math.atanh(1 - options["saturation_tolerance"]), fraction, state)
+    soft = (clean * tau[:, None, None]).tanh().to(momenta.dtype)
+    return torch.where(finite, soft * scale, torch.nan), state
+
+
+def _soft_fraction(options: Options) -> float | None:
+    """How far the soft phase has come, in [0, 1); None: it has not begun."""
+    total: int = options["total_steps"]
+    step: int = options["step"]
+    hard = round(float(options["hard_fraction"]) * total)
+    if step <= hard or hard >= total:
+        return None
+    return (min(step, total) - hard - 1) / (total - hard)
+
+
+def _finite(momenta: Tensor) -> tuple[Tensor, Tensor]:
+    finite = momenta.isfinite().all(dim=(-2, -1))[:, None, None]
+    return finite, torch.where(finite, momenta, 0.0)
+
+
+def _fit(values: Tensor) -> State:
+    """Location and width of a Cauchy distribution by median and median deviation, (b,) each."""
+    location = values.median(dim=-1).values
+    width = (values - location.unsqueeze(-1)).abs().median(dim=-1).values
+    return {"cauchy_location": location, "cauchy_width": width}
+
+
+def _temperature(saturated: float, fraction: float, state: State) -> Tensor:
+    location, width = state["cauchy_location"].double(), state["cauchy_width"].double()
+    quantile = folded_cauchy_quantile(fraction, location, width)
+    return (saturated / quantile).clamp(_MIN_TAU, _MAX_TAU)
+
+
+def _check(options: Options) -> None:
+    total, hard = options["total_steps"], options["hard_fraction"]
+    tolerance = options["saturation_tolerance"]
+    if total is None or total < 1:
+        raise ConfigurationError(
+            f"You gave total_steps={total}; give the number of optimizer steps of the whole run, "
+            "for the soft phase begins at a fraction of it."
+        )
+    if not 0 <= hard <= 1 or not 0 < tolerance < 1:
+        raise ConfigurationError(
+            f"You gave hard_fraction={hard}, saturation_tolerance={tolerance}; the first is in "
+            "[0, 1], the second strictly between 0 and 1."
+        )
+
+
+def _check_muon(options: Options) -> None:
+    check_polar(options)
+    _check(options)
+
+
+SOFTMUON = Rule(
+    defaults=MappingProxyType({**MUON.defaults, **_PHASES}),
+    check=_check_muon,
+    direction=_soft_muon,
+)
+"""Muon until step round(hard_fraction · total_steps), then s(m, n) · M(MᵀM + τ⁻²I)^(-1/2).
+
+τ = clamp(φ⁻¹(1 − ε) / q(p), 1, 1e9), φ(x) = x/√(1 + x²): p = j/T rises over the T steps of the soft
+phase, j = 0, 1, …, and q is the quantile of a folded Cauchy distribution, fitted once, at the first
+of them. ``total_steps``: of the whole run; ``saturation_tolerance``: ε; the rest is Muon's.
+
+**Ours**: each matrix is fitted by itself, on the singular values of what is softened (the source's
+code: one fit on the gradients of all matrices of a group); a matrix that comes later is fitted when
+it comes; after the last step τ stays.
+"""
+
+SOFTSIGNUM = Rule(defaults=MappingProxyType(_PHASES), check=_check, direction=_soft_signum)
+"""The elementwise twin: sign(M), then tanh(τM), τ = clamp(artanh(1 − ε) / q(p), 1, 1e9).
+
+**Ours**: each matrix is fitted by itself, on its entries; and the factor s(m, n)/√max(m, n), which
+gives the hard phase the Frobenius norm that the scale gives Muon. With ``max_dim`` it is 1, the
+source's.
+"""

@@ -1,0 +1,98 @@
+"""SpecMuon: Muon whose leading modes are held back while the loss is above its recent level."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.linalg import leading_triplets
+from hf_pss.linalg.scaling import unit_scaled
+from hf_pss.optim.muon import MUON, check_polar, polar_direction
+from hf_pss.optim.rule import Options, Rule, State
+from hf_pss.optim.scales import UPDATE_SCALES
+
+__all__ = ["SPECMUON"]
+
+# κ: keeps √loss and its quotients finite at a loss of zero.
+_OFFSET = 1e-8
+
+
+def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    loss = options.get("loss")
+    if loss is None:
+        raise ConfigurationError(
+            "SpecMuon holds modes back by the loss, and was given none: call step(closure) with a "
+            "closure that returns it, or set the optimizer's `loss` before the step."
+        )
+    m, n = momenta.shape[-2:]
+    scaled = unit_scaled(momenta)
+    finite, momenta = scaled.finite[:, None, None], scaled.matrix
+    loss = torch.as_tensor(loss, dtype=momenta.dtype, device=momenta.device).detach()
+    energy = (loss.clamp_min(0) + _OFFSET).sqrt()
+    triplets = leading_triplets(momenta, options["num_modes"], check_finite=False)
+    norm = torch.linalg.matrix_norm(momenta).unsqueeze(-1)
+    sigma = triplets.sigma / torch.where(norm > 0, norm, 1.0)
+
+    if state:
+        before = _relaxed(state["energy"], state["dissipation"], energy, options["relaxation"])
+    else:
+        before = energy.expand_as(sigma)
+    # h g² of h = η/σ, g = σ/E.
+    rate = options["lr"] * sigma / energy.square()
+    after = before / (1 + rate / 2)
+    dissipation = rate * after.square()
+
+    polar = polar_direction(momenta, options)
+    held = 1 - after / energy
+    direction = polar - (triplets.u * held.unsqueeze(-2)) @ (triplets.u.mT @ polar)
+    direction = direction * UPDATE_SCALES[options["scale"]](m, n)
+    usable = loss.isfinite()
+    kept = {
+        "energy": torch.where(usable, after, state.get("energy", torch.inf)),
+        "dissipation": torch.where(usable, dissipation, state.get("dissipation", 0.0)),
+    }
+    return torch.where(finite & usable, direction, torch.nan), kept
+
+
+def _relaxed(scalar: Tensor, dissipation: Tensor, energy: Tensor, share: float) -> Tensor:
+    """Draw r̃ towards E, as near as r² <= r̃² + ψD allows.
+
+    ξ r̃ + (1 − ξ)E with the least ξ in [0, 1] that obeys it: nothing but a minimum.
+    """
+    return torch.minimum(energy, (scalar.square() + share * dissipation).sqrt())
+
+
+def _check(options: Options) -> None:
+    check_polar(options)
+    modes, share = options["num_modes"], options["relaxation"]
+    if not isinstance(modes, int) or modes < 1 or not 0 <= share <= 1:
+        raise ConfigurationError(
+            f"You gave num_modes={modes}, relaxation={share}; the first is 1 or more, the second "
+            "in [0, 1]."
+        )
+
+
+SPECMUON = Rule(
+    defaults=MappingProxyType({**MUON.defaults, "num_modes": 8, "relaxation": 0.95}),
+    check=_check,
+    direction=_specmuon,
+)
+"""Lu, Zhang & Lin 2026, arXiv 2602.16167: each of the k leading modes has a scalar r that follows
+E = √(loss + κ) as an energy would. With O = UVᵀ of the momentum M and σ_j of M/‖M‖_F,
+
+    r̃_j = r_j / (1 + ½ η σ_j / E²),   D = s(m, n) · (O − Σ_j (1 − r̃_j/E) u_j u_jᵀ O).
+
+Before, r_j = min(E, √(r̃_j² + ψ η σ_j r̃_j² / E²)), under the root as the step before left it: the
+relaxation of Jiang, Zhang & Zhao 2022, J. Comput. Phys. 456, in closed form; at first r_j = E. So r
+never rises; while the loss falls it is E, and this is Muon but for r̃_j/r_j; where the loss lies
+above its lowest level, the leading modes are scaled by about √(lowest/loss).
+
+**Ours**, where the readings of the text that we found disagree or leave it open: momentum comes
+before the modes are found, not after; the modes beyond k are Muon's own; g² = (σ/E)², not its root;
+η is the learning rate; the loss after a step is the next step's, of another batch, so that nothing
+is computed twice; κ = 1e-8; a negative loss counts as 0. ``num_modes``: k; ``relaxation``: ψ. The
+rest is Muon's.
+"""

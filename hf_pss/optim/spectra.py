@@ -1,0 +1,76 @@
+"""Spectra: press the few spiking directions of the momentum down to the level of all others."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.linalg import Triplets, leading_triplets
+from hf_pss.linalg.scaling import unit_scaled
+from hf_pss.linalg.triplets import DEFAULT_ROUNDS
+from hf_pss.optim.rule import Options, Rule, State
+from hf_pss.optim.scales import UPDATE_SCALES
+
+__all__ = ["SPECTRA"]
+
+
+def _spectra(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
+    m, n = momenta.shape[-2:]
+    scaled = unit_scaled(momenta)
+    finite, momenta = scaled.finite[:, None, None], scaled.matrix
+    start = state.get("right_vectors")
+    triplets = leading_triplets(
+        momenta,
+        max(1, round(options["spike_fraction"] * min(m, n))),
+        start=start,
+        num_rounds=DEFAULT_ROUNDS if start is None else options["num_rounds"],
+        check_finite=False,
+    )
+    direction = _levelled(momenta, triplets) * UPDATE_SCALES[options["scale"]](m, n)
+    # An exact decomposition needs no guess the next time.
+    kept = {} if triplets.is_exact else {"right_vectors": triplets.v}
+    return torch.where(finite, direction, torch.nan), kept
+
+
+def _levelled(momenta: Tensor, triplets: Triplets) -> Tensor:
+    """Spikes at 1 and the tail at root mean square 1: UVᵀ + (M − UΣVᵀ)/σ_tail."""
+    u, sigma, v = triplets.u, triplets.sigma, triplets.v
+    m, n = momenta.shape[-2:]
+    rounding = max(m, n) * torch.finfo(sigma.dtype).eps * sigma[:, :1]
+    # The rest is measured: ‖M‖² − Σσ² of a nearly deficient matrix would be rounding.
+    rest = momenta - (u * sigma.unsqueeze(-2)) @ v.mT
+    norm = torch.linalg.matrix_norm(rest, keepdim=True)
+    level = norm / max(1, min(m, n) - sigma.shape[-1]) ** 0.5
+    has_tail = level > rounding.unsqueeze(-1)
+    tail = torch.where(has_tail, rest / torch.where(has_tail, level, 1.0), 0.0)
+    return (u * (sigma > rounding).unsqueeze(-2)) @ v.mT + tail
+
+
+def _check(options: Options) -> None:
+    fraction, rounds = options["spike_fraction"], options["num_rounds"]
+    if not 0 < fraction <= 1 or not isinstance(rounds, int) or rounds < 0:
+        raise ConfigurationError(
+            f"You gave spike_fraction={fraction}, num_rounds={rounds}; the first is above 0 and at "
+            "most 1, the second 0 or more."
+        )
+
+
+SPECTRA = Rule(
+    defaults=MappingProxyType({"spike_fraction": 0.015, "num_rounds": 1}),
+    check=_check,
+    direction=_spectra,
+)
+"""Huang et al. 2026, arXiv 2602.11185: with the k leading triplets of the momentum M = UΣVᵀ + tail,
+
+    S = σ_tail UVᵀ + tail,   σ_tail = ‖tail‖_F / √(min(m, n) − k),   D = s(m, n) · S / σ_tail,
+
+k = round(spike_fraction · min(m, n)), at least 1. The triplets start from the right vectors of the
+step before and take ``num_rounds`` multiplications by MᵀM; up to min(m, n) = 192 they are exact.
+
+**Ours**: the scale, for S/σ_tail has the Frobenius norm of an orthogonal matrix, as the scales
+expect; a tail of zero to rounding, and the missing one of a vector, leaves UVᵀ; the block Krylov
+space behind the triplets, where the source takes one power iteration on k vectors.
+"""
