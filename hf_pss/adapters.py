@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_pss.distributed import Backend
+from hf_pss.edits import FAILED, NON_FINITE, RAISED, STATUS_NAMES
 from hf_pss.events import MatrixChange
 from hf_pss.linalg import (
     SmoothingFunction,
@@ -21,20 +22,13 @@ from hf_pss.linalg import (
     smooth_product,
 )
 from hf_pss.selection import AdapterView, MatrixView
-from hf_pss.stacks import measure_each
+from hf_pss.stacks import measure_each, raise_together
 
 __all__ = ["frozen_collapses", "measure_adapters", "smooth_adapters_"]
 
 _COLLAPSED = 2.0
 # Elements of factors in one batched call.
 _MAX_ELEMENTS = 2**24
-# As they are sent; SmoothingStatus has the numbers below.
-_NON_FINITE, _FAILED = 8, 9
-_STATUS = {
-    **{int(status): status.name.lower() for status in SmoothingStatus},
-    _NON_FINITE: "non_finite",
-    _FAILED: "failed",
-}
 
 
 @torch.no_grad()
@@ -51,7 +45,7 @@ def measure_adapters(
         backend: How parameters are stored.
     """
     alike: dict[tuple[object, ...], list[_Factors]] = {}
-    for factors in _factors(views, parameters, backend):
+    for factors in _factors(views, parameters, backend.full):
         left, right = factors.left, factors.right
         key = (left.shape[1:], right.shape[1:], left.dtype, left.device)
         alike.setdefault(key, []).append(factors)
@@ -88,7 +82,8 @@ def smooth_adapters_(
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of products, in place, by an edit of both factors.
 
-    The first rank decides and sends: factors are small, and replicas stay equal bit for bit.
+    The first rank decides and sends: factors are small, and replicas stay equal bit for bit. They
+    are read and written as the optimizer updates them, in fp32 under ZeRO.
 
     Args:
         views: The selected products.
@@ -98,23 +93,33 @@ def smooth_adapters_(
         names: Only these products; all when None.
         max_rank: At most so many singular values of a product move.
         keep_frobenius: Rescale each smoothed product to the Frobenius norm it had.
+
+    Raises:
+        ElsewhereError: The first rank has failed; it raises the error itself.
     """
     changes = []
     wanted = [view for view in views if names is None or view.name in names]
-    for factors in _factors(wanted, parameters, backend):
+    for factors in _factors(wanted, parameters, backend.master):
         # What rank 0 found: a status, k, and σ₁ and the stable rank before and after.
         numbers = factors.left.new_zeros(len(factors.views), 6, dtype=torch.float64)
+        error: Exception | None = None
         if backend.rank == 0:
             options = {"max_rank": max_rank, "keep_frobenius": keep_frobenius}
-            factors, found = _smoothed(factors, phi, **options)
-            numbers.copy_(found)
+            try:
+                factors, found = _smoothed(factors, phi, **options)
+                numbers.copy_(found)
+            except Exception as caught:
+                error = caught
+                numbers[:, 0] = RAISED
         backend.send_(numbers, 0)
         rows = numbers.tolist()
+        if rows[0][0] == RAISED:
+            raise_together(error)
         if any(row[0] == SmoothingStatus.SMOOTHED for row in rows):
             _write_(factors, parameters, backend)
         for view, row in zip(factors.views, rows, strict=True):
-            status, rest = int(row[0]), () if row[0] >= _NON_FINITE else (int(row[1]), *row[2:])
-            changes.append(MatrixChange(view.name, view.shape, _STATUS[status], *rest))
+            status, rest = int(row[0]), () if row[0] >= NON_FINITE else (int(row[1]), *row[2:])
+            changes.append(MatrixChange(view.name, view.shape, STATUS_NAMES[status], *rest))
     return tuple(changes)
 
 
@@ -125,12 +130,12 @@ def _smoothed(factors: _Factors, phi: SmoothingFunction, **options: Any) -> tupl
         found = smooth_product(left, right, phi, scaling=factors.views[0].scaling, **options)
     except LinAlgError:
         numbers = left.new_zeros(len(left), 6, dtype=torch.float64)
-        numbers[:, 0] = _FAILED
+        numbers[:, 0] = FAILED
         return factors, numbers
     finite = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
     before, after = found.sigma_before, found.sigma_after
     columns = (
-        torch.where(finite, found.status, _NON_FINITE),
+        torch.where(finite, found.status, NON_FINITE),
         found.rank,
         before[:, 0],
         after.amax(dim=-1),
@@ -148,7 +153,7 @@ def frozen_collapses(
     """Return the stable ranks below 2 of the frozen weights that the adapters are added to.
 
     A direction of W₀ outside the span of B cannot be removed by s·B·A: whoever has such a base is
-    told, and nothing is attempted. Quantised bases are passed over.
+    told, and nothing is attempted. Quantised bases, integers or packed, are passed over.
     """
     bases: dict[str, MatrixView] = {}
     for view in views:
@@ -156,7 +161,8 @@ def frozen_collapses(
         if base is None or not base.is_floating_point() or view.base_name is None:
             continue
         shape = tuple(getattr(base, "ds_shape", base.shape))
-        if len(shape) == 2:  # either way round: the rank is the same
+        # Either way round: the rank is the same. A packed base has another shape.
+        if shape[-2:] in (view.shape, view.shape[::-1]) and len(shape) in (2, 3):
             name = view.base_name
             bases[name] = MatrixView(name, name, "mlp", "", shape, False, None, "frozen base")
     ranks = measure_each(list(bases.values()), parameters, backend, quick_stable_rank)
@@ -175,14 +181,16 @@ class _Factors:
 
 
 def _factors(
-    views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
+    views: Sequence[AdapterView],
+    parameters: Mapping[str, nn.Parameter],
+    read: Callable[[Tensor], Tensor],
 ) -> Iterator[_Factors]:
     """Yield the factors of all products, whole, on every rank."""
     for _, group in itertools.groupby(views, key=lambda view: (view.left_name, view.right_name)):
         own = tuple(group)
         experts = [view.expert for view in own]
-        left = _left(own[0], backend.full(parameters[own[0].left_name]))
-        right = _right(own[0], backend.full(parameters[own[0].right_name]))
+        left = _left(own[0], read(parameters[own[0].left_name]))
+        right = _right(own[0], read(parameters[own[0].right_name]))
         yield _Factors(own, left[experts], right[experts])
 
 
@@ -203,7 +211,7 @@ def _write_(factors: _Factors, parameters: Mapping[str, nn.Parameter], backend: 
     ):
         new = new.contiguous()
         backend.send_(new, 0)
-        whole = backend.full(parameters[name]).clone()
+        whole = backend.master(parameters[name]).clone()
         place(view, whole)[experts] = new
         backend.write_back_(parameters[name], whole)
 

@@ -12,16 +12,26 @@ from torch import Tensor
 from hf_pss.distributed import Backend, Part
 from hf_pss.events import MatrixChange
 from hf_pss.linalg import Smoothed, SmoothingStatus
-from hf_pss.stacks import Slot, Stack, Turn
+from hf_pss.stacks import Slot, Stack, Turn, expert_rows
 
-__all__ = ["Edit", "Outcome", "apply_edits_", "exchange"]
+__all__ = [
+    "FAILED",
+    "NON_FINITE",
+    "RAISED",
+    "STATUS_NAMES",
+    "Edit",
+    "Outcome",
+    "apply_edits_",
+    "exchange",
+]
 
 # What happened to a matrix, as it is sent; SmoothingStatus has the numbers below.
-_NON_FINITE, _FAILED = 8, 9
-_STATUS = {
+NON_FINITE, FAILED, RAISED = 8, 9, 10
+"""No decomposition; one that did not converge; an error that no rank goes on after."""
+STATUS_NAMES = {
     **{int(status): status.name.lower() for status in SmoothingStatus},
-    _NON_FINITE: "non_finite",
-    _FAILED: "failed",
+    NON_FINITE: "non_finite",
+    FAILED: "failed",
 }
 _NUM_NUMBERS = 8
 
@@ -63,6 +73,8 @@ class Outcome:
     """What was decomposed here."""
     received: tuple[Edit, ...] = ()
     """What another rank, or this one for all, has sent."""
+    error: Exception | None = None
+    """What was raised here: to be raised again once all ranks have been told."""
 
     @classmethod
     def of(cls, stack: Stack, smoothed: Smoothed) -> Outcome:
@@ -84,20 +96,20 @@ class Outcome:
         return cls(stack.slots, numbers, made=((stack, smoothed),))
 
     @classmethod
-    def without_change(cls, stack: Stack, *, failed: bool) -> Outcome:
-        """Return that of matrices that hold NaN or inf, or whose decomposition failed."""
-        numbers = stack.matrices.new_full(
-            (len(stack.slots), _NUM_NUMBERS), torch.nan, dtype=torch.float64
-        )
-        numbers[:, 0], numbers[:, 1] = _FAILED if failed else _NON_FINITE, 0
-        return cls(stack.slots, numbers)
+    def without_change(
+        cls, slots: tuple[Slot, ...], status: int, error: Exception | None = None
+    ) -> Outcome:
+        """Return that of matrices that were not decomposed, for one of the reasons above."""
+        numbers = torch.full((len(slots), _NUM_NUMBERS), torch.nan, dtype=torch.float64)
+        numbers[:, 0], numbers[:, 1] = status, 0
+        return cls(slots, numbers, error=error)
 
     @classmethod
     def joined(cls, outcomes: Sequence[Outcome]) -> Outcome:
         """Return several as one."""
         return cls(
             tuple(slot for outcome in outcomes for slot in outcome.slots),
-            torch.cat([outcome.numbers for outcome in outcomes]),
+            torch.cat([o.numbers.to(outcomes[-1].numbers.device) for o in outcomes]),
             tuple(pair for outcome in outcomes for pair in outcome.made),
         )
 
@@ -118,6 +130,11 @@ class Outcome:
             if k
         )
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether an error ended the work on these matrices; reads back from the device."""
+        return bool((self.numbers[:, 0] == RAISED).any())
+
     def _rows_of_made(self) -> Iterator[list[list[float]]]:
         rows = dict(zip(self.slots, self.numbers.tolist(), strict=True))
         for stack, _ in self.made:
@@ -126,8 +143,8 @@ class Outcome:
     def changes(self) -> Iterator[MatrixChange]:
         """Yield the record of each matrix."""
         for slot, row in zip(self.slots, self.numbers.tolist(), strict=True):
-            status = _STATUS[int(row[0])]
-            if int(row[0]) in (_NON_FINITE, _FAILED):
+            status = STATUS_NAMES[int(row[0])]
+            if int(row[0]) in (NON_FINITE, FAILED):
                 yield MatrixChange(slot.name, slot.shape, status)
             else:
                 yield MatrixChange(slot.name, slot.shape, status, int(row[2]), *row[3:7])
@@ -196,6 +213,8 @@ def _sent(
 def apply_edits_(edits: Iterable[Edit], parameters: Mapping[str, Tensor], backend: Backend) -> None:
     """Make the edits on every rank's part of the parameters; each parameter is opened once."""
     for name, group in itertools.groupby(edits, key=lambda edit: edit.slot.view.parameter_name):
-        with backend.part(parameters[name]) as part:
-            for edit in group:
+        own = tuple(group)
+        rows = expert_rows(edit.slot for edit in own)
+        with backend.part(parameters[name], rows) as part:
+            for edit in own:
                 edit.apply_(part)

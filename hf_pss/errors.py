@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigurationError",
+    "ElsewhereError",
     "IncompatibleVersionError",
     "NonFiniteError",
     "PSSError",
@@ -18,6 +19,10 @@ class PSSError(Exception):
 
 class ConfigurationError(PSSError, ValueError):
     """An option, or a combination of options, has no meaning; the message says what is allowed."""
+
+
+class ElsewhereError(PSSError, RuntimeError):
+    """Another rank of a distributed run has failed; this one ends with it instead of waiting."""
 
 
 class SelectionError(PSSError, ValueError):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from hf_pss.distributed import Backend
 from hf_pss.edits import Edit
+from hf_pss.stacks import expert_rows
 
 __all__ = ["FIRST_MOMENTS", "edit_first_moments_"]
 
@@ -48,10 +49,12 @@ def edit_first_moments_(
     """
     num_edited = 0
     for name, group in itertools.groupby(edits, key=lambda edit: edit.slot.view.parameter_name):
-        with backend.moment_part(optimizer, parameters[name], FIRST_MOMENTS) as part:
+        own = tuple(group)
+        rows = expert_rows(edit.slot for edit in own)
+        with backend.moment_part(optimizer, parameters[name], FIRST_MOMENTS, rows) as part:
             if part is None:
                 continue
-            for edit in group:
+            for edit in own:
                 num_edited += 1
                 slot = edit.slot
                 piece = slot.view.piece(part.tensor, part.start, slot.expert)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_pss.distributed import Backend
-from hf_pss.edits import Edit, Outcome, apply_edits_, exchange
+from hf_pss.edits import (
+    FAILED,
+    NON_FINITE,
+    RAISED,
+    Edit,
+    Outcome,
+    apply_edits_,
+    exchange,
+)
 from hf_pss.events import MatrixChange
 from hf_pss.linalg import (
     SmoothingFunction,
@@ -21,7 +29,17 @@ from hf_pss.linalg import (
     smooth_spectrum,
 )
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import Stack, Turn, matrix_names, read_turn, share_out, write_stack_
+from hf_pss.stacks import (
+    Slot,
+    Stack,
+    Tally,
+    Turn,
+    matrix_names,
+    raise_together,
+    read_turn,
+    share_out,
+    write_stack_,
+)
 
 __all__ = ["Look", "cap_matrices_", "look_at_matrices", "smooth_matrices_"]
 
@@ -60,11 +78,12 @@ def smooth_matrices_(
     outcomes: list[Outcome] = []
     for turn in share_out(views, parameters, backend.world_size, names=names):
         stack = read_turn(turn, parameters, backend)
-        mine = (
-            _smoothed(stack, phi_for, max_rank=max_rank, keep_frobenius=keep_frobenius)
-            if stack is not None
-            else None
-        )
+        mine = None
+        if stack is not None:
+            try:
+                mine = _smoothed(stack, phi_for, max_rank=max_rank, keep_frobenius=keep_frobenius)
+            except Exception as error:
+                mine = Outcome.without_change(stack.slots, RAISED, error)
         outcomes += _carried_out(turn, mine, parameters, backend, and_then)
     return _on_record(views, outcomes)
 
@@ -80,7 +99,7 @@ def _smoothed(
     outcomes = []
     if not all(finite):
         broken = stack.where([not is_finite for is_finite in finite])
-        outcomes.append(Outcome.without_change(broken, failed=False))
+        outcomes.append(Outcome.without_change(broken.slots, NON_FINITE))
         stack = stack.where(finite)
     if stack.slots:
         outcomes.append(
@@ -96,7 +115,7 @@ def _decomposed(stack: Stack, phi: SmoothingFunction, **options: Any) -> Outcome
     try:
         smoothed = smooth_spectrum(stack.matrices, phi, check_finite=False, **options)
     except LinAlgError:
-        return Outcome.without_change(stack, failed=True)
+        return Outcome.without_change(stack.slots, FAILED)
     return Outcome.of(stack, smoothed)
 
 
@@ -107,7 +126,13 @@ def _carried_out(
     backend: Backend,
     and_then: Callable[[Sequence[Edit]], None] | None,
 ) -> list[Outcome]:
-    """Make the edits of all ranks, on all ranks."""
+    """Make the edits of all ranks, on all ranks.
+
+    Raises:
+        ElsewhereError: Another rank's work has ended in an error, which that rank raises itself.
+    """
+    if not backend.is_shared and mine is not None and mine.error is not None:
+        raise mine.error
     if not backend.is_shared:
         outcomes = [mine] if mine is not None else []
         for stack, smoothed in (pair for outcome in outcomes for pair in outcome.made):
@@ -117,6 +142,8 @@ def _carried_out(
         # Replicas stay equal bit for bit because every rank makes the edit in the same way, the
         # one that found it too.
         outcomes = exchange(turn, mine, parameters, backend)
+        if any(outcome.is_broken for outcome in outcomes):
+            raise_together(mine.error if mine is not None else None)
         for outcome in outcomes:
             apply_edits_(outcome.edits(), parameters, backend)
     if and_then is not None:
@@ -180,23 +207,17 @@ def look_at_matrices(
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
     """
-    looks, names, numbers = [], [], []
+    looks, tally = [], Tally(parameters, backend)
     for turn in share_out(views, parameters, backend.world_size):
         stack = read_turn(turn, parameters, backend)
-        triplets, tails = (
-            (None, torch.empty(0)) if stack is None else quick_triplets(stack.matrices)
-        )
+        triplets, tails = None, torch.empty(0)
+        if stack is not None:
+            with tally.guard():
+                triplets, tails = quick_triplets(stack.matrices)
         looks.append(Look(turn, triplets, tails))
-        for owner, slots in enumerate(turn):
-            names += [slot.name for slot in slots]
-            known = looks[-1].stable_ranks() if owner == backend.rank else torch.zeros(len(slots))
-            numbers.append(known)
-    if not looks:
-        return (), {}
-    device = next(iter(parameters.values())).device
-    ranks = backend.tell(torch.cat([number.to(device) for number in numbers]))
-    by_name = dict(zip(names, ranks, strict=True))
-    return tuple(looks), {name: by_name[name] for name in matrix_names(views)}
+        tally.add(turn, looks[-1].stable_ranks() if triplets is not None else None)
+    by_name = tally.told()
+    return tuple(looks), {name: by_name[name] for name in matrix_names(views) if looks}
 
 
 @torch.no_grad()
@@ -234,30 +255,51 @@ def cap_matrices_(
             continue
         stack = read_turn(turn, parameters, backend)
         mine = None
-        if stack is not None and look.triplets is not None:
-            own = look.turn[backend.rank]
-            kept = [slot.name in names for slot in own]
-            reached = look.reaches([floors[slot.name] for slot in own], max_rank)
-            is_known = [reach for reach, keep in zip(reached, kept, strict=True) if keep]
-            pieces = []
-            for known in (True, False):
-                part = [k is known for k in is_known]
-                if any(part):
-                    here = stack if all(part) else stack.where(part)
-                    chosen = [k and r is known for k, r in zip(kept, reached, strict=True)]
-                    index = [i for i, keep in enumerate(chosen) if keep]
-                    cap = StableRankCap(torch.tensor([floors[name] for name in here.names]))
-                    pieces.append(
-                        _decomposed(
-                            here,
-                            cap,
-                            max_rank=max_rank,
-                            keep_frobenius=keep_frobenius,
-                            known=(look.triplets.where(chosen), look.tails[index])
-                            if known
-                            else None,
-                        )
-                    )
-            mine = Outcome.joined(pieces)
+        if stack is not None:
+            try:
+                mine = _capped(
+                    stack,
+                    look,
+                    look.turn[backend.rank],
+                    floors,
+                    max_rank=max_rank,
+                    keep_frobenius=keep_frobenius,
+                )
+            except Exception as error:
+                mine = Outcome.without_change(stack.slots, RAISED, error)
         outcomes += _carried_out(turn, mine, parameters, backend, and_then)
     return _on_record(views, outcomes)
+
+
+def _capped(
+    stack: Stack,
+    look: Look,
+    seen: Sequence[Slot],
+    floors: Mapping[str, float],
+    *,
+    max_rank: int,
+    keep_frobenius: bool,
+) -> Outcome:
+    """Cap the matrices of a stack, which are some of those that were seen."""
+    assert look.triplets is not None  # a look that fails raises
+    names = frozenset(stack.names)
+    kept = [slot.name in names for slot in seen]
+    reached = look.reaches([floors[slot.name] for slot in seen], max_rank)
+    is_known = [reach for reach, keep in zip(reached, kept, strict=True) if keep]
+    outcomes = []
+    for known in (True, False):
+        part = [k is known for k in is_known]
+        if any(part):
+            here = stack if all(part) else stack.where(part)
+            chosen = [k and r is known for k, r in zip(kept, reached, strict=True)]
+            index = [i for i, keep in enumerate(chosen) if keep]
+            outcomes.append(
+                _decomposed(
+                    here,
+                    StableRankCap(torch.tensor([floors[name] for name in here.names])),
+                    max_rank=max_rank,
+                    keep_frobenius=keep_frobenius,
+                    known=(look.triplets.where(chosen), look.tails[index]) if known else None,
+                )
+            )
+    return Outcome.joined(outcomes)

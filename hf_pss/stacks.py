@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self, TypeAlias
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NoReturn, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_pss.distributed import Backend
+from hf_pss.errors import ElsewhereError
 from hf_pss.selection import MatrixView
 
 __all__ = [
     "Slot",
     "Stack",
+    "Tally",
     "Turn",
     "decomposition_cost",
+    "expert_rows",
     "gather",
     "matrix_names",
     "matrix_shapes",
     "matrix_slots",
     "measure_each",
+    "raise_together",
     "read_turn",
     "share_out",
     "stacks",
@@ -48,6 +53,11 @@ class Slot:
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
         return self.view.shape[-2], self.view.shape[-1]
+
+    @property
+    def matrix_view(self) -> MatrixView:
+        """The view of this matrix alone, inside its expert's part of the parameter."""
+        return replace(self.view, shape=self.shape)
 
 
 Turn: TypeAlias = tuple[tuple[Slot, ...], ...]
@@ -112,9 +122,10 @@ def share_out(
 ) -> tuple[Turn, ...]:
     """Share the selected matrices out over ranks, by cost, in stacks of equal shape.
 
-    Every rank computes the same. All matrices of a parameter have one owner, so that it is gathered
-    once; the dearest parameter goes to whoever has least to do so far. In each turn a rank has
-    one stack.
+    Every rank computes the same. All matrices of a parameter have one owner, so that each row of it
+    is gathered once; the dearest parameter goes to whoever has least to do so far. In each turn a
+    rank has one stack. Experts come in order, with all matrices of one beside each other: a turn
+    needs few rows of their parameter.
 
     Args:
         views: What to read.
@@ -131,6 +142,8 @@ def share_out(
         for name, slots in by_parameter.items()
     }
     # Sorting is stable: among equals the model's order holds.
+    for slots in by_parameter.values():
+        slots.sort(key=lambda slot: slot.expert or 0)
     load, owned = [0] * world_size, [[] for _ in range(world_size)]  # type: ignore[var-annotated]
     for name in sorted(costs, key=costs.__getitem__, reverse=True):
         owner = load.index(min(load))
@@ -157,14 +170,23 @@ def _chunks(slots: Iterable[Slot], parameters: Mapping[str, Tensor]) -> Iterator
             yield tuple(group[first : first + size])
 
 
+def expert_rows(slots: Iterable[Slot]) -> slice | None:
+    """Return the rows of the stored parameter that hold these experts; None where it has none."""
+    experts = [slot.expert for slot in slots]
+    found = [expert for expert in experts if expert is not None]
+    return slice(min(found), max(found) + 1) if len(found) == len(experts) else None
+
+
 def read_turn(turn: Turn, parameters: Mapping[str, Tensor], backend: Backend) -> Stack | None:
     """Return this rank's stack of a turn, None where it has none; collective."""
     mine: list[Tensor] = []
     for owner, slots in enumerate(turn):
         for name, group in itertools.groupby(slots, key=lambda slot: slot.view.parameter_name):
-            whole = backend.collect(parameters[name], owner)
-            if whole is not None:
-                mine += _matrices(group, whole)
+            own = tuple(group)
+            rows = expert_rows(own)
+            stored = backend.collect(parameters[name], owner, rows)
+            if stored is not None:
+                mine += _matrices(own, stored, 0 if rows is None else rows.start)
     if not mine:
         return None
     # One large matrix is a stack for itself, and is not copied.
@@ -185,22 +207,74 @@ def measure_each(
         backend: How parameters are stored.
         measure: Of a stack (b, m, n), shape (b,).
     """
-    names: list[str] = []
-    numbers: list[Tensor] = []
+    tally = Tally(parameters, backend)
     for turn in share_out(views, parameters, backend.world_size):
-        stack = read_turn(turn, parameters, backend)
-        for owner, slots in enumerate(turn):
-            names += [slot.name for slot in slots]
-            if owner == backend.rank and stack is not None:
-                numbers.append(measure(stack.matrices))
-            elif slots:
-                device = parameters[slots[0].view.parameter_name].device
-                numbers.append(torch.zeros(len(slots), device=device))
-    if not numbers:
-        return {}
-    device = numbers[0].device
-    told = dict(zip(names, backend.tell(torch.cat([n.to(device) for n in numbers])), strict=True))
+        stack, found = read_turn(turn, parameters, backend), None
+        if stack is not None:
+            with tally.guard():
+                found = measure(stack.matrices)
+        tally.add(turn, found)
+    told = tally.told()
     return {name: told[name] for name in matrix_names(views)}
+
+
+class Tally:
+    """Numbers by matrix, each found by one rank; and the error that a rank has met meanwhile.
+
+    A rank on its own way out would leave the others waiting for it: it goes on with them to the
+    end, where all raise.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], backend: Backend) -> None:
+        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self._backend = backend
+        self._names: list[str] = []
+        self._numbers: list[Tensor] = []
+        self._error: Exception | None = None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Keep an error until all have been told."""
+        try:
+            yield
+        except Exception as error:
+            self._error = self._error or error
+
+    def add(self, turn: Turn, mine: Tensor | None) -> None:
+        """Take this rank's numbers of a turn, None where it has none."""
+        for owner, slots in enumerate(turn):
+            self._names += [slot.name for slot in slots]
+            is_mine = owner == self._backend.rank and mine is not None
+            self._numbers.append(mine if is_mine else torch.zeros(len(slots)))  # type: ignore[arg-type]
+
+    def told(self) -> dict[str, float]:
+        """Return all numbers by name, on every rank; one device-to-host read.
+
+        Raises:
+            ElsewhereError: An error was kept on another rank. Where it was, it is raised itself.
+        """
+        if not self._names:
+            return {}
+        flag = torch.tensor([0.0 if self._error is None else 1.0])
+        every = [number.to(self._device) for number in (*self._numbers, flag)]
+        *numbers, num_errors = self._backend.tell(torch.cat(every))
+        if num_errors:
+            raise_together(self._error)
+        return dict(zip(self._names, numbers, strict=True))
+
+
+def raise_together(error: Exception | None) -> NoReturn:
+    """Raise this rank's own error, or, where it has none, that of a rank that others met.
+
+    Raises:
+        ElsewhereError: See there.
+    """
+    if error is not None:
+        raise error
+    raise ElsewhereError(
+        "Another rank has failed while it looked at its matrices, and this run ends with it; its "
+        "own message, in the log of that rank, says why."
+    )
 
 
 def stacks(
@@ -222,10 +296,11 @@ def gather(slots: Sequence[Slot], parameters: Mapping[str, Tensor], backend: Bac
     return torch.stack(matrices)
 
 
-def _matrices(slots: Iterable[Slot], parameter: Tensor) -> Iterator[Tensor]:
-    for view, group in itertools.groupby(slots, key=lambda slot: slot.view):
-        whole = view.read(parameter)
-        yield from (whole if slot.expert is None else whole[slot.expert] for slot in group)
+def _matrices(slots: Iterable[Slot], stored: Tensor, start: int = 0) -> Iterator[Tensor]:
+    """Yield the matrices of slots, given the rows of their parameter from ``start`` on."""
+    for slot in slots:
+        part = stored if slot.expert is None else stored[slot.expert - start]
+        yield slot.matrix_view.read(part)
 
 
 def write_stack_(
@@ -235,7 +310,7 @@ def write_stack_(
     parameters: Mapping[str, Tensor],
     backend: Backend,
 ) -> None:
-    """Write the changed matrices of a stack into the model, each parameter once per view.
+    """Write the changed matrices of a stack into the model, each parameter once.
 
     Args:
         stack: Where the matrices came from.
@@ -245,15 +320,8 @@ def write_stack_(
         backend: How parameters are stored.
     """
     moved = [item for item in zip(stack.slots, matrices, changed, strict=True) if item[2]]
-    for view, group in itertools.groupby(moved, key=lambda item: item[0].view):
-        parameter = parameters[view.parameter_name]
-        full = backend.full(parameter)
-        items = [(slot.expert, matrix) for slot, matrix, _ in group]
-        if items[0][0] is None:
-            (_, whole) = items[0]
-        else:
-            whole = view.read(full).clone()
-            for expert, matrix in items:
-                whole[expert] = matrix
-        view.write_(full, whole)
-        backend.write_back_(parameter, full)
+    for name, group in itertools.groupby(moved, key=lambda item: item[0].view.parameter_name):
+        full = backend.full(parameters[name])
+        for slot, matrix, _ in group:
+            slot.matrix_view.write_(full if slot.expert is None else full[slot.expert], matrix)
+        backend.write_back_(parameters[name], full)

@@ -55,14 +55,24 @@ class Backend(Protocol):
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Make ``full``, the same on every rank, the value of the parameter everywhere."""
 
-    def collect(self, parameter: Tensor, owner: int) -> Tensor | None:
-        """Return the whole parameter at its owner, to be read, and None at all others."""
+    def master(self, parameter: Tensor) -> Tensor:
+        """Return the same of what the optimizer updates, which may be more precise."""
 
-    def part(self, parameter: Tensor) -> AbstractContextManager[Part]:
-        """Give what is kept here of a parameter, to be changed in place until the block ends."""
+    def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
+        """Return rows ``start:stop`` (None: all) at the owner, to be read; None at all others."""
+
+    def part(self, parameter: Tensor, rows: slice | None = None) -> AbstractContextManager[Part]:
+        """Give what is kept here of a parameter, to be changed in place until the block ends.
+
+        Changes outside of the rows may be lost.
+        """
 
     def moment_part(
-        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+        self,
+        optimizer: Optimizer,
+        parameter: Tensor,
+        names: Sequence[str],
+        rows: slice | None = None,
     ) -> AbstractContextManager[Part | None]:
         """Give the same of the first of these optimizer states that the parameter has, or None."""
 
@@ -104,24 +114,33 @@ class OneProcess:
         """Return the parameter itself, detached: the same memory."""
         return parameter.detach()
 
+    def master(self, parameter: Tensor) -> Tensor:
+        """Return the parameter itself, detached: the same memory."""
+        return parameter.detach()
+
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Copy ``full`` into the parameter, unless it is the parameter's own memory."""
         if full.data_ptr() != parameter.data_ptr():
             with torch.no_grad():
                 parameter.copy_(full)
 
-    def collect(self, parameter: Tensor, owner: int) -> Tensor | None:
-        """Return the parameter itself."""
-        return parameter.detach() if owner == self.rank else None
+    def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
+        """Return the parameter itself, or these rows of it."""
+        whole = parameter.detach()
+        return None if owner != self.rank else whole if rows is None else whole[rows]
 
     @contextmanager
-    def part(self, parameter: Tensor) -> Iterator[Part]:
+    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
         """Give the whole parameter."""
         yield Part(parameter.detach())
 
     @contextmanager
     def moment_part(
-        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+        self,
+        optimizer: Optimizer,
+        parameter: Tensor,
+        names: Sequence[str],
+        rows: slice | None = None,
     ) -> Iterator[Part | None]:
         """Give the whole moment."""
         moment = moment_of(optimizer, parameter, names)
@@ -189,6 +208,27 @@ def mean_over_ranks(values: Tensor) -> list[float]:
     dist.all_reduce(total)
     host: list[float] = (total / dist.get_world_size()).tolist()
     return host
+
+
+def to_owner(
+    piece: Tensor, lengths: Sequence[int], owner: int, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """Put the ranks' pieces one behind the other at the owner, and return None elsewhere.
+
+    Nothing but the pieces travels, and nobody else needs memory for them.
+
+    Args:
+        piece: (lengths[rank], ...), this rank's.
+        lengths: Of every rank's piece, in the group's order; 0 for nothing.
+        owner: Its rank within the group.
+        group: All ranks of it must call.
+    """
+    is_owner = dist.get_rank(group) == owner
+    sends = [len(piece) if rank == owner else 0 for rank in range(len(lengths))]
+    receives = list(lengths) if is_owner else [0] * len(lengths)
+    collected = piece.new_empty(sum(receives), *piece.shape[1:])
+    dist.all_to_all_single(collected, piece.contiguous(), receives, sends, group=group)
+    return collected if is_owner else None
 
 
 def moment_of(optimizer: Optimizer, parameter: Tensor, names: Sequence[str]) -> Tensor | None:

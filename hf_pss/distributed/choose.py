@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
 from hf_pss.distributed.backend import Backend, OneProcess, Replicated
-from hf_pss.distributed.sharded import Sharded, shard_group
+from hf_pss.distributed.sharded import Sharded, shard_group, shard_ranks
 from hf_pss.distributed.zero import Zero, is_zero
 from hf_pss.errors import ConfigurationError
 
@@ -29,7 +29,7 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
     """
     if not dist.is_available() or not dist.is_initialized():
         return OneProcess()
-    groups = set()
+    layouts, group = set(), None
     for name, parameter in parameters.items():
         # FSDP1 marks what it has flattened, also where it shows the original parameters.
         if isinstance(parameter, FlatParameter) or hasattr(parameter, "_fsdp_flattened"):
@@ -38,16 +38,23 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
                 "(fsdp_config: {version: 2})."
             )
         if isinstance(parameter, DTensor):
-            groups.add(shard_group(name, parameter))
-    groups.discard(None)
-    if len(groups) > 1:
+            # Two meshes over the same ranks have groups of their own: the ranks tell.
+            layouts.add(shard_ranks(name, parameter))
+            group = group or shard_group(name, parameter)
+    layouts.discard(())
+    if len(layouts) > 1:
         raise ConfigurationError(
             "The model's parameters are split over different groups of ranks; hf_pss shares its "
             "work out over one. Shard all of them over the same device mesh."
         )
-    for group in groups:
-        if group is not None:
-            return Sharded(group)
+    if group is not None:
+        (replicas,) = layouts
+        if sum(map(len, replicas)) != dist.get_world_size():
+            raise ConfigurationError(
+                f"The model's parameters are split over {sum(map(len, replicas))} of "
+                f"{dist.get_world_size()} ranks; hf_pss needs all. Leave pipeline parallelism off."
+            )
+        return Sharded(replicas, group)
     if any(is_zero(parameter) for parameter in parameters.values()):
         return Zero()
     return Replicated() if dist.get_world_size() > 1 else OneProcess()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from hf_pss.distributed.backend import Part, mean_over_ranks, moment_of
+from hf_pss.distributed.backend import Part, mean_over_ranks, moment_of, to_owner
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["Sharded", "gathered", "shard_group"]
+__all__ = ["Sharded", "gathered", "shard_group", "shard_ranks"]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -31,6 +32,31 @@ def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:
     Raises:
         ConfigurationError: It is split in another way than FSDP2 and HSDP do.
     """
+    dimension = _split_dimension(name, parameter)
+    if dimension is None:
+        return None
+    group: dist.ProcessGroup = parameter.device_mesh.get_group(dimension)
+    return group
+
+
+def shard_ranks(name: str, parameter: DTensor) -> tuple[tuple[int, ...], ...]:
+    """Return the global ranks that a parameter is split over, a row for each replica.
+
+    Nothing where it is replicated everywhere.
+
+    Raises:
+        ConfigurationError: As `shard_group`.
+    """
+    dimension = _split_dimension(name, parameter)
+    if dimension is None:
+        return ()
+    mesh = parameter.device_mesh
+    ranks = mesh.mesh.movedim(dimension, -1).reshape(-1, mesh.size(dimension))
+    return tuple(map(tuple, ranks.tolist()))
+
+
+def _split_dimension(name: str, parameter: DTensor) -> int | None:
+    """Return the dimension of the device mesh that the parameter's rows are split over."""
     split = [i for i, placement in enumerate(parameter.placements) if placement != Replicate()]
     if not split:
         return None
@@ -40,20 +66,23 @@ def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:
             "the first dimension over one dimension of the device mesh. Leave tensor parallelism "
             "off, or exclude such matrices."
         )
-    group: dist.ProcessGroup = parameter.device_mesh.get_group(split[0])
-    return group
+    return split[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """Every rank keeps some rows of each parameter; a whole matrix is seen by its owner only.
 
-    Under HSDP each replica group does the same work on the same numbers. FSDP2 shows plain tensors
-    in place of shards for a while after an evaluation; all of this is used after an update, when
-    they are shards again, and each tensor is asked what it is.
+    Under HSDP all ranks of all replicas share the work out: a matrix has one owner, whose replica
+    gives it its rows, and which tells everybody. So replicas stay equal bit for bit. FSDP2 shows
+    plain tensors in place of shards for a while after an evaluation; all of this is used after an
+    update, when they are shards again, and each tensor is asked what it is.
     """
 
+    replicas: tuple[tuple[int, ...], ...]
+    """Global ranks: a row for each replica, one under FSDP2, in the order of the shards."""
     group: dist.ProcessGroup
+    """The ranks of this rank's row."""
     is_shared: ClassVar[bool] = True
     can_hold_back: ClassVar[bool] = True
 
@@ -63,17 +92,25 @@ class Sharded:
 
     @property
     def rank(self) -> int:
-        """The rank within the group that parameters are split over."""
-        return dist.get_rank(self.group)
+        """The number of this rank, counted row by row."""
+        return self._ranks.index(dist.get_rank())
 
     @property
     def world_size(self) -> int:
-        """How many ranks a parameter is split over."""
-        return dist.get_world_size(self.group)
+        """The ranks of all replicas."""
+        return len(self._ranks)
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        return tuple(rank for row in self.replicas for rank in row)
 
     def full(self, parameter: Tensor) -> Tensor:
         """Gather the parameter on every rank."""
         return gathered(parameter.detach())
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """Gather the parameter on every rank: there is no other."""
+        return self.full(parameter)
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Keep this rank's rows."""
@@ -84,57 +121,58 @@ class Sharded:
                 )
             parameter.copy_(full)
 
-    def collect(self, parameter: Tensor, owner: int) -> Tensor | None:
-        """Gather the shards at the owner only."""
-        whole = parameter.detach()
-        if not isinstance(whole, DTensor):
-            return whole if owner == self.rank else None
-        local, num_rows = whole.to_local(), whole.shape[0]
-        if Shard(0) not in whole.placements:
-            return local if owner == self.rank else None
-        rows = -(-num_rows // self.world_size)  # as torch.chunk: the last shards may be short
-        if len(local) < rows:
-            short = local
-            local = short.new_zeros(rows, *short.shape[1:])
-            local[: len(short)] = short
-        if owner != self.rank:
-            dist.gather(local.contiguous(), None, self._global(owner), group=self.group)
-            return None
-        gathered_rows = local.new_empty(rows * self.world_size, *local.shape[1:])
-        shards = list(gathered_rows.chunk(self.world_size))
-        dist.gather(local.contiguous(), shards, self._global(owner), group=self.group)
-        return gathered_rows[:num_rows]
+    def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
+        """Gather what the shards have of these rows, at the owner only."""
+        stored = parameter.detach()
+        first, last = (0, len(stored)) if rows is None else (rows.start, rows.stop)
+        if not isinstance(stored, DTensor) or Shard(0) not in stored.placements:
+            whole = stored.to_local() if isinstance(stored, DTensor) else stored
+            return whole[first:last] if owner == self.rank else None
+        num_shards = len(self.replicas[0])
+        if owner // num_shards != self.rank // num_shards:
+            return None  # another replica has the same rows
+        size = -(-len(stored) // num_shards)  # as torch.chunk: the last shards may be short
+        ends = [max(first, min(last, size * shard)) for shard in range(num_shards + 1)]
+        lengths = [after - before for before, after in itertools.pairwise(ends)]
+        shard = self.rank % num_shards
+        at = ends[shard] - size * shard
+        return to_owner(
+            stored.to_local()[at : at + lengths[shard]], lengths, owner % num_shards, self.group
+        )
 
     @contextmanager
-    def part(self, parameter: Tensor) -> Iterator[Part]:
+    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
         """Give this rank's rows."""
         yield _part(parameter.detach())
 
     @contextmanager
     def moment_part(
-        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+        self,
+        optimizer: Optimizer,
+        parameter: Tensor,
+        names: Sequence[str],
+        rows: slice | None = None,
     ) -> Iterator[Part | None]:
         """Give this rank's rows of the moment."""
         moment = moment_of(optimizer, parameter, names)
         yield _part(moment) if moment is not None else None
 
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Broadcast within the group."""
-        dist.broadcast(tensor, self._global(owner), group=self.group)
+        """Broadcast to all replicas."""
+        dist.broadcast(tensor, self._ranks[owner])
 
     def total_(self, tensor: Tensor) -> None:
-        """Add up over the group."""
-        dist.all_reduce(tensor, group=self.group)
+        """Add up over the shards; the mean of the replicas' sums, so that all get the same bits."""
+        dist.all_reduce(tensor)
+        if len(self.replicas) > 1:
+            tensor /= len(self.replicas)
 
     def tell(self, values: Tensor) -> list[float]:
-        """Add up over the group: each number is one rank's, and 0 on all others."""
+        """Add up over all ranks: each number is one rank's, and 0 on all others."""
         known = values.double()
-        dist.all_reduce(known, group=self.group)
+        dist.all_reduce(known)
         host: list[float] = known.tolist()
         return host
-
-    def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank)
 
     def agree(self, values: Tensor) -> list[float]:
         """Return the mean over all ranks of the run, see `Replicated.agree`."""

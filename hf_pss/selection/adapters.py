@@ -95,11 +95,10 @@ def _views(
     path: str, module: Any, adapter: str, left_name: str, right_name: str
 ) -> Iterator[AdapterView]:
     num_experts = int(getattr(module, "num_experts", 1) or 1)
-    base = getattr(getattr(module, "base_layer", None), "weight", None)
-    is_plain = isinstance(base, nn.Parameter)
     target = canonical_name(path)
     # PEFT wraps a module once for each parameter of it that is adapted.
     parameter: str | None = getattr(module, "parameter_name", None)
+    base_name = _base_name(path, module, parameter or "weight")
     if parameter is not None:
         target = f"{_NESTED.sub('', target)}.{parameter}"
     shape = (
@@ -112,9 +111,18 @@ def _views(
             name=f"{target}[{adapter}]{behind}",
             left_name=left_name,
             right_name=right_name,
-            base_name=canonical_name(f"{path}.base_layer.weight") if is_plain else None,
+            base_name=base_name,
             scaling=float(module.scaling[adapter]),
             shape=shape,
             num_experts=num_experts,
             expert=expert,
         )
+
+
+def _base_name(path: str, module: Any, parameter: str) -> str | None:
+    """Return the name of the weight that an adapter is added to; None where it is no plain one."""
+    inner, path = getattr(module, "base_layer", None), f"{path}.base_layer"
+    while (deeper := getattr(inner, "base_layer", None)) is not None:
+        inner, path = deeper, f"{path}.base_layer"
+    is_plain = isinstance(getattr(inner, parameter, None), nn.Parameter)
+    return canonical_name(f"{path}.{parameter}") if is_plain else None

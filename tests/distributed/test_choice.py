@@ -65,11 +65,20 @@ def test_rows_over_a_mesh_are_fsdp2() -> None:
     full = backend.full(parameter).clone()
     assert torch.equal(full, parameter.full_tensor())
     assert torch.equal(backend.collect(parameter, 0), full)
+    assert torch.equal(backend.collect(parameter, 0, slice(1, 3)), full[1:3])
     backend.write_back_(parameter, full + 1)
     assert torch.equal(parameter.full_tensor(), full + 1)
     with backend.part(parameter) as part:
         part.tensor.zero_()
     assert not parameter.full_tensor().any()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_two_meshes_over_the_same_ranks_are_one_layout() -> None:
+    """Each has a process group of its own."""
+    backend = backend_for({"a": sharded(Shard(0)), "b": sharded(Shard(0))})
+    assert isinstance(backend, Sharded)
+    assert backend.replicas == ((0,),)
 
 
 @pytest.mark.usefixtures("one_process_group")

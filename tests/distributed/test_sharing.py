@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,9 +11,18 @@ import torch
 from helpers import gpt2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
+from hf_pss import stacks
 from hf_pss.distributed import OneProcess
+from hf_pss.edits import RAISED
+from hf_pss.errors import ElsewhereError
 from hf_pss.linalg import Clip
 from hf_pss.selection import named_parameters_canonical, select_matrices
 from hf_pss.smoother import look_at_matrices, smooth_matrices_
@@ -31,6 +40,7 @@ class Simulated(OneProcess):
     number: int
     count: int
     sent: list[int] = field(default_factory=list)
+    collected: list[tuple[int, int]] = field(default_factory=list)
     is_shared: ClassVar[bool] = True
 
     @property
@@ -40,6 +50,12 @@ class Simulated(OneProcess):
     @property
     def world_size(self) -> int:
         return self.count
+
+    def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
+        found = super().collect(parameter, owner, rows)
+        if found is not None:
+            self.collected.append((id(parameter), len(found)))
+        return found
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         if owner == self.rank:
@@ -105,6 +121,87 @@ def test_only_what_moves_travels() -> None:
     assert sum(backend.sent) == 4 * floats + 8 * 8 * len(changes)
     of_weights = sum(4 * m * n for m, n in (c.shape for c in changes))
     assert sum(backend.sent) < of_weights / 2
+
+
+def experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=8,
+        vocab_size=48,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_experts_are_gathered_once_though_they_take_several_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gate and up projections of an expert come together: they are rows of one parameter."""
+    monkeypatch.setattr(stacks, "_MAX_ELEMENTS", 4 * 16 * 24)  # two experts' gate and up a turn
+    model = experts()
+    views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
+    backend = Simulated(0, 1)
+    measure_each(views, parameters, backend, lambda w: w.flatten(1).norm(dim=1))
+    for name in ("gate_up_proj", "down_proj"):
+        parameter = parameters[f"model.layers.0.mlp.experts.{name}"]
+        pieces = [rows for key, rows in backend.collected if key == id(parameter)]
+        assert sum(pieces) == len(parameter) == 8
+        assert len(pieces) == {"gate_up_proj": 4, "down_proj": 2}[name]
+
+
+@dataclass(frozen=True)
+class WithAnother(Simulated):
+    """The last of some ranks; the others do nothing, or report that they have failed."""
+
+    flag: float = 0.0
+
+    def tell(self, values: Tensor) -> list[float]:
+        *numbers, own = values.tolist()
+        return [*numbers, own + self.flag]
+
+
+def test_who_fails_on_the_way_goes_on_to_where_all_raise() -> None:
+    torch.manual_seed(0)
+    model = gpt2(num_layers=2, width=32)
+    views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
+    turns = share_out(views, parameters, 2)
+    backend, calls = WithAnother(0, 2), []
+
+    def measure(matrices: Tensor) -> Tensor:
+        calls.append(len(matrices))
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        measure_each(views, parameters, backend, measure)
+    assert len(calls) == sum(bool(turn[0]) for turn in turns), "every turn was taken part in"
+    with pytest.raises(ElsewhereError, match="Another rank has failed"):
+        measure_each(views, parameters, WithAnother(0, 2, flag=1.0), lambda w: w[:, 0, 0])
+
+
+def test_a_smoothing_that_fails_is_told_before_it_is_raised() -> None:
+    torch.manual_seed(0)
+    model = gpt2(num_layers=1, width=32)
+    views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
+    backend = Simulated(0, 2)
+
+    def phi_for(names: Sequence[str]) -> Clip:
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        smooth_matrices_(views, parameters, backend, phi_for, max_rank=32)
+    assert backend.sent, "the others do not wait"
+
+    class Failing(Simulated):
+        def send_(self, tensor: Tensor, owner: int) -> None:
+            if owner == 0:
+                tensor[:, 0] = RAISED  # what the other rank sends
+
+    with pytest.raises(ElsewhereError):
+        smooth_matrices_(views, parameters, Failing(1, 2), lambda names: Clip(), max_rank=32)
 
 
 def test_each_measured_once_and_named() -> None:
