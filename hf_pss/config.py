@@ -227,6 +227,11 @@ class PSSConfig:
         _check_patterns("exclude", self.exclude)
         if self.max_interventions is not None:
             _check_count("max_interventions", self.max_interventions, 0)
+        if self.observe_only and self.smooth_on_resume:
+            raise ConfigurationError(
+                "observe_only touches no weight, and smooth_on_resume smooths them all: set one of "
+                "them to false."
+            )
 
     @classmethod
     def preset(cls, name: str = "paper", **overrides: Any) -> Self:

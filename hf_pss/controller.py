@@ -160,6 +160,7 @@ class PSSController:
         loss: float | None = None,
         *,
         loss_scaled: bool = False,
+        discarded: bool = False,
     ) -> bool:
         """Judge the gradient of this step and tell whether its update may be applied.
 
@@ -168,13 +169,17 @@ class PSSController:
             loss: This step's loss.
             loss_scaled: A GradScaler is active: it skips overflown gradients by itself, so the
                 answer to these is True, and only a long streak of them stops the run.
+            discarded: The update has been dropped already, as DeepSpeed does by itself where the
+                gradient is not finite: there is nothing left to hold back.
 
         Raises:
             NonFiniteError: The policy says to stop. No weight was touched.
         """
         started = time.perf_counter()
         self.step_number += 1
-        step = self._current = Step(self.step_number, loss, grad_norm_preclip)
+        step = self._current = Step(
+            self.step_number, loss, grad_norm_preclip, not discarded, discarded
+        )
         has_overflown = (
             loss_scaled and grad_norm_preclip is not None and not math.isfinite(grad_norm_preclip)
         )
@@ -187,7 +192,7 @@ class PSSController:
         if step.update_applied and self._watch.reads(Quantity.UPDATE_NORM):
             self._gauges.start_update()
         self.seconds += time.perf_counter() - started
-        return step.update_applied or has_overflown
+        return step.update_applied or has_overflown or discarded
 
     @torch.no_grad()
     def after_update(self) -> StepReport:
@@ -317,6 +322,8 @@ class PSSController:
         """Put a judgement through the policy, on record, and into the step's plan."""
         # A loss scaler overflows now and then by design and skips those steps itself.
         policy = replace(self._policy, on_nonfinite="skip") if has_overflown else self._policy
+        if step.is_discarded and not has_overflown:  # as asked for, whatever the backend can do
+            policy = replace(policy, on_nonfinite=self.config.on_nonfinite)
         decision, self._history = policy.decide(
             judgement,
             step=step.number,
@@ -335,7 +342,10 @@ class PSSController:
                 logging.INFO if has_overflown else logging.WARNING,
                 "%s",
                 describe_nonfinite(
-                    event, self._history.num_nonfinite_steps, has_overflown=has_overflown
+                    event,
+                    self._history.num_nonfinite_steps,
+                    has_overflown=has_overflown,
+                    is_discarded=step.is_discarded,
                 ),
             )
         if decision.action is Action.ACT:
@@ -343,7 +353,8 @@ class PSSController:
         else:
             step.records.append(event)
         if decision.action is Action.STOP:
-            has_happened = step.is_after_update or not self._gauges.backend.can_hold_back
+            can_hold_back = self._gauges.backend.can_hold_back or step.is_discarded
+            has_happened = step.is_after_update or not can_hold_back
             raise NonFiniteError(describe_stop(event, is_after_update=has_happened))
         return decision.action
 

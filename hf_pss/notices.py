@@ -11,10 +11,14 @@ from hf_pss.policy import Action
 __all__ = ["describe_nonfinite", "describe_stop", "is_worth_a_line"]
 
 
-def describe_nonfinite(event: Event, num_nonfinite_steps: int, *, has_overflown: bool) -> str:
+def describe_nonfinite(
+    event: Event, num_nonfinite_steps: int, *, has_overflown: bool, is_discarded: bool = False
+) -> str:
     """Return the line for the log: what was not finite, where, and what became of the step."""
     if has_overflown:
         answer = "left to the loss scaler"
+    elif is_discarded and event.decision is not Action.STOP:
+        answer = "its update was discarded by DeepSpeed, no weight was touched"
     elif event.decision is Action.OBSERVE:
         answer = f"observed ({event.reason})"
     else:

@@ -37,6 +37,8 @@ class Step:
     loss: float | None = None
     grad_norm_preclip: float | None = None
     update_applied: bool = True
+    is_discarded: bool = False
+    """Whether the update was dropped by others before this step was judged."""
     is_after_update: bool = False
     judgements: list[Judgement] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)

@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -63,6 +64,7 @@ from hf_pss.cli.quiet import without_noise
 from hf_pss.cli.training import check_reporters
 from hf_pss.data import open_rows
 from hf_pss.errors import ConfigurationError
+from hf_pss.integration.throughput import num_parameters
 
 try:
     from trl import (
@@ -322,7 +324,8 @@ def as_conversations(rows: Dataset, *, source: str) -> Dataset:
     answered = rows.filter(_has_answer)
     if len(answered) == 0:
         raise ConfigurationError(f"No row of {source} has a turn of the role 'assistant'.")
-    if num_left_out := len(rows) - len(answered):
+    num_left_out = len(rows) - len(answered)
+    if num_left_out and PartialState().is_main_process:
         print(f"{num_left_out} of {len(rows)} rows have no assistant's turn and are left out")
     return answered
 
@@ -402,10 +405,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase, training: FinetuneArgumen
 def announce(trainer: FinetuneTrainer) -> None:
     """Print what is about to be trained."""
     model, arguments = trainer.model, trainer.args
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sequences = arguments.train_batch_size * arguments.world_size
     print(
-        f"{model.config.model_type}, {num_trained:,} of {model.num_parameters():,} parameters "
+        f"{model.config.model_type}, {num_parameters(model, trained=True):,} of "
+        f"{num_parameters(model):,} parameters "
         f"trained; {len(trainer.train_dataset):,} conversations, "
         f"{sequences * arguments.gradient_accumulation_steps} a step"
     )

@@ -60,7 +60,7 @@ from hf_pss.cli.text import BUILT_IN, load_training_text
 from hf_pss.cli.training import check_reporters
 from hf_pss.data import BlockDataset, open_rows
 from hf_pss.errors import ConfigurationError
-from hf_pss.integration.throughput import ThroughputTrainerMixin
+from hf_pss.integration.throughput import ThroughputTrainerMixin, num_parameters
 from hf_pss.packing import PackedStream, first_blocks, split_stream
 
 # Layers, width and heads of GPT-2 (Radford et al. 2019, table 2), with the head width of 64 that
@@ -151,10 +151,11 @@ def main(
     )
     if trainer.is_world_process_zero():
         announce(network, data, training)
-    checkpoint = training.resume_from_checkpoint
     with without_noise(network):
-        is_latest = str(checkpoint).lower() == "true"  # a word here, a bool for the Trainer
-        trainer.train(resume_from_checkpoint=True if is_latest else checkpoint)
+        checkpoint = training.resume_from_checkpoint
+        # Words here, truths for the Trainer.
+        truths: dict[str, bool] = {"true": True, "false": False}
+        trainer.train(resume_from_checkpoint=truths.get(str(checkpoint).lower(), checkpoint))
     trainer.save_model()  # with the tokenizer: plain transformers loads the folder
     trainer.save_state()
     return trainer
@@ -246,7 +247,7 @@ def announce(model: PreTrainedModel, data: DataOptions, training: PSSTrainingArg
     sequences = training.train_batch_size * training.world_size
     tokens = sequences * training.gradient_accumulation_steps * data.context_length
     print(
-        f"{model.config.model_type}, {model.num_parameters():,} parameters; {tokens:,} tokens a "
+        f"{model.config.model_type}, {num_parameters(model):,} parameters; {tokens:,} tokens a "
         f"step: {training.gradient_accumulation_steps} × {training.train_batch_size} sequences of "
         f"{data.context_length}, on {training.world_size} "
         f"{'process' if training.world_size == 1 else 'processes'}"

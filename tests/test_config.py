@@ -58,6 +58,11 @@ def test_a_bad_option_is_refused_and_named(options: dict[str, Any]) -> None:
         PSSConfig.preset("both", **options)
 
 
+def test_whoever_only_observes_smooths_nothing_on_resume() -> None:
+    with pytest.raises(ConfigurationError, match="set one of them to false"):
+        PSSConfig(observe_only=True, smooth_on_resume=True)
+
+
 def test_presets_are_what_their_names_say() -> None:
     assert {name: PSSConfig.preset(name).detectors for name in PRESETS} == {
         "paper": ("grad_norm_ratio",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,12 @@ from hf_pss.events import Event, Intervention
 from hf_pss.policy import Action
 
 SPIKE_CONFIG = PSSConfig(calibration_steps=2, cooldown_steps=0)
+
+
+class TooLate(OneProcess):
+    """As ZeRO: the update has happened when its norm is known."""
+
+    can_hold_back: ClassVar[bool] = False
 
 
 def test_three_lines_train_and_smooth_a_spike() -> None:
@@ -125,6 +131,25 @@ def test_overflows_are_left_to_the_loss_scaler(caplog: pytest.LogCaptureFixture)
     # A NaN loss with finite gradients is not what the scaler looks at.
     with pytest.raises(NonFiniteError):
         loop.pss.before_update(1.0, math.nan, loss_scaled=True)
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_an_update_that_was_discarded_already_is_on_record_as_such(
+    policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeepSpeed drops it before anybody is asked: nothing is damaged, and nothing held back."""
+    loop = Loop(PSSConfig())
+    loop.pss = PSSController(loop.model, PSSConfig(on_nonfinite=policy), backend=TooLate())
+    if policy == "stop":
+        with pytest.raises(NonFiniteError, match=r"before the update .* No weight was touched"):
+            loop.pss.before_update(math.inf, 1.0, discarded=True)
+        return
+    assert loop.pss.before_update(math.inf, 1.0, discarded=True)
+    report = loop.pss.after_update()
+    assert (report.update_applied, report.scalars["nonfinite_steps"]) == (False, 1)
+    assert "its update was discarded by DeepSpeed, no weight was touched" in caplog.text
+    with pytest.raises(NonFiniteError, match=r"after the update .* damaged"):
+        loop.pss.before_update(math.inf, 1.0)
 
 
 def test_a_streak_of_overflows_stops_even_under_a_loss_scaler() -> None:

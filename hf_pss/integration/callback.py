@@ -61,8 +61,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._device_loss: Tensor | None = None
         self._loss: float | None = None
         self._norm_is_new = False
-        self._scaler_is_active = False
+        self._scaler_is_active = self._update_is_discarded = False
         self._floor_has_acted = False
+        self._speaks = True
         self._events: JsonLines | None = None
         self._health: JsonLines | None = None
 
@@ -105,7 +106,13 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         if self.controller is not None:
             self.controller.inspect_gradients()
 
-    def see_grad_norm(self, norm: Tensor | float | None, *, scaler_is_active: bool) -> float | None:
+    def see_grad_norm(
+        self,
+        norm: Tensor | float | None,
+        *,
+        scaler_is_active: bool,
+        update_is_discarded: bool = False,
+    ) -> float | None:
         """Bring this step's norm and loss to the host.
 
         The one device-to-host read of PSS in a step without an event. The Trainer gets the float
@@ -115,6 +122,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self._grad_norm, self._loss = self.controller.to_host(norm, self._device_loss)
         self._device_loss = None
         self._norm_is_new, self._scaler_is_active = True, scaler_is_active
+        self._update_is_discarded = update_is_discarded
         return self._grad_norm
 
     def extend_logs(self, logs: dict[str, float]) -> None:
@@ -138,6 +146,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
         self._grad_norm = self._device_loss = self._loss = self.report = None
         self._norm_is_new = self._floor_has_acted = False
+        self._speaks = state.is_world_process_zero
         # Accelerate wraps the optimizer; its state is the inner one's.
         self.controller = PSSController(
             model, self._config_for(args), optimizer=getattr(optimizer, "optimizer", optimizer)
@@ -155,7 +164,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                 self._health.write([health_line(step, first_health)])
         if state.global_step > 0 and self.controller.config.smooth_on_resume:
             self._write([self.controller.smooth_now()])
-        logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
+        if self._speaks:
+            logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
 
     def on_pre_optimizer_step(
         self,
@@ -169,7 +179,10 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         controller = self._ready()
         try:
             apply_update = controller.before_update(
-                self._grad_norm, self._loss, loss_scaled=self._scaler_is_active
+                self._grad_norm,
+                self._loss,
+                loss_scaled=self._scaler_is_active,
+                discarded=self._update_is_discarded,
             )
         except NonFiniteError:
             self._write(controller.pending_records)
@@ -215,12 +228,13 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         super().on_train_end(args, state, control, optimizer)
         if self.report is not None:
             numbers = self.report.scalars
-            logger.info(
-                "PSS: %d interventions, %d non-finite steps, %.2f s.",
-                numbers["interventions"],
-                numbers["nonfinite_steps"],
-                numbers["seconds"],
-            )
+            if self._speaks:
+                logger.info(
+                    "PSS: %d interventions, %d non-finite steps, %.2f s.",
+                    numbers["interventions"],
+                    numbers["nonfinite_steps"],
+                    numbers["seconds"],
+                )
 
     # ---- the checkpoint ----
 
@@ -241,9 +255,10 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                     "trained without PSS."
                 )
         except StateError as error:
-            logger.warning(
-                "PSS starts with a fresh baseline at step %d. %s", state.global_step, error
-            )
+            if self._speaks:
+                logger.warning(
+                    "PSS starts with a fresh baseline at step %d. %s", state.global_step, error
+                )
             controller.reset(step_number=state.global_step)
 
     # ---- inside ----
@@ -269,7 +284,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
 
     def _write(self, records: Sequence[Record]) -> None:
         for record in records:
-            if isinstance(record, Intervention):
+            if isinstance(record, Intervention) and self._speaks:
                 logger.log(self._level_of(record), "%s", describe(record))
         if self._events is not None:
             self._events.write_records(records)

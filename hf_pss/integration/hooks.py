@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_backends"
 _SEAMS = {
     "_clip_grad_norm": ("self", "model"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
+    "_load_best_model": ("self",),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
@@ -40,8 +42,20 @@ class StepListener(ABC):
         """Gradients of this step are complete and not clipped yet."""
 
     @abstractmethod
-    def see_grad_norm(self, norm: Tensor | float | None, *, scaler_is_active: bool) -> float | None:
-        """Take the global norm before clipping and return it as a host float."""
+    def see_grad_norm(
+        self,
+        norm: Tensor | float | None,
+        *,
+        scaler_is_active: bool,
+        update_is_discarded: bool = False,
+    ) -> float | None:
+        """Take the global norm before clipping and return it as a host float.
+
+        Args:
+            norm: None where the trainer has none to give.
+            scaler_is_active: Losses are scaled; gradients overflow now and then by design.
+            update_is_discarded: This step's update has been dropped already, by DeepSpeed.
+        """
 
     @abstractmethod
     def extend_logs(self, logs: dict[str, float]) -> None:
@@ -76,10 +90,15 @@ class StepHooks:
             return norm
         scaler = getattr(self.accelerator, "scaler", None)  # type: ignore[attr-defined]
         is_active = scaler is not None and scaler.is_enabled()
-        # DeepSpeed scales fp16 losses itself, and skips steps that overflow.
-        kind = self.accelerator.distributed_type  # type: ignore[attr-defined]
-        is_active |= kind == DistributedType.DEEPSPEED and self.args.fp16  # type: ignore[attr-defined]
-        return listener.see_grad_norm(norm, scaler_is_active=is_active)
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # type: ignore[attr-defined]
+            return listener.see_grad_norm(norm, scaler_is_active=is_active)
+        # DeepSpeed scales fp16 losses itself, has stepped already, and gives a host float. Before
+        # 0.19 that is -1 where the norm is not finite.
+        return listener.see_grad_norm(
+            math.inf if norm is not None and norm < 0 else norm,
+            scaler_is_active=is_active or self.args.fp16,  # type: ignore[attr-defined]
+            update_is_discarded=not model.was_step_applied(),
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the listener's numbers in every training log."""
@@ -91,6 +110,13 @@ class StepHooks:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]
         loaded = model if model is not None else self.model  # type: ignore[attr-defined]
         load_renamed_(loaded, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        load_renamed_(
+            self.model,  # type: ignore[attr-defined]
+            Path(self.state.best_model_checkpoint),  # type: ignore[attr-defined]
+        )
 
     def _load_callback_state(self) -> None:
         # With restore_callback_states_from_checkpoint the Trainer builds callbacks anew, from the
@@ -151,10 +177,10 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
 
 
 def refuse_backends(trainer: Trainer) -> None:
-    """Refuse the backends whose weights are no matrices any more, before anything is trained.
+    """Refuse the backends whose weights PSS cannot read or write, before anything is trained.
 
     Raises:
-        ConfigurationError: The trainer runs under FSDP1 or Megatron-LM.
+        ConfigurationError: The trainer runs under FSDP1, Megatron-LM, or DeepSpeed without ZeRO.
     """
     kind = trainer.accelerator.distributed_type
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -163,6 +189,12 @@ def refuse_backends(trainer: Trainer) -> None:
         raise ConfigurationError(
             f"This trainer runs under {'FSDP1' if is_fsdp1 else kind.value}, which flattens weight "
             "matrices. Use DDP, FSDP2 (fsdp_config: {version: 2}) or DeepSpeed ZeRO."
+        )
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 0:
+        raise ConfigurationError(
+            "This trainer runs under DeepSpeed with ZeRO stage 0, where the weights that the "
+            "optimizer updates are out of reach. Use stage 1, 2 or 3, or DDP."
         )
 
 

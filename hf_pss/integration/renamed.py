@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -28,7 +29,8 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
     memory twice while that lasts.
 
     Args:
-        model: Anything but a `PreTrainedModel` is left alone.
+        model: Anything but a `PreTrainedModel` is left alone, and so is one in shards: these are
+            loaded from checkpoints that keep the names of memory.
         checkpoint: A folder with safetensors; without them nothing is done.
 
     Returns:
@@ -38,6 +40,8 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
     if not saved or not isinstance(model, PreTrainedModel):
         return ()
     state = model.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return ()
     # A tied weight is saved once, under one of its names.
     there = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
     missing = tuple(

@@ -22,6 +22,7 @@ __all__ = [
     "Stopwatch",
     "ThroughputTrainerMixin",
     "flops_per_token",
+    "num_parameters",
     "peak_flops",
     "perplexity",
 ]
@@ -68,11 +69,28 @@ def flops_per_token(model: PreTrainedModel, *, context_length: int) -> float:
         for table in model.modules()
         if isinstance(table, nn.Embedding) and table.weight is not tied
     }
-    num_multiplied = model.num_parameters() - sum(weight.numel() for weight in looked_up)
+    num_multiplied = num_parameters(model) - sum(map(_num_elements, looked_up))
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = 12 * config.num_hidden_layers * heads * head_width * context_length
     return float(6 * num_multiplied + attention)
+
+
+def num_parameters(model: PreTrainedModel, *, trained: bool = False) -> int:
+    """Count a model's parameters, or those that are trained.
+
+    As transformers does, but those that ZeRO-3 has split, too, which are empty between uses.
+    """
+    counted: int = model.num_parameters(only_trainable=trained)
+    for parameter in model.parameters():
+        if parameter.requires_grad or not trained:
+            counted += _num_elements(parameter) - parameter.numel()
+    return counted
+
+
+def _num_elements(parameter: Tensor) -> int:
+    whole: int = getattr(parameter, "ds_numel", parameter.numel())
+    return whole
 
 
 def perplexity(loss: float) -> float:

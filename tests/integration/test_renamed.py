@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import gpt2, history, make_trainer, token_rows, weights_of
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer, set_seed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from hf_pss import PSSConfig
 from hf_pss.integration.renamed import load_renamed_
@@ -48,6 +57,45 @@ def test_a_mixture_of_experts_resumes_exactly(tmp_path: Path) -> None:
     assert losses(again) == losses(run)
     for name, weight in weights_of(run.model).items():
         assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
+    run = make_trainer(
+        tmp_path,
+        PSSConfig(),
+        model=mixtral(3),
+        rows=token_rows(),
+        eval_rows=token_rows(8),
+        save_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_samples_per_second",  # not the last one: made so below
+    )
+
+    class First(TrainerCallback):
+        def on_evaluate(self, *args: object, metrics: dict[str, float], **kwargs: object) -> None:
+            metrics["eval_samples_per_second"] = -float(run.state.global_step)
+
+    run.add_callback(First())
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    best = MixtralForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, best[name]), name
+
+
+def test_a_model_in_shards_is_left_alone(tmp_path: Path) -> None:
+    mixtral(3).save_pretrained(tmp_path)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = mixtral(4)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert load_renamed_(model, tmp_path) == ()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_plain_trainer_still_does_not(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hf_pss.integration.throughput import (
     Stopwatch,
     ThroughputTrainerMixin,
     flops_per_token,
+    num_parameters,
     peak_flops,
     perplexity,
 )
@@ -189,6 +190,19 @@ def test_an_untied_input_embedding_is_looked_up_not_multiplied() -> None:
     num_multiplied = num_params - model.model.embed_tokens.weight.numel()
     expected = 6 * num_multiplied + 12 * 2 * 16 * LENGTH
     assert flops_per_token(model, context_length=LENGTH) == expected
+
+
+def test_what_zero_3_has_split_counts() -> None:
+    """Between uses such a parameter is empty, and knows its size."""
+    model = llama()
+    before = flops_per_token(model, context_length=LENGTH), num_parameters(model)
+    model.model.embed_tokens.weight.requires_grad = False
+    of_table = model.model.embed_tokens.weight.numel()
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = parameter.new_empty(0)
+    assert (flops_per_token(model, context_length=LENGTH), num_parameters(model)) == before
+    assert num_parameters(model, trained=True) == before[1] - of_table
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ from hf_pss import (
     PSSTrainerMixin,
     PSSTrainingArguments,
 )
-from hf_pss.integration.hooks import StepListener, check_seams
+from hf_pss.integration.hooks import StepHooks, StepListener, check_seams, refuse_backends
 
 
 class Weighted(Trainer):
@@ -281,3 +282,46 @@ def test_a_backend_that_flattens_matrices_is_refused(kind: DistributedType, tmp_
             PSSCallback().attach(trainer)
     finally:
         state.distributed_type, state.fsdp_plugin = DistributedType.NO, None
+
+
+def test_deepspeed_without_zero_is_refused() -> None:
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=0))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+    with pytest.raises(ConfigurationError, match="ZeRO stage 0"):
+        refuse_backends(SimpleNamespace(accelerator=accelerator))
+
+
+class OldEngine:
+    """What DeepSpeed before 0.19 makes of a NaN: an update, and a norm of -1."""
+
+    def __init__(self, *, steps: bool) -> None:
+        self.steps = steps
+
+    def was_step_applied(self) -> bool:
+        return self.steps
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_a_masked_norm_of_deepspeed_is_inf(steps: bool) -> None:
+    heard: list[Any] = []
+
+    class Listener(PSSCallback):
+        def see_grad_norm(self, norm: Any, **options: Any) -> float | None:
+            heard.append((norm, options))
+            return None
+
+    class Behind:
+        accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+        args = SimpleNamespace(fp16=False)
+        callback_handler = SimpleNamespace(callbacks=[Listener()])
+
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            return grad_norm
+
+    class Hooked(StepHooks, Behind):
+        pass
+
+    for norm in (2.0, -1.0):
+        Hooked()._get_grad_norm(OldEngine(steps=steps), grad_norm=norm)
+    said = {"scaler_is_active": False, "update_is_discarded": not steps}
+    assert heard == [(2.0, said), (math.inf, said)]

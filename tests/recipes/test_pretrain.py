@@ -232,10 +232,12 @@ def test_a_stream_resumes_as_if_never_interrupted(stream: tuple[str, ...]) -> No
     words = [*stream, "--lr_scheduler_type", "constant", "--save_steps", "3", "--max_steps"]
     assert script.run([*words, "6", "--output_dir", "whole"]) == 0
     assert script.run([*words, "3", "--output_dir", "parts"]) == 0
-    go_on = ("--output_dir", "parts", "--resume_from_checkpoint", "true")
-    assert script.run([*words, "6", *go_on]) == 0
+    go_on = ("--output_dir", "parts", "--resume_from_checkpoint")
+    assert script.run([*words, "6", *go_on, "true"]) == 0
     assert losses("parts") == losses("whole")
     assert len(losses("whole")) == 6
+    assert script.run([*words, "3", *go_on, "false"]) == 0, "false is no folder's name"
+    assert losses("parts") == losses("whole")[:3]
 
 
 # torch's own tracer looks at the gradient of the logits, which are no leaf (2.13).
