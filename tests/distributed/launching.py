@@ -54,21 +54,27 @@ def environment(backend: str) -> dict[str, str]:
 
 def launch(backend: str, folder: Path, *, num_ranks: int = 2, **options: Any) -> Run:
     """Run the worker; `options` are its flags, mappings as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
     flags = []
     for name, value in options.items():
         flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    num_ranks = num_ranks if backend != "one" else 0
+    return launch_ranks(WORKER.name, folder, backend, *flags, num_ranks=num_ranks)
+
+
+def launch_ranks(worker: str, folder: Path, first: str, *flags: str, num_ranks: int) -> Run:
+    """Run a script of this folder, ``worker first folder flags…``; 0 ranks: no launcher."""
+    folder.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     process = subprocess.Popen(
         [
             sys.executable,
-            *(launcher if backend != "one" else []),
-            str(WORKER),
-            backend,
+            *(launcher if num_ranks else []),
+            str(HERE / worker),
+            first,
             str(folder),
             *flags,
         ],
-        env=environment(backend),
+        env=environment(first),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

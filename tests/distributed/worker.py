@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from cpu_shims import enable_deepspeed_on_cpu, enable_fsdp2_on_cpu
 from helpers import controller_of, make_trainer, token_rows
+from shards_worker import MAX_ELEMENTS, MOMENTS, build
 
-from hf_pss import PSSConfig, PSSTrainer
+from hf_pss import PSSConfig, PSSTrainer, stacks
 from hf_pss.distributed import gathered
 
 BATCH = 4
@@ -63,7 +64,11 @@ def strategy(backend: str) -> dict[str, Any]:
         }
     if backend.startswith("zero"):
         config = {
-            "zero_optimization": {"stage": int(backend[-1])},
+            # 0: as large parameters are, small ones are split too.
+            "zero_optimization": {
+                "stage": int(backend[-1]),
+                **({"stage3_param_persistence_threshold": 0} if backend[-1] == "3" else {}),
+            },
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
@@ -87,6 +92,8 @@ def main() -> None:
     parser.add_argument("--resume", default=None)
     parser.add_argument("--model", default="llama")
     given = parser.parse_args()
+    if given.model in MOMENTS:
+        stacks._MAX_ELEMENTS = MAX_ELEMENTS
     if strategy_name(given.backend) == "fsdp":
         enable_fsdp2_on_cpu()
     if strategy_name(given.backend) == "zero":
@@ -108,6 +115,7 @@ def main() -> None:
         PSSConfig.preset(**{"name": "paper", **given.options}),
         trainer_class=FaultyTrainer,
         model_name=given.model,
+        model=build(given.model) if given.model in MOMENTS else None,
         rows=token_rows(),
         eval_rows=token_rows(8),
         **options,
