@@ -122,8 +122,8 @@ def share_out(
 ) -> tuple[Turn, ...]:
     """Share the selected matrices out over ranks, by cost, in stacks of equal shape.
 
-    Every rank computes the same. All matrices of a parameter have one owner, so that each row of it
-    is gathered once; the dearest parameter goes to whoever has least to do so far. In each turn a
+    Every rank computes the same. All matrices of a parameter have one owner, so that it is
+    gathered once; the dearest parameter goes to whoever has least to do so far. In each turn a
     rank has one stack. Experts come in order, with all matrices of one beside each other: a turn
     needs few rows of their parameter.
 
