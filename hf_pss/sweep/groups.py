@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.optim.layout import layout_of
+from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
 from hf_pss.sweep.guards.base import OptimizerSettings
 
 __all__ = ["Groups", "decay_groups", "matrix_groups"]
@@ -30,14 +31,24 @@ def decay_groups(model: nn.Module, settings: OptimizerSettings) -> Groups:
 def matrix_groups(
     model: nn.Module, settings: OptimizerSettings, *, matrix_lr_ratio: float = 1.0
 ) -> Groups:
-    """Return block matrices, other parameters with weight decay, and those without."""
+    """Return block matrices, other parameters with weight decay, and those without.
+
+    The matrices' group says how they lie in their parameters, which most optimizers pass over.
+    """
     decayed, plain = _split(model)
-    selected = {view.parameter_name for view in select_matrices(model).matrices}
-    matrices = [p for name, p in decayed.items() if name in selected]
-    others = [p for name, p in decayed.items() if name not in selected]
+    views: dict[str, list[MatrixView]] = {}
+    for view in select_matrices(model).matrices:
+        views.setdefault(view.parameter_name, []).append(view)
+    matrices = [name for name in decayed if name in views]
+    others = [p for name, p in decayed.items() if name not in views]
     rate, decay = settings.learning_rate, settings.weight_decay
     return [
-        {"params": matrices, "lr": rate * matrix_lr_ratio, "weight_decay": decay},
+        {
+            "params": [decayed[name] for name in matrices],
+            "layouts": [layout_of(views[name]) for name in matrices],
+            "lr": rate * matrix_lr_ratio,
+            "weight_decay": decay,
+        },
         {"params": others, "lr": rate, "weight_decay": decay},
         {"params": list(plain.values()), "lr": rate, "weight_decay": 0.0},
     ]

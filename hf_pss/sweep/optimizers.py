@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.optim import MatrixOptimizer
 from hf_pss.sweep.groups import Groups, matrix_groups
 from hf_pss.sweep.guards.base import OptimizerSettings
 
@@ -27,15 +28,24 @@ def _sgd(groups: Groups, settings: OptimizerSettings) -> Optimizer:
 
 
 def _muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
+    matrices, *others = groups
+    return MatrixOptimizer(
+        [{**matrices, "algo": "muon"}, *({**group, "algo": "adamw"} for group in others)],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+
+def _pytorch_optimizer_muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
     try:
         from pytorch_optimizer import Muon
     except ImportError as error:
         raise ConfigurationError(
-            "The optimizer muon of a sweep is pytorch_optimizer's: pip install 'hf-pss[evidence]'."
+            "The optimizer pytorch_optimizer_muon of a sweep needs that package: "
+            "pip install 'hf-pss[evidence]'."
         ) from error
     matrices, *others = groups
-    # Moonlight's scale 0.2 sqrt(max(m, n)): an update has the RMS of AdamW's, so one learning rate
-    # serves both kinds of parameters.
+    # Moonlight's scale 0.2 sqrt(max(m, n)), as ours by default.
     optimizer: Optimizer = Muon(
         [{**matrices, "use_muon": True}]
         + [{**g, "use_muon": False, "betas": settings.betas, "eps": settings.eps} for g in others],
@@ -45,9 +55,14 @@ def _muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
 
 
 OPTIMIZERS: Mapping[str, Callable[[Groups, OptimizerSettings], Optimizer]] = MappingProxyType(
-    {"adamw": _adamw, "sgd": _sgd, "muon": _muon}
+    {
+        "adamw": _adamw,
+        "sgd": _sgd,
+        "muon": _muon,
+        "pytorch_optimizer_muon": _pytorch_optimizer_muon,
+    }
 )
-"""SGD has Nesterov momentum 0.9; Muon gives AdamW all that is no block matrix."""
+"""SGD has Nesterov momentum 0.9; both of Muon give AdamW all that is no block matrix."""
 
 
 def make_optimizer(
