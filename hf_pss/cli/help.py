@@ -1,4 +1,4 @@
-"""The help of `hf-pss train`: groups, the options that matter, and three worked examples."""
+"""The help of `hf-pss train`: groups, the options that matter, and worked examples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ _EXAMPLES = """\
 3. Keep the options in a file, change one, go on after an interruption:
 
    hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400
-   hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400 --resume"""
+   hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400 --resume
+
+4. Train the weight matrices with Muon, at a rate of its own, and all else with AdamW:
+
+   hf-pss train --model_config gpt2 --model_overrides n_layer=4,n_embd=96 \
+     --context_length 128 --max_steps 500 --learning_rate 1e-2 \
+     --pss_optim muon --pss_optim_args others_lr=3e-3"""
 
 _CLOSING = """\
 All arguments of transformers.TrainingArguments and all pss_* options:
@@ -62,6 +68,19 @@ _TRAINING = (
     ("report_to", "none, wandb, tensorboard, trackio. Default: none."),
     ("seed", "Of weights, data order and dropout. Default: 42."),
 )
+_OPTIMIZER = (
+    (
+        "pss_optim",
+        "muon, normuon, softmuon, softsignum, specmuon, spectra or amuse for the weight matrices, "
+        "AdamW for all else. Default: AdamW, or what --optim says.",
+    ),
+    (
+        "pss_optim_args",
+        "Its options: momentum=0.95,scale=rms_match,others_lr=3e-4; in YAML also a mapping. "
+        "--learning_rate is that of the matrices; with rms_match, the default, AdamW's carries "
+        "over. --weight_decay, --adam_beta1 and --adam_beta2 mean what they always do.",
+    ),
+)
 _PSS = (
     "detectors",
     "threshold_ratio",
@@ -81,6 +100,7 @@ def print_help() -> None:
     for options in (ModelOptions, DataOptions, RunOptions):
         console.print(_panel(options._argument_group_name, _rows(fields(options))))
     console.print(_panel("Training", _TRAINING))
+    console.print(_panel("Optimizer", _OPTIMIZER))
     console.print(_panel("PSS (some; the rest is in --help-all)", _pss_rows()))
     console.print(Panel(Text(_EXAMPLES), title="Examples", title_align="left"))
     console.print(Text(_CLOSING))

@@ -284,3 +284,9 @@ def _announce_pss(console: Console, selection: Selection, arguments: PSSTraining
         highlight=False,
         markup=False,
     )
+    if arguments.pss_optim is not None:
+        console.print(
+            f"{arguments.pss_optim} trains the weight matrices, AdamW all else",
+            highlight=False,
+            markup=False,
+        )

@@ -9,6 +9,8 @@ from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from hf_pss.config import PSSConfig
+from hf_pss.errors import ConfigurationError
+from hf_pss.integration.optimizer_options import OptimizerName, read_options
 
 __all__ = ["PSSTrainingArguments"]
 
@@ -46,6 +48,13 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     >>> arguments.pss_config().floor_ratio
     0.8
 
+    ``pss_optim`` trains the weight matrices with an orthogonalised optimizer and all else with
+    AdamW; `TrainingArguments` says the rest, as it does for AdamW: ``learning_rate``,
+    ``weight_decay``, ``adam_beta1``.
+
+    >>> PSSTrainingArguments(pss_optim="muon", pss_optim_args="momentum=0.9").optimizer_options()
+    {'momentum': 0.9}
+
     They work from the command line (``--pss_smoothing log``) and from YAML
     (``pss_smoothing: log``) through HfArgumentParser and TrlParser.
 
@@ -60,9 +69,25 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         },
     )
 
+    pss_optim: Optional[OptimizerName] = field(  # noqa: UP045 (HfArgumentParser)
+        default=None,
+        metadata={
+            "help": "Train the weight matrices with muon or one of its family, everything else "
+            "with AdamW. Default: what --optim says, for everything."
+        },
+    )
+    pss_optim_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of pss_optim: momentum=0.95,others_lr=3e-4; in YAML also a mapping. "
+            "Default: none."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.pss_config()  # refuse a bad option now, not at the first step
+        self.optimizer_options()
 
     def pss_config(self) -> PSSConfig:
         """Return the preset with the options that were set."""
@@ -70,3 +95,23 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         return PSSConfig.preset(
             self.pss_preset, **{name: value for name, value in given.items() if value is not None}
         )
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Return the options of ``pss_optim``, checked.
+
+        Raises:
+            ConfigurationError: An option that the optimizer has not, or none was chosen.
+        """
+        if self.pss_optim is None:
+            if self.pss_optim_args:
+                raise ConfigurationError(
+                    "pss_optim_args are the options of pss_optim: give that, too, or leave them "
+                    "out."
+                )
+            return {}
+        if self.pss_optim not in get_args(OptimizerName):
+            raise ConfigurationError(
+                f"pss_optim may be {' or '.join(get_args(OptimizerName))}; you gave "
+                f"{self.pss_optim!r}."
+            )
+        return read_options(self.pss_optim, self.pss_optim_args)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+from hf_pss.integration.optimizers import ChosenOptimizer, refuse_two_optimizers
 from hf_pss.integration.renamed import load_renamed_
 
 __all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_backends"]
@@ -27,6 +28,8 @@ _SEAMS = {
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "create_optimizer": ("self",),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 
 
@@ -62,7 +65,7 @@ class StepListener(ABC):
         """Add to a training log before it goes to the reporters."""
 
 
-class StepHooks:
+class StepHooks(ChosenOptimizer):
     """Mixin, left of a Trainer class: hands every step's loss and norm to the `StepListener`."""
 
     def _listener(self) -> StepListener | None:
@@ -71,7 +74,7 @@ class StepHooks:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch and let the listener see its loss."""
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        loss = super().training_step(*args, **kwargs)
         if listener := self._listener():
             listener.see_loss(loss)
         return loss
@@ -136,9 +139,9 @@ def check_seams(trainer_class: type[Trainer]) -> None:
         IncompatibleVersionError: One is missing or takes other arguments.
     """
     # A class that has StepHooks already answers with these: look at what lies behind them.
-    behind: Any = (
-        super(StepHooks, trainer_class) if issubclass(trainer_class, StepHooks) else trainer_class
-    )
+    behind: Any = trainer_class
+    if issubclass(trainer_class, StepHooks):
+        behind = super(ChosenOptimizer, trainer_class)
     for name, wanted in _SEAMS.items():
         method = getattr(behind, name, None)
         found = tuple(inspect.signature(method).parameters) if method is not None else ()
@@ -170,6 +173,7 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
     own = type(trainer)
     check_seams(own)
     refuse_backends(trainer)
+    refuse_two_optimizers(trainer)
     if not isinstance(trainer, StepHooks):
         hooked = type(own.__name__, (StepHooks, own), {"__module__": own.__module__})
         trainer.__class__ = hooked

@@ -10,6 +10,7 @@ from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.integration.callback import PSSCallback
 from hf_pss.integration.hooks import StepHooks, check_seams, refuse_backends
+from hf_pss.integration.optimizers import refuse_two_optimizers
 
 __all__ = ["PSSTrainer", "PSSTrainerMixin"]
 
@@ -25,14 +26,15 @@ class PSSTrainerMixin(StepHooks):
 
     Raises:
         IncompatibleVersionError: This release of transformers lacks a method that PSS needs.
-        ConfigurationError: Both pss_config and a PSSCallback were given, or the trainer runs under
-            FSDP1 or Megatron-LM.
+        ConfigurationError: Both pss_config and a PSSCallback were given, the trainer runs under
+            FSDP1 or Megatron-LM, or ``pss_optim`` was given and another optimizer, too.
     """
 
     def __init__(self, *args: Any, pss_config: PSSConfig | None = None, **kwargs: Any) -> None:
         check_seams(type(self))
         super().__init__(*args, **kwargs)
         refuse_backends(self)
+        refuse_two_optimizers(self)
         if self._listener() is None:
             self.add_callback(PSSCallback(pss_config))  # type: ignore[attr-defined]
         elif pss_config is not None:

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,6 +14,7 @@ from hf_pss.cli.parsing import make_parser, parse_plan
 from hf_pss.cli.rhythm import count_steps, set_rhythms_
 from hf_pss.cli.summary import counted
 from hf_pss.errors import ConfigurationError
+from hf_pss.integration.optimizer_options import OptimizerName
 
 
 def write(path: Path, text: str) -> Path:
@@ -156,4 +158,10 @@ def test_help_page_names_options_that_exist() -> None:
     known = {f.name for dtype in make_parser().dataclass_types for f in fields(dtype)}
     shown = {name for names, _ in help_page._TRAINING for name in names.split(", ")}
     shown |= {f"pss_{name}" for name in help_page._PSS}
+    shown |= {name for name, _ in help_page._OPTIMIZER}
     assert shown <= known
+
+
+def test_help_page_names_every_optimizer() -> None:
+    text = dict(help_page._OPTIMIZER)["pss_optim"]
+    assert all(re.search(rf"\b{name}\b", text) for name in get_args(OptimizerName))

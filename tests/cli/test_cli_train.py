@@ -67,6 +67,20 @@ def test_trains_on_a_local_file(train: Run, tmp_path: Path, text_file: Path, end
     assert "validation loss" in result.stderr  # a line an evaluation
 
 
+def test_trains_with_muon(train: Run, tmp_path: Path, text_file: Path) -> None:
+    Path("muon.yaml").write_text("pss_optim: muon\npss_optim_args: {others_lr: 3e-4}\n")
+    words = ("--dataset", text_file, "--output_dir", "out", "--learning_rate", "1e-2")
+    result = train(*words, "--config", "muon.yaml")
+    assert result.exit_code == 0, result.stderr
+    assert "muon trains the weight matrices" in result.stderr
+    state = torch.load(latest_checkpoint(Path("out")) / "optimizer.pt", weights_only=True)
+    rates = [group["initial_lr"] for group in state["param_groups"]]
+    assert rates == [1e-2, 3e-4, 3e-4]
+    mistaken = train(*words, "--config", "muon.yaml", "--pss_optim_args", "momentun=0.9")
+    assert mistaken.exit_code == 2
+    assert "Did you mean momentum" in " ".join(mistaken.stderr.split())
+
+
 def test_saved_model_loads_and_writes(train: Run, text_file: Path) -> None:
     assert train("--dataset", text_file, "--output_dir", "out").exit_code == 0
     tokenizer = AutoTokenizer.from_pretrained("out")

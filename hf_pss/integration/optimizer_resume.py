@@ -1,0 +1,81 @@
+"""A checkpoint whose optimizer is of another kind: what is taken from it, and what is not."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["Kind", "kind_of", "move_to_", "saved_kind"]
+
+Kind: TypeAlias = tuple[str | None, ...]
+"""What moves each parameter group; None for a group of an optimizer that knows no rules."""
+
+# Of accelerate and transformers: one process and DDP; FSDP2 with full, with sharded state.
+_WHOLE = ("optimizer.pt", "optimizer.bin")
+_SHARDED = "optimizer_0"
+_ENTRY = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)$")
+_TELLING = ("algo", "train_mode")
+# One entry a parameter group, of another number and order in the other optimizer.
+_BY_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs")
+
+
+def kind_of(groups: Iterable[Mapping[str, Any]]) -> Kind:
+    """Return the kind of an optimizer by its parameter groups."""
+    return tuple(_kind_of_group(group) for group in groups)
+
+
+def _kind_of_group(group: Mapping[str, Any]) -> str | None:
+    algo: str | None = group.get("algo")
+    return f"schedule-free {algo}" if algo and "train_mode" in group else algo
+
+
+def saved_kind(checkpoint: Path) -> Kind | None:
+    """Return the kind of the optimizer that a checkpoint was written by; None if it holds none."""
+    for name in _WHOLE:
+        if (checkpoint / name).is_file():
+            # Mapped, so that the state itself is not read twice.
+            state = torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
+            return kind_of(state["param_groups"])
+    if (checkpoint / _SHARDED / ".metadata").is_file():
+        return _sharded_kind(checkpoint / _SHARDED)
+    return None
+
+
+def move_to_(scheduler: Any, saved: Mapping[str, Any]) -> None:
+    """Put a schedule where another one was; the rates stay those of its own optimizer.
+
+    Args:
+        scheduler: Fresh, at step 0.
+        saved: The state dict of the other one, over other parameter groups.
+    """
+    state = {key: value for key, value in saved.items() if key not in _BY_GROUP}
+    scheduler.__dict__.update(state)
+    if isinstance(scheduler, LambdaLR):  # all of transformers' but two
+        step = scheduler.last_epoch
+        pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [base * curve(step) for base, curve in pairs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _sharded_kind(folder: Path) -> Kind:
+    reader = FileSystemReader(folder)
+    entries = map(_ENTRY.match, reader.read_metadata().state_dict_metadata)
+    found = [(int(entry[1]), entry[2]) for entry in entries if entry]
+    groups: list[dict[str, Any]] = [{} for _ in range(1 + max((i for i, _ in found), default=-1))]
+    for i, name in found:
+        if name in _TELLING:
+            groups[i][name] = None  # to be filled
+    with warnings.catch_warnings():  # of no_dist, which is meant: each rank reads a few words
+        warnings.simplefilter("ignore", UserWarning)
+        load({"optimizer": {"param_groups": groups}}, storage_reader=reader, no_dist=True)
+    return kind_of(groups)

@@ -1,0 +1,234 @@
+"""The optimizer that ``pss_optim`` names, in a Trainer: built, announced, saved and resumed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from hf_pss.distributed import Replicas
+from hf_pss.errors import ConfigurationError
+from hf_pss.integration.arguments import PSSTrainingArguments
+from hf_pss.integration.optimizer_resume import Kind, kind_of, move_to_, saved_kind
+from hf_pss.optim import RULES, MatrixOptimizer, build_optimizer
+from hf_pss.selection import canonical_name
+
+__all__ = ["ChosenOptimizer", "refuse_two_optimizers"]
+
+logger = logging.getLogger(__name__)
+
+_REPLICATED = (
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+_READ_LOSSES = ("specmuon",)
+_FLAT_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+class ChosenOptimizer:
+    """Mixin, left of a Trainer class: builds what ``pss_optim`` names, and resumes by one rule.
+
+    The rule of a resume: an optimizer's state is loaded into an optimizer of the same kind. From a
+    checkpoint of another kind, AdamW's under Muon or the other way round, come weights, the
+    schedule's position and the place in the data, while momentum and second moments begin anew; a
+    warning says so, once.
+    """
+
+    _step_loss: Tensor | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the optimizer that was asked for, unless there is one."""
+        trainer: Any = self
+        chosen = _chosen(trainer.args)
+        if trainer.optimizer is None and chosen is not None:
+            given = next(iter((*args, *kwargs.values())), None)
+            model = trainer.model if given is None else given
+            decayed = set(map(canonical_name, trainer.get_decay_parameter_names(model)))
+            trainer.optimizer = _build(model, trainer.args, decayed=decayed)
+            if trainer.accelerator.distributed_type in _REPLICATED:
+                trainer.optimizer.share_work_(Replicas())
+            if trainer.args.process_index == 0:
+                _warn_of_mismatch(model, chosen)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Tell the optimizer how long the run is, where its rule asks."""
+        trainer: Any = self
+        if _chosen(trainer.args) is not None:
+            _set_length_(trainer.optimizer, trainer.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro-batch, and let the optimizer have the step's loss where its rule asks."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        if _chosen(trainer.args) in _READ_LOSSES:
+            self._step_loss = loss + (0.0 if self._step_loss is None else self._step_loss)
+            if trainer.accelerator.sync_gradients:
+                # The mean over ranks, or replicas would part; it stays on the device.
+                mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")
+                _inner(trainer.optimizer).loss, self._step_loss = mean, None
+        return loss
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        kinds = _other_kinds(self, checkpoint)
+        if kinds is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            _warn_of_older_options(self, checkpoint)
+            return
+        path = Path(str(checkpoint), SCHEDULER_NAME)
+        move_to_(self.lr_scheduler, torch.load(path, map_location="cpu", weights_only=True))  # type: ignore[attr-defined]
+        theirs, ours = map(_described, kinds)
+        logger.warning(
+            "%s was written by %s, and this run trains with %s: weights, the schedule's position "
+            "and the place in the data go on, the optimizer's state begins anew.",
+            checkpoint,
+            theirs,
+            ours,
+        )
+
+
+def refuse_two_optimizers(trainer: Trainer) -> None:
+    """Refuse what contradicts ``pss_optim``, before anything is trained.
+
+    Raises:
+        ConfigurationError: The trainer has another optimizer, or runs under DeepSpeed.
+    """
+    arguments = trainer.args
+    chosen = _chosen(arguments)
+    if chosen is None:
+        return
+    others = {
+        "optimizers=": trainer.optimizer is not None,
+        "optimizer_cls_and_kwargs=": trainer.optimizer_cls_and_kwargs is not None,
+        f"optim={getattr(arguments.optim, 'value', arguments.optim)}": (
+            arguments.optim != TrainingArguments.default_optim
+        ),
+        "optim_args=": arguments.optim_args is not None,
+    }
+    if given := [name for name, is_given in others.items() if is_given]:
+        raise ConfigurationError(
+            f"You chose the optimizer twice, with pss_optim={chosen} and with {given[0]}: leave "
+            "one of them out."
+        )
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigurationError(
+            f"pss_optim={chosen} needs matrices, and DeepSpeed hands an optimizer of ours flat "
+            "one-dimensional pieces. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's "
+            "own Muon, whose gradient norm is blind to spikes."
+        )
+
+
+def _chosen(arguments: Any) -> str | None:
+    return arguments.pss_optim if isinstance(arguments, PSSTrainingArguments) else None
+
+
+def _build(
+    model: nn.Module, arguments: PSSTrainingArguments, *, decayed: set[str]
+) -> MatrixOptimizer:
+    names = {canonical_name(name) for name, _ in model.named_parameters()}
+    options = arguments.optimizer_options()
+    # A rule may insist on it; the scheduler brings the number.
+    asks = arguments.pss_optim in RULES and "total_steps" in RULES[arguments.pss_optim].defaults
+    unknown_yet = {"total_steps": 1} if asks and "total_steps" not in options else {}
+    return build_optimizer(
+        model,
+        algo=str(arguments.pss_optim),
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        no_decay=names - decayed,
+        **unknown_yet,
+        **options,
+    )
+
+
+def _inner(optimizer: Any) -> Any:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:
+    """Set what options of the groups would otherwise ask of the user, unless the user said it."""
+    options = arguments.optimizer_options()
+    kind = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
+    if arguments.pss_optim == "amuse" and kind not in _FLAT_SCHEDULES:
+        logger.warning(
+            "amuse averages weights instead of lowering the learning rate, and lr_scheduler_type="
+            "%s lowers it besides; choose %s.",
+            kind,
+            " or ".join(_FLAT_SCHEDULES),
+        )
+    num_warmup_steps = arguments.get_warmup_steps(num_steps)
+    # AMUSE's curve begins at its second step of warm-up.
+    wanted = {
+        "total_steps": num_steps,
+        "warmup_steps": num_warmup_steps if num_warmup_steps > 1 else 0,
+    }
+    for group in optimizer.param_groups:
+        group.update({k: v for k, v in wanted.items() if k in group and k not in options})
+
+
+def _warn_of_mismatch(model: nn.Module, chosen: str) -> None:
+    """Warn where all of a loaded model is tuned by another rule than most models come from."""
+    source = getattr(model, "name_or_path", "")
+    is_adapted = getattr(model, "peft_config", None) is not None
+    # A folder with a trainer's state is a run that goes on.
+    is_own_run = bool(source) and Path(source, "trainer_state.json").is_file()
+    if source and not is_adapted and not is_own_run:
+        logger.warning(
+            "%s tunes all of %s. Where Adam trained a model, as it did most, full fine-tuning with "
+            "Muon disrupts what it knows, while LoRA with Muon does as well as with Adam (arXiv "
+            "2605.10468): use LoRA, or leave pss_optim out.",
+            chosen,
+            source,
+        )
+
+
+def _other_kinds(trainer: Any, checkpoint: str | None) -> tuple[Kind, Kind] | None:
+    """Return the checkpoint's kind of optimizer and the trainer's where these differ."""
+    if checkpoint is None or trainer.is_deepspeed_enabled:
+        return None
+    if not Path(checkpoint, SCHEDULER_NAME).is_file():
+        return None  # nothing would be loaded
+    theirs, ours = saved_kind(Path(checkpoint)), kind_of(trainer.optimizer.param_groups)
+    if theirs is None or theirs == ours or not any((*theirs, *ours)):
+        return None  # of what knows no rules the Trainer's own loading is the judge
+    return theirs, ours
+
+
+def _warn_of_older_options(trainer: Any, checkpoint: str | None) -> None:
+    """Warn where options were given anew: a state brings its own."""
+    if checkpoint is None or _chosen(trainer.args) is None:
+        return
+    given = trainer.args.optimizer_options()
+    for name, value in given.items():
+        loaded = [group[name] for group in trainer.optimizer.param_groups if name in group]
+        if any(_plain(one) != _plain(value) for one in loaded):
+            logger.warning(
+                "%s was written with %s=%s, and that goes on: %s in pss_optim_args has no effect.",
+                checkpoint,
+                name,
+                loaded[0],
+                value,
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _described(kind: Kind) -> str:
+    rules = list(dict.fromkeys(rule for rule in kind if rule is not None))
+    return f"groups of {' and '.join(rules)}" if rules else "another optimizer than ours"
