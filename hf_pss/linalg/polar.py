@@ -77,55 +77,98 @@ def newton_schulz(
     x = _of_unit_norm(weight.detach(), dtype or result_dtype).flatten(0, -3)
     is_wide = x.shape[-2] < x.shape[-1]
     x = x.mT if is_wide else x
-    iterate = _in_gram_form if x.shape[-2] >= _GRAM_ASPECT * x.shape[-1] else _in_plain_form
-    x = iterate(x, steps)
+    # A batch of one is slower than a matrix, on a CPU.
+    x = _iterate(x[0], steps)[None] if len(x) == 1 else _iterate(x, steps)
     return (x.mT if is_wide else x).to(result_dtype).reshape(weight.shape)
 
 
-# The Gram form multiplies n × n matrices where the plain one multiplies m × n: 2a + 17 against
-# 10a + 5 products of n³ for five steps at m = a·n, even at a = 1.5.
+# In n³ for m = a·n, a plain step takes 2a + 1 products, a Gram form of three steps 2a + 9.
 _GRAM_ASPECT = 2
-# The product of the polynomials amplifies what rounding did to it: after so many steps it is
-# applied, and the Gram matrix formed anew. Error of five steps in bfloat16, singular values over
-# 2.5 decades, relative to the result of float64: 0.037; in the plain form 0.033, in one go 0.24.
-_GRAM_STEPS = 3
+# The Gram form needs singular values of one order, which two steps see to: from the start it would
+# diverge in bfloat16 where one direction leads by 10. The product of polynomials amplifies
+# rounding: after three steps it is applied, and the Gram matrix formed anew.
+_PLAIN_STEPS, _GRAM_STEPS = 2, 3
 
 
 def _of_unit_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return W / ‖W‖_F, at least three dimensions; NaN where W holds NaN or inf."""
     weight = weight if weight.ndim > 2 else weight[None]
-    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    is_finite = norm.isfinite()
-    # Squares of float32 numbers fit into float64, but the norm need not fit into float32.
-    exponent = torch.frexp(torch.where(is_finite, norm, 1.0)).exponent.clamp(-126, 126)
-    inverse = torch.ldexp(torch.ones_like(norm), -exponent)
-    rest = torch.where(norm > 0, norm * inverse, 1.0).where(is_finite, torch.nan)
-    kind = compute_dtype(weight)
-    scaled = weight.to(kind) * inverse.to(kind)
-    return torch.div(scaled, rest.to(kind), out=torch.empty_like(scaled, dtype=dtype))
+    # Not the norm of order inf, which takes as long on a CPU as a step of the iteration.
+    ends = weight.amax((-2, -1), keepdim=True), -weight.amin((-2, -1), keepdim=True)
+    largest = torch.maximum(*ends).to(compute_dtype(weight))
+    is_finite = largest.isfinite()
+    exponent = torch.frexp(torch.where(is_finite, largest, 1.0)).exponent.clamp(-126, 126)
+    scaled = weight * torch.ldexp(torch.ones_like(largest), -exponent)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    norm = torch.where(norm > 0, norm, 1.0).where(is_finite, torch.nan)
+    return scaled.div_(norm).to(dtype)
+
+
+def _iterate(x: Tensor, steps: Sequence[Triple]) -> Tensor:
+    """Apply the steps to one matrix (m, n) or to several (b, m, n), m >= n."""
+    if x.shape[-2] < _GRAM_ASPECT * x.shape[-1]:
+        return _in_plain_form(x, steps)
+    x = _in_plain_form(x, steps[:_PLAIN_STEPS])
+    for first in range(_PLAIN_STEPS, len(steps), _GRAM_STEPS):
+        x = _in_gram_form(x, steps[first : first + _GRAM_STEPS])
+    return x
 
 
 def _in_plain_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
     for a, b, c in steps:
-        gram = x.mT @ x
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a)
+        gram = _symmetric(x.mT, x)
+        x = _multiply_add(x, x, _symmetric(gram, gram, plus=gram, beta=b, alpha=c), beta=a)
     return x
 
 
 def _in_gram_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
     """Iterate on R = XᵀX: R ← R P², Q ← Q P with P = aI + bR + cR², and at last X Q."""
-    for first in range(0, len(steps), _GRAM_STEPS):
-        gram = x.mT @ x
-        polynomials: list[Tensor] = []
-        for a, b, c in steps[first : first + _GRAM_STEPS]:
-            for last in polynomials[-1:]:
-                gram = gram @ last @ last
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-            polynomials.append(polynomial)
-        x = x @ functools.reduce(torch.matmul, polynomials)
-    return x
+    gram = _symmetric(x.mT, x)
+    factors: list[Tensor] = []
+    for a, b, c in steps:
+        for last in factors[-1:]:
+            gram = _symmetric(_symmetric(gram, last), last)
+        factor = _symmetric(gram, gram, plus=gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        factors.append(factor)
+    return x @ functools.reduce(_symmetric, factors)
+
+
+# On a CPU, blocks below the diagonal are copied where that is less work than multiplying them.
+_STRIPED_FROM, _NUM_STRIPS = 512, 4
+
+
+def _symmetric(
+    left: Tensor,
+    right: Tensor,
+    *,
+    plus: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return β Y + α L R where that is symmetric: (..., n, m) times (..., m, n); Y is `plus`."""
+    n = left.shape[-2]
+    if not left.is_cpu or n < _STRIPED_FROM:
+        return _multiply_add(plus, left, right, beta=beta, alpha=alpha)
+    found = left.new_empty((*left.shape[:-1], n))
+    size = -(-n // _NUM_STRIPS)
+    for start in range(0, n, size):
+        rows, right_of_it = slice(start, start + size), slice(start + size, n)
+        part = None if plus is None else plus[..., rows, start:]
+        strip = _multiply_add(part, left[..., rows, :], right[..., start:], beta=beta, alpha=alpha)
+        found[..., rows, start:] = strip
+        found[..., right_of_it, rows] = strip[..., size:].mT
+    return found
+
+
+def _multiply_add(
+    y: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """Return β Y + α L R, rounded once, for one matrix or several; without Y, L R."""
+    if y is None:
+        return left @ right
+    multiply = torch.addmm if y.ndim == 2 else torch.baddbmm
+    return multiply(y, left, right, beta=beta, alpha=alpha)
 
 
 def _schedule(name: str) -> PolynomialSchedule:

@@ -84,7 +84,7 @@ def _check_normuon(options: Options) -> None:
         )
 
 
-_POLAR = {"schedule": "keller", "num_steps": None, "dtype": "auto"}
+_POLAR = {"schedule": "polar_express_4", "num_steps": None, "dtype": "auto"}
 
 MUON = Rule(defaults=MappingProxyType(_POLAR), check=check_polar, direction=_muon)
 """K. Jordan et al. 2024, kellerjordan.github.io/posts/muon: D = s(m, n) · UVᵀ.

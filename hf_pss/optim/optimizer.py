@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,11 @@ from hf_pss.optim.scales import UPDATE_SCALES
 __all__ = ["ADAMW", "MatrixOptimizer"]
 
 ADAMW = "adamw"
+
+# So many elements are on their way from gradient to weight at once: what bounds the memory of a
+# step, and on a CPU stays in its cache.
+_AT_ONCE = 2**28
+_ON_A_CPU = 2**22
 
 
 class MatrixOptimizer(Optimizer):
@@ -185,7 +190,12 @@ class MatrixOptimizer(Optimizer):
         for ranks, places in by_ranks.items():
             if ranks is not None and ranks not in self._sharing:
                 self._sharing[ranks] = Shards(ranks)
-            self._step_shared(group, places, self._sharing[ranks])
+            sharing = self._sharing[ranks]
+            limit = (
+                _ON_A_CPU if isinstance(sharing, Alone) and group["params"][0].is_cpu else _AT_ONCE
+            )
+            for chunk in _chunks(places, group["params"], limit):
+                self._step_shared(group, chunk, sharing)
 
     def _step_shared(self, group: dict[str, Any], places: Sequence[int], sharing: Sharing) -> None:
         params = [group["params"][i] for i in places]
@@ -269,6 +279,18 @@ class MatrixOptimizer(Optimizer):
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         found: Tensor = state[name]
         return found
+
+
+def _chunks(places: Sequence[int], params: Sequence[Tensor], limit: int) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    num_elements = 0
+    for place in places:
+        num_elements += params[place].numel()
+        if chunk and num_elements > limit:
+            yield chunk
+            chunk, num_elements = [], params[place].numel()
+        chunk.append(place)
+    yield chunk
 
 
 def _is_of_a_rule(name: str) -> bool:

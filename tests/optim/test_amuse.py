@@ -60,7 +60,7 @@ def quadratic() -> tuple[nn.Parameter, Tensor, Tensor]:
 
 def direction(update: Tensor) -> Tensor:
     """Muon's in float64: what is tested here is what happens to it."""
-    factor = newton_schulz(update.unsqueeze(0), schedule="keller", dtype=torch.float64)[0]
+    factor = newton_schulz(update.unsqueeze(0), schedule="polar_express_4", dtype=torch.float64)[0]
     return UPDATE_SCALES["rms_match"](*SHAPE) * factor
 
 
