@@ -203,20 +203,23 @@ class PSSController:
         """
         step = self._current if self._current is not None else Step(self.step_number)
         step.is_after_update = True
-        check_is_due = self._watch.reads(Quantity.STABLE_RANK) and step.is_due(
-            self.config.check_every_steps
-        )
+        is_due = step.is_due(self.config.check_every_steps)
+        ranks_are_due = is_due and self._watch.reads(Quantity.STABLE_RANK)
+        norms_are_due = is_due and self._watch.reads(Quantity.SPECTRAL_NORM)
         health_is_due = step.is_due(self.config.health_every_steps)
         # Before any smoothing: health shows what the optimizer left, not what we made of it. A
         # reading for the report alone is no cost of PSS.
         health = self.stable_ranks() if health_is_due else None
         started = time.perf_counter()
-        ranks = self._ranks_to_judge(step, health) if check_is_due else None
+        ranks = self._ranks_to_judge(step, health) if ranks_are_due else None
         if step.update_applied:
             for judgement in self._watch.judge_update():
                 self._decide(step, judgement)
-        if check_is_due and ranks is not None:
+        if ranks is not None:
             for judgement in self._watch.judge_stable_ranks(ranks):
+                self._decide(step, judgement)
+        if norms_are_due:
+            for judgement in self._watch.judge_spectral_norms(self._gauges.spectral_norms()):
                 self._decide(step, judgement)
         step.records += [
             self._smooth(step, *answer, is_floor=answer[1].detector == "stable_rank_floor")

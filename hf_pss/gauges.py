@@ -17,6 +17,8 @@ from hf_pss.errors import ConfigurationError, SelectionError
 from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
 from hf_pss.health.stable_rank import measure_stable_ranks
 from hf_pss.health.update_norm import UpdateMeter
+from hf_pss.linalg import spectral_norm
+from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.selection import (
     Selection,
     canonical_name,
@@ -25,7 +27,7 @@ from hf_pss.selection import (
 )
 from hf_pss.selection.rules import ADAPTER_FACTOR
 from hf_pss.smoother import Look, look_at_matrices
-from hf_pss.stacks import matrix_shapes
+from hf_pss.stacks import matrix_shapes, measure_each
 
 __all__ = ["Gauges", "select_watched"]
 
@@ -130,6 +132,12 @@ class Gauges:
             **measure_adapters(self._adapters, parameters, self.backend),
         }
 
+    def spectral_norms(self) -> dict[str, float]:
+        """Return σ₁ of each matrix, LoRA products apart: those begin at zero, and only grow."""
+        return measure_each(
+            self.selection.matrices, self.parameters(), self.backend, _quick_spectral_norm
+        )
+
     def look(self) -> tuple[tuple[Look, ...], dict[str, float]]:
         """Look at the leading triplets of all matrices; return them and their stable ranks.
 
@@ -148,6 +156,10 @@ class Gauges:
         # A model spread over devices has its loss on another one than the norm.
         target = (numbers[0].device, torch.float64 if exact else torch.float32)
         return iter(self.backend.agree(torch.stack([number.to(*target) for number in numbers])))
+
+
+def _quick_spectral_norm(matrices: Tensor) -> Tensor:
+    return spectral_norm(matrices, num_rounds=QUICK_ROUNDS)
 
 
 def _check(model: nn.Module, config: PSSConfig) -> None:

@@ -79,6 +79,11 @@ class Watch:
         judged = {name: rank for name, rank in ranks.items() if rank != 0}
         yield from self._judge_after_update(Quantity.STABLE_RANK, judged)
 
+    def judge_spectral_norms(self, norms: Mapping[str, float]) -> Iterator[Judgement]:
+        """Judge the weights by σ₁ of each matrix."""
+        judged = {name: norm for name, norm in norms.items() if norm != 0}
+        yield from self._judge_after_update(Quantity.SPECTRAL_NORM, judged)
+
     def state_dict(self) -> dict[str, JSON]:
         """Return all that later judgements depend on, as plain strict JSON."""
         return {

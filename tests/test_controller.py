@@ -361,6 +361,27 @@ def test_a_drop_that_waits_for_its_cooldown_leaves_the_floor_free() -> None:
     assert acted.event.fired == (LOW,)
 
 
+def test_a_spectral_norm_that_grows_fires_for_its_matrix_alone() -> None:
+    loop = Loop(
+        PSSConfig(
+            detectors=("spectral_norm_ratio",),
+            scope="fired",
+            check_every_steps=2,
+            calibration_steps=2,
+        )
+    )
+    weight = loop.model.get_parameter(FALLING)
+    for _ in range(4):
+        assert not loop.pss.step(1.0, update=lambda: None).records
+    collapse_(weight, 1.5)
+    before = loop.weights()
+    assert not loop.pss.step(1.0, update=lambda: None).records  # between two looks
+    (record,) = loop.pss.step(1.0, update=lambda: None).records
+    assert (record.event.detector, record.event.fired) == ("spectral_norm_ratio", (FALLING,))
+    assert record.event.value == pytest.approx(1.5 * record.event.baseline, rel=1e-5)
+    assert changed(before, loop.weights()) == {FALLING}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_one_broken_matrix_leaves_the_guard_of_all_others_on(
     bad: float, caplog: pytest.LogCaptureFixture

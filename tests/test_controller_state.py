@@ -25,6 +25,7 @@ EVERYTHING = PSSConfig(
         "update_norm_ratio",
         "stable_rank_floor",
         "stable_rank_drop",
+        "spectral_norm_ratio",
     ),
     calibration_steps=2,
     check_every_steps=2,

@@ -20,6 +20,7 @@ class Quantity(StrEnum):
     MATRIX_GRAD_NORM = "matrix_grad_norm"
     UPDATE_NORM = "update_norm"
     STABLE_RANK = "stable_rank"
+    SPECTRAL_NORM = "spectral_norm"
 
 
 class Verdict(StrEnum):

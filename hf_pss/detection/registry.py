@@ -29,6 +29,16 @@ def _ratio(quantity: Quantity) -> _Factory:
     return make
 
 
+def _growth(config: PSSConfig, floors: Floors) -> Detector:
+    return RatioDetector(
+        Quantity.SPECTRAL_NORM,
+        config.spectral_norm_ratio,
+        alpha=config.baseline_alpha,
+        calibration_steps=config.calibration_steps,
+        patience_steps=config.patience_steps,
+    )
+
+
 def _drop(config: PSSConfig, floors: Floors) -> Detector:
     return DropDetector(
         config.stable_rank_drop,
@@ -48,6 +58,7 @@ DETECTORS: dict[str, _Factory] = {
     "update_norm_ratio": _ratio(Quantity.UPDATE_NORM),
     "stable_rank_floor": _floor,
     "stable_rank_drop": _drop,
+    "spectral_norm_ratio": _growth,
 }
 
 
