@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_pss import PSSConfig, PSSTrainer
+from hf_pss import PSSConfig, PSSTrainer, PSSTrainingArguments
 
 VOCABULARY = 48
 LENGTH = 12
@@ -159,7 +159,11 @@ def make_trainer(
     extra = {} if pss is None else {"pss_config": pss}
     return cls(
         model=model if model is not None else MODELS[model_name](),
-        args=arguments(folder, **options),
+        args=arguments(
+            folder,
+            PSSTrainingArguments if "pss_optim" in options else TrainingArguments,
+            **options,
+        ),
         train_dataset=rows or token_rows(masked=model_name == "bert"),
         eval_dataset=eval_rows,
         **extra,

@@ -146,7 +146,11 @@ class MatrixOptimizer(Optimizer):
         Raises:
             ValueError: It is of an optimizer with other groups.
         """
+        layouts = [group["layouts"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        # The model's, whatever was saved: torch's distributed checkpoints lose tuples without entries.
+        for group, own in zip(self.param_groups, layouts, strict=True):
+            group["layouts"] = own
         given = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         held = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
         for key, parameter in zip(given, held, strict=True):

@@ -17,7 +17,7 @@ from helpers import controller_of, make_trainer, token_rows
 from shards_worker import MAX_ELEMENTS, MOMENTS, build
 
 from hf_pss import PSSConfig, PSSTrainer, stacks
-from hf_pss.distributed import gathered
+from hf_pss.distributed import gathered, local
 
 BATCH = 4
 FAULT_STEP = 5
@@ -82,6 +82,12 @@ def strategy_name(backend: str) -> str:
     return backend.split("-")[0].rstrip("23")
 
 
+def num_state_elements(optimizer: Any) -> int:
+    """Return how many numbers of the optimizer's state lie on this rank."""
+    states = optimizer.state.values()
+    return sum(local(v).numel() for state in states for v in state.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("backend")
@@ -101,7 +107,7 @@ def main() -> None:
     FaultyTrainer.fault = given.fault
     options = {
         "per_device_train_batch_size": BATCH,
-        "optim": "adamw_torch",
+        **({} if "pss_optim" in given.trainer else {"optim": "adamw_torch"}),
         "logging_nan_inf_filter": False,
         "save_steps": 4,
         # FSDP2 shows plain parameters for a while after an evaluation.
@@ -143,6 +149,7 @@ def main() -> None:
         "grad_norms": [
             line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line
         ],
+        "num_state_elements": num_state_elements(trainer.optimizer),
         "digest": hashlib.sha256(
             b"".join(gathered(w).contiguous().numpy().tobytes() for w in weights.values())
         ).hexdigest(),
