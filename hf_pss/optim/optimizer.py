@@ -148,7 +148,7 @@ class MatrixOptimizer(Optimizer):
         """
         layouts = [group["layouts"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        # The model's, whatever was saved: torch's distributed checkpoints lose tuples without entries.
+        # The model's, whatever was saved: distributed checkpoints lose tuples without entries.
         for group, own in zip(self.param_groups, layouts, strict=True):
             group["layouts"] = own
         given = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
