@@ -20,7 +20,7 @@ from hf_pss.sweep.recipes import Fault
 
 FAULT = Fault("high_learning_rate", start=3, num_steps=2, factor=30.0)
 FLOOR_RATIO = 0.8
-RANK_BAND = 2e-3  # how far below the floor a matrix may end, relative, not measured yet
+RANK_BAND = 1e-5  # 3.5e-6: how far below the floor a matrix ends, relative
 
 Snapshot = dict[str, Tensor]
 
