@@ -75,11 +75,12 @@ def newton_schulz(
     require_matrix(weight)
     result_dtype = compute_dtype(weight)
     x = _of_unit_norm(weight.detach(), dtype or result_dtype).flatten(0, -3)
-    is_wide = x.shape[-2] < x.shape[-1]
-    x = x.mT if is_wide else x
+    # Of columns side by side in memory make rows: the result then lies as the weight does.
+    is_flipped = x.stride(-1) != 1
+    x = x.mT if is_flipped else x
     # A batch of one is slower than a matrix, on a CPU.
     x = _iterate(x[0], steps)[None] if len(x) == 1 else _iterate(x, steps)
-    return (x.mT if is_wide else x).to(result_dtype).reshape(weight.shape)
+    return (x.mT if is_flipped else x).to(result_dtype).reshape(weight.shape)
 
 
 # In n³ for m = a·n, a plain step takes 2a + 1 products, a Gram form of three steps 2a + 9.
@@ -105,8 +106,8 @@ def _of_unit_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _iterate(x: Tensor, steps: Sequence[Triple]) -> Tensor:
-    """Apply the steps to one matrix (m, n) or to several (b, m, n), m >= n."""
-    if x.shape[-2] < _GRAM_ASPECT * x.shape[-1]:
+    """Apply the steps to one matrix (m, n) or to several (b, m, n)."""
+    if max(x.shape[-2:]) < _GRAM_ASPECT * min(x.shape[-2:]):
         return _in_plain_form(x, steps)
     x = _in_plain_form(x, steps[:_PLAIN_STEPS])
     for first in range(_PLAIN_STEPS, len(steps), _GRAM_STEPS):
@@ -116,14 +117,15 @@ def _iterate(x: Tensor, steps: Sequence[Triple]) -> Tensor:
 
 def _in_plain_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
     for a, b, c in steps:
-        gram = _symmetric(x.mT, x)
-        x = _multiply_add(x, x, _symmetric(gram, gram, plus=gram, beta=b, alpha=c), beta=a)
+        gram = _gram(x)
+        polynomial = _symmetric(gram, gram, plus=gram, beta=b, alpha=c)
+        x = _multiply_add(x, *_on_the_short_side(x, polynomial), beta=a)
     return x
 
 
 def _in_gram_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
     """Iterate on R = XᵀX: R ← R P², Q ← Q P with P = aI + bR + cR², and at last X Q."""
-    gram = _symmetric(x.mT, x)
+    gram = _gram(x)
     factors: list[Tensor] = []
     for a, b, c in steps:
         for last in factors[-1:]:
@@ -131,7 +133,18 @@ def _in_gram_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
         factor = _symmetric(gram, gram, plus=gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         factors.append(factor)
-    return x @ functools.reduce(_symmetric, factors)
+    left, right = _on_the_short_side(x, functools.reduce(_symmetric, factors))
+    return left @ right
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return XᵀX, or XXᵀ where X is wide: the smaller one."""
+    return _symmetric(x.mT, x) if x.shape[-2] >= x.shape[-1] else _symmetric(x, x.mT)
+
+
+def _on_the_short_side(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of X P, or of P X where X is wide."""
+    return (x, factor) if x.shape[-2] >= x.shape[-1] else (factor, x)
 
 
 # On a CPU, blocks below the diagonal are copied where that is less work than multiplying them.
