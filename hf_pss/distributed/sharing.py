@@ -48,6 +48,10 @@ Compute: TypeAlias = Callable[[Mapping[int, Tensor]], dict[int, Answer]]
 class Sharing(Protocol):
     """How work on one tensor for each parameter, laid out like it, is divided over ranks."""
 
+    @property
+    def num_shares(self) -> int:
+        """Over how many ranks a tensor's rows are spread; 1 where each has them all."""
+
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[Answer]:
@@ -65,6 +69,8 @@ class Sharing(Protocol):
 class Alone:
     """One process: it owns everything."""
 
+    num_shares = 1
+
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[Answer]:
@@ -78,6 +84,8 @@ class Replicas:
 
     All apply what one rank computed, so replicas stay equal bit for bit.
     """
+
+    num_shares = 1
 
     def __init__(self, group: Ranks | None = None) -> None:
         self._group = group
@@ -107,6 +115,11 @@ class Shards:
     def __init__(self, group: Ranks) -> None:
         self._group = group
         self._told = _Told(group)
+
+    @property
+    def num_shares(self) -> int:
+        """The number of ranks."""
+        return dist.get_world_size(self._group)
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute

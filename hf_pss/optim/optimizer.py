@@ -23,8 +23,8 @@ __all__ = ["ADAMW", "MatrixOptimizer"]
 
 ADAMW = "adamw"
 
-# So many elements are on their way from gradient to weight at once: what bounds the memory of a
-# step, and on a CPU stays in its cache.
+# So many elements of a rank are on their way from gradient to weight at once: what bounds a step's
+# memory, and on a CPU stays in its cache.
 _AT_ONCE = 2**28
 _ON_A_CPU = 2**22
 
@@ -38,8 +38,8 @@ class MatrixOptimizer(Optimizer):
 
     D being the rule's direction with its update scale. A fused projection is moved part by part, a
     transposed (Conv1D) weight by its true outputs and inputs, a stack of experts one by one; equal
-    shapes are one batched call. For ``algo="muon"`` that is the rule of ``torch.optim.Muon``, apart
-    from fused projections.
+    shapes are one batched call. With ``algo="muon"``, ``schedule="keller"`` and
+    ``scale="aspect_clamped"`` that is ``torch.optim.Muon``, apart from fused projections.
 
     `build_optimizer` makes the groups of a model. A group of ``algo="adamw"`` reads ``lr``,
     ``betas``, ``eps`` and ``weight_decay``; one of a rule all but ``betas`` and ``eps``, the rule's
@@ -54,8 +54,8 @@ class MatrixOptimizer(Optimizer):
         momentum: μ.
         nesterov: See above.
         weight_decay: λ, decoupled.
-        cautious: Decay only entries that the update moves towards zero, so that decay adds to the
-            update and never works against it (Chen et al. 2025, arXiv 2510.12402).
+        cautious: Of matrices, decay only entries that the update moves towards zero, so that decay
+            adds to the update and never works against it (Chen et al. 2025, arXiv 2510.12402).
         scale: A row of `UPDATE_SCALES`.
         betas: AdamW's.
         eps: AdamW's.
@@ -135,10 +135,11 @@ class MatrixOptimizer(Optimizer):
         self._sharing: dict[Ranks | None, Sharing] = {None: Alone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what a pickle or a copy holds; who shares the work is not among it."""
+        """Take what a copy, a pickle or a state that is loaded holds: nobody to share work with."""
         super().__setstate__(state)
-        self.loss = None
-        self._reset_sharing()
+        if "_sharing" not in self.__dict__:  # a state that is loaded finds one that is in use
+            self.loss = None
+            self._reset_sharing()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; what rules remember keeps its own type, whatever the parameters' is.
@@ -171,7 +172,8 @@ class MatrixOptimizer(Optimizer):
         result = None
         if closure is not None:
             with torch.enable_grad():
-                self.loss = result = closure()
+                result = closure()
+            self.loss = result.detach() if isinstance(result, Tensor) else result
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         if any(p.grad is not None and p.grad.is_sparse for p in params):
             raise ConfigurationError(
@@ -183,27 +185,31 @@ class MatrixOptimizer(Optimizer):
             if held:
                 move = self._step_others if group["algo"] == ADAMW else self._step_matrices
                 move(group, held)
+        self.loss = None  # the next step's is another one
         return result
 
     # ---- matrices ----
 
     def _step_matrices(self, group: dict[str, Any], held: Sequence[int]) -> None:
-        by_ranks: dict[Ranks | None, list[int]] = {}
+        params: list[Tensor] = group["params"]
+        step = max([self._count_on(params[i]) for i in held])
+        alike: dict[tuple[Ranks | None, torch.device, torch.dtype], list[int]] = {}
         for i in held:
-            by_ranks.setdefault(shards_of(group["params"][i]), []).append(i)
-        for ranks, places in by_ranks.items():
+            key = shards_of(params[i]), params[i].device, params[i].dtype
+            alike.setdefault(key, []).append(i)
+        for (ranks, device, _), places in alike.items():
             if ranks is not None and ranks not in self._sharing:
                 self._sharing[ranks] = Shards(ranks)
             sharing = self._sharing[ranks]
-            limit = (
-                _ON_A_CPU if isinstance(sharing, Alone) and group["params"][0].is_cpu else _AT_ONCE
-            )
-            for chunk in _chunks(places, group["params"], limit):
-                self._step_shared(group, chunk, sharing)
+            is_alone_on_a_cpu = device.type == "cpu" and isinstance(sharing, Alone)
+            limit = _ON_A_CPU if is_alone_on_a_cpu else _AT_ONCE * sharing.num_shares
+            for chunk in _chunks(places, params, limit):
+                self._step_shared(group, chunk, sharing, step)
 
-    def _step_shared(self, group: dict[str, Any], places: Sequence[int], sharing: Sharing) -> None:
+    def _step_shared(
+        self, group: dict[str, Any], places: Sequence[int], sharing: Sharing, step: int
+    ) -> None:
         params = [group["params"][i] for i in places]
-        step = max(self._count_on(p) for p in params)
         own = {name: value for name, value in group.items() if name != "params"}
         options = {**own, "step": step, "loss": self.loss}
 

@@ -69,9 +69,10 @@ def _soft_muon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor,
     scale = UPDATE_SCALES[options["scale"]](*momenta.shape[-2:])
     fraction = _soft_fraction(options)
     if fraction is None:
-        return polar_direction(momenta, options) * scale, {}
+        return polar_direction(momenta, options) * scale, _not_fitted(momenta)
     finite, clean = _finite(momenta)
-    state = state or _fit(torch.linalg.svdvals(clean))
+    if _is_to_be_fitted(state):
+        state = _completed(state, _fit(torch.linalg.svdvals(clean)))
     soft = 1 - options["saturation_tolerance"]
     tau = _temperature(soft / math.sqrt(1 - soft**2), fraction, state)
     return torch.where(finite, softened(clean, tau) * scale, torch.nan), state
@@ -83,8 +84,9 @@ def _soft_signum(momenta: Tensor, state: State, options: Options) -> tuple[Tenso
     fraction = _soft_fraction(options)
     finite, clean = _finite(momenta)
     if fraction is None:
-        return torch.where(finite, clean.sign() * scale, torch.nan), {}
-    state = state or _fit(clean.flatten(1))
+        return torch.where(finite, clean.sign() * scale, torch.nan), _not_fitted(momenta)
+    if _is_to_be_fitted(state):
+        state = _completed(state, _fit(clean.flatten(1)))
     tau = _temperature(math.atanh(1 - options["saturation_tolerance"]), fraction, state)
     soft = (clean * tau[:, None, None]).tanh().to(momenta.dtype)
     return torch.where(finite, soft * scale, torch.nan), state
@@ -103,6 +105,25 @@ def _soft_fraction(options: Options) -> float | None:
 def _finite(momenta: Tensor) -> tuple[Tensor, Tensor]:
     finite = momenta.isfinite().all(dim=(-2, -1))[:, None, None]
     return finite, torch.where(finite, momenta, 0.0)
+
+
+def _not_fitted(momenta: Tensor) -> State:
+    """What a state holds from the first step on, so that it can be told, saved and loaded."""
+    zeros = momenta.new_zeros(len(momenta))
+    return {"cauchy_location": zeros, "cauchy_width": zeros - 1}  # no width is negative
+
+
+def _is_to_be_fitted(state: State) -> bool:
+    # A read of the host, in the soft phase alone: the decomposition there makes one anyway.
+    return not state or bool((state["cauchy_width"] < 0).any())
+
+
+def _completed(state: State, fitted: State) -> State:
+    """Take the fit where there was none: a matrix that comes later leaves its neighbours' alone."""
+    if not state:
+        return fitted
+    is_missing = state["cauchy_width"] < 0
+    return {name: torch.where(is_missing, v, state[name]) for name, v in fitted.items()}
 
 
 def _fit(values: Tensor) -> State:

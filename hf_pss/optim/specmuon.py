@@ -22,6 +22,8 @@ _OFFSET = 1e-8
 
 def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
     loss = options.get("loss")
+    if loss is None and options["lr"] == 0:
+        loss = 1.0  # torch's distributed checkpoints make such a step to have a state to load into
     if loss is None:
         raise ConfigurationError(
             "SpecMuon holds modes back by the loss, and was given none: call step(closure) with a "

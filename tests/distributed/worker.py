@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from cpu_shims import enable_deepspeed_on_cpu, enable_fsdp2_on_cpu
 from helpers import controller_of, make_trainer, token_rows
 from shards_worker import MAX_ELEMENTS, MOMENTS, build
@@ -82,6 +83,13 @@ def strategy_name(backend: str) -> str:
     return backend.split("-")[0].rstrip("23")
 
 
+def optimizer_of(trainer: Any) -> Any:
+    optimizer = trainer.optimizer
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def num_state_elements(optimizer: Any) -> int:
     """Return how many numbers of the optimizer's state lie on this rank."""
     states = optimizer.state.values()
@@ -148,6 +156,10 @@ def main() -> None:
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
         "grad_norms": [
             line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line
+        ],
+        "sharing": [
+            type(sharing).__name__
+            for sharing in getattr(optimizer_of(trainer), "_sharing", {}).values()
         ],
         "num_state_elements": num_state_elements(trainer.optimizer),
         "digest": hashlib.sha256(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_pss.distributed import Alone
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.reference.muon import momentum_step
@@ -214,3 +215,30 @@ def test_normuon_as_its_reference(scale: str) -> None:
             direction, seconds[i] = normuon(update, seconds[i], scale=factor)
             values[i].mul_(1 - LR * WEIGHT_DECAY).sub_(direction, alpha=LR)
     assert distances(found, values).max() <= NORMUON
+
+
+def test_cautious_decay_never_works_against_the_update() -> None:
+    """W − η (D + λ W · [W D > 0]), of which plain decay forgets the bracket."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(12, 8), torch.randn(12, 8)
+    moved = {}
+    for decay, cautious in ((0.0, False), (0.5, True)):
+        weight = nn.Parameter(start.clone())
+        weight.grad = gradient
+        group = {"params": [weight], "algo": "muon", "cautious": cautious, "dtype": "float32"}
+        MatrixOptimizer([group], lr=0.1, weight_decay=decay).step()
+        moved[cautious] = weight.detach()
+    is_decayed = start * (start - moved[False]) > 0
+    expected = moved[False] - 0.1 * 0.5 * start * is_decayed
+    assert 0.2 < is_decayed.float().mean() < 0.8
+    torch.testing.assert_close(moved[True], expected)
+
+
+def test_a_state_that_is_loaded_leaves_who_shares_the_work() -> None:
+    """Accelerate loads an optimizer's own state into it when it wraps it."""
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = MatrixOptimizer([{"params": [weight], "algo": "muon"}])
+    shared = Alone()
+    optimizer.share_work_(shared)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer._sharing[None] is shared
