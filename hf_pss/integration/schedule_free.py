@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["ScheduleFree", "ScheduleFreeCallback", "schedule_free"]
@@ -34,7 +36,8 @@ class ScheduleFreeCallback(TrainerCallback):
     The Trainer itself calls ``optimizer.train()`` in each training step and ``optimizer.eval()``
     before each evaluation, but not before a save: its checkpoints hold the point of the next
     gradient, unless an evaluation came just before. It also loads the best checkpoint into whatever
-    sequence the parameters hold, which must be the averaged one by then.
+    sequence the parameters hold, which must be the averaged one by then. And FSDP2's root would use
+    what was gathered for an evaluation, the averaged weights, for the next gradient.
 
     Add it last: it sees a save that another callback has asked for only if that was before. Any
     optimizer with ``train`` and ``eval`` is switched; with others it does nothing.
@@ -45,11 +48,13 @@ class ScheduleFreeCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Go back to training, for trainers whose own `training_step` does not."""
+        """Go back to training before the Trainer's own `training_step` does."""
         if (switched := schedule_free(optimizer)) is not None:
+            _forget_gathered_(model)
             switched.train()
 
     def on_step_end(
@@ -85,6 +90,13 @@ class ScheduleFreeCallback(TrainerCallback):
         """Leave the averaged weights in the model."""
         if (switched := schedule_free(optimizer)) is not None:
             switched.eval()
+
+
+def _forget_gathered_(model: nn.Module | None) -> None:
+    """Let FSDP2 gather anew: after an evaluation the root keeps its parameters as they were."""
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _leave_training(optimizer: Any, control: TrainerControl) -> None:
