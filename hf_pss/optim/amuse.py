@@ -108,14 +108,15 @@ class Amuse(MatrixOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its iterates start at its parameters."""
-        group = {**self._own, **param_group}
+        for name, value in self._own.items():  # a copy has its defaults, and nothing else of ours
+            self.defaults.setdefault(name, value)
+        group = {**self.defaults, **param_group}
         beta1, rho, warmup_steps = (group[name] for name in ("beta1", "rho", "warmup_steps"))
         if not 0 < beta1 <= 1 or not rho >= 0 or warmup_steps < 0 or warmup_steps == 1:
             raise ConfigurationError(
                 f"You gave beta1={beta1}, rho={rho}, warmup_steps={warmup_steps}; beta1 is in "
                 "(0, 1], rho 0 or more, and warmup_steps 0 or at least 2."
             )
-        self.defaults.update(self._own)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,20 +148,16 @@ class Amuse(MatrixOptimizer):
                 "The parameters hold the averaged weights, where no gradient is to be taken: call "
                 "optimizer.train() after evaluating and saving, before the next forward pass."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        moving = [g for g in self.param_groups if any(p.grad is not None for p in g["params"])]
-        for group in moving:
-            group["iteration"] += 1
-            group["lr_max"] = max(group["lr_max"], float(group["lr"]))
-            group["weight_sum"] += group["lr_max"] ** 2
-        super().step(None if closure is None else lambda: loss)
-        for group in moving:
+        loss = super().step(closure)
+        for group in self.param_groups:
             still = [p for p in group["params"] if p.grad is None]
-            self._towards_z_(still, 1.0 - _beta(group, 1) / _beta(group, 0))
+            if len(still) < len(group["params"]):
+                self._towards_z_(still, 1.0 - _beta(group, 1) / _beta(group, 0))
         return loss
+
+    def _step_matrices(self, group: dict[str, Any], held: Sequence[int]) -> None:
+        _count_(group)
+        super()._step_matrices(group, held)
 
     def _move_(
         self, params: Sequence[Tensor], directions: Sequence[Tensor], group: dict[str, Any]
@@ -174,6 +171,7 @@ class Amuse(MatrixOptimizer):
         self._towards_z_(params, 1.0 - (1.0 - c) * _beta(group, 1))
 
     def _step_others(self, group: dict[str, Any], held: Sequence[int]) -> None:
+        _count_(group)
         params = [group["params"][i] for i in held]
         seconds = [local(self._zeros(p, "exp_avg_sq")) for p in params]
         steps = [self._count_on(p) for p in params]
@@ -205,6 +203,13 @@ class Amuse(MatrixOptimizer):
                 beta = _beta(group, 1)
                 self._towards_z_(group["params"], 1.0 - (beta if is_training else 1.0 / beta))
                 group["train_mode"] = is_training
+
+
+def _count_(group: dict[str, Any]) -> None:
+    """Move on what the weights of the average are made of."""
+    group["iteration"] += 1
+    group["lr_max"] = max(group["lr_max"], float(group["lr"]))
+    group["weight_sum"] += group["lr_max"] ** 2
 
 
 def _beta(group: dict[str, Any], ahead: int) -> float:

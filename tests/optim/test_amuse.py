@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -202,6 +203,25 @@ def test_the_average_is_of_every_z() -> None:
         seen.append(optimizer.state[weight]["z"].clone())
     optimizer.eval()
     assert largest(weight, torch.stack(seen).mean(dim=0)) <= ADAMW
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_gives_a_new_group_the_options_of_the_original(way: Any) -> None:
+    optimizer = way(run(2)[0])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert [optimizer.param_groups[-1][k] for k in ("beta1", "warmup_steps")] == [0.8, 3]
+    assert optimizer.defaults["beta1"] == 0.8
+
+
+def test_a_refused_gradient_moves_no_counter() -> None:
+    optimizer, parameters = run(2)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    parameters[0].grad = parameters[0].grad.to_sparse()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ConfigurationError, match="sparse"):
+        optimizer.step()
+    assert not list(differences(before, optimizer.state_dict()))
 
 
 def test_a_parameter_that_had_no_gradient_keeps_x_and_z() -> None:
