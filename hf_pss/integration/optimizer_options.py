@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.optim import RULES, MatrixOptimizer, matrix_groups
-from hf_pss.optim.amuse import Amuse
+from hf_pss.optim.groups import known_options
 
 __all__ = ["OptimizerName", "read_options"]
 
@@ -60,17 +58,7 @@ def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
 
 
 def _known_options(algo: str) -> Options:
-    """Return all options of an optimizer with their defaults: from the signatures and the rule."""
-    functions: list[Callable[..., Any]] = [matrix_groups, MatrixOptimizer]
-    functions += [Amuse] if algo == "amuse" else []
-    known = {
-        name: parameter.default
-        for function in functions
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    known |= RULES["muon" if algo == "amuse" else algo].defaults
-    return {name: default for name, default in known.items() if name not in _ARGUMENTS}
+    return {name: v for name, v in known_options(algo).items() if name not in _ARGUMENTS}
 
 
 def _pairs(text: str) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_pss.distributed import backend_for
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.amuse import Amuse
 from hf_pss.optim.layout import layout_of, layouts_of_factors
@@ -16,7 +18,13 @@ from hf_pss.optim.optimizer import ADAMW, MatrixOptimizer
 from hf_pss.optim.rules import RULES
 from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
 
-__all__ = ["build_optimizer", "check_groups", "describe_groups", "matrix_groups"]
+__all__ = [
+    "build_optimizer",
+    "check_groups",
+    "describe_groups",
+    "known_options",
+    "matrix_groups",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -99,17 +107,41 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
         raise ConfigurationError(
             f"You gave algo={algo!r}; choose one of {', '.join((*RULES, AMUSE))}."
         )
-    kind, rule = (Amuse, "muon") if algo == AMUSE else (MatrixOptimizer, algo)
+    known = known_options(algo)
+    if unknown := options.keys() - known.keys():
+        raise ConfigurationError(
+            f"{algo} has no option {', '.join(sorted(unknown))}; it takes "
+            f"{', '.join(sorted(known))}."
+        )
+    kind, rule = _kind_and_rule(algo)
     own = {name: options.pop(name) for name in RULES[rule].defaults if name in options}
     names = ("include", "exclude", "no_decay", "others_lr")
     grouping = {name: options.pop(name) for name in names if name in options}
-    try:
-        optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
-    except TypeError as error:
-        raise ConfigurationError(f"{algo}: {error}.") from error
+    optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
     check_groups(optimizer, model)
-    logger.info("%s", describe_groups(optimizer))
+    if backend_for({}).rank == 0:  # of the whole run, wherever the parameters lie
+        logger.info("%s", describe_groups(optimizer))
     return optimizer
+
+
+def known_options(algo: str) -> dict[str, Any]:
+    """Return what `build_optimizer` takes beside the model and ``algo``, with the defaults.
+
+    Args:
+        algo: As `build_optimizer` takes it.
+    """
+    kind, rule = _kind_and_rule(algo)
+    known = {
+        name: parameter.default
+        for function in (matrix_groups, MatrixOptimizer, kind)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty and name != "algo"
+    }
+    return known | dict(RULES[rule].defaults)
+
+
+def _kind_and_rule(algo: str) -> tuple[type[MatrixOptimizer], str]:
+    return (Amuse, "muon") if algo == AMUSE else (MatrixOptimizer, algo)
 
 
 def check_groups(optimizer: MatrixOptimizer, model: nn.Module) -> None:
