@@ -124,7 +124,7 @@ def token_rows(num_rows: int = 64, *, masked: bool = False) -> list[dict[str, Te
 
 
 def arguments(
-    folder: Path, cls: type[TrainingArguments] = TrainingArguments, **options: Any
+    folder: Path, cls: type[TrainingArguments] | None = None, **options: Any
 ) -> TrainingArguments:
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -139,6 +139,7 @@ def arguments(
         "dataloader_pin_memory": False,
         "seed": 7,
     }
+    cls = cls or (PSSTrainingArguments if "pss_optim" in options else TrainingArguments)
     return cls(**{**defaults, **options})
 
 
@@ -159,11 +160,7 @@ def make_trainer(
     extra = {} if pss is None else {"pss_config": pss}
     return cls(
         model=model if model is not None else MODELS[model_name](),
-        args=arguments(
-            folder,
-            PSSTrainingArguments if "pss_optim" in options else TrainingArguments,
-            **options,
-        ),
+        args=arguments(folder, **options),
         train_dataset=rows or token_rows(masked=model_name == "bert"),
         eval_dataset=eval_rows,
         **extra,

@@ -28,7 +28,9 @@ _SEAMS = {
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "log": ("self", "logs", "start_time"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_callback_state": ("self",),
     "create_optimizer": ("self",),
+    "create_scheduler": ("self", "num_training_steps"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 

@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 __all__ = ["Kind", "kind_of", "move_to_", "saved_kind"]
 
 Kind: TypeAlias = tuple[str | None, ...]
-"""What moves each parameter group; None for a group of an optimizer that knows no rules."""
+"""What moves each parameter group, and how many parameters; None where no rules are known."""
 
 # Of accelerate and transformers: one process and DDP; FSDP2 with full, with sharded state.
 _WHOLE = ("optimizer.pt", "optimizer.bin")
 _SHARDED = "optimizer_0"
 _ENTRY = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)$")
-_TELLING = ("algo", "train_mode")
+_TELLING = ("algo", "params", "train_mode")
 # One entry a parameter group, of another number and order in the other optimizer.
 _BY_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs")
 
@@ -34,7 +34,10 @@ def kind_of(groups: Iterable[Mapping[str, Any]]) -> Kind:
 
 def _kind_of_group(group: Mapping[str, Any]) -> str | None:
     algo: str | None = group.get("algo")
-    return f"schedule-free {algo}" if algo and "train_mode" in group else algo
+    if algo is None:
+        return None
+    name = f"schedule-free {algo}" if "train_mode" in group else algo
+    return f"{name} ({len(group['params'])} parameters)"
 
 
 def saved_kind(checkpoint: Path) -> Kind | None:

@@ -18,6 +18,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.optimizer_resume import Kind, kind_of, move_to_, saved_kind
 from hf_pss.optim import RULES, MatrixOptimizer, build_optimizer
+from hf_pss.optim.optimizer import ADAMW
 from hf_pss.selection import canonical_name
 
 __all__ = ["ChosenOptimizer", "refuse_two_optimizers"]
@@ -44,6 +45,7 @@ class ChosenOptimizer:
     """
 
     _step_loss: Tensor | None = None
+    _num_steps: int | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the optimizer that was asked for, unless there is one."""
@@ -56,14 +58,15 @@ class ChosenOptimizer:
             trainer.optimizer = _build(model, trainer.args, decayed=decayed)
             if trainer.accelerator.distributed_type in _REPLICATED:
                 trainer.optimizer.share_work_(Replicas())
-            if trainer.args.process_index == 0:
-                _warn_of_mismatch(model, chosen)
+            _warn_of_mismatch(trainer, model, chosen)
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Tell the optimizer how long the run is, where its rule asks."""
         trainer: Any = self
         if _chosen(trainer.args) is not None:
+            self._num_steps = num_training_steps
+            _warn_of_two_schedules(trainer)
             _set_length_(trainer.optimizer, trainer.args, num_training_steps)
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
 
@@ -83,12 +86,15 @@ class ChosenOptimizer:
         kinds = _other_kinds(self, checkpoint)
         if kinds is None:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            _warn_of_older_options(self, checkpoint)
+            if checkpoint is not None and _chosen(self.args) is not None:  # type: ignore[attr-defined]
+                _warn_of_older_options(self, checkpoint)
+                _set_total_steps_again_(self, checkpoint, self._num_steps)
             return
         path = Path(str(checkpoint), SCHEDULER_NAME)
         move_to_(self.lr_scheduler, torch.load(path, map_location="cpu", weights_only=True))  # type: ignore[attr-defined]
         theirs, ours = map(_described, kinds)
-        logger.warning(
+        _warn(
+            self,
             "%s was written by %s, and this run trains with %s: weights, the schedule's position "
             "and the place in the data go on, the optimizer's state begins anew.",
             checkpoint,
@@ -162,14 +168,6 @@ def _inner(optimizer: Any) -> Any:
 def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:
     """Set what options of the groups would otherwise ask of the user, unless the user said it."""
     options = arguments.optimizer_options()
-    kind = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
-    if arguments.pss_optim == "amuse" and kind not in _FLAT_SCHEDULES:
-        logger.warning(
-            "amuse averages weights instead of lowering the learning rate, and lr_scheduler_type="
-            "%s lowers it besides; choose %s.",
-            kind,
-            " or ".join(_FLAT_SCHEDULES),
-        )
     num_warmup_steps = arguments.get_warmup_steps(num_steps)
     # AMUSE's curve begins at its second step of warm-up.
     wanted = {
@@ -180,17 +178,55 @@ def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int
         group.update({k: v for k, v in wanted.items() if k in group and k not in options})
 
 
-def _warn_of_mismatch(model: nn.Module, chosen: str) -> None:
-    """Warn where all of a loaded model is tuned by another rule than most models come from."""
+def _set_total_steps_again_(trainer: Any, checkpoint: str, num_steps: int | None) -> None:
+    """Let the run's length be that of this run, which a checkpoint cannot know."""
+    wanted = trainer.args.optimizer_options().get("total_steps", num_steps)
+    for group in trainer.optimizer.param_groups:
+        before = group.get("total_steps", wanted)
+        if wanted is None or before == wanted:
+            continue
+        group["total_steps"] = wanted
+        _warn(
+            trainer,
+            "%s was written with total_steps=%s, and this run has %s: soft steps begin where this "
+            "number says.",
+            checkpoint,
+            before,
+            wanted,
+        )
+
+
+def _warn(trainer: Any, message: str, *values: Any) -> None:
+    if trainer.is_world_process_zero():
+        logger.warning(message, *values)
+
+
+def _warn_of_two_schedules(trainer: Any) -> None:
+    given = trainer.args.lr_scheduler_type
+    kind = str(getattr(given, "value", given))
+    if trainer.args.pss_optim == "amuse" and kind not in _FLAT_SCHEDULES:
+        _warn(
+            trainer,
+            "amuse averages weights instead of lowering the learning rate, and lr_scheduler_type="
+            "%s lowers it besides; choose %s.",
+            kind,
+            " or ".join(_FLAT_SCHEDULES),
+        )
+
+
+def _warn_of_mismatch(trainer: Any, model: nn.Module, chosen: str) -> None:
+    """Warn where all of a model is tuned that may have been loaded; its name does not tell."""
     source = getattr(model, "name_or_path", "")
     is_adapted = getattr(model, "peft_config", None) is not None
     # A folder with a trainer's state is a run that goes on.
     is_own_run = bool(source) and Path(source, "trainer_state.json").is_file()
     if source and not is_adapted and not is_own_run:
-        logger.warning(
-            "%s tunes all of %s. Where Adam trained a model, as it did most, full fine-tuning with "
-            "Muon disrupts what it knows, while LoRA with Muon does as well as with Adam (arXiv "
-            "2605.10468): use LoRA, or leave pss_optim out.",
+        _warn(
+            trainer,
+            "%s tunes all weights of a model that was made from %s. If these are weights that Adam "
+            "trained: full fine-tuning with Muon disrupts what they know, while LoRA with Muon "
+            "does as well as with Adam (arXiv 2605.10468), so use LoRA, or leave pss_optim out. If "
+            "only the configuration is from there, all is well.",
             chosen,
             source,
         )
@@ -208,15 +244,19 @@ def _other_kinds(trainer: Any, checkpoint: str | None) -> tuple[Kind, Kind] | No
     return theirs, ours
 
 
-def _warn_of_older_options(trainer: Any, checkpoint: str | None) -> None:
+def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
     """Warn where options were given anew: a state brings its own."""
-    if checkpoint is None or _chosen(trainer.args) is None:
-        return
     given = trainer.args.optimizer_options()
+    given.pop("total_steps", None)  # which is set again
+    groups = trainer.optimizer.param_groups
     for name, value in given.items():
-        loaded = [group[name] for group in trainer.optimizer.param_groups if name in group]
+        if name == "others_lr":  # what the schedule starts from
+            loaded = [group.get("initial_lr") for group in groups if group["algo"] == ADAMW]
+        else:
+            loaded = [group[name] for group in groups if name in group]
         if any(_plain(one) != _plain(value) for one in loaded):
-            logger.warning(
+            _warn(
+                trainer,
                 "%s was written with %s=%s, and that goes on: %s in pss_optim_args has no effect.",
                 checkpoint,
                 name,

@@ -44,6 +44,7 @@ from hf_pss import (
     PSSTrainer,
     PSSTrainingArguments,
 )
+from hf_pss.distributed import OneProcess
 from hf_pss.integration.optimizer_options import OptimizerName, read_options
 from hf_pss.integration.optimizer_resume import saved_kind
 from hf_pss.optim import RULES, build_optimizer, matrix_groups
@@ -298,6 +299,8 @@ def test_full_fine_tuning_of_loaded_weights_is_warned_of(
     (warning,) = warnings_of(caplog)
     assert "2605.10468" in warning
     assert str(tmp_path / "model") in warning
+    # Fresh weights have the same name, and what is said is true of them as well.
+    assert "If these are weights that Adam trained" in warning
 
 
 @pytest.mark.parametrize("kind", ["fresh", "adamw", "run", "lora"])
@@ -457,6 +460,71 @@ def test_options_of_a_checkpoint_go_on_and_new_ones_are_announced(
     assert "momentum=0.9" in warning
 
 
+def test_another_rate_of_the_rest_is_announced_as_without_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, save_steps=HALF, pss_optim_args="others_lr=1e-3")
+    checkpoint = str(tmp_path / f"checkpoint-{HALF}")
+    for rate, num_warnings in ((1e-3, 0), (2e-3, 1)):
+        caplog.clear()
+        options = {"save_steps": HALF, "pss_optim_args": f"others_lr={rate}"}
+        resumed = trained(tmp_path, resume=checkpoint, **options)
+        assert {group["initial_lr"] for group in groups_of(resumed)[1:]} == {1e-3}
+        assert len([w for w in warnings_of(caplog) if "others_lr=0.001" in w]) == num_warnings
+
+
+def test_another_selection_of_matrices_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, save_steps=HALF)
+    checkpoint = str(tmp_path / f"checkpoint-{HALF}")
+    resumed = trained(
+        tmp_path, save_steps=HALF, pss_optim_args={"exclude": ["c_fc"]}, resume=checkpoint
+    )
+    assert resumed.state.global_step == MAX_STEPS
+    (warning,) = [w for w in warnings_of(caplog) if "begins anew" in w]
+    num_matrices = len(groups_of(resumed)[0]["params"])
+    assert f"with groups of muon ({num_matrices} parameters)" in warning
+
+
+def test_the_length_of_a_run_is_that_of_the_resumed_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, "softmuon", save_steps=HALF)
+    checkpoint = str(tmp_path / f"checkpoint-{HALF}")
+    for options, wanted in (({}, 2 * MAX_STEPS), ({"pss_optim_args": "total_steps=99"}, 99)):
+        caplog.clear()
+        longer = {"save_strategy": "no", "max_steps": 2 * MAX_STEPS, **options}
+        resumed = trained(tmp_path, "softmuon", resume=checkpoint, **longer)
+        assert groups_of(resumed)[0]["total_steps"] == wanted
+        (warning,) = [w for w in warnings_of(caplog) if "total_steps" in w]
+        assert f"total_steps={MAX_STEPS}, and this run has {wanted}" in warning
+
+
+def test_the_warm_up_of_an_average_stays_that_of_the_checkpoint(tmp_path: Path) -> None:
+    options = {"lr_scheduler_type": "constant_with_warmup", "save_steps": HALF}
+    trained(tmp_path, "amuse", warmup_steps=3, **options)
+    checkpoint = str(tmp_path / f"checkpoint-{HALF}")
+    resumed = trained(tmp_path, "amuse", warmup_steps=2, resume=checkpoint, **options)
+    assert {group["warmup_steps"] for group in groups_of(resumed)} == {3}
+
+
+def test_only_the_first_rank_warns_and_shows_the_groups(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, num_records in ((0, 3), (1, 0)):
+        caplog.clear()
+        name = str(tmp_path / "model")
+        trainer = chosen(tmp_path, "amuse", model=loaded_again(gpt2(), Path(name)))
+        # Rank 1 as each of the two that are asked knows it.
+        monkeypatch.setattr(OneProcess, "rank", rank)
+        monkeypatch.setattr(trainer, "is_world_process_zero", lambda rank=rank: rank == 0)
+        with caplog.at_level(logging.INFO, "hf_pss"):
+            trainer.create_optimizer()
+            trainer.create_scheduler(10)
+        assert len([r for r in caplog.records if "optim" in r.name]) == num_records
+
+
 def test_a_schedule_beside_averaging_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -476,12 +544,15 @@ def test_the_kind_is_read_from_every_form_of_a_checkpoint(tmp_path: Path) -> Non
     for name in ("optimizer.pt", "optimizer.bin"):
         (tmp_path / name).mkdir()
         torch.save(state, tmp_path / name / name)
-        assert saved_kind(tmp_path / name) == ("muon", "adamw")
+        assert saved_kind(tmp_path / name) == ("muon (1 parameters)", "adamw (1 parameters)")
     save({"optimizer": state}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
-    assert saved_kind(tmp_path) == ("muon", "adamw")
+    assert saved_kind(tmp_path) == ("muon (1 parameters)", "adamw (1 parameters)")
     groups[0]["train_mode"] = True
     save({"optimizer": state}, checkpoint_id=tmp_path / "other" / "optimizer_0", no_dist=True)
-    assert saved_kind(tmp_path / "other") == ("schedule-free muon", "adamw")
+    assert saved_kind(tmp_path / "other") == (
+        "schedule-free muon (1 parameters)",
+        "adamw (1 parameters)",
+    )
     assert saved_kind(tmp_path / "nothing") is None
 
 
