@@ -44,6 +44,7 @@ LAYERS = {
     "demo": 5,
     "sweep": 5,
     "report": 5,
+    "inspection": 5,
     "cli": 5,
     "": 6,
     "__main__": 6,

@@ -11,6 +11,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hf_pss.cli.demo import demo
+from hf_pss.cli.health import health
 from hf_pss.cli.report import report
 from hf_pss.cli.sweep import sweep
 from hf_pss.cli.train import TrainCommand, train
@@ -88,6 +89,7 @@ app.command(
 app.command(
     epilog="For demo runs only: a run of hf-pss train ends with its table, and has no page."
 )(report)
+app.command()(health)
 app.add_typer(sweep, name="sweep")
 
 

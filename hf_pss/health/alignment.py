@@ -1,0 +1,132 @@
+"""Alignment of neighbours: does a matrix amplify the direction that the one before writes?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.distributed import Backend
+from hf_pss.errors import SelectionError
+from hf_pss.linalg import leading_triplets
+from hf_pss.selection import MatrixView
+from hf_pss.stacks import matrix_names, stacks
+
+__all__ = ["Neighbours", "measure_alignments", "neighbour_alignment", "residual_neighbours"]
+
+
+class Neighbours(NamedTuple):
+    """Names of a matrix that writes into the residual stream, and of one that reads it next."""
+
+    writer: str
+    reader: str
+
+
+def neighbour_alignment(writer: Tensor, reader: Tensor) -> Tensor:
+    """Return |v₁(W_{l+1})ᵀ u₁(W_l)|, in [0, 1].
+
+    The cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians: it sees
+    neither what lies between the two matrices (norms, activations, the residual stream) nor any
+    but their first directions. For independent random directions of n dimensions its mean is
+    √(2/πn). Where σ₁ = σ₂ the first direction is any of a plane, and the number means nothing.
+
+    Args:
+        writer: (..., m, n), W_l, any real floating dtype.
+        reader: (..., k, m), W_{l+1}.
+
+    Returns:
+        (...), float32, or float64 where both are: 0 where one is zero, NaN where one holds NaN or
+        inf.
+
+    >>> a = torch.outer(torch.tensor([0.6, 0.8]), torch.tensor([1.0, 0.0, 0.0]))
+    >>> round(neighbour_alignment(a, torch.tensor([[1.0, 0.0]])).item(), 6)
+    0.6
+    """
+    u, v = _first(writer)[0], _first(reader)[1]
+    dtype = torch.promote_types(u.dtype, v.dtype) if u.dtype == v.dtype else torch.float32
+    return _cosine(u.to(dtype), v.to(dtype))
+
+
+def residual_neighbours(views: Sequence[MatrixView]) -> tuple[Neighbours, ...]:
+    """Return who writes into the residual stream and who reads it next, by the model's order.
+
+    [ours] A sublayer is a run of matrices of one block and one role; the last of a run writes what
+    all of the next run but its last read. So of an attention output and the up projections after
+    it, and of a down projection and the q, k, v after it. Pairs whose shapes do not fit, and stacks
+    of experts, are left out. Attention and MLP that stand in parallel count in the order in which
+    the model lists them; two attentions of one block, as in a T5 decoder, count as one.
+
+    >>> def view(name, role, m, n):
+    ...     return MatrixView(name, name, role, "h.0", (m, n), False, None, "")
+    >>> path = [view("q", "attention", 4, 4), view("o", "attention", 4, 4)]
+    >>> path += [view("up", "mlp", 8, 4), view("down", "mlp", 4, 8)]
+    >>> residual_neighbours(path)
+    (Neighbours(writer='o', reader='up'),)
+    """
+    runs = [list(run) for _, run in itertools.groupby(views, key=lambda v: (v.block, v.role))]
+    return tuple(
+        Neighbours(before[-1].name, reader.name)
+        for before, after in itertools.pairwise(runs)
+        for reader in after[:-1]
+        if len(before[-1].shape) == len(reader.shape) == 2
+        and before[-1].shape[-2] == reader.shape[-1]
+    )
+
+
+@torch.no_grad()
+def measure_alignments(
+    views: Sequence[MatrixView],
+    parameters: Mapping[str, nn.Parameter],
+    backend: Backend,
+    neighbours: Sequence[Neighbours] | None = None,
+) -> dict[Neighbours, float]:
+    """Return the alignment of each pair of neighbours.
+
+    Cost: full, for sampled steps. The first triplet of each matrix that occurs, whole decomposition
+    up to a side of 128; one batched call a shape, and one device-to-host read. Every rank measures
+    all.
+
+    Args:
+        views: Where the matrices are.
+        parameters: The model's parameters by canonical name.
+        backend: How parameters are stored.
+        neighbours: The pairs; None: those of `residual_neighbours`.
+
+    Raises:
+        SelectionError: A pair names a matrix that no view holds.
+    """
+    pairs = residual_neighbours(views) if neighbours is None else tuple(neighbours)
+    wanted = {name for pair in pairs for name in pair}
+    if missing := sorted(wanted.difference(matrix_names(views))):
+        raise SelectionError(
+            f"You gave neighbours with {missing[0]!r}, which is none of the {len(views)} views; "
+            "give names of 2-D matrices as a MatrixView has them."
+        )
+    first: dict[str, tuple[Tensor, Tensor]] = {}
+    held = [view for view in views if wanted.intersection(matrix_names([view]))]
+    for stack in stacks(held, parameters, backend):
+        u, v = _first(stack.matrices)
+        first |= {name: (u[i], v[i]) for i, name in enumerate(stack.names)}
+    if not pairs:
+        return {}
+    found = [
+        _cosine(first[pair.writer][0].float(), first[pair.reader][1].float()) for pair in pairs
+    ]
+    device = found[0].device
+    told = backend.agree(torch.stack([cosine.to(device) for cosine in found]))
+    return dict(zip(pairs, told, strict=True))
+
+
+def _first(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return u₁ (..., m) and v₁ (..., n): zero for the zero matrix, NaN for a broken one."""
+    triplets = leading_triplets(weight, 1, check_finite=False)
+    sigma = triplets.sigma
+    held = torch.where(sigma > 0, 1.0, sigma)  # torch's sign of NaN would be 0
+    return triplets.u[..., 0] * held, triplets.v[..., 0] * held
+
+
+def _cosine(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v.to(u.device)).sum(dim=-1).abs().clamp_max(1.0)

@@ -1,0 +1,125 @@
+"""The table of health metrics: what each is called, its unit, its source and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+__all__ = ["METRICS", "PRESETS", "Cost", "Level", "Metric", "metrics_of"]
+
+Cost: TypeAlias = Literal["light", "standard", "full"]
+"""For every step, for every few, or for sampled ones; docs/health.md has the measured times."""
+
+Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer"]
+"""What a metric is read from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table; the code is in the module of `hf_pss` that `module` names."""
+
+    name: str
+    """Unique: the last part of a scalar's name where it is reported."""
+    level: Level
+    unit: str
+    """"1" for a number without unit; "weight" and "gradient" for the units of those."""
+    cost: Cost
+    module: str
+    """Below `hf_pss`."""
+    source: str
+    """Where the formula was published, or the formula where it is a textbook's; "ours" where it was
+    not."""
+
+
+_ROWS = (
+    Metric(
+        "spectral_norm", "weights", "weight", "light", "health.spectral_norms", "Golub & Van Loan"
+    ),
+    Metric("stable_rank", "weights", "1", "light", "health.stable_rank", "arXiv 2602.01308"),
+    Metric("frobenius_norm", "weights", "weight", "light", "linalg.norms", "‖W‖_F"),
+    Metric("change_rate", "weights", "1/step", "light", "health.relative_update", "ours"),
+    Metric(
+        "low_rank_distance",
+        "weights",
+        "1",
+        "full",
+        "health.low_rank_distance",
+        "Eckart & Young 1936; arXiv 2402.03991; relative: ours",
+    ),
+    Metric(
+        "effective_rank", "weights", "1", "full", "health.effective_rank", "Roy & Vetterli 2007"
+    ),
+    Metric("neighbour_alignment", "weights", "1", "full", "health.alignment", "arXiv 2602.01734"),
+    Metric("grad_norm", "gradients", "gradient", "light", "health.grad_norm", "‖G‖_F"),
+    Metric("spike_score", "gradients", "1", "light", "health.spike_score", "OLMo-core; NaN: ours"),
+    Metric(
+        "jacobian_energy",
+        "gradients",
+        "1",
+        "full",
+        "health.jacobian_energy",
+        "arXiv 2602.01308; projection: ours",
+    ),
+    Metric("update_norm", "updates", "weight", "standard", "health.update_norm", "‖ΔW‖_F"),
+    Metric(
+        "relative_update",
+        "updates",
+        "1/step",
+        "standard",
+        "health.relative_update",
+        "arXiv 1708.03888, 1904.00962",
+    ),
+    Metric(
+        "spectral_edge",
+        "updates",
+        "1",
+        "standard",
+        "health.spectral_edge",
+        "arXiv 2603.28964; projections: ours",
+    ),
+    Metric(
+        "sqrt_condition",
+        "optimizer",
+        "1",
+        "standard",
+        "health.preconditioner",
+        "arXiv 2605.23476; trimmed: ours",
+    ),
+    Metric(
+        "exceptional_distance",
+        "optimizer",
+        "1",
+        "light",
+        "health.heavy_ball",
+        "arXiv 2605.23476; relative: ours",
+    ),
+    Metric(
+        "commutator_size",
+        "optimizer",
+        "hessian/gradient",
+        "full",
+        "health.commutator",
+        "arXiv 2605.23476; sampling: ours",
+    ),
+)
+
+METRICS: Mapping[str, Metric] = MappingProxyType({row.name: row for row in _ROWS})
+"""Every metric by name, read-only."""
+
+_ORDER: tuple[Cost, ...] = ("light", "standard", "full")
+
+
+def metrics_of(cost: Cost) -> tuple[str, ...]:
+    """Return the names of all metrics that cost no more than that, in the table's order.
+
+    >>> metrics_of("light")[:2], len(metrics_of("full")) == len(METRICS)
+    (('spectral_norm', 'stable_rank'), True)
+    """
+    allowed = _ORDER[: _ORDER.index(cost) + 1]
+    return tuple(row.name for row in _ROWS if row.cost in allowed)
+
+
+PRESETS: Mapping[Cost, tuple[str, ...]] = MappingProxyType({c: metrics_of(c) for c in _ORDER})
+"""Names by preset: each holds the one before it."""

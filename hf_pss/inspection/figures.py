@@ -1,0 +1,166 @@
+"""The pictures of an inspection: a map of blocks × kinds, and spectra beside those of noise."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from hf_pss.inspection.judge import JudgedMatrix
+from hf_pss.inspection.measure import MatrixHealth
+from hf_pss.inspection.names import visible
+from hf_pss.report import canvas
+
+__all__ = ["map_figure", "noise_quantiles", "spectra_figure"]
+
+# A drawn label longer than this pushes the map off the page.
+_LONGEST_LABEL = 40
+_QUANTILES = 400
+
+
+def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
+    """Draw stable rank over that of noise: rows are blocks, columns kinds.
+
+    Experts of a block share a cell, which shows the lowest; a cross marks NaN, inf or zero.
+
+    Returns:
+        None where no block is numbered, or no value is positive.
+    """
+    cells, bad = _cells(matrices)
+    if not cells:
+        return None
+    rows = sorted({row for row, _ in cells})
+    kinds = list(dict.fromkeys(kind for _, kind in sorted(cells, key=lambda cell: cell[1])))
+    values = np.full((len(rows), len(kinds)), np.nan)
+    for (row, kind), value in cells.items():
+        values[rows.index(row), kinds.index(kind)] = value
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return None
+    # At least a decade, so that noise among noise does not look dramatic.
+    low, high = min(float(positive.min()), 0.1), max(float(positive.max()), 1.0)
+    height = float(np.clip(0.17 * len(rows) + 2.4, 3.2, 16.0))
+    figure = canvas.new_figure(float(np.clip(0.5 * len(kinds) + 3, 6, 14)), height)
+    axes = figure.subplots()
+    image = axes.pcolormesh(
+        np.arange(len(kinds) + 1),
+        np.arange(len(rows) + 1),
+        np.ma.masked_invalid(np.where(values > 0, values, np.nan)),
+        norm=LogNorm(vmin=low, vmax=high),
+        cmap="viridis",
+    )
+    for row, kind in bad:
+        place = (kinds.index(kind) + 0.5, rows.index(row) + 0.5)
+        axes.plot(*place, marker="x", color="#D55E00", ms=7, mew=2)
+    axes.set_facecolor("#eeeeee")
+    axes.grid(visible=False)
+    axes.set_ylim(len(rows), 0)
+    labels = [_short(kind) for kind in kinds]
+    axes.set_xticks(np.arange(len(kinds)) + 0.5, labels, rotation=45, ha="right")
+    step = max(1, len(rows) // 40)
+    names = [f"{_short(stack)} {block}".strip() for stack, block in rows]
+    axes.set_yticks(np.arange(len(rows))[::step] + 0.5, names[::step])
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
+    bar.ax.set_ylabel("stable rank / that of noise")
+    _plain_numbers(bar.ax.yaxis)
+    return figure
+
+
+def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> Figure | None:
+    """Draw singular values over their place, each beside noise of its shape and ‖W‖_F.
+
+    The shaded band is what i.i.d. noise fills: σ from |√m − √n| to √m + √n in units of
+    ‖W‖_F/√(mn) (Marchenko & Pastur 1967; Bai & Yin 1993); the dashed line is its expected spectrum.
+    """
+    drawn = [(health, np.array(sigma)) for health, sigma in spectra if sigma and sigma[0] > 0]
+    if not drawn:
+        return None
+    columns = min(3, len(drawn))
+    num_rows = math.ceil(len(drawn) / columns)
+    figure = canvas.new_figure(4.2 * columns, 2.9 * num_rows)
+    panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for axes, (health, sigma) in zip(panels, drawn, strict=False):
+        m, n = health.shape
+        unit = health.frobenius / math.sqrt(m * n)
+        share = (np.arange(len(sigma)) + 0.5) / len(sigma)
+        low, high = (unit * abs(math.sqrt(m) + sign * math.sqrt(n)) for sign in (-1, 1))
+        axes.axhspan(low, high, color="#56B4E9", alpha=0.15, lw=0)
+        axes.plot(share, unit * noise_quantiles(m, n, share), "--", color="#0072B2", label="noise")
+        axes.plot(share, np.where(sigma > 0, sigma, np.nan), color="#D55E00", label="matrix")
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+        axes.set_ylim(max(float(sigma[-1]), 1e-4 * float(sigma[0])) / 1.5, 1.5 * sigma[0])
+        axes.set_title(f"{_short(health.name)}\n{m}×{n}", fontsize=8)
+        axes.set_xlabel("place, as a share of all")
+        axes.set_ylabel("σ")
+    panels[0].legend()
+    for axes in panels[len(drawn) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def noise_quantiles(m: int, n: int, share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the singular values of large m×n noise of unit variance, largest first.
+
+    The quantile function of Marchenko & Pastur's law, summed up numerically in σ: its density is
+    √((b² − σ²)(σ² − a²)) / (π σ min(m, n)) between a = |√m − √n| and b = √m + √n.
+
+    Args:
+        m: Rows.
+        n: Columns.
+        share: (k,), places in [0, 1], 0 the largest.
+    """
+    a, b = abs(math.sqrt(m) - math.sqrt(n)), math.sqrt(m) + math.sqrt(n)
+    # Midpoints: at a = 0 the density is 0/0, and nowhere else is there a singularity.
+    edges = np.linspace(a, b, _QUANTILES + 1)
+    middle = (edges[1:] + edges[:-1]) / 2
+    density = np.sqrt((b**2 - middle**2) * (middle**2 - a**2)) / middle
+    above = np.append(0.0, np.cumsum(density[::-1]))
+    found: npt.NDArray[np.float64] = np.interp(share, above / above[-1], edges[::-1])
+    return found
+
+
+def _cells(
+    matrices: Sequence[JudgedMatrix],
+) -> tuple[dict[tuple[tuple[str, int], str], float], set[tuple[tuple[str, int], str]]]:
+    found: defaultdict[tuple[tuple[str, int], str], list[float]] = defaultdict(list)
+    bad = set()
+    for one in matrices:
+        place = one.health.place
+        if place.block is None:
+            continue
+        cell = ((place.stack, place.block), place.kind)
+        found[cell].append(one.health.stable_rank / one.health.noise)
+        if not one.health.stable_rank > 0:
+            bad.add(cell)
+    stacks = {stack for (stack, _), _ in found}
+    named = stacks if len(stacks) > 1 else set()
+    lowest = {
+        cell: min((v for v in values if v > 0), default=math.nan) for cell, values in found.items()
+    }
+
+    def renamed(cell: tuple[tuple[str, int], str]) -> tuple[tuple[str, int], str]:
+        (stack, block), kind = cell
+        return ((stack if stack in named else "", block), kind)
+
+    return {renamed(cell): v for cell, v in lowest.items()}, {renamed(cell) for cell in bad}
+
+
+def _plain_numbers(axis: Axis) -> None:
+    # The style parses no math, for names hold dollars and underscores; 10^x would show as markup.
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(name: str) -> str:
+    text = visible(name)
+    return text if len(text) <= _LONGEST_LABEL else "…" + text[-_LONGEST_LABEL:]

@@ -1,0 +1,71 @@
+"""JSON from files that nobody vouches for: capped in size, no duplicate key, no NaN."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hf_pss.errors import StateError
+from hf_pss.inspection.names import visible
+
+__all__ = ["parse_object", "read_object"]
+
+
+def read_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: An existing file.
+        max_bytes: The largest size that is read at all.
+
+    Raises:
+        StateError: It is larger, is not strict JSON, or holds something else than an object.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as stream:
+        raw = stream.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise StateError(
+            f"{visible(path)} is larger than {max_bytes} bytes, more than any such file holds: "
+            "it is damaged, or is not what its name says."
+        )
+    return parse_object(raw, what=visible(path))
+
+
+def parse_object(raw: bytes, *, what: str) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    Args:
+        raw: UTF-8.
+        what: What it is, for the message.
+
+    Raises:
+        StateError: Not strict JSON: a duplicate key, NaN or Infinity, nesting without end; or no
+            object.
+    """
+    try:
+        parsed = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except RecursionError as error:
+        raise StateError(f"{what} is nested too deeply: it is damaged.") from error
+    except ValueError as error:  # of json, of UTF-8, and of integers with thousands of digits
+        raise StateError(f"{what} is not valid JSON: {visible(error)}.") from error
+    if not isinstance(parsed, dict):
+        raise StateError(f"{what} holds a {type(parsed).__name__}, not an object: it is damaged.")
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Readers differ in which of two equal keys they believe, so a file with both is refused.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")

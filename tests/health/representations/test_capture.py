@@ -1,0 +1,221 @@
+"""What the hooks keep of a forward pass, and that they are gone afterwards."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from helpers import gpt2, token_rows
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_pss.errors import ConfigurationError, SelectionError
+from hf_pss.health.representations import capture
+from hf_pss.selection import canonical_name
+
+
+def num_hooks(model: nn.Module) -> int:
+    """Count ours: transformers installs some of its own for output_hidden_states."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return sum(hook.__qualname__.startswith("Capture.") for hook in hooks)
+
+
+def batch(num_rows: int = 4) -> dict[str, Tensor]:
+    rows = token_rows(num_rows)
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def rows_of(tokens: Tensor) -> set[tuple[float, ...]]:
+    return {tuple(row) for row in tokens.tolist()}
+
+
+class Plain(nn.Module):
+    """Returns what it is given, in the form that it is told."""
+
+    def __init__(self, wrap: Any = None) -> None:
+        super().__init__()
+        self.block = nn.Identity()
+        self.outer = _Wrap(wrap)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.outer(self.block(x))
+        return x
+
+
+class _Wrap(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return x if self.wrap is None else self.wrap(x)
+
+
+def test_the_blocks_of_a_model_keep_the_same_tokens() -> None:
+    torch.manual_seed(0)
+    model = gpt2(num_layers=2).eval()
+    names = ["transformer.h.0", "transformer.h.1"]
+    with capture(model, names, max_tokens=10) as captured:
+        hidden = model(**batch(), output_hidden_states=True).hidden_states
+    assert num_hooks(model) == 0
+    assert captured.num_seen == dict.fromkeys(names, 48)
+    first = captured.samples["transformer.h.0"]
+    assert first.shape == (10, 16)
+    assert not first.requires_grad
+    everything = hidden[1].detach().reshape(-1, 16)
+    places = [int((everything == row).all(dim=-1).nonzero()[0]) for row in first]
+    assert len(set(places)) == 10
+    # The last block's output passes the final norm before it becomes a hidden state.
+    with capture(model, names, max_tokens=48) as all_captured:
+        model(**batch())
+    order = rows_of(all_captured.samples["transformer.h.1"])
+    assert rows_of(captured.samples["transformer.h.1"]) <= order
+    final = model.transformer.ln_f(captured.samples["transformer.h.1"]).detach()
+    assert torch.allclose(final, hidden[2].detach().reshape(-1, 16)[places], atol=1e-6)
+
+
+def test_hooks_are_removed_when_the_block_raises() -> None:
+    model = Plain()
+
+    def training_step() -> None:
+        with capture(model, ["block", "outer"]):
+            assert num_hooks(model) == 2
+            raise KeyError("lost")
+
+    with pytest.raises(KeyError, match="lost"):
+        training_step()
+    assert num_hooks(model) == 0
+
+
+def test_the_sample_is_uniform_over_several_passes() -> None:
+    """Every token of three passes of different lengths is kept equally often."""
+    model = Plain()
+    parts = torch.arange(30.0).view(30, 1).split([4, 20, 6])
+    counts = torch.zeros(30)
+    num_runs = 1500
+    for seed in range(num_runs):
+        with capture(model, ["block"], max_tokens=10, seed=seed) as captured:
+            for part in parts:
+                model(part)
+        kept = captured.samples["block"].flatten().long()
+        assert len(set(kept.tolist())) == 10
+        counts[kept] += 1
+    assert captured.num_seen == {"block": 30}
+    # Binomial standard deviation of the share; the worst of thirty is 3.3 of them.
+    deviation = (1 / 3 * 2 / 3 / num_runs) ** 0.5
+    assert float((counts / num_runs - 1 / 3).abs().max()) <= 4.5 * deviation
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
+    model, x = Plain(), torch.randn(50, 3)
+    state = torch.get_rng_state()
+    samples = []
+    for seed in (0, 0, 1):
+        with capture(model, ["block"], max_tokens=5, seed=seed) as captured:
+            model(x)
+        samples.append(captured.samples["block"])
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_padding_is_left_out() -> None:
+    model = Plain()
+    x = torch.arange(12.0).view(2, 6, 1)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1]])
+    with capture(model, ["block"], mask=mask) as captured:
+        model(x)
+    assert rows_of(captured.samples["block"]) == {(0.0,), (1.0,), (2.0,), (7.0,), (11.0,)}
+    assert captured.num_seen == {"block": 5}
+    with capture(model, ["block"], mask=torch.zeros(2, 6)) as captured:
+        model(x)
+    assert captured.samples["block"].shape[0] == 0
+
+
+def test_a_mask_of_another_size_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = Plain()
+    with (
+        caplog.at_level(logging.WARNING, "hf_pss"),
+        capture(model, ["block"], mask=torch.ones(7)) as captured,
+    ):
+        model(torch.ones(2, 6, 1))
+    assert "returns 12 tokens where the mask has 7" in caplog.text
+    assert captured.samples["block"].shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "wrap", [None, lambda x: (x, "cache"), lambda x: {"last": x}, lambda x: [x]]
+)
+def test_forms_of_output(wrap: Any) -> None:
+    model = Plain(wrap)
+    with capture(model, ["outer"]) as captured:
+        model(torch.ones(3, 2, dtype=torch.bfloat16))
+    assert captured.samples["outer"].dtype == torch.float32
+    assert captured.samples["outer"].tolist() == [[1.0, 1.0]] * 3
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: None, lambda x: (), lambda x: "text", lambda x: x.long()]
+)
+def test_what_is_no_hidden_states_is_a_warning(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = Plain(wrap)
+    with caplog.at_level(logging.WARNING, "hf_pss"), capture(model, ["outer"]) as captured:
+        model(torch.ones(3, 2))
+    assert "outer returns no hidden states" in caplog.text
+    assert captured.samples["outer"].shape == (0, 0)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_block_that_is_run_again_for_its_gradient_counts_once(use_reentrant: bool) -> None:
+    block = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh())
+    x = torch.randn(8, 3, requires_grad=True)
+    with capture(block, ["1"]) as captured:
+        checkpoint(block, x, use_reentrant=use_reentrant).sum().backward()
+    assert captured.num_seen == {"1": 8}
+    assert len(rows_of(captured.samples["1"])) == 8
+
+
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+
+def test_compiled_models(caplog: pytest.LogCaptureFixture) -> None:
+    """Hooks are compiled in where they are there in time; where they are not, that is said."""
+    x = torch.ones(5, 3)
+    torch._dynamo.reset()
+    early = torch.compile(Stacked(), backend="eager")
+    with caplog.at_level(logging.WARNING, "hf_pss"), capture(early, ["blocks.0"]) as captured:
+        early(x)
+    assert captured.num_seen == {"blocks.0": 5}
+    assert "was seen" not in caplog.text
+    torch._dynamo.reset()  # its guards are those of the code, not of the model
+    late = torch.compile(Stacked(), backend="eager")
+    late(x)
+    with caplog.at_level(logging.WARNING, "hf_pss"), capture(late, ["blocks.0"]) as captured:
+        late(x)
+    assert captured.samples["blocks.0"].shape == (0, 0)
+    assert "None of blocks.0 was seen" in caplog.text
+    torch._dynamo.reset()
+
+
+def test_wrapped_models_and_wrong_names() -> None:
+    model = nn.Module()
+    model.module = Plain()
+    assert canonical_name("module.block") == "block"
+    with capture(model, ["block"]) as captured:
+        model.module(torch.ones(2, 2))
+    assert captured.num_seen == {"block": 2}
+    with pytest.raises(SelectionError, match="'blocks'"), capture(model, ["block", "blocks"]):
+        pass
+    assert num_hooks(model) == 0
+    with pytest.raises(ConfigurationError, match="max_tokens=0"):
+        capture(model, ["block"], max_tokens=0).__enter__()

@@ -1,0 +1,127 @@
+"""Relative updates against norms in float64, and rates of change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import gpt2, llama
+
+from hf_pss.distributed import OneProcess
+from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter, relative_update
+from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.stacks import matrix_names
+
+BACKEND = OneProcess()
+TOLERANCE = 3e-7  # 1.2e-7, relative
+METER_TOLERANCE = 3e-7  # 1.1e-7, relative
+
+
+def oracle(before: torch.Tensor, after: torch.Tensor) -> float:
+    moved = torch.linalg.matrix_norm(after.double() - before.double())
+    return float(moved / torch.linalg.matrix_norm(before.double()))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_it_is_that_of_norms_in_float64_at_any_scale(scale: float, size: float) -> None:
+    torch.manual_seed(0)
+    before = torch.randn(3, 12, 20) * scale
+    after = before + torch.randn(3, 12, 20) * (size * scale)
+    found = relative_update(before, after)
+    for i in range(3):
+        assert float(found[i]) == pytest.approx(oracle(before[i], after[i]), rel=TOLERANCE)
+        assert float(relative_update(before[i], after[i])) == pytest.approx(
+            float(found[i]), rel=TOLERANCE
+        )
+
+
+def test_what_did_not_move_is_zero_and_zero_that_moved_is_infinite() -> None:
+    w = torch.randn(4, 5)
+    assert float(relative_update(w, w)) == 0
+    assert float(relative_update(0 * w, 0 * w)) == 0
+    assert float(relative_update(0 * w, w)) == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_matrix_harms_no_other_of_its_stack(bad: float) -> None:
+    before = torch.ones(3, 4, 4)
+    after = before * 1.25
+    before[0, 0, 0], after[1, 0, 0] = bad, bad
+    found = relative_update(before, after)
+    assert found[:2].isnan().all()
+    assert float(found[2]) == 0.25
+
+
+def test_a_difference_of_bfloat16_is_exact() -> None:
+    torch.manual_seed(1)
+    before = torch.randn(8, 9).bfloat16()
+    after = (before.float() * 1.01).bfloat16()
+    found = relative_update(before, after)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(oracle(before, after), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_the_meter_measures_every_matrix(make: type, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    model = make().to(dtype)
+    views = select_matrices(model).matrices
+    parameters = named_parameters_canonical(model)
+    before = {view.name: view.read(parameters[view.parameter_name]).clone() for view in views}
+    meter = RelativeUpdateMeter(views, BACKEND)
+    meter.start(parameters)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(1e-2 * torch.randn_like(p))
+    measured = meter.stop(parameters)
+    assert tuple(measured) == matrix_names(views)
+    for view in views:
+        after = view.read(parameters[view.parameter_name])
+        expected = oracle(before[view.name], after)
+        assert measured[view.name] == pytest.approx(expected, rel=METER_TOLERANCE)
+    assert meter.stop(parameters) == {}
+
+
+def test_the_meter_tells_zero_and_broken_matrices_apart() -> None:
+    model = gpt2()
+    views = select_matrices(model).matrices
+    parameters = named_parameters_canonical(model)
+    meter = RelativeUpdateMeter(views, BACKEND)
+    names = [f"transformer.h.0.{x}.weight" for x in ("mlp.c_fc", "mlp.c_proj", "attn.c_proj")]
+    with torch.no_grad():
+        parameters[names[0]].zero_()
+        parameters[names[1]].zero_()
+    meter.start(parameters)
+    with torch.no_grad():
+        parameters[names[0]].add_(1.0)
+        parameters[names[2]][0, 0] = math.nan
+    measured = meter.stop(parameters)
+    assert [measured.pop(name) for name in names[:2]] == [math.inf, 0]
+    assert math.isnan(measured.pop(names[2]))
+    assert set(measured.values()) == {0.0}
+    nothing = RelativeUpdateMeter((), BACKEND)
+    nothing.start({})
+    assert nothing.stop({}) == {}
+
+
+def test_rates_add_up_to_the_change_whatever_the_rhythm() -> None:
+    rates = ChangeRates()
+    series = {0: 2.0, 1: 2.2, 5: 1.1, 6: 4.0}
+    total, last = 0.0, 0
+    for step, value in series.items():
+        total += rates.of(step, {"w": value}).get("w", 0.0) * (step - last)
+        last = step
+    assert total == pytest.approx(math.log(2.0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_one_bad_value_spoils_one_rate(bad: float) -> None:
+    rates = ChangeRates()
+    assert rates.of(0, {"w": 1.0, "x": bad}) == {}
+    assert math.isnan(rates.of(1, {"w": bad})["w"])
+    assert rates.of(2, {"w": math.e, "x": 1.0}) == {"w": 0.5}
+    assert rates.of(2, {"w": 7.0}) == {}  # the step had its value
+    assert rates.of(3, {"w": math.e, "x": 1.0}) == {"w": 0.0, "x": 0.0}

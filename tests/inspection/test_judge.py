@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from hf_pss.errors import SelectionError
+from hf_pss.inspection.checkpoint import open_checkpoint
+from hf_pss.inspection.compare import compare
+from hf_pss.inspection.export import as_json
+from hf_pss.inspection.figures import noise_quantiles
+from hf_pss.inspection.judge import JudgedMatrix
+from hf_pss.inspection.names import visible
+from hf_pss.inspection.page import write_page
+from hf_pss.inspection.places import Place, place_of
+from hf_pss.inspection.survey import Inspection, inspect_checkpoint
+from hf_pss.inspection.table import render_changes, render_inspection
+
+EVIL = "h.0.\x1b[2J\u202e<script>.weight"
+
+
+def inspected(folder: Path, tensors: dict[str, torch.Tensor], *, exact: bool = False) -> Inspection:
+    folder.mkdir(exist_ok=True)
+    save_file({name: one.contiguous() for name, one in tensors.items()}, folder / "m.safetensors")
+    return inspect_checkpoint(open_checkpoint(folder), exact=exact)
+
+
+def healthy() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    kinds = {"attn.q": (80, 80), "mlp.up": (200, 80)}
+    tensors = {
+        f"h.{i}.{k}.weight": torch.randn(shape) for i in range(6) for k, shape in kinds.items()
+    }
+    return tensors | {"h.0.ln.weight": torch.ones(80), "wte.weight": torch.randn(90, 80)}
+
+
+def ill() -> dict[str, torch.Tensor]:
+    tensors = healthy()
+    tensors["h.0.attn.q.weight"][1, 2] = math.nan
+    tensors["h.1.attn.q.weight"].zero_()
+    tensors["h.2.mlp.up.weight"] *= 9
+    tensors["h.3.mlp.up.weight"] = torch.outer(torch.randn(200), torch.randn(80)) / 10
+    tensors["h.4.mlp.up.weight"][:, :4] *= 4
+    tensors["h.0.ln.weight"][3] = math.inf
+    return tensors
+
+
+@pytest.fixture
+def sick(tmp_path: Path) -> Inspection:
+    return inspected(tmp_path / "sick", ill())
+
+
+def shown(renderable: object) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def named(inspection: Inspection) -> dict[str, JudgedMatrix]:
+    return {one.health.name: one for one in inspection.matrices}
+
+
+def test_noise_is_healthy(tmp_path: Path) -> None:
+    inspection = inspected(tmp_path / "x", healthy())
+    assert inspection.is_finite
+    assert inspection.num_findings == 0
+    assert len(inspection.matrices) == 13
+    assert inspection.num_others == 1
+    ratios = [one.health.stable_rank / one.health.noise for one in inspection.matrices]
+    assert ratios == sorted(ratios)
+
+
+def test_the_worst_come_first(sick: Inspection) -> None:
+    kinds = [one.findings[0].kind for one in sick.matrices if one.findings]
+    assert kinds[:2] == ["non_finite", "zero"]
+    found = {name: {f.kind for f in one.findings} for name, one in named(sick).items()}
+    assert found["h.2.mlp.up.weight"] == {"large"}
+    assert found["h.3.mlp.up.weight"] == {"low_rank", "below_siblings"}
+    assert found["h.4.mlp.up.weight"] >= {"below_siblings"}
+    assert sum(map(bool, found.values())) == sick.num_findings == 5
+    assert not sick.is_finite
+    assert [(entry.name, bad) for entry, bad in sick.bad_others] == [("h.0.ln.weight", 1)]
+
+
+def test_few_siblings_are_no_measure(tmp_path: Path) -> None:
+    tensors = {f"h.{i}.w.weight": torch.randn(80, 80) for i in range(3)}
+    tensors["h.0.w.weight"] *= 100
+    assert inspected(tmp_path / "x", tensors).num_findings == 0
+
+
+def test_table(sick: Inspection) -> None:
+    text = shown(render_inspection(sick, num_lines=5))
+    assert "NOT FINITE: NaN or inf in 1 matrix and 1 other tensor" in text
+    assert "h.0.ln.weight: 1 of 80 numbers" in text
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("matrix"))
+    assert "1 of 6,400 numbers are NaN or inf" in lines[first + 1]
+    assert "every number is 0" in lines[first + 2]
+    assert "8 more; --lines shows them" in text
+
+
+def test_json_is_strict(sick: Inspection) -> None:
+    data = json.loads(json.dumps(as_json(sick), allow_nan=False))
+    assert data["finite"] is False
+    first = data["matrices"][0]
+    assert (first["name"], first["sigma1"], first["num_nonfinite"]) == (
+        "h.0.attn.q.weight",
+        None,
+        1,
+    )
+    assert first["findings"][0]["kind"] == "non_finite"
+    assert data["non_finite_tensors"] == [{"name": "h.0.ln.weight", "num_nonfinite": 1}]
+
+
+def test_json_of_an_exact_inspection_has_spectra(tmp_path: Path) -> None:
+    row = as_json(inspected(tmp_path / "x", {"w.weight": torch.eye(5)}, exact=True))["matrices"][0]
+    assert row["singular_values"] == [1.0] * 5
+    assert row["effective_rank"] == pytest.approx(5)
+
+
+def test_compare(tmp_path: Path, sick: Inspection) -> None:
+    before = inspected(tmp_path / "before", healthy())
+    changes = compare(before, sick)
+    first = ["h.0.attn.q.weight", "h.1.attn.q.weight", "h.3.mlp.up.weight"]
+    assert [change.name for change in changes[:3]] == first  # newly NaN, newly zero, collapsed
+    found = {change.name: change for change in changes}
+    larger = found["h.2.mlp.up.weight"]
+    assert larger.sigma1_ratio == pytest.approx(9)
+    assert larger.relative_change == pytest.approx(8)
+    assert found["h.5.mlp.up.weight"].relative_change == 0
+    assert math.isnan(found["h.0.attn.q.weight"].relative_change)
+    assert "→" in shown(render_changes(changes, num_lines=3))
+    assert "10 more" in shown(render_changes(changes, num_lines=3))
+    data = as_json(before, other=sick, changes=changes)
+    assert json.loads(json.dumps(data, allow_nan=False))["changes"][0]["after"]["sigma1"] is None
+
+
+def test_compare_sees_through_wrappers(tmp_path: Path) -> None:
+    one = inspected(tmp_path / "a", {"h.0.w.weight": torch.eye(4), "x.weight": torch.eye(4)})
+    two = inspected(tmp_path / "b", {"transformer.h.0.w.weight": 2 * torch.eye(4)})
+    changes = {change.name: change for change in compare(one, two)}
+    assert changes["h.0.w.weight"].sigma1_ratio == pytest.approx(2)
+    assert changes["x.weight"].after is None
+    assert "missing" in shown(render_changes(list(changes.values()), num_lines=9))
+    with pytest.raises(SelectionError, match="in common"):
+        compare(one, inspected(tmp_path / "c", {"other.weight": torch.eye(4)}))
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects what a browser would fetch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_needs_no_other_file(tmp_path: Path, sick: Inspection) -> None:
+    before = inspected(tmp_path / "before", healthy() | {EVIL: torch.randn(80, 80)})
+    out = tmp_path / "deep" / "page.html"
+    write_page(out, before, other=sick, changes=compare(before, sick))
+    page = Page(out)
+    assert len(page.fetched) == 4
+    assert all(one.startswith("data:image/svg+xml;base64,") for one in page.fetched)
+    assert "script" not in page.tags
+    text = out.read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "From the first to the second" in text
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_page_of_what_cannot_be_drawn(tmp_path: Path) -> None:
+    inspection = inspected(tmp_path / "x", {"h.0.w": torch.zeros(4, 4), "b": torch.ones(3)})
+    write_page(tmp_path / "page.html", inspection)
+    assert Page(tmp_path / "page.html").fetched == []
+
+
+def test_names_cannot_move_the_cursor(tmp_path: Path) -> None:
+    inspection = inspected(tmp_path / "x", {EVIL: torch.eye(4)})
+    text = shown(render_inspection(inspection, num_lines=5))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert r"\x1b[2J\u202e<script>" in text
+
+
+def test_visible_cuts_what_is_far_too_long() -> None:
+    assert len(visible("x" * 10_000)) == 301
+    assert visible("\ud800\n\U000e0001") == r"\ud800\n\U000e0001"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("transformer.h.3.attn.c_attn.weight", Place("transformer.h", 3, "attn.c_attn")),
+        ("h.3.mlp.c_fc.weight", Place("h", 3, "mlp.c_fc")),
+        ("0.weight", Place("", None, "0")),
+        ("0.linear.weight", Place("", 0, "linear")),
+        ("encoder.block.2.layer.1.wo.weight", Place("encoder.block", 2, "layer.*.wo")),
+        ("wte.weight", Place("", None, "wte")),
+    ],
+)
+def test_places(name: str, place: Place) -> None:
+    assert place_of(name) == place
+
+
+# Of the largest value; 0.025 measured, for these shapes.
+QUANTILES = 0.05
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (512, 128), (100, 400)])
+def test_expected_spectrum_of_noise(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    sigma = torch.linalg.svdvals(torch.randn(shape).double()).numpy()
+    expected = noise_quantiles(*shape, (np.arange(len(sigma)) + 0.5) / len(sigma))
+    assert np.abs(sigma - expected).max() < QUANTILES * sigma[0]
