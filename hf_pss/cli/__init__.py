@@ -1,1 +1,1 @@
-"""The command line, `hf-pss`: demo, train, report."""
+"""The command line, `hf-pss`: demo, train, health, sweep, report."""
