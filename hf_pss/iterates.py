@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from hf_pss.distributed import Backend
 from hf_pss.edits import Edit
+from hf_pss.moments import states_of
 
 __all__ = ["ITERATES", "edit_iterates_", "has_iterates"]
 
@@ -56,11 +56,7 @@ def edit_iterates_(
     if not has_iterates(optimizer):
         return 0
     num_edited = 0
-    for name, group in itertools.groupby(edits, key=lambda edit: edit.slot.view.parameter_name):
-        with backend.moment_part(optimizer, parameters[name], ITERATES) as part:
-            if part is None:
-                continue
-            for edit in group:
-                num_edited += 1
-                edit.apply_(part)
+    for edit, part in states_of(optimizer, ITERATES, edits, parameters, backend):
+        num_edited += 1
+        edit.apply_(part)
     return num_edited

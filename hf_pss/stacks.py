@@ -11,7 +11,7 @@ from typing import NoReturn, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from hf_pss.distributed import Backend
+from hf_pss.distributed import Backend, owners_of
 from hf_pss.errors import ElsewhereError
 from hf_pss.selection import MatrixView
 
@@ -137,23 +137,13 @@ def share_out(
     by_parameter: dict[str, list[Slot]] = {}
     for slot in wanted:
         by_parameter.setdefault(slot.view.parameter_name, []).append(slot)
-    costs = {
-        name: sum(decomposition_cost(slot.shape) for slot in slots)
-        for name, slots in by_parameter.items()
-    }
-    # Sorting is stable: among equals the model's order holds.
-    for slots in by_parameter.values():
-        slots.sort(key=lambda slot: slot.expert or 0)
-    load, owned = [0] * world_size, [[] for _ in range(world_size)]  # type: ignore[var-annotated]
-    for name in sorted(costs, key=costs.__getitem__, reverse=True):
-        owner = load.index(min(load))
-        load[owner] += costs[name]
-        owned[owner].append(name)
-    position = {name: i for i, name in enumerate(by_parameter)}
+    tasks = [sorted(slots, key=lambda slot: slot.expert or 0) for slots in by_parameter.values()]
+    costs = [sum(decomposition_cost(slot.shape) for slot in slots) for slots in tasks]
+    owners = owners_of(costs, world_size)
     queues = []
-    for mine in owned:
-        slots = [s for name in sorted(mine, key=position.__getitem__) for s in by_parameter[name]]
-        queues.append(list(_chunks(slots, parameters)))
+    for rank in range(world_size):
+        mine = (slots for slots, owner in zip(tasks, owners, strict=True) if owner == rank)
+        queues.append(list(_chunks(itertools.chain.from_iterable(mine), parameters)))
     return tuple(itertools.zip_longest(*queues, fillvalue=()))
 
 

@@ -18,5 +18,6 @@ from hf_pss.distributed.sharing import Replicas as Replicas
 from hf_pss.distributed.sharing import Shards as Shards
 from hf_pss.distributed.sharing import Sharing as Sharing
 from hf_pss.distributed.sharing import local as local
+from hf_pss.distributed.sharing import owners_of as owners_of
 from hf_pss.distributed.sharing import shards_of as shards_of
 from hf_pss.distributed.zero import Zero as Zero

@@ -189,10 +189,7 @@ class Replicated(OneProcess):
 
     def tell(self, values: Tensor) -> list[float]:
         """Add up over the ranks: each number is one rank's, and 0 on all others."""
-        known = values.double()
-        dist.all_reduce(known)
-        host: list[float] = known.tolist()
-        return host
+        return sum_over_ranks(values)
 
     def agree(self, values: Tensor) -> list[float]:
         """Return the mean over ranks, so that NaN on one is NaN on all; every rank must call.
@@ -200,6 +197,14 @@ class Replicated(OneProcess):
         In float64 the mean of equal float32 numbers is that number, bit for bit.
         """
         return mean_over_ranks(values)
+
+
+def sum_over_ranks(values: Tensor) -> list[float]:
+    """Return the sum over all ranks of the run, in float64."""
+    total = values.double()
+    dist.all_reduce(total)
+    host: list[float] = total.tolist()
+    return host
 
 
 def mean_over_ranks(values: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from hf_pss.distributed.backend import Part, mean_over_ranks, moment_of, to_owner
+from hf_pss.distributed.backend import Part, mean_over_ranks, moment_of, sum_over_ranks, to_owner
 from hf_pss.errors import ConfigurationError
 
 __all__ = ["Sharded", "gathered", "shard_group", "shard_ranks"]
@@ -169,10 +169,7 @@ class Sharded:
 
     def tell(self, values: Tensor) -> list[float]:
         """Add up over all ranks: each number is one rank's, and 0 on all others."""
-        known = values.double()
-        dist.all_reduce(known)
-        host: list[float] = known.tolist()
-        return host
+        return sum_over_ranks(values)
 
     def agree(self, values: Tensor) -> list[float]:
         """Return the mean over all ranks of the run, see `Replicated.agree`."""

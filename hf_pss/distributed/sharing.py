@@ -23,6 +23,7 @@ __all__ = [
     "Shards",
     "Sharing",
     "local",
+    "owners_of",
     "shards_of",
 ]
 
@@ -95,7 +96,7 @@ class Replicas:
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[Answer]:
         """Compute the share of this rank, and gather the others'."""
-        owners = owners_of([p.shape for p in params], dist.get_world_size(self._group))
+        owners = _owners(params, dist.get_world_size(self._group))
         rank = dist.get_rank(self._group)
         found = compute({i: m for i, m in enumerate(tensors) if owners[i] == rank})
         flat = [found[i].tensor.flatten() for i in range(len(params)) if owners[i] == rank]
@@ -126,7 +127,7 @@ class Shards:
     ) -> list[Answer]:
         """Gather, compute, send back."""
         rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
-        owners = owners_of([p.shape for p in params], world_size)
+        owners = _owners(params, world_size)
         places = [[i for i, owner in enumerate(owners) if owner == r] for r in range(world_size)]
         mine = places[rank]
 
@@ -220,11 +221,17 @@ class _Told:
                 self._shapes[id(params[i])] = {n: torch.Size(s) for n, s in shapes.items()}
 
 
-def owners_of(shapes: Sequence[torch.Size], world_size: int) -> list[int]:
-    """Return each parameter's owner: the dearest goes to whoever has least to do so far."""
-    costs = [prod(shape) * min(shape[-2:]) for shape in shapes]
-    loads, owners = [0] * world_size, [0] * len(shapes)
-    for place in sorted(range(len(shapes)), key=lambda i: -costs[i]):
+def _owners(params: Sequence[Tensor], world_size: int) -> list[int]:
+    return owners_of([prod(p.shape) * min(p.shape[-2:]) for p in params], world_size)
+
+
+def owners_of(costs: Sequence[int], world_size: int) -> list[int]:
+    """Return the owner of each task: the dearest goes to whoever has least to do so far.
+
+    Every rank computes the same; among equals the given order holds.
+    """
+    loads, owners = [0] * world_size, [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owner = loads.index(min(loads))
         owners[place] = owner
         loads[owner] += costs[place]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -17,6 +16,7 @@ from hf_pss.distributed import Replicas
 from hf_pss.errors import ConfigurationError
 from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.optimizer_resume import Kind, kind_of, move_to_, saved_kind
+from hf_pss.integration.schedule_free import unwrapped
 from hf_pss.optim import RULES, MatrixOptimizer, build_optimizer
 from hf_pss.optim.optimizer import ADAMW
 from hf_pss.selection import canonical_name
@@ -79,7 +79,7 @@ class ChosenOptimizer:
             if trainer.accelerator.sync_gradients:
                 # The mean over ranks, or replicas would part; it stays on the device.
                 mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")
-                _inner(trainer.optimizer).loss, self._step_loss = mean, None
+                unwrapped(trainer.optimizer).loss, self._step_loss = mean, None
         return loss
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -157,12 +157,6 @@ def _build(
         **unknown_yet,
         **options,
     )
-
-
-def _inner(optimizer: Any) -> Any:
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:

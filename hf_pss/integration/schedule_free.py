@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["ScheduleFree", "ScheduleFreeCallback", "schedule_free"]
+__all__ = ["ScheduleFree", "ScheduleFreeCallback", "schedule_free", "unwrapped"]
 
 
 @runtime_checkable
@@ -23,10 +23,16 @@ class ScheduleFree(Protocol):
         """Put the averaged weights into the parameters."""
 
 
-def schedule_free(optimizer: Any) -> ScheduleFree | None:
-    """Return the schedule-free optimizer in Accelerate's wrapper, or None."""
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer in Accelerate's wrappers."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
+    return optimizer
+
+
+def schedule_free(optimizer: Any) -> ScheduleFree | None:
+    """Return the schedule-free optimizer in Accelerate's wrapper, or None."""
+    optimizer = unwrapped(optimizer)
     return optimizer if isinstance(optimizer, ScheduleFree) else None
 
 

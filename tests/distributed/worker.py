@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from cpu_shims import enable_deepspeed_on_cpu, enable_fsdp2_on_cpu
 from helpers import controller_of, make_trainer, token_rows
 from shards_worker import MAX_ELEMENTS, MOMENTS, build
 
 from hf_pss import PSSConfig, PSSTrainer, stacks
 from hf_pss.distributed import gathered, local
+from hf_pss.integration.schedule_free import unwrapped
 
 BATCH = 4
 FAULT_STEP = 5
@@ -81,13 +81,6 @@ def strategy(backend: str) -> dict[str, Any]:
 
 def strategy_name(backend: str) -> str:
     return backend.split("-")[0].rstrip("23")
-
-
-def optimizer_of(trainer: Any) -> Any:
-    optimizer = trainer.optimizer
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def num_state_elements(optimizer: Any) -> int:
@@ -159,7 +152,7 @@ def main() -> None:
         ],
         "sharing": [
             type(sharing).__name__
-            for sharing in getattr(optimizer_of(trainer), "_sharing", {}).values()
+            for sharing in getattr(unwrapped(trainer.optimizer), "_sharing", {}).values()
         ],
         "num_state_elements": num_state_elements(trainer.optimizer),
         "digest": hashlib.sha256(
