@@ -40,7 +40,7 @@ import copy
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,8 +51,9 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_pss import PSSError, PSSTrainerMixin, PSSTrainingArguments
+from hf_pss import PSSTrainerMixin, PSSTrainingArguments
 from hf_pss.cli.model import load_tokenizer
+from hf_pss.cli.options import option
 from hf_pss.cli.parsing import (
     config_path,
     into_dataclasses,
@@ -61,6 +62,7 @@ from hf_pss.cli.parsing import (
     words_of_file,
 )
 from hf_pss.cli.quiet import without_noise
+from hf_pss.cli.script import run_script
 from hf_pss.cli.training import check_reporters
 from hf_pss.data import open_rows
 from hf_pss.errors import ConfigurationError
@@ -85,11 +87,6 @@ FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
 # What trl reads from a row beside the conversation itself.
 _EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with its line of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,36 +447,15 @@ def parser_of(output_dir: str) -> Any:
     return parser
 
 
-def show_help() -> None:
-    """Print what this script is for and its own options."""
-    print(__doc__)
-    parser = parser_of("runs/<name of the YAML file>")
-    for title, group in (("Conversations", ScriptArguments), ("Model", ModelConfig)):
-        print(f"{title}:")
-        for one in fields(group):
-            value = parser.get_default(one.name)
-            default = "" if value in (None, False) else f" Default: {value}."
-            print(f"  --{one.name:<24}{one.metadata['help']}{default}")
-        print()
-
-
 def run(words: Sequence[str]) -> int:
     """Run the script with these words and return its exit code."""
-    if {"-h", "--help"} & set(words):
-        show_help()
-        return 0
-    if {"--help-all", "--help_all"} & set(words):
-        parser_of("runs/<name of the YAML file>").print_help()
-        return 0
-    try:
-        main(*parse(words))
-    except PSSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    # Only here: after an error, other ranks may wait in a collective that this would wait for.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
+    return run_script(
+        words,
+        train=lambda: main(*parse(words)),
+        parser_of=parser_of,
+        page=str(__doc__),
+        groups={"Conversations": ScriptArguments, "Model": ModelConfig},
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_pss import PSSError, PSSTrainer, PSSTrainingArguments
+from hf_pss import PSSTrainer, PSSTrainingArguments
 from hf_pss.cli.model import (
     check_fit,
     load_model,
@@ -53,9 +53,10 @@ from hf_pss.cli.model import (
     make_model,
     read_overrides,
 )
-from hf_pss.cli.options import DataOptions, ModelOptions
+from hf_pss.cli.options import DataOptions, ModelOptions, option
 from hf_pss.cli.parsing import config_path, into_dataclasses, make_parser, words_of_file
 from hf_pss.cli.quiet import without_noise
+from hf_pss.cli.script import run_script
 from hf_pss.cli.text import BUILT_IN, load_training_text
 from hf_pss.cli.training import check_reporters
 from hf_pss.data import BlockDataset, open_rows
@@ -73,11 +74,6 @@ SIZES = {
 }
 # 50,257 tokens become 50,304 rows, as in nanoGPT: GPUs multiply multiples of 64 faster.
 VOCAB_MULTIPLE = 64
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with its line of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,34 +305,15 @@ def micro_batches(known: argparse.Namespace) -> int:
     return int(known.tokens_per_step // at_once)
 
 
-def show_help() -> None:
-    """Print what this script is for and its own options."""
-    print(__doc__)
-    for group in (ScriptArguments, ModelOptions, DataOptions):
-        print(f"{group._argument_group_name}:")
-        for one in fields(group):
-            default = "" if one.default in (None, False) else f" Default: {one.default}."
-            print(f"  --{one.name:<24}{one.metadata['help']}{default}")
-        print()
-
-
 def run(words: Sequence[str]) -> int:
     """Run the script with these words and return its exit code."""
-    if {"-h", "--help"} & set(words):
-        show_help()
-        return 0
-    if {"--help-all", "--help_all"} & set(words):
-        parser_of("runs/<name of the YAML file>").print_help()
-        return 0
-    try:
-        main(*parse(words))
-    except PSSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    # Only here: after an error, other ranks may wait in a collective that this would wait for.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
+    return run_script(
+        words,
+        train=lambda: main(*parse(words)),
+        parser_of=parser_of,
+        page=str(__doc__),
+        groups={g._argument_group_name: g for g in (ScriptArguments, ModelOptions, DataOptions)},
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ __all__ = [
     "DataOptions",
     "ModelOptions",
     "RunOptions",
+    "option",
 ]
 
 # Our choice; transformers' 5e-5 is too low for fresh weights and high for tuned ones.
@@ -21,7 +22,8 @@ FRESH_LEARNING_RATE, TUNED_LEARNING_RATE = 1e-3, 2e-5
 LEARNING_RATE_HELP = "Peak of the schedule. Default: 1e-3 with --model_config, 2e-5 with --model."
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with its line of help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -31,21 +33,21 @@ class ModelOptions:
 
     _argument_group_name: ClassVar[str] = "Model"  # where HfArgumentParser lists them
 
-    model: str | None = _option(
+    model: str | None = option(
         None, "Weights to start from: a folder, or a name on the Hub. Fine-tunes."
     )
-    model_config: str | None = _option(
+    model_config: str | None = option(
         None,
         "Fresh weights: a config as JSON or YAML file, or a type such as gpt2 or llama. Pretrains.",
     )
-    model_overrides: str | None = _option(
+    model_overrides: str | None = option(
         None, "Changes to --model_config: n_layer=8,n_embd=64; in YAML also a mapping."
     )
-    tokenizer: str | None = _option(
+    tokenizer: str | None = option(
         None, "A folder or a name on the Hub; else the model's, or one trained on the text."
     )
-    vocab_size: int = _option(2048, "Size of a tokenizer that is trained on the text.")
-    dtype: Literal["float32", "bfloat16", "auto"] = _option(
+    vocab_size: int = option(2048, "Size of a tokenizer that is trained on the text.")
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
         "How weights of --model are held. For mixed precision keep float32 and set --bf16.",
     )
@@ -57,21 +59,21 @@ class DataOptions:
 
     _argument_group_name: ClassVar[str] = "Data"
 
-    dataset: str = _option(
+    dataset: str = option(
         "python",
         "python (the library of your interpreter), a .txt, .jsonl or .parquet file, or a name on "
         "the Hub.",
     )
-    dataset_subset: str | None = _option(None, "A Hub dataset's configuration.")
-    dataset_split: str = _option("train", "A Hub dataset's split.")
-    text_column: str = _option("text", "Where rows keep their text.")
-    context_length: int = _option(256, "Tokens a block.")
-    max_tokens: int | None = _option(None, "Read no more than this many tokens.")
-    validation_fraction: float = _option(
+    dataset_subset: str | None = option(None, "A Hub dataset's configuration.")
+    dataset_split: str = option("train", "A Hub dataset's split.")
+    text_column: str = option("text", "Where rows keep their text.")
+    context_length: int = option(256, "Tokens a block.")
+    max_tokens: int | None = option(None, "Read no more than this many tokens.")
+    validation_fraction: float = option(
         0.05,
         "Share held out, from the end of the text; python holds out one file in twenty.",
     )
-    max_validation_blocks: int = _option(512, "Evaluate on so many blocks at most.")
+    max_validation_blocks: int = option(512, "Evaluate on so many blocks at most.")
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_validation_blocks"):
@@ -86,10 +88,10 @@ class RunOptions:
 
     _argument_group_name: ClassVar[str] = "Run"
 
-    config: str | None = _option(
+    config: str | None = option(
         None, "A YAML file with any of these options, one a line; arguments win over it."
     )
-    resume: bool = _option(
+    resume: bool = option(
         False, "Go on from the last checkpoint in --output_dir; give the same options again."
     )
-    overwrite: bool = _option(False, "Remove an earlier run's checkpoints from --output_dir.")
+    overwrite: bool = option(False, "Remove an earlier run's checkpoints from --output_dir.")
