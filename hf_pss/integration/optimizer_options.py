@@ -10,10 +10,13 @@ from typing import Any, Literal, TypeAlias
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.groups import known_options
 
-__all__ = ["OptimizerName", "read_options"]
+__all__ = ["QK_CLIP", "OptimizerName", "read_options"]
 
 OptimizerName = Literal["muon", "normuon", "softmuon", "softsignum", "specmuon", "spectra", "amuse"]
 Options: TypeAlias = dict[str, Any]
+
+QK_CLIP = "qk_clip"
+"""The one option that the optimizer itself does not take: it needs the attention of a model."""
 
 # What TrainingArguments has a place for is said there, once.
 _ARGUMENTS: Mapping[str, str] = {
@@ -58,7 +61,8 @@ def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
 
 
 def _known_options(algo: str) -> Options:
-    return {name: v for name, v in known_options(algo).items() if name not in _ARGUMENTS}
+    known = {name: v for name, v in known_options(algo).items() if name not in _ARGUMENTS}
+    return known | {QK_CLIP: None}
 
 
 def _pairs(text: str) -> Options:

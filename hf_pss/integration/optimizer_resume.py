@@ -13,16 +13,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_pss.optim.layout import is_by_head
+
 __all__ = ["Kind", "kind_of", "move_to_", "saved_kind"]
 
 Kind: TypeAlias = tuple[str | None, ...]
-"""What moves each parameter group, and how many parameters; None where no rules are known."""
+"""What moves each parameter group, how many parameters, and in how many parts; None where no rules
+are known."""
 
 # Of accelerate and transformers: one process and DDP; FSDP2 with full, with sharded state.
 _WHOLE = ("optimizer.pt", "optimizer.bin")
 _SHARDED = "optimizer_0"
 _ENTRY = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)$")
-_TELLING = ("algo", "params", "train_mode")
+_TELLING = ("algo", "params", "train_mode", "layouts")
 # One entry a parameter group, of another number and order in the other optimizer.
 _BY_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs")
 
@@ -37,7 +40,12 @@ def _kind_of_group(group: Mapping[str, Any]) -> str | None:
     if algo is None:
         return None
     name = f"schedule-free {algo}" if "train_mode" in group else algo
-    return f"{name} ({len(group['params'])} parameters)"
+    # What a rule remembers is of matrices; a sharded checkpoint loses the empty tuple of one.
+    layouts = [layout for layout in group.get("layouts") or () if len(layout) > 1]
+    num_parts = sum(len(parts) for _, parts in layouts)
+    how = " by head" if any(map(is_by_head, layouts)) else ""
+    divided = f" in {num_parts} parts{how}" if num_parts else ""
+    return f"{name} ({len(group['params'])} parameters{divided})"
 
 
 def saved_kind(checkpoint: Path) -> Kind | None:

@@ -15,10 +15,14 @@ from transformers.trainer import SCHEDULER_NAME
 from hf_pss.distributed import Replicas
 from hf_pss.errors import ConfigurationError
 from hf_pss.integration.arguments import PSSTrainingArguments
+from hf_pss.integration.attention_maxima import AttentionMaxima, MeasureAttention
+from hf_pss.integration.optimizer_options import QK_CLIP
 from hf_pss.integration.optimizer_resume import Kind, kind_of, move_to_, saved_kind
 from hf_pss.integration.schedule_free import unwrapped
 from hf_pss.optim import RULES, MatrixOptimizer, build_optimizer
+from hf_pss.optim.groups import AMUSE
 from hf_pss.optim.optimizer import ADAMW
+from hf_pss.optim.qk_clip import QKClip
 from hf_pss.selection import canonical_name
 
 __all__ = ["ChosenOptimizer", "refuse_two_optimizers"]
@@ -58,6 +62,7 @@ class ChosenOptimizer:
             trainer.optimizer = _build(model, trainer.args, decayed=decayed)
             if trainer.accelerator.distributed_type in _REPLICATED:
                 trainer.optimizer.share_work_(Replicas())
+            _clip_attention(trainer, model)
             _warn_of_mismatch(trainer, model, chosen)
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
@@ -143,6 +148,7 @@ def _build(
 ) -> MatrixOptimizer:
     names = {canonical_name(name) for name, _ in model.named_parameters()}
     options = arguments.optimizer_options()
+    options.pop(QK_CLIP, None)
     # A rule may insist on it; the scheduler brings the number.
     asks = arguments.pss_optim in RULES and "total_steps" in RULES[arguments.pss_optim].defaults
     unknown_yet = {"total_steps": 1} if asks and "total_steps" not in options else {}
@@ -157,6 +163,21 @@ def _build(
         **unknown_yet,
         **options,
     )
+
+
+def _clip_attention(trainer: Any, model: nn.Module) -> None:
+    """Let QK-clip follow each step where it was asked for."""
+    threshold = trainer.args.optimizer_options().get(QK_CLIP)
+    if not threshold:
+        return
+    if trainer.args.pss_optim == AMUSE:
+        raise ConfigurationError(
+            "amuse keeps an average of past weights beside the ones it trains, and qk_clip scales "
+            "only what is trained: use another optimizer, or leave qk_clip out."
+        )
+    maxima = AttentionMaxima(model)
+    QKClip(maxima.attentions, maxima.take, threshold=threshold).attach(trainer.optimizer)
+    trainer.add_callback(MeasureAttention(maxima))
 
 
 def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:
@@ -242,6 +263,7 @@ def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
     """Warn where options were given anew: a state brings its own."""
     given = trainer.args.optimizer_options()
     given.pop("total_steps", None)  # which is set again
+    given.pop(QK_CLIP, None)  # no part of a state: always this run's
     groups = trainer.optimizer.param_groups
     for name, value in given.items():
         if name == "others_lr":  # what the schedule starts from

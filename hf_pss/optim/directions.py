@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_pss.distributed import Answer
-from hf_pss.optim.layout import Layout, matrices_of
+from hf_pss.optim.layout import Layout, runs_of
 from hf_pss.optim.rule import Options, Rule, State
 
 __all__ = ["Job", "directions_of"]
@@ -40,6 +40,7 @@ class _Slice:
     part: int
     momenta: Tensor
     target: Tensor
+    """(matrices, runs, rows, inputs), where the momenta have runs and rows in one."""
     state: State
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ def directions_of(jobs: Mapping[int, Job], rule: Rule, options: Options) -> dict
         found, state = rule.direction(momenta, state, options)
         sizes = [len(piece) for piece in stack]
         for piece, direction in zip(stack, found.split_with_sizes(sizes), strict=True):
-            piece.target.copy_(direction)
+            piece.target.copy_(direction.reshape(piece.target.shape))
         for name, values in state.items():
             for piece, value in zip(stack, values.split_with_sizes(sizes), strict=True):
                 remembered.setdefault((piece.key, f"{name}.{piece.part}"), []).append(value)
@@ -78,8 +79,9 @@ def directions_of(jobs: Mapping[int, Job], rule: Rule, options: Options) -> dict
 
 def _slices(jobs: Mapping[int, Job], directions: Mapping[int, Tensor]) -> Iterator[_Slice]:
     for key, job in jobs.items():
-        momenta, targets = (matrices_of(t, job.layout) for t in (job.momentum, directions[key]))
-        for part, (momentum, target) in enumerate(zip(momenta, targets, strict=True)):
+        momenta, targets = (runs_of(t, job.layout) for t in (job.momentum, directions[key]))
+        for part, (runs, target) in enumerate(zip(momenta, targets, strict=True)):
+            momentum = runs.flatten(1, 2)  # a copy only where a projection lies within heads
             ending = f".{part}"
             state = {
                 name.removesuffix(ending): value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,10 +13,12 @@ from torch import nn
 from hf_pss.distributed import backend_for
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.amuse import Amuse
-from hf_pss.optim.layout import layout_of, layouts_of_factors
+from hf_pss.optim.layout import Layout, by_head, is_by_head, layout_of, layouts_of_factors
 from hf_pss.optim.optimizer import ADAMW, MatrixOptimizer
 from hf_pss.optim.rules import RULES
 from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.selection.heads import head_rows, is_of_heads
+from hf_pss.selection.survey import survey
 
 __all__ = [
     "build_optimizer",
@@ -39,6 +41,7 @@ def matrix_groups(
     exclude: Sequence[str] = (),
     no_decay: Collection[str] | None = None,
     others_lr: float | None = None,
+    per_head: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Return parameter groups: weight matrices for a rule, the rest, decayed or not, for AdamW.
@@ -54,6 +57,9 @@ def matrix_groups(
         no_decay: Canonical names that are not decayed, of those that AdamW moves; None: all below
             two dimensions.
         others_lr: Learning rate of the rest; None: the optimizer's.
+        per_head: Whether the heads of query, key and value projections are matrices of their own,
+            where it is known how they lie. That of values, too, and of a gate beside the queries:
+            Kimi K3, arXiv 2607.24653, section 2.5, divides Q, K and V.
         options: Of the matrices' group.
 
     Raises:
@@ -65,6 +71,8 @@ def matrix_groups(
     for view in selection.matrices:
         views.setdefault(view.parameter_name, []).append(view)
     layouts = {name: layout_of(found) for name, found in views.items()}
+    if per_head:
+        layouts |= _layouts_by_head(model, views, layouts)
     for adapter in selection.adapters:
         num_rows = parameters[adapter.right_name].shape[0]
         layouts |= layouts_of_factors(adapter, num_rows=num_rows)
@@ -87,6 +95,36 @@ def matrix_groups(
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def _layouts_by_head(
+    model: nn.Module, views: Mapping[str, Sequence[MatrixView]], layouts: Mapping[str, Layout]
+) -> dict[str, Layout]:
+    """Return the layouts of what has heads; warn of projections that are moved as before."""
+    found, unknown = {}, []
+    for site in survey(model):
+        held = views.get(site.name, ()) if site.tied_to is None else ()
+        rows = head_rows(site, held) if held else None
+        num_rows = sum(view.shape[-2] for view in held)
+        # Of a fused projection with parts left out the layout has none: it is one matrix.
+        is_complete = bool(held) and (held[0].rows is None or bool(layouts[site.name][1]))
+        if rows is not None and is_complete:
+            layout = layouts[site.name]
+            found[site.name] = by_head(layout, num_rows=num_rows, head_rows=rows)
+        elif held and is_of_heads(site, held):
+            unknown.append(site.name)
+    if unknown and found:
+        logger.warning(
+            "per_head: how the heads lie in %s is not known, so %s moved as without it.",
+            unknown[0],
+            "it is" if len(unknown) == 1 else f"it and {len(unknown) - 1} others are",
+        )
+    elif not found:
+        logger.warning(
+            "per_head has no effect: no selected projection of queries, keys or values has heads "
+            "that are known."
+        )
+    return found
 
 
 def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> MatrixOptimizer:
@@ -115,7 +153,7 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
         )
     kind, rule = _kind_and_rule(algo)
     own = {name: options.pop(name) for name in RULES[rule].defaults if name in options}
-    names = ("include", "exclude", "no_decay", "others_lr")
+    names = ("include", "exclude", "no_decay", "others_lr", "per_head")
     grouping = {name: options.pop(name) for name in names if name in options}
     optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
     check_groups(optimizer, model)
@@ -160,12 +198,14 @@ def check_groups(optimizer: MatrixOptimizer, model: nn.Module) -> None:
 
 
 def describe_groups(optimizer: MatrixOptimizer) -> str:
-    """Return a table: a line a group."""
+    """Return a table: a line a group; of one that is moved by heads, how many parameters are."""
     lines = [f"{'algo':<10}{'parameters':>11}{'entries':>16}{'lr':>11}{'decay':>8}"]
     for group in optimizer.param_groups:
         entries = sum(parameter.numel() for parameter in group["params"])
+        num_by_head = sum(map(is_by_head, group["layouts"] or ()))
         lines.append(
             f"{group['algo']:<10}{len(group['params']):>11}{entries:>16,}"
             f"{group['lr']:>11.3g}{group['weight_decay']:>8.3g}"
+            + (f"   {num_by_head} by head" if num_by_head else "")
         )
     return "\n".join(lines)

@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from hf_pss.selection import MatrixView
 from hf_pss.selection.adapters import AdapterView
 
-__all__ = ["WHOLE", "Layout", "layout_of", "layouts_of_factors", "matrices_of"]
+__all__ = [
+    "WHOLE",
+    "Layout",
+    "by_head",
+    "is_by_head",
+    "layout_of",
+    "layouts_of_factors",
+    "matrices_of",
+    "runs_of",
+]
 
-Layout: TypeAlias = tuple[bool, tuple[tuple[int, int, int], ...]]
-"""Whether inputs come first, and (start, size, period) of each matrix's output rows, as
-`RowPattern` has them; no such triple for a parameter that is one matrix. Plain values, since an
-optimizer's checkpoint is loaded without unpickling classes."""
+Part: TypeAlias = tuple[int, int, int] | tuple[int, int, int, int]
+Layout: TypeAlias = tuple[bool, tuple[Part, ...]]
+"""Whether inputs come first, and of each part's output rows (start, size, period) as `RowPattern`
+has them; a fourth number, the rows of one head, divides the runs of the part into that many
+matrices more. No part for a parameter that is one matrix. Plain values, since an optimizer's
+checkpoint is loaded without unpickling classes."""
+
+_NUMBERS_BY_HEAD = 4
 
 WHOLE: Layout = (False, ())
 
@@ -23,16 +37,51 @@ WHOLE: Layout = (False, ())
 def layout_of(views: Sequence[MatrixView]) -> Layout:
     """Return how these views, all of one parameter, lie in it.
 
-    A projection whose rows come in runs of several a period (heads of [q|k|v]) is no view of two
-    dimensions. Such a parameter, and one whose views leave rows out, counts as one matrix.
+    A parameter whose views leave rows out counts as one matrix.
     """
     transposed = views[0].transposed
     parts = tuple((v.rows.start, v.rows.size, v.rows.period) for v in views if v.rows is not None)
-    num_rows = sum(view.shape[-2] for view in views)
     is_split = len(parts) == len(views) and len({period for *_, period in parts}) == 1
     is_complete = is_split and sum(size for _, size, _ in parts) == parts[0][2]
-    is_flat = all(size == 1 or period == num_rows for _, size, period in parts)
-    return transposed, parts if is_complete and is_flat else ()
+    return transposed, parts if is_complete else ()
+
+
+def by_head(layout: Layout, *, num_rows: int, head_rows: Sequence[int]) -> Layout:
+    """Return the layout in which every head is a matrix of its own.
+
+    Neighbours with heads of one size become one part, so that the heads of [q|k|v] are one stack.
+
+    Args:
+        layout: As `layout_of` returns it.
+        num_rows: Output rows of the parameter.
+        head_rows: Rows of a head of each part, each a divisor of the part's rows in a period; of
+            the parameter itself where the layout has no parts.
+
+    Example:
+        >>> fused = (True, ((0, 8, 24), (8, 8, 24), (16, 8, 24)))  # GPT-2, two heads of 4
+        >>> by_head(fused, num_rows=24, head_rows=[4, 4, 4])
+        (True, ((0, 24, 24, 4),))
+    """
+    transposed, given = layout
+    parts = given or ((0, num_rows, num_rows),)
+    joined: list[tuple[int, int, int, int]] = []
+    for (start, size, period, *_), rows in zip(parts, head_rows, strict=True):
+        if joined and joined[-1][3] == rows and sum(joined[-1][:2]) == start:
+            first, before, *_ = joined.pop()
+            start, size = first, before + size
+        joined.append((start, size, period, rows))
+    divided: list[Part] = []
+    for start, size, period, rows in joined:
+        if size in (rows, period) or period == num_rows:
+            divided.append((start, size, period, rows))
+        else:  # only heads at one distance from each other are one view
+            divided += [(at, rows, period, rows) for at in range(start, start + size, rows)]
+    return transposed, tuple(divided)
+
+
+def is_by_head(layout: Layout) -> bool:
+    """Tell whether `by_head` made a layout."""
+    return any(len(part) == _NUMBERS_BY_HEAD for part in layout[1])
 
 
 def layouts_of_factors(view: AdapterView, *, num_rows: int) -> dict[str, Layout]:
@@ -54,8 +103,11 @@ def layouts_of_factors(view: AdapterView, *, num_rows: int) -> dict[str, Layout]
     return {view.left_name: (True, left), view.right_name: (False, right)}
 
 
-def matrices_of(stored: Tensor, layout: Layout) -> list[Tensor]:
-    """Return views (matrices, outputs, inputs), one for each part, of what is laid out like this.
+def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
+    """Return views (matrices, runs, rows, inputs), one for each part, of what is laid out like so.
+
+    A matrix is its runs, one below the other: one run, or of a projection whose rows lie within
+    heads one a head.
 
     Args:
         stored: (rows, columns), or (experts, rows, columns), of the parameter's shape.
@@ -65,8 +117,24 @@ def matrices_of(stored: Tensor, layout: Layout) -> list[Tensor]:
     whole = stored if stored.ndim == 3 else stored[None]
     whole = whole.mT if transposed else whole
     if not parts:
-        return [whole]
-    return [
-        whole[:, start::period] if size == 1 else whole.narrow(1, start, size)
-        for start, size, period in parts
-    ]
+        return [whole[:, None]]
+    found = []
+    for start, size, period, *head in parts:
+        runs = torch.unflatten(whole, 1, (-1, period)).narrow(2, start, size)
+        if head:
+            # A stack of experts has no heads: there is one matrix. `view` refuses to copy.
+            runs = runs.view(-1, 1, *head, runs.shape[-1])
+        found.append(runs)
+    return found
+
+
+def matrices_of(stored: Tensor, layout: Layout) -> list[Tensor]:
+    """Return (matrices, outputs, inputs) for each part of what is laid out like this.
+
+    A view, but for projections whose rows come in runs within heads.
+
+    Args:
+        stored: As `runs_of` takes it.
+        layout: The same.
+    """
+    return [runs.flatten(1, 2) for runs in runs_of(stored, layout)]

@@ -144,19 +144,31 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; what rules remember keeps its own type, whatever the parameters' is.
 
+        Where a parameter is divided into other matrices than in the saved run, by ``per_head``, its
+        momentum goes on and what a rule remembers of each matrix begins anew.
+
         Raises:
             ValueError: It is of an optimizer with other groups.
         """
-        layouts = [group["layouts"] for group in self.param_groups]
+        models = [group["layouts"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        divided_anew: set[Tensor] = set()
         # The model's, whatever was saved: distributed checkpoints lose tuples without entries.
-        for group, own in zip(self.param_groups, layouts, strict=True):
-            group["layouts"] = own
+        for group, layouts in zip(self.param_groups, models, strict=True):
+            saved = group["layouts"] or ()
+            for parameter, before, now in zip(group["params"], saved, layouts or (), strict=False):
+                if _parts(before) != _parts(now):
+                    divided_anew.add(parameter)
+            group["layouts"] = layouts
         given = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         held = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
         for key, parameter in zip(given, held, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                if _is_of_a_rule(name):
+                if not _is_of_a_rule(name):
+                    continue
+                if parameter in divided_anew:
+                    del self.state[parameter][name]  # of other matrices than the model's now
+                else:
                     self.state[parameter][name] = value.to(parameter.device)
 
     @torch.no_grad()
@@ -301,6 +313,10 @@ def _chunks(places: Sequence[int], params: Sequence[Tensor], limit: int) -> Iter
             chunk, num_elements = [], params[place].numel()
         chunk.append(place)
     yield chunk
+
+
+def _parts(layout: Sequence[Any]) -> list[list[int]]:
+    return [list(part) for part in layout[1]] if len(layout) > 1 else []
 
 
 def _is_of_a_rule(name: str) -> bool:

@@ -414,6 +414,38 @@ def test_a_resume_is_exact(name: str, tmp_path: Path, caplog: pytest.LogCaptureF
     assert "begins anew" not in caplog.text
 
 
+def test_heads_are_moved_and_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By head to the bit; from or to the other setting as from another optimizer."""
+    options = {"save_steps": HALF, "pss_optim_args": "per_head=true"}
+    whole = trained(tmp_path / "whole", "normuon", **options)
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{HALF}")
+    resumed = trained(tmp_path / "resumed", "normuon", **options, resume=checkpoint)
+    assert resume_differences(whole, resumed) == []
+    assert "begins anew" not in caplog.text
+    trained(tmp_path / "other", "normuon", save_steps=HALF, resume=checkpoint)
+    (warning,) = [w for w in warnings_of(caplog) if "begins anew" in w]
+    theirs, ours = warning.split("and this run trains with")
+    assert "by head" in theirs
+    assert "by head" not in ours
+    plain = str(tmp_path / "other" / f"checkpoint-{MAX_STEPS}")
+    longer = {**options, "max_steps": MAX_STEPS + 1}
+    trained(tmp_path / "back", "normuon", **longer, resume=plain)
+    assert caplog.text.count("begins anew") == 2
+
+
+def test_qk_clip_is_of_the_run_and_no_part_of_a_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_steps": HALF, "pss_optim_args": "qk_clip=0.001"}
+    whole = trained(tmp_path / "whole", **options)
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{HALF}")
+    resumed = trained(tmp_path / "resumed", **options, resume=checkpoint)
+    assert resume_differences(whole, resumed) == []
+    other = trained(tmp_path / "other", save_steps=HALF, resume=checkpoint)
+    assert differences(weights_of(whole.model), weights_of(other.model), "model")
+    assert "has no effect" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [(None, "muon"), ("muon", None), ("muon", "spectra"), ("muon", "amuse")]
 )
@@ -484,7 +516,7 @@ def test_another_selection_of_matrices_begins_anew(
     assert resumed.state.global_step == MAX_STEPS
     (warning,) = [w for w in warnings_of(caplog) if "begins anew" in w]
     num_matrices = len(groups_of(resumed)[0]["params"])
-    assert f"with groups of muon ({num_matrices} parameters)" in warning
+    assert f"with groups of muon ({num_matrices} parameters in" in warning
 
 
 def test_the_length_of_a_run_is_that_of_the_resumed_one(

@@ -1,0 +1,160 @@
+"""QK-clip: after a step, heads whose logits grew too large have their projections scaled down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_pss.distributed import Backend, backend_for
+from hf_pss.errors import ConfigurationError
+from hf_pss.selection.heads import AttentionHeads, HeadRows
+
+__all__ = ["QKClip", "clip_factors"]
+
+
+def clip_factors(maxima: Tensor, *, threshold: float, num_key_heads: int) -> tuple[Tensor, Tensor]:
+    """Return what to multiply the query and the key rows of each head by.
+
+    With γ_h = min(1, τ/S_h) and a key head that the query heads of group g share:
+
+        c_g = √(max_{h ∈ g} γ_h) for the keys,   γ_h / c_g for the queries.
+
+    q·k is linear in both, so the logits of head h are multiplied by c_g · γ_h/c_g = γ_h, and the
+    largest becomes γ_h S_h = min(S_h, τ): no head is above τ afterwards, and none is scaled by
+    more than it needs. Alone with its keys, a head has γ_h/√γ_h = √γ_h on both sides, the rule of
+    Kimi K2 (arXiv 2507.20534, section 2.1). Where one head of a group is not clipped, c_g = 1 and
+    keys and that head keep their bits, as the paper's shared rotary keys do; for groups the paper
+    has no formula, this one is ours.
+
+    Args:
+        maxima: (h,), float32: S_h, the largest scaled logit of each head. NaN, inf and all up to
+            the threshold, −inf for a head that was not seen, give 1: what is not finite is not
+            mended by scaling.
+        threshold: τ.
+        num_key_heads: Of the keys; divides h, neighbours share.
+
+    Returns:
+        (h,) and (num_key_heads,), float32.
+
+    Example:
+        >>> clip_factors(torch.tensor([400.0, 50.0]), threshold=100.0, num_key_heads=2)
+        (tensor([0.5000, 1.0000]), tensor([0.5000, 1.0000]))
+        >>> clip_factors(torch.tensor([400.0, 50.0]), threshold=100.0, num_key_heads=1)
+        (tensor([0.2500, 1.0000]), tensor([1.]))
+    """
+    is_above = (maxima > threshold) & maxima.isfinite()
+    gamma = torch.where(is_above, threshold / maxima, torch.ones_like(maxima))
+    groups = gamma.view(num_key_heads, -1)
+    keys = groups.amax(dim=-1).sqrt()
+    return (groups / keys[:, None]).flatten(), keys
+
+
+class QKClip:
+    """Clips a model's heads after each step of an optimizer; biases scale with their weights.
+
+    Logits are those of the forward pass, before the step, as in the paper: the next step's may
+    lie above the threshold by what the update adds. Momentum is left as it is. A step in which no
+    parameter had a gradient clips nothing.
+
+    Cost: one multiplication of the query and key weights a step, by 1 where nothing is clipped, so
+    that the device is never read.
+
+    Args:
+        attentions: Of `find_heads`.
+        take: Returns (attentions, heads), float32, the largest logits since it was last called,
+            the same on every rank, and forgets them; rows are padded behind their heads.
+        threshold: τ, above 0; the paper's is 100.
+
+    Raises:
+        ConfigurationError: The threshold is not above 0, there is nothing to clip, or a projection
+            is frozen, adapted or quantised.
+    """
+
+    def __init__(
+        self,
+        attentions: Sequence[AttentionHeads],
+        take: Callable[[], Tensor],
+        *,
+        threshold: float = 100.0,
+    ) -> None:
+        if not threshold > 0:
+            raise ConfigurationError(f"qk_clip is above 0, or 0 for off; you gave {threshold!r}.")
+        if not attentions:
+            raise ConfigurationError("qk_clip found no attention to clip: leave it out.")
+        for attention in attentions:
+            for projection in (attention.query, attention.key):
+                _check_trained(attention.name, projection.linear)
+        self._attentions = tuple(attentions)
+        self._take = take
+        self._threshold = threshold
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Clip after each step of this optimizer, of whatever kind."""
+
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            held = (p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            maxima = self._take()  # of a step that was held back they are forgotten
+            if any(held):
+                self.clip_(maxima)
+
+        optimizer.register_step_post_hook(after_step)
+
+    @torch.no_grad()
+    def clip_(self, maxima: Tensor) -> None:
+        """Scale the projections of each head whose largest logit is above the threshold.
+
+        Args:
+            maxima: As ``take`` returns them.
+        """
+        linears = [p.linear for a in self._attentions for p in (a.query, a.key)]
+        backend = backend_for({str(i): _weight(linear) for i, linear in enumerate(linears)})
+        for attention, largest in zip(self._attentions, maxima, strict=True):
+            heads = attention.heads
+            largest = largest[: heads.num_heads]
+            factors = clip_factors(
+                largest, threshold=self._threshold, num_key_heads=heads.num_key_heads
+            )
+            pairs = zip((attention.query, attention.key), factors, strict=True)
+            for projection, factor in pairs:
+                _scale_rows_(projection, factor.repeat_interleave(heads.head_dim), backend)
+
+
+def _scale_rows_(projection: HeadRows, factors: Tensor, backend: Backend) -> None:
+    """Multiply the projection's output rows, on this rank; factors: one a row of the projection."""
+    weight = _weight(projection.linear)
+    num_rows = weight.shape[1 if projection.view.transposed else 0]
+    stored = factors.new_ones(num_rows)
+    stored[projection.stored_rows(factors.device)] = factors
+    with backend.part(weight) as part:
+        if projection.view.transposed:
+            part.tensor.mul_(stored)
+        else:
+            part.tensor.mul_(stored[part.start : part.start + len(part.tensor), None])
+    bias = projection.linear.bias
+    if isinstance(bias, Tensor):
+        with backend.part(bias) as part:
+            part.tensor.mul_(stored[part.start : part.start + len(part.tensor)])
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)  # `find_heads` takes linear layers
+    return weight
+
+
+def _check_trained(name: str, linear: nn.Module) -> None:
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise ConfigurationError(
+            f"qk_clip scales the weights of {name}, and these are no floating-point parameter: "
+            "leave qk_clip out under quantisation."
+        )
+    if not weight.requires_grad:
+        raise ConfigurationError(
+            f"qk_clip scales the weights of {name}, and these are frozen or under an adapter, so "
+            "that other models would change with them: leave qk_clip out."
+        )

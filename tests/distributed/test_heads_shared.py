@@ -1,0 +1,60 @@
+"""Heads one by one, and QK-clip, on two ranks: as one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import Run, launch
+
+BACKENDS = ["ddp", "fsdp2-full", "fsdp2-sharded"]
+
+# Against one process that accumulates both ranks' batches, in float32 over 8 steps; absolute,
+# weights are of the order 0.05.
+WEIGHT_DRIFT = 4e-8  # 0.0; 1.5e-8 where a norm is summed in another order, as with other optimizers
+CLIP_EFFECT = 0.016  # 0.047 between clipped and not, which the drift is measured against
+
+HEADS = "dtype=float32,per_head=true"
+CLIPPED = f"{HEADS},qk_clip=0.001"
+
+
+def trained(backend: str, folder: Path, words: str, *, resume: str | None = None) -> Run:
+    chosen = {"pss_optim": "normuon", "pss_optim_args": words}
+    more = {} if resume is None else {"resume": resume}
+    run = launch(backend, folder, options={"detectors": []}, trainer=chosen, **more)
+    assert run.returncode == 0, run.errors[-3000:]
+    assert [rank["error"] for rank in run.ranks] == [None] * len(run.ranks)
+    return run
+
+
+def drift(one: Run, other: Run) -> float:
+    pairs = zip(one.weights.values(), other.weights.values(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("heads")
+    return {words: trained("one", folder / words, words) for words in (HEADS, CLIPPED)}
+
+
+def test_the_clip_has_an_effect(alone: dict[str, Run]) -> None:
+    assert drift(alone[HEADS], alone[CLIPPED]) > CLIP_EFFECT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipped_heads_are_those_of_one_process(
+    backend: str, alone: dict[str, Run], tmp_path: Path
+) -> None:
+    run = trained(backend, tmp_path / "run", CLIPPED)
+    first, second = run.ranks
+    assert first["digest"] == second["digest"], "replicas are equal bit for bit"
+    assert drift(run, alone[CLIPPED]) <= WEIGHT_DRIFT
+    resumed = trained(backend, tmp_path / "resumed", CLIPPED, resume=run.checkpoint)
+    assert resumed.ranks[0]["digest"] == first["digest"], "a resumed run is the run, bit for bit"
+
+
+def test_the_other_setting_takes_weights_alone(tmp_path: Path) -> None:
+    run = trained("fsdp2-sharded", tmp_path / "run", HEADS)
+    other = trained("fsdp2-sharded", tmp_path / "other", "dtype=float32", resume=run.checkpoint)
+    assert "begins anew" in other.errors

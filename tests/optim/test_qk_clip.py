@@ -1,0 +1,63 @@
+"""The factors of QK-clip: what the docstring claims of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.optim.qk_clip import QKClip, clip_factors
+
+THRESHOLD = 100.0
+FACTOR_TOLERANCE = 3e-7  # 1.6e-7: relative, float32
+
+
+def maxima(num_heads: int = 4096) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 10 ** (4 * torch.rand(num_heads, generator=generator))  # 1 to 10,000
+
+
+@pytest.mark.parametrize("sharing", [1, 2, 8, 4096])
+def test_every_head_ends_at_the_threshold_or_where_it_was(sharing: int) -> None:
+    before = maxima()
+    q, k = clip_factors(before, threshold=THRESHOLD, num_key_heads=len(before) // sharing)
+    after = before * q * k.repeat_interleave(sharing)
+    wanted = before.clamp(max=THRESHOLD)
+    assert float(((after - wanted) / wanted).abs().max()) <= FACTOR_TOLERANCE
+    assert float(torch.cat((q, k)).max()) <= 1 + FACTOR_TOLERANCE
+
+
+def test_heads_below_have_a_factor_of_one() -> None:
+    before = maxima()
+    q, k = clip_factors(before, threshold=THRESHOLD, num_key_heads=len(before) // 4)
+    is_below = before <= THRESHOLD
+    assert (q[is_below] == 1).all()
+    assert (k[is_below.view(-1, 4).any(dim=1)] == 1).all()
+    assert (q[~is_below] < 1).all()
+
+
+def test_alone_with_its_keys_a_head_follows_the_paper() -> None:
+    before = maxima()
+    q, k = clip_factors(before, threshold=THRESHOLD, num_key_heads=len(before))
+    wanted = (THRESHOLD / before).clamp(max=1).sqrt()
+    assert float((q - wanted).abs().max()) <= FACTOR_TOLERANCE
+    assert float((k - wanted).abs().max()) <= FACTOR_TOLERANCE
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1e9, THRESHOLD])
+def test_what_cannot_be_mended_is_left(value: float) -> None:
+    q, k = clip_factors(torch.tensor([value, 400.0]), threshold=THRESHOLD, num_key_heads=2)
+    assert q.tolist() == k.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan])
+def test_thresholds_are_positive(threshold: float) -> None:
+    with pytest.raises(ConfigurationError, match="above 0"):
+        QKClip([], maxima, threshold=threshold)
+
+
+def test_nothing_to_clip_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no attention"):
+        QKClip([], maxima)

@@ -1,0 +1,74 @@
+"""Which attention modules have known heads, and which rows of which layer these are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import bert, gpt2, llama
+from torch import nn
+
+from hf_pss.selection.heads import Heads, find_heads
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "heads"),
+    [
+        (gpt2, "transformer.h.0.attn", Heads(2, 2, 8)),
+        (llama, "model.layers.0.self_attn", Heads(2, 1, 8)),
+        (bert, "bert.encoder.layer.0.attention.self", Heads(2, 2, 8)),
+    ],
+)
+def test_heads_are_read(make: Any, name: str, heads: Heads) -> None:
+    found, reasons = find_heads(make())
+    assert reasons == {}
+    assert (found[0].name, found[0].heads) == (name, heads)
+
+
+def test_rows_within_heads() -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        num_hidden_layers=1,
+        hidden_size=4,
+        num_attention_heads=2,
+        intermediate_size=8,
+        vocab_size=8,
+    )
+    ((attention,), _) = find_heads(GPTNeoXForCausalLM(config))
+    rows = attention.key.stored_rows(torch.device("cpu"))
+    assert rows.tolist() == [2, 3, 8, 9]  # [q q k k v v | q q k k v v]
+    assert attention.query.linear is attention.key.linear
+
+
+def test_rows_of_transposed_layers() -> None:
+    attention = find_heads(gpt2())[0][0]
+    assert attention.key.view.transposed
+    assert attention.key.stored_rows(torch.device("cpu")).tolist() == list(range(16, 32))
+
+
+def test_heads_that_do_not_fit_are_unknown() -> None:
+    model = llama()
+    model.model.layers[0].self_attn.k_proj = nn.Linear(16, 7)
+    found, reasons = find_heads(model)
+    assert len(found) == 1
+    assert reasons == {"model.layers.0.self_attn": "k has 7 rows where its heads have 8"}
+
+
+def test_what_changes_projections_later_is_told() -> None:
+    from transformers import OlmoConfig, OlmoForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    small: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 8,
+    }
+    (reason,) = find_heads(Qwen3ForCausalLM(Qwen3Config(**small, head_dim=8)))[1].values()
+    assert reason.startswith("q_norm normalises")
+    olmo = OlmoConfig(**small, clip_qkv=3.0, pad_token_id=0)
+    (reason,) = find_heads(OlmoForCausalLM(olmo))[1].values()
+    assert reason.startswith("clip_qkv")
