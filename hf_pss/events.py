@@ -40,6 +40,10 @@ class EventKind(StrEnum):
     FLOOR = "floor"
     NON_FINITE = "non_finite"
     RESUME = "resume"
+    FAILURE = "failure"
+    """Interventions did not help; the decision says what became of the run."""
+    ERROR = "error"
+    """Something of PSS's own failed, a decomposition or a save; training went on."""
 
 
 _KINDS = {

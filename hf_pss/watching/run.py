@@ -1,0 +1,288 @@
+"""A live run as its files tell it: the newest log, events, and stable ranks."""
+
+from __future__ import annotations
+
+import math
+import re
+import stat
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.events import Intervention, Record, from_json_line
+from hf_pss.inspection.names import visible
+from hf_pss.inspection.strict_json import parse_object, read_object
+from hf_pss.integration.reporting import EVENTS_FILE, HEALTH_FILE
+from hf_pss.watching.tail import Tail
+
+__all__ = ["Follower", "Logs", "Ranks", "RunState"]
+
+METRICS_FILE, STATE_FILE, SUMMARY_FILE = "metrics.jsonl", "trainer_state.json", "summary.json"
+_FILES = (EVENTS_FILE, HEALTH_FILE, METRICS_FILE, STATE_FILE, SUMMARY_FILE)
+_CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
+# A log of 150 bytes at each of a million steps.
+_MAX_STATE_BYTES = 256 * 2**20
+_MAX_SUMMARY_BYTES = 2**20
+_MOST_EVENTS = 200
+_MOST_CANDIDATES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """The newest training log; NaN where a number was not finite, None where there is none."""
+
+    step: int
+    source: str
+    """The file, below the run's folder."""
+    loss: float | None
+    grad_norm: float | None
+    """Before clipping."""
+    baseline: float | None
+    threshold: float | None
+    learning_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Stable ranks of one step; NaN for a matrix of zeros, or one that is not finite."""
+
+    step: int
+    by_matrix: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """All that is known of a run now."""
+
+    folder: Path
+    logs: Logs | None
+    max_steps: int | None
+    events: tuple[Record, ...]
+    """The newest ones, in order."""
+    fresh_events: tuple[Record, ...]
+    """Those that the look before did not see."""
+    num_events: int
+    num_interventions: int
+    ranks: Ranks | None
+    first_ranks: Ranks | None
+    """The earliest that was read: what the newest are compared with."""
+    num_unreadable: int
+    """Lines and files that could not be read."""
+    modified_seconds: float | None
+    """When anything was last written, as `time.time`."""
+    has_resumed: bool
+    """The run has gone back since the last look: events after its checkpoint are superseded."""
+    has_ended: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been written yet."""
+        return self.modified_seconds is None
+
+
+class Follower:
+    """Looks at a run's folder again and again.
+
+    Args:
+        folder: What the Trainer calls ``output_dir``, or one run of a demo.
+
+    Raises:
+        ConfigurationError: No folder, or one whose subfolders hold the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ConfigurationError(
+                f"There is no folder {visible(folder)}. Give a run's output_dir."
+            )
+        self._folder = folder
+        _refuse_a_folder_of_runs(folder)
+        self._tails = {n: Tail(folder / n) for n in (EVENTS_FILE, HEALTH_FILE, METRICS_FILE)}
+        self._events: deque[tuple[bytes, Record]] = deque(maxlen=_MOST_EVENTS)
+        self._num_events = self._num_interventions = 0
+        self._ranks: Ranks | None = None
+        self._first_ranks: Ranks | None = None
+        self._metrics: Logs | None = None
+        self._state_key: tuple[str, int, int] | None = None
+        self._state: Logs | None = None
+        self._max_steps: int | None = None
+        self._steps_done = 0
+        self._num_unreadable = 0
+
+    def poll(self) -> RunState:
+        """Read what is new."""
+        fresh, has_resumed = self._poll_events()
+        self._poll_health()
+        self._poll_metrics()
+        state_modified = self._poll_state()
+        summary_modified = _modified(self._folder / SUMMARY_FILE)
+        times = [tail.modified_seconds for tail in self._tails.values()]
+        found = [t for t in (*times, state_modified) if t is not None]
+        newest = max(found, default=None)
+        is_summed_up = summary_modified is not None and summary_modified >= (newest or 0)
+        if summary_modified is not None:
+            newest = max(newest or 0, summary_modified)
+        return RunState(
+            folder=self._folder,
+            logs=self._newest_logs(),
+            max_steps=self._max_steps,
+            events=tuple(record for _, record in self._events),
+            fresh_events=fresh,
+            num_events=self._num_events,
+            num_interventions=self._num_interventions,
+            ranks=self._ranks,
+            first_ranks=self._first_ranks,
+            num_unreadable=self._num_unreadable,
+            modified_seconds=newest,
+            has_resumed=has_resumed,
+            has_ended=is_summed_up or (0 < (self._max_steps or 0) <= self._steps_done),
+        )
+
+    def _poll_events(self) -> tuple[tuple[Record, ...], bool]:
+        news = self._tails[EVENTS_FILE].poll()
+        self._num_unreadable += news.num_lost
+        known: set[bytes] = set()
+        if news.has_restarted:
+            known = {line for line, _ in self._events}
+            self._events.clear()
+            self._num_events = self._num_interventions = 0
+        fresh = []
+        for line in news.lines:
+            record = self._record(line)
+            if record is None:
+                continue
+            self._events.append((line, record))
+            self._num_events += 1
+            self._num_interventions += isinstance(record, Intervention)
+            if line not in known:
+                fresh.append(record)
+        return tuple(fresh), news.has_restarted
+
+    def _record(self, line: bytes) -> Record | None:
+        try:
+            parse_object(line, what="an event")  # no duplicate keys
+            return from_json_line(line.decode("utf-8"))
+        except StateError:
+            self._num_unreadable += 1
+            return None
+
+    def _poll_health(self) -> None:
+        for row in self._rows(HEALTH_FILE):
+            step, ranks = row.get("step"), row.get("stable_rank")
+            if not isinstance(step, int) or not isinstance(ranks, dict):
+                continue
+            found = {name: _number(rank, math.nan) for name, rank in ranks.items()}
+            self._ranks = Ranks(step, {name: v for name, v in found.items() if v is not None})
+            if self._first_ranks is None or self._first_ranks.step > step:
+                self._first_ranks = self._ranks
+
+    def _poll_metrics(self) -> None:
+        for row in self._rows(METRICS_FILE):
+            if isinstance(row.get("step"), int) and "loss" in row:
+                self._metrics = _logs(row, METRICS_FILE, prefix="")
+
+    def _rows(self, name: str) -> Iterator[Mapping[str, Any]]:
+        news = self._tails[name].poll()
+        self._num_unreadable += news.num_lost
+        for line in news.lines:
+            try:
+                yield parse_object(line, what=name)
+            except StateError:
+                self._num_unreadable += 1
+
+    def _poll_state(self) -> float | None:
+        """Read the newest trainer_state.json where it is another than before."""
+        places = [self._folder / STATE_FILE]
+        try:
+            places += [
+                folder / STATE_FILE
+                for folder in self._folder.iterdir()
+                if _CHECKPOINT.fullmatch(folder.name)
+            ]
+        except OSError:  # the folder is being removed
+            return None
+        dated = [(at, place) for place in places if (at := _modified(place)) is not None]
+        if not dated:
+            return None
+        modified, path = max(dated)
+        try:
+            key = (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+            if key != self._state_key:
+                self._state_key = key
+                self._read_state(path)
+        except OSError:  # save_total_limit has removed the checkpoint
+            pass
+        except StateError:  # it may be half written: it is read again when it has changed
+            self._num_unreadable += 1
+        return modified
+
+    def _read_state(self, path: Path) -> None:
+        state = read_object(path, max_bytes=_MAX_STATE_BYTES, allow_nonfinite=True)
+        history = state.get("log_history")
+        rows = (
+            [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+        )
+        trained = [r for r in rows if "loss" in r and isinstance(r.get("step"), int)]
+        if trained:
+            source = path.relative_to(self._folder).as_posix()
+            self._state = _logs(trained[-1], source, prefix="pss/")
+        steps, done = state.get("max_steps"), state.get("global_step")
+        self._max_steps = steps if isinstance(steps, int) and steps > 0 else None
+        self._steps_done = done if isinstance(done, int) else 0
+
+    def _newest_logs(self) -> Logs | None:
+        found = [logs for logs in (self._state, self._metrics) if logs is not None]
+        return max(found, key=lambda logs: logs.step, default=None)
+
+
+def _logs(row: Mapping[str, Any], source: str, *, prefix: str) -> Logs:
+    loss = _number(row["loss"], math.nan)
+    if loss == 0.0 and (_number(row.get(f"{prefix}nonfinite_steps"), None) or 0) > 0:
+        loss = math.nan  # the Trainer's filter writes 0.0 where no step was finite
+    norm = f"{prefix}grad_norm_preclip"
+    return Logs(
+        step=row["step"],
+        source=source,
+        loss=loss,
+        grad_norm=_number(row.get(norm, row.get("grad_norm")), None),
+        baseline=_number(row.get(f"{prefix}baseline"), None),
+        threshold=_number(row.get(f"{prefix}threshold"), None),
+        learning_rate=_number(row.get("learning_rate"), None),
+    )
+
+
+def _number(value: object, missing: float | None) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return missing
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else None
+
+
+def _refuse_a_folder_of_runs(folder: Path) -> None:
+    if any((folder / name).exists() for name in _FILES):
+        return
+    below = {
+        path.parent
+        for pattern in (f"*/{EVENTS_FILE}", f"*/*/{EVENTS_FILE}", f"*/*/{METRICS_FILE}")
+        for path in folder.glob(pattern)
+    }
+    if not below:
+        return
+    newest = sorted(below, key=lambda run: -(_modified(run / METRICS_FILE) or 0))
+    shown = ", ".join(visible(run) for run in newest[:_MOST_CANDIDATES])
+    raise ConfigurationError(
+        f"{visible(folder)} is no run, but holds {len(below)} of them. Give one: {shown}."
+    )

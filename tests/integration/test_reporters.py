@@ -1,0 +1,308 @@
+"""Health in W&B, TensorBoard and trackio: read back from what a Trainer's run has recorded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from helpers import gpt2, token_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from wandb_offline import finish_and_read
+
+from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.events import Event, Intervention, MatrixChange
+from hf_pss.health.reading import HealthReading
+from hf_pss.integration.reporters import TRACKERS, Reporters, reporters_for
+from hf_pss.integration.reporters.wandb import WandbReporter
+from hf_pss.policy import Action, Decision
+
+STEPS = 5
+ALERT_STEP = 3
+NAMES = ("transformer.h.0.attn.c_attn.weight[q]", "transformer.h.1.mlp.c_fc.weight")
+TAGS = ("transformer.h.0.attn.c_attn.q", "transformer.h.1.mlp.c_fc")
+
+
+def reading(step: int) -> HealthReading:
+    """A reading whose second matrix breaks at the last step."""
+    broken = step == STEPS
+    ranks = (8.0 - step, math.nan if broken else 4.0)
+    return HealthReading(
+        step=step,
+        scalars={"stable_rank/min": min(ranks), "spike_score": math.inf if broken else 0.0},
+        matrices={
+            "stable_rank": dict(zip(NAMES, ranks, strict=True)),
+            "grad_norm": {NAMES[0]: 0.5 * step},
+        },
+        spectra={
+            NAMES[0]: (3.0, 2.0, 1.0, 0.0),
+            NAMES[1]: (math.nan, math.inf) if broken else (2.0, 1.0),
+        },
+    )
+
+
+def intervention(step: int = ALERT_STEP) -> Intervention:
+    spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    event = Event.of(spike, Decision(Action.ACT, "grad_norm_ratio"), step=step, loss=4.0)
+    changes = (MatrixChange(NAMES[0], (16, 16), "smoothed", rank=2),)
+    return Intervention(event=event, smoothing="clip", seconds=0.02, matrices=changes)
+
+
+class Reporting(TrainerCallback):
+    """What PSSCallback does with reporters, and nothing else."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.reporters = Reporters(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.reporters = reporters_for(args, self.trainer.callback_handler.callbacks)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reporters.report(reading(state.global_step))
+        if state.global_step == ALERT_STEP:
+            self.reporters.alert(intervention())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reporters.finish()
+
+
+def train(folder: Path, tracker: str) -> tuple[Trainer, Reporting]:
+    args = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[tracker],
+        use_cpu=True,
+        disable_tqdm=True,
+        project="pss",
+    )
+    callback = Reporting()
+    trainer = Trainer(gpt2(), args, train_dataset=token_rows(), callbacks=[callback])
+    callback.trainer = trainer
+    trainer.train()
+    return trainer, callback
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_LOG_MODEL", raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    yield tmp_path
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def test_wandb(offline: Path) -> None:
+    train(offline, "wandb")
+    found = finish_and_read()
+
+    ranks = found.column(f"pss_health/stable_rank/{TAGS[0]}")
+    assert ranks == [(step, 8.0 - step) for step in range(1, STEPS + 1)]
+    assert math.isnan(found.column(f"pss_health/stable_rank/{TAGS[1]}")[-1][1])
+    assert found.column("pss/spike_score")[-1] == (STEPS, math.inf)
+    assert [n for _, n in found.column("pss/nonfinite_spectra")] == [0, 0, 0, 0, 1]
+    # The Trainer's own rows are all there, on the same axis and in order.
+    assert [step for step, _ in found.column("train/loss")] == list(range(1, STEPS + 1))
+    steps = [row["train/global_step"] for row in found.history]
+    assert steps == sorted(steps)
+
+    histogram = found.history_of(f"pss_spectra/{TAGS[0]}")
+    assert histogram["_type"] == "histogram"
+    assert sum(histogram["values"]) == 4
+    assert [n for key, n in _sums(found.history, TAGS[1])] == [2] * (STEPS - 1)  # none of NaN
+
+    table = found.table("pss/table")
+    assert table["columns"] == ["step", "matrix", "stable_rank", "grad_norm"]
+    assert table["data"][0] == [1, NAMES[0], 7.0, 0.5]
+    assert len(table["data"]) == 2 * STEPS
+    assert found.image("pss/heat_map").startswith(b"\x89PNG")
+    # With the 4th reading, for a run that is killed, and at the end.
+    assert found.column("pss/heat_map._type") == [(4, "image-file"), (STEPS, "image-file")]
+
+    ((title, text, level),) = found.alerts
+    assert title == "PSS, step 3: spike, smoothed"
+    assert "9 × its average of 1 (limit 2.5 ×)" in text
+    assert "smoothed 1 of 1 matrices (clip)" in text
+    assert "lower the learning rate" in text
+    assert level == "WARN"
+
+
+def _sums(history: list[dict[str, Any]], tag: str) -> list[tuple[str, int]]:
+    key = f"pss_spectra/{tag}.values"
+    return [(key, sum(row[key])) for row in history if key in row]
+
+
+def test_tensorboard(offline: Path) -> None:
+    train(offline, "tensorboard")
+    (folder,) = (offline / "run" / "runs").iterdir()
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+
+    ranks = found.Scalars(f"pss_health/stable_rank/{TAGS[0]}")
+    assert [(x.step, x.value) for x in ranks] == [(s, 8.0 - s) for s in range(1, STEPS + 1)]
+    assert math.isnan(found.Scalars(f"pss_health/stable_rank/{TAGS[1]}")[-1].value)
+    assert found.Scalars("pss/spike_score")[-1].value == math.inf
+    assert [x.step for x in found.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+    histogram = found.Histograms(f"pss_spectra/{TAGS[0]}")[-1].histogram_value
+    assert (histogram.num, histogram.max) == (4, 3.0)
+    assert len(found.Histograms(f"pss_spectra/{TAGS[1]}")) == STEPS - 1
+    picture = found.Images("pss/heat_map")[-1]
+    assert picture.width > 300
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+    table = _text(found, "pss/table")
+    assert table.splitlines()[0] == "| step | matrix | stable_rank | grad_norm |"
+    assert f"| 1 | {NAMES[0]} | 7.00 | 0.500 |" in table
+    assert f"| 5 | {NAMES[1]} | nan |  |" in table
+    assert "lower the learning rate" in _text(found, "pss/alerts")
+
+
+def _text(found: EventAccumulator, tag: str) -> str:
+    return str(found.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode())
+
+
+def test_trackio(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio")
+
+    # It reads TRACKIO_DIR once, when it is imported, and copies what it has read.
+    home = offline / "trackio"
+    for name, module in tuple(sys.modules.items()):
+        for variable, folder in (("TRACKIO_DIR", home), ("MEDIA_DIR", home / "media")):
+            if name.startswith("trackio") and variable in vars(module):
+                monkeypatch.setattr(module, variable, folder)
+    train(offline, "trackio")
+    (path,) = home.glob("pss*.db")
+    with sqlite3.connect(path) as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
+        alerts = database.execute("select title, text, level from alerts").fetchall()
+
+    key = f"pss_health/stable_rank/{TAGS[0]}"
+    ranks = [(row["train/global_step"], row[key]) for row in rows if key in row]
+    assert ranks == [(step, 8.0 - step) for step in range(1, STEPS + 1)]
+    assert [row["pss/spike_score"] for row in rows if "pss/spike_score" in row][-1] == "Infinity"
+    histogram = next(row[f"pss_spectra/{TAGS[0]}"] for row in rows if key in row)
+    assert histogram["_type"] == "trackio.histogram"
+    assert sum(histogram["values"]) == 4
+    last = [row for row in rows if "pss/table" in row][-1]
+    assert last["pss/table"]["_value"][0]["matrix"] == NAMES[0]
+    assert len(last["pss/table"]["_value"]) == 2 * STEPS
+    assert last["pss/heat_map"]["_type"] == "trackio.image"
+    pictures = sorted(path.read_bytes() for path in home.glob("media/**/*.png"))
+    assert [picture[:4] for picture in pictures] == [b"\x89PNG"] * 2  # 4th reading, and the end
+    ((title, text, level),) = alerts
+    assert (title, level) == ("PSS, step 3: spike, smoothed", "warn")
+    assert "lower the learning rate" in text
+
+
+def test_the_heat_map_shows_the_fall(offline: Path) -> None:
+    from hf_pss.integration.reporters.heat_map import heat_map
+    from hf_pss.integration.reporters.history import History
+
+    history = History()
+    assert heat_map(history) is None
+    for step in range(1, 30):
+        history.add(
+            HealthReading(step=step, matrices={"stable_rank": {NAMES[0]: 2.0**-step, NAMES[1]: 1}})
+        )
+    picture = heat_map(history)
+    assert picture is not None
+    assert picture.shape[2] == 3
+    first_block = picture[picture.shape[0] // 3].tolist()
+    assert len({tuple(pixel) for pixel in first_block}) >= 29  # a colour a step
+
+
+def test_a_reporter_that_raises_is_one_warning(
+    offline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def raises(self: WandbReporter, row: dict[str, Any], step: int) -> None:
+        calls.append(step)
+        raise RuntimeError("the server is gone")
+
+    monkeypatch.setattr(WandbReporter, "_log", raises)
+    with caplog.at_level(logging.WARNING, logger="hf_pss"):
+        trainer, callback = train(offline, "wandb")
+    assert trainer.state.global_step == STEPS
+    assert calls == [1]
+    assert callback.reporters.names == ()
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")]
+    assert len(warnings) == 1
+    assert "wandb: RuntimeError: the server is gone. Training goes on" in warnings[0]
+
+
+def test_a_run_that_is_closed_is_one_warning(
+    offline: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reporters = Reporters([WandbReporter(wandb.init(project="pss"))])
+    reporters.report(reading(1))
+    wandb.finish()
+    with caplog.at_level(logging.WARNING, logger="hf_pss"):
+        reporters.report(reading(2))
+        reporters.alert(intervention())
+        reporters.finish()
+    assert len([r for r in caplog.records if r.name.startswith("hf_pss")]) == 1
+    assert not reporters
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_no_open_run_is_one_warning(
+    tracker: str, offline: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip(tracker)
+    args = TrainingArguments(output_dir=str(offline), report_to=[tracker], use_cpu=True)
+    with caplog.at_level(logging.WARNING, logger="hf_pss"):
+        assert not reporters_for(args)
+    assert [f"nothing more to {tracker}" in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_tensorboard_without_the_trainers_writer_has_its_own_folder(offline: Path) -> None:
+    args = TrainingArguments(output_dir=str(offline), report_to=["tensorboard"], use_cpu=True)
+    reporters = reporters_for(args)
+    reporters.report(reading(1))
+    reporters.finish()
+    found = EventAccumulator(str(offline / "runs" / "pss")).Reload()
+    assert found.Scalars("pss/stable_rank/min")[0].value == 4.0
+
+
+def test_without_trackers_nothing_is_kept(offline: Path) -> None:
+    args = TrainingArguments(output_dir=str(offline), report_to="none", use_cpu=True)
+    reporters = reporters_for(args)
+    reporters.report(reading(1))
+    reporters.alert(intervention())
+    reporters.finish()
+    assert not reporters
+    assert reporters.names == ()
+    assert set(TRACKERS) == {"wandb", "tensorboard", "trackio"}
+
+
+def test_without_matplotlib_the_table_is_there(
+    offline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(history: Any) -> None:
+        raise ImportError("matplotlib is not installed.")
+
+    monkeypatch.setattr("hf_pss.integration.reporters.reporters.heat_map", missing)
+    with caplog.at_level(logging.WARNING, logger="hf_pss"):
+        train(offline, "wandb")
+    found = finish_and_read()
+    assert len(found.table("pss/table")["data"]) == 2 * STEPS
+    assert not any(key.startswith("pss/heat_map") for row in found.history for key in row)
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")] == [
+        "PSS draws no heat map in this run: matplotlib is not installed. The table has its numbers."
+    ]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from hf_pss.advice import AlertLevel, Alerts, alert_of
+from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.events import Event, EventKind, Intervention, Record
+from hf_pss.policy import Action, Decision
+
+DETECTORS = {
+    EventKind.SPIKE: "matrix_grad_norm_ratio",
+    EventKind.DROP: "stable_rank_drop",
+    EventKind.FLOOR: "stable_rank_floor",
+    EventKind.NON_FINITE: "grad_norm_ratio",
+    EventKind.RESUME: "resume",
+    EventKind.FAILURE: "failure",
+    EventKind.ERROR: "save",
+}
+
+
+def event(
+    kind: EventKind, action: Action, reason: str = "", *, step: int = 123_456, value: float = 9.0
+) -> Event:
+    verdict = Verdict.NON_FINITE if kind is EventKind.NON_FINITE else Verdict.SPIKE
+    names = ("a", "b", "c", "d")
+    judgement = Judgement(verdict, DETECTORS[kind], names, value, 1.0, 2.5)
+    event = Event.of(judgement, Decision(action, reason), step=step, loss=math.nan)
+    return replace(event, kind=kind)
+
+
+def intervention(kind: EventKind) -> Intervention:
+    return Intervention(event=event(kind, Action.ACT), smoothing="clip", seconds=0.1, matrices=())
+
+
+@pytest.mark.parametrize("kind", EventKind)
+@pytest.mark.parametrize("action", Action)
+def test_every_record_has_words(kind: EventKind, action: Action) -> None:
+    records: list[Record] = [event(kind, action, "why"), intervention(kind)]
+    for record in records:
+        alert = alert_of(record)
+        assert len(alert.title) < 64  # W&B's limit
+        assert "123456" in alert.title
+        assert alert.happened
+        assert alert.done
+        assert alert.advice
+        assert alert.text.count("  ") == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none(value: float) -> None:
+    for kind in EventKind:
+        assert str(value) in alert_of(event(kind, Action.OBSERVE, value=value)).text or (
+            kind in (EventKind.RESUME, EventKind.FAILURE, EventKind.ERROR)
+        )
+
+
+def test_names_are_bounded() -> None:
+    assert alert_of(event(EventKind.SPIKE, Action.OBSERVE)).happened.endswith(
+        " in a, b, c and 1 more."
+    )
+
+
+def test_a_stop_is_an_error_and_upkeep_is_none() -> None:
+    assert alert_of(event(EventKind.NON_FINITE, Action.STOP)).level is AlertLevel.ERROR
+    assert alert_of(event(EventKind.FAILURE, Action.ROLL_BACK)).level is AlertLevel.ERROR
+    assert alert_of(intervention(EventKind.SPIKE)).level is AlertLevel.WARN
+    assert alert_of(intervention(EventKind.FLOOR)).level is AlertLevel.INFO
+
+
+def test_what_was_only_observed_says_what_to_set() -> None:
+    for reason, option in (
+        ("observe only", "observe_only"),
+        ("cooldown", "cooldown_steps"),
+        ("budget", "max_interventions"),
+    ):
+        assert option in alert_of(event(EventKind.SPIKE, Action.OBSERVE, reason)).advice
+
+
+def test_what_comes_often_is_thinned() -> None:
+    alerts = Alerts()
+    floor = [alerts.of(intervention(EventKind.FLOOR)) for _ in range(100)]
+    assert [n for n, alert in enumerate(floor, 1) if alert] == [1, 2, 3, 10, 100]
+    spikes = [alerts.of(intervention(EventKind.SPIKE)) for _ in range(20)]
+    assert all(spikes)
+    assert all(alerts.of(event(EventKind.NON_FINITE, Action.STOP)) for _ in range(20))
+    assert all(alerts.of(event(EventKind.FAILURE, Action.ROLL_BACK)) for _ in range(20))

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.errors import ConfigurationError
+from hf_pss.events import Event, to_json_line
+from hf_pss.integration.reporting import JsonLines, health_line
+from hf_pss.policy import Action, Decision
+from hf_pss.watching.render import plain_lines
+from hf_pss.watching.run import Follower
+
+
+def spike(step: int) -> Event:
+    judgement = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    return Event.of(judgement, Decision(Action.OBSERVE, "cooldown"), step=step, loss=4.0)
+
+
+def write_state(folder: Path, step: int, *, max_steps: int = 100, **logs: Any) -> Path:
+    path = folder / f"checkpoint-{step}" / "trainer_state.json"
+    path.parent.mkdir(exist_ok=True)
+    row = {"step": step, "loss": 3.5, "pss/grad_norm_preclip": 0.5, "pss/threshold": 1.5, **logs}
+    state = {"global_step": step, "max_steps": max_steps, "log_history": [{"step": 1}, row]}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    os.utime(path, ns=(step * 10**9,) * 2)
+    return path
+
+
+def test_files_that_come_later(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    state = follower.poll()
+    assert state.is_empty
+    assert not state.has_ended
+    events = JsonLines(tmp_path / "pss_events.jsonl", resumed_step=0)
+    events.write_records([spike(3)])
+    assert follower.poll().fresh_events == (spike(3),)
+    assert follower.poll().fresh_events == ()
+    JsonLines(tmp_path / "pss_health.jsonl", resumed_step=0).write(
+        [health_line(0, {"a": 9.0}), health_line(10, {"a": 3.0, "b": math.nan})]
+    )
+    state = follower.poll()
+    assert state.ranks is not None
+    assert state.first_ranks is not None
+    assert (state.first_ranks.step, state.ranks.step) == (0, 10)
+    assert math.isnan(state.ranks.by_matrix["b"])
+    write_state(tmp_path, 10)
+    logs = follower.poll().logs
+    assert logs is not None
+    assert (logs.step, logs.loss, logs.grad_norm, logs.threshold) == (10, 3.5, 0.5, 1.5)
+    assert logs.source == "checkpoint-10/trainer_state.json"
+
+
+def test_the_newest_checkpoint_and_one_that_is_half_written(tmp_path: Path) -> None:
+    write_state(tmp_path, 10)
+    follower = Follower(tmp_path)
+    follower.poll()
+    path = write_state(tmp_path, 20, loss=math.nan)  # the Trainer writes the word NaN
+    logs = follower.poll().logs
+    assert logs is not None
+    assert math.isnan(logs.loss or 0)
+    path = write_state(tmp_path, 30)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    state = follower.poll()
+    assert state.logs == logs
+    assert state.num_unreadable == 1
+    path.write_bytes(whole)
+    logs = follower.poll().logs
+    assert logs is not None
+    assert logs.step == 30
+
+
+def test_a_loss_that_the_trainer_has_filtered_is_not_zero(tmp_path: Path) -> None:
+    write_state(tmp_path, 10, loss=0.0, **{"pss/nonfinite_steps": 3})
+    logs = Follower(tmp_path).poll().logs
+    assert logs is not None
+    assert math.isnan(logs.loss or 0)
+
+
+def test_a_resume_supersedes_events(tmp_path: Path) -> None:
+    path = tmp_path / "pss_events.jsonl"
+    JsonLines(path, resumed_step=0).write_records([spike(3), spike(7)])
+    follower = Follower(tmp_path)
+    before = follower.poll()
+    assert before.num_events == 2
+    JsonLines(path, resumed_step=5).write_records([spike(6)])
+    state = follower.poll()
+    assert state.events == (spike(3), spike(6))
+    assert state.fresh_events == (spike(6),)
+    assert state.num_events == 2
+    lines = list(plain_lines(before, state))
+    assert "superseded" in lines[0]
+    assert lines[1].startswith("WARN: Step 6: grad norm 9, 9 × its average of 1")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'{"step": 1}',
+        b'{"step": 1, "step": 2}',
+        b'{"step": NaN}',
+        b"[" * 100_000,
+    ],
+)
+def test_lines_that_are_none(line: bytes, tmp_path: Path) -> None:
+    event = to_json_line(spike(3)).encode()
+    (tmp_path / "pss_events.jsonl").write_bytes(line + b"\n" + event + b"\n" + event[:20])
+    state = Follower(tmp_path).poll()
+    assert state.events == (spike(3),)
+    assert state.num_unreadable == 1
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "{}", '{"log_history": 3}', '{"log_history": [{"step": "x", "loss": 1}, 7]}']
+)
+def test_states_that_are_none(state: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(state)
+    found = Follower(tmp_path).poll()
+    assert found.logs is None
+    assert not found.has_ended
+
+
+def test_the_end_of_a_run(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    write_state(tmp_path, 50)
+    assert not follower.poll().has_ended
+    write_state(tmp_path, 100)
+    assert follower.poll().has_ended
+
+
+def test_a_demos_run(tmp_path: Path) -> None:
+    run = tmp_path / "paper" / "seed-0"
+    run.mkdir(parents=True)
+    row = {"step": 4, "loss": 7.5, "grad_norm_preclip": 2.0, "baseline": None, "threshold": None}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigurationError, match=r"holds 1 of them. Give one: .*paper/seed-0"):
+        Follower(tmp_path)
+    follower = Follower(run)
+    logs = follower.poll().logs
+    assert logs is not None
+    assert (logs.loss, logs.grad_norm, logs.baseline) == (7.5, 2.0, None)
+    (run / "summary.json").write_text("{}")
+    assert follower.poll().has_ended
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="There is no folder"):
+        Follower(tmp_path / "nowhere")
