@@ -13,8 +13,10 @@ from typer.core import TyperGroup
 from hf_pss.cli.demo import demo
 from hf_pss.cli.health import health
 from hf_pss.cli.report import report
+from hf_pss.cli.rescue import rescue
 from hf_pss.cli.sweep import sweep
 from hf_pss.cli.train import TrainCommand, train
+from hf_pss.cli.watch import watch
 from hf_pss.errors import NonFiniteError, PSSError
 
 __all__ = ["app", "main"]
@@ -90,6 +92,8 @@ app.command(
     epilog="For demo runs only: a run of hf-pss train ends with its table, and has no page."
 )(report)
 app.command()(health)
+app.command()(watch)
+app.command()(rescue)
 app.add_typer(sweep, name="sweep")
 
 

@@ -13,12 +13,13 @@ from hf_pss.inspection.names import visible
 __all__ = ["parse_object", "read_object"]
 
 
-def read_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+def read_object(path: Path, *, max_bytes: int, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Args:
         path: An existing file.
         max_bytes: The largest size that is read at all.
+        allow_nonfinite: Take the words NaN and Infinity, which the Trainer writes.
 
     Raises:
         StateError: It is larger, is not strict JSON, or holds something else than an object.
@@ -31,15 +32,16 @@ def read_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
             f"{visible(path)} is larger than {max_bytes} bytes, more than any such file holds: "
             "it is damaged, or is not what its name says."
         )
-    return parse_object(raw, what=visible(path))
+    return parse_object(raw, what=visible(path), allow_nonfinite=allow_nonfinite)
 
 
-def parse_object(raw: bytes, *, what: str) -> dict[str, Any]:
+def parse_object(raw: bytes, *, what: str, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Parse one JSON object.
 
     Args:
         raw: UTF-8.
         what: What it is, for the message.
+        allow_nonfinite: Take NaN and Infinity as numbers.
 
     Raises:
         StateError: Not strict JSON: a duplicate key, NaN or Infinity, nesting without end; or no
@@ -47,7 +49,9 @@ def parse_object(raw: bytes, *, what: str) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=float if allow_nonfinite else _no_constant,
         )
     except RecursionError as error:
         raise StateError(f"{what} is nested too deeply: it is damaged.") from error

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from failing_runs import FAILS_AT
+
+from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.events import Event, to_json_line
+from hf_pss.policy import Action, Decision
+from hf_pss.rescue.diagnosis import Diagnosis, diagnose
+from hf_pss.rescue.history import History, LogRow, read_history
+from hf_pss.rescue.notes import Notes, read_notes
+
+# Of the tiny model, whose loss is summed over 11 of 12 tokens.
+STUCK_AT = 3.5
+
+
+def diagnosed(run: Path, **options: float) -> Diagnosis:
+    state = run / "checkpoint-120" / "trainer_state.json"
+    return diagnose(
+        read_history(state), read_notes(run), **{"unigram_entropy": STUCK_AT, **options}
+    )
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("nan", "non_finite"),
+        ("huge_rate", "spike"),
+        ("decay", "slow_damage"),
+        ("stuck", "collapse"),
+    ],
+)
+def test_real_runs(run_of: Callable[..., Path], how: str, kind: str, logging_steps: int) -> None:
+    failure = diagnosed(run_of(how, logging_steps)).failure
+    assert failure is not None
+    assert failure.kind == kind
+    if how == "stuck":
+        assert failure.onset_step == 0
+        return
+    # Never later than the first damaged update, or a checkpoint after it would count as sound;
+    # earlier by one row, and where a slow rise begins by what the median of 25 steps sees.
+    late = 20 if how == "decay" else 0
+    assert FAILS_AT - 1 - logging_steps <= failure.onset_step <= FAILS_AT + late
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+def test_a_sound_run_has_not_failed(run_of: Callable[..., Path], logging_steps: int) -> None:
+    assert diagnosed(run_of("sound", logging_steps)).failure is None
+
+
+def test_a_run_that_recovers_is_told_of(run_of: Callable[..., Path]) -> None:
+    found = diagnosed(run_of("recovers"))
+    assert found.failure is None
+    rows = synthetic([3.0] * 60 + [9.0] * 40 + [3.0] * 60)
+    found = diagnose(rows, Notes())
+    assert found.failure is None
+    assert "recovered by itself from a spike" in found.notes[0]
+
+
+def synthetic(
+    losses: Sequence[float | None], *, norms: Sequence[float] = (), every: int = 1
+) -> History:
+    rows = [
+        LogRow(every * (i + 1), loss, norms[i] if norms else 1.0) for i, loss in enumerate(losses)
+    ]
+    return History(Path("x"), rows[-1].step if rows else 0, None, None, tuple(rows))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_a_loss_that_is_not_finite(bad: float) -> None:
+    found = diagnose(synthetic([3.0] * 30 + [bad] * 5), Notes()).failure
+    assert found is not None
+    assert (found.kind, found.onset_step, found.noticed_step) == ("non_finite", 30, 31)
+
+
+def test_a_true_loss_of_zero_is_sound() -> None:
+    losses = [3.0 * 0.8**i for i in range(60)] + [0.0] * 30
+    assert diagnose(synthetic(losses), Notes()).failure is None
+
+
+def test_one_bad_row_between_sound_ones_is_no_failure() -> None:
+    assert diagnose(synthetic([3.0] * 30 + [math.nan] + [3.0] * 30), Notes()).failure is None
+
+
+def test_a_gradient_of_nan_that_pss_skipped_is_no_failure() -> None:
+    history = synthetic([3.0] * 30, norms=[1.0] * 29 + [math.nan])
+    failure = diagnose(history, Notes()).failure
+    assert failure is not None
+    assert failure.kind == "non_finite"
+    judgement = Judgement(Verdict.NON_FINITE, "guard", ("global",))
+    skipped = Event.of(judgement, Decision(Action.SKIP_UPDATE, "x"), step=30, loss=3.0)
+    assert diagnose(history, Notes(events=(skipped,))).failure is None
+
+
+def test_what_pss_saw_after_the_last_row() -> None:
+    judgement = Judgement(Verdict.NON_FINITE, "guard", ("global",))
+    events = [
+        Event.of(judgement, Decision(Action.OBSERVE, "x"), step=step, loss=None)
+        for step in range(41, 71)
+    ]
+    failure = diagnose(synthetic([3.0] * 40), Notes(events=tuple(events))).failure
+    assert failure is not None
+    assert failure.onset_step == 40
+
+
+def test_a_collapse_of_the_ranks() -> None:
+    ranks = [(step, max(0.1, 1 - step / 50)) for step in range(0, 120, 10)]
+    stuck = synthetic([5.0 - 0.05 * min(i, 15) for i in range(120)])
+    failure = diagnose(stuck, Notes(), ranks=ranks).failure
+    assert failure is not None
+    assert (failure.kind, failure.noticed_step) == ("collapse", 40)
+    learning = synthetic([5.0 - 0.02 * i for i in range(120)])
+    assert diagnose(learning, Notes(), ranks=ranks).failure is None
+
+
+def test_a_rise_at_the_end_of_the_log() -> None:
+    failure = diagnose(synthetic([3.0] * 60 + [9.0] * 5), Notes()).failure
+    assert failure is not None
+    assert (failure.kind, failure.onset_step) == ("spike", 60)
+    assert diagnose(synthetic([3.0] * 60 + [9.0] * 4), Notes()).failure is None
+
+
+def test_nothing_logged() -> None:
+    found = diagnose(synthetic([]), Notes())
+    assert found.failure is None
+    assert "nothing can be said" in found.notes[0]
+
+
+def test_an_evaluation_that_is_not_finite() -> None:
+    rows = (LogRow(10, None, eval_loss=3.0), LogRow(20, None, eval_loss=math.inf))
+    failure = diagnose(History(Path("x"), 20, None, None, rows), Notes()).failure
+    assert failure is not None
+    assert (failure.onset_step, failure.noticed_step) == (11, 20)
+
+
+def test_notes_of_pss(tmp_path: Path) -> None:
+    judgement = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    event = Event.of(judgement, Decision(Action.OBSERVE, "x"), step=9, loss=math.inf)
+    lines = [to_json_line(event), "{broken", '{"step": NaN}']
+    (tmp_path / "pss_events.jsonl").write_text("\n".join(lines))
+    health = [
+        {"step": 0, "stable_rank": {"a": 10.0, "b": 4.0}},
+        {"step": 5, "stable_rank": {"a": 5.0, "b": 1.0, "c": None, "d": 10**400}},
+    ]
+    (tmp_path / "pss_health.jsonl").write_text("\n".join(map(json.dumps, health)) + "\n[1]\n")
+    notes = read_notes(tmp_path)
+    assert notes.events == (event,)
+    assert notes.spike_steps() == (9,)
+    assert notes.rank_ratios == ((0, 1.0), (5, 0.375))
+    assert notes.num_unreadable == 3
+    assert read_notes(tmp_path / "nowhere") == Notes()
