@@ -189,6 +189,40 @@ class PSSConfig:
             "help": "Stop after so many non-finite steps in a row: such a run learns nothing."
         },
     )
+    # By caution: going back changes what a run is trained on.
+    on_failure: Literal["smooth", "rollback", "stop"] = field(
+        default="smooth",
+        metadata={
+            "help": "Where interventions fail again and again: go on smoothing; roll back to the "
+            "last healthy checkpoint and go on behind the batches that led there (one process and "
+            "DDP); or stop with an error."
+        },
+    )
+    # Not measured.
+    failure_window_steps: int = field(
+        default=50,
+        metadata={
+            "help": "An intervention has failed where another follows within so many steps, or the "
+            "loss is not back after them."
+        },
+    )
+    # Not measured.
+    max_failed_interventions: int = field(
+        default=3,
+        metadata={"help": "So many failed interventions in a row are a failure."},
+    )
+    # Not measured.
+    max_rollbacks: int = field(
+        default=3,
+        metadata={"help": "Roll back at most so often in one session, then stop."},
+    )
+    missing_state: Literal["refuse", "fresh"] = field(
+        default="refuse",
+        metadata={
+            "help": "A checkpoint without a readable optimizer.pt or scheduler.pt: refuse to "
+            "resume it, or begin that part anew."
+        },
+    )
     roles: tuple[Role, ...] = field(
         default=("attention", "mlp"),
         metadata={"help": "Which weight matrices are watched and smoothed."},
@@ -218,12 +252,23 @@ class PSSConfig:
     health_every_steps: int = field(
         default=0,
         metadata={
-            "help": "Write every matrix's stable rank to pss_health.jsonl at this rhythm; 0 is "
-            "never."
+            "help": "Write every matrix's stable rank, or all that `health` measures, to "
+            "pss_health.jsonl at this rhythm; 0 is never, or with `health` every 10 steps (full: "
+            "every 100)."
+        },
+    )
+    health: Literal["off", "light", "standard", "full"] = field(
+        default="off",
+        metadata={
+            "help": "Measure the model's health: light (norms and stable ranks), standard (updates "
+            "and the optimizer too) or full (whole spectra too). It decides nothing."
         },
     )
 
     def __post_init__(self) -> None:
+        given: object = self.health
+        if given is False:  # what YAML makes of the bare word
+            object.__setattr__(self, "health", "off")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is tuple:
                 # YAML and argparse bring lists; a frozen record keeps tuples.
@@ -327,6 +372,9 @@ _MINIMA = {
     "max_rank": 1,
     "cooldown_steps": 0,
     "max_nonfinite_streak": 1,
+    "failure_window_steps": 1,
+    "max_failed_interventions": 1,
+    "max_rollbacks": 1,
     "health_every_steps": 0,
 }
 
