@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from hf_pss.adapters import frozen_collapses, smooth_adapters_
@@ -27,8 +28,9 @@ from hf_pss.detection.state import (
 from hf_pss.distributed import Backend
 from hf_pss.edits import Edit
 from hf_pss.errors import ConfigurationError, NonFiniteError
-from hf_pss.events import Event, Intervention, MatrixChange, Record
+from hf_pss.events import Event, EventKind, Intervention, MatrixChange, Record
 from hf_pss.gauges import Gauges
+from hf_pss.health.monitor import HealthMonitor
 from hf_pss.iterates import edit_iterates_, has_iterates
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction
 from hf_pss.moments import FIRST_MOMENTS, edit_first_moments_
@@ -99,6 +101,8 @@ class PSSController:
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
+        self.health = self._make_monitor()
+        """Measures at the side of all this, with its own clock; None where ``health`` is off."""
         self._current: Step | None = None
         self._has_told_of_moments = self._has_looked_at_base = False
         if self.selection.adapters and self.config.moments != "keep":
@@ -189,6 +193,8 @@ class PSSController:
             if has_overflown or skips_spike or action is Action.SKIP_UPDATE:
                 step.update_applied = False
         self._gauges.forget_gradients()
+        if self.health is not None:
+            started += self._look_before(self.health, grad_norm_preclip)
         if step.update_applied and self._watch.reads(Quantity.UPDATE_NORM):
             self._gauges.start_update()
         self.seconds += time.perf_counter() - started
@@ -206,20 +212,32 @@ class PSSController:
         is_due = step.is_due(self.config.check_every_steps)
         ranks_are_due = is_due and self._watch.reads(Quantity.STABLE_RANK)
         norms_are_due = is_due and self._watch.reads(Quantity.SPECTRAL_NORM)
-        health_is_due = step.is_due(self.config.health_every_steps)
+        health_is_due = self.health is None and step.is_due(self.config.health_every_steps)
         # Before any smoothing: health shows what the optimizer left, not what we made of it. A
         # reading for the report alone is no cost of PSS.
-        health = self.stable_ranks() if health_is_due else None
+        health = self._measured(step, self.stable_ranks) if health_is_due else None
+        reading = None
+        if self.health is not None:
+            reading = self.health.after_update(
+                step.number,
+                self._gauges.parameters(),
+                optimizer=self._optimizer,
+                loss=step.loss,
+                grad_norm_preclip=step.grad_norm_preclip,
+            )
         started = time.perf_counter()
-        ranks = self._ranks_to_judge(step, health) if ranks_are_due else None
+        ranks = None
+        if ranks_are_due:
+            ranks = self._measured(step, lambda: self._ranks_to_judge(step, health))
         if step.update_applied:
             for judgement in self._watch.judge_update():
                 self._decide(step, judgement)
         if ranks is not None:
             for judgement in self._watch.judge_stable_ranks(ranks):
                 self._decide(step, judgement)
-        if norms_are_due:
-            for judgement in self._watch.judge_spectral_norms(self._gauges.spectral_norms()):
+        norms = self._measured(step, self._gauges.spectral_norms) if norms_are_due else None
+        if norms is not None:
+            for judgement in self._watch.judge_spectral_norms(norms):
                 self._decide(step, judgement)
         step.records += [
             self._smooth(step, *answer, is_floor=answer[1].detector == "stable_rank_floor")
@@ -227,7 +245,13 @@ class PSSController:
         ]
         self._current = None
         self.seconds += time.perf_counter() - started
-        return step.report(self._history, seconds=self.seconds, stable_ranks=health)
+        return step.report(
+            self._history,
+            seconds=self.seconds,
+            stable_ranks=health,
+            health=reading,
+            health_seconds=None if self.health is None else self.health.seconds,
+        )
 
     @property
     def selection(self) -> Selection:
@@ -299,6 +323,22 @@ class PSSController:
 
     # ---- inside ----
 
+    def _make_monitor(self) -> HealthMonitor | None:
+        if self.config.health == "off":
+            return None
+        return HealthMonitor(
+            self.selection,
+            self._gauges.backend,
+            self.config.health,
+            every_steps=self.config.health_every_steps,
+        )
+
+    def _look_before(self, health: HealthMonitor, grad_norm_preclip: float | None) -> float:
+        """Return the seconds it took: they are health's, not this controller's."""
+        before = health.seconds
+        health.before_update(self.step_number, self._gauges.parameters(), grad_norm_preclip)
+        return health.seconds - before
+
     def _check_backend(self) -> Literal["skip", "stop"]:
         """Refuse what the backend cannot do, announce what it does, and return what NaN leads to.
 
@@ -360,6 +400,40 @@ class PSSController:
             has_happened = step.is_after_update or not can_hold_back
             raise NonFiniteError(describe_stop(event, is_after_update=has_happened))
         return decision.action
+
+    def _measured(
+        self, step: Step, measure: Callable[[], dict[str, float]]
+    ) -> dict[str, float] | None:
+        """Return what is measured; None, on record, where a decomposition does not converge.
+
+        Where ranks share the work they stop together instead: one alone cannot go on.
+        """
+        try:
+            return measure()
+        except LinAlgError as error:
+            if self._gauges.backend.is_shared:
+                raise
+            logger.warning(
+                "PSS, step %d: the weights could not be judged, %s. Training goes on.",
+                step.number,
+                error,
+            )
+            step.records.append(
+                Event(
+                    step=step.number,
+                    kind=EventKind.ERROR,
+                    detector="decomposition",
+                    value=None,
+                    baseline=None,
+                    threshold=None,
+                    fired=(),
+                    new_level=(),
+                    loss=step.loss,
+                    decision=Action.OBSERVE,
+                    reason=str(error),
+                )
+            )
+            return None
 
     def _ranks_to_judge(self, step: Step, health: dict[str, float] | None) -> dict[str, float]:
         if "stable_rank_floor" not in self.config.detectors:

@@ -10,6 +10,7 @@ __all__ = [
     "PSSError",
     "SelectionError",
     "StateError",
+    "TrainingFailedError",
 ]
 
 
@@ -35,6 +36,10 @@ class NonFiniteError(PSSError, ArithmeticError):
 
 class StateError(PSSError, ValueError):
     """A saved state is truncated, of another version, or of another model."""
+
+
+class TrainingFailedError(PSSError, RuntimeError):
+    """Interventions did not help, and the run was to stop then, or cannot go back any further."""
 
 
 class IncompatibleVersionError(PSSError, RuntimeError):

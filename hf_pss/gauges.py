@@ -184,7 +184,7 @@ def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
     Raises:
         SelectionError: As `select_matrices`.
     """
-    if not config.detectors and not config.health_every_steps:
+    if not config.detectors and not config.health_every_steps and config.health == "off":
         return Selection((), ())  # only the guard against non-finite steps: no matrix needed
     selection = select_matrices(
         model, roles=config.roles, include=config.include, exclude=config.exclude

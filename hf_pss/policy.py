@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from statistics import median
 from typing import Literal
 
 from hf_pss.detection.judgement import Judgement, Verdict
@@ -29,6 +32,8 @@ class Action(StrEnum):
     """Do not apply this update."""
     STOP = "stop"
     """End the run now: before this update, where the reading came before it."""
+    ROLL_BACK = "roll_back"
+    """Go back to the last healthy checkpoint, and on behind the batches that led here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,89 @@ class Policy:
         if is_after_update:
             return Decision(Action.OBSERVE, "after the update")
         return Decision(Action.SKIP_UPDATE, "non-finite step")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Interventions did not help."""
+
+    onset_step: int
+    """Of the first of them: the run was well before it."""
+    step: int
+    """At which that was found out."""
+    reason: str
+    loss_before: float | None = None
+    loss: float | None = None
+
+
+class FailureWatch:
+    """Tells, step by step, when interventions have failed so often that smoothing is no answer.
+
+    The rules are ours; no source states any. An intervention has failed
+
+    - where another one follows within ``window_steps``, or
+    - where at the end of the window the loss is not back: the median of the last 25 steps is more
+      than 0.5 nats above that before the first intervention (the rise that `hf-pss sweep` calls an
+      explosion). It fails once more with every further window in which it is not back.
+
+    ``max_failed`` of these in a row are a failure; a window that ends well ends the row. The
+    stable-rank floor's upkeep does not count. A resume begins anew.
+
+    >>> watch = FailureWatch(window_steps=10, max_failed=2)
+    >>> steps = [watch.see(s, loss=4.0, has_intervened=s in (5, 12, 19)) for s in range(1, 20)]
+    >>> steps[-1].onset_step, steps[-1].reason
+    (5, '2 interventions in a row failed since step 5')
+
+    Args:
+        window_steps: How long an intervention has to help.
+        max_failed: So many failures in a row are reported.
+    """
+
+    _LOSS_STEPS = 25
+    _RISE_NATS = 0.5
+
+    def __init__(self, *, window_steps: int, max_failed: int) -> None:
+        self._window_steps, self._max_failed = window_steps, max_failed
+        self._losses: deque[float] = deque(maxlen=self._LOSS_STEPS)
+        self._level: float | None = None
+        self._ends = self._num_failed = 0
+        self.onset_step: int | None = None
+        """Of the row of interventions that is under watch; None in a run that is well."""
+
+    def see(self, step: int, *, loss: float | None, has_intervened: bool) -> Failure | None:
+        """Take a step's numbers, and return the failure that it completes."""
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+        if has_intervened:
+            if self.onset_step is None:
+                self.onset_step, self._num_failed = step, 0
+                self._level = median([*self._losses][:-1]) if len(self._losses) > 1 else None
+            else:
+                self._num_failed += 1
+            self._ends = step + self._window_steps
+        elif self.onset_step is not None and step >= self._ends:
+            if self._is_back():
+                self.onset_step = None
+                return None
+            self._num_failed += 1
+            self._ends = step + self._window_steps
+        if self.onset_step is None or self._num_failed < self._max_failed:
+            return None
+        failure = Failure(
+            self.onset_step,
+            step,
+            f"{self._num_failed} interventions in a row failed since step {self.onset_step}",
+            self._level,
+            loss,
+        )
+        self.onset_step = None
+        return failure
+
+    def _is_back(self) -> bool:
+        if self._level is None or not self._losses:
+            return True  # nothing to compare with
+        recent = [*self._losses][-self._window_steps :]
+        return median(recent) <= self._level + self._RISE_NATS
 
 
 def _with_nonfinite(history: History, step: int) -> History:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from hf_pss.detection import Judgement, Verdict, worst
 from hf_pss.events import Event, Record
+from hf_pss.health.reading import HealthReading
 from hf_pss.policy import History
 from hf_pss.smoother import Look
 
@@ -26,7 +27,9 @@ class StepReport:
     scalars: Mapping[str, float]
     """Finite numbers for the log; a number that is not finite, or not defined yet, is left out."""
     stable_ranks: Mapping[str, float] | None
-    """Every matrix's stable rank, at the rhythm of ``health_every_steps``."""
+    """Every matrix's stable rank, at the rhythm of ``health_every_steps``; None with ``health``."""
+    health: HealthReading | None = None
+    """What ``health`` asks for, at its rhythm: of the weights before they were smoothed."""
 
 
 @dataclass(slots=True)
@@ -54,7 +57,13 @@ class Step:
         return every_steps > 0 and self.number % every_steps == 0
 
     def report(
-        self, history: History, *, seconds: float, stable_ranks: Mapping[str, float] | None
+        self,
+        history: History,
+        *,
+        seconds: float,
+        stable_ranks: Mapping[str, float] | None,
+        health: HealthReading | None = None,
+        health_seconds: float | None = None,
     ) -> StepReport:
         """Return what is said of this step, given what the run remembers at its end."""
         return StepReport(
@@ -62,16 +71,20 @@ class Step:
             verdict=worst(self.judgements).verdict if self.judgements else Verdict.NORMAL,
             update_applied=self.update_applied,
             records=tuple(self.records),
-            scalars=self._scalars(history, seconds),
+            scalars=self._scalars(history, seconds, health_seconds),
             stable_ranks=stable_ranks,
+            health=health,
         )
 
-    def _scalars(self, history: History, seconds: float) -> dict[str, float]:
+    def _scalars(
+        self, history: History, seconds: float, health_seconds: float | None
+    ) -> dict[str, float]:
         numbers: dict[str, float | None] = {
             "grad_norm_preclip": self.grad_norm_preclip,
             "interventions": history.num_interventions,
             "nonfinite_steps": history.num_nonfinite_steps,
             "seconds": seconds,
+            "health_seconds": health_seconds,
         }
         for judgement in self.judgements:
             if judgement.detector == "grad_norm_ratio":

@@ -22,12 +22,14 @@ from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.events import Event, EventKind, Intervention, Record
 from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.hooks import StepListener, hook
+from hf_pss.integration.reporters import Reporters, reporters_for
 from hf_pss.integration.reporting import (
     EVENTS_FILE,
     HEALTH_FILE,
     JsonLines,
     health_line,
     log_scalars,
+    reading_line,
 )
 from hf_pss.integration.schedule_free import ScheduleFreeCallback
 
@@ -66,6 +68,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._speaks = True
         self._events: JsonLines | None = None
         self._health: JsonLines | None = None
+        # Where there is something to tell, and on the first process only.
+        self._tracker_args: TrainingArguments | None = None
+        self._reporters: Reporters | None = None
 
     @property
     def readings(self) -> tuple[float | None, float | None]:
@@ -154,7 +159,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._resume(state)
         # The Trainer saves into this entry and fails where a resumed file lacks it.
         state.stateful_callbacks[type(self).__name__] = self.state()
-        wants_health = state.global_step == 0 and self.controller.config.health_every_steps > 0
+        is_plain = self.controller.health is None and self.controller.config.health_every_steps > 0
+        wants_health = state.global_step == 0 and is_plain
         first_health = self.controller.stable_ranks() if wants_health else None  # on every rank
         if state.is_world_process_zero:
             folder, step = Path(args.output_dir), state.global_step
@@ -162,6 +168,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self._health = JsonLines(folder / HEALTH_FILE, resumed_step=step)
             if first_health is not None:
                 self._health.write([health_line(step, first_health)])
+            self._tracker_args = args
         if state.global_step > 0 and self.controller.config.smooth_on_resume:
             self._write([self.controller.smooth_now()])
         if self._speaks:
@@ -215,6 +222,11 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._write(report.records)
         if self._health is not None and report.stable_ranks is not None:
             self._health.write([health_line(report.step, report.stable_ranks)])
+        if report.health is not None:
+            if self._health is not None:
+                self._health.write([reading_line(report.health)])
+            if (reporters := self._ready_reporters()) is not None:
+                reporters.report(report.health)
 
     def on_train_end(
         self,
@@ -226,6 +238,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
     ) -> None:
         """Say in one line what PSS did."""
         super().on_train_end(args, state, control, optimizer)
+        if self._reporters is not None:
+            self._reporters.finish()
+        self._reporters = self._tracker_args = None
         if self.report is not None:
             numbers = self.report.scalars
             if self._speaks:
@@ -240,8 +255,13 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes into trainer_state.json."""
-        state = self.controller.state_dict() if self.controller else None
-        return {"args": {}, "attributes": {"saved_state": state}}
+        controller = self.controller
+        attributes: dict[str, Any] = {
+            "saved_state": controller.state_dict() if controller else None
+        }
+        if controller is not None and controller.health is not None:
+            attributes["health_state"] = controller.health.state()
+        return {"args": {}, "attributes": attributes}
 
     def _resume(self, state: TrainerState) -> None:
         controller = self._ready(check_norm=False)
@@ -260,8 +280,31 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                     "PSS starts with a fresh baseline at step %d. %s", state.global_step, error
                 )
             controller.reset(step_number=state.global_step)
+        self._resume_health(controller, state)
+
+    def _resume_health(self, controller: PSSController, state: TrainerState) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        attributes = saved.get("attributes") if isinstance(saved, dict) else None
+        found = attributes.get("health_state") if isinstance(attributes, dict) else None
+        if controller.health is None or found is None:  # written by a run that measured none
+            return
+        try:
+            controller.health.restore(found)
+        except StateError as error:
+            if self._speaks:
+                logger.warning("The health metrics' windows begin anew. %s", error)
 
     # ---- inside ----
+
+    def _ready_reporters(self) -> Reporters | None:
+        """Return the trackers' reporters, made once: by then the trackers have opened their runs.
+
+        None on all but the first process.
+        """
+        if self._reporters is None and self._tracker_args is not None:
+            fellows = self.handler.callbacks if self.handler is not None else ()
+            self._reporters = reporters_for(self._tracker_args, fellows)
+        return self._reporters
 
     def _config_for(self, args: TrainingArguments) -> PSSConfig:
         from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
@@ -288,6 +331,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                 logger.log(self._level_of(record), "%s", describe(record))
         if self._events is not None:
             self._events.write_records(records)
+        if records and (reporters := self._ready_reporters()) is not None:
+            for record in records:
+                reporters.alert(record)
 
     def _level_of(self, record: Intervention) -> int:
         """Every spike is news; the floor is upkeep and acts often: its first act is news."""

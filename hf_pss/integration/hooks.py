@@ -12,10 +12,12 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 from hf_pss.integration.optimizers import ChosenOptimizer, refuse_two_optimizers
 from hf_pss.integration.renamed import load_renamed_
+from hf_pss.integration.rollback import Survival
 
 __all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_backends"]
 
@@ -32,11 +34,21 @@ _SEAMS = {
     "create_optimizer": ("self",),
     "create_scheduler": ("self", "num_training_steps"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "train": ("self", "resume_from_checkpoint"),
+    "_init_training_state": ("self", "num_update_steps_per_epoch"),
+    "_run_epoch": ("self",),
+    "_maybe_log_save_evaluate": ("self",),
+    "_get_output_dir": ("self", "trial"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
 }
 
 
 class StepListener(ABC):
     """A callback that hears what callbacks are not told: losses, and norms before clipping."""
+
+    handler: CallbackHandler | None = None
+    """The trainer's, which knows the other callbacks; from the first step or resume on."""
 
     @abstractmethod
     def see_loss(self, loss: Tensor) -> None:
@@ -67,12 +79,15 @@ class StepListener(ABC):
         """Add to a training log before it goes to the reporters."""
 
 
-class StepHooks(ChosenOptimizer):
+class StepHooks(Survival, ChosenOptimizer):
     """Mixin, left of a Trainer class: hands every step's loss and norm to the `StepListener`."""
 
     def _listener(self) -> StepListener | None:
         handler = self.callback_handler  # type: ignore[attr-defined]
-        return next((c for c in handler.callbacks if isinstance(c, StepListener)), None)
+        listener = next((c for c in handler.callbacks if isinstance(c, StepListener)), None)
+        if listener is not None:
+            listener.handler = handler
+        return listener
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch and let the listener see its loss."""

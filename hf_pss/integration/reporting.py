@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hf_pss.events import Record, to_json_line
+from hf_pss.health.reading import HealthReading
 
-__all__ = ["EVENTS_FILE", "HEALTH_FILE", "REPORTED", "JsonLines", "health_line", "log_scalars"]
+__all__ = [
+    "EVENTS_FILE",
+    "HEALTH_FILE",
+    "REPORTED",
+    "REPORTED_WITH_HEALTH",
+    "JsonLines",
+    "health_line",
+    "log_scalars",
+    "reading_line",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +38,35 @@ REPORTED: Mapping[str, str] = {
 }
 """Keys of every training log, and what they mean; a number without a value is left out."""
 
+REPORTED_WITH_HEALTH: Mapping[str, str] = {
+    "pss/health_seconds": "seconds spent on the health metrics since the run began or was resumed",
+}
+"""Keys that a training log has besides where ``health`` is on."""
+
 
 def log_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return a step's numbers under the keys of `REPORTED`."""
-    return {key: scalars[name] for key in REPORTED if (name := key.removeprefix("pss/")) in scalars}
+    """Return a step's numbers under the keys of `REPORTED` and `REPORTED_WITH_HEALTH`."""
+    keys = (*REPORTED, *REPORTED_WITH_HEALTH)
+    return {key: scalars[name] for key in keys if (name := key.removeprefix("pss/")) in scalars}
 
 
 def health_line(step: int, stable_ranks: Mapping[str, float]) -> str:
     """Return one line of strict JSON: every matrix's stable rank, null where it has none."""
-    finite = {name: rank if rank == rank else None for name, rank in stable_ranks.items()}
-    return json.dumps({"step": step, "stable_rank": finite}, allow_nan=False)
+    return json.dumps({"step": step, "stable_rank": _strict(stable_ranks)}, allow_nan=False)
+
+
+def reading_line(reading: HealthReading) -> str:
+    """Return the same with every metric of every matrix, and ``scalars``; spectra are left out.
+
+    Whoever reads ``stable_rank`` of `health_line` finds it here too.
+    """
+    matrices = {metric: _strict(values) for metric, values in reading.matrices.items()}
+    row = {"step": reading.step, **matrices, "scalars": _strict(reading.scalars)}
+    return json.dumps(row, allow_nan=False)
+
+
+def _strict(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class JsonLines:

@@ -22,6 +22,7 @@ from hf_pss.health.low_rank_distance import measure_low_rank_distances
 from hf_pss.health.preconditioner import measure_denominators
 from hf_pss.health.relative_update import RelativeUpdateMeter
 from hf_pss.health.spectral_edge import SpectralEdgeMeter
+from hf_pss.health.tracked import SpectrumTracker
 from hf_pss.selection import named_parameters_canonical, select_matrices
 
 NUM_STEPS = 3
@@ -56,9 +57,11 @@ def measured(kind: str, backend: Backend | None) -> dict[str, float]:
     views = select_matrices(model).matrices
     updates = RelativeUpdateMeter(views, backend)
     edge = SpectralEdgeMeter(views, backend, window_size=NUM_STEPS)
+    tracker = SpectrumTracker(views, backend)
     generator = torch.Generator().manual_seed(1)
     found = {}
     edge.measure(parameters)
+    tracker.measure(parameters)
     for _ in range(NUM_STEPS):
         for _, parameter in sorted(parameters.items()):
             gradient = torch.randn(parameter.shape, generator=generator)
@@ -69,8 +72,12 @@ def measured(kind: str, backend: Backend | None) -> dict[str, float]:
         optimizer.step()
         found = {f"relative {name}": x for name, x in updates.stop(parameters).items()}
         gap = edge.measure(parameters)
+        # Read at each step: more rounds for the same matrices, however many ranks there are.
+        tracked = tracker.measure(parameters)
     assert gap is not None
     found |= {f"edge {i}": sigma for i, sigma in enumerate(gap.sigmas)}
+    found |= {f"followed {name}": one.sigma for name, one in tracked.items()}
+    found |= {f"norm {name}": one.frobenius for name, one in tracked.items()}
     ranks = measure_effective_ranks(views, parameters, backend)
     distances = measure_low_rank_distances(views, parameters, backend, 3)
     alignments = measure_alignments(views, parameters, backend)

@@ -15,6 +15,8 @@ TIMEOUT_SECONDS = 150
 # Relative; of alignments, which may be near 0, absolute. Matrices are gathered bit for bit, sums
 # over shards are not; nor are products whose batch another shape of stack has changed.
 TOLERANCE = 6e-7  # 2.1e-7
+# Shards are told which matrices need more rounds by the last reading, one process at once.
+FOLLOWED_TOLERANCE = 1e-3  # 3.5e-4
 
 
 @pytest.mark.slow
@@ -40,4 +42,5 @@ def test_shards_and_replicas_are_measured_as_the_whole(tmp_path: Path) -> None:
     for rank in ranks:
         for kind, drifts in rank.items():
             for metric, drift in drifts.items():
-                assert drift <= TOLERANCE, (kind, metric)
+                limit = FOLLOWED_TOLERANCE if metric == "followed" else TOLERANCE
+                assert drift <= limit, (kind, metric)

@@ -1,0 +1,366 @@
+"""HealthMonitor: a preset's metrics at the right moments of a step; it never ends a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_pss.adapters import measure_adapters
+from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
+from hf_pss.distributed import Backend
+from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.health.alignment import measure_alignments
+from hf_pss.health.grad_norm import measure_matrix_grad_norms
+from hf_pss.health.low_rank_distance import measure_low_rank_distances
+from hf_pss.health.preconditioner import has_moved, measure_denominators, whole_model
+from hf_pss.health.reading import HealthReading
+from hf_pss.health.registry import Cost
+from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
+from hf_pss.health.spectral_edge import SpectralEdgeMeter
+from hf_pss.health.spike_score import SpikeScore
+from hf_pss.health.tracked import SpectrumTracker
+from hf_pss.linalg.scaling import unit_scaled
+from hf_pss.selection import Selection
+from hf_pss.stacks import stacks
+
+__all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EVERY_STEPS: Mapping[Cost, int] = {"light": 10, "standard": 10, "full": 100}
+"""Rhythm of readings where none was given [ours]."""
+
+_VERSION = 1
+_WHAT = "the state of the health monitor"
+# Readings before the preconditioner's bound has a past, and the weight of the newest [ours].
+_CALIBRATION_READINGS, _ALPHA = 10, 0.1
+_LOW_RANK = 8
+# The end at which a matrix is the worst; the largest for all others.
+_SMALLEST_IS_WORST = {"stable_rank", "effective_rank", "low_rank_distance"}
+
+
+class HealthMonitor:
+    """Measures one model while it trains; changes nothing and decides nothing.
+
+    At every step: the tracker's refresh, the spike scores, and nothing else. At the steps of the
+    rhythm it reads all that the preset holds; docs/health.md has the measured shares of a step.
+    Whatever a metric raises is one warning that names it. `exceptional_distance`, `jacobian_energy`
+    and `commutator_size`, which need curvature or gradients of their own, are not measured here.
+
+    Args:
+        selection: What to measure; of LoRA products the stable rank only.
+        backend: How parameters are stored. All ranks must make every call.
+        preset: ``light``, ``standard`` or ``full``.
+        every_steps: Rhythm of readings; 0: that of `DEFAULT_EVERY_STEPS`.
+
+    Raises:
+        ConfigurationError: A rhythm below 0, or no such preset.
+    """
+
+    def __init__(
+        self, selection: Selection, backend: Backend, preset: Cost, *, every_steps: int = 0
+    ) -> None:
+        if preset not in DEFAULT_EVERY_STEPS or every_steps < 0:
+            raise ConfigurationError(
+                f"You gave the preset {preset!r} and every_steps={every_steps}; give one of "
+                f"{', '.join(DEFAULT_EVERY_STEPS)}, and 0 or more."
+            )
+        self.every_steps = every_steps or DEFAULT_EVERY_STEPS[preset]
+        self.seconds = 0.0
+        """Spent here since the start of the run, or since it was resumed."""
+        self._views, self._adapters = selection.matrices, selection.adapters
+        self._backend = backend
+        self._is_standard, self._is_full = preset != "light", preset == "full"
+        self._tracker = SpectrumTracker(self._views, backend)
+        self._updates = RelativeUpdateMeter(self._views, backend)
+        self._edge = SpectralEdgeMeter(self._views, backend)
+        self._rates = {name: ChangeRates() for name in ("spectral_norm", "frobenius_norm")}
+        self._spikes = {name: SpikeScore() for name in ("loss", "grad_norm")}
+        self._reference, self._num_references = 0.0, 0
+        self._has_warned: set[str] = set()
+        self._step_is_due = False
+        self._grad_norms: dict[str, float] = {}
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether there will be a reading of this step."""
+        return step % self.every_steps == 0
+
+    def before_update(
+        self, step: int, parameters: Mapping[str, nn.Parameter], grad_norm_preclip: float | None
+    ) -> None:
+        """Look at gradients, which may be clipped, and remember the weights, if a reading is due.
+
+        Args:
+            step: Number of the step that ends with this update.
+            parameters: The model's parameters by canonical name, with gradients.
+            grad_norm_preclip: Global norm before clipping; without a finite one the matrices'
+                gradient norms are left out.
+        """
+        self._grad_norms = {}
+        self._step_is_due = self.is_due(step)
+        if not self._step_is_due:
+            return
+        with self._clock():
+            if grad_norm_preclip is not None and math.isfinite(grad_norm_preclip):
+                with self._guard("grad_norm"):
+                    self._grad_norms = measure_matrix_grad_norms(
+                        self._views,
+                        parameters,
+                        self._backend,
+                        grad_norm_preclip,
+                        groups={v.name: (v.left_name, v.right_name) for v in self._adapters},
+                    )
+            if self._is_standard:
+                with self._guard("relative_update"):
+                    self._updates.start(parameters)
+
+    @torch.no_grad()
+    def after_update(
+        self,
+        step: int,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        optimizer: Optimizer | None = None,
+        loss: float | None = None,
+        grad_norm_preclip: float | None = None,
+    ) -> HealthReading | None:
+        """Follow the weights, and return a reading where one is due.
+
+        Args:
+            step: As in `before_update`.
+            parameters: As there.
+            optimizer: Holds the second moments; without it the preconditioner is left out.
+            loss: Of this step, the same on all ranks or not.
+            grad_norm_preclip: As there.
+        """
+        with self._clock():
+            for name, value in (("loss", loss), ("grad_norm", grad_norm_preclip)):
+                if value is not None:
+                    with self._guard("spike_score"):
+                        self._spikes[name].update(value)
+            with self._guard("spectral_norm"):
+                self._tracker.refresh(parameters)
+            if not self.is_due(step):
+                return None
+            reading = self._read(step, parameters, optimizer)
+        logger.info("%s", describe(reading))
+        return reading
+
+    def state(self) -> dict[str, JSON]:
+        """Return what is small of the windows, as strict JSON: spike scores and the reference.
+
+        The tracker's vectors, the rates' last values and the spectral edge's updates are not part
+        of it: the first begin with a cold start, the others with no number.
+        """
+        return {
+            "version": _VERSION,
+            "spikes": {name: score.state() for name, score in self._spikes.items()},
+            "reference": self._reference,
+            "num_references": self._num_references,
+        }
+
+    def restore(self, state: object) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            StateError: It is no such state; windows begin anew.
+        """
+        check_version(state, _VERSION, _WHAT)
+        found = read_object(state, ("version", "spikes", "reference", "num_references"), _WHAT)
+        spikes = read_object(found["spikes"], tuple(self._spikes), _WHAT)
+        reference = read_number(found["reference"], f"the reference of {_WHAT}", minimum=0.0)
+        num_references = read_integer(found["num_references"], f"the readings of {_WHAT}")
+        try:
+            for name, score in self._spikes.items():
+                score.restore(spikes[name])
+        except StateError:
+            self._spikes = {name: SpikeScore() for name in self._spikes}
+            raise
+        self._reference, self._num_references = reference, num_references
+
+    # ---- inside ----
+
+    def _read(
+        self, step: int, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
+    ) -> HealthReading:
+        scalars: dict[str, float] = {}
+        matrices: dict[str, Mapping[str, float]] = {}
+        spectra: dict[str, tuple[float, ...]] = {}
+        with self._guard("spectral_norm"):
+            matrices |= self._tracked(parameters)
+        with self._guard("change_rate"):
+            for name, rates in self._rates.items():
+                if found := rates.of(step, matrices.get(name, {})):
+                    matrices[f"{name}_change_rate"] = found
+        if self._grad_norms:
+            matrices["grad_norm"] = self._grad_norms
+        for name, score in self._spikes.items():
+            if not math.isnan(score.score):
+                scalars[f"spike_score_{name}"] = score.score
+        if self._is_standard:
+            self._read_standard(parameters, optimizer, scalars, matrices)
+        if self._is_full:
+            self._read_full(parameters, matrices, spectra)
+        for name, values in matrices.items():
+            scalars |= {f"{name}/{end}": x for end, x in _summary(values.values()).items()}
+        return HealthReading(step, scalars, matrices, spectra)
+
+    def _tracked(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
+        found = self._tracker.read(parameters)
+        products = measure_adapters(self._adapters, parameters, self._backend)
+        told = {
+            "spectral_norm": {name: one.sigma for name, one in found.items()},
+            "stable_rank": {name: one.stable_rank for name, one in found.items()} | products,
+            "frobenius_norm": {name: one.frobenius for name, one in found.items()},
+            "spectral_norm_residual": {name: one.residual for name, one in found.items()},
+        }
+        return {name: values for name, values in told.items() if values}
+
+    def _read_standard(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Optimizer | None,
+        scalars: dict[str, float],
+        matrices: dict[str, Mapping[str, float]],
+    ) -> None:
+        if self._step_is_due:
+            with self._guard("relative_update"):
+                if moved := self._updates.stop(parameters):
+                    matrices["relative_update"] = moved
+        with self._guard("spectral_edge"):
+            edge = self._edge.measure(parameters)
+            if edge is not None:
+                scalars["spectral_edge"] = edge.ratio
+                scalars["spectral_edge_position"] = float(edge.position)
+        if optimizer is None:
+            return
+        with self._guard("sqrt_condition"):
+            ranges = measure_denominators(self._views, parameters, optimizer, self._backend)
+            if not ranges:
+                return
+            matrices["sqrt_condition"] = {n: one.sqrt_condition for n, one in ranges.items()}
+            matrices["trimmed_sqrt_condition"] = {
+                name: one.trimmed_sqrt_condition for name, one in ranges.items()
+            }
+            both = whole_model(ranges)
+            scalars["sqrt_condition"] = both.sqrt_condition
+            scalars["trimmed_sqrt_condition"] = both.trimmed_sqrt_condition
+            self._compare(both.trimmed_sqrt_condition)
+
+    def _compare(self, condition: float) -> None:
+        """Warn once where the preconditioner has moved by an order of magnitude from its past."""
+        is_calibrated = self._num_references >= _CALIBRATION_READINGS
+        if is_calibrated and has_moved(self._reference, condition):
+            if "has_moved" not in self._has_warned:
+                self._has_warned.add("has_moved")
+                logger.warning(
+                    "Adam's preconditioner has moved by an order of magnitude: √κ(M), trimmed, is "
+                    "%.3g against %.3g before. See sqrt_condition in docs/health.md.",
+                    condition,
+                    self._reference,
+                )
+            return
+        if math.isfinite(condition):
+            first = self._num_references == 0
+            old = condition if first else self._reference
+            self._reference = old + _ALPHA * (condition - old)
+            self._num_references += 1
+
+    def _read_full(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        matrices: dict[str, Mapping[str, float]],
+        spectra: dict[str, tuple[float, ...]],
+    ) -> None:
+        with self._guard("effective_rank"):
+            for stack in stacks(self._views, parameters, self._backend):
+                scaled = unit_scaled(stack.matrices)
+                sigmas = scaled.restore(torch.linalg.svdvals(scaled.matrix)).tolist()
+                spectra |= {n: tuple(s) for n, s in zip(stack.names, sigmas, strict=True)}
+            if spectra:
+                matrices["effective_rank"] = {n: _effective_rank(s) for n, s in spectra.items()}
+        with self._guard("low_rank_distance"):
+            if found := measure_low_rank_distances(
+                self._views, parameters, self._backend, _LOW_RANK
+            ):
+                matrices["low_rank_distance"] = found
+        with self._guard("neighbour_alignment"):
+            if pairs := measure_alignments(self._views, parameters, self._backend):
+                matrices["neighbour_alignment"] = {p.reader: x for p, x in pairs.items()}
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _guard(self, metric: str) -> Iterator[None]:
+        """Turn whatever a metric raises into one warning a metric and run: it is only looked at."""
+        try:
+            yield
+        except Exception as error:
+            if metric not in self._has_warned:
+                self._has_warned.add(metric)
+                logger.warning(
+                    "The health metric %s failed: %s: %s. Training goes on without this number; "
+                    "it is tried again at the next reading, without another warning.",
+                    metric,
+                    type(error).__name__,
+                    error,
+                )
+
+
+def describe(reading: HealthReading) -> str:
+    """Return one line for people: the worst of each metric, and the matrix that has it.
+
+    >>> describe(HealthReading(3, matrices={"stable_rank": {"a": 2.0, "b": 1.5}}))
+    'Health, step 3: stable_rank 1.5 (b).'
+    """
+    parts = []
+    for metric, values in reading.matrices.items():
+        if values:
+            name = _worst(metric, values)
+            parts.append(f"{metric} {values[name]:.3g} ({name})")
+    return f"Health, step {reading.step}: {', '.join(parts) or 'nothing measured'}."
+
+
+def _worst(metric: str, values: Mapping[str, float]) -> str:
+    """NaN before all; then the smallest or the largest."""
+    sign = -1.0 if metric in _SMALLEST_IS_WORST else 1.0
+    return max(values, key=lambda name: (math.isnan(values[name]), sign * _number(values[name])))
+
+
+def _number(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _summary(values: Collection[float]) -> dict[str, float]:
+    """Return extremes and median of the finite ones, and how many others there are, if any."""
+    every = list(values)
+    finite = [x for x in every if math.isfinite(x)]
+    found = {}
+    if finite:
+        found = {"min": min(finite), "median": statistics.median(finite), "max": max(finite)}
+    if len(finite) < len(every):
+        found["num_nonfinite"] = float(len(every) - len(finite))
+    return found
+
+
+def _effective_rank(sigmas: Sequence[float]) -> float:
+    """exp(−Σ p ln p), p = σ/Σσ, as `hf_pss.linalg.effective_rank`; 0 for zero, NaN for broken."""
+    total = math.fsum(sigmas)
+    if not total > 0:
+        return total
+    shares = (sigma / total for sigma in sigmas)
+    return math.exp(-math.fsum(p * math.log(p) for p in shares if p > 0))

@@ -1,0 +1,450 @@
+"""σ₁, ‖W‖_F and the stable rank of every selected matrix at each step: followed, not recomputed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.distributed import Backend, Part
+from hf_pss.linalg import frobenius_norm, spectral_norm
+from hf_pss.linalg.norms import QUICK_ROUNDS
+from hf_pss.linalg.scaling import compute_dtype
+from hf_pss.selection import MatrixView
+from hf_pss.stacks import Slot, matrix_slots, measure_each
+
+__all__ = ["SpectrumTracker", "TrackedSpectrum", "ritz_round"]
+
+# Vectors that are followed: the second is what may overtake the first. With two, a block of a
+# matrix is read from the cache for all but the first of its five uses.
+_WIDTH = 2
+# Elements of a block: 1 MiB of fp32, the L2 cache of one core, shared by as many as there are.
+_BLOCK_ELEMENTS = 2**18
+# Rounds of the Krylov space that the first refresh builds, and after which it is refreshed once.
+_COLD_ROUNDS = 16
+_EXTRA_ROUNDS = 1
+# Where bandwidth is no matter.
+_DEVICE_ROUNDS = 2
+# Weyl: a value of WᵀW lies within residual · σ² of σ², so one of W within half of that.
+_STALE_ABOVE = 0.02
+_SEED = 20261121
+# In units of ‖W‖_F², and of a row's length: far above the rounding of fp32.
+_LOST = 1e-5
+# fp32 elements in one batched call on a device that is no CPU (64 MiB).
+_MAX_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedSpectrum:
+    """What is known of one matrix, in its units; all NaN where it holds NaN or inf."""
+
+    sigma: float
+    """σ₁ from below."""
+    frobenius: float
+    """‖W‖_F."""
+    residual: float
+    """‖WᵀWv − s²v‖ / s² of the unit vector that was followed, s = ‖Wv‖: some singular value lies
+    within half of that share. Near 0 where a direction stands out; on noise, where the first
+    values lie close together, it is far above the error of σ₁."""
+
+    @property
+    def stable_rank(self) -> float:
+        """‖W‖_F² / σ₁², from above; 0 for the zero matrix, as in `hf_pss.linalg.stable_rank`."""
+        if self.sigma == 0:
+            return 0.0 if self.frobenius == 0 else math.nan
+        return (self.frobenius / self.sigma) ** 2
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the bound on σ₁'s error exceeds 1 %, or is NaN."""
+        return not self.residual <= _STALE_ABOVE
+
+
+@dataclass(slots=True)
+class _Group:
+    """Matrices whose vectors are of one length, dtype and device; k = 2."""
+
+    slots: tuple[Slot, ...]
+    vectors: Tensor
+    """(N, k, c), orthonormal rows: of the stored tensor's last dimension."""
+    scale: Tensor
+    """(N,), the last σ₁: products are taken of vectors divided by it, so that nothing overflows."""
+    found: Tensor = field(init=False)
+    """(N, 3), float64: σ₁, ‖W‖_F, the residual; on the device."""
+
+
+class SpectrumTracker:
+    """Follows σ₁ and ‖W‖_F of the selected matrices by one reading of the weights a step.
+
+    Subspace iteration on SᵀS with two vectors and Rayleigh–Ritz (Golub & Van Loan, Matrix
+    Computations, section 8.2.4), S the matrix as it is stored: for each block of rows that fits in
+    the cache u = S_b V, Y += S_bᵀu and f += ‖S_b‖², so that main memory is read once. Of the Ritz
+    vector z the estimate is σ = ‖SᵀSz‖ / ‖Sz‖, below σ₁ and above ‖Sz‖.
+
+    Cost: light, for every step; nothing is read back until `read`. The first `refresh`, also the
+    first after a resume, since vectors are in no checkpoint, builds a block Krylov space of 16
+    rounds instead. Where parameters are sharded each rank multiplies its own rows, and one sum
+    over ranks a refresh joins them; replicas each do the whole.
+
+    Args:
+        views: What to follow.
+        backend: How parameters are stored.
+        batched: Stack equal shapes for one batched call each, which a CPU is slower with; None: on
+            all devices but a CPU.
+    """
+
+    def __init__(
+        self, views: Sequence[MatrixView], backend: Backend, *, batched: bool | None = None
+    ) -> None:
+        self._views = tuple(views)
+        self._slots = matrix_slots(self._views)
+        self._backend = backend
+        self._batched = batched
+        self._groups: list[_Group] = []
+        self._stale: frozenset[str] = frozenset()
+        self.num_refreshes = 0
+
+    @torch.no_grad()
+    def refresh(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Bring all numbers up to the weights as they are now; no device-to-host read but the cold.
+
+        Stale matrices get one round more: on a CPU at once, elsewhere those that the last `read`
+        found. All ranks must call.
+        """
+        if not self._slots:
+            return
+        if not self._groups:
+            self._groups = self._grouped(parameters)
+            for group in self._groups:
+                self._start_cold(group, parameters)
+        for group in self._groups:
+            for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
+                self._round(group, parameters)
+            is_stale = self._stale_in(group)
+            if any(is_stale):
+                for _ in range(_EXTRA_ROUNDS):
+                    self._round(group, parameters, only=is_stale)
+        self._stale = frozenset()
+        self.num_refreshes += 1
+
+    @torch.no_grad()
+    def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
+        """Return what the last `refresh` found by the matrix's name; one device-to-host read.
+
+        Numbers that fp32 squares cannot hold (entries beyond 1e19 or below 1e-22), and broken
+        matrices, are measured apart, scaled. All ranks must call.
+
+        Args:
+            parameters: As in `refresh`; they are looked at for those few only.
+        """
+        if not self._groups:
+            return {}
+        device = self._groups[0].found.device
+        every = torch.cat([group.found.flatten().to(device) for group in self._groups])
+        host = self._backend.agree(every)
+        names = [slot.name for group in self._groups for slot in group.slots]
+        found = {
+            name: TrackedSpectrum(*numbers)
+            for name, *numbers in zip(names, host[::3], host[1::3], host[2::3], strict=True)
+        }
+        odd = {name for name, one in found.items() if not _is_plausible(one)}
+        if odd:
+            found |= self._measured_apart(odd, parameters)
+        self._stale = frozenset(name for name, one in found.items() if one.is_stale)
+        return {slot.name: found[slot.name] for slot in self._slots}
+
+    def measure(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
+        """Refresh and read."""
+        self.refresh(parameters)
+        return self.read(parameters)
+
+    # ---- inside ----
+
+    def _grouped(self, parameters: Mapping[str, nn.Parameter]) -> list[_Group]:
+        alike: dict[tuple[int, torch.dtype, torch.device], list[Slot]] = {}
+        for slot in self._slots:
+            parameter = parameters[slot.view.parameter_name]
+            size = slot.shape[0] if slot.view.transposed else slot.shape[1]
+            key = (size, compute_dtype(parameter), parameter.device)
+            alike.setdefault(key, []).append(slot)
+        generator = torch.Generator().manual_seed(_SEED)
+        groups = []
+        for (size, dtype, device), slots in alike.items():
+            drawn = torch.randn(size, min(_WIDTH, size), generator=generator, dtype=torch.float64)
+            start = torch.linalg.qr(drawn).Q.mT.to(device, dtype)
+            vectors = start.expand(len(slots), -1, -1).contiguous()
+            groups.append(_Group(tuple(slots), vectors, vectors.new_ones(len(slots))))
+        return groups
+
+    def _stale_in(self, group: _Group) -> list[bool]:
+        """Tell which matrices need more rounds: found out now on a CPU, by the last read else."""
+        if group.found.device.type != "cpu" or self._backend.is_shared:
+            return [slot.name in self._stale for slot in group.slots]
+        # NaN is nothing that rounds could mend.
+        return [residual > _STALE_ABOVE for residual in group.found[:, 2].tolist()]
+
+    def _round(
+        self,
+        group: _Group,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        only: Sequence[bool] | None = None,
+    ) -> None:
+        images, squares = self._products(group, group.vectors, parameters, only=only)
+        moved, found = ritz_round(group.vectors, images, squares)
+        found[:, :2] *= group.scale.double().unsqueeze(-1)
+        if only is not None:
+            keep = torch.tensor(only, device=moved.device)
+            moved = torch.where(keep[:, None, None], moved, group.vectors)
+            found = torch.where(keep[:, None], found, group.found)
+        group.vectors, group.found = moved, found
+        sigma = found[:, 0].to(group.scale.dtype)
+        group.scale = torch.where((sigma > 0) & sigma.isfinite(), sigma, group.scale)
+
+    def _start_cold(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put the two leading Ritz vectors of a block Krylov space of SᵀS into the group.
+
+        Musco & Musco 2015, arXiv 1504.05477, algorithm 2, on the Gram matrix: good for the first
+        values, and lost below 3e-4 σ₁. Decompositions read LAPACK's verdict back from a device.
+        """
+        _, squares = self._products(group, group.vectors, parameters)
+        norm = squares.sqrt()
+        group.scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0).to(group.scale.dtype)
+        basis = group.vectors
+        generator = torch.Generator().manual_seed(_SEED + 1)
+        images: Tensor | None = None
+        block = basis
+        num_rounds = min(_COLD_ROUNDS, basis.shape[-1] // basis.shape[-2] - 1)
+        for _ in range(num_rounds + 1):
+            image, _ = self._products(group, block, parameters)
+            is_finite = image.isfinite().all(dim=-1).all(dim=-1)
+            image = torch.where(is_finite[:, None, None], image, 0.0)
+            images = image if images is None else torch.cat([images, image], dim=1)
+            if images.shape[1] > num_rounds * block.shape[1]:
+                break
+            filler = torch.randn(image.shape[1:], generator=generator, dtype=torch.float64)
+            block = _orthonormal(image, basis, filler.to(image.device, image.dtype))
+            basis = torch.cat([basis, block], dim=1)
+        assert images is not None
+        core = basis @ images.mT
+        _, rotation = torch.linalg.eigh((core + core.mT).double() / 2)
+        leading = rotation[..., -basis.shape[1] :].flip(-1)[..., : group.vectors.shape[1]]
+        vectors = leading.to(basis.dtype).mT @ basis
+        # The round that follows multiplies these vectors afresh: below σ₁ whatever they are.
+        group.vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
+
+    def _products(
+        self,
+        group: _Group,
+        vectors: Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        only: Sequence[bool] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return SᵀSv / scale² of all vectors, (N, k, c), and ‖S‖_F² / scale², (N,)."""
+        inverse = group.scale.reciprocal()
+        scaled = vectors * inverse[:, None, None]
+        images = torch.zeros_like(vectors)
+        norms: list[Tensor] = []
+        batch: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
+        is_batched = vectors.device.type != "cpu" if self._batched is None else self._batched
+        zero = vectors.new_zeros(())
+        for i, slot in enumerate(group.slots):
+            norms.append(zero)
+            if only is not None and not only[i]:
+                continue
+            parameter = parameters[slot.view.parameter_name]
+            with self._backend.part(parameter) as part:
+                stored = _stored(slot, part, is_whole=len(part.tensor) == parameter.shape[0])
+                if stored is None:
+                    continue
+                if is_batched:
+                    key = (len(stored), stored.dtype)
+                    batch.setdefault(key, []).append((i, stored))
+                else:
+                    norms[i] = _add_blockwise_(images[i], stored, scaled[i])
+        for members in batch.values():
+            _add_batched_(images, norms, members, scaled)
+        squares = (torch.stack(norms) * inverse).square()
+        images *= inverse[:, None, None]
+        if self._backend.is_shared:
+            whole = torch.cat([images.flatten(), squares])
+            self._backend.total_(whole)
+            images, squares = whole[: images.numel()].view_as(images), whole[images.numel() :]
+        return images, squares
+
+    def _measured_apart(
+        self, names: Collection[str], parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, TrackedSpectrum]:
+        """Measure matrices that overflow or vanish; their vectors are of no use, so are residuals.
+
+        Collective, like `measure_each`; every rank has been told the same names.
+        """
+        held = {slot.view.name for slot in self._slots if slot.name in names}
+        views = [view for view in self._views if view.name in held]
+        norms = measure_each(views, parameters, self._backend, frobenius_norm)
+        sigmas = measure_each(
+            views,
+            parameters,
+            self._backend,
+            lambda stack: spectral_norm(stack, num_rounds=QUICK_ROUNDS),
+        )
+        for group in self._groups:
+            scale = [
+                sigmas[slot.name] if sigmas.get(slot.name, 0.0) > 0 else math.nan
+                for slot in group.slots
+            ]
+            known = torch.tensor(scale, dtype=group.scale.dtype).to(group.scale)
+            group.scale = torch.where(known.isfinite(), known, group.scale)
+        return {
+            name: TrackedSpectrum(sigmas[name], norms[name], 0.0 if norms[name] == 0 else math.nan)
+            for name in names
+        }
+
+
+def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Do one round of subspace iteration on WᵀW, given its products with the vectors.
+
+    Args:
+        vectors: (N, k, c), orthonormal rows, k at most 2, float32 or float64: V.
+        images: (N, k, c): WᵀWV.
+        squares: (N,): ‖W‖_F².
+
+    Returns:
+        The new vectors, an orthonormal basis of WᵀWV, the old ones where that is not finite or
+        zero; and (N, 3) in float64: ‖WᵀWz‖/‖Wz‖ of the Ritz vector z, ‖W‖_F and the residual. NaN
+        where something is not finite; a residual of 1 where z is mapped to zero by a matrix that
+        is not.
+
+    >>> w = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> v = torch.eye(2)[None]
+    >>> ritz_round(v, v @ w.mT @ w, torch.tensor([5.0]))[1].tolist()
+    [[2.0, 2.23606797749979, 0.0]]
+    """
+    is_finite = images.isfinite().all(dim=-1).all(dim=-1) & squares.isfinite()
+    clean = torch.where(is_finite[:, None, None], images, 0.0)
+    # A matrix may have jumped far from its last scale: squares of its images must hold.
+    peak = clean.abs().amax(dim=(-2, -1))
+    peak = torch.where(peak > 0, peak, 1.0)
+    z, w = _rotated(vectors, clean / peak[:, None, None])
+    ritz = (z[:, 0] * w[:, 0]).sum(dim=-1).clamp_min(0.0)
+    length = torch.linalg.vector_norm(w[:, 0], dim=-1)
+    is_seen = ritz > 0
+    divisor = torch.where(is_seen, ritz, 1.0)
+    # Of a Ritz value that rounding has left, the quotient could be anything.
+    sigma = torch.where(is_seen, length / divisor.sqrt() * peak.sqrt(), 0.0)
+    off = torch.linalg.vector_norm(w[:, 0] - ritz[:, None] * z[:, 0], dim=-1)
+    residual = torch.where(is_seen, off / divisor, (squares > 0).to(ritz.dtype))
+    found = torch.stack([sigma.double(), squares.double().sqrt(), residual.double()], dim=-1)
+    found = torch.where(is_finite[:, None], found, torch.nan)
+    moved = _orthonormal_pair(w, z)
+    return torch.where((is_finite & is_seen)[:, None, None], moved, vectors), found
+
+
+def _rotated(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ritz vectors and their images, the larger value first."""
+    if vectors.shape[1] == 1:
+        return vectors, images
+    core = vectors @ images.mT
+    a, d = core[:, 0, 0], core[:, 1, 1]
+    b = (core[:, 0, 1] + core[:, 1, 0]) / 2
+    # The rotation that makes a symmetric 2 × 2 diagonal; eigh would read back from the device.
+    angle = torch.atan2(2 * b, a - d) / 2
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    return rotation @ vectors, rotation @ images
+
+
+def _orthonormal_pair(w: Tensor, z: Tensor) -> Tensor:
+    """Gram–Schmidt, twice; z, orthonormal, where nothing is left of a second image."""
+    first = _unit(w[:, 0], z[:, 0])
+    if w.shape[1] == 1:
+        return first.unsqueeze(1)
+    second = _unit(w[:, 1], z[:, 1])
+    left = _without(second, first)
+    is_lost = torch.linalg.vector_norm(left, dim=-1, keepdim=True) < 1e-3
+    left = torch.where(is_lost, _without(z[:, 1], first), left)
+    second = _unit(_without(_unit(left, z[:, 1]), first), z[:, 1])
+    return torch.stack([first, second], dim=1)
+
+
+def _without(vector: Tensor, unit: Tensor) -> Tensor:
+    return vector - (vector * unit).sum(dim=-1, keepdim=True) * unit
+
+
+def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return torch.where(length > 0, vector / torch.where(length > 0, length, 1.0), otherwise)
+
+
+def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
+    """Return orthonormal rows, orthogonal to those of the basis; the filler's where none is left.
+
+    A row in the span of the basis, or mapped to nothing, leaves rounding, which after some rounds
+    lies within the span itself.
+    """
+    length = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
+    block = block / length.clamp_min(torch.finfo(block.dtype).tiny)
+    rest = block - (block @ basis.mT) @ basis
+    is_lost = (torch.linalg.vector_norm(rest, dim=-1, keepdim=True) < _LOST) | (length < _LOST)
+    block = torch.where(is_lost, filler, rest)
+    for _ in range(2):
+        block = block - (block @ basis.mT) @ basis
+        block = torch.linalg.qr(block.mT).Q.mT
+    return block
+
+
+def _stored(slot: Slot, part: Part, *, is_whole: bool) -> Tensor | None:
+    """Return what is here of a matrix as it is stored, (rows, c), sharing memory where it can."""
+    if not is_whole:
+        piece = slot.view.piece(part.tensor, part.start, slot.expert)
+        if piece is None:
+            return None
+        found = piece.read()
+    else:
+        own = part.tensor if slot.expert is None else part.tensor[slot.expert]
+        found = slot.matrix_view.read(own)
+    return found.mT if slot.view.transposed else found
+
+
+def _add_blockwise_(images: Tensor, stored: Tensor, vectors: Tensor) -> Tensor:
+    """Add SᵀSv to each of the images, a block of S at a time; return ‖S‖_F."""
+    squares = []
+    for part in torch.split(stored, max(1, _BLOCK_ELEMENTS // stored.shape[-1])):
+        block = part.to(images.dtype)
+        for image, vector in zip(images, vectors, strict=True):
+            # Products of a narrow matrix are many times slower on a CPU than those of vectors.
+            image.addmv_(block.mT, torch.mv(block, vector))
+        # One norm of all is slow for rows that lie apart, and one a row for those that do not.
+        if block.is_contiguous():
+            squares.append(torch.linalg.vector_norm(block))
+        else:
+            squares.append(torch.linalg.vector_norm(torch.linalg.vector_norm(block, dim=-1)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(squares))
+    return norm
+
+
+def _add_batched_(
+    images: Tensor,
+    norms: list[Tensor],
+    members: Sequence[tuple[int, Tensor]],
+    vectors: Tensor,
+) -> None:
+    """Do the same for stored matrices of one shape, at most 64 MiB at a time."""
+    size = max(1, _MAX_ELEMENTS // members[0][1].numel())
+    for first in range(0, len(members), size):
+        chunk = members[first : first + size]
+        index = torch.tensor([i for i, _ in chunk], device=images.device)
+        stack = torch.stack([stored for _, stored in chunk]).to(images.dtype)
+        own = vectors[index]
+        images[index] = (own @ stack.mT) @ stack
+        for (i, _), norm in zip(chunk, torch.linalg.vector_norm(stack, dim=(1, 2)), strict=True):
+            norms[i] = norm
+
+
+def _is_plausible(one: TrackedSpectrum) -> bool:
+    """Whether no square has overflown or vanished: ‖W‖_F is at least σ₁, and neither is 0."""
+    return math.isfinite(one.residual) and 0 < one.sigma <= one.frobenius * (1 + 1e-3)

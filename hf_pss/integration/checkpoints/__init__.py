@@ -1,0 +1,1 @@
+"""Checkpoints that are never lost: written whole or not at all, judged before they are resumed."""

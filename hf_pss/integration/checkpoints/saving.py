@@ -1,0 +1,316 @@
+"""Checkpoints of a Trainer that are written whole or not at all, and resumed only when whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_pss.integration.checkpoints.durable import STAGING, move_into_place, sync_tree
+from hf_pss.integration.checkpoints.finite import first_nonfinite
+from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
+from hf_pss.integration.checkpoints.marker import write_marker
+from hf_pss.integration.checkpoints.resuming import checkpoint_to_resume, load_what_is_there_
+from hf_pss.integration.checkpoints.signals import StopWish, leave
+
+__all__ = ["SafeCheckpoints"]
+
+logger = logging.getLogger(__name__)
+
+# Of several ranks one alone may have been told to stop, and asking the others costs a collective.
+_AGREE_EVERY_STEPS = 5
+_LOADED_TOGETHER = ("optimizer", "scheduler")
+
+
+class SafeCheckpoints:
+    """Mixin, left of a Trainer class: a checkpoint is there in full, finite, or not there.
+
+    - A save goes into a folder beside its target, is brought to the disk, gets its marker, and only
+      then its name. What fails on the way is a warning: the run and its older checkpoints go on.
+    - Weights or optimizer state that are not finite are not saved. Under another name they would
+      take space and nobody could go on from them.
+    - `save_total_limit` removes by step number, never by the clock, and never what was just saved.
+    - ``resume_from_checkpoint=True`` takes the newest whole one. One that was named and is not
+      whole is refused.
+    - SIGTERM and SIGINT save at the end of the step and leave with 128 + n, unless
+      ``save_strategy`` is ``no``.
+    """
+
+    _staging: Path | None = None
+    _wish: StopWish | None = None
+    _agreed_signum = 0
+    _finite_step: int | None = None
+    _held_back_push: str | None = None
+
+    # ---- resuming ----
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; a checkpoint is judged before anything of it is loaded.
+
+        Raises:
+            StateError: There is no checkpoint to go on from, or the one that was named lacks
+                something; the message says what the choices are.
+            KeyboardInterrupt: After a SIGINT, once the step is saved.
+            SystemExit: After a SIGTERM, likewise, with 143.
+        """
+        trainer: Any = self
+        run_dir = Path(trainer.args.output_dir)
+        if trainer.args.should_save:
+            _tidy(run_dir)
+        self._wait()
+        resume = self._agreed(
+            lambda: checkpoint_to_resume(
+                resume_from_checkpoint, run_dir, accepts_fresh=self._accepts_fresh_state()
+            )
+        )
+        self._finite_step, self._agreed_signum = None, 0
+        try:
+            with StopWish(_heeded(trainer.args)) as self._wish:
+                result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
+                signum = self._agreed_signum or self._wish.signum
+        finally:
+            self._wish = None
+        if signum:
+            leave(signum)
+        return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = self
+        lacks = (
+            examine(Path(checkpoint)).lacks if checkpoint and self._accepts_fresh_state() else ()
+        )
+        if checkpoint is None or not any(what.startswith(_LOADED_TOGETHER) for what in lacks):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        else:  # where one of the two is missing the Trainer would load neither
+            load_what_is_there_(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint), lacks)
+
+    def _accepts_fresh_state(self) -> bool:
+        """Whether a checkpoint without optimizer or schedule may be resumed all the same."""
+        return False
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if 0 < trainer.state.max_steps <= trainer.state.global_step:
+            # Resumed at its end: the Trainer would take one step more (transformers 5.23).
+            trainer.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- stopping ----
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control  # type: ignore[attr-defined]
+        if self._is_to_stop():
+            control.should_save = control.should_training_stop = True
+        if control.should_save and (broken := self._broken()) is not None:
+            control.should_save = False  # here, so that nobody is told of a save
+            self._refuse_to_save(broken)
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _is_to_stop(self) -> bool:
+        trainer: Any = self
+        if self._wish is None or self._agreed_signum:
+            return False  # the second time, at the epoch's end, all is saved
+        signum = self._wish.signum
+        if trainer.args.world_size > 1:
+            if trainer.state.global_step % _AGREE_EVERY_STEPS:
+                return False
+            mine = torch.tensor([signum], device=trainer.args.device)
+            signum = int(trainer.accelerator.gather(mine).max())
+        self._agreed_signum = signum
+        return signum != 0
+
+    # ---- saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Of every method of the Trainer that `_save_checkpoint` calls this one alone says where.
+        own: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return own if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        else:  # an upload in the background would read what is about to be renamed
+            self._held_back_push = Path(checkpoint_folder).name
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        if (broken := self._broken()) is not None:
+            self._refuse_to_save(broken)
+            return
+        run_dir = str(super()._get_output_dir(trial))  # type: ignore[misc]
+        name = f"checkpoint-{trainer.state.global_step}"
+        staging = Path(run_dir, STAGING)
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._wait()
+        try:
+            self._staging = staging
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self._staging = None
+            self._wait()
+            self._publish(staging / name, run_dir)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if trainer.args.world_size > 1 or not _is_of_the_disk(error):
+                raise  # other ranks wait in the middle of this: they end together
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the space
+            self._note_failed_save(Path(run_dir, name), error)
+            return
+        finally:
+            self._staging = None
+        self._wait()
+        if trainer.args.local_process_index == 0 and (staging / name).is_dir():
+            # A node with a disk of its own: its ranks' random states lie there, nothing else.
+            move_into_place(staging / name, Path(run_dir, name))
+        if self._held_back_push is not None:
+            pushed, self._held_back_push = self._held_back_push, None
+            super()._push_from_checkpoint(os.path.join(run_dir, pushed))  # type: ignore[misc]
+        if trainer.args.should_save:
+            self._rotate(Path(run_dir), just_saved=name)
+
+    def _publish(self, staged: Path, run_dir: str) -> None:
+        trainer: Any = self
+        before = trainer.state.best_model_checkpoint
+        _point_at_best_(trainer.state, run_dir)
+        if not trainer.args.should_save:
+            return
+        if trainer.state.best_model_checkpoint != before:
+            trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        sync_tree(staged)
+        write_marker(staged, step=trainer.state.global_step)
+        sync_tree(staged.parent)
+        move_into_place(staged, Path(run_dir, staged.name))
+
+    def _broken(self) -> str | None:
+        """Name what is not finite in the present state; None, on all ranks, where it may be saved.
+
+        Asked twice in a step, it looks once.
+        """
+        trainer: Any = self
+        step = trainer.state.global_step
+        if self._finite_step == step:
+            return None
+        optimizer = None if trainer.args.save_only_model else trainer.optimizer
+        broken = first_nonfinite(trainer.model, optimizer)
+        if trainer.args.world_size > 1:
+            mine = torch.tensor([float(broken is not None)], device=trainer.args.device)
+            if bool(trainer.accelerator.gather(mine).max() > 0):
+                return broken or "what another rank holds"
+        if broken is None:
+            self._finite_step = step
+        return broken
+
+    def _refuse_to_save(self, broken: str) -> None:
+        trainer: Any = self
+        if trainer.is_world_process_zero():
+            logger.warning(
+                "Step %d is not saved: %s is not finite. Earlier checkpoints are as they were.",
+                trainer.state.global_step,
+                broken,
+            )
+
+    def _note_failed_save(self, folder: Path, error: Exception) -> None:
+        logger.warning(
+            "%s could not be written: %s. Training goes on; earlier checkpoints are as they were.",
+            folder,
+            error,
+        )
+
+    def _rotate(self, run_dir: Path, *, just_saved: str) -> None:
+        """Remove the oldest beyond `save_total_limit`; never what was just saved, nor the best."""
+        trainer: Any = self
+        limit = trainer.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        best = trainer.state.best_model_checkpoint
+        kept = {just_saved, *self._wanted_checkpoints(), Path(best).name if best else just_saved}
+        found = checkpoints_by_step(run_dir)
+        for folder in [one for one in found if one.name not in kept]:
+            if len(found) <= max(limit, 1):
+                return
+            logger.info("Removing %s: save_total_limit is %d.", folder, limit)
+            shutil.rmtree(folder, ignore_errors=True)
+            found.remove(folder)
+
+    def _wanted_checkpoints(self) -> set[str]:
+        """Return names that rotation keeps for a reason of its own."""
+        return set()
+
+    # ---- ranks ----
+
+    def _wait(self) -> None:
+        trainer: Any = self
+        if trainer.args.world_size > 1:
+            trainer.accelerator.wait_for_everyone()
+
+    def _agreed(self, decide: Any) -> Any:
+        """Return what the first rank decides, or raise on every rank what it raises there."""
+        trainer: Any = self
+        if trainer.args.world_size <= 1:
+            return decide()
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Any] = [None]
+        if trainer.args.process_index == 0:
+            try:
+                outcome = [decide()]
+            except Exception as error:  # for the others
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _point_at_best_(state: TrainerState, run_dir: str) -> None:
+    """Name the best checkpoint as the Trainer does, which has looked in the staging folder."""
+    if not state.best_global_step:
+        return
+    best = os.path.join(run_dir, f"checkpoint-{state.best_global_step}")
+    if state.best_global_step == state.global_step or os.path.exists(best):
+        state.best_model_checkpoint = best
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Tell whether a write failed; torch says so with a RuntimeError of its archive writer."""
+    if isinstance(error, RuntimeError):
+        return any(
+            word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")
+        )
+    return True
+
+
+def _heeded(arguments: Any) -> tuple[signal.Signals, ...]:
+    """Return the signals that save: none where nothing is saved, and not what others heed."""
+    strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
+    if strategy == "no":
+        return ()
+    if getattr(arguments, "enable_jit_checkpoint", False):  # transformers' own, for SIGTERM
+        return (signal.SIGINT,)
+    return (signal.SIGTERM, signal.SIGINT)
+
+
+def _tidy(run_dir: Path) -> None:
+    """Finish or remove what a killed process left behind in the middle of a save."""
+    staging = run_dir / STAGING
+    if not staging.is_dir():
+        return
+    try:
+        for staged in checkpoints_by_step(staging):
+            found = examine(staged)
+            if found.is_marked and found.problem is None:
+                logger.warning("%s was saved in full before a crash; it is kept.", staged.name)
+                move_into_place(staged, run_dir / staged.name)
+                return
+        logger.warning("Removing %s: a crash ended the save that wrote it.", staging)
+        shutil.rmtree(staging)
+    except OSError as error:
+        logger.warning("Cannot tidy %s: %s.", staging, error)

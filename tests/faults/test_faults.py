@@ -1,0 +1,156 @@
+"""Whatever is put into a run, it goes on, ends with finite weights, and says what happened."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import events_of, make_trainer
+from injectors import DECOMPOSITIONS, FAULTS, SKIPPED, Injector
+from torch import nn
+
+from hf_pss import PSSConfig, PSSTrainer
+from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
+
+STEP = 9
+OPTIONS: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "save_total_limit": 1}
+CONFIG = PSSConfig(
+    threshold_ratio=3.0,
+    calibration_steps=2,
+    cooldown_steps=0,
+    on_failure="rollback",
+    max_nonfinite_streak=3,
+)
+# What its event is; a clock that jumps is nobody's business, flipped labels may pass unnoticed.
+SEEN_AS = {
+    **dict.fromkeys(SKIPPED, ("non_finite", "skip_update")),
+    "spike": ("intervention", "act"),
+    "decomposition fails": None,
+    "clock jumps": None,
+    "corrupted batch": None,
+    "full disk": ("error", "observe"),
+    "NaN buffer": ("non_finite", "observe"),
+    "NaN momentum": ("non_finite", "observe"),
+    "inf momentum": ("non_finite", "observe"),
+    "NaN weight": ("non_finite", "observe"),
+    "inf weight": ("non_finite", "observe"),
+}
+
+
+def is_finite(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("step", [STEP, STEP + 1], ids=["between saves", "at a save"])
+def test_a_run_survives_each_fault_and_accounts_for_it(
+    fault: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, **OPTIONS)
+    injector = Injector(trainer, {step: fault}, monkeypatch)
+    trainer.train()
+    assert injector.done == [(step, fault)]
+    assert trainer.state.global_step == 20
+    assert is_finite(trainer.model)
+    *others, last = checkpoints_by_step(tmp_path)
+    assert last.name == "checkpoint-20"
+    assert examine(last).is_whole
+    # While an intervention is under watch, what was before it is kept beyond the limit.
+    assert [one.name for one in others] == (["checkpoint-8"] if fault == "spike" else [])
+    if (expected := SEEN_AS[fault]) is not None and (fault, step) != ("full disk", STEP):
+        found = [(e["kind"], e["decision"]) for e in events_of(tmp_path) if e["step"] >= step]
+        assert expected in found[:2]
+
+
+@pytest.mark.parametrize("name", ["paper", "floor", "both"])
+@pytest.mark.parametrize("function", DECOMPOSITIONS)
+def test_a_decomposition_that_never_works_ends_no_run(
+    name: str,
+    function: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spikes = {"threshold_ratio": 1.0001, "calibration_steps": 1, "cooldown_steps": 0}
+    floors = {"floor_ratio": 1.3, "check_every_steps": 2}
+    wanted = {"paper": spikes, "floor": floors, "both": {**spikes, **floors}}
+    config = PSSConfig.preset(name, **wanted[name])
+    trainer = make_trainer(tmp_path, config, max_steps=6)
+
+    original = getattr(torch.linalg, function)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 0:  # the floors are measured once, before the first step
+            return original(*args, **kwargs)
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, function, fails)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert is_finite(trainer.model)
+    if name != "paper" and function == "qr":  # what every look at tiny matrices needs
+        assert {e["step"] for e in events_of(tmp_path) if e["kind"] == "error"} == {2, 4, 6}
+        assert "the weights could not be judged" in caplog.text
+
+
+# ---- folders ----
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB: it holds one checkpoint of 90 KB, and no three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)],
+            check=False,
+            capture_output=True,
+        ).returncode
+    ):
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_what_it_has(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No rotation: the third save finds no room; the two before it stay, and are resumed."""
+    options = {"max_steps": 8, "save_steps": 2}
+    make_trainer(small_disk, PSSConfig(), **options).train()
+    found = checkpoints_by_step(small_disk)
+    assert 1 <= len(found) < 4
+    assert all(examine(folder).is_whole for folder in found)
+    assert "could not be written" in caplog.text
+    again = make_trainer(small_disk, PSSConfig(), **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+
+
+def test_a_folder_that_became_read_only_ends_no_run(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Freezes(PSSTrainer):
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super()._save_checkpoint(*args, **kwargs)
+            mount = ["mount", "-o", "remount,ro", str(small_disk)]
+            subprocess.run(mount, check=True)
+
+    caplog.set_level(logging.WARNING)
+    trainer = make_trainer(
+        small_disk, PSSConfig(), trainer_class=Freezes, max_steps=8, save_steps=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8
+    (first,) = checkpoints_by_step(small_disk)
+    assert first.name == "checkpoint-2"
+    assert examine(first).is_whole
+    assert "Read-only file system" in caplog.text

@@ -1,0 +1,142 @@
+"""The monitor beside a real loop: what it reads and when, that it harms nothing, and its state."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import differences, gpt2, history, train, weights_of
+from torch import nn
+
+from hf_pss import PSSConfig, PSSController
+from hf_pss.distributed import OneProcess
+from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.health.monitor import HealthMonitor, describe
+from hf_pss.health.reading import HealthReading
+from hf_pss.linalg import effective_rank, stable_rank
+from hf_pss.selection import Selection, named_parameters_canonical
+
+EXACT_TOLERANCE = 1e-5
+FOLLOWED_TOLERANCE = 1.5e-3  # 5.6e-4, after four steps of 1e-3 a weight
+LIGHT = {"spectral_norm", "stable_rank", "frobenius_norm", "spectral_norm_residual", "grad_norm"}
+STANDARD = LIGHT | {"relative_update", "sqrt_condition", "trimmed_sqrt_condition"}
+FULL = STANDARD | {"effective_rank", "low_rank_distance", "neighbour_alignment"}
+RATES = {"spectral_norm_change_rate", "frobenius_norm_change_rate"}
+
+
+def run(num_steps: int = 4, **options: Any) -> tuple[nn.Module, list[HealthReading | None]]:
+    torch.manual_seed(0)
+    model = gpt2(num_layers=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pss = PSSController(model, PSSConfig(**options), optimizer=optimizer)
+    tokens = torch.randint(0, 48, (2, 8))
+    readings = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        readings.append(pss.step(norm, update=optimizer.step, loss=loss).health)
+    return model, readings
+
+
+@pytest.mark.parametrize(
+    ("preset", "metrics"), [("light", LIGHT), ("standard", STANDARD), ("full", FULL)]
+)
+def test_a_preset_is_read_at_its_rhythm(preset: str, metrics: set[str]) -> None:
+    model, readings = run(health=preset, health_every_steps=2)
+    assert [reading is not None for reading in readings] == [False, True, False, True]
+    first, last = (reading for reading in readings if reading is not None)
+    assert set(first.matrices) == metrics
+    assert set(last.matrices) == metrics | RATES
+    assert last.step == 4
+    parameters = named_parameters_canonical(model)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    weight = parameters[name].detach().double()
+    assert last.matrices["stable_rank"][name] == pytest.approx(
+        float(stable_rank(weight)), rel=FOLLOWED_TOLERANCE
+    )
+    assert last.scalars["stable_rank/min"] == min(last.matrices["stable_rank"].values())
+    assert last.scalars["spike_score_loss"] == 0
+    assert (name in last.spectra) == (preset == "full")
+    if preset == "full":
+        assert last.matrices["effective_rank"][name] == pytest.approx(
+            float(effective_rank(weight)), rel=EXACT_TOLERANCE
+        )
+
+
+def test_health_changes_no_weight_and_no_random_number() -> None:
+    plain, nothing = run(health="off")
+    looked_at, _ = run(health="full", health_every_steps=1)
+    assert nothing == [None] * 4
+    assert not list(differences(weights_of(plain), weights_of(looked_at)))
+
+
+def test_a_metric_that_raises_is_one_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("hf_pss.health.monitor.measure_low_rank_distances", fail)
+    _, readings = run(health="full", health_every_steps=1)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len([x for x in warned if "low_rank_distance failed: _LinAlgError" in x]) == 1
+    last = readings[-1]
+    assert last is not None
+    assert "low_rank_distance" not in last.matrices
+    assert "neighbour_alignment" in last.matrices
+
+
+def test_a_trainer_writes_lines_that_old_readers_know(tmp_path: Path) -> None:
+    config = PSSConfig(health="standard", health_every_steps=4)
+    trainer = train(tmp_path, config, save_strategy="no")
+    rows = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert {"stable_rank", "relative_update", "grad_norm", "scalars"} <= set(rows[0])
+    assert all(math.isfinite(x) for x in rows[0]["stable_rank"].values())
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["pss/health_seconds"] > 0 for line in logged)
+    plain = train(tmp_path / "plain", PSSConfig(), save_strategy="no")
+    assert [line["loss"] for line in history(plain) if "loss" in line] == [
+        line["loss"] for line in history(trainer) if "loss" in line
+    ]
+
+
+def test_spike_scores_survive_a_resume(tmp_path: Path) -> None:
+    config = PSSConfig(health="light", health_every_steps=1)
+    train(tmp_path, config, save_steps=4)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["PSSCallback"]["attributes"]["health_state"]
+    assert saved["spikes"]["loss"]["num_steps"] == 4
+    trainer = train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
+    monitor = trainer._listener().controller.health
+    assert monitor.state()["spikes"]["loss"]["num_steps"] == 8
+
+
+def test_a_state_is_refused_whole_or_taken_whole() -> None:
+    monitor = HealthMonitor(Selection((), ()), OneProcess(), "light")
+    monitor.restore(json.loads(json.dumps(monitor.state())))
+    with pytest.raises(StateError):
+        monitor.restore({"version": 1})
+    assert monitor.after_update(10, {}) == HealthReading(10)
+
+
+def test_the_worst_matrix_is_named() -> None:
+    reading = HealthReading(
+        5, matrices={"spectral_norm": {"a": 1.0, "b": 7.0}, "stable_rank": {"a": math.nan, "b": 1}}
+    )
+    assert describe(reading) == "Health, step 5: spectral_norm 7 (b), stable_rank nan (a)."
+
+
+def test_a_rhythm_below_zero_and_an_unknown_preset_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="every_steps"):
+        HealthMonitor(Selection((), ()), OneProcess(), "light", every_steps=-1)
+    with pytest.raises(ConfigurationError, match="health"):
+        PSSConfig(health="heavy")  # type: ignore[arg-type]
+    assert PSSConfig(health=False).health == "off"  # type: ignore[arg-type]

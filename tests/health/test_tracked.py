@@ -1,0 +1,181 @@
+"""The followed spectra against float64 decompositions, through drift, jumps and broken numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import gpt2
+from torch import Tensor, nn
+
+from hf_pss.distributed import OneProcess
+from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum, ritz_round
+from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
+
+BACKEND = OneProcess()
+COLD_TOLERANCE = 1e-6
+# Noise that moves by 1 % of its norm a step, 50 steps: the residual's bound is 1 %, too.
+DRIFT_TOLERANCE = 0.01
+FROBENIUS_TOLERANCE = 1e-6
+UP = "transformer.h.0.mlp.c_fc.weight"
+
+
+def model_of() -> tuple[tuple[MatrixView, ...], dict[str, nn.Parameter]]:
+    torch.manual_seed(2)
+    model = gpt2(num_layers=2)
+    return select_matrices(model).matrices, named_parameters_canonical(model)
+
+
+def exact(view: MatrixView, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
+    """σ₁ and ‖W‖_F."""
+    sigmas = torch.linalg.svdvals(view.read(parameters[view.parameter_name]).double())
+    return float(sigmas[0]), float(sigmas.norm())
+
+
+def check(
+    found: dict[str, TrackedSpectrum],
+    views: tuple[MatrixView, ...],
+    parameters: dict[str, nn.Parameter],
+    tolerance: float,
+) -> float:
+    """Return the worst error of σ₁; that of the norm is checked here."""
+    assert list(found) == [view.name for view in views]
+    worst = 0.0
+    for view in views:
+        sigma, norm = exact(view, parameters)
+        one = found[view.name]
+        assert one.frobenius == pytest.approx(norm, rel=FROBENIUS_TOLERANCE)
+        assert one.sigma <= sigma * (1 + FROBENIUS_TOLERANCE)
+        assert one.sigma == pytest.approx(sigma, rel=tolerance)
+        assert one.stable_rank == pytest.approx((norm / sigma) ** 2, rel=2.5 * tolerance)
+        worst = max(worst, 1 - one.sigma / sigma)
+    return worst
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_first_refresh_is_close(batched: bool) -> None:
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND, batched=batched)
+    check(tracker.measure(parameters), views, parameters, COLD_TOLERANCE)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_it_follows_fifty_steps_of_drift(batched: bool) -> None:
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND, batched=batched)
+    tracker.refresh(parameters)
+    torch.manual_seed(0)
+    pushes = {name: torch.randn_like(p) for name, p in parameters.items()}
+    for _ in range(50):
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.add_(pushes[name], alpha=float(0.01 * p.norm() / pushes[name].norm()))
+        tracker.refresh(parameters)
+    check(tracker.read(parameters), views, parameters, DRIFT_TOLERANCE)
+
+
+def test_both_ways_of_multiplying_agree() -> None:
+    views, parameters = model_of()
+    one, other = (
+        SpectrumTracker(views, BACKEND, batched=b).measure(parameters) for b in (False, True)
+    )
+    for view in views:
+        assert one[view.name].sigma == pytest.approx(other[view.name].sigma, rel=COLD_TOLERANCE)
+
+
+def test_a_second_direction_that_overtakes_is_noticed() -> None:
+    """What one vector alone never sees: the new leader is orthogonal to the old one."""
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND)
+    with torch.no_grad():
+        parameters[UP].zero_()
+        parameters[UP][0, 0], parameters[UP][1, 1] = 2.0, 1.0
+    tracker.measure(parameters)
+    with torch.no_grad():
+        parameters[UP][1, 1] = 5.0
+    assert tracker.measure(parameters)[UP].sigma == pytest.approx(5.0, rel=COLD_TOLERANCE)
+
+
+def test_a_stale_estimate_says_so_and_recovers() -> None:
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND, batched=True)
+    tracker.measure(parameters)
+    torch.manual_seed(0)
+    vectors = tracker._groups[0].vectors.clone()
+    image = torch.randn_like(vectors)
+    _, found = ritz_round(vectors, image, torch.full((len(vectors),), 9.0))
+    assert all(TrackedSpectrum(*row).is_stale for row in found.tolist())
+    with torch.no_grad():
+        parameters[UP].add_(10 * torch.outer(torch.randn(16), torch.randn(64)))
+    for _ in range(3):
+        found_again = tracker.measure(parameters)
+    assert not found_again[UP].is_stale
+    check({UP: found_again[UP]}, tuple(v for v in views if v.name == UP), parameters, 1e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_matrix_that_breaks_harms_no_other_and_heals(bad: float, batched: bool) -> None:
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND, batched=batched)
+    healthy = parameters[UP].detach().clone()
+    with torch.no_grad():
+        parameters[UP][0, 0] = bad  # from the first, cold refresh on
+    for _ in range(2):
+        broken = tracker.measure(parameters)
+        assert math.isnan(broken[UP].sigma)
+        assert math.isnan(broken[UP].stable_rank)
+        assert broken[UP].is_stale
+        others = tuple(view for view in views if view.name != UP)
+        rest = {name: one for name, one in broken.items() if name != UP}
+        check(rest, others, parameters, COLD_TOLERANCE)
+    with torch.no_grad():
+        parameters[UP].copy_(healthy)
+    for _ in range(40):
+        healed = tracker.measure(parameters)
+    check({UP: healed[UP]}, tuple(v for v in views if v.name == UP), parameters, DRIFT_TOLERANCE)
+
+
+def test_zero_is_zero() -> None:
+    views, parameters = model_of()
+    with torch.no_grad():
+        parameters[UP].zero_()
+    tracker = SpectrumTracker(views, BACKEND)
+    for _ in range(2):
+        found = tracker.measure(parameters)[UP]
+        assert (found.sigma, found.frobenius, found.stable_rank) == (0.0, 0.0, 0.0)
+        assert not found.is_stale
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_extreme_entries_are_measured_scaled(scale: float) -> None:
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND)
+    tracker.measure(parameters)
+    with torch.no_grad():
+        parameters[UP].mul_(scale)
+    for _ in range(2):
+        found = tracker.measure(parameters)
+        check({UP: found[UP]}, tuple(v for v in views if v.name == UP), parameters, 1e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_bfloat16_is_multiplied_as_float32(batched: bool) -> None:
+    views, parameters = model_of()
+    halves = {name: nn.Parameter(p.detach().bfloat16()) for name, p in parameters.items()}
+    found = SpectrumTracker(views, BACKEND, batched=batched).measure(halves)
+    check(found, views, halves, COLD_TOLERANCE)
+
+
+def test_nothing_to_follow() -> None:
+    tracker = SpectrumTracker((), BACKEND)
+    assert tracker.measure({}) == {}
+
+
+def test_two_vectors_are_kept_orthonormal_when_the_rank_is_one() -> None:
+    column: Tensor = torch.zeros(1, 2, 5)
+    column[0, :, 0] = torch.tensor([1.0, 1.0])  # both vectors are mapped to one direction
+    vectors, _ = ritz_round(torch.eye(5)[None, :2], column, torch.ones(1))
+    gram = vectors[0] @ vectors[0].mT
+    assert torch.allclose(gram, torch.eye(2), atol=FROBENIUS_TOLERANCE)

@@ -1,0 +1,557 @@
+"""Checkpoints are there in full and finite, or not there; only whole ones are resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    MAX_STEPS,
+    checkpoint_differences,
+    differences,
+    history,
+    make_trainer,
+    run_differences,
+    token_rows,
+    train,
+    weights_of,
+)
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_pss import PSSConfig, PSSTrainer
+from hf_pss.errors import StateError
+from hf_pss.integration.checkpoints.durable import STAGING
+from hf_pss.integration.checkpoints.judge import examine
+from hf_pss.integration.checkpoints.marker import MARKER, read_marker
+
+MIDDLE = 4
+CONFIG = PSSConfig()
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+def run(folder: Path, **options: Any) -> Any:
+    return train(folder, CONFIG, **options)
+
+
+def differences_at_the_end(one: Trainer, other: Trainer) -> list[str]:
+    """Compare an uninterrupted run with one that was resumed; the last line sums up a session."""
+    last = f"checkpoint-{one.state.global_step}"
+    folders = [Path(trainer.args.output_dir) / last for trainer in (one, other)]
+    return [
+        *differences(history(one)[:-1], history(other)[:-1], "log"),
+        *differences(weights_of(one.model), weights_of(other.model), "model"),
+        *checkpoint_differences(*folders),
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps, its checkpoints at 2, 4, 6 and 8."""
+    folder = tmp_path_factory.mktemp("saved")
+    run(folder, save_steps=2)
+    return folder
+
+
+@pytest.fixture
+def copied_run(saved_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
+
+
+# ---- what is saved ----
+
+
+def test_a_checkpoint_has_a_marker_of_all_its_files_and_nothing_is_left_over(
+    saved_run: Path,
+) -> None:
+    assert checkpoints_in(saved_run) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    assert not (saved_run / STAGING).exists()
+    folder = saved_run / "checkpoint-8"
+    marker = read_marker(folder)
+    assert marker is not None
+    assert marker.step == 8
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != MARKER}
+    assert marker.files == sizes
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= sizes.keys()
+    assert examine(folder).is_whole
+
+
+def test_the_run_and_its_checkpoints_are_the_plain_trainers_bit_for_bit(tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain")
+    safe = run(tmp_path / "safe")
+    assert run_differences(plain, safe) == []
+
+
+def test_a_plain_trainer_resumes_ours_and_we_resume_its(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steady = {"lr_scheduler_type": "constant"}
+    half = {"save_steps": MIDDLE, "max_steps": MIDDLE, **steady}
+    whole = train(tmp_path / "whole", **steady)
+    run(tmp_path / "ours", **half)
+    theirs = train(tmp_path / "ours", resume=True, **steady)
+    assert differences_at_the_end(whole, theirs) == []
+    train(tmp_path / "theirs", **half)
+    ours = run(tmp_path / "theirs", resume=True, **steady)
+    assert differences_at_the_end(whole, ours) == []
+    assert "checkpoint-4 has no marker of PSS: a plain Trainer wrote it" in caplog.text
+
+
+def test_the_best_checkpoint_is_named_and_loaded_as_by_the_plain_trainer(tmp_path: Path) -> None:
+    found = {}
+    for name, options in (("plain", {}), ("safe", {"pss": CONFIG})):
+        trainer = make_trainer(
+            tmp_path / name,
+            eval_rows=token_rows(8),
+            eval_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            **options,
+        )
+        trainer.train()
+        text = (tmp_path / name / "checkpoint-8" / "trainer_state.json").read_text()
+        best = json.loads(text)["best_model_checkpoint"]
+        assert best == os.path.join(trainer.args.output_dir, "checkpoint-8")
+        found[name] = (checkpoints_in(tmp_path / name), weights_of(trainer.model))
+    assert found["plain"][0] == found["safe"][0]
+    assert list(differences(found["plain"][1], found["safe"][1])) == []
+
+
+def test_a_step_that_is_saved_twice_replaces_the_first(tmp_path: Path) -> None:
+    trainer = run(tmp_path)
+    leftover = tmp_path / "checkpoint-8" / "checkpoint-is-incomplete.txt"
+    leftover.touch()  # as by JITCheckpointCallback, which makes the folder before it saves
+    trainer._save_checkpoint(trainer.model, None)
+    assert not leftover.exists()
+    assert examine(tmp_path / "checkpoint-8").is_whole
+    assert not (tmp_path / STAGING).exists()
+
+
+class PushSeen(PSSTrainer):
+    pushed: list[tuple[str, bool]]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.args.push_to_hub = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.push_to_hub = False
+
+
+def test_an_upload_sees_the_checkpoint_under_its_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, checkpoint_folder: pushed.append(
+            (checkpoint_folder, Path(checkpoint_folder, MARKER).is_file())
+        ),
+    )
+    run(tmp_path, trainer_class=PushSeen)
+    assert pushed == [(str(tmp_path / "checkpoint-8"), True)]
+
+
+# ---- what is not finite is not saved ----
+
+
+class Break(TrainerCallback):
+    """Puts NaN or inf into what belongs to the model or its optimizer, after the given step."""
+
+    def __init__(self, step: int, where: Callable[[Any, Any], torch.Tensor], value: float) -> None:
+        self.step, self.where, self.value = step, where, value
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                self.where(kwargs["model"], kwargs["optimizer"]).view(-1)[0] = self.value
+
+
+def a_weight(model: Any, optimizer: Any) -> torch.Tensor:
+    return model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+
+
+def a_momentum(model: Any, optimizer: Any) -> torch.Tensor:
+    return optimizer.state[a_weight(model, optimizer)]["exp_avg"]
+
+
+def a_buffer(model: Any, optimizer: Any) -> torch.Tensor:
+    return model.get_buffer("transformer.running")
+
+
+WHERE = {"weight": a_weight, "momentum": a_momentum, "buffer": a_buffer}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("step", [2, 3, 5, 8])
+def test_with_a_limit_of_one_a_healthy_checkpoint_remains(
+    step: int, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, save_steps=1, save_total_limit=1)
+    trainer.model.transformer.register_buffer("running", torch.zeros(3))
+    trainer.add_callback(Break(step, WHERE[where], math.nan))
+    trainer.train()
+    (name,) = checkpoints_in(tmp_path)
+    assert name == f"checkpoint-{step - 1}"
+    assert examine(tmp_path / name).is_whole
+    weights = load_file(tmp_path / name / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert f"Step {step} is not saved" in caplog.text
+
+
+def test_the_plain_trainer_keeps_the_broken_one_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_steps=1, save_total_limit=1)
+    trainer.add_callback(Break(5, a_weight, math.nan))
+    trainer.train()
+    assert checkpoints_in(tmp_path) == ["checkpoint-8"]
+    weights = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    assert not all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_a_mask_of_inf_in_a_buffer_is_saved(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG)
+    trainer.model.transformer.register_buffer("running", torch.full((3,), -math.inf))
+    trainer.train()
+    assert checkpoints_in(tmp_path) == ["checkpoint-8"]
+
+
+class Saves(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert Path(args.output_dir, f"checkpoint-{state.global_step}").is_dir()
+        self.steps.append(state.global_step)
+
+
+def test_nobody_is_told_of_a_save_that_did_not_happen(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, save_steps=2)
+    trainer.add_callback(Break(5, a_weight, math.inf))
+    trainer.add_callback(saves := Saves())
+    trainer.train()
+    assert saves.steps == [2, 4]
+
+
+# ---- rotation ----
+
+
+def test_rotation_goes_by_steps_and_not_by_a_clock_that_jumps(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, save_steps=2, save_total_limit=2)
+
+    class ClockJumps(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            when = 2e9 - 1e6 * state.global_step  # every save is older than the one before
+            os.utime(tmp_path / f"checkpoint-{state.global_step}", (when, when))
+
+    trainer.add_callback(ClockJumps())
+    trainer.train()
+    assert checkpoints_in(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_what_was_just_saved_outlives_later_steps_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-900").mkdir()
+    run(tmp_path, save_total_limit=1)
+    assert checkpoints_in(tmp_path) == ["checkpoint-8"]
+
+
+# ---- what is resumed ----
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_weights(folder: Path) -> None:
+    truncate(folder / "model.safetensors")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_state(folder: Path) -> None:
+    truncate(folder / "trainer_state.json")
+
+
+def no_state(folder: Path) -> None:
+    (folder / "trainer_state.json").unlink()
+
+
+def cut_random_state(folder: Path) -> None:
+    truncate(folder / "rng_state.pth")
+
+
+def cut_optimizer(folder: Path) -> None:
+    truncate(folder / "optimizer.pt")
+
+
+def no_optimizer(folder: Path) -> None:
+    (folder / "optimizer.pt").unlink()
+
+
+def no_scheduler(folder: Path) -> None:
+    (folder / "scheduler.pt").unlink()
+
+
+def cut_scheduler(folder: Path) -> None:
+    truncate(folder / "scheduler.pt")
+
+
+def nan_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FATAL = (cut_weights, no_weights, cut_state, no_state)
+PARTIAL = (cut_optimizer, no_optimizer, cut_scheduler, no_scheduler, cut_random_state)
+
+
+def unmark(folder: Path) -> None:
+    (folder / MARKER).unlink()
+
+
+@pytest.mark.parametrize("damage", [*FATAL, *PARTIAL])
+@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
+def test_resume_takes_the_newest_whole_one_and_says_what_it_passed_over(
+    damage: Callable[[Path], None],
+    is_marked: bool,
+    copied_run: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    damage(copied_run / "checkpoint-8")
+    damage(copied_run / "checkpoint-6")
+    if not is_marked:
+        for step in (2, 4, 6, 8):
+            unmark(copied_run / f"checkpoint-{step}")
+    whole = run(copied_run.parent / "whole")
+    resumed = run(copied_run, resume=True)
+    assert differences_at_the_end(whole, resumed) == []
+    messages = [r.getMessage() for r in caplog.records if "is passed over" in r.getMessage()]
+    assert [Path(m.split()[0]).name for m in messages] == ["checkpoint-8", "checkpoint-6"]
+
+
+def test_weights_that_are_not_finite_are_passed_over_without_a_marker(
+    copied_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nan_weights(copied_run / "checkpoint-8")
+    unmark(copied_run / "checkpoint-8")
+    run(copied_run, resume=True)
+    assert "holds NaN or inf, in transformer.wte.weight" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [*FATAL, *PARTIAL])
+def test_one_that_was_named_and_is_not_whole_is_refused(
+    damage: Callable[[Path], None], copied_run: Path
+) -> None:
+    damage(copied_run / "checkpoint-8")
+    words = "cannot be resumed" if damage in FATAL else "is not whole"
+    with pytest.raises(StateError, match=words):
+        run(copied_run, resume=str(copied_run / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("damage", [cut_optimizer, no_optimizer, cut_scheduler, no_scheduler])
+def test_without_any_whole_one_the_error_names_the_choices(
+    damage: Callable[[Path], None], copied_run: Path
+) -> None:
+    for step in (2, 4, 6, 8):
+        damage(copied_run / f"checkpoint-{step}")
+    with pytest.raises(StateError, match=r"missing_state='fresh'"):
+        run(copied_run, resume=True)
+
+
+def test_an_empty_folder_and_a_damaged_run_are_told_apart(copied_run: Path) -> None:
+    with pytest.raises(StateError, match="holds no checkpoint to resume from"):
+        run(copied_run / "nowhere", resume=True)
+    for step in (2, 4, 6, 8):
+        no_weights(copied_run / f"checkpoint-{step}")
+    with pytest.raises(StateError, match=r"checkpoint-8: model.safetensors.*Begin the run anew"):
+        run(copied_run, resume=True)
+
+
+class Rates(TrainerCallback):
+    def __init__(self) -> None:
+        self.rate = 0.0
+        self.has_state = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rate = kwargs["optimizer"].param_groups[0]["lr"]
+        self.has_state = bool(kwargs["optimizer"].state)
+
+
+@pytest.mark.parametrize("damage", [cut_optimizer, no_optimizer, cut_scheduler, no_scheduler])
+def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_place(
+    damage: Callable[[Path], None], copied_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied_run / "checkpoint-4"
+    intact = make_trainer(copied_run.parent / "intact", CONFIG)
+    intact.add_callback(wanted := Rates())
+    intact.train(resume_from_checkpoint=str(folder))
+    damage(folder)
+    trainer = make_trainer(copied_run.parent / "out", PSSConfig(missing_state="fresh"))
+    trainer.add_callback(rates := Rates())
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert rates.rate == wanted.rate < 3e-3
+    assert rates.has_state == (damage in (cut_scheduler, no_scheduler))
+    assert "begins anew, as asked for" in caplog.text
+    if rates.has_state:  # only the schedule was missing, and the step says where it stood
+        assert list(differences(weights_of(intact.model), weights_of(trainer.model))) == []
+
+
+def test_a_state_that_was_edited_by_hand_is_no_damage(copied_run: Path) -> None:
+    path = copied_run / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "save_steps": 3}))
+    assert examine(path.parent).is_whole
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a\\b"])
+def test_a_marker_that_points_outside_is_refused(name: str, copied_run: Path) -> None:
+    path = copied_run / "checkpoint-8" / MARKER
+    path.write_text(json.dumps({"version": 1, "step": 8, "files": {name: 3}}))
+    assert "outside of the checkpoint" in str(examine(path.parent).problem)
+
+
+def test_a_run_that_had_ended_takes_no_step_more(copied_run: Path) -> None:
+    weights = load_file(copied_run / "checkpoint-8" / "model.safetensors")
+    trainer = run(copied_run, resume=True)
+    assert trainer.state.global_step == MAX_STEPS
+    now = weights_of(trainer.model)
+    assert all(torch.equal(now[name], tensor) for name, tensor in weights.items())
+    assert checkpoints_in(copied_run) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+
+
+# ---- a save that fails ----
+
+
+@pytest.fixture(params=[4096, 30000], ids=["weights", "optimizer"])
+def _small_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No file may be longer than this, as on a disk that fills up in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.usefixtures("_small_files")
+def test_a_full_disk_ends_the_save_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = run(tmp_path, save_steps=4)
+    assert trainer.state.global_step == MAX_STEPS
+    assert checkpoints_in(tmp_path) == []
+    assert not (tmp_path / STAGING).exists()
+    said = [r for r in caplog.records if "could not be written" in r.getMessage()]
+    assert [r.levelno for r in said] == [logging.WARNING] * 2
+
+
+class FailsIn(PSSTrainer):
+    """One of the parts of a save finds the disk full."""
+
+    method = ""
+
+    def _fail(self, method: str) -> None:
+        if method == self.method and self.state.global_step > MIDDLE:
+            raise OSError(28, "No space left on device")
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        super().save_model(*args, **kwargs)
+        self._fail("save_model")
+
+    def _save_optimizer_and_scheduler(self, *args: Any) -> None:
+        super()._save_optimizer_and_scheduler(*args)
+        self._fail("_save_optimizer_and_scheduler")
+
+    def _save_rng_state(self, *args: Any) -> None:
+        super()._save_rng_state(*args)
+        self._fail("_save_rng_state")
+
+
+@pytest.mark.parametrize(
+    "method", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"]
+)
+def test_a_save_that_fails_half_way_leaves_the_last_one_alone(method: str, tmp_path: Path) -> None:
+    cls = type("Fails", (FailsIn,), {"method": method})
+    run(tmp_path, trainer_class=cls, save_steps=MIDDLE, save_total_limit=1)
+    assert checkpoints_in(tmp_path) == ["checkpoint-4"]
+    assert examine(tmp_path / "checkpoint-4").is_whole
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+
+
+def test_an_error_that_is_not_of_the_disk_is_not_hidden(tmp_path: Path) -> None:
+    class Broken(PSSTrainer):
+        def _save_rng_state(self, *args: Any) -> None:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side"):
+        run(tmp_path, trainer_class=Broken)
+
+
+# ---- signals ----
+
+
+class Send(TrainerCallback):
+    def __init__(self, signum: int, step: int) -> None:
+        self.signum, self.step = signum, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.mark.parametrize(
+    ("signum", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_saves_this_step_and_leaves(
+    signum: int, error: type[BaseException], tmp_path: Path
+) -> None:
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    whole = run(tmp_path / "whole")
+    trainer = make_trainer(tmp_path / "cut", CONFIG)
+    trainer.add_callback(Send(signum, 3))
+    with pytest.raises(error) as raised:
+        trainer.train()
+    if isinstance(raised.value, SystemExit):
+        assert raised.value.code == 128 + signum
+    assert checkpoints_in(tmp_path / "cut") == ["checkpoint-3"]
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+    resumed = run(tmp_path / "cut", resume=True)
+    assert differences_at_the_end(whole, resumed) == []
+
+
+def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG)
+    trainer.add_callback(Send(signal.SIGINT, 3))
+    trainer.add_callback(Send(signal.SIGINT, 3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoints_in(tmp_path) == []
+    assert trainer.state.global_step == 2
+
+
+def test_a_run_that_saves_nothing_leaves_signals_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, save_strategy="no")
+    trainer.add_callback(Send(signal.SIGINT, 3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2

@@ -1,0 +1,54 @@
+"""When interventions have failed: the rules, on plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import pytest
+
+from hf_pss.policy import Failure, FailureWatch
+
+
+def failures(
+    losses: Iterable[float | None], interventions: set[int], *, window: int = 10, most: int = 2
+) -> list[tuple[int, int]]:
+    watch = FailureWatch(window_steps=window, max_failed=most)
+    seen = [
+        watch.see(step, loss=loss, has_intervened=step in interventions)
+        for step, loss in enumerate(losses, start=1)
+    ]
+    return [(one.onset_step, one.step) for one in seen if one is not None]
+
+
+def test_interventions_that_follow_each_other_within_the_window_have_failed() -> None:
+    assert failures([3.0] * 60, {20, 25, 30}) == [(20, 30)]
+    assert failures([3.0] * 60, {20, 30, 40}) == [(20, 40)]
+
+
+def test_those_farther_apart_have_helped() -> None:
+    assert failures([3.0] * 100, {20, 31, 42, 53}) == []
+
+
+def test_a_loss_that_stays_up_is_one_more_with_every_window() -> None:
+    losses = [3.0] * 30 + [4.0] * 100
+    assert failures(losses, {30}, most=2) == [(30, 50)]
+    assert failures([3.0] * 30 + [3.4] * 100, {30}) == []
+
+
+def test_a_window_that_ends_well_ends_the_row() -> None:
+    assert failures([3.0] * 100, {20, 25, 60, 65}, most=2) == []
+    assert failures([3.0] * 100, {20, 25, 60, 65, 70}, most=2) == [(60, 70)]
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_losses_that_are_none_do_not_count(loss: float | None) -> None:
+    losses = [3.0] * 30 + [loss] * 100
+    assert failures(losses, {30}) == []
+
+
+def test_at_the_very_beginning_there_is_nothing_to_compare_with() -> None:
+    watch = FailureWatch(window_steps=2, max_failed=1)
+    assert watch.see(1, loss=9.0, has_intervened=True) is None
+    failure = watch.see(2, loss=9.0, has_intervened=True)
+    assert failure == Failure(1, 2, "1 interventions in a row failed since step 1", None, 9.0)
