@@ -24,7 +24,13 @@ from hf_pss.linalg import (
 from hf_pss.selection import AdapterView, MatrixView
 from hf_pss.stacks import measure_each, raise_together
 
-__all__ = ["frozen_collapses", "measure_adapters", "smooth_adapters_"]
+__all__ = [
+    "AdapterSpectrum",
+    "frozen_collapses",
+    "measure_adapter_spectra",
+    "measure_adapters",
+    "smooth_adapters_",
+]
 
 _COLLAPSED = 2.0
 # Elements of factors in one batched call.
@@ -35,9 +41,28 @@ _MAX_ELEMENTS = 2**24
 def measure_adapters(
     views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
 ) -> dict[str, float]:
-    """Return the stable rank of each product by name: 0 where B is zero, NaN where it is broken.
+    """Return the stable rank of each product by name; see `measure_adapter_spectra`."""
+    found = measure_adapter_spectra(views, parameters, backend)
+    return {name: one.stable_rank for name, one in found.items()}
 
-    Every rank measures all of them: the factors are small.
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpectrum:
+    """Numbers of one product s·B·A: 0 where B or s is zero, NaN where it is broken."""
+
+    sigma: float
+    """σ₁, exact."""
+    frobenius: float
+    stable_rank: float
+
+
+@torch.no_grad()
+def measure_adapter_spectra(
+    views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
+) -> dict[str, AdapterSpectrum]:
+    """Return σ₁, ‖s·B·A‖_F and the stable rank of each product by name.
+
+    Every rank measures all of them: the factors are small. One device-to-host read.
 
     Args:
         views: What to read.
@@ -50,7 +75,7 @@ def measure_adapters(
         key = (left.shape[1:], right.shape[1:], left.dtype, left.device)
         alike.setdefault(key, []).append(factors)
     names: list[str] = []
-    ranks: list[Tensor] = []
+    numbers: list[Tensor] = []
     for group in alike.values():
         left = torch.cat([factors.left for factors in group])
         right = torch.cat([factors.right for factors in group])
@@ -61,11 +86,13 @@ def measure_adapters(
         own = [view for factors in group for view in factors.views]
         on = torch.tensor([view.scaling != 0 for view in own], device=left.device)
         names += [view.name for view in own]
-        ranks.append(_stable_rank(sigma) * on)
-    if not ranks:
+        scaling = sigma.new_tensor([abs(view.scaling) for view in own])
+        norm = torch.linalg.vector_norm(sigma, dim=-1) * scaling
+        numbers.append(torch.stack([sigma[:, 0] * scaling, norm, _stable_rank(sigma) * on], -1))
+    if not numbers:
         return {}
-    told = backend.agree(torch.cat([rank.to(ranks[0].device) for rank in ranks]))
-    by_name = dict(zip(names, told, strict=True))
+    told = backend.agree(torch.cat([n.to(numbers[0].device) for n in numbers]).flatten())
+    by_name = {name: AdapterSpectrum(*told[3 * i : 3 * i + 3]) for i, name in enumerate(names)}
     return {view.name: by_name[view.name] for view in views}
 
 

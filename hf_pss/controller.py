@@ -38,6 +38,7 @@ from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
 from hf_pss.policy import Action, Decision, History, Policy
 from hf_pss.selection import Selection
 from hf_pss.smoother import cap_matrices_, smooth_matrices_
+from hf_pss.stacks import DecompositionError
 from hf_pss.steps import Step, StepReport
 from hf_pss.watch import Watch
 
@@ -245,6 +246,7 @@ class PSSController:
         ]
         self._current = None
         self.seconds += time.perf_counter() - started
+        self._listen()
         return step.report(
             self._history,
             seconds=self.seconds,
@@ -315,11 +317,13 @@ class PSSController:
         noticed = {key: found[key] for key in self._watch.state_dict()}
         self._watch.load_state_dict(noticed)  # the last that may refuse
         self._history, self.step_number, self.seconds = history, step_number, seconds
+        self._listen()
 
     def reset(self, *, step_number: int = 0) -> None:
         """Forget everything but the floors, and count on from the given step."""
         self._watch.reset()
         self._history, self.step_number, self.seconds = History(), step_number, 0.0
+        self._listen()
 
     # ---- inside ----
 
@@ -331,7 +335,13 @@ class PSSController:
             self._gauges.backend,
             self.config.health,
             every_steps=self.config.health_every_steps,
+            model=self._gauges.model,
         )
+
+    def _listen(self) -> None:
+        """Let health listen to the step that begins now, where it samples that one."""
+        if self.health is not None:
+            self.health.before_step(self.step_number + 1, self._gauges.parameters())
 
     def _look_before(self, health: HealthMonitor, grad_norm_preclip: float | None) -> float:
         """Return the seconds it took: they are health's, not this controller's."""
@@ -406,12 +416,12 @@ class PSSController:
     ) -> dict[str, float] | None:
         """Return what is measured; None, on record, where a decomposition does not converge.
 
-        Where ranks share the work they stop together instead: one alone cannot go on.
+        Where ranks share the work they go on together, or stop: one alone cannot go on.
         """
         try:
             return measure()
         except LinAlgError as error:
-            if self._gauges.backend.is_shared:
+            if self._gauges.backend.is_shared and not isinstance(error, DecompositionError):
                 raise
             logger.warning(
                 "PSS, step %d: the weights could not be judged, %s. Training goes on.",

@@ -62,6 +62,11 @@ class Gauges:
         self._meter = UpdateMeter(sorted(watched), self.backend)
         self._probe: GradientProbe | None = None
 
+    @property
+    def model(self) -> nn.Module:
+        """What is measured, wrapped or not."""
+        return self._model
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by canonical name, as they are now."""
         return named_parameters_canonical(self._model)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pss.errors import StateError
@@ -36,6 +38,8 @@ class Summary:
     """Events that would have been interventions; None unless the run only observed."""
     nonfinite_streak: int
     """Length of the row of non-finite steps with which the run ended."""
+    health: str | None = None
+    """The matrices that look ill, as text; None where nothing was measured."""
 
     @property
     def has_broken_weights(self) -> bool:
@@ -102,6 +106,7 @@ def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> 
         overhead_ratio=pss_seconds / train_seconds if report is not None else None,
         num_observed=_count_observed(trainer),
         nonfinite_streak=_closing_streak(trainer),
+        health=_callback(trainer).health_summary,
     )
 
 
@@ -119,8 +124,8 @@ def counted(number: float, what: str) -> str:
     return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
 
 
-def render_summary(summary: Summary, model_dir: Path) -> Table:
-    """Put the numbers and the place of the model into a table of two columns."""
+def render_summary(summary: Summary, model_dir: Path) -> RenderableType:
+    """Put the numbers and the place of the model into a table of two columns; health below it."""
     perplexity = None if summary.eval_loss is None else math.exp(min(summary.eval_loss, 700.0))
     overhead = None if summary.overhead_ratio is None else 100 * summary.overhead_ratio
     observed = (
@@ -143,7 +148,8 @@ def render_summary(summary: Summary, model_dir: Path) -> Table:
         ("model", "not saved" if summary.has_broken_weights else str(model_dir)),
     ):
         table.add_row(name, value)
-    return table
+    # `Text`: names hold square brackets, which rich takes for markup.
+    return table if summary.health is None else Group(table, Text(summary.health))
 
 
 def _callback(trainer: Trainer) -> PSSCallback:

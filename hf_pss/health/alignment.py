@@ -13,7 +13,7 @@ from hf_pss.distributed import Backend
 from hf_pss.errors import SelectionError
 from hf_pss.linalg import leading_triplets
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import matrix_names, stacks
+from hf_pss.stacks import matrix_names, raise_together, stacks
 
 __all__ = ["Neighbours", "measure_alignments", "neighbour_alignment", "residual_neighbours"]
 
@@ -97,6 +97,7 @@ def measure_alignments(
 
     Raises:
         SelectionError: A pair names a matrix that no view holds.
+        ElsewhereError: A decomposition has failed on another rank; there its error is raised.
     """
     pairs = residual_neighbours(views) if neighbours is None else tuple(neighbours)
     wanted = {name for pair in pairs for name in pair}
@@ -107,16 +108,25 @@ def measure_alignments(
         )
     first: dict[str, tuple[Tensor, Tensor]] = {}
     held = [view for view in views if wanted.intersection(matrix_names([view]))]
+    error: Exception | None = None
     for stack in stacks(held, parameters, backend):
-        u, v = _first(stack.matrices)
+        try:
+            u, v = _first(stack.matrices)
+        except Exception as caught:  # the others wait for this rank in what is gathered next
+            error = caught
+            continue
         first |= {name: (u[i], v[i]) for i, name in enumerate(stack.names)}
     if not pairs:
         return {}
-    found = [
-        _cosine(first[pair.writer][0].float(), first[pair.reader][1].float()) for pair in pairs
-    ]
-    device = found[0].device
-    told = backend.agree(torch.stack([cosine.to(device) for cosine in found]))
+    device = next(iter(parameters.values())).device
+    table = torch.zeros(len(pairs) + 1, device=device)
+    table[-1] = float(error is not None)
+    if error is None:
+        for i, pair in enumerate(pairs):
+            table[i] = _cosine(first[pair.writer][0].float(), first[pair.reader][1].float())
+    *told, has_failed = backend.agree(table)
+    if has_failed:
+        raise_together(error)
     return dict(zip(pairs, told, strict=True))
 
 

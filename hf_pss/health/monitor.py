@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_pss.adapters import measure_adapters
+from hf_pss.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
 from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError, StateError
@@ -24,12 +24,12 @@ from hf_pss.health.preconditioner import has_moved, measure_denominators, whole_
 from hf_pss.health.reading import HealthReading
 from hf_pss.health.registry import Cost
 from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
+from hf_pss.health.representations.meter import RepresentationMeter, WatchAttention
+from hf_pss.health.spectra import measure_spectra
 from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spike_score import SpikeScore
-from hf_pss.health.tracked import SpectrumTracker
-from hf_pss.linalg.scaling import unit_scaled
+from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.selection import Selection
-from hf_pss.stacks import stacks
 
 __all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
 
@@ -44,7 +44,16 @@ _WHAT = "the state of the health monitor"
 _CALIBRATION_READINGS, _ALPHA = 10, 0.1
 _LOW_RANK = 8
 # The end at which a matrix is the worst; the largest for all others.
-_SMALLEST_IS_WORST = {"stable_rank", "effective_rank", "low_rank_distance"}
+_SMALLEST_IS_WORST = {
+    "stable_rank",
+    "effective_rank",
+    "low_rank_distance",
+    "sign_diversity",
+    "gram_log_det",
+    "gram_log_det_lower",
+    "gram_log_det_upper",
+    "token_effective_rank",
+}
 
 
 class HealthMonitor:
@@ -56,17 +65,24 @@ class HealthMonitor:
     and `commutator_size`, which need curvature or gradients of their own, are not measured here.
 
     Args:
-        selection: What to measure; of LoRA products the stable rank only.
+        selection: What to measure; of LoRA products σ₁, ‖W‖_F and the stable rank only.
         backend: How parameters are stored. All ranks must make every call.
         preset: ``light``, ``standard`` or ``full``.
         every_steps: Rhythm of readings; 0: that of `DEFAULT_EVERY_STEPS`.
+        model: What `full` listens to, at the steps of the rhythm; without it, no representations.
 
     Raises:
         ConfigurationError: A rhythm below 0, or no such preset.
     """
 
     def __init__(
-        self, selection: Selection, backend: Backend, preset: Cost, *, every_steps: int = 0
+        self,
+        selection: Selection,
+        backend: Backend,
+        preset: Cost,
+        *,
+        every_steps: int = 0,
+        model: nn.Module | None = None,
     ) -> None:
         if preset not in DEFAULT_EVERY_STEPS or every_steps < 0:
             raise ConfigurationError(
@@ -88,6 +104,37 @@ class HealthMonitor:
         self._has_warned: set[str] = set()
         self._step_is_due = False
         self._grad_norms: dict[str, float] = {}
+        self._representations: RepresentationMeter | None = None
+        if self._is_full and model is not None:
+            with self._guard("representations"):
+                self._representations = RepresentationMeter(model, selection, backend)
+
+    def watch_attention(self, watch: WatchAttention) -> None:
+        """Measure the largest attention logits with this, too, at steps that `full` samples."""
+        if self._representations is not None:
+            with self._guard("attention_logit_max"):
+                self._representations.watch_attention(watch)
+
+    def before_step(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Listen to the forward passes of a step that `full` samples; else there is no hook.
+
+        Args:
+            step: Number of the step that begins.
+            parameters: The model's parameters by canonical name.
+        """
+        if self._representations is None:
+            return
+        with self._clock(), self._guard("representations"):
+            if self.is_due(step):
+                self._representations.arm(self._tracker.directions(parameters))
+            else:
+                self._representations.disarm()
+
+    def stop(self) -> None:
+        """Take hooks away that a run's end has left without a step."""
+        if self._representations is not None:
+            with self._guard("representations"):
+                self._representations.disarm()
 
     def is_due(self, step: int) -> bool:
         """Tell whether there will be a reading of this step."""
@@ -209,17 +256,19 @@ class HealthMonitor:
             self._read_standard(parameters, optimizer, scalars, matrices)
         if self._is_full:
             self._read_full(parameters, matrices, spectra)
+            self._read_representations(parameters, matrices)
         for name, values in matrices.items():
             scalars |= {f"{name}/{end}": x for end, x in _summary(values.values()).items()}
         return HealthReading(step, scalars, matrices, spectra)
 
     def _tracked(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
         found = self._tracker.read(parameters)
-        products = measure_adapters(self._adapters, parameters, self._backend)
+        products = measure_adapter_spectra(self._adapters, parameters, self._backend)
+        both: dict[str, TrackedSpectrum | AdapterSpectrum] = {**found, **products}
         told = {
-            "spectral_norm": {name: one.sigma for name, one in found.items()},
-            "stable_rank": {name: one.stable_rank for name, one in found.items()} | products,
-            "frobenius_norm": {name: one.frobenius for name, one in found.items()},
+            "spectral_norm": {name: one.sigma for name, one in both.items()},
+            "stable_rank": {name: one.stable_rank for name, one in both.items()},
+            "frobenius_norm": {name: one.frobenius for name, one in both.items()},
             "spectral_norm_residual": {name: one.residual for name, one in found.items()},
         }
         return {name: values for name, values in told.items() if values}
@@ -281,10 +330,7 @@ class HealthMonitor:
         spectra: dict[str, tuple[float, ...]],
     ) -> None:
         with self._guard("effective_rank"):
-            for stack in stacks(self._views, parameters, self._backend):
-                scaled = unit_scaled(stack.matrices)
-                sigmas = scaled.restore(torch.linalg.svdvals(scaled.matrix)).tolist()
-                spectra |= {n: tuple(s) for n, s in zip(stack.names, sigmas, strict=True)}
+            spectra |= measure_spectra(self._views, parameters, self._backend)
             if spectra:
                 matrices["effective_rank"] = {n: _effective_rank(s) for n, s in spectra.items()}
         with self._guard("low_rank_distance"):
@@ -295,6 +341,22 @@ class HealthMonitor:
         with self._guard("neighbour_alignment"):
             if pairs := measure_alignments(self._views, parameters, self._backend):
                 matrices["neighbour_alignment"] = {p.reader: x for p, x in pairs.items()}
+
+    def _read_representations(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        matrices: dict[str, Mapping[str, float]],
+    ) -> None:
+        meter = self._representations
+        if meter is None or not meter.is_armed:
+            return
+        try:
+            matrices |= meter.read(parameters)
+        except Exception as error:
+            # Its hooks are in the model: they do not come again.
+            self._representations = None
+            self._warn("representations", error, "It is measured no more in this run.")
+        self.seconds += meter.seconds
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -310,15 +372,19 @@ class HealthMonitor:
         try:
             yield
         except Exception as error:
-            if metric not in self._has_warned:
-                self._has_warned.add(metric)
-                logger.warning(
-                    "The health metric %s failed: %s: %s. Training goes on without this number; "
-                    "it is tried again at the next reading, without another warning.",
-                    metric,
-                    type(error).__name__,
-                    error,
-                )
+            then = "It is tried again at the next reading, without another warning."
+            self._warn(metric, error, then)
+
+    def _warn(self, metric: str, error: Exception, then: str) -> None:
+        if metric not in self._has_warned:
+            self._has_warned.add(metric)
+            logger.warning(
+                "The health metric %s failed: %s: %s. Training goes on without this number. %s",
+                metric,
+                type(error).__name__,
+                str(error).rstrip("."),
+                then,
+            )
 
 
 def describe(reading: HealthReading) -> str:

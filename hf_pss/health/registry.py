@@ -12,7 +12,7 @@ __all__ = ["METRICS", "PRESETS", "Cost", "Level", "Metric", "metrics_of"]
 Cost: TypeAlias = Literal["light", "standard", "full"]
 """For every step, for every few, or for sampled ones; docs/health.md has the measured times."""
 
-Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer"]
+Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer", "representations"]
 """What a metric is read from."""
 
 
@@ -102,6 +102,20 @@ _ROWS = (
         "full",
         "health.commutator",
         "arXiv 2605.23476; sampling: ours",
+    ),
+    *(
+        Metric(name, "representations", unit, "full", f"health.{module}", source)
+        for name, unit, module, source in (
+            ("token_cosine", "1", "representations.token_cosine", "arXiv 2602.01308"),
+            ("gram_log_det", "nat", "representations.log_det", "arXiv 2601.03385; bounds: ours"),
+            ("token_mean_share", "1", "representations.collapse", "Papyan et al. 2020, NC1; ours"),
+            ("token_top_share", "1", "representations.collapse", "one over the stable rank"),
+            ("token_centred_top_share", "1", "representations.collapse", "ours"),
+            ("token_effective_rank", "1", "representations.collapse", "Roy & Vetterli 2007"),
+            ("sign_diversity", "1", "sign_diversity", "arXiv 2510.04202; the number: ours"),
+            ("attention_logit_bound", "1", "representations.attention_logits", "Cauchy–Schwarz"),
+            ("attention_logit_max", "1", "representations.meter", "arXiv 2507.20534"),
+        )
     ),
 )
 

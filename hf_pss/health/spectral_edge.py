@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError
 from hf_pss.selection import MatrixView
-from hf_pss.stacks import Slot, matrix_slots, read_turn, share_out
+from hf_pss.stacks import Slot, matrix_slots, raise_together, read_turn, share_out
 
 __all__ = ["SpectralEdge", "SpectralEdgeMeter", "spectral_edge"]
 
@@ -131,6 +131,7 @@ class SpectralEdgeMeter:
         """Return every matrix's projection, one behind the other, (P,) float64 on the host."""
         rows = self._width**2
         told: Tensor | None = None
+        error: Exception | None = None
         for turn in share_out(self._views, parameters, self._backend.world_size):
             stack = read_turn(turn, parameters, self._backend)
             if stack is None:
@@ -138,12 +139,20 @@ class SpectralEdgeMeter:
             if told is None:
                 told = stack.matrices.new_zeros(len(self._place), rows, dtype=torch.float64)
             at = [self._place[name] for name in stack.names]
-            seen = self._project(stack.slots, stack.matrices)
+            try:
+                seen = self._project(stack.slots, stack.matrices)
+            except Exception as caught:  # the others wait for this rank in the turns to come
+                error = caught
+                continue
             told[torch.tensor(at, device=told.device)] = seen.flatten(-2).to(told)
         if told is None:  # this rank owns nothing, and still has to listen
             device = next(iter(parameters.values())).device
             told = torch.zeros(len(self._place), rows, dtype=torch.float64, device=device)
-        return torch.tensor(self._backend.tell(told.flatten()), dtype=torch.float64)
+        flag = told.new_tensor([float(error is not None)])
+        *every, has_failed = self._backend.tell(torch.cat([told.flatten(), flag]))
+        if has_failed:
+            raise_together(error)
+        return torch.tensor(every, dtype=torch.float64)
 
     def _project(self, slots: Sequence[Slot], matrices: Tensor) -> Tensor:
         names = tuple(slot.name for slot in slots)

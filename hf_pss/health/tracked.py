@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend, Part
+from hf_pss.distributed import Backend, Part, Replicated
 from hf_pss.linalg import frobenius_norm, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
@@ -25,7 +25,9 @@ _WIDTH = 2
 _BLOCK_ELEMENTS = 2**18
 # Rounds of the Krylov space that the first refresh builds, and after which it is refreshed once.
 _COLD_ROUNDS = 16
-_EXTRA_ROUNDS = 1
+# More of them in a step for a matrix whose residual asks for it: half of what makes it stale, since
+# the vectors of a matrix on the move lag behind before the residual says so [ours].
+_EXTRA_ROUNDS, _EXTRA_ABOVE = 2, 0.01
 # Where bandwidth is no matter.
 _DEVICE_ROUNDS = 2
 # Weyl: a value of WᵀW lies within residual · σ² of σ², so one of W within half of that.
@@ -104,15 +106,15 @@ class SpectrumTracker:
         self._backend = backend
         self._batched = batched
         self._groups: list[_Group] = []
-        self._stale: frozenset[str] = frozenset()
+        self._unsettled: frozenset[str] = frozenset()
         self.num_refreshes = 0
 
     @torch.no_grad()
     def refresh(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Bring all numbers up to the weights as they are now; no device-to-host read but the cold.
 
-        Stale matrices get one round more: on a CPU at once, elsewhere those that the last `read`
-        found. All ranks must call.
+        Matrices with a residual above 1 % get up to two rounds more: on a CPU at once, elsewhere,
+        and where parameters are sharded, those that the last `read` found. All ranks must call.
         """
         if not self._slots:
             return
@@ -123,11 +125,12 @@ class SpectrumTracker:
         for group in self._groups:
             for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
                 self._round(group, parameters)
-            is_stale = self._stale_in(group)
-            if any(is_stale):
-                for _ in range(_EXTRA_ROUNDS):
-                    self._round(group, parameters, only=is_stale)
-        self._stale = frozenset()
+            for _ in range(_EXTRA_ROUNDS):
+                needs_more = self._unsettled_in(group)
+                if not any(needs_more):
+                    break
+                self._round(group, parameters, only=needs_more)
+        self._unsettled = frozenset()
         self.num_refreshes += 1
 
     @torch.no_grad()
@@ -153,13 +156,46 @@ class SpectrumTracker:
         odd = {name for name, one in found.items() if not _is_plausible(one)}
         if odd:
             found |= self._measured_apart(odd, parameters)
-        self._stale = frozenset(name for name, one in found.items() if one.is_stale)
+        self._unsettled = frozenset(n for n, one in found.items() if one.residual > _EXTRA_ABOVE)
         return {slot.name: found[slot.name] for slot in self._slots}
 
     def measure(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
         """Refresh and read."""
         self.refresh(parameters)
         return self.read(parameters)
+
+    @torch.no_grad()
+    def directions(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return v₁ of each matrix by name, (n,), as it was followed to the last `refresh`.
+
+        On the device, of length 1; zeros where the matrix maps it to nothing, NaN where it is
+        broken. All ranks must call.
+        """
+        found: dict[str, Tensor] = {}
+        for group in self._groups:
+            for slot, vector in zip(group.slots, group.vectors[:, 0], strict=True):
+                found[slot.name] = vector
+                if not slot.view.transposed:
+                    continue
+                # Stored as inputs × outputs: what is followed is u₁, one product away.
+                v = vector.new_zeros(slot.shape[1])
+                parameter = parameters[slot.view.parameter_name]
+                with self._backend.part(parameter) as part:
+                    is_whole = len(part.tensor) == parameter.shape[0]
+                    stored = _stored(slot, part, is_whole=is_whole)
+                    if stored is not None:
+                        # Rows of an expert are never divided, those of a matrix from `start` on.
+                        start = 0 if slot.expert is not None else part.start
+                        v[start : start + len(stored)] = stored.to(v.dtype) @ vector
+                found[slot.name] = v
+        turned = [slot for group in self._groups for slot in group.slots if slot.view.transposed]
+        if turned:
+            whole = torch.cat([found[slot.name] for slot in turned])
+            self._backend.total_(whole)
+            sizes = [slot.shape[1] for slot in turned]
+            for slot, v in zip(turned, torch.split(whole, sizes), strict=True):
+                found[slot.name] = torch.nn.functional.normalize(v, dim=0)
+        return {slot.name: found[slot.name] for slot in self._slots if slot.name in found}
 
     # ---- inside ----
 
@@ -179,12 +215,16 @@ class SpectrumTracker:
             groups.append(_Group(tuple(slots), vectors, vectors.new_ones(len(slots))))
         return groups
 
-    def _stale_in(self, group: _Group) -> list[bool]:
-        """Tell which matrices need more rounds: found out now on a CPU, by the last read else."""
-        if group.found.device.type != "cpu" or self._backend.is_shared:
-            return [slot.name in self._stale for slot in group.slots]
+    def _unsettled_in(self, group: _Group) -> list[bool]:
+        """Tell which matrices need more rounds: found out now on a CPU, by the last read else.
+
+        Replicas find the same, and a round of theirs waits for nobody.
+        """
+        waits = self._backend.is_shared and type(self._backend) is not Replicated
+        if group.found.device.type != "cpu" or waits:
+            return [slot.name in self._unsettled for slot in group.slots]
         # NaN is nothing that rounds could mend.
-        return [residual > _STALE_ABOVE for residual in group.found[:, 2].tolist()]
+        return [residual > _EXTRA_ABOVE for residual in group.found[:, 2].tolist()]
 
     def _round(
         self,

@@ -20,9 +20,11 @@ from hf_pss.config import PSSConfig
 from hf_pss.controller import PSSController, StepReport
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.events import Event, EventKind, Intervention, Record
+from hf_pss.health.reading import HealthReading
 from hf_pss.integration.arguments import PSSTrainingArguments
+from hf_pss.integration.attention_watch import attention_watch
 from hf_pss.integration.hooks import StepListener, hook
-from hf_pss.integration.reporters import Reporters, reporters_for
+from hf_pss.integration.reporters import Reporters, reporters_for, summary_table
 from hf_pss.integration.reporting import (
     EVENTS_FILE,
     HEALTH_FILE,
@@ -71,6 +73,18 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         # Where there is something to tell, and on the first process only.
         self._tracker_args: TrainingArguments | None = None
         self._reporters: Reporters | None = None
+        self._first_reading: HealthReading | None = None
+        self._last_reading: HealthReading | None = None
+
+    @property
+    def health_summary(self) -> str | None:
+        """The matrices that look ill at the end of the last run, the worst first, and why.
+
+        None where ``health`` is off, or the run ended before a reading.
+        """
+        if self._first_reading is None or self._last_reading is None:
+            return None
+        return summary_table(self._first_reading, self._last_reading)
 
     @property
     def readings(self) -> tuple[float | None, float | None]:
@@ -151,11 +165,16 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
         self._grad_norm = self._device_loss = self._loss = self.report = None
         self._norm_is_new = self._floor_has_acted = False
+        self._first_reading = self._last_reading = None
         self._speaks = state.is_world_process_zero
         # Accelerate wraps the optimizer; its state is the inner one's.
         self.controller = PSSController(
-            model, self._config_for(args), optimizer=getattr(optimizer, "optimizer", optimizer)
+            model, self.config_for(args), optimizer=getattr(optimizer, "optimizer", optimizer)
         )
+        if self.controller.health is not None and not args.torch_compile:
+            watch = attention_watch(model)
+            if watch is not None:
+                self.controller.health.watch_attention(watch)
         self._resume(state)
         # The Trainer saves into this entry and fails where a resumed file lacks it.
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -170,7 +189,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                 self._health.write([health_line(step, first_health)])
             self._tracker_args = args
         if state.global_step > 0 and self.controller.config.smooth_on_resume:
-            self._write([self.controller.smooth_now()])
+            self.write_records([self.controller.smooth_now()])
         if self._speaks:
             logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
 
@@ -192,7 +211,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                 discarded=self._update_is_discarded,
             )
         except NonFiniteError:
-            self._write(controller.pending_records)
+            self.write_records(controller.pending_records)
             raise
         finally:
             self._norm_is_new = False
@@ -217,12 +236,14 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         try:
             self.report = report = controller.after_update()
         except NonFiniteError:
-            self._write(controller.pending_records)
+            self.write_records(controller.pending_records)
             raise
-        self._write(report.records)
+        self.write_records(report.records)
         if self._health is not None and report.stable_ranks is not None:
             self._health.write([health_line(report.step, report.stable_ranks)])
         if report.health is not None:
+            self._first_reading = self._first_reading or report.health
+            self._last_reading = report.health
             if self._health is not None:
                 self._health.write([reading_line(report.health)])
             if (reporters := self._ready_reporters()) is not None:
@@ -236,8 +257,12 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Say in one line what PSS did."""
+        """Say in one line what PSS did, and in a table which matrices look ill."""
         super().on_train_end(args, state, control, optimizer)
+        if self.controller is not None and self.controller.health is not None:
+            self.controller.health.stop()
+        if self._speaks:
+            self._tell_health()
         if self._reporters is not None:
             self._reporters.finish()
         self._reporters = self._tracker_args = None
@@ -250,6 +275,15 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                     numbers["nonfinite_steps"],
                     numbers["seconds"],
                 )
+
+    def _tell_health(self) -> None:
+        try:
+            summary = self.health_summary
+        except Exception as error:  # numbers that it has no words for: never the run's end
+            logger.warning("PSS has no summary of the model's health: %s", error)
+            return
+        if summary is not None:
+            logger.info("%s", summary)
 
     # ---- the checkpoint ----
 
@@ -306,7 +340,12 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self._reporters = reporters_for(self._tracker_args, fellows)
         return self._reporters
 
-    def _config_for(self, args: TrainingArguments) -> PSSConfig:
+    def config_for(self, args: TrainingArguments) -> PSSConfig:
+        """Return the options that hold for a trainer: one's own, or those of its arguments.
+
+        Raises:
+            ConfigurationError: Both were given, and they differ.
+        """
         from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
         if self.config is None:
             return from_args
@@ -325,7 +364,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             )
         return self.controller
 
-    def _write(self, records: Sequence[Record]) -> None:
+    def write_records(self, records: Sequence[Record]) -> None:
+        """Put records into the events file, and tell the trackers and the log of them."""
         for record in records:
             if isinstance(record, Intervention) and self._speaks:
                 logger.log(self._level_of(record), "%s", describe(record))

@@ -26,6 +26,9 @@ FOLLOWED_TOLERANCE = 1.5e-3  # 5.6e-4, after four steps of 1e-3 a weight
 LIGHT = {"spectral_norm", "stable_rank", "frobenius_norm", "spectral_norm_residual", "grad_norm"}
 STANDARD = LIGHT | {"relative_update", "sqrt_condition", "trimmed_sqrt_condition"}
 FULL = STANDARD | {"effective_rank", "low_rank_distance", "neighbour_alignment"}
+FULL |= {"gram_log_det", "gram_log_det_lower", "gram_log_det_upper", "token_cosine"}
+FULL |= {"token_mean_share", "token_top_share", "token_centred_top_share", "token_effective_rank"}
+FULL |= {"sign_diversity", "attention_logit_bound"}
 RATES = {"spectral_norm_change_rate", "frobenius_norm_change_rate"}
 
 

@@ -27,8 +27,8 @@ def test_every_metric_has_a_module_and_a_line_of_the_card(name: str) -> None:
 def test_no_module_of_health_is_forgotten() -> None:
     folder = Path(hf_pss.__file__).parent / "health"
     known = {metric.module.removeprefix("health.") for metric in METRICS.values()}
-    # Of representations; another way to numbers that have a row; and what runs the others.
-    no_rows = {"__init__", "registry", "sign_diversity", "tracked", "monitor", "reading"}
+    # Other ways to numbers that have a row; and what runs the others.
+    no_rows = {"__init__", "registry", "tracked", "spectra", "monitor", "reading"}
     assert {path.stem for path in folder.glob("*.py")} - no_rows <= known
 
 

@@ -25,11 +25,15 @@ class Capture:
         self, names: Sequence[str], *, max_tokens: int, seed: int, mask: Tensor | None
     ) -> None:
         self._reservoirs = {name: _Reservoir(max_tokens, seed) for name in names}
+        self.attend(mask)
+        self.has_listened = False
+        """Whether any block was applied."""
+
+    def attend(self, mask: Tensor | None) -> None:
+        """Let only these tokens count in the forward passes to come: a mask, as of `capture`."""
         # Positions on the host: one read here, none in the hooks.
         self._positions = None if mask is None else mask.reshape(-1).cpu().nonzero().flatten()
         self._mask_size = 0 if mask is None else mask.numel()
-        self.has_listened = False
-        """Whether any block was applied."""
 
     @property
     def samples(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_pss.health.reading import HealthReading
+from hf_pss.health.registry import METRICS
 from hf_pss.inspection.judge import (
     LARGE_RATIO_TO_SIBLINGS,
     LOW_SHARE_OF_SIBLINGS,
@@ -90,7 +91,9 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
 
 
 def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
-    names = list(dict.fromkeys(name for found in last.matrices.values() for name in found))
+    # Numbers of blocks and attentions are no matrices'.
+    held = [found for metric, found in last.matrices.items() if not _is_of_representations(metric)]
+    names = list(dict.fromkeys(name for found in held for name in found))
     families: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         place = place_of(name)
@@ -113,6 +116,11 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
             ]
             rows.append(_Row(name, ranks[name], norms[name], tuple(reasons)))
     return rows
+
+
+def _is_of_representations(metric: str) -> bool:
+    row = METRICS.get(metric.removesuffix("_lower").removesuffix("_upper"))
+    return row is not None and row.level == "representations"
 
 
 def _damage(name: str, last: HealthReading, norm: float) -> list[tuple[float, str]]:

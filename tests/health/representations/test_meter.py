@@ -1,0 +1,162 @@
+"""What a training step's hooks measure, against the same measured by hand; and what they spare."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import differences, gpt2, history, llama, make_trainer, train, weights_of
+from torch import Tensor, nn
+
+from hf_pss import PSSConfig
+from hf_pss.distributed import OneProcess
+from hf_pss.errors import ConfigurationError
+from hf_pss.health.representations import attention_logit_bound, token_cosine
+from hf_pss.health.representations.meter import RepresentationMeter, blocks_of
+from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
+from hf_pss.health.tracked import SpectrumTracker
+from hf_pss.selection import named_parameters_canonical, select_matrices
+
+EXACT_TOLERANCE = 1e-5  # 1.2e-7: other shapes of products
+DIRECTION_TOLERANCE = 1e-3  # 3.8e-4 on matrices with σ₂ near σ₁, followed from a cold start
+KINDS = pytest.mark.parametrize("build", [lambda: gpt2(num_layers=2), llama])
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        "QuietHooks" in hook.__qualname__
+        for module in model.modules()
+        for held in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in held.values()
+    )
+
+
+def armed(model: nn.Module) -> tuple[RepresentationMeter, dict[str, Tensor]]:
+    selection, parameters = select_matrices(model), named_parameters_canonical(model)
+    tracker = SpectrumTracker(selection.matrices, OneProcess())
+    tracker.refresh(parameters)
+    directions = tracker.directions(parameters)
+    meter = RepresentationMeter(model, selection, OneProcess())
+    meter.arm(directions)
+    return meter, directions
+
+
+@KINDS
+def test_a_step_is_measured_as_by_hand_and_its_output_is_the_same(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build().train()
+    tokens = torch.randint(1, 48, (4, 8))
+    mask = torch.ones_like(tokens)
+    mask[0, 5:] = 0
+    named = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    torch.manual_seed(1)
+    plain = model(**named, output_hidden_states=True)
+    meter, directions = armed(model)
+    torch.manual_seed(1)
+    seen = model(**named)
+    assert torch.equal(plain.logits, seen.logits)
+    seen.loss.backward()
+    parameters = named_parameters_canonical(model)
+    found = meter.read(parameters)
+    assert hooks_of(model) == 0
+    selection = select_matrices(model)
+    first = blocks_of(selection)[0]
+    # Hidden states are of the embedding, then of each block.
+    by_hand = token_cosine(plain.hidden_states[1][mask.bool()])
+    assert found["token_cosine"][first] == pytest.approx(float(by_hand), abs=EXACT_TOLERANCE)
+    assert found["gram_log_det_lower"][first] <= found["gram_log_det"][first] + EXACT_TOLERANCE
+    assert set(found["sign_diversity"]) == {view.name for view in selection.matrices}
+    assert all(0 <= x <= 1 for x in found["sign_diversity"].values())
+    assert all(x > 0 for x in found["attention_logit_bound"].values())
+    for view in selection.matrices:
+        _, _, vh = torch.linalg.svd(view.read(parameters[view.parameter_name]))
+        assert float((vh[0] @ directions[view.name]).abs()) >= 1 - DIRECTION_TOLERANCE
+
+
+def test_signs_and_bound_are_those_of_the_layers_inputs() -> None:
+    torch.manual_seed(0)
+    model = gpt2().train()
+    meter, directions = armed(model)
+    inputs: list[Tensor] = []
+    attention = model.transformer.h[0].attn
+    handle = attention.c_attn.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
+    model(torch.randint(0, 48, (4, 8)))
+    handle.remove()
+    parameters = named_parameters_canonical(model)
+    found = meter.read(parameters)
+    name = "transformer.h.0.attn.c_attn.weight[q]"
+    x = inputs[0].flatten(0, 1)
+    by_hand = sign_diversity(spectral_alignment(x, directions[name]))
+    assert found["sign_diversity"][name] == float(by_hand)
+    query, key = attention.c_attn.weight.mT[:32].chunk(2)
+    q_bias, k_bias = attention.c_attn.bias[:32].chunk(2)
+    bound = attention_logit_bound(
+        query, key, x.norm(dim=-1).max(), num_heads=2, query_bias=q_bias, key_bias=k_bias
+    )
+    assert found["attention_logit_bound"]["transformer.h.0.attn"] == pytest.approx(
+        float(bound.detach().max()), rel=EXACT_TOLERANCE
+    )
+
+
+def test_an_evaluation_is_not_seen_and_nothing_seen_is_an_error() -> None:
+    model = gpt2()
+    meter, _ = armed(model)
+    model.eval()
+    model(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ConfigurationError, match="nothing was seen"):
+        meter.read(named_parameters_canonical(model))
+
+
+def test_a_hook_that_raises_leaves_the_model_alone_and_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise torch.linalg.LinAlgError("no alignment")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("hf_pss.health.representations.meter.spectral_alignment", fail)
+    config = PSSConfig(health="full", health_every_steps=2)
+    trainer = train(tmp_path, config, save_strategy="no")
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len([x for x in warned if "representations failed: _LinAlgError" in x]) == 1
+    assert hooks_of(trainer.model) == 0
+    reading = trainer._listener()._last_reading
+    assert "token_cosine" not in reading.matrices
+    assert "effective_rank" in reading.matrices
+
+
+@pytest.mark.parametrize("build", [lambda: gpt2(resid_pdrop=0.1), llama])
+def test_a_run_with_hooks_is_the_run_without(tmp_path: Path, build: Any) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_strategy": "no"}
+    config = PSSConfig(health="full", health_every_steps=1)
+    runs = []
+    for name, health in (("plain", PSSConfig()), ("looked at", config)):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path / name, health, model=build(), **options)
+        trainer.train()
+        runs.append(trainer)
+    plain, seen = runs
+    assert not list(differences(weights_of(plain.model), weights_of(seen.model)))
+    assert [x["loss"] for x in history(plain) if "loss" in x] == [
+        x["loss"] for x in history(seen) if "loss" in x
+    ]
+    matrices = seen._listener()._last_reading.matrices
+    logits, bounds = matrices["attention_logit_max"], matrices["attention_logit_bound"]
+    assert logits.keys() == bounds.keys()
+    assert all(logits[name] <= bounds[name] for name in logits)
+    assert hooks_of(seen.model) == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_not_broken_by_hooks() -> None:
+    torch.manual_seed(0)
+    model = llama().train()  # no dropout
+    tokens = torch.randint(0, 48, (4, 8))
+    expected = model(tokens).logits
+    meter, _ = armed(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # with the hooks there while it is compiled, and gone
+        assert torch.allclose(compiled(tokens).logits, expected, atol=EXACT_TOLERANCE)
+        meter.disarm()
