@@ -126,6 +126,43 @@ def warnings(
 
 
 @sweep.command()
+def metrics(
+    output_dir: Folder = Path("runs/sweep"),
+    max_false_alarms: Annotated[
+        float, typer.Option(help="Per 1,000 readings of healthy twins, at which all are compared.")
+    ] = 1.0,
+    with_survivors: Annotated[
+        bool,
+        typer.Option(
+            "--with-survivors",
+            help="Count runs at a higher rate, or with a fault, that did not explode as healthy.",
+        ),
+    ] = False,
+) -> None:
+    """Print when each live health metric left its healthy twins' range, and draw all of them.
+
+    For sweeps whose guard measures [cyan]health[/cyan], as recipes/lr_sweep/health.yaml does. A
+    recipe without three healthy runs is drawn and not judged. Ends with the pictures' paths.
+    """
+    require_report_extra()
+    from hf_pss.sweep.metric_plots import plot_metrics
+    from hf_pss.sweep.twin_band import families_of, render_scores, score_metrics
+
+    families = families_of(_read(output_dir))
+    if not families:
+        raise ConfigurationError(
+            f"No run in {output_dir} that exploded, or could have, kept health metrics; see "
+            "recipes/lr_sweep/health.yaml."
+        )
+    scores = score_metrics(
+        families, max_false_alarms=max_false_alarms, with_survivors=with_survivors
+    )
+    Console().print(render_scores(scores))
+    for path in plot_metrics(families, output_dir):
+        typer.echo(path)
+
+
+@sweep.command()
 def guards() -> None:
     """List the guards that a grid may name, with their sources."""
     from rich.table import Table

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from hf_pss.detection import (
     GLOBAL,
@@ -134,7 +135,7 @@ class Record:
 
 
 def record_of(row: Row, series: str) -> Record | None:
-    """Return a series of a row, ``extra["probes"]`` or its losses; None where it has not it.
+    """Return a series of a row: of its probes, its health or its losses; None where it has not it.
 
     A series without one number counts as not recorded, not as broken at every step.
 
@@ -144,15 +145,19 @@ def record_of(row: Row, series: str) -> Record | None:
     if series == "loss":
         steps, values = tuple(range(1, len(row.losses) + 1)), tuple(row.losses)
     else:
-        probes = row.extra.get("probes") or {}
-        steps, values = tuple(probes.get("step", ())), tuple(probes.get(series, ()))
-        if series in probes and len(steps) != len(values):
+        held = next((h for h in _records_of(row) if series in h), {})
+        steps, values = tuple(held.get("step", ())), tuple(held.get(series, ()))
+        if held and len(steps) != len(values):
             raise ConfigurationError(
                 f"Row {row.id} holds {len(values)} values of {series!r} for {len(steps)} steps; "
-                "store what Probes.to_dict returns, unchanged."
+                "store what Probes.to_dict or read_health_series returns, unchanged."
             )
     known = any(value is not None for value in values)
     return Record(steps, values) if known else None
+
+
+def _records_of(row: Row) -> tuple[Mapping[str, Any], ...]:
+    return row.extra.get("probes") or {}, row.extra.get("health") or {}
 
 
 def warning_steps(

@@ -28,10 +28,12 @@ from hf_pss.demo.corpus import Corpus, build_corpus
 from hf_pss.errors import NonFiniteError
 from hf_pss.events import Intervention
 from hf_pss.integration.callback import PSSCallback
+from hf_pss.integration.reporting import HEALTH_FILE
 from hf_pss.integration.trainer import PSSTrainer
 from hf_pss.sweep.explosion import find_explosion
 from hf_pss.sweep.grid import Cell
 from hf_pss.sweep.guards.base import Guard, OptimizerSettings
+from hf_pss.sweep.health_series import read_health_series
 from hf_pss.sweep.optimizers import make_optimizer
 from hf_pss.sweep.probes import Probes
 from hf_pss.sweep.recipes import Recipe
@@ -146,6 +148,8 @@ def run_cell(cell: Cell) -> Row:
             trainer.train()
         except NonFiniteError as error:
             row = replace(row, status="stopped", error=str(error))
+        if health := read_health_series(Path(folder) / HEALTH_FILE):
+            row = replace(row, extra={"health": health})
     return _measured(row, cell, trainer, recorder, own, probes)
 
 
@@ -180,6 +184,7 @@ def _measured(
         explosion_step=explosion.step if explosion else None,
         explosion_kind=explosion.kind if explosion else None,
         extra={
+            **row.extra,
             **({"fault_start": fault.start, "fault_end": fault.last_step} if fault else {}),
             **({"probes": probes.to_dict()} if cell.probes_every_steps else {}),
         },

@@ -97,6 +97,21 @@ def test_guards_are_listed_with_their_sources(run: Run) -> None:
     assert all(name[:8] in result.stdout for name in GUARDS)
 
 
+def test_metrics_are_judged_and_drawn(run: Run, folder: Path) -> None:
+    def watched(seed: int, rank: float, **more: object) -> Row:
+        health = {"step": [1, 2], "stable_rank/min": [5.0 + 0.1 * seed, rank]}
+        return row("watched", seed, 4.0, extra={"health": health}, **more)
+
+    for seed in range(3):
+        append_row(folder / "rows.jsonl", watched(seed, 5.0))
+    exploded = watched(3, 1.0, explosion_step=2, explosion_kind="non_finite")
+    append_row(folder / "rows.jsonl", exploded)
+    result = run("sweep", "metrics", "--output-dir", folder)
+    assert result.exit_code == 0
+    assert "stable_rank" in result.stdout
+    assert (folder / "metrics-tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -105,6 +120,7 @@ def test_guards_are_listed_with_their_sources(run: Run) -> None:
         (("table", "--output-dir", "sweep", "--reference", "magic"), "clip or floor"),
         (("plot", "--output-dir", "sweep", "--reference", "magic"), "clip or floor"),
         (("warnings", "--output-dir", "sweep"), "probes_every_steps"),
+        (("metrics", "--output-dir", "sweep"), "kept health metrics"),
         (("run", "absent.yaml", "--processes", "0"), "processes"),
     ],
 )

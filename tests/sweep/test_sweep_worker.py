@@ -107,6 +107,19 @@ def test_probes_are_kept_at_their_rhythm() -> None:
     assert tuple(row.extra["probes"]["step"]) == (2, 4)
 
 
+def test_health_is_kept_at_its_rhythm_and_changes_nothing() -> None:
+    watching = PSSConfig(observe_only=True, health="full", health_every_steps=2)
+    row = run_cell(replace(cell(), guard_name="mine", pss=watching, probes_every_steps=2))
+    plain = run_cell(replace(cell(), guard_name="mine", pss=PSSConfig(observe_only=True)))
+    assert curve(row) == curve(plain)
+    health = row.extra["health"]
+    assert health["step"] == [2, 4]
+    assert {"stable_rank/min", "effective_rank/median", "trimmed_sqrt_condition"} <= set(health)
+    assert row.extra["probes"]["step"] == [2, 4]
+    assert "health" not in plain.extra
+    assert Row.from_line(row.to_line()) == row
+
+
 def test_a_guard_that_is_an_optimizer_refuses_to_stand_in_for_another() -> None:
     with pytest.raises(ConfigurationError, match="in AdamW's place"):
         run_cell(cell("stable_adamw", optimizer="sgd"))

@@ -1,0 +1,32 @@
+"""The file of a run's health becomes series of one length."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from hf_pss.health.reading import HealthReading
+from hf_pss.integration.reporting import health_line, reading_line
+from hf_pss.sweep.health_series import read_health_series
+
+
+def test_every_scalar_is_a_list_with_gaps(tmp_path: Path) -> None:
+    file = tmp_path / "pss_health.jsonl"
+    readings = (
+        HealthReading(5, scalars={"stable_rank/min": 2.0}),
+        HealthReading(10, scalars={"stable_rank/min": math.nan, "spectral_edge": 1.234567}),
+    )
+    lines = [health_line(0, {"a": 3.0}), *map(reading_line, readings)]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    assert read_health_series(file) == {
+        "step": [5, 10],
+        "spectral_edge": [None, 1.2346],
+        "stable_rank/min": [2.0, None],
+    }
+
+
+def test_no_file_and_plain_stable_ranks_are_no_series(tmp_path: Path) -> None:
+    file = tmp_path / "pss_health.jsonl"
+    assert read_health_series(file) == {}
+    file.write_text(health_line(0, {"a": 3.0}) + "\n", encoding="utf-8")
+    assert read_health_series(file) == {}

@@ -1,0 +1,165 @@
+"""What leaves the range of healthy twins, when, and how often a twin does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from watched_rows import DEPARTURE, EXPLOSION, STEPS, falling, family_of_rows, watched
+
+from hf_pss.sweep.lead_time import departure_step
+from hf_pss.sweep.twin_band import (
+    WIDENINGS,
+    MetricScore,
+    excess_of,
+    families_of,
+    metrics_of,
+    render_scores,
+    score_metrics,
+)
+
+TWINS = [watched(seed=seed) for seed in range(3)]
+RANK = ("stable_rank/min",)
+
+
+def by_metric(rows: list) -> dict[str, MetricScore]:
+    return {s.metric: s for s in score_metrics(families_of(rows), max_false_alarms=1.0)}
+
+
+# ---- who is whose twin ----
+
+
+def test_twins_are_the_healthy_runs_of_the_lowest_rate() -> None:
+    (family,) = families_of(family_of_rows())
+    assert [row.seed for row in family.twins] == [0, 1, 2]
+    assert {row.learning_rate for row in family.exploded} == {1e-2}
+    assert [row.learning_rate for row in family.survivors] == [3e-3]
+
+
+def test_the_twins_of_a_fault_are_undamaged() -> None:
+    calm = [replace(row, recipe="undamaged") for row in TWINS]
+    harmed = watched(recipe="nan_gradient", explosion_step=EXPLOSION, fault_start=200)
+    unhurt = watched(recipe="random_batch", fault_start=200)
+    found = families_of([*calm, harmed, unhurt])
+    assert [family.recipe for family in found] == ["nan_gradient", "random_batch"]
+    assert all(len(family.twins) == len(calm) for family in found)
+    assert found[0].exploded == (harmed,)
+    assert found[1].survivors == (unhurt,)
+
+
+def test_without_three_twins_nothing_is_judged() -> None:
+    families = families_of(family_of_rows()[1:])
+    assert len(families) == 1
+    assert score_metrics(families, max_false_alarms=1.0) == ()
+    assert families_of([replace(row, extra={}) for row in family_of_rows()]) == ()
+    assert score_metrics((), max_false_alarms=1.0) == ()
+
+
+def test_metrics_gather_their_series_and_pass_over_counts() -> None:
+    found = metrics_of(watched(probes={"step": [1], "update_norm": [0.5]}))
+    assert found == {
+        "loss": ("loss",),
+        "update_norm": ("update_norm",),
+        "stable_rank": RANK,
+        "spectral_edge": ("spectral_edge",),
+    }
+
+
+# ---- what is outside ----
+
+
+def test_the_distance_is_in_widths_of_the_range_on_a_logarithmic_scale() -> None:
+    twins = [watched(rank=[value] * len(STEPS)) for value in (1.0, 10.0)]
+    mine = watched(rank=[1000.0] * len(STEPS))
+    assert excess_of(mine, twins, RANK) == pytest.approx(dict.fromkeys(STEPS, 2.0))
+    below = watched(rank=[0.0] * len(STEPS))
+    assert set(excess_of(below, twins, RANK).values()) == {math.inf}
+
+
+def test_a_range_that_holds_zero_is_linear() -> None:
+    twins = [watched(rank=[value] * len(STEPS)) for value in (-1.0, 1.0)]
+    mine = watched(rank=[4.0] * len(STEPS))
+    assert excess_of(mine, twins, RANK) == pytest.approx(dict.fromkeys(STEPS, 1.5))
+
+
+def test_a_range_without_width_is_left_at_once() -> None:
+    twins = [watched(rank=[0.0] * len(STEPS))] * 2
+    assert set(excess_of(twins[0], twins, RANK).values()) == {0.0}
+    mine = watched(rank=[1e-6] * len(STEPS))
+    assert set(excess_of(mine, twins, RANK).values()) == {math.inf}
+
+
+def test_a_missing_number_is_outside_where_a_twin_has_one_and_nowhere_else() -> None:
+    mine = watched(rank=[None] * len(STEPS))
+    assert set(excess_of(mine, TWINS, RANK).values()) == {math.inf}
+    # The spectral edge has no first reading in any run.
+    assert min(excess_of(mine, TWINS, ("spectral_edge",))) == STEPS[1]
+
+
+# ---- scores ----
+
+
+def test_leads_run_from_the_first_reading_outside_to_the_departure() -> None:
+    rows = family_of_rows()
+    found = by_metric(rows)
+    departures = [departure_step(row.losses, EXPLOSION) for row in rows[3:5]]
+    assert departures == [DEPARTURE] * 2
+    rank = found["stable_rank"]
+    assert rank.first_steps == (100, 150)
+    assert rank.leads == (DEPARTURE - 100, DEPARTURE - 150)
+    assert rank.num_ahead == 2
+    assert rank.median_lead == DEPARTURE - 125
+    assert (rank.num_survivors_outside, rank.num_survivors) == (1, 1)
+    assert rank.num_healthy_readings == 3 * len(STEPS)
+    assert found["spectral_edge"].leads == (None, None)
+    assert found["spectral_edge"].median_lead is None
+
+
+def test_the_loss_is_behind_itself() -> None:
+    leads = by_metric(family_of_rows())["loss"].leads
+    assert all(lead is not None and lead <= 0 for lead in leads)
+
+
+def test_a_noisy_twin_widens_the_range_until_it_is_within_it() -> None:
+    """At no widening the outer twins are outside of the others' range; then nobody is."""
+    rows = family_of_rows()
+    assert by_metric(rows)["stable_rank"].widening > WIDENINGS[0]
+    assert by_metric(rows)["stable_rank"].num_false_alarms == 0
+    (loose,) = (
+        s
+        for s in score_metrics(families_of(rows), max_false_alarms=1000.0)
+        if s.metric == "stable_rank"
+    )
+    assert loose.widening == WIDENINGS[0]
+    assert loose.num_false_alarms > 0
+
+
+def test_a_twin_far_from_the_others_silences_a_metric() -> None:
+    flat = [replace(watched(seed=seed, rank=[0.0] * len(STEPS))) for seed in range(2)]
+    rows = [*flat, watched(seed=2), *family_of_rows()[3:]]
+    assert "stable_rank" not in by_metric(rows)
+
+
+def test_survivors_may_count_as_healthy() -> None:
+    """Ranks that halve in a survivor as in the explosions warn of nothing."""
+    families = families_of(family_of_rows())
+    strict = score_metrics(families, max_false_alarms=1.0, with_survivors=True)
+    (rank,) = (score for score in strict if score.metric == "stable_rank")
+    assert rank.leads == (None, None)
+    assert (rank.num_survivors_outside, rank.num_false_alarms) == (0, 0)
+    assert rank.num_healthy_readings == 4 * len(STEPS)
+
+
+def test_the_table_shows_the_earliest_first() -> None:
+    rows = [*family_of_rows(), watched(1e-2, 2, rank=falling(100), explosion_step=EXPLOSION)]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(
+            render_scores(score_metrics(families_of(rows), max_false_alarms=1.0)),
+        )
+    lines = captured.get().splitlines()
+    assert lines[1].split()[0] == "stable_rank"
+    for cell in ("3 of 3", "101 (51…101)", "100…150", "1 of 1"):
+        assert cell in lines[1]
