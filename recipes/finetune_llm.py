@@ -49,9 +49,9 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pss import PSSTrainerMixin, PSSTrainingArguments
+from hf_pss.cli.checkpoints import latest_checkpoint
 from hf_pss.cli.model import load_tokenizer
 from hf_pss.cli.options import option
 from hf_pss.cli.parsing import (
@@ -229,17 +229,18 @@ def check_model(model: ModelConfig, training: FinetuneArguments) -> None:
 
 
 def find_checkpoint(training: FinetuneArguments) -> str | None:
-    """Return the checkpoint to go on from; ``true`` means the last one of the output folder.
+    """Return the checkpoint to go on from; ``true`` means the output folder's newest whole one.
 
     Raises:
         ConfigurationError: There is none.
+        StateError: There are some, and none is whole.
     """
     given = training.resume_from_checkpoint
     if given is None or str(given).lower() == "false":
         return None
     folder = Path(str(training.output_dir))
     if str(given).lower() == "true":
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        found = latest_checkpoint(folder, accepts_fresh=training.pss_missing_state == "fresh")
         if found is None:
             raise ConfigurationError(
                 f"{folder} holds no checkpoint to go on from. Leave --resume_from_checkpoint out, "

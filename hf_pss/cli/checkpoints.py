@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 from transformers import TrainerState
 
-__all__ = ["checkpoints_in", "is_complete", "latest_checkpoint", "step_of", "where_to_go_on"]
+from hf_pss.integration.checkpoints.judge import STATE_FILE, checkpoints_by_step
+from hf_pss.integration.checkpoints.resuming import newest_whole
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-_STATE = "trainer_state.json"  # the last file that the Trainer writes
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Return all of them, complete or not, by their step."""
-    found = {path: _NAME.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=steps.__getitem__)
+__all__ = ["is_complete", "latest_checkpoint", "step_of", "where_to_go_on"]
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """Return the last complete one."""
-    return next(filter(is_complete, reversed(checkpoints_in(output_dir))), None)
+def latest_checkpoint(output_dir: Path, *, accepts_fresh: bool = False) -> Path | None:
+    """Return the newest one to go on from, and log which newer ones are passed over.
+
+    Args:
+        output_dir: The run's folder; None is returned where it holds no checkpoint at all.
+        accepts_fresh: Also take one that lacks the optimizer's or the schedule's state.
+
+    Raises:
+        StateError: There are some, and none to go on from.
+    """
+    if not checkpoints_by_step(output_dir):
+        return None
+    return newest_whole(output_dir, accepts_fresh=accepts_fresh).path
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether it was written to its end, so that its state can be read."""
+    """Tell whether its trainer_state.json, the last file that the Trainer writes, can be read."""
     try:
         _state(checkpoint)
     except (OSError, ValueError, TypeError):
@@ -47,7 +49,7 @@ def where_to_go_on(output_dir: Path, resumed: Path | None) -> str:
         output_dir: The run's folder.
         resumed: What it had resumed from, which may lie elsewhere.
     """
-    candidates = [*([resumed] if resumed else []), *checkpoints_in(output_dir)]
+    candidates = [*([resumed] if resumed else []), *checkpoints_by_step(output_dir)]
     complete = [path for path in candidates if is_complete(path)]
     healthy = [path for path in complete if _was_finite(path)]
     if not healthy and complete and not any(map(_evaluations, complete)):
@@ -73,4 +75,4 @@ def _evaluations(checkpoint: Path) -> list[float]:
 
 
 def _state(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / _STATE))
+    return TrainerState.load_from_json(str(checkpoint / STATE_FILE))

@@ -89,6 +89,7 @@ _PSS = (
     "spike_update",
     "on_nonfinite",
     "observe_only",
+    "health",
     "health_every_steps",
 )
 

@@ -58,7 +58,15 @@ def rescue(
     ] = 20,
     unigram_entropy: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Of the training text, in nats. Default: ln(vocab_size)."),
+        typer.Option(
+            min=0.0,
+            help="Of the training text, in nats. Default: what hf-pss train kept, or "
+            "ln(vocab_size).",
+        ),
+    ] = None,
+    failed_at: Annotated[
+        int | None,
+        typer.Option(min=0, help="The step from which on it was bad, if you know better."),
     ] = None,
     write: Annotated[
         Path | None,
@@ -116,7 +124,7 @@ def rescue(
     from hf_pss.rescue.repair import as_json as written_as_json
     from hf_pss.rescue.table import render_investigation, render_plan, render_written
 
-    found = _investigate(run_dir, margin_steps, unigram_entropy)
+    found = _investigate(run_dir, margin_steps, unigram_entropy, failed_at)
     chosen = found.choice.chosen
     plan = written = None
     if chosen is not None:
@@ -158,7 +166,9 @@ def rescue(
         raise typer.Exit(_NONE_USABLE)
 
 
-def _investigate(run_dir: Path, margin_steps: int, unigram_entropy: float | None) -> Investigation:
+def _investigate(
+    run_dir: Path, margin_steps: int, unigram_entropy: float | None, failed_at: int | None
+) -> Investigation:
     from hf_pss.inspection.names import visible
     from hf_pss.rescue.investigate import investigate
 
@@ -173,6 +183,7 @@ def _investigate(run_dir: Path, margin_steps: int, unigram_entropy: float | None
                 run_dir,
                 margin_steps=margin_steps,
                 unigram_entropy=unigram_entropy,
+                failed_at=failed_at,
                 begin=lambda total: bar.update(task, total=total),
                 progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
             )

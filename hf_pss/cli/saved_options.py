@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pss.cli.model import read_overrides
-from hf_pss.cli.parsing import TrainPlan
+from hf_pss.cli.parsing import TrainPlan, make_parser
 from hf_pss.detection.state import check_version, read_object
 from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.rescue.command import TRAINING_OPTIONS
 
 __all__ = ["OPTIONS_FILE", "KeepOptions", "options_to_keep"]
 
@@ -24,6 +26,8 @@ _BINDING = (
     *("model", "model_config", "model_overrides", "tokenizer", "vocab_size", "dtype"),
     "context_length",
 )
+# For `hf-pss rescue`, and no option that a resumed run could give otherwise.
+_NOT_COMPARED = ("training", "unigram_entropy")
 
 Options: TypeAlias = dict[str, Any]
 
@@ -59,7 +63,8 @@ def options_to_keep(
     if not path.is_file():  # a checkpoint of another program
         return None
     kept = _read(path, given)
-    for name in (name for name in given if given[name] != kept[name]):
+    compared = (name for name in given if name not in _NOT_COMPARED)
+    for name in (name for name in compared if given[name] != kept[name]):
         here, there = _show(name, given[name]), _show(name, kept[name])
         if name in _BINDING:
             raise ConfigurationError(
@@ -76,14 +81,27 @@ def options_to_keep(
 def _options_of(plan: TrainPlan) -> Options:
     options = {**asdict(plan.model), **asdict(plan.data)}
     options["model_overrides"] = read_overrides(plan.model.model_overrides or "")
-    return {**options, "learning_rate": plan.arguments.learning_rate}
+    options["learning_rate"] = plan.arguments.learning_rate
+    options["training"] = _unlike_the_defaults(plan.arguments)
+    return {**options, "unigram_entropy": None}  # filled in once the text is there
+
+
+def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
+    parser = make_parser()
+    found: Options = {}
+    for name in TRAINING_OPTIONS:
+        value = getattr(arguments, name)
+        if value != parser.get_default(name):
+            found[name] = value.value if isinstance(value, Enum) else value
+    return found
 
 
 def _read(path: Path, known: Options) -> Options:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
         check_version(parsed, _VERSION, "the file")
-        kept = dict(read_object(parsed, ("version", *known), "the file"))
+        later: Options = {"training": {}, "unigram_entropy": None}  # files of before have neither
+        kept = dict(read_object({**later, **parsed}, ("version", *known), "the file"))
     except (OSError, ValueError, StateError) as error:
         raise ConfigurationError(
             f"The options of the run that you resume cannot be read from {path}: {error} "

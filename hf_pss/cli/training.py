@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from hf_pss.cli.checkpoints import (
-    checkpoints_in,
     is_complete,
     latest_checkpoint,
     step_of,
@@ -43,9 +42,11 @@ from hf_pss.cli.rhythm import set_rhythms_
 from hf_pss.cli.saved_options import KeepOptions, options_to_keep
 from hf_pss.cli.summary import SessionClock, render_summary, summarise
 from hf_pss.cli.text import Text, load_training_text
-from hf_pss.errors import ConfigurationError, NonFiniteError
+from hf_pss.data import unigram_entropy_nats
+from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.gauges import select_watched
 from hf_pss.integration.arguments import PSSTrainingArguments
+from hf_pss.integration.checkpoints.judge import checkpoints_by_step
 from hf_pss.integration.trainer import PSSTrainer
 from hf_pss.selection import Selection
 
@@ -90,6 +91,8 @@ def run_training(plan: TrainPlan) -> None:
     )
     with console.status("Loading the model and the text …"):
         model, text = _load(plan, checkpoint)
+    if checkpoint is None and kept is not None:
+        kept["unigram_entropy"] = unigram_entropy_nats(text.train.blocks.numpy().ravel())
     check_fit(model, text.tokenizer, context_length=plan.data.context_length)
     pss_config = plan.arguments.pss_config()
     selection = select_watched(model, pss_config)
@@ -124,8 +127,11 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
         with display, quiet, _silenced("transformers.modeling_utils"):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        if latest := latest_checkpoint(output_dir):
-            console.print(f"{latest} is saved: the same command with --resume goes on from there.")
+        with suppress(StateError):  # nothing whole to point at
+            if latest := latest_checkpoint(output_dir):
+                console.print(
+                    f"{latest} is saved: the same command with --resume goes on from there."
+                )
         raise
     except NonFiniteError as error:
         raise NonFiniteError(f"{error} {where_to_go_on(output_dir, checkpoint)}") from error
@@ -227,8 +233,9 @@ def _load(plan: TrainPlan, checkpoint: Path | None) -> tuple[PreTrainedModel, Te
 def _find_checkpoints(plan: TrainPlan) -> tuple[Path | None, list[Path]]:
     """Return the checkpoint to resume from, and those that a new run is to replace."""
     output_dir, given = Path(plan.arguments.output_dir), plan.arguments.resume_from_checkpoint
-    latest = latest_checkpoint(output_dir)
     if plan.run.resume or str(given).lower() == "true":
+        accepts_fresh = plan.arguments.pss_missing_state == "fresh"
+        latest = latest_checkpoint(output_dir, accepts_fresh=accepts_fresh)
         if latest is None:
             raise ConfigurationError(
                 f"{output_dir} holds no checkpoint to resume from. Leave --resume out, or give "
@@ -239,12 +246,13 @@ def _find_checkpoints(plan: TrainPlan) -> tuple[Path | None, list[Path]]:
         if not is_complete(Path(given)):
             raise ConfigurationError(f"{given} is no complete checkpoint: no trainer_state.json.")
         return Path(given), []
-    if latest is not None and not plan.run.overwrite:
+    earlier = checkpoints_by_step(output_dir)
+    if not plan.run.overwrite and any(map(is_complete, earlier)):
         raise ConfigurationError(
             f"{output_dir} holds checkpoints of an earlier run. Add --resume to continue it, "
             "--overwrite to remove them, or choose another --output_dir."
         )
-    return None, checkpoints_in(output_dir) if plan.run.overwrite else []
+    return None, earlier if plan.run.overwrite else []
 
 
 def _refuse_fewer_steps(arguments: TrainingArguments, checkpoint: Path | None) -> None:

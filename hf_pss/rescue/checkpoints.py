@@ -1,13 +1,11 @@
 """The checkpoints of a run's folder: what each holds, and whether it is fit to go on from.
 
 A checkpoint is *complete* where everything that a resumed Trainer reads is there and written to its
-end. Pickles are not opened: of a .pt file that torch wrote, a ZIP archive, the beginning and the
-end are looked at, which a file that was cut short has not both.
+end, by the rule of a resume (`hf_pss.integration.checkpoints.judge`). No pickle is opened.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +17,19 @@ from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.inspection.names import visible
 from hf_pss.inspection.survey import Inspection, Progress, inspect_checkpoint
-from hf_pss.integration.checkpoints.marker import MARKER, changed_files, read_marker
+from hf_pss.integration.checkpoints.judge import (
+    Layout,
+    checkpoints_by_step,
+    layout_of,
+    step_by_name,
+    unfit_files,
+)
+from hf_pss.integration.checkpoints.marker import MARKER, read_marker
 from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import STATE_FILE, read_history
 
 __all__ = [
     "CheckpointReport",
-    "Layout",
     "Verdict",
     "checkpoint_folders",
     "judged",
@@ -34,17 +38,10 @@ __all__ = [
     "report_on",
 ]
 
-Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]
 Verdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
 
-# As in transformers; ASCII digits, and no more than a step has.
-_NAME = re.compile(r"checkpoint-([0-9]{1,12})")
-_ZIP_BEGINS, _ZIP_ENDS = b"PK\x03\x04", b"PK\x05\x06"
-_END_RECORD_BYTES = 22
 _MAX_FILES = 10_000
 _MOST_NAMED = 5
-# Beside model.safetensors, by the layout that the Trainer resumes from.
-_OPTIMIZERS = {"whole": ("optimizer.pt",), "fsdp_full": ("optimizer.bin",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +87,8 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     """
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {visible(run_dir)}. Give a run's folder.")
-    found = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    if not found and _NAME.fullmatch(run_dir.resolve().name):
-        found = [run_dir]
-    return sorted(found, key=_step_of)
+    is_one = step_by_name(run_dir.resolve()) is not None
+    return checkpoints_by_step(run_dir) or ([run_dir] if is_one else [])
 
 
 def num_weight_bytes(folders: Sequence[Path]) -> int:
@@ -112,7 +107,7 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
 
     Never raises for what is wrong with the checkpoint: the report says so.
     """
-    layout = _layout(folder)
+    layout = layout_of(folder)
     remarks: list[str] = []
     problem, inspection = None, None
     try:
@@ -138,7 +133,7 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
         written=newest,
         num_bytes=size,
         layout=layout,
-        missing=tuple(_missing(folder, layout)),
+        missing=tuple(_missing(folder)),
         problem=problem,
         inspection=inspection,
         remarks=tuple(remarks),
@@ -180,21 +175,11 @@ def rank_ratios(reports: Sequence[CheckpointReport]) -> tuple[tuple[int, float],
 
 
 def _step_of(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name) or _NAME.fullmatch(folder.resolve().name)
-    return int(match[1]) if match else 0
+    step = step_by_name(folder)
+    return (step_by_name(folder.resolve()) or 0) if step is None else step
 
 
-def _layout(folder: Path) -> Layout:
-    if any(folder.glob("global_step*")):
-        return "deepspeed"
-    if (folder / "pytorch_model_fsdp_0").is_dir():
-        return "fsdp_sharded"
-    if (folder / "pytorch_model_fsdp.bin").exists():
-        return "fsdp_full"
-    return "whole" if any(folder.glob("*.safetensors*")) else "none"
-
-
-def _missing(folder: Path, layout: Layout) -> Iterator[str]:
+def _missing(folder: Path) -> Iterator[str]:
     try:
         step = read_history(folder / STATE_FILE).global_step
         if step != _step_of(folder):
@@ -202,53 +187,18 @@ def _missing(folder: Path, layout: Layout) -> Iterator[str]:
     except (PSSError, OSError) as error:
         there = (folder / STATE_FILE).exists()
         yield f"{STATE_FILE} ({_reason(error)})" if there else f"{STATE_FILE} is missing"
-    yield from _unlike_its_marker(folder)
-    needed = (*_OPTIMIZERS.get(layout, ()), "scheduler.pt")
-    yield from _bad_files(folder, needed)
-    if layout == "fsdp_full":
-        yield from _bad_files(folder, ("pytorch_model_fsdp.bin",))
-    if layout == "fsdp_sharded":
-        yield from _bad_files(folder, ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"))
-    if layout == "deepspeed":
-        yield from _bad_files(folder, ("latest",))
-        if not any(path.is_file() for path in folder.glob("global_step*/*optim_states.pt")):
-            yield "the optimizer's states are missing"
-
-
-def _unlike_its_marker(folder: Path) -> Iterator[str]:
-    """What PSS vouched for when it saved, and is no longer so; nothing for a plain Trainer's."""
+    marker = None
     try:
         marker = read_marker(folder)
-        wrong = {} if marker is None else changed_files(folder, marker)
     except (PSSError, OSError) as error:
         yield f"{MARKER} ({_reason(error)})"
+    try:
+        wrong = unfit_files(folder, marker)
+    except OSError as error:
+        yield f"its files cannot be read: {_reason(error)}"
         return
+    wrong.pop(STATE_FILE, None)
     yield from (f"{visible(name)} {why}" for name, why in list(wrong.items())[:_MOST_NAMED])
-
-
-def _bad_files(folder: Path, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        path = folder / name
-        try:
-            if not path.is_file():
-                yield f"{name} is missing"
-            elif not _looks_whole(path):
-                yield f"{name} was not written to its end"
-        except OSError as error:
-            yield f"{name} ({_reason(error)})"
-
-
-def _looks_whole(path: Path) -> bool:
-    """Whether a file has a ZIP archive's beginning and end, or is no archive and not empty."""
-    with path.open("rb") as stream:
-        beginning = stream.read(len(_ZIP_BEGINS))
-        size = stream.seek(0, 2)
-        if path.suffix in (".pt", ".bin") and beginning != _ZIP_BEGINS:
-            return False  # torch has written archives since 1.6
-        if path.suffix not in (".pt", ".bin"):
-            return size > 0
-        stream.seek(max(0, size - _END_RECORD_BYTES))
-        return stream.read(len(_ZIP_ENDS)) == _ZIP_ENDS
 
 
 def _nonfinite(inspection: Inspection) -> str | None:

@@ -1,12 +1,13 @@
 """How to go on: the command that resumes a run from the chosen checkpoint, with smoothing.
 
-The launch of a run is known where `hf-pss train` wrote it: its own options beside the checkpoints,
-the steps and the batch size in trainer_state.json. Other scripts leave theirs in training_args.bin
+The launch of a run is known where `hf-pss train` wrote it: its options beside the checkpoints, the
+steps and the batch size in trainer_state.json. Other scripts leave theirs in training_args.bin
 alone, a pickle that is never opened here, so that for them the options to add are given.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from hf_pss.inspection.strict_json import read_object
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.history import History
 
-__all__ = ["OPTIONS_FILE", "ResumePlan", "plan_resume"]
+__all__ = ["OPTIONS_FILE", "TRAINING_OPTIONS", "ResumePlan", "plan_resume", "recorded_entropy"]
 
 OPTIONS_FILE = "hf_pss_options.json"
 _MAX_OPTIONS_BYTES = 2**20
+_MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 _FLOOR = "floor"
 # Of `hf-pss train`, as it writes them; nothing else is taken from the file.
 _KNOWN = (
@@ -29,6 +31,18 @@ _KNOWN = (
     *("dataset_subset", "dataset_split", "text_column", "context_length", "max_tokens"),
     *("validation_fraction", "max_validation_blocks", "learning_rate"),
 )
+TRAINING_OPTIONS = (
+    *("seed", "data_seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "gradient_accumulation_steps", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "use_cpu"),
+    *("per_device_eval_batch_size", "eval_steps", "save_steps", "save_total_limit"),
+)
+"""Of TrainingArguments, kept under ``training`` where they were not the defaults.
+
+Without seed, schedule and warm-up a run that goes on gets other batches, at another rate:
+scheduler.pt holds the base rate and the step, not the shape.
+"""
+_JSON_WORDS = frozenset({"lr_scheduler_kwargs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +104,22 @@ def plan_resume(
     return ResumePlan(
         tuple(options),
         command,
-        tuple(_remarks(chosen, smoothing, is_last_resort, known is not None, repaired)),
+        (
+            *_at_the_end(history, chosen),
+            *_rising_rate(history, chosen, repaired),
+            *_remarks(chosen, smoothing, is_last_resort, known is not None, repaired),
+        ),
     )
+
+
+def recorded_entropy(folder: Path) -> float | None:
+    """Return the unigram entropy of a run's training text in nats, where `hf-pss train` kept it."""
+    try:
+        value = read_object(folder / OPTIONS_FILE, max_bytes=_MAX_OPTIONS_BYTES)["unigram_entropy"]
+    except (PSSError, OSError, KeyError):
+        return None
+    is_sound = isinstance(value, float) and 0 < value < _MOST_ENTROPY
+    return value if is_sound else None
 
 
 def _smoothing_options(smoothing: str, is_last_resort: bool, *, smoothed: bool) -> Sequence[str]:
@@ -116,12 +144,19 @@ def _launch(folder: Path, history: History | None) -> list[str] | None:
         kept = read_object(path, max_bytes=_MAX_OPTIONS_BYTES)
     except (PSSError, OSError):
         return None
+    training = kept.get("training", {})
+    if not isinstance(training, dict):
+        return None
+    given = [(name, kept.get(name)) for name in _KNOWN]
+    given += [(name, training.get(name)) for name in TRAINING_OPTIONS]
     words: list[str] = []
-    for name in (name for name in _KNOWN if kept.get(name) not in (None, {})):
-        value = _word(kept[name])
-        if value is None:
+    for name, value in given:
+        if value is None or value == {}:
+            continue
+        word = _word(name, value)
+        if word is None:
             return None
-        words += [f"--{name}", value]
+        words += [f"--{name}", word]
     counts = {
         "max_steps": history.max_steps,
         "per_device_train_batch_size": history.batch_size,
@@ -132,15 +167,44 @@ def _launch(folder: Path, history: History | None) -> list[str] | None:
     return words
 
 
-def _word(value: object) -> str | None:
+def _word(name: str, value: object) -> str | None:
     """One word of a command line; None for what this program would not have written."""
-    if isinstance(value, Mapping):
-        pairs = [(key, _word(item)) for key, item in value.items()]
-        return ",".join(f"{key}={item}" for key, item in pairs)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, Mapping) and name not in _JSON_WORDS:
+        text = ",".join(f"{key}={_word(str(key), item)}" for key, item in value.items())
+    elif isinstance(value, Mapping | bool):
+        text = json.dumps(value)
+    elif isinstance(value, str | int | float):
+        text = str(value)
+    else:
         return None
-    text = str(value)
     return text if text.isprintable() and not text.startswith("-") else None
+
+
+def _at_the_end(history: History | None, chosen: CheckpointReport) -> list[str]:
+    if history is None or history.max_steps is None or chosen.step < history.max_steps:
+        return []
+    return [
+        "The run has taken all its steps: there is nothing to go on with, but with more "
+        "--max_steps. Where you know when it went wrong, say so: --failed-at STEP."
+    ]
+
+
+def _rising_rate(
+    history: History | None, chosen: CheckpointReport, repaired: Path | None
+) -> list[str]:
+    """Warn where the schedule leads to higher rates again; the margin of a tenth is ours."""
+    rows = () if history is None or repaired is not None else history.rows
+    rates = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
+    before = [rate for step, rate in rates if step <= chosen.step]
+    later = [(rate, step) for step, rate in rates if step > chosen.step]
+    if not before or not later or not max(later)[0] > 1.1 * before[-1]:
+        return []
+    rate, step = max(later)
+    return [
+        f"The learning rate rises after this checkpoint, from {before[-1]:.2g} to {rate:.2g} at "
+        f"step {step}: what failed then will fail again. Lower it: --write OUT --lr-scale 0.1 "
+        "--allow-pickle."
+    ]
 
 
 def _remarks(
@@ -153,9 +217,8 @@ def _remarks(
     said = []
     if is_known:
         said.append(
-            "Model, data, steps and batch size are those of the run; add what else you had given "
-            "(schedule, warm-up, weight decay, seed, accumulation): no file that is safe to open "
-            "holds it."
+            "Model, data, steps, batch size, seed, schedule and optimizer are those of the run; "
+            "add what else you had given, such as --report_to."
         )
     else:
         said.append(
@@ -179,7 +242,7 @@ def _remarks(
         )
     if repaired is None:
         said.append(
-            "--learning_rate has no effect here: a resumed run takes its schedule from "
+            "--learning_rate has no effect here: a resumed run takes its base rate from "
             "scheduler.pt. For a lower rate, or to pass over batches, write a copy: --write OUT "
             "--lr-scale 0.5 --skip-batches N."
         )

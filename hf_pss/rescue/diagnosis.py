@@ -16,8 +16,8 @@ a moving average that does not learn from what it refuses). Everything else here
   lies ``rise_nats`` above the lowest median before them, for a run may be killed soon after;
 - it is *recovered* once the median loss is back within ``plateau_nats`` of the lowest before it;
 - ``collapse`` is a loss that stays near the unigram entropy (ln of the vocabulary where nothing
-  better is known), or a median stable rank below a quarter of the first one measured while the loss
-  improves no more.
+  better is known), since it last moved by ``plateau_nats``; or a median stable rank below a quarter
+  of the first one measured while the loss improves no more.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _first_lasting(
             risen = _risen_at_the_end(losses, rule, max(_MIN_ROWS, jump_rows))
             if risen is not None:
                 return _risen(rows, points, risen, rule, jump_rows, to_the_end=True)[-1], said
-            return None if found is None else _stuck(rows, points, found, entropy), said
+            return None if found is None else _stuck(rows, points, found, rule, entropy), said
         begin = found.step - 1
         if found.kind == "non_finite":
             end = next((i for i in range(begin, len(losses)) if losses[i] is not None), None)
@@ -251,9 +251,13 @@ def _risen(
 
 
 def _stuck(
-    rows: Sequence[LogRow], points: Sequence[_Point], found: Explosion, entropy: float
+    rows: Sequence[LogRow],
+    points: Sequence[_Point],
+    found: Explosion,
+    rule: ExplosionRule,
+    entropy: float,
 ) -> Failure:
-    index = points[found.step - 1][0]
+    index = points[_stuck_since([loss for _, loss in points], found.step - 1, rule)][0]
     before = _before(rows, index)
     last = [row.loss for row in rows[index:] if row.loss is not None]
     since = f"since step {rows[index].step}" if index else "from the beginning"
@@ -264,6 +268,22 @@ def _stuck(
         text=f"The loss is stuck {since}: its median is {statistics.median(last):.3g}, and knowing "
         f"nothing but the frequencies of tokens costs at most {entropy:.3g} nats.",
     )
+
+
+def _stuck_since(losses: Sequence[float | None], begin: int, rule: ExplosionRule) -> int:
+    """Walk back from a plateau for as long as the median stays within ``plateau_nats`` of its own.
+
+    The entropy of the whole text is not that of the batches: a stuck loss wavers about the limit.
+    """
+
+    def level(start: int) -> float:
+        window = [v for v in losses[start : start + rule.plateau_steps] if v is not None]
+        return statistics.median(window) if window else math.inf
+
+    own = level(begin)
+    while begin > 0 and abs(level(begin - 1) - own) <= rule.plateau_nats:
+        begin -= 1
+    return begin
 
 
 def _jumps(

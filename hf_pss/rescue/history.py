@@ -13,10 +13,10 @@ from typing import Any
 from hf_pss.errors import StateError
 from hf_pss.inspection.names import visible
 from hf_pss.inspection.strict_json import read_object
+from hf_pss.integration.checkpoints.judge import STATE_FILE
 
 __all__ = ["STATE_FILE", "History", "LogRow", "read_history"]
 
-STATE_FILE = "trainer_state.json"
 # A row takes 200 bytes; PSS's own scalars make it 600.
 MAX_STATE_BYTES = 64 * 2**20
 # Larger than any run; keeps steps from being numbers with thousands of digits.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_pss.errors import ConfigurationError, PSSError, StateError
@@ -19,7 +19,8 @@ from hf_pss.rescue.checkpoints import (
     report_on,
 )
 from hf_pss.rescue.choice import Choice, choose
-from hf_pss.rescue.diagnosis import Diagnosis, diagnose
+from hf_pss.rescue.command import recorded_entropy
+from hf_pss.rescue.diagnosis import Diagnosis, Failure, diagnose
 from hf_pss.rescue.history import STATE_FILE, History, read_history
 from hf_pss.rescue.notes import read_notes
 
@@ -48,6 +49,7 @@ def investigate(
     *,
     margin_steps: int,
     unigram_entropy: float | None = None,
+    failed_at: int | None = None,
     begin: Callable[[int], None] = lambda num_bytes: None,
     progress: Progress | None = None,
 ) -> Investigation:
@@ -56,7 +58,10 @@ def investigate(
     Args:
         run_dir: Its folder, or that of one checkpoint.
         margin_steps: See `choose`.
-        unigram_entropy: Of the training text, in nats; ln(vocab_size) where None.
+        unigram_entropy: Of the training text, in nats; where None, what `hf-pss train` kept, or
+            ln(vocab_size).
+        failed_at: The step from which on the run was bad, where the caller knows better than the
+            log: a rate that was too high from the beginning shows in a comparison alone.
         begin: Told how many bytes of weights will be read.
         progress: Told after each tensor.
 
@@ -83,9 +88,11 @@ def investigate(
             history,
             notes,
             ranks=notes.rank_ratios or rank_ratios(reports),
-            unigram_entropy=unigram_entropy or _entropy_bound(reports),
+            unigram_entropy=unigram_entropy or _known_entropy(run_dir, folders, reports),
         )
         margin_steps = max(margin_steps, history.log_interval)
+    if failed_at is not None:
+        diagnosis = _told(diagnosis or Diagnosis(None, (), None), failed_at)
     failure = None if diagnosis is None else diagnosis.failure
     checked = judged(reports, failure)
     choice = choose(checked, failure, margin_steps=margin_steps)
@@ -108,6 +115,21 @@ def _newest_history(run_dir: Path, folders: Sequence[Path]) -> tuple[History | N
         if folder != run_dir:
             break
     return max(found, key=lambda one: one.global_step, default=None), unreadable
+
+
+def _told(diagnosis: Diagnosis, step: int) -> Diagnosis:
+    found = diagnosis.failure
+    notes = diagnosis.notes if found is None else (*diagnosis.notes, f"By its log: {found.text}")
+    kind = "slow_damage" if found is None else found.kind
+    text = f"The run was bad from step {step} on, as you said."
+    return replace(diagnosis, failure=Failure(kind, step, step, text), notes=notes)
+
+
+def _known_entropy(
+    run_dir: Path, folders: Sequence[Path], reports: Sequence[CheckpointReport]
+) -> float | None:
+    kept = recorded_entropy(folders[-1].parent if folders else run_dir)
+    return _entropy_bound(reports) if kept is None else kept
 
 
 def _entropy_bound(reports: Sequence[CheckpointReport]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_pss.cli.rescue import Smoothing
 from hf_pss.config import SmoothingName
+from hf_pss.rescue.command import recorded_entropy
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,59 @@ def test_the_printed_command_goes_on(run: Run, run_dir: Path) -> None:
     assert state["global_step"] == 7
 
 
+def test_seed_and_schedule_are_in_the_command(run: Run, tmp_path: Path) -> None:
+    (text := tmp_path / "prose.txt").write_text(PROSE, encoding="utf-8")
+    given = ["--seed", "7", "--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "1"]
+    given += ["--lr_scheduler_kwargs", '{"num_decay_steps": 2}', "--adam_beta2", "0.98"]
+    words = (*given, "--dataset", text, "--save_steps", "2", "--output_dir", tmp_path / "run")
+    assert run("train", *TINY, *SHORT, *words).exit_code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    command = json.loads(run("rescue", tmp_path / "run", "--json").stdout)["resume"]["command"]
+    for name, value in zip(given[::2], given[1::2], strict=True):
+        assert command[command.index(name) + 1] in (value, f"{value}.0")  # 1 warm-up step is 1.0
+    assert run(*command[1:], "--use_cpu").exit_code == 0
+    assert (tmp_path / "run-rescued" / "checkpoint-5").is_dir()
+
+
+def test_the_entropy_of_the_text_is_known(run: Run, run_dir: Path) -> None:
+    kept = json.loads((run_dir / "hf_pss_options.json").read_text())["unigram_entropy"]
+    assert 0 < kept < math.log(json.loads((run_dir / "config.json").read_text())["vocab_size"])
+    assert recorded_entropy(run_dir) == kept
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-1.0", "1e9", "true", '"4"', "null", "[]"])
+def test_an_entropy_that_is_none_is_not_taken(tmp_path: Path, value: str) -> None:
+    (tmp_path / "hf_pss_options.json").write_text(f'{{"unigram_entropy": {value}}}')
+    assert recorded_entropy(tmp_path) is None
+
+
+def test_told_when_it_failed(run: Run, run_dir: Path) -> None:
+    data = json.loads(run("rescue", run_dir, "--json", "--failed-at", "3").stdout)
+    assert data["failure"]["onset_step"] == 3
+    assert data["is_last_resort"] is True
+    assert "--pss_moments" in data["resume"]["options"]
+
+
+def test_a_run_at_its_end_is_told_apart(run: Run, run_dir: Path) -> None:
+    (run_dir / "checkpoint-5" / "model.safetensors").write_bytes(
+        (run_dir / "checkpoint-4" / "model.safetensors").read_bytes()
+    )
+    assert "has taken all its steps" in " ".join(run("rescue", run_dir).stdout.split())
+
+
+@pytest.mark.parametrize(("rates", "is_said"), [((0.1, 0.2), True), ((0.2, 0.1), False)])
+def test_a_rate_that_will_rise_again_is_told(
+    run: Run, run_dir: Path, rates: tuple[float, float], is_said: bool
+) -> None:
+    path = run_dir / "trainer_state.json"
+    state = json.loads(path.read_text())
+    losses = [row for row in state["log_history"] if "loss" in row]
+    losses[-2]["learning_rate"], losses[-1]["learning_rate"] = rates
+    path.write_text(json.dumps(state))
+    said = " ".join(run("rescue", run_dir).stdout.split())
+    assert ("rises after this checkpoint, from 0.1 to 0.2 at step 5" in said) == is_said
+
+
 def test_json(run: Run, run_dir: Path) -> None:
     result = run("rescue", run_dir, "--json")
     assert result.exit_code == 0
@@ -101,6 +156,10 @@ def test_options_that_no_run_wrote_are_not_printed(run: Run, run_dir: Path) -> N
     kept = json.loads(path.read_text())
     for value in ("\x1b[2J", "--report_to=all", ["a"]):
         path.write_text(json.dumps({**kept, "dataset": value}))
+        result = run("rescue", run_dir, "--json")
+        assert json.loads(result.stdout)["resume"]["command"] is None
+    for training in (["a"], {"seed": "--report_to=all"}, {"lr_scheduler_type": ["a"]}):
+        path.write_text(json.dumps({**kept, "training": training}))
         result = run("rescue", run_dir, "--json")
         assert json.loads(result.stdout)["resume"]["command"] is None
 

@@ -18,7 +18,7 @@ from commandline import PROSE, SHORT, Run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from hf_pss.cli.checkpoints import latest_checkpoint, where_to_go_on
+from hf_pss.cli.checkpoints import is_complete, latest_checkpoint, where_to_go_on
 from hf_pss.cli.quiet import without_noise
 from hf_pss.cli.summary import Summary
 
@@ -136,6 +136,27 @@ def test_resumes_as_if_never_interrupted(train: Run, text_file: Path) -> None:
     fewer = train(*words, "--output_dir", "parts", "--resume", "--max_steps", "4")
     assert fewer.exit_code == 2
     assert "checkpoint-5 is already past --max_steps 4" in fewer.stderr
+
+
+def test_resume_passes_over_a_damaged_checkpoint_with_a_line(
+    train: Run, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("--dataset", text_file, "--output_dir", "out", "--save_steps", "2")
+    assert train(*words, "--max_steps", "4").exit_code == 0
+    _cut(Path("out/checkpoint-4/optimizer.pt"))
+    result = train(*words, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "resumed from out/checkpoint-2" in result.stderr.replace("\n", " ")
+    assert "out/checkpoint-4 is passed over: optimizer.pt has" in caplog.text
+    for folder in Path("out").glob("checkpoint-*"):
+        _cut(folder / "optimizer.pt")
+    result = train(*words, "--resume")
+    assert result.exit_code == 2
+    assert "holds no checkpoint to resume from" in result.stderr.replace("\n", " ")
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def test_resume_holds_to_the_options_of_the_run(train: Run, text_file: Path) -> None:
@@ -379,5 +400,6 @@ def test_a_checkpoint_that_was_never_evaluated_is_named_as_unknown(tmp_path: Pat
     state = TrainerState(global_step=5, log_history=[{"loss": 3.0, "step": 5}])
     state.save_to_json(str(whole / "trainer_state.json"))
     (cut / "trainer_state.json").write_text('{"x')
-    assert latest_checkpoint(tmp_path) == whole
+    assert is_complete(whole)
+    assert not is_complete(cut)
     assert f"of unknown health, is {whole}" in where_to_go_on(tmp_path, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from failing_runs import FAILS_AT
 from helpers import train
 
@@ -127,7 +128,8 @@ def test_sharded_layouts_are_listed_and_not_opened(tmp_path: Path, spiked: Path)
         folder = tmp_path / layout / "checkpoint-60"
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(b"\x80")
+            with (folder / name).open("wb") as stream:
+                torch.save({}, stream)
         for name in ("trainer_state.json", "scheduler.pt"):
             shutil.copy(source / name, folder)
         found = looked_at(folder.parent)
