@@ -35,14 +35,19 @@ class AttentionMaxima:
     """Measures S_h = max q·k · scaling of each attention head, of queries and keys after rotation.
 
     Over all positions that attend to each other; masked and padded ones do not count, and a bias,
-    a soft cap or sinks that attention adds are no part of it. The model's own attention is called
-    with what it was given, so that its output is the same to the bit.
+    a soft cap or sinks that attention adds are no part of it. Cross attention is told of padded
+    keys only: there queries of padded positions count. The model's own attention is called with
+    what it was given, so that its output is the same to the bit.
 
-    Logits are computed once more, a bounded block at a time, in the type of the queries; they and
-    the maxima stay on the device. With `transformers.AttentionInterface` as the seam this works
-    for eager, SDPA and flash attention; under ``torch.compile`` each measurement breaks the graph.
+    Logits are computed once more, a bounded block at a time, in the type in which attention itself
+    multiplies, but float16 in float32: without its scaling q·k would overflow. They and the maxima
+    stay on the device. With `transformers.AttentionInterface` as the seam this works for eager,
+    SDPA and flash attention; under ``torch.compile`` each measurement breaks the graph. A forward
+    without gradients is no training step's and counts only with ``in_evaluation``.
 
     Use it as a health metric, too::
+
+        from hf_pss.integration.attention_maxima import AttentionMaxima
 
         maxima = AttentionMaxima(model, in_evaluation=True)
         maxima.start()
@@ -52,7 +57,7 @@ class AttentionMaxima:
 
     Args:
         model: A transformers model, wrapped or not.
-        in_evaluation: Whether to measure modules in evaluation mode, too.
+        in_evaluation: Whether to measure in evaluation mode and without gradients, too.
 
     Attributes:
         attentions: What is measured.
@@ -92,6 +97,10 @@ class AttentionMaxima:
         _active.discard(self)
         _remove_unused()
 
+    def forget(self) -> None:
+        """Forget what was measured on this rank, as after a step that was skipped."""
+        self._maxima = [None] * len(self.attentions)
+
     def read(self) -> Mapping[str, Tensor]:
         """Return the maxima since the last `take` by name, (heads,), float32, of this rank."""
         return {
@@ -127,16 +136,29 @@ class AttentionMaxima:
         for i, largest in enumerate(self._maxima):
             if largest is not None:
                 table[i, : len(largest)] = largest
-        self._maxima = [None] * len(self.attentions)
+        self.forget()
         ranks: Tensor = gather(table[None])
         return ranks.amax(dim=0)
 
     def see(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, *, name: str, options: Any
     ) -> None:
-        """Take note of one call of attention, if it is of this model."""
+        """Take note of one call of attention, if it is of this model.
+
+        Raises:
+            ConfigurationError: The call is of DataParallel, has other heads than the module, or has
+                a mask or packing that cannot be read.
+        """
+        # What checkpointing recomputes has gradients, and is seen then.
+        if not (self._in_evaluation or (module.training and torch.is_grad_enabled())):
+            return
         place = self._places.get(module)
-        if place is None or not (module.training or self._in_evaluation):
+        if place is None:
+            if getattr(module, "_is_replica", False):
+                raise ConfigurationError(
+                    "qk_clip cannot see the copies that DataParallel makes of a model in each "
+                    "step: use one GPU, or DDP (torchrun), or leave qk_clip out."
+                )
             return
         heads = self.attentions[place].heads
         if query.shape[1] != heads.num_heads or key.shape[1] not in (
@@ -148,7 +170,15 @@ class AttentionMaxima:
                 f"{key.shape[1]} of keys where {heads.num_heads} and {heads.num_key_heads} were "
                 "expected; leave qk_clip out."
             )
-        counts = _counted(module, query, key, mask, name=name, options=options)
+        counts = _counted(
+            module,
+            query,
+            key,
+            mask,
+            name=name,
+            options=options,
+            is_cross=self.attentions[place].is_cross_attention,
+        )
         largest = _largest_logits(query.detach(), key.detach(), counts)
         scaling = options.get("scaling")
         largest = largest * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -157,17 +187,26 @@ class AttentionMaxima:
 
 
 class MeasureAttention(TrainerCallback):
-    """Measures while a Trainer trains."""
+    """Measures while a Trainer trains, each step for itself."""
 
     def __init__(self, maxima: AttentionMaxima) -> None:
         self._maxima = maxima
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start, with nothing of a run that broke off."""
+        self._maxima.forget()
         self._maxima.start()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget a step whose update a GradScaler skipped: nobody took its maxima."""
+        self._maxima.forget()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop, also where a run ends by an exception, of which callbacks are not told."""
         self._maxima.stop()
 
 
@@ -179,7 +218,14 @@ count, broadcast to (batch, heads, j − i, keys); None: all."""
 
 
 def _counted(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Any, *, name: str, options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    *,
+    name: str,
+    options: Any,
+    is_cross: bool = False,
 ) -> Counted:
     num_queries, num_keys = query.shape[2], key.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
@@ -193,7 +239,7 @@ def _counted(
             "eager as attn_implementation, or pad instead of packing."
         )
     if mask is not None and mask.ndim == 4:
-        return _as_masked(mask[..., :num_keys])
+        return _as_masked(mask[..., :num_keys], is_cross=is_cross)
     given = options.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if given is None else given
     is_causal = bool(is_causal) and num_queries > 1 and name != "eager"
@@ -201,6 +247,8 @@ def _counted(
     shift = num_keys - num_queries if _FLASH in name else 0
     window = options.get("sliding_window") if _FLASH in name else None
     padding = mask[:, None, :, None].bool() if mask is not None else None
+    is_same = num_queries == num_keys and not is_cross  # query i is of the position of key i
+    sequence = _packed(query, options) if _FLASH in name and mask is None and is_same else None
 
     def counts(i: int, j: int) -> tuple[int, Tensor | None]:
         seen = None
@@ -211,9 +259,12 @@ def _counted(
             seen = columns <= rows
             if window is not None:
                 seen &= columns > rows - window
+        if sequence is not None:
+            is_together = sequence[i:j, None] == sequence[:last]
+            seen = is_together if seen is None else seen & is_together
         if padding is not None:
             is_real = padding[:, :, :last].mT
-            if num_queries == num_keys:
+            if is_same:
                 is_real = is_real & padding[:, :, i:j]
             seen = is_real if seen is None else seen & is_real
         return last, seen
@@ -221,12 +272,31 @@ def _counted(
     return counts
 
 
-def _as_masked(mask: Tensor) -> Counted:
+def _packed(query: Tensor, options: Any) -> Tensor | None:
+    """Return the sequence of each position where flash attention divides a row by positions.
+
+    transformers does so for a batch of one, without a mask: a sequence begins wherever the position
+    is the lowest. A row that is one sequence comes out as one.
+    """
+    positions: Tensor | None = options.get("position_ids")
+    if positions is None or query.shape[0] != 1:
+        return None
+    if positions.numel() != query.shape[2]:
+        raise ConfigurationError(
+            f"qk_clip cannot tell sequences apart by position_ids of shape "
+            f"{tuple(positions.shape)} where a row has {query.shape[2]} positions: choose sdpa or "
+            "eager as attn_implementation."
+        )
+    flat = positions.flatten()
+    return (flat == flat.min()).cumsum(dim=0)
+
+
+def _as_masked(mask: Tensor, *, is_cross: bool) -> Counted:
     """Return what a mask lets count: (batch, 1 or heads, queries or 1, keys), bool or additive.
 
     Such a mask hides padded keys and leaves the queries at these positions in, whose outputs nobody
-    reads. Where there are as many queries as keys they are told by the diagonal: what is real sees
-    itself.
+    reads. Where queries and keys are of one sequence they are told by the diagonal: what is real
+    sees itself.
     """
     num_queries, num_keys = mask.shape[-2:]
 
@@ -237,7 +307,7 @@ def _as_masked(mask: Tensor) -> Counted:
         if num_queries == 1:
             return num_keys, read(mask)
         seen = read(mask[..., i:j, :])
-        if num_queries == num_keys:
+        if num_queries == num_keys and not is_cross:
             seen = seen & seen[..., i:j].diagonal(dim1=-2, dim2=-1)[..., None]
         return num_keys, seen
 
@@ -255,21 +325,32 @@ def _largest_logits(query: Tensor, key: Tensor, counts: Counted) -> Tensor:
     """
     batch, num_heads, num_queries, _ = query.shape
     groups, num_keys = key.shape[1], key.shape[2]
+    dtype = _dtype_of_logits(query)
+    query, key = query.to(dtype), key.to(dtype)
     limit = _MAX_ELEMENTS_CPU if query.is_cpu else _MAX_ELEMENTS
     step = max(1, limit // (batch * num_heads * num_keys))
     largest = torch.full((num_heads,), -torch.inf, device=query.device)
-    shared = torch.unflatten(
-        query, 1, (groups, -1)
-    )  # (batch, key heads, heads of a group, queries, d)
+    # (batch, key heads, heads of a group, queries, d)
+    shared = torch.unflatten(query, 1, (groups, -1))
     for i in range(0, num_queries, step):
         j = min(i + step, num_queries)
         num_seen, is_seen = counts(i, j)
         rows = shared[..., i:j, :].flatten(2, 3)
-        logits = (rows @ key[:, :, :num_seen].mT).view(batch, num_heads, j - i, num_seen)
+        with torch.autocast(query.device.type, enabled=False):
+            logits = rows @ key[:, :, :num_seen].mT
+        logits = logits.view(batch, num_heads, j - i, num_seen)
         if is_seen is not None:
             logits = logits.masked_fill(~is_seen, -torch.inf)
         largest = torch.maximum(largest, logits.amax(dim=(0, 2, 3)).float())
     return largest
+
+
+def _dtype_of_logits(query: Tensor) -> torch.dtype:
+    """Return the type in which attention multiplies, and float32 for float16."""
+    kind = query.device.type
+    is_cast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_cast else query.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 # ---- the seam ----

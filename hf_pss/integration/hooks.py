@@ -124,7 +124,7 @@ class StepHooks(Survival, ChosenOptimizer):
         """Log, with the listener's numbers in every training log."""
         if (listener := self._listener()) and "loss" in logs:
             listener.extend_logs(logs)
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]

@@ -50,6 +50,15 @@ class ChosenOptimizer:
 
     _step_loss: Tensor | None = None
     _num_steps: int | None = None
+    _qk_clip: QKClip | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave transformers' attention as it was, also after an exception."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for callback in _meters(self):
+                callback.stop()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the optimizer that was asked for, unless there is one."""
@@ -62,7 +71,7 @@ class ChosenOptimizer:
             trainer.optimizer = _build(model, trainer.args, decayed=decayed)
             if trainer.accelerator.distributed_type in _REPLICATED:
                 trainer.optimizer.share_work_(Replicas())
-            _clip_attention(trainer, model)
+            self._qk_clip = _clip_attention(trainer, model)
             _warn_of_mismatch(trainer, model, chosen)
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
@@ -86,6 +95,12 @@ class ChosenOptimizer:
                 mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")
                 unwrapped(trainer.optimizer).loss, self._step_loss = mean, None
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with what QK-clip did since the last training log; one device read then."""
+        if self._qk_clip is not None and "loss" in logs:
+            logs.update({f"pss/{k}": value for k, value in self._qk_clip.scalars().items()})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         kinds = _other_kinds(self, checkpoint)
@@ -165,19 +180,35 @@ def _build(
     )
 
 
-def _clip_attention(trainer: Any, model: nn.Module) -> None:
+def _meters(trainer: Any) -> list[MeasureAttention]:
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, MeasureAttention)]
+
+
+def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
     """Let QK-clip follow each step where it was asked for."""
+    for callback in _meters(trainer):  # of an earlier optimizer, whose model it would keep alive
+        callback.stop()
+        trainer.remove_callback(callback)
     threshold = trainer.args.optimizer_options().get(QK_CLIP)
     if not threshold:
-        return
+        return None
     if trainer.args.pss_optim == AMUSE:
         raise ConfigurationError(
             "amuse keeps an average of past weights beside the ones it trains, and qk_clip scales "
             "only what is trained: use another optimizer, or leave qk_clip out."
         )
     maxima = AttentionMaxima(model)
-    QKClip(maxima.attentions, maxima.take, threshold=threshold).attach(trainer.optimizer)
+    clip = QKClip(maxima.attentions, maxima.take, threshold=threshold)
+    clip.attach(trainer.optimizer)
     trainer.add_callback(MeasureAttention(maxima))
+    if trainer.is_world_process_zero():
+        logger.info(
+            "qk_clip keeps attention logits at %g in %d modules, %s and so on.",
+            threshold,
+            len(maxima.attentions),
+            maxima.attentions[0].name,
+        )
+    return clip
 
 
 def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:

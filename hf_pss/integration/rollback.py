@@ -283,7 +283,7 @@ class Survival(SafeCheckpoints):
         )
         listener = trainer._listener()
         if listener is not None:
-            listener._write([event])
+            listener.write_records([event])
         if kind is EventKind.FAILURE and trainer.is_world_process_zero():
             logger.warning("PSS, step %d, %s: %s.", failure.step, decision.value, reason)
 
@@ -304,7 +304,7 @@ class Survival(SafeCheckpoints):
     def _config(self) -> PSSConfig:
         trainer: Any = self
         listener = trainer._listener()
-        config = listener._config_for(trainer.args) if listener is not None else None
+        config = listener.config_for(trainer.args) if listener is not None else None
         return config if isinstance(config, PSSConfig) else PSSConfig()  # others are refused later
 
     def _accepts_fresh_state(self) -> bool:

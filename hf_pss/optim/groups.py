@@ -146,6 +146,12 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
             f"You gave algo={algo!r}; choose one of {', '.join((*RULES, AMUSE))}."
         )
     known = known_options(algo)
+    if "qk_clip" in options:
+        raise ConfigurationError(
+            "qk_clip is no option of an optimizer, since it has to see attention: put it into "
+            "pss_optim_args of PSSTrainingArguments, or attach hf_pss.optim.qk_clip.QKClip to the "
+            "optimizer."
+        )
     if unknown := options.keys() - known.keys():
         raise ConfigurationError(
             f"{algo} has no option {', '.join(sorted(unknown))}; it takes "

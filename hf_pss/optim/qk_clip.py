@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_pss.distributed import Backend, backend_for
+from hf_pss.distributed import Backend, Part, backend_for
 from hf_pss.errors import ConfigurationError
 from hf_pss.selection.heads import AttentionHeads, HeadRows
 
@@ -46,11 +46,15 @@ def clip_factors(maxima: Tensor, *, threshold: float, num_key_heads: int) -> tup
         >>> clip_factors(torch.tensor([400.0, 50.0]), threshold=100.0, num_key_heads=1)
         (tensor([0.2500, 1.0000]), tensor([1.]))
     """
-    is_above = (maxima > threshold) & maxima.isfinite()
-    gamma = torch.where(is_above, threshold / maxima, torch.ones_like(maxima))
+    is_clipped = _is_clipped(maxima, threshold)
+    gamma = torch.where(is_clipped, threshold / maxima, torch.ones_like(maxima))
     groups = gamma.view(num_key_heads, -1)
     keys = groups.amax(dim=-1).sqrt()
     return (groups / keys[:, None]).flatten(), keys
+
+
+def _is_clipped(maxima: Tensor, threshold: float) -> Tensor:
+    return (maxima > threshold) & maxima.isfinite()
 
 
 class QKClip:
@@ -61,7 +65,13 @@ class QKClip:
     parameter had a gradient clips nothing.
 
     Cost: one multiplication of the query and key weights a step, by 1 where nothing is clipped, so
-    that the device is never read.
+    that the device is never read but by `scalars`. With a training loop of your own::
+
+        from hf_pss.integration.attention_maxima import AttentionMaxima
+
+        maxima = AttentionMaxima(model)
+        QKClip(maxima.attentions, maxima.take, threshold=100.0).attach(optimizer)
+        maxima.start()
 
     Args:
         attentions: Of `find_heads`.
@@ -91,6 +101,9 @@ class QKClip:
         self._attentions = tuple(attentions)
         self._take = take
         self._threshold = threshold
+        # Since `scalars` was read: (attentions, heads), on the device.
+        self._largest: Tensor | None = None
+        self._is_clipped: Tensor | None = None
 
     def attach(self, optimizer: Optimizer) -> None:
         """Clip after each step of this optimizer, of whatever kind."""
@@ -103,6 +116,29 @@ class QKClip:
 
         optimizer.register_step_post_hook(after_step)
 
+    def scalars(self) -> dict[str, float]:
+        """Return what was clipped since this was last asked, and forget it; {} after no step.
+
+        One device-to-host read; every rank has the same numbers.
+
+        Returns:
+            ``max_attention_logit``: the largest before clipping, NaN where one was seen;
+            ``clipped_heads``: how many heads were scaled once or more often.
+        """
+        if self._largest is None or self._is_clipped is None:
+            return {}
+        pair = torch.stack((self._largest.amax(), self._is_clipped.sum().to(self._largest)))
+        self._largest = self._is_clipped = None
+        return dict(zip(("max_attention_logit", "clipped_heads"), pair.tolist(), strict=True))
+
+    def _remember(self, maxima: Tensor) -> None:
+        is_clipped = _is_clipped(maxima, self._threshold)
+        if self._largest is None or self._is_clipped is None:
+            self._largest, self._is_clipped = maxima, is_clipped
+        else:
+            self._largest = torch.maximum(self._largest, maxima)
+            self._is_clipped = self._is_clipped | is_clipped
+
     @torch.no_grad()
     def clip_(self, maxima: Tensor) -> None:
         """Scale the projections of each head whose largest logit is above the threshold.
@@ -110,6 +146,7 @@ class QKClip:
         Args:
             maxima: As ``take`` returns them.
         """
+        self._remember(maxima)
         linears = [p.linear for a in self._attentions for p in (a.query, a.key)]
         backend = backend_for({str(i): _weight(linear) for i, linear in enumerate(linears)})
         for attention, largest in zip(self._attentions, maxima, strict=True):
@@ -131,19 +168,22 @@ def _scale_rows_(projection: HeadRows, factors: Tensor, backend: Backend) -> Non
     stored[projection.stored_rows(factors.device)] = factors
     with backend.part(weight) as part:
         if projection.view.transposed:
-            part.tensor.mul_(stored)
+            part.tensor.mul_(stored.to(part.tensor.device))
         else:
-            part.tensor.mul_(stored[part.start : part.start + len(part.tensor), None])
+            part.tensor.mul_(_own_rows(stored, part)[:, None])
     bias = projection.linear.bias
     if isinstance(bias, Tensor):
         with backend.part(bias) as part:
-            part.tensor.mul_(stored[part.start : part.start + len(part.tensor)])
+            part.tensor.mul_(_own_rows(stored, part))
+
+
+def _own_rows(stored: Tensor, part: Part) -> Tensor:
+    """Return the factors of a part's rows, on its device: layers may lie on several."""
+    return stored[part.start : part.start + len(part.tensor)].to(part.tensor.device)
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    weight = linear.weight
-    assert isinstance(weight, Tensor)  # `find_heads` takes linear layers
-    return weight
+    return linear.get_parameter("weight")
 
 
 def _check_trained(name: str, linear: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pss.selection.layouts import looks_fused
+from hf_pss.selection.layouts import class_names, looks_fused
 from hf_pss.selection.rules import matrices_of, role_of
 from hf_pss.selection.survey import Site, is_linear, survey
 from hf_pss.selection.views import MatrixView
@@ -34,8 +34,12 @@ _PROJECTIONS: Mapping[str, str] = {
 }
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _LATENT_HEAD_DIM = "qk_head_dim"
+_VALUE_HEAD_DIM = "v_head_dim"
 _NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+# Parameters beside the projections that leave queries and keys alone: what is added to logits.
+_HARMLESS = frozenset({"sinks", "relative_position_bias_table"})
+_CROSS = re.compile(r"cross_?att|encoder_att|encdecatt", re.IGNORECASE)
 _NORM = re.compile(r"^(?:q|k|qk|query|key)_?(?:layer)?_?norms?$|^[qk]_b_norm$")
 
 
@@ -74,6 +78,8 @@ class AttentionHeads:
     heads: Heads
     query: HeadRows
     key: HeadRows
+    is_cross_attention: bool = False
+    """Whether keys are of another sequence than queries, as attribute, class and names tell."""
 
 
 def heads_of(owner: nn.Module) -> Heads | None:
@@ -82,13 +88,9 @@ def heads_of(owner: nn.Module) -> Heads | None:
     Args:
         owner: The module whose forward uses the projections.
     """
-    config = getattr(owner, "config", None)
-    num_heads = _first(owner, _NUM_HEADS) or _first(config, ("num_attention_heads",))
-    num_key_heads = _first(owner, _NUM_KEY_HEADS) or _first(config, _NUM_KEY_HEADS[:1])
-    head_dim = _first(owner, _HEAD_DIM) or _first(config, _HEAD_DIM[:1])
-    if num_heads is None or head_dim is None:
+    num_heads, num_key_heads, head_dim = _numbers_of(owner)
+    if num_heads is None or num_key_heads is None or head_dim is None:
         return None
-    num_key_heads = num_heads if num_key_heads is None else num_key_heads
     return Heads(num_heads, num_key_heads, head_dim) if num_heads % num_key_heads == 0 else None
 
 
@@ -113,7 +115,9 @@ def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
     """Tell by its names whether a parameter is likely to hold what is divided among heads."""
     if role_of(site) != "attention":
         return False
-    return looks_fused(site.leaf) or any(_label(site, v) in ("q", "k", "v") for v in views)
+    labels = {_label(site, view) for view in views}
+    is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
+    return is_unknown or not labels.isdisjoint(("q", "k", "v", "k_nope"))
 
 
 def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
@@ -143,10 +147,20 @@ def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
         reason = _why_unknown(owner, rows)
         heads = heads_of(owner)
         if reason is None and heads is not None:
-            found.append(AttentionHeads(name, owner, heads, rows["q"], rows["k"]))
+            is_cross = _is_cross_attention(name, owner)
+            found.append(AttentionHeads(name, owner, heads, rows["q"], rows["k"], is_cross))
         else:
             reasons[name] = reason or "its heads are not known"
     return found, reasons
+
+
+def _numbers_of(owner: nn.Module) -> tuple[int | None, int | None, int | None]:
+    """Return the number of heads, that of key heads, and the width of a head, as far as known."""
+    config = getattr(owner, "config", None)
+    num_heads = _first(owner, _NUM_HEADS) or _first(config, ("num_attention_heads",))
+    num_key_heads = _first(owner, _NUM_KEY_HEADS) or _first(config, _NUM_KEY_HEADS[:1])
+    head_dim = _first(owner, _HEAD_DIM) or _first(config, _HEAD_DIM[:1])
+    return num_heads, num_heads if num_key_heads is None else num_key_heads, head_dim
 
 
 def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
@@ -154,11 +168,15 @@ def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
     norms = [name for name, child in owner.named_children() if _NORM.match(name)]
     if norms:
         return f"{norms[0]} normalises what a projection gives, so its scale changes no logit"
-    if getattr(getattr(owner, "config", None), "clip_qkv", None) is not None:
+    holders = (owner, getattr(owner, "config", None))  # DBRX has it on the module alone
+    if any(getattr(holder, "clip_qkv", None) is not None for holder in holders):
         return "clip_qkv cuts off what a projection gives, so logits do not scale with weights"
     heads = heads_of(owner)
     if heads is None or not {"q", "k"} <= rows.keys():
         return "its projections or heads are not known"
+    own = (name for name, _ in owner.named_parameters(recurse=False) if name not in _HARMLESS)
+    if (name := next(own, None)) is not None:
+        return f"it holds {name}, which may change queries or keys after their projection"
     wanted = {"q": heads.num_heads * heads.head_dim, "k": heads.num_key_heads * heads.head_dim}
     for label, num_rows in wanted.items():
         if rows[label].view.shape[-2] != num_rows:
@@ -166,9 +184,17 @@ def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
     return None
 
 
+def _is_cross_attention(name: str, owner: nn.Module) -> bool:
+    told = getattr(owner, "is_cross_attention", None)
+    if isinstance(told, bool):
+        return told
+    return any(_CROSS.search(word) for word in (name, *class_names(owner)))
+
+
 def _is_of_queries(site: Site) -> bool:
     views = matrices_of(site, None)
-    return any(_label(site, view) == "q" for view in views) or "layout unknown" in views[0].reason
+    is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
+    return is_unknown or any(_label(site, view) == "q" for view in views)
 
 
 def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
@@ -178,17 +204,23 @@ def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
         return view.rows.size if view.rows is not None else None  # one run a head
     if label not in ("q", "k", "v", "gate"):
         return None
-    width = _first(site.owner, (_LATENT_HEAD_DIM,)) if label == "q" else None
-    heads = heads_of(site.owner)
-    width = width or (heads.head_dim if heads is not None else None)
-    if width is None or num_rows % width:
+    # Latent attention has as many keys as heads, whatever its configuration says.
+    num_heads, num_key_heads, head_dim = _numbers_of(site.owner)
+    special = {"q": (_LATENT_HEAD_DIM,), "v": (_VALUE_HEAD_DIM,)}.get(label, ())
+    width = _first(site.owner, special) or head_dim
+    count = num_key_heads if label in ("k", "v") else num_heads
+    if width is None or count is None:
         return None
     run = num_rows if view.rows is None else view.rows.size
-    return width if run % width == 0 else None
+    return width if num_rows == count * width and run % width == 0 else None
+
+
+def _is_part(view: MatrixView) -> bool:
+    return view.name.endswith("]")
 
 
 def _label(site: Site, view: MatrixView) -> str:
-    if view.name.endswith("]"):
+    if _is_part(view):
         return view.name[len(site.name) + 1 : -1]
     return _PROJECTIONS.get(site.leaf, site.leaf)
 

@@ -6,17 +6,23 @@ formulas, whole, with biases, rotation and masks, in float64.
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import make_trainer, weights_of
+from helpers import arguments, make_trainer, weights_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -29,11 +35,12 @@ from transformers import (
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainerCallback,
 )
 
 from hf_pss import ConfigurationError, PSSTrainer, PSSTrainingArguments
 from hf_pss.integration import attention_maxima
-from hf_pss.integration.attention_maxima import AttentionMaxima
+from hf_pss.integration.attention_maxima import AttentionMaxima, MeasureAttention
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.qk_clip import QKClip
 
@@ -41,6 +48,8 @@ from hf_pss.optim.qk_clip import QKClip
 MAXIMUM_TOLERANCE = 6e-7  # 2.3e-7
 CLIPPED_TOLERANCE = 7e-7  # 2.4e-7
 BFLOAT16_TOLERANCE = 7e-3  # 2.7e-3
+# Absolute, of weights of the order 1.
+ACCUMULATED_DRIFT = 5e-7  # 0.0; a rounding where a product sums in another order
 
 LENGTH, VOCABULARY = 16, 32
 Reference = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor]]
@@ -109,7 +118,7 @@ def gpt2_heads(module: Any, x: Tensor, given: Any) -> tuple[Tensor, Tensor]:
 
 def llama_heads(module: Any, x: Tensor, given: Any) -> tuple[Tensor, Tensor]:
     q, k = (
-        x @ linear.weight.double().T + linear.bias.double()
+        x @ linear.weight.double().T + (0.0 if linear.bias is None else linear.bias.double())
         for linear in (module.q_proj, module.k_proj)
     )
     q, k = (_rotated(_divided(t, n), given, 8) for t, n in ((q, 4), (k, 2)))
@@ -153,7 +162,14 @@ def batch(*, padding: str | None = None) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-def exact_maxima(model: Any, name: str, rows: dict[str, Tensor], *, every: bool = False) -> Tensor:
+def exact_maxima(
+    model: Any,
+    name: str,
+    rows: dict[str, Tensor],
+    *,
+    every: bool = False,
+    window: int | None = None,
+) -> Tensor:
     """Return S_h, (heads,), float64; every: of all positions, masked ones too."""
     _, path, reference = MODELS[name]
     module = model.get_submodule(path)
@@ -171,6 +187,8 @@ def exact_maxima(model: Any, name: str, rows: dict[str, Tensor], *, every: bool 
     real = rows["attention_mask"].bool()
     counts = real[:, None, :, None] & real[:, None, None, :]
     counts = counts & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if window is not None:
+        counts = counts & torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1 - window)
     return (logits if every else logits.masked_fill(~counts, -torch.inf)).amax(dim=(0, 2, 3))
 
 
@@ -273,8 +291,6 @@ def test_evaluation_is_measured_on_demand() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    from transformers import AttentionInterface
-
     before = AttentionInterface.get_interface
     one, other = AttentionMaxima(gpt2()), AttentionMaxima(llama())
     one.start()
@@ -314,14 +330,119 @@ def test_both_sides_of_an_encoder_are_seen() -> None:
 
 
 def test_sliding_windows_are_masked() -> None:
-    """Far keys do not count: a window of all positions gives larger logits."""
-    found = []
-    for window in (2, None):
-        model = MistralForCausalLM(MistralConfig(**_GROUPED, sliding_window=window))
-        _loud(model)
-        found.append(measured(model, batch())[0].take())
-    assert (found[0] <= found[1]).all()
-    assert not torch.equal(*found)
+    """Far keys do not count."""
+    wanted, rows = [], batch(padding="right")
+    for window in (2, 5, None):
+        model = _loud(MistralForCausalLM(MistralConfig(**_GROUPED, sliding_window=window)))
+        wanted.append(exact_maxima(model, "llama", rows, window=window))
+        assert far(measured(model, rows)[0].take()[0], wanted[-1]) <= MAXIMUM_TOLERANCE
+    assert far(wanted[0], wanted[1]) > MAXIMUM_TOLERANCE
+    assert far(wanted[1], wanted[2]) > MAXIMUM_TOLERANCE
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("target_length", [1, 8, 9])
+def test_cross_attention_counts_every_query(implementation: str, target_length: int) -> None:
+    """Position i of the source says nothing of position i of the target, equally long or not."""
+    config = BartConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+        attn_implementation=implementation,
+        dropout=0.0,
+    )
+    model = _loud(BartModel(config))
+    module = model.decoder.layers[0].encoder_attn
+    seen: dict[str, Tensor] = {}
+    for label in ("q", "k"):
+        linear = getattr(module, f"{label}_proj")
+        linear.register_forward_hook(lambda _, args, out, label=label: seen.update({label: out}))
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randint(3, VOCABULARY, (2, 8), generator=generator)
+    target = torch.randint(3, VOCABULARY, (2, target_length), generator=generator)
+    mask = torch.ones_like(source)
+    mask[0, 3:] = mask[1, 5:] = 0
+    maxima = AttentionMaxima(model)
+    maxima.start()
+    model(input_ids=source, attention_mask=mask, decoder_input_ids=target)
+    maxima.stop()
+    q, k = (_divided(seen[label].double(), 2) for label in ("q", "k"))
+    logits = (q @ k.mT / math.sqrt(8)).masked_fill(~mask.bool()[:, None, None, :], -torch.inf)
+    found = maxima.read()["decoder.layers.0.encoder_attn"]
+    assert far(found, logits.amax(dim=(0, 2, 3))) <= MAXIMUM_TOLERANCE
+
+
+def test_cross_attention_under_flash() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 4, LENGTH, 8, generator=generator) for _ in range(2))
+    padding = batch(padding="right")["attention_mask"][:2]
+    module = BartModel(BartConfig(encoder_layers=1, decoder_layers=1, d_model=16, vocab_size=32))
+    counts = attention_maxima._counted(
+        module.decoder.layers[0].encoder_attn,
+        query,
+        key,
+        padding,
+        name="flash_attention_2",
+        options={},
+        is_cross=True,
+    )
+    logits = query.double() @ key.double().mT
+    logits = logits.masked_fill(~padding.bool()[:, None, None, :], -torch.inf)
+    found = attention_maxima._largest_logits(query, key, counts)
+    assert far(found, logits.amax(dim=(0, 2, 3))) <= MAXIMUM_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_large_logits_do_not_overflow(dtype: torch.dtype, is_cast: bool) -> None:
+    """q·k of 102,400 before scaling is more than float16 has, also under autocast."""
+    model = gpt2()
+    maxima = AttentionMaxima(model)
+    module = model.transformer.h[0].attn
+    q = torch.full((1, 4, 2, 64), 40.0, dtype=torch.float32 if is_cast else dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=is_cast and dtype != torch.float32):
+        maxima.see(module, q, q, None, name="sdpa", options={})
+    found = maxima.read()["transformer.h.0.attn"]
+    assert far(found, torch.full((4,), 40 * 40 * 64 / 8)) <= BFLOAT16_TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[16], [5, 11], [1, 1, 7, 7]])
+def test_flash_attention_divides_a_row_by_positions(lengths: list[int], window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 4, LENGTH, 8, generator=generator) for _ in range(2))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    counts = attention_maxima._counted(
+        gpt2().transformer.h[0].attn,
+        query,
+        key,
+        None,
+        name="flash_attention_2",
+        options={"position_ids": positions, "sliding_window": window},
+    )
+    row = torch.arange(LENGTH)
+    part = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    behind = row[:, None] - row
+    seen = (behind >= 0) & (behind < (window or LENGTH)) & (part[:, None] == part)
+    logits = (query.double() @ key.double().mT).masked_fill(~seen, -torch.inf)
+    found = attention_maxima._largest_logits(query, key, counts)
+    assert far(found, logits.amax(dim=(0, 2, 3))) <= MAXIMUM_TOLERANCE
+
+
+def test_a_forward_without_gradients_is_no_training_step() -> None:
+    model = gpt2()
+    maxima = AttentionMaxima(model)
+    maxima.start()
+    with torch.no_grad():
+        model.generate(torch.zeros(1, 4, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+    maxima.stop()
+    assert maxima.read() == {}
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -363,6 +484,23 @@ def test_masks_that_cannot_be_read_are_refused(mask: Any, options: Any, words: s
     module = gpt2().transformer.h[0].attn
     with pytest.raises(ConfigurationError, match=words):
         attention_maxima._counted(module, q, q, mask, name="flex_attention", options=options)
+
+
+def test_positions_of_another_shape_are_refused() -> None:
+    q = torch.zeros(1, 4, 3, 4)
+    module = gpt2().transformer.h[0].attn
+    options = {"position_ids": torch.zeros(3, 1, 3)}
+    with pytest.raises(ConfigurationError, match="by position_ids of shape"):
+        attention_maxima._counted(module, q, q, None, name="flash_attention_2", options=options)
+
+
+def test_copies_of_data_parallel_are_refused() -> None:
+    model = gpt2()
+    maxima = AttentionMaxima(model)
+    replica = model.transformer.h[0].attn._replicate_for_data_parallel()
+    q = torch.zeros(1, 4, 3, 4)
+    with pytest.raises(ConfigurationError, match="copies that DataParallel makes"):
+        maxima.see(replica, q, q, None, name="sdpa", options={})
 
 
 def test_normalised_queries_are_refused() -> None:
@@ -492,6 +630,34 @@ def test_a_step_clips_and_one_that_is_held_back_does_not() -> None:
     assert float(after.max()) <= threshold * (1 + CLIPPED_TOLERANCE)
 
 
+def test_a_step_that_a_scaler_skips_is_forgotten() -> None:
+    model, rows = gpt2(), batch()
+    maxima = AttentionMaxima(model)
+    callback = MeasureAttention(maxima)
+    optimizer = build_optimizer(model, lr=0.0)
+    QKClip(maxima.attentions, maxima.take, threshold=1e-3).attach(optimizer)
+    before = weights_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    callback.on_train_begin()
+    callback.on_step_begin()
+    scaler.scale(model(**rows, labels=rows["input_ids"]).loss).backward()
+    model.transformer.wte.weight.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert maxima.read()  # nobody took them
+    callback.on_step_begin()
+    assert maxima.read() == {}
+    callback.on_train_end()
+    assert all(torch.equal(before[n], value) for n, value in weights_of(model).items())
+
+
+def test_weights_may_lie_elsewhere_than_maxima() -> None:
+    """As where layers lie on several devices, or are offloaded."""
+    model = llama().to("meta")
+    maxima = AttentionMaxima(model)
+    QKClip(maxima.attentions, maxima.take, threshold=1.0).clip_(torch.full((1, 4), 2.0))
+
+
 def test_frozen_projections_are_refused() -> None:
     model = llama()
     model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
@@ -511,32 +677,115 @@ def test_adapted_models_are_refused(targets: list[str]) -> None:
 # ---- in a Trainer ----
 
 
-def run(folder: Path, words: str, **options: Any) -> Any:
-    trainer = make_trainer(
+def examples() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (24, LENGTH), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trainer_of(folder: Path, words: str, **options: Any) -> Any:
+    chosen = {"pss_optim": "normuon", "pss_optim_args": f"dtype=float32,{words}"}
+    defaults = {"model": gpt2(), "save_strategy": "no", "max_steps": 6}
+    return make_trainer(
         folder,
         trainer_class=PSSTrainer,
         cls=PSSTrainingArguments,
-        pss_optim="muon",
-        pss_optim_args=words,
-        **options,
+        rows=examples(),
+        **{**defaults, **chosen, **options},
     )
+
+
+def run(folder: Path, words: str, **options: Any) -> Any:
+    trainer = trainer_of(folder, words, **options)
     trainer.train()
     return trainer
 
 
-def test_a_trainer_clips(tmp_path: Path) -> None:
-    from transformers import AttentionInterface
+def largest_difference(one: Any, other: Any) -> float:
+    pairs = zip(weights_of(one.model).values(), weights_of(other.model).values(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
 
+
+def test_without_heads_above_the_threshold_training_keeps_its_bits(tmp_path: Path) -> None:
     own = AttentionInterface.get_interface
-    plain = run(tmp_path / "plain", "dtype=float32")
-    high = run(tmp_path / "high", "dtype=float32,qk_clip=1e6")
-    low = run(tmp_path / "low", "dtype=float32,qk_clip=1e-4")
-    off = run(tmp_path / "off", "dtype=float32,qk_clip=0")
-    wanted = weights_of(plain.model)
-    for trainer in (high, off):
-        assert all(torch.equal(wanted[n], value) for n, value in weights_of(trainer.model).items())
-    assert any(not torch.equal(wanted[n], value) for n, value in weights_of(low.model).items())
+    plain, high, off = (
+        run(tmp_path / str(i), words) for i, words in enumerate(("", "qk_clip=1e6", "qk_clip=0"))
+    )
+    assert largest_difference(plain, high) == largest_difference(plain, off) == 0.0
     assert AttentionInterface.get_interface is own
+    assert "pss/clipped_heads" not in off.state.log_history[0]
+    assert high.state.log_history[0]["pss/clipped_heads"] == 0.0
+
+
+def test_a_trainer_clips_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One step that moves nothing by itself: heads end at the threshold."""
+    data = examples()
+    rows = {"input_ids": torch.stack([row["input_ids"] for row in data])}
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    before = exact_maxima(gpt2(), "gpt2", rows)
+    threshold = float(before.sort().values[1:3].mean())  # two heads above, two below
+    options = {"max_steps": 1, "per_device_train_batch_size": len(data), "learning_rate": 0.0}
+    with caplog.at_level(logging.INFO, "hf_pss.integration.optimizers"):
+        trainer = run(tmp_path, f"qk_clip={threshold}", **options)
+    after = exact_maxima(trainer.model, "gpt2", rows)
+    assert far(after, before.clamp(max=threshold)) <= CLIPPED_TOLERANCE
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    assert far(torch.tensor(line["pss/max_attention_logit"]), before.max()) <= MAXIMUM_TOLERANCE
+    assert line["pss/clipped_heads"] == 2.0
+    (said,) = [r.getMessage() for r in caplog.records if "qk_clip keeps" in r.getMessage()]
+    assert "in 1 modules, transformer.h.0.attn" in said
+
+
+# The new name came after the oldest release that we support.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_checkpointing_changes_nothing(is_reentrant: bool, tmp_path: Path) -> None:
+    """What is recomputed is the same; what ran without gradients is not looked at."""
+    plain = run(tmp_path / "plain", "qk_clip=1")
+    model = gpt2()
+    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    again = run(tmp_path / "again", "qk_clip=1", model=model)
+    assert model.is_gradient_checkpointing
+    assert largest_difference(plain, again) == 0.0
+    assert [line.get("pss/clipped_heads") for line in plain.state.log_history] == [
+        line.get("pss/clipped_heads") for line in again.state.log_history
+    ]
+    assert plain.state.log_history[0]["pss/clipped_heads"] > 0
+
+
+def test_accumulation_is_one_step(tmp_path: Path) -> None:
+    still = {"learning_rate": 0.0, "max_steps": 3}  # nothing but the clip moves a weight
+    whole = run(tmp_path / "whole", "qk_clip=1", **still)
+    micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    divided = run(tmp_path / "divided", "qk_clip=1", **still, **micro)
+    assert largest_difference(whole, divided) <= ACCUMULATED_DRIFT
+    assert largest_difference(whole, run(tmp_path / "off", "", **still)) > ACCUMULATED_DRIFT
+
+
+class Breaks(TrainerCallback):
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("broken")
+
+
+def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path: Path) -> None:
+    own = AttentionInterface.get_interface
+    trainer = trainer_of(tmp_path, "qk_clip=1", gradient_accumulation_steps=4)
+    trainer.add_callback(Breaks())
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert AttentionInterface.get_interface is own
+
+
+def test_a_new_model_lets_the_earlier_one_go(tmp_path: Path) -> None:
+    args = arguments(tmp_path, pss_optim="muon", pss_optim_args="qk_clip=1", save_strategy="no")
+    trainer: Any = PSSTrainer(model_init=lambda: gpt2(), args=args, train_dataset=examples())
+    trainer.train()
+    first = weakref.ref(trainer.model.transformer.h[0].attn)
+    trainer.train()
+    gc.collect()
+    meters = [c for c in trainer.callback_handler.callbacks if isinstance(c, MeasureAttention)]
+    assert len(meters) == 1
+    assert first() is None
 
 
 def test_amuse_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def train(folder: Path, tracker: str) -> tuple[Trainer, Reporting]:
         use_cpu=True,
         disable_tqdm=True,
         project="pss",
+        trackio_space_id=None,  # 5.3 would send it to a Space of the hub
     )
     callback = Reporting()
     trainer = Trainer(gpt2(), args, train_dataset=token_rows(), callbacks=[callback])

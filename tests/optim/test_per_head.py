@@ -24,6 +24,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiMoV2FlashConfig,
+    MiMoV2FlashForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -94,6 +96,20 @@ def deepseek() -> Any:
     )
 
 
+def mimo() -> Any:
+    """Values are wider than queries and keys."""
+    return MiMoV2FlashForCausalLM(
+        MiMoV2FlashConfig(
+            **_SMALL,
+            num_key_value_heads=2,
+            head_dim=4,
+            v_head_dim=8,
+            pad_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
 # Model, end of the parameter's name, rows of every head in stored order (transposed back).
 CASES: list[tuple[Callable[[], Any], str, list[int]]] = [
     (gpt2, "c_attn.weight", [4] * 12),
@@ -104,6 +120,8 @@ CASES: list[tuple[Callable[[], Any], str, list[int]]] = [
     (phi3, "qkv_proj.weight", [4] * 8),
     (falcon, "query_key_value.weight", [4] * 8),
     (bloom, "query_key_value.weight", [4] * 12),
+    (mimo, "k_proj.weight", [4] * 2),
+    (mimo, "v_proj.weight", [8] * 2),
     (deepseek, "q_b_proj.weight", [10] * 4),
     (deepseek, "kv_b_proj.weight", [6, 5] * 4),
 ]
@@ -139,6 +157,26 @@ def test_each_head_moves_as_a_matrix(make: Callable[[], Any], end: str, sizes: l
     heads = zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
     for head in heads:
         assert largest([head[-1]], [as_plain_matrices(head)]) <= BATCH_TOLERANCE
+
+
+@pytest.mark.parametrize("make", dict.fromkeys(make for make, *_ in CASES))
+def test_models_whose_heads_are_known_are_not_warned_of(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is compressed, in latent attention, has no heads to know."""
+    with caplog.at_level(logging.WARNING, LOGGER):
+        build_optimizer(make(), per_head=True)
+    assert caplog.text == ""
+
+
+def test_rows_are_those_of_all_heads(caplog: pytest.LogCaptureFixture) -> None:
+    """A width that divides the rows is not enough."""
+    model = llama()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(model.model.layers[0].self_attn, name).weight.data = torch.zeros(32, 16)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        build_optimizer(model, per_head=True)
+    assert "per_head has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(("make", "end"), WHOLE)

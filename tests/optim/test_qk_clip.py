@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import llama
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.optim import build_optimizer
 from hf_pss.optim.qk_clip import QKClip, clip_factors
+from hf_pss.selection.heads import find_heads
 
 THRESHOLD = 100.0
 FACTOR_TOLERANCE = 3e-7  # 1.6e-7: relative, float32
@@ -61,3 +64,24 @@ def test_thresholds_are_positive(threshold: float) -> None:
 def test_nothing_to_clip_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no attention"):
         QKClip([], maxima)
+
+
+def test_the_log_is_of_all_steps_since_the_last() -> None:
+    largest = torch.full((2, 2), -math.inf)  # (attentions, heads)
+    clip = QKClip(find_heads(llama())[0], lambda: largest, threshold=THRESHOLD)
+    assert clip.scalars() == {}
+    clip.clip_(torch.tensor([[50.0, 400.0], [-math.inf, 20.0]]))
+    clip.clip_(torch.tensor([[200.0, 150.0], [30.0, 20.0]]))
+    assert clip.scalars() == {"max_attention_logit": 400.0, "clipped_heads": 2.0}
+    clip.clip_(torch.tensor([[50.0, math.inf], [30.0, 20.0]]))
+    assert clip.scalars() == {"max_attention_logit": math.inf, "clipped_heads": 0.0}
+    clip.clip_(torch.tensor([[50.0, math.nan], [300.0, 20.0]]))
+    found = clip.scalars()
+    assert math.isnan(found["max_attention_logit"])
+    assert found["clipped_heads"] == 1.0
+    assert clip.scalars() == {}
+
+
+def test_an_optimizer_says_who_clips() -> None:
+    with pytest.raises(ConfigurationError, match=r"attach hf_pss\.optim\.qk_clip\.QKClip"):
+        build_optimizer(llama(), qk_clip=100.0)

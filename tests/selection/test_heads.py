@@ -69,6 +69,48 @@ def test_what_changes_projections_later_is_told() -> None:
     }
     (reason,) = find_heads(Qwen3ForCausalLM(Qwen3Config(**small, head_dim=8)))[1].values()
     assert reason.startswith("q_norm normalises")
+    held = llama()
+    held.model.layers[1].self_attn.bias_u = nn.Parameter(torch.zeros(2, 8))
+    (reason,) = find_heads(held)[1].values()
+    assert reason.startswith("it holds bias_u")
+    held.model.layers[1].self_attn.bias_u = None
+    held.model.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(2))
+    assert find_heads(held)[1] == {}
+    held.model.layers[1].self_attn.clip_qkv = 8.0  # as DBRX, beside its configuration
+    (reason,) = find_heads(held)[1].values()
+    assert reason.startswith("clip_qkv")
     olmo = OlmoConfig(**small, clip_qkv=3.0, pad_token_id=0)
     (reason,) = find_heads(OlmoForCausalLM(olmo))[1].values()
     assert reason.startswith("clip_qkv")
+
+
+def test_cross_attention_is_told_apart() -> None:
+    from transformers import (
+        BartConfig,
+        BartModel,
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2Model,
+        T5Config,
+        T5Model,
+    )
+
+    base = {"d_model": 16, "vocab_size": 8, "num_heads": 2}
+    bart = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "vocab_size": 8}
+    bert = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 8}
+    decoder = {"is_decoder": True, "add_cross_attention": True}
+    gpt = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 8, "add_cross_attention": True}
+    models = [
+        BartModel(BartConfig(**bart)),
+        BertModel(BertConfig(**bert, **decoder)),
+        GPT2Model(GPT2Config(**gpt)),
+        T5Model(T5Config(**base, d_kv=8, d_ff=8, num_layers=1)),
+    ]
+    for model in models:
+        found, reasons = find_heads(model)
+        assert reasons == {}
+        names = {attention.name for attention in found if attention.is_cross_attention}
+        assert len(names) == 1
+        words = ("encoder_attn", "crossattention", "EncDecAttention")
+        assert any(word in name for name in names for word in words)
