@@ -1,7 +1,8 @@
 # Every target sets up .venv by itself and is quick when it is there.
 #   make demo       train the twins on the built-in corpus and write runs/demo/report.html
 #   make test       the tests that a change must pass, within 12 minutes on 2 cores
-#   make test-all   those and the slow ones (whole trajectories, large matrices)
+#   make test-all   those and the slow ones (whole trajectories, large matrices), and test-versions
+#   make test-versions  the integration tests with other releases of transformers, from the package registry
 #   make evidence     compare the guards in paired runs: the small table, in a few minutes
 #   make evidence-gpu the same for GPT-2 124M on one GPU, in calls of 10 minutes that go on
 #   make lint types bench bench-gpu
@@ -15,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-gpu test test-all lint types bench bench-gpu clean
+.PHONY: help demo evidence evidence-gpu test test-all test-versions lint types bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +48,13 @@ test: $(READY)
 
 test-all: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not bench' $(PYTEST_ARGS)
+	$(MAKE) test-versions
+
+# The oldest that is supported, one in between, and the newest. Wheels of other torch releases are those for CUDA,
+# gigabytes each: with an index of CPU builds, add --torch 2.9.1 before --pytest.
+VERSIONS ?= 5.3.0 5.17.0 newest
+test-versions: $(READY)
+	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/versions/matrix.py $(VERSIONS) --pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

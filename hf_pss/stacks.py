@@ -10,12 +10,14 @@ from typing import NoReturn, Self, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_pss.distributed import Backend, owners_of
 from hf_pss.errors import ElsewhereError
 from hf_pss.selection import MatrixView
 
 __all__ = [
+    "DecompositionError",
     "Slot",
     "Stack",
     "Tally",
@@ -208,6 +210,10 @@ def measure_each(
     return {name: told[name] for name in matrix_names(views)}
 
 
+class DecompositionError(LinAlgError):  # type: ignore[misc]
+    """A decomposition has failed on some rank, and every rank raises this: they can go on."""
+
+
 class Tally:
     """Numbers by matrix, each found by one rank; and the error that a rank has met meanwhile.
 
@@ -228,7 +234,8 @@ class Tally:
         try:
             yield
         except Exception as error:
-            self._error = self._error or error
+            if self._error is None or isinstance(self._error, LinAlgError):
+                self._error = error
 
     def add(self, turn: Turn, mine: Tensor | None) -> None:
         """Take this rank's numbers of a turn, None where it has none."""
@@ -241,15 +248,21 @@ class Tally:
         """Return all numbers by name, on every rank; one device-to-host read.
 
         Raises:
+            DecompositionError: Decompositions have failed on some ranks, and nothing worse.
             ElsewhereError: An error was kept on another rank. Where it was, it is raised itself.
         """
         if not self._names:
             return {}
-        flag = torch.tensor([0.0 if self._error is None else 1.0])
-        every = [number.to(self._device) for number in (*self._numbers, flag)]
-        *numbers, num_errors = self._backend.tell(torch.cat(every))
+        has_failed = isinstance(self._error, LinAlgError)
+        has_error = self._error is not None and not has_failed
+        flags = torch.tensor([float(has_failed), float(has_error)])
+        every = [number.to(self._device) for number in (*self._numbers, flags)]
+        *numbers, num_failed, num_errors = self._backend.tell(torch.cat(every))
         if num_errors:
             raise_together(self._error)
+        if num_failed:
+            why = self._error or "a decomposition has failed on another rank"
+            raise DecompositionError(str(why)) from self._error
         return dict(zip(self._names, numbers, strict=True))
 
 

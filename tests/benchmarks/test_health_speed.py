@@ -99,17 +99,23 @@ def test_a_refresh_beside_what_people_use(capsys: pytest.CaptureFixture[str]) ->
     assert others / warm >= MIN_SPEED_UP_WEIGHTWATCHER
 
 
-@pytest.mark.parametrize("lr", [1e-4, 6e-4])
-def test_error_after_fifty_steps(lr: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """GPT-2 124M from its initialisation, AdamW, 50 steps of 128 random tokens, no warm-up."""
+@pytest.mark.parametrize(
+    ("lr", "num_warmup_steps", "batch"), [(1e-4, 1, (2, 64)), (6e-4, 20, (1, 32))]
+)
+def test_error_after_fifty_steps(
+    lr: float, num_warmup_steps: int, batch: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 124M from its initialisation, AdamW, 50 steps of random tokens."""
     torch.set_num_threads(2)
     model = build()
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     each, once = (SpectrumTracker(views, OneProcess()) for _ in range(2))
     each.refresh(parameters), once.refresh(parameters)
-    for _ in range(NUM_DRIFT_STEPS):
-        tokens = torch.randint(0, 50257, (2, 64))
+    for i in range(NUM_DRIFT_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (i + 1) / num_warmup_steps)
+        tokens = torch.randint(0, 50257, batch)
         optimizer.zero_grad(set_to_none=True)
         model(tokens, labels=tokens).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,8 +131,7 @@ def test_error_after_fifty_steps(lr: float, capsys: pytest.CaptureFixture[str]) 
         f"lr {lr:g}: refreshed at each step, worst error of σ₁ {sigma:.2%}, of the stable rank "
         f"{rank:.2%}; once at the end {late[0]:.0%}, {late[1]:.0%}, {stale} of 72 stale by then",
     )
-    if lr <= 1e-4:
-        assert sigma <= MAX_ERROR
+    assert sigma <= MAX_ERROR
 
 
 @pytest.mark.parametrize("preset", ["light", "standard"])
@@ -137,19 +142,20 @@ def test_share_of_a_training_step(preset: str, capsys: pytest.CaptureFixture[str
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     pss = PSSController(model, PSSConfig(detectors=(), health=preset), optimizer=optimizer)
     assert pss.health is not None
-    tokens = torch.randint(0, 50257, (8, 256))
 
-    def train() -> None:
+    def train(num_rows: int, num_tokens: int) -> None:
+        tokens = torch.randint(0, 50257, (num_rows, num_tokens))
         optimizer.zero_grad(set_to_none=True)
         loss = model(tokens, labels=tokens).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         pss.step(norm, update=optimizer.step, loss=loss)
 
-    for _ in range(pss.health.every_steps):  # cold starts and the first reading
-        train()
+    for _ in range(pss.health.every_steps):  # cold starts and the first reading: of any batch
+        train(1, 32)
+    train(8, 256)  # its memory is allocated
     before = pss.health.seconds
-    whole = _seconds(lambda: [train() for _ in range(pss.health.every_steps)])
+    whole = _seconds(lambda: [train(8, 256) for _ in range(pss.health.every_steps)])
     own = pss.health.seconds - before
     share = own / (whole - own)
     _show(

@@ -26,7 +26,13 @@ from hf_pss.errors import ElsewhereError
 from hf_pss.linalg import Clip
 from hf_pss.selection import named_parameters_canonical, select_matrices
 from hf_pss.smoother import look_at_matrices, smooth_matrices_
-from hf_pss.stacks import decomposition_cost, matrix_names, measure_each, share_out
+from hf_pss.stacks import (
+    DecompositionError,
+    decomposition_cost,
+    matrix_names,
+    measure_each,
+    share_out,
+)
 
 WORLD_SIZES = [2, 4, 8]
 # A rank's share of the work, relative to 1/N.
@@ -158,10 +164,11 @@ class WithAnother(Simulated):
     """The last of some ranks; the others do nothing, or report that they have failed."""
 
     flag: float = 0.0
+    failed: float = 0.0
 
     def tell(self, values: Tensor) -> list[float]:
-        *numbers, own = values.tolist()
-        return [*numbers, own + self.flag]
+        *numbers, failed, own = values.tolist()
+        return [*numbers, failed + self.failed, own + self.flag]
 
 
 def test_who_fails_on_the_way_goes_on_to_where_all_raise() -> None:
@@ -180,6 +187,23 @@ def test_who_fails_on_the_way_goes_on_to_where_all_raise() -> None:
     assert len(calls) == sum(bool(turn[0]) for turn in turns), "every turn was taken part in"
     with pytest.raises(ElsewhereError, match="Another rank has failed"):
         measure_each(views, parameters, WithAnother(0, 2, flag=1.0), lambda w: w[:, 0, 0])
+
+
+def test_a_decomposition_that_fails_on_one_rank_is_the_same_error_on_all() -> None:
+    model = gpt2(num_layers=1, width=32)
+    views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
+
+    def fails(matrices: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    with pytest.raises(DecompositionError, match="did not converge"):
+        measure_each(views, parameters, WithAnother(0, 2), fails)
+    with pytest.raises(DecompositionError, match="on another rank"):
+        measure_each(views, parameters, WithAnother(0, 2, failed=1.0), lambda w: w[:, 0, 0])
+    # What is worse elsewhere ends the run on all, also where only a decomposition has failed.
+    with pytest.raises(torch.linalg.LinAlgError) as caught:
+        measure_each(views, parameters, WithAnother(0, 2, flag=1.0), fails)
+    assert not isinstance(caught.value, DecompositionError)
 
 
 def test_a_smoothing_that_fails_is_told_before_it_is_raised() -> None:

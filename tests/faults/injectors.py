@@ -104,8 +104,11 @@ class Injector(TrainerCallback):
                 model.get_buffer("transformer.running")[0] = math.nan
 
     def _shift_clocks(self) -> None:
-        clock = time.time
-        self.patch.setattr(time, "time", lambda: clock() + self.clock_shift_seconds)
+        for name in ("time", "perf_counter"):
+            self.patch.setattr(time, name, self._shifted(getattr(time, name)))
+
+    def _shifted(self, clock: Callable[[], float]) -> Callable[[], float]:
+        return lambda: clock() + self.clock_shift_seconds
 
     def _break_decompositions(self) -> None:
         for name in DECOMPOSITIONS:

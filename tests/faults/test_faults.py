@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -17,6 +18,7 @@ from torch import nn
 
 from hf_pss import PSSConfig, PSSTrainer
 from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
+from hf_pss.integration.reporters.tensorboard import TensorBoardReporter
 
 STEP = 9
 OPTIONS: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "save_total_limit": 1}
@@ -97,6 +99,62 @@ def test_a_decomposition_that_never_works_ends_no_run(
     if name != "paper" and function == "qr":  # what every look at tiny matrices needs
         assert {e["step"] for e in events_of(tmp_path) if e["kind"] == "error"} == {2, 4, 6}
         assert "the weights could not be judged" in caplog.text
+
+
+def test_a_tracker_that_fails_ends_no_run_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PSSConfig(
+        threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0, health="light"
+    )
+    options = {"max_steps": 8, "save_steps": 4}
+    quiet = make_trainer(tmp_path / "quiet", config, **options)
+    quiet.train()
+    calls = []
+
+    def fails(self: TensorBoardReporter, *args: Any) -> None:
+        calls.append(args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("report", "alert", "snapshot"):
+        monkeypatch.setattr(TensorBoardReporter, name, fails)
+    folder = tmp_path / "loud"
+    trainer = make_trainer(folder, config, report_to="tensorboard", **options)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert len(calls) == 1, "it is switched off"
+    assert sum("No space left" in record.message for record in caplog.records) == 1
+    same = ("kind", "decision", "step", "value")
+    said, unsaid = (
+        [{key: event[key] for key in same} for event in events_of(one)]
+        for one in (folder, tmp_path / "quiet")
+    )
+    assert said == unsaid
+    assert said
+    for one, other in zip(trainer.model.parameters(), quiet.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_clocks_that_go_back_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 8, "save_steps": 2, "save_total_limit": 2}
+    sound = make_trainer(tmp_path / "sound", CONFIG, **options)
+    sound.train()
+    with monkeypatch.context() as patch:
+        trainer = make_trainer(tmp_path / "shifted", CONFIG, **options)
+        injector = Injector(trainer, {3: "clock jumps", 6: "clock jumps"}, patch)
+        trainer.train()
+    assert [name for _, name in injector.done] == ["clock jumps"] * 2
+    assert [one.name for one in checkpoints_by_step(tmp_path / "shifted")] == [
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+    seconds = [row["pss/seconds"] for row in trainer.state.log_history if "pss/seconds" in row]
+    assert seconds == sorted(seconds)
+    assert all(0 <= second < 60 for second in seconds)
+    for one, other in zip(trainer.model.parameters(), sound.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 # ---- folders ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import differences, gpt2, history, train, weights_of
+from helpers import differences, gpt2, history, llama, train, weights_of
+from rich.console import Console
 from torch import nn
 
-from hf_pss import PSSConfig, PSSController
+from hf_pss import PSSCallback, PSSConfig, PSSController
+from hf_pss.cli.summary import render_summary, summarise
 from hf_pss.distributed import OneProcess
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.monitor import HealthMonitor, describe
@@ -143,3 +146,42 @@ def test_a_rhythm_below_zero_and_an_unknown_preset_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="health"):
         PSSConfig(health="heavy")  # type: ignore[arg-type]
     assert PSSConfig(health=False).health == "off"  # type: ignore[arg-type]
+
+
+def test_adapters_are_measured_as_their_products_and_their_blocks_tokens() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    options = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, lora_alpha=6, **options)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = PSSConfig(health="full", health_every_steps=1, detectors=())
+    pss = PSSController(model, config, optimizer=optimizer)
+    tokens = torch.randint(0, 48, (2, 8))
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    reading = pss.step(1.0, update=optimizer.step, loss=loss).health
+    assert reading is not None
+    name = next(name for name in reading.matrices["spectral_norm"] if "q_proj" in name)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    product = 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    sigma = torch.linalg.svdvals(product.detach().double())
+    for metric, exact in (("spectral_norm", sigma[0]), ("frobenius_norm", sigma.norm())):
+        assert reading.matrices[metric][name] == pytest.approx(float(exact), rel=EXACT_TOLERANCE)
+    assert len(reading.matrices["token_cosine"]) == 2
+    assert "attention_logit_bound" not in reading.matrices
+    assert math.isfinite(reading.matrices["stable_rank"][name])
+
+
+def test_the_run_ends_with_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hf_pss")
+    config = PSSConfig(health="light", health_every_steps=4)
+    trainer = train(tmp_path, config, save_strategy="no")
+    told = [r.getMessage() for r in caplog.records if "the worst of" in r.getMessage()]
+    assert told == [PSSCallback.of(trainer).health_summary]
+    assert "from step 4 to step 8" in told[0]
+    summary = summarise(trainer, train_seconds=1.0, pss_seconds=0.0)
+    assert summary.health == told[0]
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(render_summary(summary, tmp_path))
+    assert "transformer.h.0.attn.c_attn[q]" in console.export_text()
+    assert PSSCallback.of(train(tmp_path, PSSConfig(), save_strategy="no")).health_summary is None

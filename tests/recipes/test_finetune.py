@@ -17,11 +17,13 @@ import pytest
 import torch
 import trl
 from helpers import events_of
+from helpers import train as train_tiny
 from peft import AutoPeftModelForCausalLM
 from scripts import RECIPES, load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template
 
+from hf_pss import PSSConfig
 from hf_pss.errors import ConfigurationError
 
 script = load_script("finetune_llm")
@@ -145,6 +147,19 @@ def test_a_run_resumes_as_if_never_interrupted(base: Path, kind: str) -> None:
     assert script.run(words_of(base, kind, *rest, *parts, *go_on)) == 0
     assert losses("parts") == losses("out")
     assert len(losses("out")) == 6
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_tiny(tmp_path, PSSConfig(), max_steps=4, save_steps=2)
+    archive = tmp_path / "checkpoint-4" / "scheduler.pt"
+    archive.write_bytes(bytes(archive.stat().st_size))  # the size that the marker names
+    given = script.FinetuneArguments(
+        output_dir=str(tmp_path), resume_from_checkpoint="true", use_cpu=True, report_to="none"
+    )
+    assert script.find_checkpoint(given) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-4 is passed over: scheduler.pt was not written to its end" in caplog.text
 
 
 def test_pss_acts_in_a_full_run(base: Path) -> None:
