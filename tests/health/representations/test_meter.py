@@ -158,5 +158,6 @@ def test_a_compiled_model_is_not_broken_by_hooks() -> None:
     meter, _ = armed(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):  # with the hooks there while it is compiled, and gone
-        assert torch.allclose(compiled(tokens).logits, expected, atol=EXACT_TOLERANCE)
+        found = compiled(tokens).logits
+        assert torch.allclose(found, expected, atol=EXACT_TOLERANCE)
         meter.disarm()  # of no effect the second time
