@@ -68,10 +68,13 @@ def _worst_error(
     )
 
 
+# What WeightWatcher warns of is not ours to mend.
+@pytest.mark.filterwarnings("ignore")
 def test_a_refresh_beside_what_people_use(capsys: pytest.CaptureFixture[str]) -> None:
     """All 48 block matrices of GPT-2 124M, warm: 15 refreshes before and after each alternative."""
     torch.set_num_threads(2)
-    model = build()
+    # The others look at embeddings, too: small ones, so that blocks are compared with blocks.
+    model = build(vocab_size=64, n_positions=64)
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
     assert len({view.parameter_name for view in views}) == 48
     weights = [view.read(parameters[view.parameter_name]).contiguous() for view in views]

@@ -64,6 +64,7 @@ def test_the_other_setting_takes_weights_alone(tmp_path: Path) -> None:
     assert "begins anew" in other.errors
 
 
+@pytest.mark.slow
 def test_inputs_first_biases_and_uneven_rows(tmp_path: Path) -> None:
     """GPT-2's Conv1D, a fused projection with a bias, over three ranks: 7, 7 and 6 of 20 rows."""
     small = {"per_device_train_batch_size": 2, "save_strategy": "no"}

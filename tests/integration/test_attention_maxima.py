@@ -779,12 +779,18 @@ def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_new_model_lets_the_earlier_one_go(tmp_path: Path) -> None:
     args = arguments(tmp_path, pss_optim="muon", pss_optim_args="qk_clip=1", save_strategy="no")
     trainer: Any = PSSTrainer(model_init=lambda: gpt2(), args=args, train_dataset=examples())
+
+    def meters() -> list[MeasureAttention]:
+        held = trainer.callback_handler.callbacks
+        return [callback for callback in held if isinstance(callback, MeasureAttention)]
+
     trainer.train()
-    first = weakref.ref(trainer.model.transformer.h[0].attn)
+    (meter,) = meters()
+    first = weakref.ref(meter)
+    del meter
     trainer.train()
     gc.collect()
-    meters = [c for c in trainer.callback_handler.callbacks if isinstance(c, MeasureAttention)]
-    assert len(meters) == 1
+    assert len(meters()) == 1
     assert first() is None
 
 
