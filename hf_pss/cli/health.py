@@ -65,12 +65,14 @@ def health(
 
     In a script:  [cyan]hf-pss health step-500 --json > health.json[/cyan]
 
-    [bold]Exit codes[/bold]: 0 all finite, 1 something is not, 2 damaged or nothing to read.
+    [bold]Exit codes[/bold]: 0 all finite, 1 something is not, 2 damaged, nothing to read, or no
+    matrix with a finite number.
     """
     if html is not None:
         _require_report_extra(html)
     from hf_pss.inspection.compare import compare as compare_inspections
     from hf_pss.inspection.export import as_json as exported
+    from hf_pss.inspection.names import visible
     from hf_pss.inspection.table import render_changes, render_inspection
 
     first = _inspect(path, exact)
@@ -90,7 +92,15 @@ def health(
             console.print(render_changes(changes, num_lines=lines))
         if html is not None:
             typer.echo(html)
-    if not first.is_finite or (other is not None and not other.is_finite):
+    seen = [one for one in (first, other) if one is not None]
+    for one in seen:
+        if one.is_lost:
+            raise StateError(
+                f"No matrix of {visible(one.checkpoint.path)} holds a finite number: nothing of "
+                "it can be used. hf-pss rescue, given the run's folder, finds the newest "
+                "checkpoint that can."
+            )
+    if not all(one.is_finite for one in seen):
         raise typer.Exit(_NOT_FINITE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,12 @@ class Inspection:
     def is_finite(self) -> bool:
         """Whether no number that was read is NaN or inf."""
         return not self.bad_others and not any(one.health.num_nonfinite for one in self.matrices)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no matrix holds a single finite number: there was nothing to measure."""
+        found = [one.health for one in self.matrices]
+        return bool(found) and all(one.num_nonfinite == math.prod(one.shape) for one in found)
 
     @property
     def num_findings(self) -> int:

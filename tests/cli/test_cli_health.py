@@ -25,7 +25,16 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     path = tmp_path / "broken.safetensors"
-    save_file({"h.0.w.weight": torch.full((70, 80), math.nan)}, path)
+    filled = torch.full((70, 80), math.nan)
+    save_file({"h.0.w.weight": filled, "h.1.w.weight": torch.randn(70, 80)}, path)
+    return path
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Path:
+    path = tmp_path / "lost.safetensors"
+    filled = {f"h.{i}.w.weight": torch.full((70, 80), math.nan) for i in range(2)}
+    save_file(filled | {"ln.weight": torch.full((4,), math.inf)}, path)
     return path
 
 
@@ -43,6 +52,17 @@ def test_not_finite_is_exit_code_1(run: Run, broken: Path, checkpoint: Path) -> 
     assert "5,600 of 5,600 numbers are NaN or inf" in " ".join(result.stdout.split())
     assert run("health", checkpoint, "--compare", broken).exit_code == 1
     assert run("health", broken, "--json").exit_code == 1
+
+
+def test_nothing_finite_is_exit_code_2(run: Run, lost: Path, checkpoint: Path) -> None:
+    result = run("health", lost)
+    assert result.exit_code == 2
+    assert "5,600 of 5,600 numbers are NaN or inf" in " ".join(result.stdout.split())
+    assert "No matrix of" in result.stderr
+    assert run("health", checkpoint, "--compare", lost).exit_code == 2
+    machine = run("health", lost, "--json")
+    assert machine.exit_code == 2
+    assert len(json.loads(machine.stdout)["matrices"]) == 2
 
 
 @pytest.mark.parametrize("exact", [True, False])
