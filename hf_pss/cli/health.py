@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,15 +12,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.errors import ConfigurationError, PSSError, StateError
 
 if TYPE_CHECKING:
     from hf_pss.inspection.compare import MatrixChange
+    from hf_pss.inspection.series import SeriesRow
     from hf_pss.inspection.survey import Inspection
 
 __all__ = ["health"]
 
 _NOT_FINITE = 1
+_PAGES = (".html", ".htm")
 
 
 def health(
@@ -30,8 +34,11 @@ def health(
         ),
     ],
     compare: Annotated[
-        Path | None,
-        typer.Option(help="Another checkpoint of this model: PATH is before, it after."),
+        list[Path] | None,
+        typer.Option(
+            help="Another checkpoint of this model: PATH is before, it after. Several make a "
+            "series."
+        ),
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="All singular values, instead of σ₁ in five rounds.")
@@ -61,89 +68,137 @@ def health(
 
     What has changed since:  [cyan]hf-pss health step-500 --compare step-1000[/cyan]
 
+    Over steps:  [cyan]hf-pss health step-5 --compare step-10 --compare step-15[/cyan]
+
     A page to keep:  [cyan]hf-pss health model.safetensors --html health.html[/cyan]
 
     In a script:  [cyan]hf-pss health step-500 --json > health.json[/cyan]
 
-    [bold]Exit codes[/bold]: 0 all finite, 1 something is not, 2 damaged, nothing to read, or no
-    matrix with a finite number.
+    [bold]Exit codes[/bold]: 0 all finite, 1 something is not, 2 damaged, nothing to read, no
+    finite number at all, or no page.
     """
     if html is not None:
-        _require_report_extra(html)
+        _check_page(html)
     from hf_pss.inspection.compare import compare as compare_inspections
-    from hf_pss.inspection.export import as_json as exported
-    from hf_pss.inspection.names import visible
-    from hf_pss.inspection.table import render_changes, render_inspection
+    from hf_pss.inspection.export import write_json
+    from hf_pss.inspection.series import series
 
-    first = _inspect(path, exact)
-    other = None if compare is None else _inspect(compare, exact)
-    changes = () if other is None else compare_inspections(first, other)
-    if html is not None:
-        _write_page(html, first, other, changes)
+    seen = []
+    for one in (path, *(compare or ())):
+        with _reading(one):
+            seen.append(_inspect(one, exact))
+    first, other = seen[0], seen[-1] if len(seen) > 1 else None
+    with _reading(path):
+        changes = () if other is None else compare_inspections(first, other)
+    rows = series(seen) if len(seen) > 2 else ()
     if as_json:
-        typer.echo(json.dumps(exported(first, other=other, changes=changes), allow_nan=False))
+        write_json(sys.stdout, first, other=other, changes=changes, rows=rows)
     else:
-        console = Console(soft_wrap=False)
-        console.print(render_inspection(first, num_lines=lines))
-        if other is not None:
-            console.print()
-            console.print(render_inspection(other, num_lines=lines))
-            console.print()
-            console.print(render_changes(changes, num_lines=lines))
-        if html is not None:
+        _show(first, other, changes, rows, num_lines=lines)
+    if html is not None:
+        from hf_pss.inspection.page import render_page
+
+        with _reading(path):
+            page = render_page(first, other=other, changes=changes, rows=rows)
+        _write_page(html, page)
+        if not as_json:
             typer.echo(html)
-    seen = [one for one in (first, other) if one is not None]
+    _judge(seen)
+
+
+def _show(
+    first: Inspection,
+    other: Inspection | None,
+    changes: tuple[MatrixChange, ...],
+    rows: tuple[SeriesRow, ...],
+    *,
+    num_lines: int,
+) -> None:
+    from hf_pss.inspection.table import render_changes, render_inspection, render_series
+
+    parts = [render_series(rows)] if rows else []
+    parts.append(render_inspection(first, num_lines=num_lines))
+    if other is not None:
+        parts.append(render_inspection(other, num_lines=num_lines))
+        parts.append(render_changes(changes, num_lines=num_lines))
+    console = Console(soft_wrap=False)
+    for number, part in enumerate(parts):
+        if number > 0:
+            console.print()
+        console.print(part)
+
+
+def _judge(seen: list[Inspection]) -> None:
+    from hf_pss.inspection.names import visible
+
     for one in seen:
         if one.is_lost:
             raise StateError(
-                f"No matrix of {visible(one.checkpoint.path)} holds a finite number: nothing of "
-                "it can be used. hf-pss rescue, given the run's folder, finds the newest "
-                "checkpoint that can."
+                f"No number of {visible(one.checkpoint.path)} is finite: nothing of it can be "
+                "used. hf-pss rescue, given the run's folder, finds the newest checkpoint that can."
             )
     if not all(one.is_finite for one in seen):
         raise typer.Exit(_NOT_FINITE)
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """End with a message where files vanish, memory ends or LAPACK gives up: 1 means not finite."""
+    from hf_pss.inspection.names import visible
+
+    try:
+        yield
+    except PSSError:
+        raise
+    except OSError as error:
+        what = visible(error.filename or path)
+        raise StateError(f"{what} cannot be read: {visible(error.strerror)}.") from error
+    except (MemoryError, RuntimeError) as error:  # torch's for both: memory, LAPACK
+        why = visible(error) or "the memory is used up"
+        raise StateError(f"{visible(path)} could not be measured: {why}.") from error
+
+
 def _inspect(path: Path, exact: bool) -> Inspection:
     from hf_pss.inspection.checkpoint import open_checkpoint
-    from hf_pss.inspection.names import visible
     from hf_pss.inspection.survey import inspect_checkpoint
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     name = TextColumn("{task.fields[tensor]}", markup=False)
     console = Console(stderr=True)
     bar = Progress(*columns, name, console=console, transient=True, disable=not console.is_terminal)
-    try:
-        checkpoint = open_checkpoint(path)
-        with bar:
-            task = bar.add_task("", total=checkpoint.num_bytes, tensor="")
-            return inspect_checkpoint(
-                checkpoint,
-                exact=exact,
-                progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
-            )
-    except OSError as error:
-        raise StateError(f"{visible(path)} cannot be read: {visible(error.strerror)}.") from error
+    checkpoint = open_checkpoint(path)
+    with bar:
+        task = bar.add_task("", total=checkpoint.num_bytes, tensor="")
+        return inspect_checkpoint(
+            checkpoint,
+            exact=exact,
+            progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
+        )
 
 
-def _write_page(
-    out: Path, first: Inspection, other: Inspection | None, changes: tuple[MatrixChange, ...]
-) -> None:
+def _write_page(out: Path, page: str) -> None:
     from hf_pss.inspection.page import write_page
 
     try:
-        write_page(out, first, other=other, changes=changes)
+        write_page(out, page)
     except OSError as error:
         raise ConfigurationError(
             f"{out} cannot be written: {error.strerror}. Give another --html."
         ) from error
 
 
-def _require_report_extra(page: Path) -> None:
-    """Before minutes are spent on what could not be drawn or written."""
+def _check_page(page: Path) -> None:
+    """Before minutes are spent on what could not be drawn or written, or would destroy a file."""
     try:
         import hf_pss.inspection.page  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(str(error)) from error
     if page.is_dir():
         raise ConfigurationError(f"{page} is a folder. Give a file for --html: {page}/health.html")
+    # A shell that expands --html *.safetensors names a shard here; so no input can be the page.
+    if page.suffix.lower() not in _PAGES:
+        raise ConfigurationError(
+            f"{page} does not end in .html and is left alone. Give a file for --html: health.html"
+        )
+    if page.exists() and not page.is_file():
+        raise ConfigurationError(f"{page} is no regular file. Give another --html.")

@@ -81,7 +81,8 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *names: str, **kwargs: Any) -> Any:
         # An empty list means something: `pss_detectors: []` guards against non-finite steps only.
-        if kwargs.get("nargs") == "+":
+        # And transformers declares --report_to, which may name several trackers, as one word.
+        if kwargs.get("nargs") == "+" or names[0] == "--report_to":
             kwargs["nargs"] = "*"
         # Options that are None unless set would need a word: --tf32 true.
         elif kwargs.get("type") is string_to_bool and "nargs" not in kwargs:

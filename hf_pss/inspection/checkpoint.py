@@ -164,7 +164,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
         return {}
-    return read_object(_confined(path, folder), max_bytes=_MAX_CONFIG_BYTES)
+    # transformers 4 writes Infinity: the time_step_limit of Mamba-2, Bamba and Falcon-H1.
+    own = _confined(path, folder)
+    return read_object(own, max_bytes=_MAX_CONFIG_BYTES, allow_nonfinite=True)
 
 
 def _commit_of(folder: Path) -> Path:

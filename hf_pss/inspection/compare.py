@@ -101,8 +101,9 @@ def _moved(before: MatrixHealth, after: MatrixHealth) -> float:
     if not alike or not before.frobenius > 0 or math.isnan(after.frobenius):
         return math.nan
     square = 0.0
-    pairs = zip(old.pieces(before.expert or 0), new.pieces(after.expert or 0), strict=True)
-    for one, other in pairs:
+    old_pieces, _ = old.tall_pieces(before.expert or 0)
+    new_pieces, _ = new.tall_pieces(after.expert or 0)
+    for one, other in zip(old_pieces(), new_pieces(), strict=True):
         square += float(((other - one) / before.frobenius).double().square().sum())
     return math.sqrt(square)
 

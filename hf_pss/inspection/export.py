@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from hf_pss.inspection.compare import MatrixChange
 from hf_pss.inspection.judge import JudgedMatrix
 from hf_pss.inspection.measure import MatrixHealth
+from hf_pss.inspection.series import SeriesRow
 from hf_pss.inspection.survey import Inspection
 
-__all__ = ["SCHEMA_VERSION", "as_json"]
+__all__ = ["SCHEMA_VERSION", "as_json", "write_json"]
 
 SCHEMA_VERSION = 1
 
@@ -21,13 +24,15 @@ def as_json(
     *,
     other: Inspection | None = None,
     changes: Sequence[MatrixChange] = (),
+    rows: Sequence[SeriesRow] = (),
 ) -> dict[str, Any]:
-    """Return plain data: the worst matrices first, as everywhere.
+    """Return plain data, but for spectra, which stay arrays; the worst matrices first.
 
     Args:
         inspection: The checkpoint that was asked for.
         other: The one it was compared with.
         changes: From `inspection` to `other`.
+        rows: Of a series that `inspection` begins and `other` ends.
     """
     data: dict[str, Any] = {
         "version": SCHEMA_VERSION,
@@ -51,7 +56,23 @@ def as_json(
         data["compared_with"] = str(other.checkpoint.path)
         data["compared_finite"] = other.is_finite
         data["changes"] = [_change(change) for change in changes]
+    if rows:
+        data["series"] = [_series_row(row) for row in rows]
     return data
+
+
+def write_json(
+    stream: TextIO,
+    inspection: Inspection,
+    *,
+    other: Inspection | None = None,
+    changes: Sequence[MatrixChange] = (),
+    rows: Sequence[SeriesRow] = (),
+) -> None:
+    """Write what `as_json` returns, and a line's end; one spectrum at a time becomes a list."""
+    data = as_json(inspection, other=other, changes=changes, rows=rows)
+    json.dump(data, stream, allow_nan=False, default=_numbers)
+    stream.write("\n")
 
 
 def _matrix(judged: JudgedMatrix) -> dict[str, Any]:
@@ -72,8 +93,8 @@ def _matrix(judged: JudgedMatrix) -> dict[str, Any]:
     if health.source.note:
         row["note"] = health.source.note
     if health.spectrum is not None:
-        row["effective_rank"] = health.effective_rank
-        row["singular_values"] = [_number(sigma) for sigma in health.spectrum]
+        row["effective_rank"] = _number(health.effective_rank)
+        row["singular_values"] = health.spectrum
     return row
 
 
@@ -88,6 +109,19 @@ def _change(change: MatrixChange) -> dict[str, Any]:
     }
 
 
+def _series_row(row: SeriesRow) -> dict[str, Any]:
+    return {
+        "path": str(row.path),
+        "step": row.step,
+        "median_stable_rank": _number(row.median_stable_rank),
+        "lowest_stable_rank": _number(row.lowest_stable_rank),
+        "median_sigma1": _number(row.median_sigma1),
+        "largest_sigma1": _number(row.largest_sigma1),
+        "num_nonfinite": row.num_nonfinite,
+        "num_findings": row.num_findings,
+    }
+
+
 def _brief(health: MatrixHealth | None) -> dict[str, Any] | None:
     if health is None:
         return None
@@ -98,5 +132,9 @@ def _brief(health: MatrixHealth | None) -> dict[str, Any] | None:
     }
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _numbers(values: array[float]) -> list[float | None]:
+    return [_number(value) for value in values]

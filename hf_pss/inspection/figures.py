@@ -16,13 +16,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from hf_pss.inspection.judge import JudgedMatrix
 from hf_pss.inspection.measure import MatrixHealth
 from hf_pss.inspection.names import visible
+from hf_pss.inspection.series import SeriesRow
 from hf_pss.report import canvas
 
-__all__ = ["map_figure", "noise_quantiles", "spectra_figure"]
+__all__ = ["map_figure", "noise_quantiles", "series_figure", "spectra_figure"]
 
 # A drawn label longer than this pushes the map off the page.
 _LONGEST_LABEL = 40
 _QUANTILES = 400
+# Beyond, float64 has no room left for an axis around σ₁.
+_LEAST_SIGMA, _MOST_SIGMA = 1e-300, 1e300
 
 
 def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
@@ -80,7 +83,11 @@ def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> F
     The shaded band is what i.i.d. noise fills: σ from |√m − √n| to √m + √n in units of
     ‖W‖_F/√(mn) (Marchenko & Pastur 1967; Bai & Yin 1993); the dashed line is its expected spectrum.
     """
-    drawn = [(health, np.array(sigma)) for health, sigma in spectra if sigma and sigma[0] > 0]
+    drawn = [
+        (health, np.array(sigma))
+        for health, sigma in spectra
+        if sigma and _LEAST_SIGMA < sigma[0] < _MOST_SIGMA
+    ]
     if not drawn:
         return None
     columns = min(3, len(drawn))
@@ -104,6 +111,34 @@ def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> F
     panels[0].legend()
     for axes in panels[len(drawn) :]:
         axes.set_axis_off()
+    return figure
+
+
+def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
+    """Draw stable ranks and σ₁ over the steps, or over the order where the names hold none.
+
+    Returns:
+        None where a panel would have no positive number to show.
+    """
+    steps = [row.step for row in rows if row.step is not None]
+    places = steps if len(set(steps)) == len(rows) else list(range(1, len(rows) + 1))
+    panels = (
+        ("stable rank", {"median": "median_stable_rank", "lowest": "lowest_stable_rank"}),
+        ("σ₁", {"largest": "largest_sigma1", "median": "median_sigma1"}),
+    )
+    figure = canvas.new_figure(8.4, 2.9)
+    for axes, (title, lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        for label, field in lines.items():
+            values = np.array([float(getattr(row, field)) for row in rows])
+            drawn = (values > _LEAST_SIGMA) & (values < _MOST_SIGMA)
+            if not drawn.any():
+                return None
+            axes.plot(places, np.where(drawn, values, np.nan), marker="o", ms=4, label=label)
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+        axes.set_ylabel(title)
+        axes.set_xlabel("step" if places is steps else "checkpoint")
+        axes.legend()
     return figure
 
 

@@ -25,6 +25,13 @@ __all__ = ["DTYPE_BITS", "TensorEntry", "read_header"]
 MAX_HEADER_BYTES = 32 * 2**20
 _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
+# Beyond both, products take hours and have more digits than Python prints. The limits are ours.
+_MOST_DIMENSIONS = 16
+_MAX_SIZE = 2**63 - 1
+_SIZES = (
+    f"shape and data_offsets are lists of at most {_MOST_DIMENSIONS} whole numbers, none negative "
+    "or above 2^63 - 1"
+)
 
 # Of safetensors 0.8: what may appear; what of it can be read here is told in `reading`.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
@@ -105,7 +112,7 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(what, f"the dtype {visible(dtype)} is not one of safetensors'")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(what, "shape and data_offsets are lists of whole numbers, none negative")
+        raise _damaged(what, _SIZES)
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or stop - start != bits // 8:
@@ -118,8 +125,10 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
 
 
 def _are_sizes(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        return False
     # `type`, for True is an int, too.
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
 
 
 def _check_metadata(what: str, metadata: object) -> None:

@@ -70,25 +70,44 @@ def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
     families: defaultdict[tuple[str, str, tuple[int, int]], list[MatrixHealth]] = defaultdict(list)
     for health in held:
         families[health.place.stack, health.place.kind, health.shape].append(health)
-    judged = [
-        JudgedMatrix(health, _findings(health, siblings))
-        for siblings in families.values()
-        for health in siblings
-    ]
+    judged = []
+    for family in families.values():
+        siblings = _siblings(family)
+        judged += [JudgedMatrix(health, _findings(health, siblings)) for health in family]
     return tuple(sorted(judged, key=lambda one: one.rank))
 
 
-def _findings(health: MatrixHealth, siblings: Sequence[MatrixHealth]) -> tuple[Finding, ...]:
+@dataclass(frozen=True, slots=True)
+class _Siblings:
+    """What a matrix is compared with; taken once a family, for experts have tens of thousands."""
+
+    count: int
+    stable_rank: float
+    """The median, as `sigma1`."""
+    sigma1: float
+
+
+def _siblings(family: Sequence[MatrixHealth]) -> _Siblings | None:
+    sound = [one for one in family if one.frobenius > 0]  # false for NaN
+    if len(sound) < MIN_SIBLINGS:
+        return None
+    return _Siblings(
+        len(sound),
+        statistics.median(one.stable_rank for one in sound),
+        statistics.median(one.sigma1 for one in sound),
+    )
+
+
+def _findings(health: MatrixHealth, siblings: _Siblings | None) -> tuple[Finding, ...]:
     if health.num_nonfinite:
         m, n = health.shape
         text = f"{health.num_nonfinite:,} of {m * n:,} numbers are NaN or inf"
         return (Finding("non_finite", text, math.inf),)
     if health.frobenius == 0:
         return (Finding("zero", "every number is 0", math.inf),)
-    sound = [one for one in siblings if one.frobenius > 0]  # false for NaN
     found = [*_against_noise(health)]
-    if len(sound) >= MIN_SIBLINGS:
-        found += _against_siblings(health, sound)
+    if siblings is not None:
+        found += _against_siblings(health, siblings)
     return tuple(sorted(found, key=lambda finding: -finding.excess))
 
 
@@ -104,14 +123,14 @@ def _against_noise(health: MatrixHealth) -> Iterable[Finding]:
         yield Finding("low_rank", text, math.log(limit / rank))
 
 
-def _against_siblings(health: MatrixHealth, sound: Sequence[MatrixHealth]) -> Iterable[Finding]:
-    rank = statistics.median(one.stable_rank for one in sound)
+def _against_siblings(health: MatrixHealth, siblings: _Siblings) -> Iterable[Finding]:
+    rank, sigma1 = siblings.stable_rank, siblings.sigma1
     limit = LOW_SHARE_OF_SIBLINGS * rank
     if health.stable_rank < limit:
-        text = f"stable rank {health.stable_rank:.3g}; its {len(sound)} siblings' median {rank:.3g}"
+        text = f"stable rank {health.stable_rank:.3g}; its {siblings.count} siblings' median "
+        text += f"{rank:.3g}"
         yield Finding("below_siblings", text, math.log(limit / health.stable_rank))
-    sigma1 = statistics.median(one.sigma1 for one in sound)
     limit = LARGE_RATIO_TO_SIBLINGS * sigma1
     if health.sigma1 > limit:
-        text = f"σ₁ {health.sigma1:.3g}; its {len(sound)} siblings' median {sigma1:.3g}"
+        text = f"σ₁ {health.sigma1:.3g}; its {siblings.count} siblings' median {sigma1:.3g}"
         yield Finding("large", text, math.log(health.sigma1 / limit))

@@ -26,6 +26,10 @@ _NOT_WEIGHTS = re.compile(r"(?:^|[._])(?:bias|masked_bias|inv_freq|running_mean|
 _LORA = re.compile(r"(?:^|\.)lora_(?:embedding_)?[AB](?:\.|$)|lora_magnitude_vector")
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _QUANTISED = re.compile(r"weight_scale(?:_inv|_2)?$|\.(?:absmax|quant_map|SCB|qzeros|scales)$")
+SMALL = "bias, norm or scale"
+# Of stacks, in one checkpoint: the largest models of experts have about 70,000, and a small file
+# could claim millions, for each of which a record is kept. Ours.
+MOST_EXPERTS = 2**17
 _THIRDS = {"in_proj_weight", "qkv", "Wqkv", "c_attn", "qkv_linear"}
 
 
@@ -72,12 +76,16 @@ def find_matrices(checkpoint: Checkpoint) -> Contents:
     inputs_first = _stores_inputs_first(checkpoint)
     matrices: list[StoredMatrix] = []
     others, unread = [], []
+    num_experts = 0
     for entry in checkpoint.tensors:
         if entry.dtype not in READABLE or _is_quantised(entry, names):
             unread.append((entry, f"{entry.dtype}, quantised or not floating point"))
         elif reason := _why_no_matrix(entry):
             others.append((entry, reason))
+        elif num_experts + _num_experts(entry) > MOST_EXPERTS:
+            others.append((entry, f"beyond {MOST_EXPERTS:,} experts in all"))
         else:
+            num_experts += _num_experts(entry)
             matrices += _matrices_of(entry, checkpoint.config, inputs_first)
     return Contents(tuple(matrices), tuple(others), tuple(unread))
 
@@ -90,7 +98,7 @@ def _is_quantised(entry: TensorEntry, names: set[str]) -> bool:
 
 def _why_no_matrix(entry: TensorEntry) -> str | None:
     if len(entry.shape) < 2 or _NOT_WEIGHTS.search(entry.name):
-        return "bias, norm or scale"
+        return SMALL
     if _LORA.search(entry.name):
         return "LoRA factor: the matrix is the product"
     if len(entry.shape) > 3:
@@ -100,6 +108,10 @@ def _why_no_matrix(entry: TensorEntry) -> str | None:
     if min(entry.shape) < 1 or min(entry.shape[-2:]) < 2:
         return "no matrix: a side below 2"
     return None
+
+
+def _num_experts(entry: TensorEntry) -> int:
+    return entry.shape[0] if len(entry.shape) == 3 else 0
 
 
 def _stores_inputs_first(checkpoint: Checkpoint) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ class MatrixHealth:
     frobenius: float
     num_nonfinite: int
     """Numbers that are NaN or inf."""
-    spectrum: tuple[float, ...] | None
-    """All singular values, largest first, where they were asked for and the matrix is finite."""
+    spectrum: array[float] | None
+    """All singular values, largest first, where they were asked for and the matrix is finite;
+    eight bytes each, for a model has millions."""
 
     @property
     def place(self) -> Place:
@@ -63,12 +65,17 @@ class MatrixHealth:
 
     @property
     def effective_rank(self) -> float | None:
-        """exp(−Σ p ln p), p = σ/Σσ (Roy & Vetterli 2007); needs the spectrum."""
-        total = sum(self.spectrum or ())
-        if self.spectrum is None or not total:
-            return None if self.spectrum is None else 0.0
-        shares = [sigma / total for sigma in self.spectrum if sigma]
-        return math.exp(-sum(p * math.log(p) for p in shares))
+        """exp(−Σ p ln p), p = σ/Σσ (Roy & Vetterli 2007), of the spectrum; NaN where σ₁ is inf."""
+        if self.spectrum is None:
+            return None
+        if not self.spectrum[0]:
+            return 0.0
+        ratios = [sigma / self.spectrum[0] for sigma in self.spectrum]  # their sum is finite
+        total = sum(ratios)
+        if math.isnan(total):
+            return math.nan
+        shares = [ratio / total for ratio in ratios]
+        return math.exp(-sum(p * math.log(p) for p in shares if p > 0))
 
 
 @torch.no_grad()
@@ -108,7 +115,7 @@ def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHeal
 
 
 @torch.no_grad()
-def spectrum_of(matrix: StoredMatrix, expert: int | None) -> tuple[float, ...] | None:
+def spectrum_of(matrix: StoredMatrix, expert: int | None) -> array[float] | None:
     """Return all singular values of one matrix, largest first; None where it is not finite."""
     reader = matrix.reader
     _, _, spectrum = next(_exactly(reader, range(expert or 0, (expert or 0) + 1)))
@@ -118,16 +125,17 @@ def spectrum_of(matrix: StoredMatrix, expert: int | None) -> tuple[float, ...] |
 @torch.no_grad()
 def count_nonfinite(entry: TensorEntry) -> int:
     """Count NaN and inf in a tensor of any shape; cost: it is read once."""
-    return sum(_count(piece.float()) for piece in read_pieces(entry))
+    wide = torch.float64 if entry.dtype == "F64" else torch.float32  # 1e300 is finite
+    return sum(_count(piece.to(wide)) for piece in read_pieces(entry))
 
 
-_Found = tuple[float, float, tuple[float, ...] | None]
+_Found: TypeAlias = "tuple[float, float, array[float] | None]"
 
 
 def _quickly(reader: MatrixReader, experts: range) -> Iterator[_Found]:
     if _bytes(reader) > WHOLE_BYTES:
         for expert in experts:
-            sigma1, frobenius = streamed_norms(partial(reader.pieces, expert), reader.shape[1])
+            sigma1, frobenius = streamed_norms(*reader.tall_pieces(expert))
             yield sigma1, frobenius, None
         return
     stack = _stack(reader, experts)
@@ -146,12 +154,12 @@ def _exactly(reader: MatrixReader, experts: range) -> Iterator[_Found]:
             yield math.nan, math.nan, None
             continue
         sigma = _singular_values(reader, expert)
-        yield float(sigma[0]), float(torch.linalg.vector_norm(sigma)), tuple(sigma.tolist())
+        yield float(sigma[0]), float(torch.linalg.vector_norm(sigma)), array("d", sigma.tolist())
 
 
 def _singular_values(reader: MatrixReader, expert: int) -> Tensor:
     if _bytes(reader) > WHOLE_BYTES:
-        return streamed_spectrum(partial(reader.pieces, expert), reader.shape)
+        return streamed_spectrum(*reader.tall_pieces(expert, wide_ratio=1))
     scaled = unit_scaled(reader.whole(expert))
     sigma: Tensor = torch.linalg.svdvals(scaled.matrix).double()
     return sigma * scaled.scale.double()
@@ -164,7 +172,8 @@ def _stack(reader: MatrixReader, experts: range) -> Tensor:
 
 
 def _num_bad(reader: MatrixReader, expert: int) -> int:
-    return sum(_count(piece) for piece in reader.pieces(expert))
+    pieces, _ = reader.tall_pieces(expert)
+    return sum(_count(piece) for piece in pieces())
 
 
 def _count(piece: Tensor) -> int:

@@ -6,9 +6,10 @@ open, and a file that another program cuts short ends a process that maps it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from io import FileIO
 from types import MappingProxyType
 
@@ -35,6 +36,9 @@ READABLE: Mapping[str, torch.dtype] = MappingProxyType(
 
 # Of one piece in the precision that is computed with.
 PIECE_BYTES = 64 * 2**20
+# Rows are read in one go, columns a row at a time: beyond this width the columns of a basis, which
+# are as long as a row, are the greater evil. Ours.
+WIDE_RATIO = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +81,51 @@ class MatrixReader:
             StateError: The file has become shorter since its header was read.
         """
         height, width = self.stored_shape
-        itemsize = READABLE[self.entry.dtype].itemsize
-        first = self.entry.offset + expert * height * width * itemsize
         most = max(1, PIECE_BYTES // (width * self.dtype.itemsize))
         with self.entry.path.open("rb", buffering=0) as stream:
             for start, stop in self._runs(height):
                 for row in range(start, stop, most):
                     num_rows = min(most, stop - row)
-                    stream.seek(first + row * width * itemsize)
+                    stream.seek(self._offset(expert, row, 0))
                     raw = _read(stream, num_rows * width, self.entry)
                     yield self._columns(raw.view(num_rows, width)).to(self.dtype)
+
+    def strips(self, expert: int = 0) -> Iterator[Tensor]:
+        """Yield the columns of the matrix as stored, as rows: pieces of its transpose.
+
+        Cost: a read for every row of every piece.
+
+        Args:
+            expert: Which of a stack.
+
+        Raises:
+            StateError: The file has become shorter since its header was read.
+        """
+        height, width = self.stored_shape
+        rows = [row for run in self._runs(height) for row in range(*run)]
+        most = max(1, PIECE_BYTES // (len(rows) * self.dtype.itemsize))
+        with self.entry.path.open("rb", buffering=0) as stream:
+            for column in range(0, width, most):
+                num_columns = min(most, width - column)
+                strip = torch.empty(len(rows), num_columns, dtype=READABLE[self.entry.dtype])
+                for target, row in zip(strip, rows, strict=True):
+                    stream.seek(self._offset(expert, row, column))
+                    _fill(target, stream, self.entry)
+                yield strip.to(self.dtype).mT
+
+    def tall_pieces(
+        self, expert: int = 0, *, wide_ratio: float = WIDE_RATIO
+    ) -> tuple[Callable[[], Iterator[Tensor]], int]:
+        """Return what goes over the matrix in pieces of few columns, and how many they have.
+
+        They are `pieces`, or `strips` where it is more than `wide_ratio` times as wide as high:
+        a matrix and its transpose have the same singular values.
+        """
+        height, width = self.shape
+        # The parts of a transposed tensor are columns, and none of them is wide.
+        if width > wide_ratio * height and not (self.transposed and self.rows):
+            return partial(self.strips, expert), height
+        return partial(self.pieces, expert), width
 
     def whole(self, expert: int = 0) -> Tensor:
         """Return the matrix as stored, in one tensor; at its peak, one piece more than that."""
@@ -96,6 +135,11 @@ class MatrixReader:
             whole[done : done + len(piece)] = piece
             done += len(piece)
         return whole
+
+    def _offset(self, expert: int, row: int, column: int) -> int:
+        height, width = self.stored_shape
+        numbers = (expert * height + row) * width + column
+        return self.entry.offset + numbers * READABLE[self.entry.dtype].itemsize
 
     def _runs(self, height: int) -> Iterator[tuple[int, int]]:
         if self.rows is None or self.transposed:
@@ -112,9 +156,12 @@ class MatrixReader:
 
 
 def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
-    """Yield a tensor's numbers, (numbers,), in pieces; any shape, also none at all."""
+    """Yield a tensor's numbers, (numbers,), in pieces; any shape, also none at all.
+
+    A piece takes `PIECE_BYTES` at most once it is float32, or is float64.
+    """
     itemsize = READABLE[entry.dtype].itemsize
-    left, most = entry.num_bytes // itemsize, PIECE_BYTES // itemsize
+    left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
     with entry.path.open("rb", buffering=0) as stream:
         stream.seek(entry.offset)
         while left:
@@ -124,9 +171,13 @@ def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
 
 
 def _read(stream: FileIO, count: int, entry: TensorEntry) -> Tensor:
-    dtype = READABLE[entry.dtype]
-    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-    target = raw.numpy().data
+    numbers = torch.empty(count, dtype=READABLE[entry.dtype])
+    _fill(numbers, stream, entry)
+    return numbers
+
+
+def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
+    target = numbers.view(torch.uint8).numpy().data
     done = 0
     while done < len(target):
         got = stream.readinto(target[done:])
@@ -136,4 +187,3 @@ def _read(stream: FileIO, count: int, entry: TensorEntry) -> Tensor:
                 "written in full."
             )
         done += got
-    return raw.view(dtype)

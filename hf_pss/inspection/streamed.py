@@ -67,44 +67,24 @@ def streamed_norms(pieces: Pieces, num_columns: int) -> tuple[float, float]:
     return scale * sigma1, scale * math.sqrt(total)
 
 
-def streamed_spectrum(pieces: Pieces, shape: tuple[int, int]) -> Tensor:
-    """Return all singular values, largest first, from the Gram matrix of the short side in fp64.
+def streamed_spectrum(pieces: Pieces, num_columns: int) -> Tensor:
+    """Return all singular values, largest first, from the Gram matrix of the columns in fp64.
 
-    A value below 1e-8 of the largest is rounding: squaring halves the digits. Cost: O(mn·min) and
-    one decomposition of (min, min) fp64, which is what it holds: 512 MiB, and as much again to
-    work with, for a short side of 8192.
+    A value below 1e-8 of the largest is rounding: squaring halves the digits. Cost: two passes,
+    O(mn²) and one decomposition of (n, n) fp64, which is what it holds: 512 MiB, and as much again
+    to work with, for 8192 columns.
 
     Args:
-        pieces: A finite matrix.
-        shape: (rows, columns) of it.
+        pieces: A finite matrix, no wider than high.
+        num_columns: n.
     """
     scale = _scale(pieces) or 1.0
-    height, width = shape
-    if width <= height:
-        gram = torch.zeros(width, width, dtype=torch.float64)
-        for piece in pieces():
-            unit = (piece / scale).double()
-            gram += unit.mT @ unit
-    else:
-        gram = _gram_of_rows(pieces, height, scale)
+    gram = torch.zeros(num_columns, num_columns, dtype=torch.float64)
+    for piece in pieces():
+        unit = (piece / scale).double()
+        gram += unit.mT @ unit
     sigma: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt() * scale
     return sigma
-
-
-def _gram_of_rows(pieces: Pieces, height: int, scale: float) -> Tensor:
-    """AAᵀ, its blocks from every pair of pieces: as many passes as there are pieces."""
-    gram = torch.zeros(height, height, dtype=torch.float64)
-    row = 0
-    for above in pieces():
-        left, column = (above / scale).double(), 0
-        for piece in pieces():
-            if column <= row:
-                block = left @ (piece / scale).double().mT
-                gram[row : row + len(left), column : column + len(piece)] = block
-                gram[column : column + len(piece), row : row + len(left)] = block.mT
-            column += len(piece)
-        row += len(left)
-    return gram
 
 
 def _scale(pieces: Pieces) -> float:

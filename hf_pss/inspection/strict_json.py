@@ -1,8 +1,13 @@
-"""JSON from files that nobody vouches for: capped in size, no duplicate key, no NaN."""
+"""JSON from files that nobody vouches for: capped in size, no duplicate key, no NaN.
+
+Parsed, it takes up to 25 bytes of memory a byte (measured, of a list of empty lists): the caps
+bound the memory, too.
+"""
 
 from __future__ import annotations
 
 import json
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,14 +22,17 @@ def read_object(path: Path, *, max_bytes: int, allow_nonfinite: bool = False) ->
     """Read a file that holds one JSON object.
 
     Args:
-        path: An existing file.
+        path: The file.
         max_bytes: The largest size that is read at all.
         allow_nonfinite: Take the words NaN and Infinity, which the Trainer writes.
 
     Raises:
-        StateError: It is larger, is not strict JSON, or holds something else than an object.
-        OSError: It cannot be read.
+        StateError: It is no regular file, is larger, is not strict JSON, or holds something else
+            than an object.
+        OSError: It is missing, or cannot be read.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise StateError(f"{visible(path)} is no regular file: it is not opened.")
     with path.open("rb") as stream:
         raw = stream.read(max_bytes + 1)
     if len(raw) > max_bytes:

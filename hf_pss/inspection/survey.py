@@ -30,8 +30,8 @@ class Inspection:
     """The worst first."""
     bad_others: tuple[tuple[TensorEntry, int], ...]
     """Biases, norms and the like that hold NaN or inf, and how many."""
-    num_others: int
-    """Floating tensors that are no matrices; all were searched."""
+    others: tuple[tuple[TensorEntry, str], ...]
+    """Floating tensors that are no matrices, and why; all were searched."""
     unread: tuple[tuple[TensorEntry, str], ...]
     """Tensors that were not looked at, and why."""
 
@@ -42,9 +42,12 @@ class Inspection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether no matrix holds a single finite number: there was nothing to measure."""
+        """Whether no number that was read is finite: nothing of it can be used."""
         found = [one.health for one in self.matrices]
-        return bool(found) and all(one.num_nonfinite == math.prod(one.shape) for one in found)
+        num_bad = sum(one.num_nonfinite for one in found) + sum(bad for _, bad in self.bad_others)
+        num_read = sum(math.prod(one.shape) for one in found)
+        num_read += sum(math.prod(entry.shape) for entry, _ in self.others)
+        return 0 < num_bad == num_read
 
     @property
     def num_findings(self) -> int:
@@ -94,6 +97,6 @@ def inspect_checkpoint(
         exact=exact,
         matrices=judge(measured),
         bad_others=tuple(bad),
-        num_others=len(contents.others),
+        others=contents.others,
         unread=contents.unread,
     )

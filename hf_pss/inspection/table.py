@@ -13,11 +13,13 @@ from rich.text import Text
 
 from hf_pss.inspection.compare import MatrixChange
 from hf_pss.inspection.judge import JudgedMatrix
+from hf_pss.inspection.matrices import SMALL
 from hf_pss.inspection.names import visible
+from hf_pss.inspection.series import SeriesRow
 from hf_pss.inspection.survey import Inspection
 from hf_pss.report.text import significant
 
-__all__ = ["render_changes", "render_inspection"]
+__all__ = ["render_changes", "render_inspection", "render_series"]
 
 _STYLES = {"non_finite": "bold red", "zero": "red"}
 _MOST_UNREAD = 3
@@ -48,6 +50,18 @@ def render_changes(changes: Sequence[MatrixChange], *, num_lines: int) -> Render
     hidden = len(changes) - num_lines
     more = [Text(f"{hidden:,} more; --lines shows them.", style="dim")] if hidden > 0 else []
     return Group(Text("Compared, what moved most first:"), table, *more)
+
+
+def render_series(rows: Sequence[SeriesRow]) -> RenderableType:
+    """Put a line for each checkpoint, in the order given."""
+    table = _table("checkpoint", "stable rank", "lowest", "σ₁", "largest", "not finite", "findings")
+    for row in rows:
+        ranks = (row.median_stable_rank, row.lowest_stable_rank)
+        numbers = map(significant, (*ranks, row.median_sigma1, row.largest_sigma1))
+        counts = (f"{row.num_nonfinite:,}", f"{row.num_findings:,}")
+        style = "bold red" if row.num_nonfinite else ""
+        table.add_row(Text(visible(row.path.name)), *numbers, *counts, style=style)
+    return Group(Text("Over the checkpoints; stable rank and σ₁ are medians:"), table)
 
 
 def _summary(inspection: Inspection) -> Iterator[Text]:
@@ -102,6 +116,10 @@ def _notes(inspection: Inspection) -> Iterator[Text]:
     reasons = Counter(reason for _, reason in inspection.unread)
     for reason, count in reasons.most_common(_MOST_UNREAD):
         yield Text(f"Not looked at: {count:,} tensors ({reason}).", style="yellow")
+    searched = Counter(reason for _, reason in inspection.others if reason != SMALL)
+    for reason, count in searched.most_common(_MOST_UNREAD):
+        what = _counted(count, "tensor", "tensors")
+        yield Text(f"Searched for NaN and inf only: {what} ({reason}).", style="dim")
     notes = Counter(one.health.source.note for one in inspection.matrices if one.health.source.note)
     for note, count in notes.items():
         yield Text(f"{count:,} matrices: {note}.", style="dim")

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commandline import Run
 from safetensors.torch import save_file
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -58,11 +61,20 @@ def test_nothing_finite_is_exit_code_2(run: Run, lost: Path, checkpoint: Path) -
     result = run("health", lost)
     assert result.exit_code == 2
     assert "5,600 of 5,600 numbers are NaN or inf" in " ".join(result.stdout.split())
-    assert "No matrix of" in result.stderr
+    assert "No number of" in result.stderr
     assert run("health", checkpoint, "--compare", lost).exit_code == 2
     machine = run("health", lost, "--json")
     assert machine.exit_code == 2
     assert len(json.loads(machine.stdout)["matrices"]) == 2
+
+
+@pytest.mark.parametrize("name", ["h.0.w.lora_A.weight", "ln.weight"])
+def test_nothing_finite_outside_of_matrices(run: Run, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({name: torch.full((4, 4), math.nan)[: 1 if name == "ln.weight" else 4]}, path)
+    assert run("health", path).exit_code == 2
+    save_file({name: torch.full((4, 4), math.nan), "b": torch.ones(1)}, path)
+    assert run("health", path).exit_code == 1
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -80,6 +92,30 @@ def test_compare_and_page(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     assert "Compared, what moved most first" in result.stdout
     assert result.stdout.splitlines()[-1] == str(page)
     assert "Spectral health" in page.read_text(encoding="utf-8")
+
+
+def test_a_series_over_steps(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    noise = torch.randn(70, 80)
+    for step, scale in ((5, 1.0), (10, 2.0), (20, 4.0)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        tensors = {"h.0.w.weight": scale * noise}
+        save_file(tensors, tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    others = ("--compare", "checkpoint-10", "--compare", "checkpoint-20")
+    result = run("health", "checkpoint-5", *others, "--html", "page.html")
+    assert result.exit_code == 0, result.output
+    first = [line.split()[0] for line in result.stdout.splitlines()[1:5]]
+    assert first == ["checkpoint", "checkpoint-5", "checkpoint-10", "checkpoint-20"]
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "Over 3 checkpoints" in page
+    assert 'alt="Stable ranks and σ₁ over the checkpoints"' in page
+    data = json.loads(run("health", "checkpoint-5", *others, "--json").stdout)
+    assert [row["step"] for row in data["series"]] == [5, 10, 20]
+    tops = [row["largest_sigma1"] for row in data["series"]]
+    assert tops == pytest.approx([tops[0], 2 * tops[0], 4 * tops[0]])
+    assert data["changes"][0]["relative_change"] == pytest.approx(3)
+    save_file({"h.0.w.weight": noise * math.nan}, "checkpoint-10/model.safetensors")
+    assert run("health", "checkpoint-5", *others).exit_code == 2  # nothing of it is finite
 
 
 def damage(path: Path) -> dict[str, bytes]:
@@ -145,6 +181,50 @@ def test_a_page_that_cannot_be_written(run: Run, checkpoint: Path, tmp_path: Pat
     result = run("health", checkpoint, "--html", tmp_path / "file" / "page.html")
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
+    assert "Every number that was read is finite" in result.stdout  # the work is not lost
+
+
+def test_a_page_takes_no_other_files_place(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    """--html *.safetensors, as a shell expands it; and what is no file, such as a device."""
+    shard = checkpoint / "model.safetensors"
+    before = shard.read_bytes()
+    result = run("health", "--html", shard, shard)
+    assert result.exit_code == 2
+    assert "does not end in .html" in result.stderr
+    assert shard.read_bytes() == before
+    os.mkfifo(tmp_path / "page.html")
+    result = run("health", checkpoint, "--html", tmp_path / "page.html")
+    assert result.exit_code == 2
+    assert "no regular file" in result.stderr
+    assert (tmp_path / "page.html").is_fifo()
+
+
+@pytest.mark.parametrize("error", [None, MemoryError(), LinAlgError("it did not converge")])
+@pytest.mark.parametrize("when", ["compare.compare", "page.render_page"])
+def test_what_fails_later_is_no_verdict(
+    run: Run,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+    error: Exception | None,
+) -> None:
+    """Exit code 1 says that numbers are not finite; files that vanish halfway say nothing."""
+    module, name = when.split(".")
+    real = getattr(importlib.import_module(f"hf_pss.inspection.{module}"), name)
+
+    def late(*args: Any, **options: Any) -> Any:
+        if error is not None:
+            raise error
+        (checkpoint / "model.safetensors").unlink()
+        return real(*args, **options)
+
+    monkeypatch.setattr(f"hf_pss.inspection.{when}", late)
+    page = checkpoint / "page.html"
+    result = run("health", checkpoint, "--compare", checkpoint, "--html", page)
+    assert result.exit_code == 2, result.output
+    assert ("cannot be read" if error is None else "could not be measured") in result.stderr
+    assert "cannot be written" not in result.stderr
+    assert not page.exists()
 
 
 def test_help_teaches(run: Run) -> None:

@@ -165,3 +165,11 @@ def test_help_page_names_options_that_exist() -> None:
 def test_help_page_names_every_optimizer() -> None:
     text = dict(help_page._OPTIMIZER)["pss_optim"]
     assert all(re.search(rf"\b{name}\b", text) for name in get_args(OptimizerName))
+
+
+def test_a_run_reports_to_several_trackers(tmp_path: Path) -> None:
+    words = ["--model_config", "gpt2", "--max_steps", "1", "--report_to", "tensorboard", "trackio"]
+    assert parse_plan(words).arguments.report_to == ["tensorboard", "trackio"]
+    path = write(tmp_path / "both.yaml", "report_to: [tensorboard, trackio]\nmodel_config: gpt2\n")
+    assert parse_plan(["--config", str(path)]).arguments.report_to == ["tensorboard", "trackio"]
+    assert parse_plan([*words[:-2], "none"]).arguments.report_to == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import save_file
 
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.inspection.checkpoint import open_checkpoint
+from hf_pss.inspection.strict_json import read_object
+from hf_pss.rescue.command import recorded_entropy
 
 COMMIT = "a" * 40
 
@@ -49,6 +52,8 @@ def test_config_is_read_as_json(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).model_type is None
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert open_checkpoint(tmp_path).model_type == "gpt2"
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "limit": [0.0, Infinity]}')
+    assert open_checkpoint(tmp_path).model_type == "mamba2"  # as transformers 4 wrote it
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "model_type": "x"}')
     with pytest.raises(StateError, match="appears twice"):
         open_checkpoint(tmp_path)
@@ -162,3 +167,18 @@ def test_nothing_there(tmp_path: Path) -> None:
     shard(tmp_path / "checkpoint-5" / "model.safetensors", "a")
     with pytest.raises(ConfigurationError, match="Give one of its folders: checkpoint-5"):
         open_checkpoint(tmp_path)
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    """Opened, it would wait for a writer: so would an index, or the options of a run."""
+    os.mkfifo(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(StateError, match="no regular file"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(StateError, match="no regular file"):
+        open_checkpoint(tmp_path / "model.safetensors.index.json")
+    os.mkfifo(tmp_path / "hf_pss_options.json")
+    with pytest.raises(StateError, match="no regular file"):
+        read_object(tmp_path / "hf_pss_options.json", max_bytes=100)
+    assert recorded_entropy(tmp_path) is None
+    with pytest.raises(FileNotFoundError):
+        read_object(tmp_path / "nowhere.json", max_bytes=100)

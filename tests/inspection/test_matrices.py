@@ -97,6 +97,19 @@ def test_experts_are_a_stack(tmp_path: Path) -> None:
     assert bool((read(matrix, 2) == tensor[2]).all())
 
 
+def test_experts_are_counted_before_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record is kept of each, and a file of 100 MB could claim 25 million."""
+    monkeypatch.setattr("hf_pss.inspection.matrices.MOST_EXPERTS", 5)
+    stacks = {f"h.{i}.experts.w": torch.ones(3, 2, 2) for i in range(2)}
+    found = contents(tmp_path, stacks | {"w": torch.ones(2, 2)})
+    assert [one.name for one in found.matrices] == ["h.0.experts.w", "w"]
+    assert [(one.name, why) for one, why in found.others] == [
+        ("h.1.experts.w", "beyond 5 experts in all")
+    ]
+
+
 def test_the_rest_has_a_reason(tmp_path: Path) -> None:
     found = contents(
         tmp_path,
@@ -145,3 +158,17 @@ def test_pieces_make_the_whole(
             pieces = list(one.reader.pieces())
             assert max(map(len, pieces)) <= rows
             assert bool((torch.cat(pieces) == whole[one.name]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_strips_make_the_transpose(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = torch.randn(2, 3, 100).to(dtype)
+    tensors = {"h.0.experts.w": stack, "h.0.gate_up_proj.weight": torch.randn(6, 100).to(dtype)}
+    found = {one.name: one.reader for one in contents(tmp_path, tensors).matrices}
+    monkeypatch.setattr("hf_pss.inspection.reading.PIECE_BYTES", 7 * 3 * 4)  # 7 columns
+    for reader, expert in ((found["h.0.experts.w"], 1), (found["h.0.gate_up_proj.weight[up]"], 0)):
+        pieces, num_columns = reader.tall_pieces(expert)
+        assert (num_columns, max(map(len, pieces()))) == (3, 7)
+        assert bool((torch.cat([*pieces()]) == reader.whole(expert).mT).all())

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.inspection.matrices import find_matrices
-from hf_pss.inspection.measure import MatrixHealth, measure, spectrum_of
+from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure, spectrum_of
 from hf_pss.inspection.streamed import streamed_norms, streamed_spectrum
 
 
@@ -76,6 +76,12 @@ def test_each_expert_is_measured(tmp_path: Path) -> None:
     assert spectrum_of(found[1].source, 1) == pytest.approx([70.0] + [0] * 69, abs=1e-3)
 
 
+def test_a_number_beyond_float32_is_finite(tmp_path: Path) -> None:
+    tensors = {"b": torch.tensor([1e300, math.inf], dtype=torch.float64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert count_nonfinite(open_checkpoint(tmp_path).tensors[0]) == 1
+
+
 @pytest.mark.parametrize("shape", [(300, 90), (90, 300), (200, 5), (5, 200), (64, 64)])
 @pytest.mark.parametrize("scale", [1.0, 1e-38, 1e38])
 def test_streamed_as_in_memory(shape: tuple[int, int], scale: float) -> None:
@@ -83,21 +89,25 @@ def test_streamed_as_in_memory(shape: tuple[int, int], scale: float) -> None:
     matrix = torch.randn(shape) / 8 * scale
 
     def pieces() -> tuple[torch.Tensor, ...]:
-        return matrix.split(37)
+        return torch.split(matrix, 37)
+
+    def of_tall() -> tuple[torch.Tensor, ...]:
+        return torch.split(matrix if shape[0] >= shape[1] else matrix.mT, 37)
 
     sigma = torch.linalg.svdvals(matrix.double())
     sigma1, frobenius = streamed_norms(pieces, shape[1])
     assert sigma1 == pytest.approx(float(sigma[0]), rel=QUICK)
     assert sigma1 <= float(sigma[0]) * (1 + EXACT)
     assert frobenius == pytest.approx(float(sigma.norm()), rel=STREAMED)
-    assert streamed_spectrum(pieces, shape).tolist() == pytest.approx(sigma.tolist(), rel=STREAMED)
+    found = streamed_spectrum(of_tall, min(shape)).tolist()
+    assert found == pytest.approx(sigma.tolist(), rel=STREAMED)
 
 
 def test_streamed_special_matrices() -> None:
     assert streamed_norms(lambda: [torch.zeros(3, 2)] * 2, 2) == (0, 0)
     broken = [torch.ones(3, 2), torch.tensor([[1.0, math.inf]])]
     assert all(map(math.isnan, streamed_norms(lambda: broken, 2)))
-    assert streamed_spectrum(lambda: [torch.zeros(3, 2)], (3, 2)).tolist() == [0, 0]
+    assert streamed_spectrum(lambda: [torch.zeros(3, 2)], 2).tolist() == [0, 0]
 
 
 # VmHWM, for a child's ru_maxrss begins at what its parent held.
@@ -137,10 +147,12 @@ LARGEST_HELD = 192
 @ON_LINUX
 def test_memory_is_bounded(tmp_path: Path) -> None:
     noise = torch.randn(4096, 12288)  # 192 MiB; the other has 375 and is streamed
-    held = [("wte.weight", torch.randn(24000, 4096)), ("h.0.w", noise)]
+    # 256 MiB as computed; a basis of 24 columns as long as its rows would take 6.4 GB.
+    wide = torch.ones(1, 2**25, dtype=torch.bfloat16).expand(2, -1)
+    held = [("wte.weight", torch.randn(24000, 4096)), ("h.0.w", noise), ("wide", wide)]
     path = write_large(tmp_path / "model.safetensors", held)
     beyond, matrices, _ = peak(path)
-    assert matrices == 2
+    assert matrices == 3
     assert LARGEST_HELD < beyond < MOST_BEYOND
 
 
