@@ -132,6 +132,8 @@ class EventLog:
     records: tuple[Record, ...]
     is_cut: bool
     """Whether the last line was cut, as by a crash, and is left out."""
+    num_unreadable: int
+    """Other lines that are left out: malformed, of another version, or of an unknown kind."""
 
 
 def to_json_line(record: Record) -> str:
@@ -167,29 +169,22 @@ def from_json_line(line: str) -> Record:
 def read_events(path: Path) -> EventLog:
     """Return the records of a file of events.
 
-    A last line that lacks its end and cannot be read was cut by a crash: it is left out, and the
-    log says so. Everything else must be right.
+    One line that cannot be read does not take the others with it: it is left out, and the log says
+    so.
 
     Raises:
-        StateError: a line is malformed, of another version, or of an unknown kind.
         OSError: the file cannot be read.
     """
-    *lines, last = path.read_bytes().split(b"\n")
-    records = [_read_line(path, number, line) for number, line in enumerate(lines, start=1)]
-    is_cut = False
-    if last:
-        try:
-            records.append(_read_line(path, len(lines) + 1, last))
-        except StateError:
-            is_cut = True
-    return EventLog(tuple(records), is_cut)
-
-
-def _read_line(path: Path, number: int, line: bytes) -> Record:
-    try:
-        return from_json_line(line.decode("utf-8", errors="strict"))
-    except ValueError as error:
-        raise StateError(f"Line {number} of {path}: {error}") from error
+    records: list[Record] = []
+    is_cut, num_unreadable = False, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                records.append(from_json_line(line.decode("utf-8")))
+            except ValueError:  # StateError is one, and so is what is no UTF-8
+                is_cut = not line.endswith(b"\n")
+                num_unreadable += not is_cut
+    return EventLog(tuple(records), is_cut, num_unreadable)
 
 
 def _encode(record: Record) -> dict[str, JSON]:

@@ -248,13 +248,8 @@ def test_cut_inside_a_character_is_a_cut_line(tmp_path: Path) -> None:
     assert read_events(path).is_cut
 
 
-def test_bad_line_before_the_last_is_refused_with_its_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "events.jsonl", to_json_line(EVENT), '{"vers', to_json_line(EVENT))
-    with pytest.raises(StateError, match="Line 2 of"):
-        read_events(path)
-
-
-def test_bad_last_line_with_its_end_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "events.jsonl", to_json_line(EVENT), '{"vers')
-    with pytest.raises(StateError, match="Line 2 of"):
-        read_events(path)
+@pytest.mark.parametrize("line", ['{"vers', "", "[]", "[" * 100_000, changed(EVENT, version=2)])
+def test_bad_lines_are_counted_and_leave_the_others(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "events.jsonl", to_json_line(EVENT), line, to_json_line(EVENT), line)
+    log = read_events(path)
+    assert (log.records, log.num_unreadable, log.is_cut) == ((EVENT, EVENT), 2, False)

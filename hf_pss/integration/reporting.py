@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from io import FileIO
 from pathlib import Path
 
 from hf_pss.events import Record, to_json_line
@@ -87,13 +88,13 @@ class JsonLines:
 
     def write(self, lines: Iterable[str]) -> None:
         """Append lines; a full disk is a warning, never the end of a training run."""
-        text = "".join(f"{line}\n" for line in lines)
-        if not text:
+        data = "".join(f"{line}\n" for line in lines).encode()
+        if not data:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with self._path.open("a+b", buffering=0) as file:
+                _append(file, data)
         except OSError as error:
             logger.warning("Cannot write %s: %s. Training goes on.", self._path, error)
 
@@ -104,23 +105,44 @@ class JsonLines:
     def _supersede(self, resumed_step: int) -> None:
         try:
             # What a crash left of a line is no step's line: it is superseded like the others.
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-            lines = text.splitlines()
-            kept = [line for line in lines if _is_up_to(line, resumed_step)]
-            if text == "".join(f"{line}\n" for line in kept):
-                return
-            superseded = self._path.with_suffix(".superseded.jsonl")
-            with superseded.open("a", encoding="utf-8") as file:
-                file.writelines(f"{x}\n" for x in lines if not _is_up_to(x, resumed_step))
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self._path)  # in one piece: a crash leaves the old file or the new
-        except OSError as error:
+            with self._path.open("rb") as file:
+                gone = {i for i, line in enumerate(file) if not _is_up_to(line, resumed_step)}
+            if gone:
+                self._move(gone)
+        except (OSError, MemoryError) as error:  # the latter: a line of gigabytes, which is no line
             logger.warning("Cannot tidy %s: %s. New lines are appended.", self._path, error)
 
+    def _move(self, gone: Set[int]) -> None:
+        """Move lines by their numbers; a line at a time, for readings are many and long."""
+        partial = self._path.with_suffix(".partial")
+        superseded = self._path.with_suffix(".superseded.jsonl")
+        with (
+            self._path.open("rb") as file,
+            partial.open("wb") as kept,
+            superseded.open("ab") as others,
+        ):
+            for i, line in enumerate(file):
+                (others if i in gone else kept).write(line.removesuffix(b"\n") + b"\n")
+        os.replace(partial, self._path)  # in one piece: a crash leaves the old file or the new
 
-def _is_up_to(line: str, step: int) -> bool:
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Append whole lines or nothing: half a line would take the next one with it."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        # After a crash, where the disk was too full to tidy up.
+        data = data if file.read(1) == b"\n" else b"\n" + data
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(size)
+        raise
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return False

@@ -65,11 +65,10 @@ def stable_rank_figure(directory: RunDirectory) -> Figure | None:
     if not runs:
         return None
     rows = sorted({row_of(name) for run in runs for name in run.stable_ranks.names})
-    maps = [_average(run, rows) for run in runs]
+    maps = [_lowest(run, rows) for run in runs]
     positive = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in maps])
-    if not len(positive):
-        return None
-    low, high = float(positive.min()), float(positive.max())
+    # Where nothing is finite the map has no colour, and says just that.
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 2.0)
     scale = LogNorm(vmin=low, vmax=high if high > low else 2 * low)
     figure = new_figure(10, float(np.clip(0.085 * len(rows) + 1.2, 2.5, 9.0)))
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
@@ -85,16 +84,19 @@ def _has_ranks(run: TrainingRun) -> bool:
     return bool(len(run.stable_ranks.steps) and run.stable_ranks.names)
 
 
-def _average(run: TrainingRun, rows: list[MatrixRow]) -> Floats:
-    """(num_rows, num_steps): the mean over the matrices of each row; NaN where none is recorded."""
+def _lowest(run: TrainingRun, rows: list[MatrixRow]) -> Floats:
+    """(num_rows, num_steps): the lowest of each row's matrices; NaN where one is, or none was read.
+
+    A mean over experts would hide the one that breaks.
+    """
     ranks = run.stable_ranks
-    of_name = [rows.index(row_of(name)) for name in ranks.names]
-    sums, counts = np.zeros((2, len(rows), len(ranks.steps)))
-    for column, row in enumerate(of_name):
-        finite = np.isfinite(ranks.values[:, column])
-        sums[row] += np.where(finite, ranks.values[:, column], 0.0)
-        counts[row] += finite
-    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    index = {row: i for i, row in enumerate(rows)}
+    found = np.full((len(rows), len(ranks.steps)), np.inf)
+    for name, values in zip(ranks.names, ranks.values.T, strict=True):
+        row = found[index[row_of(name)]]
+        # `minimum` hands NaN on.
+        np.minimum(row, np.where(np.isfinite(values), values, np.nan), out=row)
+    return np.where(np.isinf(found), np.nan, found)
 
 
 def _draw(axes: Axes, run: TrainingRun, values: Floats, scale: LogNorm) -> None:

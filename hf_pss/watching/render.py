@@ -94,7 +94,8 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
 
 def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
     if state.ranks is None or not state.ranks.by_matrix:
-        yield Text("No stable ranks: set health_every_steps to have them.", style="dim")
+        why = "none could be read" if state.num_unreadable else "set health to have them"
+        yield Text(f"No stable ranks: {why}.", style="dim")
         return
     first = state.first_ranks
     has_past = first is not None and first.step < state.ranks.step
@@ -118,7 +119,8 @@ def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
 
 def _foot(state: RunState) -> Iterator[Text]:
     if state.num_unreadable:
-        yield Text(f"{state.num_unreadable:,} lines or files could not be read.", style="yellow")
+        number = f"{state.num_unreadable:,}"
+        yield Text(f"Could not be read: {number} of the files' lines and states.", style="yellow")
 
 
 def _worst(ranks: Ranks) -> Sequence[str]:

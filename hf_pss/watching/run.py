@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import stat
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.events import Intervention, Record, from_json_line
+from hf_pss.events import Event, Intervention, Record, from_json_line
 from hf_pss.inspection.names import visible
 from hf_pss.inspection.strict_json import parse_object, read_object
 from hf_pss.integration.reporting import EVENTS_FILE, HEALTH_FILE
-from hf_pss.watching.tail import Tail
+from hf_pss.policy import Action
+from hf_pss.watching.tail import News, Tail
 
 __all__ = ["Follower", "Logs", "Ranks", "RunState"]
 
@@ -28,6 +30,8 @@ _MAX_STATE_BYTES = 256 * 2**20
 _MAX_SUMMARY_BYTES = 2**20
 _MOST_EVENTS = 200
 _MOST_CANDIDATES = 5
+# Of a line that was told: 2⁶⁴ lines before two are taken for one.
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,13 @@ class RunState:
     first_ranks: Ranks | None
     """The earliest that was read: what the newest are compared with."""
     num_unreadable: int
-    """Lines and files that could not be read."""
+    """Lines of the files as they are now, and a state, that could not be read."""
     modified_seconds: float | None
     """When anything was last written, as `time.time`."""
     has_resumed: bool
     """The run has gone back since the last look: events after its checkpoint are superseded."""
     has_ended: bool
+    """The last step is saved, a demo has summed up, or the newest event has stopped the run."""
 
     @property
     def is_empty(self) -> bool:
@@ -101,7 +106,9 @@ class Follower:
         self._folder = folder
         _refuse_a_folder_of_runs(folder)
         self._tails = {n: Tail(folder / n) for n in (EVENTS_FILE, HEALTH_FILE, METRICS_FILE)}
-        self._events: deque[tuple[bytes, Record]] = deque(maxlen=_MOST_EVENTS)
+        self._events: deque[Record] = deque(maxlen=_MOST_EVENTS)
+        # Beyond `_events`: a resume may bring thousands of lines again.
+        self._told: set[bytes] = set()
         self._num_events = self._num_interventions = 0
         self._ranks: Ranks | None = None
         self._first_ranks: Ranks | None = None
@@ -110,43 +117,54 @@ class Follower:
         self._state: Logs | None = None
         self._max_steps: int | None = None
         self._steps_done = 0
-        self._num_unreadable = 0
+        self._num_unreadable: Counter[str] = Counter()
+        self._is_behind: dict[str, bool] = {}
 
     def poll(self) -> RunState:
         """Read what is new."""
+        # What says that the run has ended comes first: the lines before it are there by now.
+        summary_modified = _modified(self._folder / SUMMARY_FILE)
+        state_modified = self._poll_state()
         fresh, has_resumed = self._poll_events()
         self._poll_health()
         self._poll_metrics()
-        state_modified = self._poll_state()
-        summary_modified = _modified(self._folder / SUMMARY_FILE)
-        times = [tail.modified_seconds for tail in self._tails.values()]
-        found = [t for t in (*times, state_modified) if t is not None]
-        newest = max(found, default=None)
-        is_summed_up = summary_modified is not None and summary_modified >= (newest or 0)
-        if summary_modified is not None:
-            newest = max(newest or 0, summary_modified)
+        written = _newest(*(tail.modified_seconds for tail in self._tails.values()))
+        is_done = 0 < (self._max_steps or 0) <= self._steps_done
+        has_ended = (
+            _is_last(summary_modified, _newest(written, state_modified))
+            # A run that extends a finished one, in the same folder, writes into the tails first.
+            or (is_done and _is_last(state_modified, written))
+            or self._has_stopped(state_modified)
+        )
         return RunState(
             folder=self._folder,
             logs=self._newest_logs(),
             max_steps=self._max_steps,
-            events=tuple(record for _, record in self._events),
+            events=tuple(self._events),
             fresh_events=fresh,
             num_events=self._num_events,
             num_interventions=self._num_interventions,
             ranks=self._ranks,
             first_ranks=self._first_ranks,
-            num_unreadable=self._num_unreadable,
-            modified_seconds=newest,
+            num_unreadable=self._num_unreadable.total(),
+            modified_seconds=_newest(written, state_modified, summary_modified),
             has_resumed=has_resumed,
-            has_ended=is_summed_up or (0 < (self._max_steps or 0) <= self._steps_done),
+            has_ended=has_ended and not any(self._is_behind.values()),
         )
 
+    def _has_stopped(self, state_modified: float | None) -> bool:
+        """Whether the newest event has ended the run, and no later step has come since."""
+        event = self._events[-1] if self._events else None
+        if not isinstance(event, Event) or event.decision is not Action.STOP:
+            return False
+        # A state that is older is of an earlier run in this folder.
+        is_ours = _is_last(state_modified, self._tails[EVENTS_FILE].modified_seconds)
+        steps = [known.step for known in (self._ranks, self._metrics) if known is not None]
+        return max(steps + [self._steps_done] * is_ours, default=0) <= event.step
+
     def _poll_events(self) -> tuple[tuple[Record, ...], bool]:
-        news = self._tails[EVENTS_FILE].poll()
-        self._num_unreadable += news.num_lost
-        known: set[bytes] = set()
+        news = self._news(EVENTS_FILE)
         if news.has_restarted:
-            known = {line for line, _ in self._events}
             self._events.clear()
             self._num_events = self._num_interventions = 0
         fresh = []
@@ -154,19 +172,29 @@ class Follower:
             record = self._record(line)
             if record is None:
                 continue
-            self._events.append((line, record))
+            self._events.append(record)
             self._num_events += 1
             self._num_interventions += isinstance(record, Intervention)
-            if line not in known:
+            digest = hashlib.blake2b(line, digest_size=_DIGEST_BYTES).digest()
+            if digest not in self._told:
                 fresh.append(record)
+                self._told.add(digest)
         return tuple(fresh), news.has_restarted
+
+    def _news(self, name: str) -> News:
+        news = self._tails[name].poll()
+        if news.has_restarted:
+            del self._num_unreadable[name]
+        self._num_unreadable[name] += news.num_lost
+        self._is_behind[name] = news.has_more
+        return news
 
     def _record(self, line: bytes) -> Record | None:
         try:
             parse_object(line, what="an event")  # no duplicate keys
             return from_json_line(line.decode("utf-8"))
         except StateError:
-            self._num_unreadable += 1
+            self._num_unreadable[EVENTS_FILE] += 1
             return None
 
     def _poll_health(self) -> None:
@@ -185,13 +213,11 @@ class Follower:
                 self._metrics = _logs(row, METRICS_FILE, prefix="")
 
     def _rows(self, name: str) -> Iterator[Mapping[str, Any]]:
-        news = self._tails[name].poll()
-        self._num_unreadable += news.num_lost
-        for line in news.lines:
+        for line in self._news(name).lines:
             try:
                 yield parse_object(line, what=name)
             except StateError:
-                self._num_unreadable += 1
+                self._num_unreadable[name] += 1
 
     def _poll_state(self) -> float | None:
         """Read the newest trainer_state.json where it is another than before."""
@@ -212,11 +238,12 @@ class Follower:
             key = (str(path), path.stat().st_mtime_ns, path.stat().st_size)
             if key != self._state_key:
                 self._state_key = key
+                self._num_unreadable[STATE_FILE] = 0
                 self._read_state(path)
         except OSError:  # save_total_limit has removed the checkpoint
             pass
         except StateError:  # it may be half written: it is read again when it has changed
-            self._num_unreadable += 1
+            self._num_unreadable[STATE_FILE] = 1
         return modified
 
     def _read_state(self, path: Path) -> None:
@@ -261,6 +288,15 @@ def _number(value: object, missing: float | None) -> float | None:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
         return math.inf
+
+
+def _newest(*times: float | None) -> float | None:
+    return max((at for at in times if at is not None), default=None)
+
+
+def _is_last(at: float | None, others: float | None) -> bool:
+    """Whether something was written, and nothing else after it."""
+    return at is not None and (others is None or at >= others)
 
 
 def _modified(path: Path) -> float | None:

@@ -69,6 +69,13 @@ def test_lines_bounds_the_matrices(run: Run, live: Path) -> None:
     assert "10 more" in run("watch", live, "--once", "--lines", 3).stdout
 
 
+def test_readings_that_are_no_json_are_not_called_missing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pss_health.jsonl").write_text('{"step": \n')
+    text = run("watch", tmp_path, "--once").stdout
+    assert "No stable ranks: none could be read." in text
+    assert "Could not be read: 1 of the files' lines and states." in text
+
+
 def test_a_run_that_has_ended_is_left(run: Run, live: Path) -> None:
     end(live)
     result = run("watch", live)

@@ -13,18 +13,22 @@ from typing import Any
 
 import pytest
 import wandb
-from helpers import gpt2, token_rows
+from helpers import events_of, gpt2, make_trainer, token_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from wandb_offline import finish_and_read
 
+from hf_pss import PSSConfig
 from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.events import Event, Intervention, MatrixChange
 from hf_pss.health.reading import HealthReading
 from hf_pss.integration.reporters import TRACKERS, Reporters, reporters_for
+from hf_pss.integration.reporters.reporter import label_of
 from hf_pss.integration.reporters.wandb import WandbReporter
 from hf_pss.policy import Action, Decision
 
+# TensorBoard's scalars; half a unit in the last place.
+FLOAT32_ROUNDING = 2.0**-24
 STEPS = 5
 ALERT_STEP = 3
 NAMES = ("transformer.h.0.attn.c_attn.weight[q]", "transformer.h.1.mlp.c_fc.weight")
@@ -177,21 +181,28 @@ def _text(found: EventAccumulator, tag: str) -> str:
     return str(found.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode())
 
 
-def test_trackio(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def trackio_home(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("trackio")
-
     # It reads TRACKIO_DIR once, when it is imported, and copies what it has read.
     home = offline / "trackio"
     for name, module in tuple(sys.modules.items()):
         for variable, folder in (("TRACKIO_DIR", home), ("MEDIA_DIR", home / "media")):
             if name.startswith("trackio") and variable in vars(module):
                 monkeypatch.setattr(module, variable, folder)
-    train(offline, "trackio")
+    return home
+
+
+def read_trackio(home: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]]]:
     (path,) = home.glob("pss*.db")
     with sqlite3.connect(path) as database:
         rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
-        alerts = database.execute("select title, text, level from alerts").fetchall()
+        return rows, database.execute("select title, text, level from alerts").fetchall()
 
+
+def test_trackio(offline: Path, trackio_home: Path) -> None:
+    train(offline, "trackio")
+    rows, alerts = read_trackio(trackio_home)
     key = f"pss_health/stable_rank/{TAGS[0]}"
     ranks = [(row["train/global_step"], row[key]) for row in rows if key in row]
     assert ranks == [(step, 8.0 - step) for step in range(1, STEPS + 1)]
@@ -203,11 +214,73 @@ def test_trackio(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert last["pss/table"]["_value"][0]["matrix"] == NAMES[0]
     assert len(last["pss/table"]["_value"]) == 2 * STEPS
     assert last["pss/heat_map"]["_type"] == "trackio.image"
-    pictures = sorted(path.read_bytes() for path in home.glob("media/**/*.png"))
+    pictures = sorted(path.read_bytes() for path in trackio_home.glob("media/**/*.png"))
     assert [picture[:4] for picture in pictures] == [b"\x89PNG"] * 2  # 4th reading, and the end
     ((title, text, level),) = alerts
     assert (title, level) == ("PSS, step 3: spike, smoothed", "warn")
     assert "lower the learning rate" in text
+
+
+def test_what_pss_itself_measures_and_does_reaches_all_three(
+    offline: Path, trackio_home: Path
+) -> None:
+    """A whole run: real readings, and the alert of a real spike that PSS smoothed."""
+    config = PSSConfig(
+        threshold_ratio=3.0, calibration_steps=2, health="full", health_every_steps=2
+    )
+    trainer = make_trainer(
+        offline / "run",
+        config,
+        report_to=list(TRACKERS),
+        project="pss",
+        trackio_space_id=None,
+        save_strategy="no",
+    )
+    for parameter in trainer.model.parameters():
+        parameter.register_hook(lambda g: g * (100.0 if trainer.state.global_step == 4 else 1.0))
+    trainer.train()
+    (acted,) = [e for e in events_of(offline / "run") if e["kind"] == "intervention"]
+    assert acted["step"] == 5
+    files = (offline / "run" / "pss_health.jsonl").read_text().splitlines()
+    (matrix, _), *_ = (ranks := json.loads(files[-1])["stable_rank"]).items()
+    assert [json.loads(line)["step"] for line in files] == [2, 4, 6, 8]
+    tags = {label_of(name): value for name, value in ranks.items()}
+    assert len(tags) == 6
+
+    found = finish_and_read()
+    assert {t: found.column(f"pss_health/stable_rank/{t}")[-1] for t in tags} == {
+        tag: (8, value) for tag, value in tags.items()
+    }
+    assert [step for step, _ in found.column("pss/stable_rank/min")] == [2, 4, 6, 8]
+    assert [step for step, _ in found.column("train/pss/grad_norm_preclip")] == list(range(1, 9))
+    assert all(sum(found.history_of(f"pss_spectra/{tag}")["values"]) == 16 for tag in tags)
+    table = found.table("pss/table")
+    assert "stable_rank" in table["columns"]
+    assert {(row[0], row[1]) for row in table["data"]} >= {(s, matrix) for s in (2, 4, 6, 8)}
+    assert found.image("pss/heat_map").startswith(b"\x89PNG")
+    ((title, text, _),) = found.alerts
+    assert title == "PSS, step 5: spike, smoothed"
+    assert "PSS smoothed 6 of 6 matrices" in text
+
+    (folder,) = (offline / "run" / "runs").iterdir()
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    for tag, value in tags.items():
+        last = board.Scalars(f"pss_health/stable_rank/{tag}")[-1]
+        assert (last.step, last.value) == (8, pytest.approx(value, rel=FLOAT32_ROUNDING))
+        assert board.Histograms(f"pss_spectra/{tag}")[-1].histogram_value.num == 16
+    assert board.Images("pss/heat_map")[-1].step == 8
+    assert f"| 8 | {matrix} |" in _text(board, "pss/table")
+    assert text in _text(board, "pss/alerts")
+
+    rows, alerts = read_trackio(trackio_home)
+    read = [row for row in rows if f"pss_health/stable_rank/{label_of(matrix)}" in row]
+    assert [row["train/global_step"] for row in read] == [2, 4, 6, 8]
+    assert {tag: read[-1][f"pss_health/stable_rank/{tag}"] for tag in tags} == tags
+    assert all(sum(read[-1][f"pss_spectra/{tag}"]["values"]) == 16 for tag in tags)
+    shown = [row for row in rows if "pss/table" in row][-1]
+    assert shown["pss/table"]["_value"][0]["matrix"] == matrix
+    assert shown["pss/heat_map"]["_type"] == "trackio.image"
+    assert [(one[0], one[1]) for one in alerts] == [(title, text)]
 
 
 def test_the_heat_map_shows_the_fall(offline: Path) -> None:

@@ -15,6 +15,7 @@ from hf_pss.integration.reporters.reporter import (
     label_of,
     scalars_of,
 )
+from hf_pss.integration.reporters.worst import MAX_CURVES, NUM_PLACES, Curves
 
 BROKEN = (math.nan, math.inf, -math.inf)
 
@@ -105,7 +106,45 @@ def test_rows_are_as_many_as_there_is_room_for() -> None:
     assert len(history.rows(max_rows=100)) == 20
     rows = history.rows(max_rows=7)
     assert [row[0] for row in rows] == [1, 1, 5, 5, 9, 9]
-    assert [row[0] for row in history.rows(max_rows=1)] == [9, 9]
+    history.add(HealthReading(step=10, matrices={"stable_rank": {"a": 2.0, "b": 9.0, "c": 1.0}}))
+    assert history.rows(max_rows=2) == ((10, "c", 1.0), (10, "a", 2.0))
+
+
+# ---- more matrices than a dashboard holds ----
+
+
+def wide(step: int, num_matrices: int, **ranks: float) -> HealthReading:
+    names = [f"h.0.experts.{i}" for i in range(num_matrices)]
+    return HealthReading(
+        step=step,
+        scalars={"stable_rank/min": 1.0},
+        matrices={
+            "stable_rank": {name: 10.0 + i for i, name in enumerate(names)} | ranks,
+            "token_cosine": {"h.0": 0.5},
+        },
+        spectra={name: (2.0, math.nan) for name in names},
+    )
+
+
+def test_of_very_many_matrices_the_worst_have_curves(caplog: pytest.LogCaptureFixture) -> None:
+    few = wide(1, MAX_CURVES)
+    assert Curves().of(few) is few
+    curves = Curves()
+    found = curves.of(wide(1, 5_000))
+    first = tuple(f"h.0.experts.{i}" for i in range(NUM_PLACES // 2))
+    assert tuple(found.matrices["stable_rank"]) == tuple(found.spectra) == first
+    assert found.matrices["token_cosine"] == {"h.0": 0.5}
+    told = dict(scalars_of(found))
+    assert (told["pss/stable_rank/min"], told["pss/nonfinite_spectra"]) == (1.0, 5_000.0)
+    later = curves.of(wide(2, 5_000, **{"h.0.experts.4321": math.nan}))
+    assert math.isnan(later.matrices["stable_rank"]["h.0.experts.4321"])
+    assert set(first) < set(later.matrices["stable_rank"])
+    for step in range(3, 30):  # each step breaks others
+        broken = {f"h.0.experts.{step * 100 + i}": math.nan for i in range(50)}
+        later = curves.of(wide(step, 5_000, **broken))
+    assert len(later.matrices["stable_rank"]) == NUM_PLACES
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("This model has 5000 matrices: trackers get curves of 128 of them")
 
 
 def test_a_metric_that_a_step_has_not_measured_is_none() -> None:
@@ -174,6 +213,16 @@ def test_lines_are_counted_and_one_matrix_will_do() -> None:
     grads = HealthReading(step=3, matrices={"grad_norm": {"a": math.inf, "b": 1.0}})
     assert "1 to look at" in summary_table(grads, grads)
     assert "grad_norm is not finite" in summary_table(grads, grads)
+    matrices = {
+        "stable_rank": {"a": 3.0, "b": 4.0},
+        "spectral_norm": {"a": 2.0, "b": math.nan},
+        "spectral_norm_residual": {"a": 0.3, "b": math.nan},
+    }
+    moving = summary_table(one, HealthReading(step=9, matrices=matrices))
+    assert "1.20 → ~3.00" in moving
+    assert "  ~2.00" in moving
+    assert "~nan" not in moving
+    assert moving.endswith("\n~ stale, 1 in all: the matrix moves faster than the estimate of σ₁.")
     lora = HealthReading(step=3, matrices={"stable_rank": {"a": math.nan}})
     assert "no stable rank: zeros, NaN or inf" in summary_table(lora, lora)
     empty = HealthReading(step=3)

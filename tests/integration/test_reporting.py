@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hf_pss import PSSConfig
 from hf_pss.events import Intervention, read_events
 from hf_pss.integration.reporting import REPORTED, JsonLines, health_line, log_scalars
+
+# Measured: 0.092 MB, of a file of 10 MB with lines of 10 kB.
+MAX_RESUME_BYTES = 0.2e6
 
 
 def lines(*steps: int) -> list[str]:
@@ -45,13 +52,62 @@ def test_steps_after_the_resumed_one_are_superseded(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "e.superseded.jsonl") == [3, 4, 3]
 
 
-@pytest.mark.parametrize("rest", [b'{"step": 3, "va', b"\xff\xfe", b"[]", b'{"step": "x"}', b"3\n"])
+@pytest.mark.parametrize(
+    "rest",
+    [b'{"step": 3, "va', b"\xff\xfe", b"[]", b'{"step": "x"}', b"3\n", b"[" * 100_000],
+    ids=["cut", "no text", "a list", "no step", "a number", "nested"],
+)
 def test_what_a_crash_left_is_superseded(rest: bytes, tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     path.write_bytes(b'{"step": 1}\n' + rest)
     JsonLines(path, resumed_step=9).write(lines(4))
     assert steps_in(path) == [1, 4]
-    assert (tmp_path / "e.superseded.jsonl").exists()
+    assert (tmp_path / "e.superseded.jsonl").read_bytes() == rest.rstrip() + b"\n"
+
+
+def test_a_resume_holds_one_line_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    text = "x" * 10_000
+    path.write_text("".join(json.dumps({"step": i, "x": text}) + "\n" for i in range(1000)))
+    tracemalloc.start()
+    JsonLines(path, resumed_step=500)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert steps_in(path) == list(range(501))
+    assert peak < MAX_RESUME_BYTES
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: writes fall short, and then fail."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_its_own_lines_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "e.jsonl"
+    file = JsonLines(path, resumed_step=0)
+    file.write(lines(1))
+    with full_disk(path.stat().st_size + 5):
+        file.write(lines(2, 3))
+    assert "Cannot write" in caplog.text
+    file.write(lines(4))
+    assert steps_in(path) == [1, 4]
+
+
+def test_a_resume_on_a_full_disk_leaves_lines_whole(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "x')
+    with full_disk(5):
+        file = JsonLines(path, resumed_step=9)
+    file.write(lines(4))
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "x\n{"step": 4}\n'
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept_whole(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,29 @@ def test_the_map_survives_gaps(files: Any) -> None:
     assert figure is not None
     values = figure.axes[0].collections[0].get_array().reshape(4, 2)
     assert np.ma.filled(values, -1).tolist() == [[1, -1], [3, -1], [-1, -1], [-1, 0]]
+    with style():
+        save_png(figure, files.root / "map.png")
+
+
+def test_the_map_shows_the_expert_that_breaks(files: Any) -> None:
+    folder = files.run("plain")
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in range(3)]
+    rows = ([9.0, 2.0, 9.0], [9.0, None, 9.0])
+    lines = [
+        json.dumps({"step": step, "stable_rank": dict(zip(names, ranks, strict=True))})
+        for step, ranks in enumerate(rows)
+    ]
+    (folder / "pss_health.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    figure = stable_rank_figure(load_run_directory(files.info()))
+    assert figure is not None
+    assert np.ma.filled(figure.axes[0].collections[0].get_array(), -1).tolist() == [[2, -1]]
+
+
+def test_the_map_of_nothing_finite_is_a_map(files: Any) -> None:
+    folder = files.run("plain")
+    (folder / "pss_health.jsonl").write_text('{"step": 5, "stable_rank": {"h.0.a": null}}')
+    figure = stable_rank_figure(load_run_directory(files.info()))
+    assert figure is not None
     with style():
         save_png(figure, files.root / "map.png")
 

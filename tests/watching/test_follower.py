@@ -17,9 +17,9 @@ from hf_pss.watching.render import plain_lines
 from hf_pss.watching.run import Follower
 
 
-def spike(step: int) -> Event:
+def spike(step: int, action: Action = Action.OBSERVE) -> Event:
     judgement = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
-    return Event.of(judgement, Decision(Action.OBSERVE, "cooldown"), step=step, loss=4.0)
+    return Event.of(judgement, Decision(action, "cooldown"), step=step, loss=4.0)
 
 
 def write_state(folder: Path, step: int, *, max_steps: int = 100, **logs: Any) -> Path:
@@ -71,9 +71,10 @@ def test_the_newest_checkpoint_and_one_that_is_half_written(tmp_path: Path) -> N
     assert state.logs == logs
     assert state.num_unreadable == 1
     path.write_bytes(whole)
-    logs = follower.poll().logs
-    assert logs is not None
-    assert logs.step == 30
+    state = follower.poll()
+    assert state.logs is not None
+    assert state.logs.step == 30
+    assert state.num_unreadable == 0
 
 
 def test_a_loss_that_the_trainer_has_filtered_is_not_zero(tmp_path: Path) -> None:
@@ -97,6 +98,20 @@ def test_a_resume_supersedes_events(tmp_path: Path) -> None:
     lines = list(plain_lines(before, state))
     assert "superseded" in lines[0]
     assert lines[1].startswith("WARN: Step 6: grad norm 9, 9 × its average of 1")
+
+
+def test_nothing_is_told_twice_however_much_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "pss_events.jsonl"
+    JsonLines(path, resumed_step=0).write_records([spike(step) for step in range(500)])
+    with path.open("a") as file:
+        file.write('{"cut": \n')
+    follower = Follower(tmp_path)
+    state = follower.poll()
+    assert (len(state.fresh_events), state.num_unreadable) == (500, 1)
+    JsonLines(path, resumed_step=450).write_records([spike(451, Action.SKIP_UPDATE)])
+    state = follower.poll()
+    assert state.fresh_events == (spike(451, Action.SKIP_UPDATE),)
+    assert (state.num_events, state.num_unreadable) == (452, 0)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +150,38 @@ def test_the_end_of_a_run(tmp_path: Path) -> None:
     assert not follower.poll().has_ended
     write_state(tmp_path, 100)
     assert follower.poll().has_ended
+
+
+@pytest.mark.parametrize("name", ["pss_events.jsonl", "pss_health.jsonl"])
+def test_a_run_that_goes_on_beside_the_state_of_a_finished_one(name: str, tmp_path: Path) -> None:
+    state = write_state(tmp_path, 100)
+    path = tmp_path / name
+    line = {"pss_events.jsonl": to_json_line(spike(3)), "pss_health.jsonl": health_line(3, {})}
+    path.write_text(line[name] + "\n")
+    modified = state.stat().st_mtime_ns
+    os.utime(path, ns=(modified, modified))
+    assert Follower(tmp_path).poll().has_ended
+    os.utime(path, ns=(modified + 1_000_000,) * 2)
+    assert not Follower(tmp_path).poll().has_ended
+
+
+def test_a_run_that_has_stopped_itself(tmp_path: Path) -> None:
+    write_state(tmp_path, 100)  # of a longer run before
+    events = JsonLines(tmp_path / "pss_events.jsonl", resumed_step=0)
+    events.write_records([spike(3)])
+    follower = Follower(tmp_path)
+    assert not follower.poll().has_ended
+    events.write_records([spike(7, Action.STOP)])
+    assert follower.poll().has_ended
+    JsonLines(tmp_path / "pss_health.jsonl", resumed_step=7).write([health_line(8, {})])
+    assert not follower.poll().has_ended  # resumed where it stopped
+
+
+def test_a_stopped_run_that_has_saved_a_later_step_goes_on(tmp_path: Path) -> None:
+    JsonLines(tmp_path / "pss_events.jsonl", resumed_step=0).write_records([spike(7, Action.STOP)])
+    assert Follower(tmp_path).poll().has_ended
+    os.utime(write_state(tmp_path, 8))
+    assert not Follower(tmp_path).poll().has_ended
 
 
 def test_a_demos_run(tmp_path: Path) -> None:

@@ -58,7 +58,29 @@ def test_a_cut_file_starts_anew_and_a_vanished_one_may_return(tmp_path: Path) ->
 def test_a_long_file_is_read_from_its_end(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     path.write_bytes(b"".join(b"%d\n" % i for i in range(1000)))
-    assert Tail(path, first_bytes=11).poll().lines == (b"998", b"999")
+    assert Tail(path, max_bytes=11).poll().lines == (b"998", b"999")
+
+
+def test_the_newest_line_is_read_however_long_it_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    longest = b"x" * module.MAX_LINE_BYTES
+    path.write_bytes(b"1\n" + longest + b"\n" + longest[:-1])  # the next one is being written
+    news = Tail(path).poll()
+    is_there = news.lines == (longest,)  # a difference would take a minute to print
+    assert (is_there, news.num_lost) == (True, 0)
+
+
+def test_growth_is_read_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 10)
+    path = tmp_path / "e.jsonl"
+    tail = Tail(path, max_bytes=20)
+    append(path, b"0\n")
+    assert not tail.poll().has_more
+    whole = b"".join(b"%d\n" % i for i in range(10, 30))  # 60 bytes
+    append(path, whole)
+    looks = [tail.poll() for _ in range(3)]
+    assert [look.has_more for look in looks] == [True, True, False]
+    assert b"".join(line + b"\n" for look in looks for line in look.lines) == whole
 
 
 def test_a_line_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +94,8 @@ def test_a_line_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     assert tail.poll().num_lost == 0  # the same line still
     append(path, b"x\n2\n")
     assert tail.poll().lines == (b"2",)
+    news = Tail(path, max_bytes=250).poll()  # begins in the middle of it
+    assert (news.lines, news.num_lost) == ((b"2",), 1)
 
 
 def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_pss.health.reading import HealthReading
+from hf_pss.integration.reporters.worst import worst_first
 
 __all__ = ["History"]
 
@@ -59,10 +60,12 @@ class History:
     def rows(self, *, max_rows: int) -> tuple[tuple[int | str | float | None, ...], ...]:
         """Return (step, matrix, metrics …), of as many readings, evenly spread, as there is room.
 
-        The newest reading is there in any case, were it alone too long.
+        The newest reading is there in any case; where it alone is too long, its worst matrices.
         """
         readings, metrics = self.readings, self.metrics()
-        sizes = [len(_names(kept)) for kept in readings]
+        sizes = [
+            len({name for found in kept.matrices.values() for name in found}) for kept in readings
+        ]
         stride = 1
         # From the end backwards: the newest stays.
         while stride < len(readings) and sum(sizes[::-1][::stride]) > max_rows:
@@ -75,7 +78,7 @@ class History:
                 *(kept.matrices.get(metric, {}).get(name) for metric in metrics),
             )
             for kept in chosen
-            for name in _names(kept)
+            for name in _names(kept, max_rows)
         )
 
     def _is_too_large(self) -> bool:
@@ -86,5 +89,6 @@ def _size(kept: _Kept) -> int:
     return sum(map(len, kept.matrices.values()))
 
 
-def _names(kept: _Kept) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for found in kept.matrices.values() for name in found))
+def _names(kept: _Kept, most: int) -> Sequence[str]:
+    names = tuple(dict.fromkeys(name for found in kept.matrices.values() for name in found))
+    return names if len(names) <= most else worst_first(kept.matrices)[:most]

@@ -15,12 +15,14 @@ from hf_pss.advice import Alert
 from hf_pss.health.reading import HealthReading
 
 __all__ = [
+    "NONFINITE_SPECTRA",
     "Histogram",
     "Image",
     "Reporter",
     "Snapshot",
     "histogram_of",
     "label_of",
+    "num_broken",
     "scalars_of",
 ]
 
@@ -28,6 +30,7 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 """(height, width, 3), RGB."""
 
 NUM_BINS = 64
+NONFINITE_SPECTRA = "nonfinite_spectra"
 
 _PART = re.compile(r"\[(\w+)\]")
 
@@ -95,9 +98,9 @@ def scalars_of(reading: HealthReading) -> Iterator[tuple[str, float]]:
     for metric, by_matrix in reading.matrices.items():
         for matrix, value in by_matrix.items():
             yield f"pss_health/{metric}/{label_of(matrix)}", value
-    if reading.spectra:
+    if reading.spectra and NONFINITE_SPECTRA not in reading.scalars:
         # A histogram cannot show NaN, and a panel that stays empty says nothing.
-        yield "pss/nonfinite_spectra", float(_count_broken(reading.spectra))
+        yield f"pss/{NONFINITE_SPECTRA}", num_broken(reading.spectra)
 
 
 def histogram_of(values: tuple[float, ...]) -> Histogram | None:
@@ -117,5 +120,6 @@ def histogram_of(values: tuple[float, ...]) -> Histogram | None:
     return Histogram(counts, edges, finite)
 
 
-def _count_broken(spectra: Mapping[str, tuple[float, ...]]) -> int:
-    return sum(not np.isfinite(values).all() for values in spectra.values())
+def num_broken(spectra: Mapping[str, tuple[float, ...]]) -> float:
+    """Count the spectra that hold NaN or inf."""
+    return float(sum(not np.isfinite(values).all() for values in spectra.values()))

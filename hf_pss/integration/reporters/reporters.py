@@ -17,6 +17,7 @@ from hf_pss.integration.reporters.reporter import Image, Reporter, Snapshot
 from hf_pss.integration.reporters.tensorboard import TensorBoardReporter
 from hf_pss.integration.reporters.trackio import TrackioReporter
 from hf_pss.integration.reporters.wandb import WandbReporter
+from hf_pss.integration.reporters.worst import Curves
 
 __all__ = ["TRACKERS", "Reporters", "reporters_for"]
 
@@ -71,6 +72,7 @@ class Reporters:
     def __init__(self, reporters: Iterable[Reporter]) -> None:
         self._reporters = list(reporters)
         self._history = History()
+        self._curves = Curves()
         self._alerts = Alerts()
         self._next_snapshot = _FIRST_SNAPSHOT
         self._snapshot_at = 0
@@ -89,7 +91,8 @@ class Reporters:
         if not self._reporters:
             return
         self._history.add(reading)
-        self._tell(lambda reporter: reporter.report(reading))
+        told = self._curves.of(reading)
+        self._tell(lambda reporter: reporter.report(told))
         if self._history.num_seen >= self._next_snapshot:
             self._next_snapshot = 2 * self._history.num_seen
             self._log_snapshot()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hf_pss.health.reading import HealthReading
 from hf_pss.health.registry import METRICS
+from hf_pss.health.tracked import TrackedSpectrum
 from hf_pss.inspection.judge import (
     LARGE_RATIO_TO_SIBLINGS,
     LOW_SHARE_OF_SIBLINGS,
@@ -42,6 +43,8 @@ class _Row:
     name: str
     ranks: tuple[float, float]
     norms: tuple[float, float]
+    is_stale: bool
+    """The last estimate of σ₁ lags behind the matrix, and so does the stable rank."""
     reasons: tuple[tuple[float, str], ...]
     """(how far beyond its limit, as a natural logarithm; why)."""
 
@@ -74,8 +77,8 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
         # `Text`: names hold square brackets, which rich takes for markup.
         table.add_row(
             Text(visible(row.name).replace(".weight", "")),
-            _arrow(row.ranks),
-            _arrow(row.norms),
+            _arrow(row.ranks, row.is_stale),
+            _arrow(row.norms, row.is_stale),
             Text(why),
         )
     out = io.StringIO()
@@ -83,6 +86,8 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
     console.print(table)
     hidden = len(rows) - num_lines
     more = f"\n{hidden:,} more are not shown." if hidden > 0 else ""
+    if num_stale := sum(row.is_stale for row in rows):
+        more += f"\n~ stale, {num_stale:,} in all: the matrix moves faster than the estimate of σ₁."
     lines = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
     return (
         f"Health from step {first.step} to step {last.step}, the worst of {len(rows)} matrices "
@@ -114,8 +119,15 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
                 *_against_others(ranks[name], norms[name], usual_change, usual),
                 *((0.0, f"{metric} is not finite") for metric in sorted(_not_finite(name, last))),
             ]
-            rows.append(_Row(name, ranks[name], norms[name], tuple(reasons)))
+            stale = _is_stale(name, last)
+            rows.append(_Row(name, ranks[name], norms[name], stale, tuple(reasons)))
     return rows
+
+
+def _is_stale(name: str, last: HealthReading) -> bool:
+    # Exact numbers have no residual, nor have matrices that are broken: the table says so.
+    residual = last.matrices.get("spectral_norm_residual", {}).get(name, math.nan)
+    return not math.isnan(residual) and TrackedSpectrum(math.nan, math.nan, residual).is_stale
 
 
 def _is_of_representations(metric: str) -> bool:
@@ -189,8 +201,9 @@ def _positive(value: float) -> float:
     return max(value, _SMALLEST)  # NaN stays NaN: max returns its first argument
 
 
-def _arrow(pair: tuple[float, float]) -> str:
+def _arrow(pair: tuple[float, float], is_stale: bool) -> str:
     before, after = map(_text, pair)
+    after = f"~{after}" if is_stale else after
     return after if math.isnan(pair[0]) else f"{before} → {after}"
 
 
