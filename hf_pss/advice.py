@@ -85,7 +85,7 @@ def alert_of(record: Record) -> Alert:
     return Alert(
         step=event.step,
         level=_level(record),
-        title=f"PSS, step {event.step}: {_KIND[event.kind]}, {_answer(record)}",
+        title=f"PSS, step {event.step}: {_kind(event)}, {_answer(record)}",
         happened=f"Step {event.step}: {_happened(event)}.",
         done=_done(record),
         advice=_advice(event),
@@ -129,6 +129,9 @@ _ADVICE = {
     ),
 }
 _STOPPED = "The run has ended: resume from a checkpoint whose loss was finite, more slowly."
+_OBSERVED_NONFINITE = (
+    "Set observe_only=False to let PSS skip such an update, or stop, as on_nonfinite says."
+)
 _OBSERVED = {
     "observe only": "Set observe_only=False to let PSS smooth next time.",
     "cooldown": "If the loss does not recover, shorten cooldown_steps.",
@@ -149,16 +152,31 @@ def _level(record: Record) -> AlertLevel:
     return AlertLevel.WARN
 
 
+def _kind(event: Event) -> str:
+    return "training failed" if _is_without_losses(event) else _KIND[event.kind]
+
+
+def _is_without_losses(event: Event) -> bool:
+    """Tell a failure that no intervention came before: a stop, or a state that was not finite."""
+    is_failure = event.kind is EventKind.FAILURE
+    return is_failure and event.loss is None and event.baseline is None
+
+
 def _happened(event: Event) -> str:
     name = event.detector.removesuffix("_ratio").replace("_", " ")
     if event.kind is EventKind.RESUME:
         return "resumed from a checkpoint, smoothing as asked for"
+    if _is_without_losses(event):
+        return event.reason.partition(";")[0]
     if event.kind is EventKind.FAILURE:
-        return f"interventions did not help, loss {event.loss} against {event.baseline} before"
+        loss, before = _number(event.loss), _number(event.baseline)
+        return f"interventions did not help, loss {loss:.3g} against {before:.3g} before"
     if event.kind is EventKind.ERROR:
         return f"something of PSS's own failed, {name}"
     if event.kind is EventKind.NON_FINITE:
-        return f"not finite ({name} = {event.value}, loss {event.loss}){_where(event)}"
+        numbers = {f"{name} =": event.value, "loss": event.loss}
+        told = (f"{what} {x:.3g}" for what, x in numbers.items() if x is not None)
+        return f"not finite ({', '.join(told) or name}){_where(event)}"
     value, baseline, threshold = _number(event.value), event.baseline, _number(event.threshold)
     if event.kind is EventKind.FLOOR:
         return f"stable rank {value:.3g} below its floor of {threshold:.3g}{_where(event)}"
@@ -208,7 +226,10 @@ def _advice(event: Event) -> str:
     if event.decision is Action.STOP:
         return _STOPPED
     if event.decision is Action.OBSERVE and event.reason in _OBSERVED:
-        return _OBSERVED[event.reason]
+        is_nonfinite = event.kind is EventKind.NON_FINITE
+        return _OBSERVED_NONFINITE if is_nonfinite else _OBSERVED[event.reason]
+    if _is_without_losses(event):
+        return _ADVICE[EventKind.NON_FINITE]
     return _ADVICE[event.kind]
 
 

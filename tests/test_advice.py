@@ -79,6 +79,34 @@ def test_what_was_only_observed_says_what_to_set() -> None:
         assert option in alert_of(event(EventKind.SPIKE, Action.OBSERVE, reason)).advice
 
 
+def test_a_nonfinite_step_is_not_smoothed() -> None:
+    """It would be skipped, or end the run: to let PSS smooth is no advice on it."""
+    told = alert_of(event(EventKind.NON_FINITE, Action.OBSERVE, "observe only")).advice
+    assert "observe_only=False" in told
+    assert "on_nonfinite" in told
+    assert "smooth" not in told
+
+
+def test_a_failure_without_interventions_is_told_by_its_reason() -> None:
+    reason = "the run was to stop at a step that was not finite; back to checkpoint-5"
+    record = event(EventKind.FAILURE, Action.ROLL_BACK, reason, step=9)
+    alert = alert_of(replace(record, loss=None, baseline=None, value=None))
+    assert alert.title == "PSS, step 9: training failed, rolled back"
+    assert alert.happened == "Step 9: the run was to stop at a step that was not finite."
+    assert "back to checkpoint-5" in alert.done
+    assert "None" not in alert.text
+    assert "moothing" not in alert.text
+
+
+def test_losses_have_three_digits() -> None:
+    record = replace(event(EventKind.FAILURE, Action.STOP, step=9), loss=7.123456789, baseline=2.5)
+    assert "loss 7.12 against 2.5 before" in alert_of(record).happened
+    broken = replace(event(EventKind.NON_FINITE, Action.SKIP_UPDATE), loss=7.123456789, fired=())
+    assert alert_of(broken).happened.endswith("not finite (grad norm = 9, loss 7.12).")
+    unknown = replace(broken, detector="checkpoint", value=None, loss=None)
+    assert alert_of(unknown).happened.endswith("not finite (checkpoint).")
+
+
 def test_what_comes_often_is_thinned() -> None:
     alerts = Alerts()
     floor = [alerts.of(intervention(EventKind.FLOOR)) for _ in range(100)]

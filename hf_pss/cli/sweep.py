@@ -138,20 +138,26 @@ def metrics(
             help="Count runs at a higher rate, or with a fault, that did not explode as healthy.",
         ),
     ] = False,
+    guard: Annotated[
+        str | None,
+        typer.Option(help="Whose runs are read.", show_default="all, each guard's by itself"),
+    ] = None,
 ) -> None:
     """Print when each live health metric left its healthy twins' range, and draw all of them.
 
-    For sweeps whose guard measures [cyan]health[/cyan], as recipes/lr_sweep/health.yaml does. A
-    recipe without three healthy runs is drawn and not judged. Ends with the pictures' paths.
+    For sweeps whose guard measures [cyan]health[/cyan], as recipes/lr_sweep/health.yaml does. Runs
+    of one recipe, optimizer, change and guard are judged by each other; without three healthy ones
+    they are drawn and not judged. Ends with the pictures' paths.
     """
     require_report_extra()
     from hf_pss.sweep.metric_plots import plot_metrics
     from hf_pss.sweep.twin_band import families_of, render_scores, score_metrics
 
-    families = families_of(_read(output_dir))
+    families = families_of(r for r in _read(output_dir) if guard in (None, r.guard))
     if not families:
+        under = "" if guard is None else f" under {guard}"
         raise ConfigurationError(
-            f"No run in {output_dir} that exploded, or could have, kept health metrics; see "
+            f"No run in {output_dir}{under} that exploded, or could have, kept health metrics; see "
             "recipes/lr_sweep/health.yaml."
         )
     scores = score_metrics(

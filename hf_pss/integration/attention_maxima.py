@@ -69,6 +69,7 @@ class AttentionMaxima:
     """
 
     attentions: tuple[AttentionHeads, ...]
+    _ADVICE = "Leave qk_clip out."
 
     def __init__(self, model: nn.Module, *, in_evaluation: bool = False) -> None:
         found, reasons = find_heads(model)
@@ -79,7 +80,7 @@ class AttentionMaxima:
             name, reason = next(iter(reasons.items()), ("the model", "it holds no known attention"))
             raise ConfigurationError(
                 f"The attention logits of {name} ({_class_of(reasons, name, model)}) cannot be "
-                f"measured and clipped: {reason}. Leave qk_clip out."
+                f"measured: {reason}. {self._ADVICE}".rstrip()
             )
         self.attentions = tuple(found)
         self._in_evaluation = in_evaluation
@@ -156,8 +157,8 @@ class AttentionMaxima:
         if place is None:
             if getattr(module, "_is_replica", False):
                 raise ConfigurationError(
-                    "qk_clip cannot see the copies that DataParallel makes of a model in each "
-                    "step: use one GPU, or DDP (torchrun), or leave qk_clip out."
+                    "Attention logits are measured on one GPU, or under DDP (torchrun), but not in "
+                    f"the copies that DataParallel makes in each step. {self._ADVICE}".rstrip()
                 )
             return
         heads = self.attentions[place].heads
@@ -168,7 +169,7 @@ class AttentionMaxima:
             raise ConfigurationError(
                 f"{self.attentions[place].name} attends with {query.shape[1]} heads and "
                 f"{key.shape[1]} of keys where {heads.num_heads} and {heads.num_key_heads} were "
-                "expected; leave qk_clip out."
+                f"expected. {self._ADVICE}".rstrip()
             )
         counts = _counted(
             module,
@@ -230,13 +231,13 @@ def _counted(
     num_queries, num_keys = query.shape[2], key.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
         raise ConfigurationError(
-            f"qk_clip reads masks that are tensors, and {name} takes a {type(mask).__name__}: "
-            "choose sdpa or eager as attn_implementation."
+            f"Attention logits are measured under masks that are tensors, and {name} takes a "
+            f"{type(mask).__name__}: choose sdpa or eager as attn_implementation."
         )
     if options.get("cu_seq_lens_q") is not None:
         raise ConfigurationError(
-            "qk_clip cannot tell apart the sequences that cu_seq_lens_q divides: choose sdpa or "
-            "eager as attn_implementation, or pad instead of packing."
+            "Attention logits cannot be told apart by the sequences that cu_seq_lens_q divides: "
+            "choose sdpa or eager as attn_implementation, or pad instead of packing."
         )
     if mask is not None and mask.ndim == 4:
         return _as_masked(mask[..., :num_keys], is_cross=is_cross)
@@ -283,7 +284,7 @@ def _packed(query: Tensor, options: Any) -> Tensor | None:
         return None
     if positions.numel() != query.shape[2]:
         raise ConfigurationError(
-            f"qk_clip cannot tell sequences apart by position_ids of shape "
+            f"Attention logits cannot be told apart by position_ids of shape "
             f"{tuple(positions.shape)} where a row has {query.shape[2]} positions: choose sdpa or "
             "eager as attn_implementation."
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_pss.errors import PSSError
+from hf_pss.health.representations.meter import StopAttention, WatchAttention
 from hf_pss.integration.attention_maxima import AttentionMaxima
 
 __all__ = ["attention_watch"]
@@ -16,38 +17,40 @@ __all__ = ["attention_watch"]
 logger = logging.getLogger(__name__)
 
 
-def attention_watch(model: nn.Module) -> Callable[[], Callable[[], Mapping[str, Tensor]]] | None:
-    """Return what starts to measure, which returns what stops and tells; None where nothing can.
+def attention_watch(model: nn.Module) -> WatchAttention:
+    """Return what starts to measure.
 
-    Logits are computed once more while it measures. What `AttentionMaxima` refuses, such as a mask
-    that it cannot read, is one warning, and there is no such number any more.
+    Nothing is done before it is called, which only ``full`` does. Logits are computed once more
+    while it measures. What `AttentionMaxima` cannot measure, such as a model's attention that is
+    not known or a mask that it cannot read, is one warning, and there is no such number any more.
 
     Args:
         model: A transformers model, wrapped or not; not compiled, for each measurement would break
             the graph.
     """
-    try:
-        AttentionMaxima(model)
-    except PSSError as error:
-        logger.info("Attention logits are no part of the health metrics here: %s", error)
-        return None
     has_failed = False
 
-    def start() -> Callable[[], Mapping[str, Tensor]]:
+    def fail(error: Exception) -> tuple[Mapping[str, Tensor], float]:
         nonlocal has_failed
-        if has_failed:
-            return dict
-        maxima = _QuietMaxima(model)
-        maxima.start()
+        has_failed = True
+        logger.warning(
+            "The health metric attention_logit_max is not measured in this run: %s", error
+        )
+        return {}, 0.0
 
-        def stop() -> Mapping[str, Tensor]:
-            nonlocal has_failed
+    def start() -> StopAttention:
+        if has_failed:
+            return lambda: ({}, 0.0)
+        try:
+            maxima = _QuietMaxima(model)
+            maxima.start()
+        except Exception as error:
+            nothing = fail(error)
+            return lambda: nothing
+
+        def stop() -> tuple[Mapping[str, Tensor], float]:
             maxima.stop()
-            if maxima.error is None:
-                return maxima.read()
-            has_failed = True
-            logger.warning("Attention logits are no longer measured: %s", maxima.error)
-            return {}
+            return (maxima.read(), maxima.seconds) if maxima.error is None else fail(maxima.error)
 
         return stop
 
@@ -57,12 +60,16 @@ def attention_watch(model: nn.Module) -> Callable[[], Callable[[], Mapping[str, 
 class _QuietMaxima(AttentionMaxima):
     """Keeps what `see` raises, which would go through the model's forward."""
 
+    _ADVICE = ""
     error: Exception | None = None
+    seconds = 0.0
 
     def see(self, *args: Any, **named: Any) -> None:
         if self.error is not None:
             return
+        started = time.perf_counter()
         try:
             super().see(*args, **named)
         except Exception as error:
             self.error = error
+        self.seconds += time.perf_counter() - started

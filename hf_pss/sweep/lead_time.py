@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.inspection.names import visible
 from hf_pss.sweep.rows import Row
 from hf_pss.sweep.warning_rules import RULES, record_of, warning_steps
 
@@ -259,7 +260,7 @@ def render_table(scores: Sequence[Score]) -> Table:
         table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for line in scores:
         # `Text`, because a name in square brackets would be taken for rich's markup.
-        table.add_row(*(Text(cell) for cell in _cells(line)))
+        table.add_row(*(Text(visible(cell)) for cell in _cells(line)))
     return table
 
 

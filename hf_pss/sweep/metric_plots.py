@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hf_pss.report.canvas import new_figure, save_png, style
 from hf_pss.sweep.lead_time import departure_step
 from hf_pss.sweep.rows import Row
 from hf_pss.sweep.twin_band import Family, shared_metrics
-from hf_pss.sweep.warning_rules import record_of
+from hf_pss.sweep.warning_rules import Record, record_of
 
 __all__ = ["plot_family", "plot_metrics"]
 
@@ -31,7 +32,8 @@ def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
     """Draw each family; return the files, PNG."""
     files = []
     for family in families:
-        path = folder / f"metrics-{family.recipe}.png"
+        # A row of another machine may hold any name, of a file elsewhere too.
+        path = folder / f"metrics-{re.sub(r'[^A-Za-z0-9_.]+', '-', family.recipe)}.png"
         with style(), mpl.rc_context({"savefig.dpi": _DPI}):
             save_png(plot_family(family), path)
         files.append(path)
@@ -68,13 +70,14 @@ def plot_family(family: Family) -> Figure:
 
 def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> tuple[float, float]:
     """Draw one group; return the smallest and the largest value drawn, inf and −inf for none."""
-    steps, curves = np.array([]), []
-    for name in series:
-        found = [record for row in rows if (record := record_of(row, name))]
-        if found:
-            steps = np.array(found[0].steps)
-            values = np.array([_smooth(r.values) if name == "loss" else r.values for r in found])
-            curves.append(_over(values.astype(float), np.nanmedian))
+    found = {name: [r for row in rows if (r := record_of(row, name))] for name in series}
+    # Of runs that ended early, or read at another rhythm, there is nothing at some of them.
+    steps = np.array(sorted({s for records in found.values() for r in records for s in r.steps}))
+    curves = [
+        _over(np.array([_on(steps, r, name) for r in records]), np.nanmedian)
+        for name, records in found.items()
+        if records
+    ]
     stacked = np.array(curves)
     if not np.isfinite(stacked).any():
         return math.inf, -math.inf
@@ -83,6 +86,14 @@ def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> t
         axes.fill_between(steps, low, high, color=hue, alpha=0.18, linewidth=0)
     axes.plot(steps, _over(stacked, np.nanmedian), color=hue, linewidth=1.1)
     return float(np.nanmin(stacked)), float(np.nanmax(stacked))
+
+
+def _on(steps: np.ndarray, record: Record, name: str) -> np.ndarray:
+    """Return a record's values at these steps, ascending; NaN where it has none."""
+    values = np.full(len(steps), math.nan)
+    own = _smooth(record.values) if name == "loss" else np.array(record.values, dtype=float)
+    values[np.searchsorted(steps, record.steps)] = own
+    return values
 
 
 def _scale(axes: Axes, low: float, high: float) -> None:

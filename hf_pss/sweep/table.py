@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from hf_pss.inspection.names import visible
 from hf_pss.sweep.rows import Row
 from hf_pss.sweep.statistics import (
     Comparison,
@@ -46,7 +47,7 @@ def render_tables(rows: Sequence[Row], *, reference: str, target: float | None =
         for number, name in enumerate(cells.head):
             table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
         for line in cells.body:
-            table.add_row(*map(Text, line))
+            table.add_row(*(Text(visible(cell)) for cell in line))
         shown += [Text(cells.title, style="bold"), table, Text()]
     return Group(*shown)
 

@@ -4,23 +4,29 @@ One rule for all metrics [ours]. A reading at step t is outside where one of the
 (smallest, median, largest over matrices; the whole model's) is farther from the twins' range than
 a widening times that range's width. The range is that of all twins' readings within `NEAR_STEPS` of
 t, on a logarithmic scale where all of them are above zero: what moves by powers of ten and what
-moves by hundredths are judged alike. A number that is missing where the twins have one is outside.
+moves by hundredths are judged alike. A number that is missing where the twins have one is outside;
+of a metric that a run has not recorded at all, nothing is said of that run.
 
-Twins are runs of the same recipe, at its lowest learning rate, that did not explode; of a recipe
-with a fault, the runs of `undamaged` at that rate. A twin is judged against the others.
+Twins are runs of the same recipe, optimizer, changes and guard, at its lowest learning rate, that
+did not explode; of a recipe with a fault, the runs of `undamaged` at the fault's own rate. A twin
+is judged against the others.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
+from rich.text import Text
 
+from hf_pss.inspection.names import visible
 from hf_pss.sweep.lead_time import departure_step, lead_time
 from hf_pss.sweep.rows import Row
+from hf_pss.sweep.statistics import Setting
 from hf_pss.sweep.warning_rules import Record, record_of
 
 __all__ = [
@@ -54,9 +60,10 @@ _PROBED = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The runs that one recipe is judged by."""
+    """The runs of one setting and guard, and those that they are judged by."""
 
     recipe: str
+    """And its setting, guard and fault's rate, where there are several of one recipe."""
     twins: tuple[Row, ...]
     exploded: tuple[Row, ...]
     survivors: tuple[Row, ...]
@@ -69,10 +76,12 @@ class MetricScore:
 
     metric: str
     recipe: str
+    """The family's."""
     widening: float
     """The smallest of `WIDENINGS` within the wanted rate of false alarms, over all families."""
     leads: tuple[int | None, ...]
-    """One an explosion: steps from the first reading outside to the loss's departure."""
+    """One an explosion: steps from the first reading outside to the loss's departure; of runs that
+    recorded the metric."""
     first_steps: tuple[int | None, ...]
     """The step of that reading."""
     num_false_alarms: int
@@ -81,6 +90,9 @@ class MetricScore:
     num_survivors_outside: int
     """Survivors with a reading outside: what differs with the rate, not with the explosion."""
     num_survivors: int
+    """That recorded the metric."""
+    num_unrecorded: int = 0
+    """Explosions in runs that did not."""
 
     @property
     def num_ahead(self) -> int:
@@ -95,26 +107,55 @@ class MetricScore:
 
 
 def families_of(rows: Iterable[Row]) -> tuple[Family, ...]:
-    """Group rows that hold health series by recipe, where there is more than twins to look at."""
-    watched = [row for row in rows if "health" in row.extra and row.status != "failed"]
-    found = []
-    for recipe in sorted({row.recipe for row in watched}):
-        own = [row for row in watched if row.recipe == recipe]
-        has_fault = any("fault_start" in row.extra for row in own)
-        calm = [
-            row
-            for row in watched
-            if row.recipe == (_UNDAMAGED if has_fault else recipe)
-            and row.explosion_step is None
-            and row.status == "finished"
-        ]
-        lowest = min((row.learning_rate for row in calm), default=math.nan)
-        twins = tuple(row for row in calm if row.learning_rate == lowest)
+    """Group rows that hold health series by what a comparison of guards holds fixed, and by guard.
+
+    Rows of a fault are grouped by learning rate, too. A group without an explosion and a survivor
+    is none. Families are sorted by recipe.
+    """
+    watched = [row for row in rows if row.extra.get("health") and row.status != "failed"]
+    groups: dict[_Key, list[Row]] = {}
+    for row in watched:
+        groups.setdefault(_key_of(row), []).append(row)
+    found: dict[_Key, Family] = {}
+    for key, own in sorted(groups.items(), key=lambda item: (item[0][0].recipe, str(item[0]))):
+        twins = _twins_of(key, watched)
         exploded = tuple(row for row in own if row.explosion_step is not None)
         survivors = tuple(r for r in own if r.explosion_step is None and r not in twins)
         if exploded or survivors:
-            found.append(Family(recipe, twins, exploded, survivors))
-    return tuple(found)
+            found[key] = Family(key[0].recipe, twins, exploded, survivors)
+    counts = Counter(family.recipe for family in found.values())
+    return tuple(
+        family if counts[family.recipe] == 1 else replace(family, recipe=_long_name(key))
+        for key, family in found.items()
+    )
+
+
+_Key = tuple[Setting, str, float | None]
+"""Setting, guard, and a fault's learning rate."""
+
+
+def _key_of(row: Row) -> _Key:
+    return Setting.of(row), row.guard, row.learning_rate if "fault_start" in row.extra else None
+
+
+def _long_name(key: _Key) -> str:
+    setting, guard, rate = key
+    return " · ".join((str(setting), guard, *(() if rate is None else (f"{rate:g}",))))
+
+
+def _twins_of(key: _Key, watched: Sequence[Row]) -> tuple[Row, ...]:
+    setting, guard, fault_rate = key
+    home = setting if fault_rate is None else replace(setting, recipe=_UNDAMAGED)
+    calm = [
+        row
+        for row in watched
+        if _key_of(row) == (home, guard, None)
+        and row.explosion_step is None
+        and row.status == "finished"
+    ]
+    lowest = min((row.learning_rate for row in calm), default=math.nan)
+    rate = lowest if fault_rate is None else fault_rate
+    return tuple(row for row in calm if row.learning_rate == rate)
 
 
 def metrics_of(row: Row) -> dict[str, tuple[str, ...]]:
@@ -122,7 +163,7 @@ def metrics_of(row: Row) -> dict[str, tuple[str, ...]]:
     found = {name: tuple(s for s in own if record_of(row, s)) for name, own in _PROBED.items()}
     for series in row.extra.get("health", ()):
         metric, _, end = series.partition("/")
-        if series != "step" and end != "num_nonfinite":
+        if series != "step" and not end.startswith("num_"):  # counts
             found[metric] = (*found.get(metric, ()), series)
     return {metric: own for metric, own in found.items() if own}
 
@@ -137,10 +178,13 @@ def excess_of(row: Row, twins: Sequence[Row], series: Iterable[str]) -> dict[int
     """Return, a step, how far the farthest of the series is outside of the twins' range.
 
     In widths of the range; 0 is inside, inf a number that is missing where a twin has one, or
-    outside of a range without width. Steps near which the twins have no number are left out.
+    outside of a range without width. Steps near which the twins have no number are left out, and so
+    are series that the row has not recorded; empty where that is all of them.
     """
     found: dict[int, float] = {}
     for name in series:
+        if not _is_recorded(row, name):
+            continue
         records = [record for twin in twins if (record := record_of(twin, name))]
         mine = record_of(row, name) or _without_numbers(row)
         for step, value in zip(mine.steps, mine.values, strict=True):
@@ -193,19 +237,26 @@ def score_metrics(
 class _Measured:
     family: Family
     healthy: tuple[dict[int, float], ...]
-    exploded: tuple[dict[int, float], ...]
+    exploded: tuple[tuple[Row, dict[int, float]], ...]
     survivors: tuple[dict[int, float], ...]
+    num_unrecorded: int
 
 
 def _measure(family: Family, series: Sequence[str], with_survivors: bool) -> _Measured:
     twins = family.twins
     calm = tuple(excess_of(row, [t for t in twins if t is not row], series) for row in twins)
-    survivors = tuple(excess_of(row, twins, series) for row in family.survivors)
+
+    def recorded(rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if any(_is_recorded(row, name) for name in series)]
+
+    survivors = tuple(excess_of(row, twins, series) for row in recorded(family.survivors))
+    exploded = tuple((row, excess_of(row, twins, series)) for row in recorded(family.exploded))
     return _Measured(
         family,
         (*calm, *survivors) if with_survivors else calm,
-        tuple(excess_of(row, twins, series) for row in family.exploded),
+        exploded,
         survivors,
+        len(family.exploded) - len(exploded),
     )
 
 
@@ -215,7 +266,7 @@ def _score(metric: str, measured: _Measured, widening: float) -> MetricScore:
 
     leads: list[int | None] = []
     firsts: list[int | None] = []
-    for row, excess in zip(measured.family.exploded, measured.exploded, strict=True):
+    for row, excess in measured.exploded:
         met = row.explosion_step or len(row.losses)
         lead = lead_time(row.losses, outside(excess), met, horizon_steps=row.num_steps)
         leads.append(lead)
@@ -230,6 +281,7 @@ def _score(metric: str, measured: _Measured, widening: float) -> MetricScore:
         sum(len(excess) for excess in measured.healthy),
         sum(bool(outside(excess)) for excess in measured.survivors),
         len(measured.survivors),
+        measured.num_unrecorded,
     )
 
 
@@ -252,7 +304,8 @@ def render_scores(scores: Sequence[MetricScore]) -> Table:
         is_name = name in _COLUMNS[:2]
         table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for line in sorted(scores, key=_rank):
-        table.add_row(*_cells(line))
+        # `Text`, because a name in square brackets would be taken for rich's markup.
+        table.add_row(*(Text(visible(cell)) for cell in _cells(line)))
     return table
 
 
@@ -268,12 +321,28 @@ def _cells(line: MetricScore) -> tuple[str, ...]:
         line.metric,
         line.recipe,
         f"{line.widening:g}",
-        f"{line.num_ahead} of {len(line.leads)}" if line.leads else "–",
+        _ahead(line),
         f"{line.median_lead:g} ({min(leads)}…{max(leads)})" if leads else "–",
         f"{min(firsts)}…{max(firsts)}" if firsts else "–",
         f"{1000 * line.num_false_alarms / line.num_healthy_readings:.2g}",
         f"{line.num_survivors_outside} of {line.num_survivors}" if line.num_survivors else "–",
     )
+
+
+def _ahead(line: MetricScore) -> str:
+    told = f"{line.num_ahead} of {len(line.leads)}" if line.leads else "–"
+    return f"{told} ({line.num_unrecorded} not recorded)" if line.num_unrecorded else told
+
+
+def _is_recorded(row: Row, series: str) -> bool:
+    """Tell a series that was never written from one whose numbers were not finite."""
+    held = {*(row.extra.get("probes") or ()), *(row.extra.get("health") or ())}
+    # Where no matrix ever had a finite number, there is only how many had none.
+    return series == "loss" or not held.isdisjoint((series, f"{_metric_of(series)}/num_nonfinite"))
+
+
+def _metric_of(series: str) -> str:
+    return series.partition("/")[0]
 
 
 def _without_numbers(row: Row) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -22,6 +23,13 @@ from hf_pss.sweep.twin_band import (
 
 TWINS = [watched(seed=seed) for seed in range(3)]
 RANK = ("stable_rank/min",)
+
+
+def shown(rows: list) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(render_scores(score_metrics(families_of(rows), max_false_alarms=1.0)))
+    return captured.get()
 
 
 def by_metric(rows: list) -> dict[str, MetricScore]:
@@ -47,6 +55,37 @@ def test_the_twins_of_a_fault_are_undamaged() -> None:
     assert all(len(family.twins) == len(calm) for family in found)
     assert found[0].exploded == (harmed,)
     assert found[1].survivors == (unhurt,)
+
+
+def test_the_twins_of_a_fault_ran_at_its_rate() -> None:
+    calm = [
+        watched(rate, seed, recipe="undamaged") for rate in (1e-4, 1e-3, 1e-2) for seed in range(3)
+    ]
+    harmed = [
+        watched(rate, recipe="damaged", explosion_step=EXPLOSION, fault_start=200)
+        for rate in (1e-3, 1e-2)
+    ]
+    found = [family for family in families_of([*calm, *harmed]) if family.exploded]
+    assert [{row.learning_rate for row in family.twins} for family in found] == [{1e-3}, {1e-2}]
+    assert [family.exploded for family in found] == [(row,) for row in harmed]
+    assert [family.recipe for family in found] == [
+        "damaged · adamw · watched · 0.001",
+        "damaged · adamw · watched · 0.01",
+    ]
+
+
+@pytest.mark.parametrize(
+    "other", [{"guard": "clip"}, {"optimizer": "muon"}, {"changes": {"num_steps": 300}}]
+)
+def test_what_a_comparison_holds_fixed_is_not_mixed(other: dict[str, Any]) -> None:
+    """A guard that acts has other metrics, and no twin of the others."""
+    rows = family_of_rows()
+    others = [replace(row, id=f"other-{row.id}", **other) for row in rows]
+    (alone,) = families_of(rows)
+    found = families_of([*rows, *others])
+    assert [len(family.twins) for family in found] == [3, 3]
+    assert alone in [replace(family, recipe="tiny") for family in found]
+    assert len({family.recipe for family in found}) == 2
 
 
 def test_without_three_twins_nothing_is_judged() -> None:
@@ -94,11 +133,29 @@ def test_a_range_without_width_is_left_at_once() -> None:
 def test_a_missing_number_is_outside_where_a_twin_has_one_and_nowhere_else() -> None:
     mine = watched(rank=[None] * len(STEPS))
     assert set(excess_of(mine, TWINS, RANK).values()) == {math.inf}
+    # So it is where not one matrix ever had a finite number, whose extremes nobody wrote then.
+    health = {name: values for name, values in mine.extra["health"].items() if name not in RANK}
+    assert excess_of(replace(mine, extra={"health": health}), TWINS, RANK) == dict.fromkeys(
+        STEPS, math.inf
+    )
     # The spectral edge has no first reading in any run.
     assert min(excess_of(mine, TWINS, ("spectral_edge",))) == STEPS[1]
 
 
 # ---- scores ----
+
+
+def test_a_metric_that_a_run_never_recorded_says_nothing_of_it() -> None:
+    """Another preset, or a version without it: that is no number that broke."""
+    rows = family_of_rows()
+    health = {k: v for k, v in rows[3].extra["health"].items() if "stable_rank" not in k}
+    rows[3] = replace(rows[3], extra={"health": health})
+    rows[5] = replace(rows[5], extra={"health": health})
+    rank = by_metric(rows)["stable_rank"]
+    assert rank.leads == (DEPARTURE - 150,)
+    assert (rank.num_unrecorded, rank.num_survivors) == (1, 0)
+    assert "1 of 1 (1 not recorded)" in shown(rows)
+    assert by_metric(rows)["spectral_edge"].num_unrecorded == 0
 
 
 def test_leads_run_from_the_first_reading_outside_to_the_departure() -> None:
@@ -154,12 +211,14 @@ def test_survivors_may_count_as_healthy() -> None:
 
 def test_the_table_shows_the_earliest_first() -> None:
     rows = [*family_of_rows(), watched(1e-2, 2, rank=falling(100), explosion_step=EXPLOSION)]
-    console = Console(width=200)
-    with console.capture() as captured:
-        console.print(
-            render_scores(score_metrics(families_of(rows), max_false_alarms=1.0)),
-        )
-    lines = captured.get().splitlines()
+    lines = shown(rows).splitlines()
     assert lines[1].split()[0] == "stable_rank"
     for cell in ("3 of 3", "101 (51…101)", "100…150", "1 of 1"):
         assert cell in lines[1]
+
+
+def test_names_of_rows_from_elsewhere_are_plain_text() -> None:
+    rows = [replace(row, recipe="[red]ramp[/red]\x1b[2J") for row in family_of_rows()]
+    table = shown(rows)
+    assert "[red]ramp[/red]\\x1b[2J" in table
+    assert "\x1b" not in table

@@ -48,6 +48,7 @@ def watched(
                 "step": list(STEPS),
                 "stable_rank/min": calm if rank is None else rank,
                 "stable_rank/num_nonfinite": [None] * len(STEPS),
+                "stable_rank/num_stale": [float(step) for step in STEPS],
                 "spectral_edge": [None, *[1.0 + 0.01 * (i + seed) for i in range(29)]],
             },
             **more,

@@ -5,35 +5,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError, SelectionError
+from hf_pss.health.representations.token_mask import TokenMask
 from hf_pss.selection import canonical_name
 
 __all__ = ["Capture", "capture"]
 
 logger = logging.getLogger(__name__)
 
+Choose: TypeAlias = Callable[[str, Tensor], Tensor | None]
+"""From a block's name and its hidden states (..., d) to the positions of the tokens that count, on
+the host; None leaves them out."""
+
 
 class Capture:
     """What the hooks of one `capture` have kept; to be read inside or after its block."""
 
-    def __init__(
-        self, names: Sequence[str], *, max_tokens: int, seed: int, mask: Tensor | None
-    ) -> None:
+    def __init__(self, names: Sequence[str], *, max_tokens: int, seed: int, choose: Choose) -> None:
         self._reservoirs = {name: _Reservoir(max_tokens, seed) for name in names}
-        self.attend(mask)
+        self._choose = choose
         self.has_listened = False
         """Whether any block was applied."""
-
-    def attend(self, mask: Tensor | None) -> None:
-        """Let only these tokens count in the forward passes to come: a mask, as of `capture`."""
-        # Positions on the host: one read here, none in the hooks.
-        self._positions = None if mask is None else mask.reshape(-1).cpu().nonzero().flatten()
-        self._mask_size = 0 if mask is None else mask.numel()
 
     @property
     def samples(self) -> dict[str, Tensor]:
@@ -62,19 +59,10 @@ class Capture:
             if hidden is None or not hidden.is_floating_point():
                 logger.warning("%s returns no hidden states; it is left out.", name)
                 return
-            tokens = hidden.detach().reshape(-1, hidden.shape[-1])
-            positions = self._positions
-            if positions is None:
-                positions = torch.arange(len(tokens))
-            elif len(tokens) != self._mask_size:
-                logger.warning(
-                    "%s returns %d tokens where the mask has %d; it is left out.",
-                    name,
-                    len(tokens),
-                    self._mask_size,
-                )
-                return
-            self._reservoirs[name].add(tokens, positions)
+            positions = self._choose(name, hidden)
+            if positions is not None:
+                tokens = hidden.detach().reshape(-1, hidden.shape[-1])
+                self._reservoirs[name].add(tokens, positions)
 
         # Traced, it would break the graph in the middle of its bookkeeping.
         untraced: Callable[[nn.Module, Any, Any], None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
@@ -105,7 +93,8 @@ def capture(
         max_tokens: The most rows to keep of each block, over all forward passes.
         seed: Of the sample; torch's global generator is left alone.
         mask: (batch, tokens), nonzero where a token counts, for instance the attention mask. None:
-            all count, padding too, which looks like collapse.
+            all count, padding too, which looks like collapse. A block whose output is not of its
+            shape is left out, with a warning.
 
     Raises:
         SelectionError: a name that the model does not have.
@@ -128,7 +117,8 @@ def capture(
             f"You gave {unknown[0]!r}, which the model does not have; names are those of "
             "named_modules(), such as 'transformer.h.0'."
         )
-    captured = Capture(block_names, max_tokens=max_tokens, seed=seed, mask=mask)
+    choose = _choose_by(None if mask is None else TokenMask(mask))
+    captured = Capture(block_names, max_tokens=max_tokens, seed=seed, choose=choose)
     handles = []
     try:
         for name in dict.fromkeys(block_names):
@@ -143,6 +133,27 @@ def capture(
             "before they came; capture from it before compiling, or compile its blocks.",
             ", ".join(block_names),
         )
+
+
+def _choose_by(mask: TokenMask | None) -> Choose:
+    has_warned: set[str] = set()
+
+    def choose(name: str, hidden: Tensor) -> Tensor | None:
+        if mask is None:
+            return torch.arange(hidden.shape[:-1].numel())
+        if mask.fits(hidden):
+            return mask.positions
+        if name not in has_warned:
+            has_warned.add(name)
+            logger.warning(
+                "%s returns tokens of shape %s where the mask has %s; it is left out.",
+                name,
+                tuple(hidden.shape[:-1]),
+                mask.shape,
+            )
+        return None
+
+    return choose
 
 
 class _Reservoir:

@@ -19,11 +19,18 @@ Before: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], ob
 class QuietHooks:
     """Forward hooks of one armed step; all gone with `remove`.
 
-    They see forward passes in training mode, and no recomputation of checkpointed blocks. A graph
-    that is compiled while they are there leaves them out: it is not broken for them.
+    They see forward passes in training mode and with gradients, and no recomputation of
+    checkpointed blocks: a reference's pass or generation is no training step's. A graph that is
+    compiled while they are there leaves them out: it is not broken for them.
+
+    Args:
+        root: Holds all that they are put on. Whether there are gradients is asked when it is
+            entered: reentrant checkpointing runs blocks without. A part that is called by itself
+            is taken to have them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
+        self._root, self._has_gradients = root, True
         self._handles: list[RemovableHandle] = []
         self.error: Exception | None = None
         """The first that one of them has raised; none of them is called after it."""
@@ -33,6 +40,13 @@ class QuietHooks:
 
     def __bool__(self) -> bool:
         return bool(self._handles)
+
+    def listen(self) -> None:
+        """Put on the root what tells passes with gradients from those without; before all else."""
+        self._handles += [
+            self._root.register_forward_pre_hook(self._enter),
+            self._root.register_forward_hook(self._leave),
+        ]
 
     def after(self, module: nn.Module, see: After) -> None:
         """Call with module, inputs and output, after each of its forwards."""
@@ -61,12 +75,20 @@ class QuietHooks:
             handle.remove()
         self._handles = []
 
+    def _enter(self, root: nn.Module, inputs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._has_gradients = torch.is_grad_enabled()
+
+    def _leave(self, root: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._has_gradients = True
+
     @torch.no_grad()
     def _call(self, module: nn.Module, work: Callable[[], object]) -> None:
         # A checkpointed block runs again in the backward pass: that has been seen.
         if not module.training or torch._C._current_graph_task_id() != -1:
             return
-        if self.error is not None:
+        if not self._has_gradients or self.error is not None:
             return
         started = time.perf_counter()
         self.num_calls += 1

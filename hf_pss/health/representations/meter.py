@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from hf_pss.health.representations.collapse import collapse_measures
 from hf_pss.health.representations.hooks import QuietHooks
 from hf_pss.health.representations.log_det import log_det_bounds
 from hf_pss.health.representations.token_cosine import token_cosine
+from hf_pss.health.representations.token_mask import TokenMask
 from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
 from hf_pss.selection import Selection, canonical_name
 from hf_pss.selection.heads import AttentionHeads, HeadRows, find_heads
@@ -25,9 +27,13 @@ from hf_pss.stacks import raise_together
 
 __all__ = ["RepresentationMeter", "WatchAttention", "blocks_of"]
 
-WatchAttention: TypeAlias = Callable[[], Callable[[], Mapping[str, Tensor]]]
-"""Starts to measure attention logits; what it returns stops, and gives the largest of each head by
-the attention's name, (heads,), of this rank."""
+logger = logging.getLogger(__name__)
+
+StopAttention: TypeAlias = Callable[[], tuple[Mapping[str, Tensor], float]]
+"""Stops to measure attention logits, and gives the largest of each head by the attention's name,
+(heads,), of this rank, and the seconds that they took."""
+WatchAttention: TypeAlias = Callable[[], StopAttention]
+"""Starts to measure attention logits; returns what stops."""
 
 # Of a block over all micro-batches, and of a layer's inputs in each, a rank [ours].
 _MAX_TOKENS, _MAX_SIGNS = 256, 1024
@@ -43,6 +49,9 @@ _OF_BLOCKS = (
 )
 _DIVERSITY, _NORM, _LOGIT = "sign_diversity", "largest_input", "attention_logit_max"
 _MAXIMA = {_NORM, _LOGIT}
+# Where modules of transformers have what multiplies q·k.
+_SCALES = ("scaling", "softmax_scale", "inv_norm_factor", "scale")
+_MOST_NAMES = 3
 _BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
 
 
@@ -50,10 +59,12 @@ class RepresentationMeter:
     """Listens to one training step, and measures what passed.
 
     Of each block a uniform sample of at most 256 of its output tokens a rank, masked ones left out
-    where the model is given a 2-D ``attention_mask``; of each linear layer how at most 1,024 inputs
-    of a micro-batch stand to v₁; of each attention the longest input, for the bound. Hooks are
-    there between `arm` and `read`, see `QuietHooks`: the model's output is the same to the bit. A
-    model that was compiled before they came runs none of them.
+    where the model is given a 2-D ``attention_mask`` of their shape (an encoder-decoder's is of the
+    encoder); of each linear layer how at most 1,024 inputs of a micro-batch stand to v₁; of each
+    attention whose scale is known the longest input, for the bound. Hooks are there between `arm`
+    and `read`, see `QuietHooks`: the model's output is the same to the bit. A model that was
+    compiled before they came runs none of them. Where nobody reads, as after a step that raised,
+    they are gone with the first forward pass after trained weights were written in place.
 
     Cost: full, for sampled steps. One device-to-host read, and one of the mask a micro-batch.
 
@@ -84,28 +95,49 @@ class RepresentationMeter:
             if len(view.shape) == 2 and leaf == "weight" and layer in self._modules:
                 self._layers.setdefault(layer, []).append(view.name)
         self._attentions: Sequence[AttentionHeads] = find_heads(model)[0]
-        self._is_bounded = not selection.adapters
-        self._hooks = QuietHooks()
-        self._capture = Capture((), max_tokens=_MAX_TOKENS, seed=0, mask=None)
-        self._positions: Tensor | None = None
+        scales = {a.name: _scale_of(a.module) for a in self._attentions}
+        # With adapters queries and keys are more than what the weights give.
+        self._scales = {
+            name: scale
+            for name, scale in scales.items()
+            if scale is not None and not selection.adapters
+        }
+        self._has_two_sequences = any(
+            getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+            for module in model.modules()
+        )
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._told: set[str] = set()
+        self._stop: StopAttention | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the last step."""
+        self._is_armed = False
+        self._hooks = QuietHooks(self._model)
+        self._capture = Capture(self._blocks, max_tokens=_MAX_TOKENS, seed=0, choose=self._counting)
+        self._mask: TokenMask | None = None
+        self._num_writes: int | None = None
+        self._unmasked: list[str] = []
         self._alignments: dict[str, list[Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
-        self._stop: Callable[[], Mapping[str, Tensor]] | None = None
+        self._logits: Mapping[str, Tensor] = {}
+        self._logit_seconds = 0.0
 
     @property
     def seconds(self) -> float:
-        """Spent in the hooks of the last armed step."""
-        return self._hooks.seconds
+        """Spent in the hooks of the last armed step, and on its attention logits."""
+        return self._hooks.seconds + self._logit_seconds
 
     @property
     def is_armed(self) -> bool:
-        """Whether it listens."""
-        return bool(self._hooks)
+        """Whether there is a step to read."""
+        return self._is_armed
 
     def watch_attention(self, watch: WatchAttention) -> None:
         """Measure attention logits, too, which are only bounded without this."""
         self._watch = watch
-        if self.is_armed and self._stop is None:
+        if self._hooks and self._stop is None:
             self._stop = watch()
 
     def arm(self, directions: Mapping[str, Tensor]) -> None:
@@ -115,29 +147,36 @@ class RepresentationMeter:
             directions: v₁ of the matrices by name, (n,); those without one have no diversity.
         """
         self.disarm()
-        self._hooks = QuietHooks()
-        self._capture = Capture(self._blocks, max_tokens=_MAX_TOKENS, seed=0, mask=None)
-        self._alignments, self._norms, self._positions = {}, {}, None
-        self._hooks.before(self._model, self._see_mask)
+        self._begin()
+        self._is_armed = True
+        self._hooks.listen()
+        self._hooks.before(self._model, self._see_batch)
         for name in self._blocks:
             self._hooks.after(self._modules[name], self._capture.listen(name))
         for layer, names in self._layers.items():
             known = [name for name in names if name in directions]
             if known:
                 v = torch.stack([directions[name] for name in known], dim=-1)
-                self._hooks.before(self._modules[layer], self._see_signs(known, v))
-        for attention in self._attentions if self._is_bounded else ():
+                self._hooks.before(self._modules[layer], self._see_signs(layer, known, v))
+        for attention in self._attentions:
+            if attention.name not in self._scales:
+                continue
             linears = {id(rows.linear): rows.linear for rows in (attention.query, attention.key)}
             for linear in linears.values():
                 self._hooks.before(linear, self._see_norm(attention.name))
         if self._watch is not None:
             self._stop = self._watch()
 
-    def disarm(self) -> Mapping[str, Tensor]:
-        """Stop listening; return the largest logits of each attention by name, if any."""
+    def disarm(self) -> None:
+        """Stop listening, with nothing to read."""
+        self._is_armed = False
+        self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
         self._hooks.remove()
         stop, self._stop = self._stop, None
-        return {} if stop is None else stop()
+        if stop is not None:
+            self._logits, self._logit_seconds = stop()
 
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
         """Stop listening; return each metric by block, matrix or attention; all ranks must call.
@@ -155,12 +194,13 @@ class RepresentationMeter:
         error = None
         own: dict[tuple[str, str], Tensor] = {}
         try:
-            logits = self.disarm()
+            self.disarm()
             if self._hooks.error is not None:
                 raise self._hooks.error
-            own = self._measured(logits)
+            own = self._measured()
         except Exception as caught:  # told to all before it is raised
             error = caught
+        self._tell_unmasked()
         joined = self._joined(own, error)
         norms = joined.pop(_NORM, {})
         if bounds := self._bounds(norms, parameters):
@@ -169,20 +209,38 @@ class RepresentationMeter:
 
     # ---- the hooks ----
 
-    def _see_mask(self, module: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
+    def _see_batch(self, module: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
+        # Of the first pass, not of `arm`: schedule-free optimizers swap weights in between.
+        num_writes = sum(parameter._version for parameter in self._trained)
+        if self._num_writes is None:
+            self._num_writes = num_writes
+        if num_writes != self._num_writes:
+            self._listen_no_more()
+            return
         mask = named.get("attention_mask")
         is_usual = isinstance(mask, Tensor) and mask.ndim == 2
-        self._positions = mask.reshape(-1).cpu().nonzero().flatten() if is_usual else None  # type: ignore[union-attr]
-        self._capture.attend(mask if is_usual else None)
+        self._mask = TokenMask(mask) if is_usual else None  # type: ignore[arg-type]
 
-    def _see_signs(self, names: Sequence[str], v: Tensor) -> Callable[..., None]:
+    def _counting(self, name: str, hidden: Tensor) -> Tensor:
+        """Return the positions that count of a module's hidden states, on the host."""
+        mask = self._mask
+        if mask is not None:
+            is_its_own = not self._has_two_sequences or _is_of_encoder(name)
+            if is_its_own and mask.fits(hidden):
+                return mask.positions
+            if mask.hides_some and name in self._blocks and name not in self._told:
+                self._told.add(name)
+                self._unmasked.append(name)
+        return torch.arange(hidden.shape[:-1].numel())
+
+    def _see_signs(self, layer: str, names: Sequence[str], v: Tensor) -> Callable[..., None]:
         def see(module: nn.Module, inputs: Any, named: Any) -> None:
             x = inputs[0].detach()
+            positions = self._counting(layer, x)
             x = x.reshape(-1, x.shape[-1])
-            positions = self._positions
-            if positions is None or len(positions) == 0 or int(positions[-1]) >= len(x):
-                positions = torch.arange(len(x))
-            chosen = positions[:: -(-len(positions) // _MAX_SIGNS) or 1].to(x.device)
+            if len(positions) == 0:
+                return
+            chosen = positions[:: -(-len(positions) // _MAX_SIGNS)].to(x.device)
             for name, cosines in zip(names, spectral_alignment(x[chosen], v).mT, strict=True):
                 self._alignments.setdefault(name, []).append(cosines)
 
@@ -199,7 +257,17 @@ class RepresentationMeter:
 
     # ---- the numbers ----
 
-    def _measured(self, logits: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    def _tell_unmasked(self) -> None:
+        if self._unmasked:
+            hidden = len(self._unmasked) - _MOST_NAMES
+            logger.warning(
+                "The model's attention_mask is not of the tokens of %s%s: all of them count in "
+                "health metrics, padding too.",
+                ", ".join(self._unmasked[:_MOST_NAMES]),
+                f" and {hidden} more blocks" if hidden > 0 else "",
+            )
+
+    def _measured(self) -> dict[tuple[str, str], Tensor]:
         """Return this rank's numbers by metric and name, on the device."""
         found: dict[tuple[str, str], Tensor] = {}
         num_seen = self._capture.num_seen
@@ -222,7 +290,7 @@ class RepresentationMeter:
         for name, cosines in self._alignments.items():
             found[_DIVERSITY, name] = sign_diversity(torch.cat(cosines))
         found |= {(_NORM, name): norm for name, norm in self._norms.items()}
-        found |= {(_LOGIT, name): heads.amax() for name, heads in logits.items()}
+        found |= {(_LOGIT, name): heads.amax() for name, heads in self._logits.items()}
         return found
 
     def _joined(
@@ -270,7 +338,6 @@ class RepresentationMeter:
             (query, query_bias), (key, key_bias) = (
                 self._projection(rows, parameters) for rows in (attention.query, attention.key)
             )
-            scale = getattr(attention.module, "scaling", None)
             found[attention.name] = attention_logit_bound(
                 query,
                 key,
@@ -279,7 +346,7 @@ class RepresentationMeter:
                 num_key_heads=heads.num_key_heads,
                 query_bias=query_bias,
                 key_bias=key_bias,
-                scale=scale if isinstance(scale, float) else None,
+                scale=self._scales[attention.name],
             ).amax()
         numbers = torch.stack(list(found.values())).tolist() if found else []
         return dict(zip(found, numbers, strict=True))
@@ -294,6 +361,20 @@ class RepresentationMeter:
             return weight, None
         whole = self._backend.full(bias)
         return weight, whole[rows.stored_rows(whole.device)]
+
+
+def _scale_of(attention: nn.Module) -> float | None:
+    """Return what multiplies q·k; None where no number says it (GPT-Neo has none, and no scale)."""
+    values = (getattr(attention, name, None) for name in _SCALES)
+    # Not bool, which is an int.
+    numbers = (v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return next((float(v) for v in numbers), None)
+
+
+def _is_of_encoder(name: str) -> bool:
+    """Tell by the outermost name: a decoder may be a model that calls its own blocks an encoder."""
+    parts = (part for part in name.split(".") if part in ("encoder", "decoder"))
+    return next(parts, None) == "encoder"
 
 
 def blocks_of(selection: Selection) -> tuple[str, ...]:

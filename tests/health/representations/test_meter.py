@@ -8,40 +8,29 @@ from typing import Any
 
 import pytest
 import torch
+from armed_meter import armed, hooks_of
 from helpers import differences, gpt2, history, llama, make_trainer, train, weights_of
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_pss import PSSConfig
-from hf_pss.distributed import OneProcess
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.representations import attention_logit_bound, token_cosine
-from hf_pss.health.representations.meter import RepresentationMeter, blocks_of
+from hf_pss.health.representations.meter import blocks_of
 from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
-from hf_pss.health.tracked import SpectrumTracker
 from hf_pss.selection import named_parameters_canonical, select_matrices
 
 EXACT_TOLERANCE = 1e-5  # 1.2e-7: other shapes of products
 DIRECTION_TOLERANCE = 1e-3  # 3.8e-4 on matrices with σ₂ near σ₁, followed from a cold start
 KINDS = pytest.mark.parametrize("build", [lambda: gpt2(num_layers=2), llama])
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(
-        "QuietHooks" in hook.__qualname__
-        for module in model.modules()
-        for held in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in held.values()
-    )
-
-
-def armed(model: nn.Module) -> tuple[RepresentationMeter, dict[str, Tensor]]:
-    selection, parameters = select_matrices(model), named_parameters_canonical(model)
-    tracker = SpectrumTracker(selection.matrices, OneProcess())
-    tracker.refresh(parameters)
-    directions = tracker.directions(parameters)
-    meter = RepresentationMeter(model, selection, OneProcess())
-    meter.arm(directions)
-    return meter, directions
 
 
 @KINDS
@@ -99,6 +88,64 @@ def test_signs_and_bound_are_those_of_the_layers_inputs() -> None:
     assert found["attention_logit_bound"]["transformer.h.0.attn"] == pytest.approx(
         float(bound.detach().max()), rel=EXACT_TOLERANCE
     )
+
+
+def neo() -> PreTrainedModel:
+    names = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 48}
+    return GPTNeoForCausalLM(GPTNeoConfig(**names, attention_types=[[["global", "local"], 1]]))
+
+
+def mpt(scale: float | None) -> PreTrainedModel:
+    config = MptConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=48, max_seq_len=8)
+    config.attn_config.softmax_scale = scale
+    return MptForCausalLM(config)
+
+
+def granite() -> PreTrainedModel:
+    config = GraniteConfig(
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 48},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2},
+    )
+    model = GraniteForCausalLM(config)
+    model.model.layers[0].self_attn.scaling = 2  # as older releases read it from a configuration
+    return model
+
+
+def test_a_scale_that_nobody_tells_gives_no_bound() -> None:
+    """GPT-Neo's q·k is not scaled, and no number of the module says so."""
+    model = neo().train()
+    meter, _ = armed(model)
+    model(torch.randint(0, 48, (4, 8)))
+    found = meter.read(named_parameters_canonical(model))
+    assert "attention_logit_bound" not in found
+    assert found["token_cosine"]
+
+
+@pytest.mark.parametrize(
+    ("build", "scale"),
+    [(lambda: mpt(None), 8**-0.5), (lambda: mpt(3.0), 3.0), (granite, 2.0)],
+)
+def test_the_bound_has_the_modules_own_scale(build: Any, scale: float) -> None:
+    torch.manual_seed(0)
+    model = build().train()
+    meter, _ = armed(model)
+    attention = meter._attentions[0]
+    inputs: list[Tensor] = []
+    attention.query.linear.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
+    model(torch.randint(0, 48, (4, 8)))
+    parameters = named_parameters_canonical(model)
+    bound = meter.read(parameters)["attention_logit_bound"][attention.name]
+    query, key = (
+        rows.view.read(parameters[rows.view.parameter_name]).detach()
+        for rows in (attention.query, attention.key)
+    )
+    by_hand = attention_logit_bound(
+        query, key, inputs[0].norm(dim=-1).max(), num_heads=2, scale=scale
+    )
+    assert bound == pytest.approx(float(by_hand.max()), rel=EXACT_TOLERANCE)
+    heads = [(inputs[0] @ weight.mT).unflatten(-1, (2, 8)) for weight in (query, key)]
+    largest = scale * torch.einsum("bihd,bjhd->bhij", *heads).abs().max()
+    assert largest <= bound
 
 
 def test_an_evaluation_is_not_seen_and_nothing_seen_is_an_error() -> None:

@@ -1,0 +1,29 @@
+"""A meter that listens to a model, and the hooks that it has there."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hf_pss.distributed import OneProcess
+from hf_pss.health.representations.meter import RepresentationMeter
+from hf_pss.health.tracked import SpectrumTracker
+from hf_pss.selection import named_parameters_canonical, select_matrices
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        "QuietHooks" in hook.__qualname__
+        for module in model.modules()
+        for held in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in held.values()
+    )
+
+
+def armed(model: nn.Module) -> tuple[RepresentationMeter, dict[str, Tensor]]:
+    selection, parameters = select_matrices(model), named_parameters_canonical(model)
+    tracker = SpectrumTracker(selection.matrices, OneProcess())
+    tracker.refresh(parameters)
+    directions = tracker.directions(parameters)
+    meter = RepresentationMeter(model, selection, OneProcess())
+    meter.arm(directions)
+    return meter, directions
