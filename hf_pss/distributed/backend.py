@@ -76,11 +76,19 @@ class Backend(Protocol):
     ) -> AbstractContextManager[Part | None]:
         """Give the same of the first of these optimizer states that the parameter has, or None."""
 
+    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
+        """Give what is kept here of a parameter, as the forward sees it, to be read only."""
+
+    def look_at_moment(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> AbstractContextManager[Part | None]:
+        """Give the same of the first of these optimizer states that the parameter has, or None."""
+
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor, everywhere, with the owner's."""
 
     def total_(self, tensor: Tensor) -> None:
-        """Add up, in place, what the ranks hold of a sum over `part`."""
+        """Add up, in place, what the ranks hold of a sum over `part` or `look`."""
 
     def tell(self, values: Tensor) -> list[float]:
         """Return numbers, shape (k,), of which each rank knows its own and holds 0 for others'."""
@@ -145,6 +153,16 @@ class OneProcess:
         """Give the whole moment."""
         moment = moment_of(optimizer, parameter, names)
         yield Part(moment) if moment is not None else None
+
+    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
+        """Give the whole parameter."""
+        return self.part(parameter)
+
+    def look_at_moment(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> AbstractContextManager[Part | None]:
+        """Give the whole moment."""
+        return self.moment_part(optimizer, parameter, names)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Do nothing."""

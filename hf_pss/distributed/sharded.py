@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -156,6 +156,16 @@ class Sharded:
         """Give this rank's rows of the moment."""
         moment = moment_of(optimizer, parameter, names)
         yield _part(moment) if moment is not None else None
+
+    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
+        """Give this rank's rows."""
+        return self.part(parameter)
+
+    def look_at_moment(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> AbstractContextManager[Part | None]:
+        """Give this rank's rows of the moment."""
+        return self.moment_part(optimizer, parameter, names)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Broadcast to all replicas."""

@@ -133,15 +133,35 @@ class Zero(Replicated):
         rows: slice | None = None,
     ) -> Iterator[Part | None]:
         """Give these rows of the moment, and write them back at the end."""
+        opened = self._opened_moment(parameter, names, rows)
+        if opened is None:
+            yield None
+            return
+        yield Part(opened.tensor, opened.rows.start)
+        opened.close_()
+
+    @contextmanager
+    def look(self, parameter: Tensor) -> Iterator[Part]:
+        """Give the whole copy; under stage 3 it is gathered, one parameter at a time."""
+        yield Part(self.full(parameter))
+
+    @contextmanager
+    def look_at_moment(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> Iterator[Part | None]:
+        """Assemble the whole moment on every rank, in fp32, and write nothing back."""
+        opened = self._opened_moment(parameter, names, None)
+        yield None if opened is None else Part(opened.tensor)
+
+    def _opened_moment(
+        self, parameter: Tensor, names: Sequence[str], rows: slice | None
+    ) -> _Opened | None:
         for name in self._kept_states(parameter, names):
             try:
-                opened = _Opened.of(parameter, name, rows)
+                return _Opened.of(parameter, name, rows)
             except KeyError:  # stage 3; on all ranks alike
                 continue
-            yield Part(opened.tensor, opened.rows.start)
-            opened.close_()
-            return
-        yield None
+        return None
 
     def _kept_states(self, parameter: Tensor, names: Sequence[str]) -> list[str]:
         """Return the states that can be asked for.

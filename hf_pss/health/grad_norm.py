@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.distributed import Backend, Part
+from hf_pss.linalg.scaling import compute_dtype
 from hf_pss.selection import MatrixView
 from hf_pss.stacks import Slot, matrix_names, matrix_slots
 
@@ -36,7 +37,7 @@ class GradientProbe:
         grads = {
             n: _here(p.grad, backend).tensor for n, p in named_parameters if p.grad is not None
         }
-        return cls(tuple(grads), tuple(torch._foreach_norm(list(grads.values()))) if grads else ())
+        return cls(tuple(grads), _norms(list(grads.values())))
 
     def nonfinite(self, backend: Backend) -> tuple[str, ...]:
         """Return the parameters, in the model's order, whose gradient holds NaN or inf; one read.
@@ -82,13 +83,14 @@ def measure_matrix_grad_norms(
         return {}
     parts = {name: _here(grad, backend) for name, grad in grads.items()}
     norms = [_norm(slot, parts[slot.view.parameter_name]) for slot in matrix_slots(held)]
-    whole = torch.stack(torch._foreach_norm([part.tensor for part in parts.values()]))
-    norms += [
-        torch.stack(torch._foreach_norm([parts[n].tensor for n in own])).norm()
-        for own in both.values()
-    ]
-    every = (*norms, torch.linalg.vector_norm(whole))
-    squares = torch.stack([norm.double() for norm in every]).square()
+    device = next(iter(parts.values())).tensor.device
+    squares = torch.stack(
+        [
+            *(norm.to(device, torch.float64).square() for norm in norms),
+            *(_total([parts[n].tensor for n in own], device) for own in both.values()),
+            _total([part.tensor for part in parts.values()], device),
+        ]
+    )
     backend.total_(squares)
     *host, found = backend.agree(squares.sqrt())
     factor = grad_norm_preclip / found if found else 0.0
@@ -104,5 +106,20 @@ def _norm(slot: Slot, part: Part) -> Tensor:
     piece = slot.view.piece(part.tensor, part.start, slot.expert)
     if piece is None:
         return part.tensor.new_zeros((), dtype=torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(piece.read(), dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(piece.read(), dtype=compute_dtype(part.tensor))
     return norm
+
+
+def _norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the norm of each, never in a half dtype: fp16's largest number is 65,504."""
+    if not tensors:
+        return ()
+    dtypes = {compute_dtype(tensor) for tensor in tensors}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return tuple(torch._foreach_norm(list(tensors), 2, dtype))
+
+
+def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the square of all their numbers' norm, float64, on that device."""
+    norms = [norm.to(device, torch.float64) for norm in _norms(tensors)]
+    return torch.stack(norms).square().sum()

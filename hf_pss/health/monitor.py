@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from hf_pss.detection.state import JSON, check_version, read_integer, read_numbe
 from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.alignment import measure_alignments
+from hf_pss.health.effective_rank import effective_rank_of
 from hf_pss.health.grad_norm import measure_matrix_grad_norms
 from hf_pss.health.low_rank_distance import measure_low_rank_distances
 from hf_pss.health.preconditioner import has_moved, measure_denominators, whole_model
@@ -61,8 +62,9 @@ class HealthMonitor:
 
     At every step: the tracker's refresh, the spike scores, and nothing else. At the steps of the
     rhythm it reads all that the preset holds; docs/health.md has the measured shares of a step.
-    Whatever a metric raises is one warning that names it. `exceptional_distance`, `jacobian_energy`
-    and `commutator_size`, which need curvature or gradients of their own, are not measured here.
+    Whatever a metric raises is one warning that names it. `registry.PRESETS` has the metrics of
+    each preset; where an update cannot be held back, those of gradients and of one update are left
+    out, with one warning.
 
     Args:
         selection: What to measure; of LoRA products σ₁, ‖W‖_F and the stable rank only.
@@ -98,13 +100,19 @@ class HealthMonitor:
         self._tracker = SpectrumTracker(self._views, backend)
         self._updates = RelativeUpdateMeter(self._views, backend)
         self._edge = SpectralEdgeMeter(self._views, backend)
-        self._rates = {name: ChangeRates() for name in ("spectral_norm", "frobenius_norm")}
+        followed = ["spectral_norm", "frobenius_norm", *(["effective_rank"] * self._is_full)]
+        self._rates = {name: ChangeRates() for name in followed}
         self._spikes = {name: SpikeScore() for name in ("loss", "grad_norm")}
         self._reference, self._num_references = 0.0, 0
         self._has_warned: set[str] = set()
         self._step_is_due = False
         self._grad_norms: dict[str, float] = {}
         self._representations: RepresentationMeter | None = None
+        if not backend.can_hold_back and backend.rank == 0:
+            logger.warning(
+                "The health metrics grad_norm and relative_update are left out: under DeepSpeed an "
+                "update has been applied, and its gradients dropped, before anybody can look."
+            )
         if self._is_full and model is not None:
             with self._guard("representations"):
                 self._representations = RepresentationMeter(model, selection, backend)
@@ -145,6 +153,8 @@ class HealthMonitor:
     ) -> None:
         """Look at gradients, which may be clipped, and remember the weights, if a reading is due.
 
+        Nothing where the backend cannot hold an update back: it has happened by now.
+
         Args:
             step: Number of the step that ends with this update.
             parameters: The model's parameters by canonical name, with gradients.
@@ -152,7 +162,7 @@ class HealthMonitor:
                 gradient norms are left out.
         """
         self._grad_norms = {}
-        self._step_is_due = self.is_due(step)
+        self._step_is_due = self.is_due(step) and self._backend.can_hold_back
         if not self._step_is_due:
             return
         with self._clock():
@@ -242,11 +252,7 @@ class HealthMonitor:
         matrices: dict[str, Mapping[str, float]] = {}
         spectra: dict[str, tuple[float, ...]] = {}
         with self._guard("spectral_norm"):
-            matrices |= self._tracked(parameters)
-        with self._guard("change_rate"):
-            for name, rates in self._rates.items():
-                if found := rates.of(step, matrices.get(name, {})):
-                    matrices[f"{name}_change_rate"] = found
+            matrices |= self._tracked(parameters, scalars)
         if self._grad_norms:
             matrices["grad_norm"] = self._grad_norms
         for name, score in self._spikes.items():
@@ -257,12 +263,21 @@ class HealthMonitor:
         if self._is_full:
             self._read_full(parameters, matrices, spectra)
             self._read_representations(parameters, matrices)
+        with self._guard("change_rate"):
+            for name, rates in self._rates.items():
+                if found := rates.of(step, matrices.get(name, {})):
+                    matrices[f"{name}_change_rate"] = found
         for name, values in matrices.items():
             scalars |= {f"{name}/{end}": x for end, x in _summary(values.values()).items()}
         return HealthReading(step, scalars, matrices, spectra)
 
-    def _tracked(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
+    def _tracked(
+        self, parameters: Mapping[str, nn.Parameter], scalars: dict[str, float]
+    ) -> dict[str, dict[str, float]]:
         found = self._tracker.read(parameters)
+        if found:  # what has no residual was measured apart, or is broken
+            stale = [one for one in found.values() if one.is_stale and not math.isnan(one.residual)]
+            scalars["spectral_norm/num_stale"] = float(len(stale))
         products = measure_adapter_spectra(self._adapters, parameters, self._backend)
         both: dict[str, TrackedSpectrum | AdapterSpectrum] = {**found, **products}
         told = {
@@ -305,23 +320,34 @@ class HealthMonitor:
             self._compare(both.trimmed_sqrt_condition)
 
     def _compare(self, condition: float) -> None:
-        """Warn once where the preconditioner has moved by an order of magnitude from its past."""
+        """Warn where the preconditioner has moved by an order of magnitude from its past.
+
+        The past begins anew then: the next warning is for the next such move, ten readings later
+        at the soonest. Rank 0 speaks; all of them know the same.
+        """
+        speaks = self._backend.rank == 0
+        if not math.isfinite(condition):
+            if speaks and "non-finite condition" not in self._has_warned:
+                self._has_warned.add("non-finite condition")
+                logger.warning(
+                    "Adam's preconditioner has no condition: √κ(M), trimmed, is %s, for a second "
+                    "moment is NaN, inf or, with eps=0, zero. Such readings are passed over.",
+                    condition,
+                )
+            return
         is_calibrated = self._num_references >= _CALIBRATION_READINGS
         if is_calibrated and has_moved(self._reference, condition):
-            if "has_moved" not in self._has_warned:
-                self._has_warned.add("has_moved")
+            if speaks:
                 logger.warning(
                     "Adam's preconditioner has moved by an order of magnitude: √κ(M), trimmed, is "
                     "%.3g against %.3g before. See sqrt_condition in docs/health.md.",
                     condition,
                     self._reference,
                 )
-            return
-        if math.isfinite(condition):
-            first = self._num_references == 0
-            old = condition if first else self._reference
-            self._reference = old + _ALPHA * (condition - old)
-            self._num_references += 1
+            self._num_references = 0
+        old = condition if self._num_references == 0 else self._reference
+        self._reference = old + _ALPHA * (condition - old)
+        self._num_references += 1
 
     def _read_full(
         self,
@@ -332,7 +358,7 @@ class HealthMonitor:
         with self._guard("effective_rank"):
             spectra |= measure_spectra(self._views, parameters, self._backend)
             if spectra:
-                matrices["effective_rank"] = {n: _effective_rank(s) for n, s in spectra.items()}
+                matrices["effective_rank"] = {n: effective_rank_of(s) for n, s in spectra.items()}
         with self._guard("low_rank_distance"):
             if found := measure_low_rank_distances(
                 self._views, parameters, self._backend, _LOW_RANK
@@ -421,12 +447,3 @@ def _summary(values: Collection[float]) -> dict[str, float]:
     if len(finite) < len(every):
         found["num_nonfinite"] = float(len(every) - len(finite))
     return found
-
-
-def _effective_rank(sigmas: Sequence[float]) -> float:
-    """exp(−Σ p ln p), p = σ/Σσ, as `hf_pss.linalg.effective_rank`; 0 for zero, NaN for broken."""
-    total = math.fsum(sigmas)
-    if not total > 0:
-        return total
-    shares = (sigma / total for sigma in sigmas)
-    return math.exp(-math.fsum(p * math.log(p) for p in shares if p > 0))

@@ -121,7 +121,9 @@ def measure_denominators(
 
     Cost: standard, for sampled steps: a few passes over v, one of them to count it into 2,048 bins,
     and one device-to-host read. Where v is sharded every rank counts its own rows: quantiles need
-    no gathering, since counts add up.
+    no gathering, since counts add up. Under ZeRO, whose pieces are no rows, one matrix's v at a
+    time is assembled on every rank, ε is that of the first group, and v has no bias correction,
+    which shifts what ε weighs beside it.
 
     Args:
         views: What to read.
@@ -149,7 +151,7 @@ def measure_denominators(
         parameter = parameters[name]
         group = groups.get(id(parameter), optimizer.param_groups[0])
         correction = _bias_correction(optimizer, parameter, group)
-        with backend.moment_part(optimizer, parameter, SECOND_MOMENTS) as part:
+        with backend.look_at_moment(optimizer, parameter, SECOND_MOMENTS) as part:
             if part is None:
                 continue
             for slot in slots:

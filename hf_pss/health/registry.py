@@ -31,14 +31,14 @@ class Metric:
     source: str
     """Where the formula was published, or the formula where it is a textbook's; "ours" where it was
     not."""
+    in_runs: bool = True
+    """Whether `HealthMonitor` measures it; the others are called on demand."""
 
 
 _ROWS = (
-    Metric(
-        "spectral_norm", "weights", "weight", "light", "health.spectral_norms", "Golub & Van Loan"
-    ),
-    Metric("stable_rank", "weights", "1", "light", "health.stable_rank", "arXiv 2602.01308"),
-    Metric("frobenius_norm", "weights", "weight", "light", "linalg.norms", "‖W‖_F"),
+    Metric("spectral_norm", "weights", "weight", "light", "health.tracked", "Golub & Van Loan"),
+    Metric("stable_rank", "weights", "1", "light", "health.tracked", "arXiv 2602.01308"),
+    Metric("frobenius_norm", "weights", "weight", "light", "health.tracked", "‖W‖_F"),
     Metric("change_rate", "weights", "1/step", "light", "health.relative_update", "ours"),
     Metric(
         "low_rank_distance",
@@ -61,8 +61,17 @@ _ROWS = (
         "full",
         "health.jacobian_energy",
         "arXiv 2602.01308; projection: ours",
+        in_runs=False,
     ),
-    Metric("update_norm", "updates", "weight", "standard", "health.update_norm", "‖ΔW‖_F"),
+    Metric(
+        "update_norm",
+        "updates",
+        "weight",
+        "standard",
+        "health.update_norm",
+        "‖ΔW‖_F",
+        in_runs=False,
+    ),
     Metric(
         "relative_update",
         "updates",
@@ -94,6 +103,7 @@ _ROWS = (
         "light",
         "health.heavy_ball",
         "arXiv 2605.23476; relative: ours",
+        in_runs=False,
     ),
     Metric(
         "commutator_size",
@@ -102,6 +112,7 @@ _ROWS = (
         "full",
         "health.commutator",
         "arXiv 2605.23476; sampling: ours",
+        in_runs=False,
     ),
     *(
         Metric(name, "representations", unit, "full", f"health.{module}", source)
@@ -126,13 +137,13 @@ _ORDER: tuple[Cost, ...] = ("light", "standard", "full")
 
 
 def metrics_of(cost: Cost) -> tuple[str, ...]:
-    """Return the names of all metrics that cost no more than that, in the table's order.
+    """Return the names of all metrics that a run of this preset measures, in the table's order.
 
-    >>> metrics_of("light")[:2], len(metrics_of("full")) == len(METRICS)
-    (('spectral_norm', 'stable_rank'), True)
+    >>> metrics_of("light")[:2], "jacobian_energy" in metrics_of("full")
+    (('spectral_norm', 'stable_rank'), False)
     """
     allowed = _ORDER[: _ORDER.index(cost) + 1]
-    return tuple(row.name for row in _ROWS if row.cost in allowed)
+    return tuple(row.name for row in _ROWS if row.in_runs and row.cost in allowed)
 
 
 PRESETS: Mapping[Cost, tuple[str, ...]] = MappingProxyType({c: metrics_of(c) for c in _ORDER})

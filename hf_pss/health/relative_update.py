@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
+from hf_pss.distributed import Backend, Part
 from hf_pss.linalg import frobenius_norm
 from hf_pss.linalg.scaling import compute_dtype
 from hf_pss.selection import MatrixView
@@ -42,8 +42,10 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
 class RelativeUpdateMeter:
     """Measures one update of each 2-D matrix; keeps a copy of the matrices while it happens.
 
-    Cost: standard. The memory of one copy, and three passes over it at the steps that are measured;
-    one device-to-host read. Where parameters are sharded every rank measures its own rows.
+    Cost: standard. The memory of one copy and of one parameter's difference, and three passes over
+    it at the steps that are measured; one device-to-host read. Where parameters are sharded every
+    rank measures its own rows. Not for a backend that cannot hold an update back: both calls would
+    come after it.
 
     Args:
         views: What to read.
@@ -75,26 +77,22 @@ class RelativeUpdateMeter:
         before, self._before = self._before, {}
         if not before:
             return {}
-        moved: dict[str, Tensor] = {}
-        starts: dict[str, int] = {}
-        for name, old in before.items():
-            with self._backend.part(parameters[name]) as part:
-                dtype = compute_dtype(old)
-                moved[name] = part.tensor.to(dtype) - old.to(dtype)
-                starts[name] = part.start
-        slots = matrix_slots(self._views)
+        by_parameter: dict[str, list[Slot]] = {}
+        for slot in matrix_slots(self._views):
+            by_parameter.setdefault(slot.view.parameter_name, []).append(slot)
         device = next(iter(before.values())).device
-        squares = torch.stack(
-            [
-                _square(slot, tensors[slot.view.parameter_name], starts).to(device)
-                for tensors in (moved, before)
-                for slot in slots
-            ]
-        )
+        rows: list[Tensor] = []
+        for name, slots in by_parameter.items():
+            with self._backend.part(parameters[name]) as part:
+                # What is measured is kept no longer.
+                rows += [pair.to(device) for pair in _squares(slots, before.pop(name), part)]
+        squares = torch.stack(rows)
         self._backend.total_(squares)
-        changes, norms = squares.sqrt().chunk(2)
+        changes, norms = squares.sqrt().unbind(dim=1)
         told = self._backend.agree(_ratio(changes, norms))
-        return dict(zip(matrix_names(self._views), told, strict=True))
+        names = [slot.name for slots in by_parameter.values() for slot in slots]
+        found = dict(zip(names, told, strict=True))
+        return {name: found[name] for name in matrix_names(self._views)}
 
 
 class ChangeRates:
@@ -134,9 +132,16 @@ class ChangeRates:
         return rates
 
 
-def _square(slot: Slot, stored: Tensor, starts: Mapping[str, int]) -> Tensor:
+def _squares(slots: Sequence[Slot], old: Tensor, part: Part) -> list[Tensor]:
+    """Return ‖ΔW‖_F² and ‖W‖_F² of each matrix's rows that are here, (2,), float64."""
+    dtype = compute_dtype(old)
+    moved = part.tensor.to(dtype) - old.to(dtype)
+    return [torch.stack([_square(slot, x, part.start) for x in (moved, old)]) for slot in slots]
+
+
+def _square(slot: Slot, stored: Tensor, start: int) -> Tensor:
     """Return ‖·‖_F² of the rows of a matrix that are here, float64."""
-    piece = slot.view.piece(stored, starts[slot.view.parameter_name], slot.expert)
+    piece = slot.view.piece(stored, start, slot.expert)
     if piece is None:
         return stored.new_zeros((), dtype=torch.float64)
     # Not in float64 throughout: on a CPU torch would make a whole copy for that.

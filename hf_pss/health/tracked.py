@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ _STALE_ABOVE = 0.02
 _SEED = 20261121
 # In units of ‖W‖_F², and of a row's length: far above the rounding of fp32.
 _LOST = 1e-5
-# fp32 elements in one batched call on a device that is no CPU (64 MiB).
+# fp32 elements in one batched call on a device that is no CPU, and of the spaces that a cold start
+# has at one time (64 MiB).
 _MAX_ELEMENTS = 2**24
 
 
@@ -74,8 +75,14 @@ class _Group:
     """(N, k, c), orthonormal rows: of the stored tensor's last dimension."""
     scale: Tensor
     """(N,), the last σ₁: products are taken of vectors divided by it, so that nothing overflows."""
-    found: Tensor = field(init=False)
-    """(N, 3), float64: σ₁, ‖W‖_F, the residual; on the device."""
+    found: Tensor
+    """(N, 3), float64: σ₁, ‖W‖_F, the residual; on the device. NaN before the first round."""
+
+    def chunks(self, size: int) -> Iterator[_Group]:
+        """Yield the group in groups of that many matrices, which share its memory."""
+        for first in range(0, len(self.slots), size):
+            at = slice(first, first + size)
+            yield _Group(self.slots[at], self.vectors[at], self.scale[at], self.found[at])
 
 
 class SpectrumTracker:
@@ -88,8 +95,9 @@ class SpectrumTracker:
 
     Cost: light, for every step; nothing is read back until `read`. The first `refresh`, also the
     first after a resume, since vectors are in no checkpoint, builds a block Krylov space of 16
-    rounds instead. Where parameters are sharded each rank multiplies its own rows, and one sum
-    over ranks a refresh joins them; replicas each do the whole.
+    rounds instead. Under FSDP2 each rank multiplies its own rows, and one sum over ranks a round
+    joins them; replicas each do the whole, and so do the ranks of ZeRO, on the copy for the
+    forward, which stage 3 gathers for it, one parameter at a time, in every round.
 
     Args:
         views: What to follow.
@@ -107,7 +115,6 @@ class SpectrumTracker:
         self._batched = batched
         self._groups: list[_Group] = []
         self._unsettled: frozenset[str] = frozenset()
-        self.num_refreshes = 0
 
     @torch.no_grad()
     def refresh(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -119,9 +126,11 @@ class SpectrumTracker:
         if not self._slots:
             return
         if not self._groups:
-            self._groups = self._grouped(parameters)
-            for group in self._groups:
+            groups = self._grouped(parameters)
+            for group in groups:
                 self._start_cold(group, parameters)
+            # Not before: a cold start that raises is to be made again, not gone on from.
+            self._groups = groups
         for group in self._groups:
             for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
                 self._round(group, parameters)
@@ -131,14 +140,14 @@ class SpectrumTracker:
                     break
                 self._round(group, parameters, only=needs_more)
         self._unsettled = frozenset()
-        self.num_refreshes += 1
 
     @torch.no_grad()
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
         """Return what the last `refresh` found by the matrix's name; one device-to-host read.
 
-        Numbers that fp32 squares cannot hold (entries beyond 1e19 or below 1e-22), and broken
-        matrices, are measured apart, scaled. All ranks must call.
+        Numbers that fp32 squares cannot hold (entries beyond 1e19 or below 1e-22), and matrices
+        that hold inf or nothing but zeros, are measured apart, scaled, with one or two reads more.
+        All ranks must call.
 
         Args:
             parameters: As in `refresh`; they are looked at for those few only.
@@ -173,14 +182,17 @@ class SpectrumTracker:
         """
         found: dict[str, Tensor] = {}
         for group in self._groups:
-            for slot, vector in zip(group.slots, group.vectors[:, 0], strict=True):
+            sigma = group.found[:, :1]
+            # 0, 1 or NaN.
+            known = torch.where(sigma.isnan(), sigma, (sigma > 0).double()).to(group.vectors.dtype)
+            for slot, vector in zip(group.slots, group.vectors[:, 0] * known, strict=True):
                 found[slot.name] = vector
                 if not slot.view.transposed:
                     continue
                 # Stored as inputs × outputs: what is followed is u₁, one product away.
                 v = vector.new_zeros(slot.shape[1])
                 parameter = parameters[slot.view.parameter_name]
-                with self._backend.part(parameter) as part:
+                with self._backend.look(parameter) as part:
                     is_whole = len(part.tensor) == parameter.shape[0]
                     stored = _stored(slot, part, is_whole=is_whole)
                     if stored is not None:
@@ -212,7 +224,8 @@ class SpectrumTracker:
             drawn = torch.randn(size, min(_WIDTH, size), generator=generator, dtype=torch.float64)
             start = torch.linalg.qr(drawn).Q.mT.to(device, dtype)
             vectors = start.expand(len(slots), -1, -1).contiguous()
-            groups.append(_Group(tuple(slots), vectors, vectors.new_ones(len(slots))))
+            nothing = torch.full((len(slots), 3), math.nan, dtype=torch.float64, device=device)
+            groups.append(_Group(tuple(slots), vectors, vectors.new_ones(len(slots)), nothing))
         return groups
 
     def _unsettled_in(self, group: _Group) -> list[bool]:
@@ -237,12 +250,11 @@ class SpectrumTracker:
         moved, found = ritz_round(group.vectors, images, squares)
         found[:, :2] *= group.scale.double().unsqueeze(-1)
         if only is not None:
-            keep = torch.tensor(only, device=moved.device)
+            keep = _sent(only, moved.device)
             moved = torch.where(keep[:, None, None], moved, group.vectors)
             found = torch.where(keep[:, None], found, group.found)
         group.vectors, group.found = moved, found
-        sigma = found[:, 0].to(group.scale.dtype)
-        group.scale = torch.where((sigma > 0) & sigma.isfinite(), sigma, group.scale)
+        group.scale = _usable(found[:, 0], group.scale)
 
     def _start_cold(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put the two leading Ritz vectors of a block Krylov space of SᵀS into the group.
@@ -250,9 +262,17 @@ class SpectrumTracker:
         Musco & Musco 2015, arXiv 1504.05477, algorithm 2, on the Gram matrix: good for the first
         values, and lost below 3e-4 σ₁. Decompositions read LAPACK's verdict back from a device.
         """
+        num_rows = 2 * (_COLD_ROUNDS + 1) * group.vectors.shape[1]  # of the basis, and its images
+        size = max(1, _MAX_ELEMENTS // (num_rows * group.vectors.shape[2]))
+        chunks = list(group.chunks(size))
+        for chunk in chunks:
+            self._start_chunk_cold(chunk, parameters)
+        group.vectors = torch.cat([chunk.vectors for chunk in chunks])
+        group.scale = torch.cat([chunk.scale for chunk in chunks])
+
+    def _start_chunk_cold(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
         _, squares = self._products(group, group.vectors, parameters)
-        norm = squares.sqrt()
-        group.scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0).to(group.scale.dtype)
+        group.scale = _usable(squares.sqrt(), torch.ones_like(group.scale))
         basis = group.vectors
         generator = torch.Generator().manual_seed(_SEED + 1)
         images: Tensor | None = None
@@ -297,7 +317,7 @@ class SpectrumTracker:
             if only is not None and not only[i]:
                 continue
             parameter = parameters[slot.view.parameter_name]
-            with self._backend.part(parameter) as part:
+            with self._backend.look(parameter) as part:
                 stored = _stored(slot, part, is_whole=len(part.tensor) == parameter.shape[0])
                 if stored is None:
                     continue
@@ -323,22 +343,23 @@ class SpectrumTracker:
 
         Collective, like `measure_each`; every rank has been told the same names.
         """
-        held = {slot.view.name for slot in self._slots if slot.name in names}
-        views = [view for view in self._views if view.name in held]
-        norms = measure_each(views, parameters, self._backend, frobenius_norm)
-        sigmas = measure_each(
-            views,
-            parameters,
-            self._backend,
+
+        def measured(
+            names: Collection[str], measure: Callable[[Tensor], Tensor]
+        ) -> dict[str, float]:
+            held = {slot.view.name for slot in self._slots if slot.name in names}
+            views = [view for view in self._views if view.name in held]
+            return measure_each(views, parameters, self._backend, measure)
+
+        norms = measured(names, frobenius_norm)
+        # A matrix of zeros has told all.
+        sigmas = {name: norms[name] for name in names} | measured(
+            [name for name in names if norms[name] > 0],
             lambda stack: spectral_norm(stack, num_rounds=QUICK_ROUNDS),
         )
         for group in self._groups:
-            scale = [
-                sigmas[slot.name] if sigmas.get(slot.name, 0.0) > 0 else math.nan
-                for slot in group.slots
-            ]
-            known = torch.tensor(scale, dtype=group.scale.dtype).to(group.scale)
-            group.scale = torch.where(known.isfinite(), known, group.scale)
+            known = [sigmas.get(slot.name, 0.0) for slot in group.slots]
+            group.scale = _usable(group.found.new_tensor(known), group.scale)
         return {
             name: TrackedSpectrum(sigmas[name], norms[name], 0.0 if norms[name] == 0 else math.nan)
             for name in names
@@ -356,8 +377,8 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
     Returns:
         The new vectors, an orthonormal basis of WᵀWV, the old ones where that is not finite or
         zero; and (N, 3) in float64: ‖WᵀWz‖/‖Wz‖ of the Ritz vector z, ‖W‖_F and the residual. NaN
-        where something is not finite; a residual of 1 where z is mapped to zero by a matrix that
-        is not.
+        where something is not finite, but the norm: that is √squares whatever they are, inf where
+        they have overflown. A residual of 1 where z is mapped to zero by a matrix that is not.
 
     >>> w = torch.diag(torch.tensor([2.0, 1.0]))
     >>> v = torch.eye(2)[None]
@@ -378,8 +399,8 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
     sigma = torch.where(is_seen, length / divisor.sqrt() * peak.sqrt(), 0.0)
     off = torch.linalg.vector_norm(w[:, 0] - ritz[:, None] * z[:, 0], dim=-1)
     residual = torch.where(is_seen, off / divisor, (squares > 0).to(ritz.dtype))
+    sigma, residual = (torch.where(is_finite, x, torch.nan) for x in (sigma, residual))
     found = torch.stack([sigma.double(), squares.double().sqrt(), residual.double()], dim=-1)
-    found = torch.where(is_finite[:, None], found, torch.nan)
     moved = _orthonormal_pair(w, z)
     return torch.where((is_finite & is_seen)[:, None, None], moved, vectors), found
 
@@ -477,7 +498,7 @@ def _add_batched_(
     size = max(1, _MAX_ELEMENTS // members[0][1].numel())
     for first in range(0, len(members), size):
         chunk = members[first : first + size]
-        index = torch.tensor([i for i, _ in chunk], device=images.device)
+        index = _sent([i for i, _ in chunk], images.device)
         stack = torch.stack([stored for _, stored in chunk]).to(images.dtype)
         own = vectors[index]
         images[index] = (own @ stack.mT) @ stack
@@ -485,6 +506,25 @@ def _add_batched_(
             norms[i] = norm
 
 
+def _usable(scale: Tensor, otherwise: Tensor) -> Tensor:
+    """Return these scales where they and one over them are ordinary numbers, else the others."""
+    scale, tiny = scale.to(otherwise.dtype), torch.finfo(otherwise.dtype).tiny
+    return torch.where((scale >= tiny) & (scale <= 1 / tiny), scale, otherwise)
+
+
+def _sent(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
+    """Return host numbers on a device, whose host does not wait for it."""
+    here = torch.tensor(values)
+    if device.type == "cuda":  # from memory that may be paged a copy is waited for
+        here = here.pin_memory()
+    return here.to(device, non_blocking=True)
+
+
 def _is_plausible(one: TrackedSpectrum) -> bool:
-    """Whether no square has overflown or vanished: ‖W‖_F is at least σ₁, and neither is 0."""
+    """Whether no square has overflown or vanished: ‖W‖_F is at least σ₁, and neither is 0.
+
+    A sum of squares is NaN only where an entry is: of that matrix nothing more is to be known.
+    """
+    if math.isnan(one.frobenius):
+        return True
     return math.isfinite(one.residual) and 0 < one.sigma <= one.frobenius * (1 + 1e-3)

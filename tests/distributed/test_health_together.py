@@ -17,6 +17,7 @@ FOLLOWED_TOLERANCE = 5e-2  # 2.2e-2, of the stable rank
 FOLLOWED = {"spectral_norm", "stable_rank"}
 # Means of two samples are not the numbers of both together; quotients of small differences.
 NOT_COMPARED = ("step", "scalars", "sign_", "token_", "gram_", "spectral_norm_", "frobenius_norm_")
+NOT_COMPARED += ("effective_rank_",)
 FAILED = {"effective_rank", "low_rank_distance", "neighbour_alignment", "representations"}
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import bert, gpt2, llama
 
 from hf_pss.distributed import OneProcess
-from hf_pss.health.effective_rank import measure_effective_ranks
+from hf_pss.health.effective_rank import effective_rank_of, measure_effective_ranks
 from hf_pss.selection import named_parameters_canonical, select_matrices
 from hf_pss.stacks import matrix_names
 
@@ -45,3 +45,4 @@ def test_a_broken_matrix_has_none_and_harms_no_other() -> None:
     assert after.pop("transformer.h.0.mlp.c_proj.weight") == 0
     assert after == {name: before[name] for name in after}
     assert measure_effective_ranks((), {}, BACKEND) == {}
+    assert math.isnan(effective_rank_of([math.inf, 1.0]))

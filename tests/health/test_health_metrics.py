@@ -98,6 +98,34 @@ def test_matrices_without_a_gradient_are_left_out_and_zero_gradients_are_zero() 
     assert set(measure_matrix_grad_norms(views, parameters, BACKEND, 0.0).values()) == {0.0}
 
 
+@pytest.mark.parametrize(("dtype", "entry"), [(torch.float16, 3e4), (torch.bfloat16, 1.0)])
+def test_norms_of_half_gradients_are_summed_in_float32(dtype: torch.dtype, entry: float) -> None:
+    """Of fp16 the sum of squares ends at 65,504; of bf16 it keeps three digits."""
+    model = gpt2().to(dtype)
+    views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
+    for p in parameters.values():
+        p.grad = torch.full_like(p, entry)
+    total = math.sqrt(sum(p.numel() for p in parameters.values()))
+    measured = measure_matrix_grad_norms(views, parameters, BACKEND, total)
+    for view in views:
+        exact = math.sqrt(math.prod(view.shape))
+        assert measured[view.name] == pytest.approx(exact, rel=NORM_TOLERANCE)
+    assert GradientProbe.take(parameters.items(), BACKEND).nonfinite(BACKEND) == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_may_lie_on_several_devices() -> None:
+    model, views, parameters = prepared()
+    before = measure_matrix_grad_norms(views, parameters, BACKEND, 1.0)
+    grads = {name: p.grad for name, p in parameters.items()}
+    model.transformer.h[0].cuda()
+    for name, p in parameters.items():
+        p.grad = grads[name].to(p.device)
+    after = measure_matrix_grad_norms(views, parameters, BACKEND, 1.0)
+    assert after == pytest.approx(before, rel=NORM_TOLERANCE)
+
+
 def test_the_probe_names_the_first_bad_parameters_in_the_models_order() -> None:
     _, _, parameters = prepared()
     names = list(parameters)

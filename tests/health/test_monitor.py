@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import nn
 
 from hf_pss import PSSCallback, PSSConfig, PSSController
 from hf_pss.cli.summary import render_summary, summarise
-from hf_pss.distributed import OneProcess
+from hf_pss.distributed import OneProcess, Zero
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.monitor import HealthMonitor, describe
 from hf_pss.health.reading import HealthReading
+from hf_pss.health.registry import PRESETS, Cost
 from hf_pss.linalg import effective_rank, stable_rank
-from hf_pss.selection import Selection, named_parameters_canonical
+from hf_pss.selection import Selection, named_parameters_canonical, select_matrices
 
 EXACT_TOLERANCE = 1e-5
 FOLLOWED_TOLERANCE = 1.5e-3  # 5.6e-4, after four steps of 1e-3 a weight
@@ -33,6 +35,17 @@ FULL |= {"gram_log_det", "gram_log_det_lower", "gram_log_det_upper", "token_cosi
 FULL |= {"token_mean_share", "token_top_share", "token_centred_top_share", "token_effective_rank"}
 FULL |= {"sign_diversity", "attention_logit_bound"}
 RATES = {"spectral_norm_change_rate", "frobenius_norm_change_rate"}
+# Names in a reading that a metric has besides its own.
+METRIC_OF = {
+    "spectral_norm_residual": "spectral_norm",
+    "trimmed_sqrt_condition": "sqrt_condition",
+    "spectral_edge_position": "spectral_edge",
+    "gram_log_det_lower": "gram_log_det",
+    "gram_log_det_upper": "gram_log_det",
+    **dict.fromkeys(("spike_score_loss", "spike_score_grad_norm"), "spike_score"),
+    **dict.fromkeys((*RATES, "effective_rank_change_rate"), "change_rate"),
+}
+NEEDS_A_TRAINER = {"attention_logit_max"}
 
 
 def run(num_steps: int = 4, **options: Any) -> tuple[nn.Module, list[HealthReading | None]]:
@@ -59,7 +72,8 @@ def test_a_preset_is_read_at_its_rhythm(preset: str, metrics: set[str]) -> None:
     assert [reading is not None for reading in readings] == [False, True, False, True]
     first, last = (reading for reading in readings if reading is not None)
     assert set(first.matrices) == metrics
-    assert set(last.matrices) == metrics | RATES
+    ranks = {"effective_rank_change_rate"} if preset == "full" else set()
+    assert set(last.matrices) == metrics | RATES | ranks
     assert last.step == 4
     parameters = named_parameters_canonical(model)
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -74,6 +88,81 @@ def test_a_preset_is_read_at_its_rhythm(preset: str, metrics: set[str]) -> None:
         assert last.matrices["effective_rank"][name] == pytest.approx(
             float(effective_rank(weight)), rel=EXACT_TOLERANCE
         )
+
+
+@pytest.mark.parametrize("preset", ["light", "standard", "full"])
+def test_a_run_measures_what_the_registry_says(preset: Cost) -> None:
+    _, readings = run(num_steps=11, health=preset, health_every_steps=1)  # the edge's window
+    last = readings[-1]
+    assert last is not None
+    names = {*last.matrices, *(scalar.partition("/")[0] for scalar in last.scalars)}
+    metrics = {METRIC_OF.get(name, name) for name in names}
+    assert metrics == {*PRESETS[preset]} - NEEDS_A_TRAINER
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_what_has_happened_before_anybody_can_look_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The real DeepSpeed is in tests/distributed; here, that nothing is written by a look."""
+    model = gpt2()
+    parameters = named_parameters_canonical(model)
+    monitor = HealthMonitor(select_matrices(model), Zero(), "standard", every_steps=1)
+    versions = {name: p._version for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    monitor.before_update(1, parameters, 1.0)
+    reading = monitor.after_update(1, parameters, loss=1.0, grad_norm_preclip=1.0)
+    assert reading is not None
+    assert "spectral_norm" in reading.matrices
+    assert not {"grad_norm", "relative_update"} & reading.matrices.keys()
+    assert {name: p._version for name, p in parameters.items()} == versions
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == 1
+    assert "grad_norm and relative_update are left out" in told[0]
+
+
+def test_a_reading_says_how_many_estimates_are_stale() -> None:
+    torch.manual_seed(0)
+    model = gpt2()
+    parameters = named_parameters_canonical(model)
+    monitor = HealthMonitor(select_matrices(model), OneProcess(), "light", every_steps=1)
+    found = []
+    for step in (1, 2):
+        reading = monitor.after_update(step, parameters)
+        assert reading is not None
+        found.append(reading.scalars["spectral_norm/num_stale"])
+        with torch.no_grad():  # noise, whose values lie close, and one that is broken, not stale
+            parameters["transformer.h.0.mlp.c_fc.weight"].normal_()
+            parameters["transformer.h.0.mlp.c_proj.weight"][0, 0] = math.nan
+    assert found == [0, 1]
+
+
+def test_the_preconditioners_past_begins_anew_after_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monitor = HealthMonitor(Selection((), ()), OneProcess(), "standard")
+
+    def told(*conditions: float) -> list[str]:
+        caplog.clear()
+        for condition in conditions:
+            monitor._compare(condition)
+        return [r.getMessage().partition(":")[0] for r in caplog.records]
+
+    assert told(*[1.0] * 10) == []
+    assert told(math.nan, math.inf) == ["Adam's preconditioner has no condition"]
+    moved = "Adam's preconditioner has moved by an order of magnitude"
+    assert told(100.0, *[100.0] * 9) == [moved]
+    assert told(math.nan, 150.0) == []
+    assert told(1.0, 1.0) == [moved]
 
 
 def test_health_changes_no_weight_and_no_random_number() -> None:

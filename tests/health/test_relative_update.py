@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -83,6 +85,30 @@ def test_the_meter_measures_every_matrix(make: type, dtype: torch.dtype) -> None
         expected = oracle(before[view.name], after)
         assert measured[view.name] == pytest.approx(expected, rel=METER_TOLERANCE)
     assert meter.stop(parameters) == {}
+
+
+class Watched(OneProcess):
+    """Counts which of some tensors there still are whenever a parameter is looked at."""
+
+    tensors: ClassVar[list[weakref.ref[torch.Tensor]]] = []
+    counts: ClassVar[list[int]] = []
+
+    def part(self, parameter: torch.Tensor, rows: slice | None = None) -> Any:
+        self.counts.append(sum(tensor() is not None for tensor in self.tensors))
+        return OneProcess.part(self, parameter, rows)
+
+
+def test_the_meter_keeps_no_copy_of_what_it_has_measured() -> None:
+    model = gpt2(num_layers=2)
+    views = select_matrices(model).matrices
+    parameters = named_parameters_canonical(model)
+    backend = Watched()
+    meter = RelativeUpdateMeter(views, backend)
+    meter.start(parameters)
+    backend.tensors.extend(weakref.ref(copy) for copy in meter._before.values())
+    backend.counts.clear()
+    meter.stop(parameters)
+    assert backend.counts == list(range(len(backend.tensors), 0, -1))
 
 
 def test_the_meter_tells_zero_and_broken_matrices_apart() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import gpt2
+from helpers import gpt2, llama
 from torch import Tensor, nn
 
 from hf_pss.distributed import OneProcess
@@ -146,6 +147,95 @@ def test_zero_is_zero() -> None:
         found = tracker.measure(parameters)[UP]
         assert (found.sigma, found.frobenius, found.stable_rank) == (0.0, 0.0, 0.0)
         assert not found.is_stale
+
+
+class Counted(OneProcess):
+    """Remembers how many numbers each read from the device had."""
+
+    reads: ClassVar[list[int]] = []
+
+    def agree(self, values: Tensor) -> list[float]:
+        self.reads.append(len(values))
+        return OneProcess.agree(self, values)
+
+
+@pytest.mark.parametrize(("entry", "num_reads"), [(math.nan, 1), (0.0, 2)])
+def test_what_is_broken_or_zero_costs_hardly_a_read(entry: float, num_reads: int) -> None:
+    views, parameters = model_of()
+    with torch.no_grad():
+        parameters[UP].fill_(entry)
+    backend = Counted()
+    tracker = SpectrumTracker(views, backend)
+    for _ in range(2):
+        backend.reads.clear()
+        tracker.measure(parameters)
+        assert len(backend.reads) == num_reads
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_directions_of_broken_and_zero_matrices_say_so(make: type) -> None:
+    """Of matrices stored in either way: v₁ is what is followed, or one product away."""
+    model = make()
+    views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
+    broken, zero, *rest = {view.parameter_name: view for view in views}.values()
+    with torch.no_grad():
+        parameters[broken.parameter_name].fill_(math.nan)
+        parameters[zero.parameter_name].zero_()
+    tracker = SpectrumTracker(views, BACKEND)
+    tracker.measure(parameters)
+    found = tracker.directions(parameters)
+    assert found[broken.name].isnan().all()
+    assert not found[zero.name].any()
+    assert [float(found[view.name].norm()) for view in rest] == pytest.approx([1.0] * len(rest))
+
+
+def test_a_cold_start_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    views, parameters = model_of()
+    tracker = SpectrumTracker(views, BACKEND)
+
+    def fail(*args: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fail)
+        with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            tracker.refresh(parameters)
+        assert tracker.read(parameters) == {}
+    check(tracker.measure(parameters), views, parameters, COLD_TOLERANCE)
+
+
+def test_a_cold_start_holds_some_spaces_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    views, parameters = model_of()
+    sizes = []
+    decompose = torch.linalg.eigh
+
+    def counted(core: Tensor) -> Any:
+        sizes.append(len(core))
+        return decompose(core)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    monkeypatch.setattr("hf_pss.health.tracked._MAX_ELEMENTS", 68 * 16 * 3)
+    check(SpectrumTracker(views, BACKEND).measure(parameters), views, parameters, COLD_TOLERANCE)
+    assert sum(sizes) == len(views)
+    assert max(sizes) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_refresh_but_the_first_makes_the_host_wait() -> None:
+    views, parameters = model_of()
+    on_device = {name: nn.Parameter(p.detach().cuda()) for name, p in parameters.items()}
+    tracker = SpectrumTracker(views, BACKEND)
+    tracker.measure(on_device)
+    with torch.no_grad():  # noise: some are to have more rounds
+        on_device[UP].normal_()
+    tracker.measure(on_device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            tracker.refresh(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])

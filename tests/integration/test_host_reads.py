@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_the_floor_needs_one_for_each_check(tmp_path: Path) -> None:
 def test_an_intervention_is_seen_by_the_counter(tmp_path: Path) -> None:
     plain, pss = reads_per_step(tmp_path, None), reads_per_step(tmp_path, EAGER)
     assert max(b - a for a, b in zip(plain, pss, strict=True)) > 0
+
+
+def test_health_reads_residuals_in_each_step_and_two_things_in_a_reading(tmp_path: Path) -> None:
+    """Of residuals, on a CPU alone, one a group of matrices and round; `test_tracked` has a GPU."""
+    config = OUT_OF_REACH["paper"]
+    watched = replace(config, health="light", health_every_steps=4)
+    plain, health = reads_per_step(tmp_path, config), reads_per_step(tmp_path, watched)
+    extra = [b - a for a, b in zip(plain, health, strict=True)]
+    num_groups, num_further_rounds = 2, 2
+    residuals = num_groups * num_further_rounds
+    readings = [extra.pop(7), extra.pop(3)]
+    assert max(extra) <= residuals
+    assert max(readings) <= residuals + 2  # the spectra and the gradients' norms
 
 
 @pytest.mark.gpu
