@@ -51,8 +51,12 @@ def rescue(
         Path, typer.Argument(help="The folder of a run, with checkpoint-… in it; with PSS or not.")
     ],
     smoothing: Annotated[
-        Smoothing, typer.Option(help="What is done to the weights on the way.")
-    ] = Smoothing.FLOOR,
+        Smoothing | None,
+        typer.Option(
+            help="What is done to the weights on the way. Default: floor; none in a copy, but for "
+            "the last resort.",
+        ),
+    ] = None,
     margin_steps: Annotated[
         int, typer.Option(min=0, help="Go back at least so many steps before the failure.")
     ] = 20,
@@ -79,7 +83,12 @@ def rescue(
         float, typer.Option(min=0.0, help="With --write: a factor on every learning rate.")
     ] = 1.0,
     skip_batches: Annotated[
-        int, typer.Option(min=0, help="With --write: pass over the data of so many updates.")
+        int,
+        typer.Option(
+            min=0,
+            help="With --write: pass over the data of so many updates after the checkpoint; after "
+            "a spike or NaN the report says how many.",
+        ),
     ] = 0,
     allow_pickle: Annotated[
         bool,
@@ -110,7 +119,7 @@ def rescue(
 
     With a picture:  [cyan]hf-pss rescue runs/notes --plot failure.png[/cyan]
 
-    A repaired copy:  [cyan]hf-pss rescue runs/notes --write runs/repaired[/cyan]
+    Past a bad batch:  [cyan]hf-pss rescue runs/notes --write runs/repaired --skip-batches 40[/cyan]
 
     In a script:  [cyan]hf-pss rescue runs/notes --json > rescue.json[/cyan]
 
@@ -129,10 +138,12 @@ def rescue(
     plan = written = None
     if chosen is not None:
         if write is not None:
+            # Noise is no measure of sound weights; the run that goes on holds them by their own.
+            unasked = "floor" if found.choice.is_last_resort else "none"
             written = _write(
                 chosen,
                 write,
-                smoothing=smoothing.value,
+                smoothing=unasked if smoothing is None else smoothing.value,
                 moments=moments.value,
                 lr_scale=lr_scale,
                 skip_batches=skip_batches,
@@ -142,9 +153,11 @@ def rescue(
             run_dir,
             found.history,
             chosen,
-            smoothing=smoothing.value,
+            smoothing=(smoothing or Smoothing.FLOOR).value,
             is_last_resort=found.choice.is_last_resort,
+            failure=None if found.diagnosis is None else found.diagnosis.failure,
             repaired=None if written is None else written.path,
+            skipped=skip_batches,
         )
     if plot is not None:
         _draw(found, plot)
@@ -213,8 +226,11 @@ def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
     try:
         return write_repaired(chosen, target, Repairs(**options))
     except OSError as error:
-        raise ConfigurationError(
-            f"{visible(target)} cannot be written: {visible(error.strerror)}. Give another --write."
+        # Of either side: the file says which, where the system names one.
+        where = "" if error.filename is None else f" ({visible(error.filename)})"
+        raise StateError(
+            f"{visible(chosen.path)} could not be copied to {visible(target)}: "
+            f"{visible(error.strerror or error)}{where}. Nothing of the copy is left."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
@@ -13,13 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_pss.cli.model import read_overrides
 from hf_pss.cli.parsing import TrainPlan, make_parser
+from hf_pss.cli.text import BUILT_IN
 from hf_pss.detection.state import check_version, read_object
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.rescue.command import TRAINING_OPTIONS
+from hf_pss.rescue.launch import OPTIONS_FILE, TRAINING_OPTIONS, options_file
 
 __all__ = ["OPTIONS_FILE", "KeepOptions", "options_to_keep"]
 
-OPTIONS_FILE = "hf_pss_options.json"
 _VERSION = 1
 # The weights were made for these; other data or another rate is a choice.
 _BINDING = (
@@ -27,7 +28,9 @@ _BINDING = (
     "context_length",
 )
 # For `hf-pss rescue`, and no option that a resumed run could give otherwise.
-_NOT_COMPARED = ("training", "unigram_entropy")
+_NOT_COMPARED = ("training", "paths", "unigram_entropy")
+# Whatever else is read in their place: a name on the Hub, a kind of model.
+_MAY_BE_PATHS = ("model", "model_config", "tokenizer", "dataset")
 
 Options: TypeAlias = dict[str, Any]
 
@@ -59,12 +62,11 @@ def options_to_keep(
     given = _options_of(plan)
     if checkpoint is None:
         return given
-    path = checkpoint.parent / OPTIONS_FILE
-    if not path.is_file():  # a checkpoint of another program
+    path = options_file(checkpoint)
+    if path is None:  # a checkpoint of another program
         return None
     kept = _read(path, given)
-    compared = (name for name in given if name not in _NOT_COMPARED)
-    for name in (name for name in compared if given[name] != kept[name]):
+    for name in (name for name in given if not _is_the_same(name, given, kept)):
         here, there = _show(name, given[name]), _show(name, kept[name])
         if name in _BINDING:
             raise ConfigurationError(
@@ -83,24 +85,45 @@ def _options_of(plan: TrainPlan) -> Options:
     options["model_overrides"] = read_overrides(plan.model.model_overrides or "")
     options["learning_rate"] = plan.arguments.learning_rate
     options["training"] = _unlike_the_defaults(plan.arguments)
+    options["paths"] = _local_paths(options)
     return {**options, "unigram_entropy": None}  # filled in once the text is there
 
 
 def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
     parser = make_parser()
+    known = set(parser.names)  # of this version of transformers
     found: Options = {}
-    for name in TRAINING_OPTIONS:
+    for name in (name for name in TRAINING_OPTIONS if name in known):
         value = getattr(arguments, name)
-        if value != parser.get_default(name):
+        if value != parser.get_default(name) or name == "per_device_train_batch_size":
             found[name] = value.value if isinstance(value, Enum) else value
     return found
+
+
+def _local_paths(options: Options) -> dict[str, str]:
+    """Return those that name something on this machine, for a command run in another folder."""
+    given = {name: options[name] for name in _MAY_BE_PATHS if options[name]}
+    if given["dataset"] == BUILT_IN:
+        del given["dataset"]
+    paths = {name: Path(value).expanduser() for name, value in given.items()}
+    if "model_config" in paths and not paths["model_config"].suffix:  # a kind, such as gpt2
+        del paths["model_config"]
+    return {name: str(path.resolve()) for name, path in paths.items() if os.path.exists(path)}
+
+
+def _is_the_same(name: str, given: Options, kept: Options) -> bool:
+    if name in _NOT_COMPARED or given[name] == kept[name]:
+        return True
+    path = given["paths"].get(name)
+    return path is not None and path == kept["paths"].get(name)
 
 
 def _read(path: Path, known: Options) -> Options:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
         check_version(parsed, _VERSION, "the file")
-        later: Options = {"training": {}, "unigram_entropy": None}  # files of before have neither
+        # Files of earlier versions have none of these.
+        later: Options = {"training": {}, "paths": {}, "unigram_entropy": None}
         kept = dict(read_object({**later, **parsed}, ("version", *known), "the file"))
     except (OSError, ValueError, StateError) as error:
         raise ConfigurationError(

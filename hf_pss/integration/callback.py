@@ -57,6 +57,11 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             these, and the preset ``paper`` otherwise.
     """
 
+    goes_back = False
+    """Whether the next training goes on with this one, from an older checkpoint."""
+    repairs = True
+    """Whether what it loads is what ``smooth_on_resume`` is meant for."""
+
     def __init__(self, config: PSSConfig | None = None) -> None:
         self.config = config
         self.controller: PSSController | None = None
@@ -163,6 +168,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         """Build the controller on the prepared model, and continue where a checkpoint left off."""
         if model is None:
             raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
+        self.stop_listening()  # to a run that something ended within a step
+        if not self.goes_back:  # whose trackers' runs go on
+            self._reporters = None
         self._grad_norm = self._device_loss = self._loss = self.report = None
         self._norm_is_new = self._floor_has_acted = False
         self._first_reading = self._last_reading = None
@@ -188,7 +196,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             if first_health is not None:
                 self._health.write([health_line(step, first_health)])
             self._tracker_args = args
-        if state.global_step > 0 and self.controller.config.smooth_on_resume:
+        smooths = self.controller.config.smooth_on_resume and self.repairs
+        if state.global_step > 0 and smooths:
             self.write_records([self.controller.smooth_now()])
         if self._speaks:
             logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
@@ -257,10 +266,21 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Say in one line what PSS did, and in a table which matrices look ill."""
+        """Leave the averaged weights in the model, and `end`."""
         super().on_train_end(args, state, control, optimizer)
+        self.end()
+
+    def stop_listening(self) -> None:
+        """Take away the hooks that a step which did not end has left in the model."""
         if self.controller is not None and self.controller.health is not None:
             self.controller.health.stop()
+
+    def end(self) -> None:
+        """Say in one line what PSS did, and in a table which matrices look ill; finish trackers.
+
+        `on_train_end` does it, and where an error of PSS ends the run, `Survival`.
+        """
+        self.stop_listening()
         if self._speaks:
             self._tell_health()
         if self._reporters is not None:
@@ -314,7 +334,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                     "PSS starts with a fresh baseline at step %d. %s", state.global_step, error
                 )
             controller.reset(step_number=state.global_step)
-        self._resume_health(controller, state)
+        else:
+            self._resume_health(controller, state)
 
     def _resume_health(self, controller: PSSController, state: TrainerState) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)

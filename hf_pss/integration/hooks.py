@@ -41,6 +41,9 @@ _SEAMS = {
     "_get_output_dir": ("self", "trial"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
+    "_finalize_training": ("self", "trial"),
+    "_finish_current_push": ("self",),
+    "_load_rng_state": ("self", "checkpoint"),
 }
 
 

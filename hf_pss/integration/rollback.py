@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import shutil
+import math
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_pss.config import PSSConfig
 from hf_pss.detection import Verdict
-from hf_pss.errors import NonFiniteError, StateError, TrainingFailedError
+from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.events import Event, EventKind, Intervention
-from hf_pss.integration.checkpoints.judge import checkpoints_by_step
-from hf_pss.integration.checkpoints.resuming import newest_whole
 from hf_pss.integration.checkpoints.saving import SafeCheckpoints
+from hf_pss.integration.lineage import ABANDONED, Lineage, abandon
 from hf_pss.policy import Action, Failure, FailureWatch
 
 __all__ = ["Survival"]
 
 logger = logging.getLogger(__name__)
 
-_ABANDONED = "_pss_abandoned"
 _UPKEEP = (EventKind.FLOOR, EventKind.RESUME)
 
 
@@ -35,7 +34,15 @@ class Survival(SafeCheckpoints):
     weights, optimizer, schedule and random state are the checkpoint's. Steps count on from the
     failure: the step number, the place in the data and the schedule move past the batches that led
     there, so that a later resume, which reads all three from the step, is exact. The run takes so
-    many updates less. It costs a resume: loading, and fast-forwarding the data.
+    many updates less. It costs a resume, loading and fast-forwarding the data, and a save: where it
+    goes on is saved at once, so that a crash does not undo it. To the other callbacks it is no end.
+
+    It goes back to its own checkpoints only: what it was resumed from, older ones beside that, and
+    what it has saved since. What else lies in the folder is another run's.
+
+    An `IterableDataset` that is shorter than the run is read in several passes, of which the
+    Trainer keeps no count: after going back, as after any resume, the rest of one pass is passed
+    over, and the next one begins at its first row.
     """
 
     _failure: Failure | None = None
@@ -44,30 +51,78 @@ class Survival(SafeCheckpoints):
     _seen_step = -1
     _skip_to: int | None = None
     _last_target: int | None = None
+    _lineage = Lineage()
+    _is_to_be_settled = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; go back and on where interventions fail, if that was asked for.
 
         Raises:
             TrainingFailedError: Interventions failed, and ``on_failure`` is ``stop``, or
-                ``rollback`` after ``max_rollbacks`` of these.
+                ``rollback`` after ``max_rollbacks`` of these, or under FSDP or DeepSpeed, where a
+                second train() cannot shard a second time. What was saved since they began to fail
+                is out of a resume's sight.
             NonFiniteError: As before, where ``on_failure`` is ``smooth`` or there is no checkpoint
                 to go back to.
         """
-        resume, num_rollbacks = resume_from_checkpoint, 0
         self._last_target = self._skip_to = None
+        self._lineage, self._is_to_be_settled = Lineage(), False
+        self._say_where_there_is_no_way_back(resume_from_checkpoint)
+        trainer: Any = self
+        try:
+            return self._train_and_go_back(resume_from_checkpoint, *args, **kwargs)
+        except (NonFiniteError, TrainingFailedError):
+            if (listener := trainer._listener()) is not None:
+                listener.end()
+            raise
+
+    def _train_and_go_back(self, resume: Any, *args: Any, **kwargs: Any) -> Any:
+        num_rollbacks = 0
+        self._tell_listener(goes_back=False, repairs=True)
         while True:
             self._begin_watch()
             cause: NonFiniteError | None = None
             try:
                 result = super().train(resume, *args, **kwargs)
                 failure = self._failure
-            except NonFiniteError as error:
+            except BaseException as error:
+                self._clean_up_()
+                if not isinstance(error, NonFiniteError):
+                    raise
                 failure, cause = self._nonfinite_failure(error), error
             if failure is None:
                 return result
             resume = self._way_back(failure, cause, num_rollbacks)
             num_rollbacks += 1
+
+    def _tell_listener(self, *, goes_back: bool, repairs: bool) -> None:
+        trainer: Any = self
+        if (listener := trainer._listener()) is not None:
+            listener.goes_back, listener.repairs = goes_back, repairs
+
+    def _clean_up_(self) -> None:
+        """Take away what the Trainer's loop takes away at its end only (transformers 5.23)."""
+        trainer: Any = self
+        trainer.is_in_train = False
+        if (handle := getattr(trainer, "neftune_hook_handle", None)) is not None:
+            handle.remove()
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            with suppress(AssertionError):  # no loss was scaled yet
+                # The scale stays. What was unscaled in the last step would be refused in the next.
+                scaler.update(new_scale=scaler.get_scale())
+        if (listener := trainer._listener()) is not None:
+            listener.stop_listening()
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._failure is None:
+            self._settle(trial)
+            return super()._finalize_training(trial, *args, **kwargs)
+        # Not the end: nobody is told so, no best model is loaded, no checkpoint removed.
+        trainer: Any = self
+        trainer._finish_current_push()
+        self._clean_up_()
+        return TrainOutput(trainer.state.global_step, math.nan, {})
 
     # ---- noticing ----
 
@@ -98,10 +153,19 @@ class Survival(SafeCheckpoints):
         failure = watch.see(trainer.state.global_step, loss=loss, has_intervened=has_intervened)
         if failure is None:
             return
-        if self._mode() == "rollback" and self._target(failure) is None:
+        if self._ends_the_loop(failure):
+            self._failure = failure
+        else:
             self._record(failure, Action.OBSERVE, "there is no whole checkpoint to go back to")
-            return
-        self._failure = failure
+
+    def _ends_the_loop(self, failure: Failure) -> bool:
+        """Whether to stop or to go back; smoothing goes on where going back was asked for in vain.
+
+        Where a backend cannot go back, the error names what a new process can go back to.
+        """
+        if self._mode() == "stop" or self._backend_of_no_return() is not None:
+            return True
+        return self._target(failure) is not None
 
     def _begin_watch(self) -> None:
         config = self._config()
@@ -125,10 +189,10 @@ class Survival(SafeCheckpoints):
         listener = trainer._listener()
         if self._mode() != "rollback" or listener is None or listener.controller is None:
             raise error
+        if self._backend_of_no_return() is not None:
+            raise error
         step = listener.controller.step_number
-        watched = self._failure_watch.onset_step if self._failure_watch is not None else None
-        began = [one for one in (watched, self._nonfinite_since) if one is not None]
-        onset = min([*began, step])
+        onset = min(step, self._onset_step() or step)
         failure = Failure(onset, step, "the run was to stop at a step that was not finite")
         if self._target(failure) is None:
             raise error
@@ -151,7 +215,7 @@ class Survival(SafeCheckpoints):
         if self._mode() != "rollback" or self._failure is not None:
             return
         failure = Failure(self._nonfinite_since or step, step, why)
-        if self._target(failure) is not None:
+        if self._ends_the_loop(failure):
             self._failure = failure
             trainer.control.should_training_stop = True
 
@@ -174,15 +238,20 @@ class Survival(SafeCheckpoints):
         """
         trainer: Any = self
         mode, most = self._mode(), self._config().max_rollbacks
-        target = self._target(failure) if mode == "rollback" else None
-        if mode == "stop" or target is None or num_rollbacks >= most:
+        target, backend = self._target(failure), self._backend_of_no_return()
+        if mode == "stop" or backend or target is None or num_rollbacks >= most:
             why = f"{failure.reason}"
             if mode == "rollback":
-                why += f", after {num_rollbacks} of at most {most} rollbacks"
+                why += (
+                    f"; there is no going back under {backend}"
+                    if backend
+                    else f", after {num_rollbacks} of at most {most} rollbacks"
+                )
             self._record(failure, Action.STOP, why)
+            abandoned = self._abandon_after(target[0]) if target is not None else ""
             raise TrainingFailedError(
                 f"Stopped at step {failure.step}: {why}. Nothing was saved since it was noticed; "
-                f"{self._advice(failure)}"
+                f"{_advice(target)}{abandoned}"
             ) from cause
         step, path = target
         skip_to = min(failure.step, trainer.state.max_steps)
@@ -192,27 +261,22 @@ class Survival(SafeCheckpoints):
             f"{failure.reason}; back to checkpoint-{step}, batches of steps {step + 1} to "
             f"{skip_to} skipped, rollback {num_rollbacks + 1} of at most {most}",
         )
-        if trainer.args.should_save:
-            _abandon(Path(trainer.args.output_dir), after_step=step)
-        self._wait()
-        self._last_target, self._skip_to = step, skip_to
+        is_the_source = Path(path) == self._lineage.source
+        self._abandon_after(step)
+        self._last_target, self._skip_to, self._is_to_be_settled = step, skip_to, True
+        self._tell_listener(goes_back=True, repairs=is_the_source)
         return path
 
     def _target(self, failure: Failure) -> tuple[int, str] | None:
         """Return step and path of the newest whole checkpoint before the onset."""
-        trainer: Any = self
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            return None  # a second train() cannot shard a second time
 
         def look() -> tuple[int, str] | None:
-            run_dir = Path(trainer.args.output_dir)
-            try:
-                found = newest_whole(run_dir, before_step=failure.onset_step)
-                if found.step == self._last_target:  # what it led to has failed: farther back
-                    with suppress(StateError):
-                        found = newest_whole(run_dir, before_step=found.step)
-            except StateError:
+            found = self._lineage.newest_before(failure.onset_step)
+            if found is None:
                 return None
+            if found.step in (self._last_target, self._skip_to):
+                # What it led to has failed: farther back, where there is something.
+                found = self._lineage.newest_before(self._last_target or 0) or found
             return found.step, str(found.path)
 
         target: tuple[int, str] | None = self._agreed(look)
@@ -225,7 +289,7 @@ class Survival(SafeCheckpoints):
         trainer: Any = self
         steps_per_epoch = int(args[1] if len(args) > 1 else kwargs["num_update_steps_per_epoch"])
         state, step = trainer.state, self._skip_to
-        state.global_step = step
+        state.global_step, state.epoch = step, step / steps_per_epoch
         _count_on_(state.stateful_callbacks.get(type(trainer._listener()).__name__), step)
         in_epoch = 0 if trainer.args.ignore_data_skip else step % steps_per_epoch
         return step // steps_per_epoch, in_epoch * trainer.args.gradient_accumulation_steps
@@ -233,27 +297,68 @@ class Survival(SafeCheckpoints):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._skip_to is None or self._last_target is None:
+            self._lineage = Lineage.of(Path(checkpoint) if checkpoint is not None else None)
             return
         scheduler = self.lr_scheduler  # type: ignore[attr-defined]
-        if isinstance(scheduler, ReduceLROnPlateau):
+        if "metrics" in inspect.signature(scheduler.step).parameters:
             return  # it goes by evaluations
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of steps without an update, which are meant
             for _ in range(self._skip_to - self._last_target):
                 scheduler.step()
 
-    def _wanted_checkpoints(self) -> set[str]:
-        """Keep the one to go back to while interventions are under watch."""
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._settle(kwargs.get("trial"))
+        super()._run_epoch(*args, **kwargs)
+
+    def _settle(self, trial: Any) -> None:
+        """Save, once, where the run goes on after going back: nothing of it is in a file yet."""
         trainer: Any = self
-        watch = self._failure_watch
-        if watch is None or watch.onset_step is None or self._mode() != "rollback":
+        if not self._is_to_be_settled:
+            return
+        self._is_to_be_settled = False
+        if trainer.args.save_strategy == SaveStrategy.NO:
+            return
+        # As it will be after the fast-forward, where the Trainer loads it once more.
+        trainer._load_rng_state(str(self._lineage.folders[-1]))
+        before = self._lineage
+        trainer._save_checkpoint(trainer.model_wrapped, trial)
+        if self._lineage != before:
+            tell = trainer.callback_handler.on_save
+            trainer.control = tell(trainer.args, trainer.state, trainer.control)
+
+    # ---- the run's own checkpoints ----
+
+    def _publish(self, staged: Path, run_dir: str) -> None:
+        super()._publish(staged, run_dir)
+        self._lineage = self._lineage.with_saved(Path(run_dir, staged.name))
+
+    def _onset_step(self) -> int | None:
+        """Return when what is under watch began; None in a run that is well."""
+        watched = self._failure_watch.onset_step if self._failure_watch is not None else None
+        began = [step for step in (watched, self._nonfinite_since) if step is not None]
+        return min(began, default=None)
+
+    def _wanted_checkpoints(self) -> set[str]:
+        """Keep the one to go back to while something is under watch."""
+        trainer: Any = self
+        if trainer.state.global_step == self._skip_to:  # a copy of an older one pushes none out
+            return self._lineage.names
+        onset = self._onset_step()
+        if self._failure_watch is None or onset is None:
             return set()
-        before = [
-            path.name
-            for path in checkpoints_by_step(Path(trainer.args.output_dir))
-            if int(path.name.rpartition("-")[2]) < watch.onset_step
-        ]
-        return set(before[-1:])
+        before = self._lineage.name_before(onset)
+        return set() if before is None else {before}
+
+    def _abandon_after(self, step: int) -> str:
+        """Take this run's later checkpoints out of sight, and return the sentence for it."""
+        trainer: Any = self
+        run_dir = Path(trainer.args.output_dir)
+        before, self._lineage = self._lineage, self._lineage.up_to(step)
+        later = [path for path in before.folders if path not in self._lineage.folders]
+        has_moved = trainer.args.should_save and abandon(run_dir, later)
+        self._wait()
+        return f" What was saved after it lies in {run_dir / ABANDONED}." if has_moved else ""
 
     # ---- saying so ----
 
@@ -287,16 +392,30 @@ class Survival(SafeCheckpoints):
         if kind is EventKind.FAILURE and trainer.is_world_process_zero():
             logger.warning("PSS, step %d, %s: %s.", failure.step, decision.value, reason)
 
-    def _advice(self, failure: Failure) -> str:
+    def _say_where_there_is_no_way_back(self, resume: Any) -> None:
         trainer: Any = self
-        try:
-            found = newest_whole(Path(trainer.args.output_dir), before_step=failure.onset_step)
-        except StateError:
-            return "there is no checkpoint from before: begin anew, with a lower learning rate."
-        return (
-            f"resume from {found.path}, the last from before, with a lower learning rate or behind "
-            "these batches."
-        )
+        if self._mode() != "rollback" or not trainer.is_world_process_zero():
+            return
+        if (backend := self._backend_of_no_return()) is not None:
+            logger.warning(
+                "on_failure='rollback' cannot go back under %s, where a second train() cannot "
+                "shard a second time: a failure is an error that names the checkpoint, as with "
+                "'stop'. Resume from that in a new process.",
+                backend,
+            )
+        elif not resume and (saves := _why_nothing_to_go_back_to(trainer.args)) is not None:
+            logger.warning(
+                "on_failure='rollback' can never go back in this run: %s. Smoothing goes on where "
+                "interventions fail.",
+                saves,
+            )
+
+    def _backend_of_no_return(self) -> str | None:
+        """Name what cannot train twice in one process; None where nothing is in the way."""
+        trainer: Any = self
+        if trainer.is_deepspeed_enabled:
+            return "DeepSpeed"
+        return "FSDP" if trainer.is_fsdp_enabled else None
 
     def _mode(self) -> str:
         return self._config().on_failure
@@ -319,18 +438,18 @@ def _count_on_(saved: Any, step: int) -> None:
         return  # the callback will say so
 
 
-def _abandon(run_dir: Path, *, after_step: int) -> None:
-    """Take the checkpoints of an abandoned branch out of sight; those of the last one go."""
-    later = [path for path in checkpoints_by_step(run_dir) if int(path.name[11:]) > after_step]
-    if not later:
-        return
-    folder = run_dir / _ABANDONED
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for path in later:
-        path.rename(folder / path.name)
-    logger.warning(
-        "%s: written after interventions began to fail; now in %s, where no resume looks.",
-        ", ".join(path.name for path in later),
-        folder,
+def _advice(target: tuple[int, str] | None) -> str:
+    if target is None:
+        return "there is no checkpoint from before: begin anew, with a lower learning rate."
+    return (
+        f"resume from {target[1]}, the last from before, with a lower learning rate or behind "
+        "these batches."
     )
+
+
+def _why_nothing_to_go_back_to(args: Any) -> str | None:
+    if args.save_strategy == SaveStrategy.NO:
+        return "save_strategy='no' saves nothing"
+    if args.save_only_model:
+        return "save_only_model=True saves no optimizer, and without it no checkpoint is whole"
+    return None

@@ -1,7 +1,8 @@
 """The checkpoints of a run's folder: what each holds, and whether it is fit to go on from.
 
 A checkpoint is *complete* where everything that a resumed Trainer reads is there and written to its
-end, by the rule of a resume (`hf_pss.integration.checkpoints.judge`). No pickle is opened.
+end, by the rule of a resume (`hf_pss.integration.checkpoints.judge`). No pickle is opened, and
+nothing of a checkpoint in which a link leads out of it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from hf_pss.errors import ConfigurationError, PSSError
-from hf_pss.inspection.checkpoint import open_checkpoint
+from hf_pss.inspection.checkpoint import Checkpoint, open_checkpoint
 from hf_pss.inspection.names import visible
 from hf_pss.inspection.survey import Inspection, Progress, inspect_checkpoint
 from hf_pss.integration.checkpoints.judge import (
@@ -25,8 +27,9 @@ from hf_pss.integration.checkpoints.judge import (
     unfit_files,
 )
 from hf_pss.integration.checkpoints.marker import MARKER, read_marker
+from hf_pss.integration.checkpoints.rotation import is_superseded
 from hf_pss.rescue.diagnosis import Failure
-from hf_pss.rescue.history import STATE_FILE, read_history
+from hf_pss.rescue.history import STATE_FILE, leads_out, read_history
 
 __all__ = [
     "CheckpointReport",
@@ -41,6 +44,9 @@ __all__ = [
 Verdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
 
 _MAX_FILES = 10_000
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+_ADAPTERS = "*/*.safetensors"
+_LATEST = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
 _MOST_NAMED = 5
 
 
@@ -62,6 +68,8 @@ class CheckpointReport:
     inspection: Inspection | None
     """None where no weights could be opened."""
     remarks: tuple[str, ...] = ()
+    is_superseded: bool = False
+    """Whether it is of an earlier run: another has begun anew in the folder, and has saved."""
     verdict: Verdict = "healthy"
 
     @property
@@ -88,7 +96,8 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {visible(run_dir)}. Give a run's folder.")
     is_one = step_by_name(run_dir.resolve()) is not None
-    return checkpoints_by_step(run_dir) or ([run_dir] if is_one else [])
+    own = run_dir.resolve() if run_dir.is_symlink() else run_dir  # named, so it may lie anywhere
+    return checkpoints_by_step(run_dir) or ([own] if is_one else [])
 
 
 def num_weight_bytes(folders: Sequence[Path]) -> int:
@@ -96,7 +105,7 @@ def num_weight_bytes(folders: Sequence[Path]) -> int:
     total = 0
     for folder in folders:
         try:
-            total += open_checkpoint(folder).num_bytes
+            total += 0 if _link_out(folder) else _open(folder).num_bytes
         except (PSSError, OSError):
             continue
     return total
@@ -105,39 +114,70 @@ def num_weight_bytes(folders: Sequence[Path]) -> int:
 def report_on(folder: Path, progress: Progress | None = None) -> CheckpointReport:
     """Look into one checkpoint; cost: its safetensors are read once, as by `inspect_checkpoint`.
 
-    Never raises for what is wrong with the checkpoint: the report says so.
+    Never raises for what is wrong with the checkpoint: the report says so. Where a link in it leads
+    out of it, nothing in it is opened.
     """
-    layout = layout_of(folder)
-    remarks: list[str] = []
-    problem, inspection = None, None
-    try:
-        inspection = inspect_checkpoint(open_checkpoint(folder), progress=progress)
-        problem = _nonfinite(inspection)
-    except ConfigurationError as error:  # no safetensors
-        if layout in ("whole", "none"):
-            problem = str(error)
-        else:
-            remarks.append("its weights are pickles, which were not opened")
-    except PSSError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"its weights cannot be read: {visible(error.strerror)}"
-    if inspection is not None and layout not in ("whole", "none"):
-        remarks.append("judged by the safetensors beside the pickles that the Trainer resumes from")
-    if not any(folder.glob("rng_state*.pth")):
-        remarks.append("no random state: dropout differs after a resume")
     size, newest = _size_and_time(folder)
-    return CheckpointReport(
+    report = CheckpointReport(
         path=folder,
         step=_step_of(folder),
         written=newest,
         num_bytes=size,
-        layout=layout,
+        layout=layout_of(folder),
+        missing=(),
+        problem=None,
+        inspection=None,
+    )
+    if (link := _link_out(folder)) is not None:
+        return replace(report, problem=f"{visible(link)} is a link that leads out: not opened")
+    problem, inspection, remarks = _weights_of(folder, report.layout, progress)
+    if not any(folder.glob("rng_state*.pth")):
+        remarks.append("no random state: dropout differs after a resume")
+    if is_superseded(folder):
+        remarks.append("of an earlier run in this folder")
+    return replace(
+        report,
+        is_superseded=is_superseded(folder),
         missing=tuple(_missing(folder)),
         problem=problem,
         inspection=inspection,
         remarks=tuple(remarks),
     )
+
+
+def _weights_of(
+    folder: Path, layout: Layout, progress: Progress | None
+) -> tuple[str | None, Inspection | None, list[str]]:
+    """Return what is wrong with the weights, what was measured of them, and remarks."""
+    is_pickled = layout not in ("whole", "none")
+    try:
+        inspection = inspect_checkpoint(_open(folder), progress=progress)
+    except ConfigurationError as error:  # no safetensors
+        if is_pickled or any(any(folder.glob(name)) for name in _PICKLED_WEIGHTS):
+            return None, None, ["its weights are pickles, which were not opened"]
+        return str(error), None, []
+    except PSSError as error:
+        return str(error), None, []
+    except OSError as error:
+        return f"its weights cannot be read: {visible(error.strerror)}", None, []
+    beside = "judged by the safetensors beside the pickles that the Trainer resumes from"
+    return _nonfinite(inspection), inspection, [beside] if is_pickled else []
+
+
+def _open(folder: Path) -> Checkpoint:
+    """Open a checkpoint, or the adapters that it keeps, each in a folder of its own."""
+    try:
+        return open_checkpoint(folder)
+    except ConfigurationError:
+        adapters = [open_checkpoint(path) for path in sorted(folder.glob(_ADAPTERS))]
+        if not adapters:
+            raise
+    tensors = tuple(
+        replace(entry, name=f"{entry.path.parent.name}/{entry.name}")
+        for one in adapters
+        for entry in one.tensors
+    )
+    return Checkpoint(folder, tensors, {})
 
 
 def judged(
@@ -217,7 +257,20 @@ def _size_and_time(folder: Path) -> tuple[int, datetime]:
         if path.is_file() and not path.is_symlink():
             found = path.stat()
             size, newest = size + found.st_size, max(newest, found.st_mtime)
-    return size, datetime.fromtimestamp(newest, tz=UTC)
+    # Files may be of the year 30,000, which `datetime` does not know.
+    return size, datetime.fromtimestamp(min(max(newest, 0.0), _LATEST), tz=UTC)
+
+
+def _link_out(folder: Path) -> str | None:
+    """Name a link in a checkpoint that leads out of it, or the checkpoint itself, out of its run.
+
+    None where there is none.
+    """
+    if leads_out(folder, folder.parent):
+        return folder.name
+    paths = islice(folder.rglob("*"), _MAX_FILES)
+    found = (path for path in paths if path.is_symlink() and leads_out(path, folder))
+    return next((path.relative_to(folder).as_posix() for path in found), None)
 
 
 def _reason(error: Exception) -> str:

@@ -43,6 +43,7 @@ def choose(
         margin_steps: See above.
     """
     usable = [one for one in reports if one.is_usable]
+    usable = [one for one in usable if not one.is_superseded] or usable
     if not usable:
         why = "none is complete and finite" if reports else "there is none"
         return Choice(None, f"No checkpoint to go on from: {why}.", _passed(reports, None, failure))
@@ -89,6 +90,8 @@ def _why_not(one: CheckpointReport, failure: Failure | None, margin_steps: int) 
         return one.problem
     if one.missing:
         return "; ".join(one.missing)
+    if one.is_superseded:
+        return "of an earlier run in this folder"
     if failure is not None and one.step >= failure.onset_step:
         return f"written after the failure began (step {failure.onset_step})"
     return f"within {margin_steps} steps of the failure"

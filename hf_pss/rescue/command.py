@@ -1,15 +1,17 @@
 """How to go on: the command that resumes a run from the chosen checkpoint, with smoothing.
 
 The launch of a run is known where `hf-pss train` wrote it: its options beside the checkpoints, the
-steps and the batch size in trainer_state.json. Other scripts leave theirs in training_args.bin
-alone, a pickle that is never opened here, so that for them the options to add are given.
+steps in trainer_state.json, the number of its processes by their random states. Other scripts leave
+theirs in training_args.bin alone, a pickle that is never opened here, so that for them the options
+to add are given.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,32 +19,18 @@ from typing import Any
 from hf_pss.errors import PSSError
 from hf_pss.inspection.strict_json import read_object
 from hf_pss.rescue.checkpoints import CheckpointReport
-from hf_pss.rescue.history import History
+from hf_pss.rescue.diagnosis import Failure
+from hf_pss.rescue.history import History, leads_out
+from hf_pss.rescue.launch import MAX_OPTIONS_BYTES, OPTIONS_FILE, num_processes, read_launch
+from hf_pss.rescue.remarks import about_batches, about_command, about_schedule, about_smoothing
 
-__all__ = ["OPTIONS_FILE", "TRAINING_OPTIONS", "ResumePlan", "plan_resume", "recorded_entropy"]
+__all__ = ["ResumePlan", "plan_resume", "recorded_entropy"]
 
-OPTIONS_FILE = "hf_pss_options.json"
-_MAX_OPTIONS_BYTES = 2**20
 _MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 _FLOOR = "floor"
-# Of `hf-pss train`, as it writes them; nothing else is taken from the file.
-_KNOWN = (
-    *("model", "model_config", "model_overrides", "tokenizer", "vocab_size", "dtype", "dataset"),
-    *("dataset_subset", "dataset_split", "text_column", "context_length", "max_tokens"),
-    *("validation_fraction", "max_validation_blocks", "learning_rate"),
-)
-TRAINING_OPTIONS = (
-    *("seed", "data_seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "gradient_accumulation_steps", "optim"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "use_cpu"),
-    *("per_device_eval_batch_size", "eval_steps", "save_steps", "save_total_limit"),
-)
-"""Of TrainingArguments, kept under ``training`` where they were not the defaults.
-
-Without seed, schedule and warm-up a run that goes on gets other batches, at another rate:
-scheduler.pt holds the base rate and the step, not the shape.
-"""
-_JSON_WORDS = frozenset({"lr_scheduler_kwargs"})
+_TRAIN = ("hf-pss", "train")
+# Of the run's own guard, what is not taken over: it did not hold, or speaks of another start.
+_REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +42,16 @@ class ResumePlan:
     command: tuple[str, ...] | None
     """The whole of it, for a run of `hf-pss train`; None where the launch is not known."""
     remarks: tuple[str, ...]
+    train_words: tuple[str, ...] | None = None
+    """Those behind the launcher, where it was `hf-pss train`."""
 
     @property
     def shell(self) -> str:
-        """The command for a shell; ``<your launch command>`` stands for what is not known."""
+        """The command for a shell; what is not known of it stands in angle brackets."""
         if self.command is not None:
             return shlex.join(self.command)
+        if self.train_words is not None:
+            return f"<your launcher> {shlex.join(self.train_words)}"
         return f"<your launch command> {shlex.join(self.options)}"
 
     @property
@@ -83,7 +75,9 @@ def plan_resume(
     *,
     smoothing: str,
     is_last_resort: bool,
+    failure: Failure | None = None,
     repaired: Path | None = None,
+    skipped: int = 0,
 ) -> ResumePlan:
     """Say how to go on.
 
@@ -93,160 +87,84 @@ def plan_resume(
         chosen: Where to go on from.
         smoothing: ``floor``, the name of a smoothing function, or ``none``.
         is_last_resort: Whether the weights may be damaged: then the floor is that of noise.
-        repaired: A copy that was smoothed already, to go on from instead.
+        failure: How it failed; after a spike the guard watches for spikes, too.
+        repaired: A copy to go on from instead, smoothed as far as it is to be.
+        skipped: Updates whose batches that copy passes over.
     """
-    source = (repaired or chosen.path).absolute()
-    target = run_dir.absolute().with_name(f"{run_dir.absolute().name}-rescued")
-    options = ["--resume_from_checkpoint", str(source), "--output_dir", str(target)]
-    options += _smoothing_options(smoothing, is_last_resort, smoothed=repaired is not None)
-    known = _launch(chosen.path.parent, history)
-    command = None if known is None else ("hf-pss", "train", *options, *known)
+    source = (repaired or chosen.path).resolve()
+    options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
+    options += _guard(smoothing, is_last_resort, failure, is_copy=repaired is not None)
+    launch = read_launch(chosen.path.resolve(), history, without=_replaced(smoothing, options))
+    processes = num_processes(chosen.path) if chosen.layout == "whole" else None
+    words = None if launch is None else (*_TRAIN, *options, *launch.words)
+    is_copy = repaired is not None
     return ResumePlan(
         tuple(options),
-        command,
+        None if words is None or processes is None else (*_launcher(processes), *words),
         (
-            *_at_the_end(history, chosen),
-            *_rising_rate(history, chosen, repaired),
-            *_remarks(chosen, smoothing, is_last_resort, known is not None, repaired),
+            *about_schedule(history, chosen, is_copy=is_copy, skipped=skipped),
+            *about_batches(failure, history, chosen, skipped=skipped),
+            *about_command(
+                chosen,
+                is_known=launch is not None,
+                is_whole=launch is not None and launch.is_whole,
+                processes=processes,
+            ),
+            *about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
         ),
+        words,
     )
 
 
 def recorded_entropy(folder: Path) -> float | None:
     """Return the unigram entropy of a run's training text in nats, where `hf-pss train` kept it."""
+    path = folder / OPTIONS_FILE
+    if leads_out(path, folder):
+        return None
     try:
-        value = read_object(folder / OPTIONS_FILE, max_bytes=_MAX_OPTIONS_BYTES)["unigram_entropy"]
+        value = read_object(path, max_bytes=MAX_OPTIONS_BYTES)["unigram_entropy"]
     except (PSSError, OSError, KeyError):
         return None
     is_sound = isinstance(value, float) and 0 < value < _MOST_ENTROPY
     return value if is_sound else None
 
 
-def _smoothing_options(smoothing: str, is_last_resort: bool, *, smoothed: bool) -> Sequence[str]:
+def _free_folder(run_dir: Path) -> Path:
+    """Name a folder beside the run's that is not there: an earlier rescue may be."""
+    run = run_dir.resolve()
+    endings = itertools.chain(("",), (f"-{number}" for number in itertools.count(2)))
+    paths = (run.parent / f"{run.name}-rescued{ending}" for ending in endings)
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def _guard(
+    smoothing: str, is_last_resort: bool, failure: Failure | None, *, is_copy: bool
+) -> Sequence[str]:
     if smoothing == "none":
-        return []
+        return ["--pss_observe_only", "true"]  # or the default preset would smooth
     if smoothing == _FLOOR:
         # Healthy weights are their own measure; damaged ones would be taken for healthy.
         own = ["--pss_floor_reference", "noise" if is_last_resort else "start"]
-        options = ["--pss_preset", "floor", *own]
+        spiked = failure is not None and failure.kind == "spike"
+        options = ["--pss_preset", "both" if spiked else _FLOOR, *own]
     else:
         options = ["--pss_preset", "paper", "--pss_smoothing", smoothing]
-    if not smoothed:
+    if not is_copy:
         options += ["--pss_smooth_on_resume", "true"]
-    return [*options, *(["--pss_moments", "reset"] if is_last_resort and not smoothed else [])]
+    return [*options, *(["--pss_moments", "reset"] if is_last_resort and not is_copy else [])]
 
 
-def _launch(folder: Path, history: History | None) -> list[str] | None:
-    path = folder / OPTIONS_FILE
-    if not path.is_file() or history is None:
-        return None
-    try:
-        kept = read_object(path, max_bytes=_MAX_OPTIONS_BYTES)
-    except (PSSError, OSError):
-        return None
-    training = kept.get("training", {})
-    if not isinstance(training, dict):
-        return None
-    given = [(name, kept.get(name)) for name in _KNOWN]
-    given += [(name, training.get(name)) for name in TRAINING_OPTIONS]
-    words: list[str] = []
-    for name, value in given:
-        if value is None or value == {}:
-            continue
-        word = _word(name, value)
-        if word is None:
-            return None
-        words += [f"--{name}", word]
-    counts = {
-        "max_steps": history.max_steps,
-        "per_device_train_batch_size": history.batch_size,
-        "logging_steps": history.log_interval,
-    }
-    for name, count in counts.items():
-        words += [f"--{name}", str(count)] if count else []
-    return words
+def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
+    """Name the run's options that the new ones stand for; a guard that only watches is kept."""
+    own = _REPLACED[-2:] if smoothing == "none" else _REPLACED
+    return {*(f"pss_{name}" for name in own), *(word.removeprefix("--") for word in options[::2])}
 
 
-def _word(name: str, value: object) -> str | None:
-    """One word of a command line; None for what this program would not have written."""
-    if isinstance(value, Mapping) and name not in _JSON_WORDS:
-        text = ",".join(f"{key}={_word(str(key), item)}" for key, item in value.items())
-    elif isinstance(value, Mapping | bool):
-        text = json.dumps(value)
-    elif isinstance(value, str | int | float):
-        text = str(value)
-    else:
-        return None
-    return text if text.isprintable() and not text.startswith("-") else None
-
-
-def _at_the_end(history: History | None, chosen: CheckpointReport) -> list[str]:
-    if history is None or history.max_steps is None or chosen.step < history.max_steps:
-        return []
-    return [
-        "The run has taken all its steps: there is nothing to go on with, but with more "
-        "--max_steps. Where you know when it went wrong, say so: --failed-at STEP."
-    ]
-
-
-def _rising_rate(
-    history: History | None, chosen: CheckpointReport, repaired: Path | None
-) -> list[str]:
-    """Warn where the schedule leads to higher rates again; the margin of a tenth is ours."""
-    rows = () if history is None or repaired is not None else history.rows
-    rates = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
-    before = [rate for step, rate in rates if step <= chosen.step]
-    later = [(rate, step) for step, rate in rates if step > chosen.step]
-    if not before or not later or not max(later)[0] > 1.1 * before[-1]:
-        return []
-    rate, step = max(later)
-    return [
-        f"The learning rate rises after this checkpoint, from {before[-1]:.2g} to {rate:.2g} at "
-        f"step {step}: what failed then will fail again. Lower it: --write OUT --lr-scale 0.1 "
-        "--allow-pickle."
-    ]
-
-
-def _remarks(
-    chosen: CheckpointReport,
-    smoothing: str,
-    is_last_resort: bool,
-    is_known: bool,
-    repaired: Path | None,
-) -> list[str]:
-    said = []
-    if is_known:
-        said.append(
-            "Model, data, steps, batch size, seed, schedule and optimizer are those of the run; "
-            "add what else you had given, such as --report_to."
-        )
-    else:
-        said.append(
-            "Give all else as you gave it then: the same data, steps, batch size and number of "
-            "processes. The script must read PSSTrainingArguments and train with PSSTrainer."
-        )
-    if chosen.layout != "whole":
-        said.append("Start it as it was trained, under the same backend and launcher.")
-    if smoothing == _FLOOR and repaired is None:
-        said.append(
-            "The weights may be damaged, so noise of their shapes is the measure of the floor; "
-            "pretrained weights lie below it, and for those --smoothing none is safer."
-            if is_last_resort
-            else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
-            "lets no matrix fall below from there on."
-        )
-    if smoothing != "none" and repaired is None:
-        said.append(
-            "After another interruption go on with --pss_smooth_on_resume false: it would smooth "
-            "again."
-        )
-    if repaired is None:
-        said.append(
-            "--learning_rate has no effect here: a resumed run takes its base rate from "
-            "scheduler.pt. For a lower rate, or to pass over batches, write a copy: --write OUT "
-            "--lr-scale 0.5 --skip-batches N."
-        )
-    return said
+def _launcher(processes: int) -> tuple[str, ...]:
+    if processes == 1:
+        return ()
+    # A free port on this machine; and the program itself, which is no file of Python's.
+    return ("torchrun", "--standalone", f"--nproc-per-node={processes}", "--no-python")
 
 
 def _literal(value: Any) -> str:

@@ -15,6 +15,7 @@ a moving average that does not learn from what it refuses). Everything else here
 - at the end of the log, a rise counts from fewer rows: where each of the last five steps' losses
   lies ``rise_nats`` above the lowest median before them, for a run may be killed soon after;
 - it is *recovered* once the median loss is back within ``plateau_nats`` of the lowest before it;
+  after 20 such, what came since the loss was last back is judged beside its lowest alone;
 - ``collapse`` is a loss that stays near the unigram entropy (ln of the vocabulary where nothing
   better is known), since it last moved by ``plateau_nats``; or a median stable rank below a quarter
   of the first one measured while the loss improves no more.
@@ -149,7 +150,10 @@ def _first_lasting(
 ) -> tuple[Failure | None, list[str]]:
     """Find the first failure that the run did not recover from, and tell of the others."""
     said: list[str] = []
-    for _ in range(_MOST_RECOVERIES):
+    for number in range(2 * _MOST_RECOVERIES):
+        if number == _MOST_RECOVERIES:
+            points = _last_stretch(points, rule)
+            said.append("It recovered more often than is told here; what follows is of its end.")
         losses = [loss for _, loss in points]
         found = find_explosion(losses, rule, unigram_entropy=entropy)
         if found is None or found.kind == "plateau":
@@ -172,6 +176,21 @@ def _first_lasting(
         )
         points = points[:begin] + points[end:]
     return None, said
+
+
+def _last_stretch(points: list[_Point], rule: ExplosionRule) -> list[_Point]:
+    """Keep the rows of the lowest median, and those since the loss was last back near it.
+
+    A search costs one pass over the log: of one with very many recoveries the end is judged alone.
+    """
+    medians = _medians([loss for _, loss in points], rule.smoothing_steps)
+    finite = [(median, place) for place, median in enumerate(medians) if median is not None]
+    if not finite:
+        return points
+    lowest, at = min(finite)
+    back = max(place for median, place in finite if median <= lowest + rule.plateau_nats)
+    since = max(at + 1, back + 1 - 2 * rule.smoothing_steps)
+    return points[max(0, at + 1 - rule.smoothing_steps) : at + 1] + points[since:]
 
 
 _NAMES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from hf_pss.inspection.names import visible
 from hf_pss.inspection.strict_json import read_object
 from hf_pss.integration.checkpoints.judge import STATE_FILE
 
-__all__ = ["STATE_FILE", "History", "LogRow", "read_history"]
+__all__ = ["STATE_FILE", "History", "LogRow", "differ_at", "leads_out", "read_history"]
 
 # A row takes 200 bytes; PSS's own scalars make it 600.
 MAX_STATE_BYTES = 64 * 2**20
@@ -65,9 +66,12 @@ def read_history(path: Path) -> History:
     """Read one trainer_state.json; values of another type than expected count as not logged.
 
     Raises:
-        StateError: It is too large, no JSON, or holds no step or no log.
+        StateError: It is too large, no JSON, or holds no step or no log; or it is a link that leads
+            out of its folder.
         OSError: It cannot be read.
     """
+    if leads_out(path, path.parent):
+        raise StateError(f"{visible(path)} is a link that leads out of its folder: not opened.")
     if not path.is_file():  # a pipe would wait for ever
         raise StateError(f"{visible(path)} is missing, or no regular file.")
     state = read_object(path, max_bytes=MAX_STATE_BYTES, allow_nonfinite=True)
@@ -85,6 +89,26 @@ def read_history(path: Path) -> History:
         batch_size=_count(state.get("train_batch_size")),
         rows=tuple(rows[at] for at in sorted(rows)),
     )
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Tell whether a path ends outside of a folder, once all links are followed."""
+    # `resolve` raises where links go in a circle.
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def differ_at(one: History, other: History) -> int | None:
+    """Return the first step at which both logged a loss and not the same one; None where none is.
+
+    NaN equals NaN: a log that was continued holds the same rows.
+    """
+    losses = {row.step: row.loss for row in other.training}
+    for row in one.training:
+        found = losses.get(row.step)
+        if found is not None and row.loss is not None and found != row.loss:
+            if not (math.isnan(found) and math.isnan(row.loss)):
+                return row.step
+    return None
 
 
 def _merged(row: LogRow, entry: Mapping[str, Any]) -> LogRow:

@@ -21,7 +21,8 @@ from hf_pss.rescue.checkpoints import (
 from hf_pss.rescue.choice import Choice, choose
 from hf_pss.rescue.command import recorded_entropy
 from hf_pss.rescue.diagnosis import Diagnosis, Failure, diagnose
-from hf_pss.rescue.history import STATE_FILE, History, read_history
+from hf_pss.rescue.early_ranks import early_damage
+from hf_pss.rescue.history import STATE_FILE, History, differ_at, leads_out, read_history
 from hf_pss.rescue.notes import read_notes
 
 __all__ = ["Investigation", "investigate"]
@@ -71,7 +72,7 @@ def investigate(
         OSError: The folder cannot be read.
     """
     folders = checkpoint_folders(run_dir)
-    history, unreadable = _newest_history(run_dir, folders)
+    history, of_others, unreadable = _newest_history(run_dir, folders)
     if not folders and history is None:
         if unreadable:
             raise StateError(unreadable[0])
@@ -84,12 +85,13 @@ def investigate(
     diagnosis = None
     if history is not None:
         notes = read_notes(run_dir)
-        diagnosis = diagnose(
-            history,
-            notes,
-            ranks=notes.rank_ratios or rank_ratios(reports),
-            unigram_entropy=unigram_entropy or _known_entropy(run_dir, folders, reports),
-        )
+        entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
+        ranks = notes.rank_ratios or rank_ratios(reports)
+        diagnosis = diagnose(history, notes, ranks=ranks, unigram_entropy=entropy)
+        failure = diagnosis.failure
+        if failure is None and entropy is not None:
+            failure = early_damage(history, reports, entropy)
+        diagnosis = replace(diagnosis, failure=failure, notes=(*of_others, *diagnosis.notes))
         margin_steps = max(margin_steps, history.log_interval)
     if failed_at is not None:
         diagnosis = _told(diagnosis or Diagnosis(None, (), None), failed_at)
@@ -99,22 +101,49 @@ def investigate(
     return Investigation(run_dir, history, diagnosis, checked, choice, tuple(unreadable))
 
 
-def _newest_history(run_dir: Path, folders: Sequence[Path]) -> tuple[History | None, list[str]]:
-    """Return the log that reaches farthest, of the run or of its newest readable checkpoint."""
+def _newest_history(
+    run_dir: Path, folders: Sequence[Path]
+) -> tuple[History | None, tuple[str, ...], list[str]]:
+    """Return the log of the newest attempt as far as it is known, what to say of others, and why.
+
+    A folder may hold the logs of two attempts, where a run was resumed in place: the newest is that
+    which was written last, and of those that agree with it the one that reaches farthest is taken.
+
+    Returns:
+        The log; notes; files that could not be read, each with the reason.
+    """
     unreadable: list[str] = []
-    found: list[History] = []
+    found: list[tuple[float, History]] = []
     for folder in dict.fromkeys([run_dir, *reversed(folders)]):
         path = folder / STATE_FILE
-        if not path.exists():
+        if leads_out(folder, run_dir) or not path.exists():
             continue
         try:
-            found.append(read_history(path))
+            found.append((path.stat().st_mtime, read_history(path)))
         except (PSSError, OSError) as error:
             unreadable.append(f"{visible(path)}: {_reason(error)}")
-            continue
-        if folder != run_dir:
-            break
-    return max(found, key=lambda one: one.global_step, default=None), unreadable
+    if not found:
+        return None, (), unreadable
+    _, last = max(found, key=lambda one: (one[0], one[1].global_step))
+    histories = [history for _, history in found]
+    taken = max((one for one in histories if differ_at(one, last) is None), key=_reach)
+    others = [one for one in histories if differ_at(one, taken) is not None]
+    said = (_of_another(taken, max(others, key=_reach)),) if others else ()
+    return taken, said, unreadable
+
+
+def _of_another(taken: History, other: History) -> str:
+    names = [visible(f"{one.path.parent.name}/{STATE_FILE}") for one in (taken, other)]
+    return (
+        f"{names[0]} (up to step {taken.global_step}) and {names[1]} (up to step "
+        f"{other.global_step}) differ from step {differ_at(taken, other)} on: the run was "
+        "resumed or rolled back in place. Judged is the log that was written last; checkpoints "
+        "may be of either attempt."
+    )
+
+
+def _reach(history: History) -> int:
+    return history.global_step
 
 
 def _told(diagnosis: Diagnosis, step: int) -> Diagnosis:

@@ -1,7 +1,8 @@
 """What PSS itself wrote down beside a run: its events, and the stable ranks of its matrices.
 
-Both files are optional, a line that cannot be read is counted and passed over, and lines are read
-one at a time with a cap on their size and number.
+Both files are optional, links that lead out of the folder are not followed, a line that cannot be
+read is counted and passed over, and lines are read one at a time with a cap on their size and
+number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from hf_pss.errors import StateError
 from hf_pss.events import Event, EventKind, Intervention, from_json_line
 from hf_pss.inspection.strict_json import parse_object
+from hf_pss.rescue.history import leads_out
 
 __all__ = ["EVENTS_FILE", "HEALTH_FILE", "Notes", "read_notes"]
 
@@ -84,7 +86,7 @@ def _ranks(line: bytes) -> tuple[int, dict[str, float]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    if not path.is_file():
+    if leads_out(path, path.parent) or not path.is_file():
         return
     with path.open("rb") as stream:
         left = _MAX_FILE_BYTES

@@ -7,6 +7,7 @@ plain values and calls nothing else, and only from torch 2.10 on: earlier ones h
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -47,6 +48,7 @@ def rewrite_optimizer(source: Path, target: Path, *, moments: Moments, lr_scale:
     Raises:
         IncompatibleVersionError: torch is too old to open it.
         StateError: It is damaged, or holds more than tensors and plain values.
+        OSError: Reading or writing failed.
     """
     state = _load(source)
     groups = state.get("param_groups")
@@ -58,7 +60,7 @@ def rewrite_optimizer(source: Path, target: Path, *, moments: Moments, lr_scale:
                 group[key] = _scaled(group[key], lr_scale, source)
     if moments == "reset":
         state["state"] = {}
-    torch.save(state, target)
+    _save(state, target)
 
 
 def rewrite_scheduler(source: Path, target: Path, *, lr_scale: float) -> None:
@@ -67,6 +69,7 @@ def rewrite_scheduler(source: Path, target: Path, *, lr_scale: float) -> None:
     Raises:
         IncompatibleVersionError: torch is too old to open it.
         StateError: It is damaged, or is not of the kind that has base rates.
+        OSError: Reading or writing failed.
     """
     state = _load(source)
     if not isinstance(state.get("base_lrs"), list):
@@ -77,7 +80,7 @@ def rewrite_scheduler(source: Path, target: Path, *, lr_scale: float) -> None:
     for key in ("base_lrs", "_last_lr"):
         if isinstance(state.get(key), list):
             state[key] = [_scaled(rate, lr_scale, source) for rate in state[key]]
-    torch.save(state, target)
+    _save(state, target)
 
 
 def require_torch() -> None:
@@ -108,6 +111,15 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise StateError(f"{visible(path)} holds a {type(state).__name__}, not a state.")
     return state
+
+
+def _save(state: dict[str, Any], target: Path) -> None:
+    try:
+        torch.save(state, target)
+    except RuntimeError as error:  # so its archive writer says that a write failed
+        raise OSError(
+            errno.EIO, "torch could not write it; the disk may be full", target
+        ) from error
 
 
 def _scaled(rate: Any, scale: float, path: Path) -> Any:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from hf_pss.inspection.checkpoint import Checkpoint, open_checkpoint
 from hf_pss.inspection.names import visible
 from hf_pss.inspection.strict_json import read_object
 from hf_pss.integration.checkpoints.marker import MARKER, read_marker, write_marker
+from hf_pss.integration.checkpoints.rotation import SUPERSEDED
 from hf_pss.rescue.checkpoints import CheckpointReport
-from hf_pss.rescue.history import MAX_STATE_BYTES, STATE_FILE
+from hf_pss.rescue.history import MAX_STATE_BYTES, STATE_FILE, leads_out
+from hf_pss.rescue.launch import MAX_OPTIONS_BYTES, OPTIONS_FILE, options_file
 from hf_pss.rescue.optimizer_files import (
     OPTIMIZER,
     SCHEDULER,
@@ -47,8 +49,9 @@ _MAX_FILES = 10_000
 class Repairs:
     """What is to be done."""
 
-    smoothing: str = "floor"
-    """``floor``, with noise as the measure; the name of a smoothing function; or ``none``."""
+    smoothing: str = "none"
+    """``floor``, with noise as the measure, which sound weights lie below, too; the name of a
+    smoothing function; or ``none``."""
     moments: Moments = "keep"
     lr_scale: float = 1.0
     skip_batches: int = 0
@@ -91,6 +94,8 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
     """
     _check(chosen, target, options)
     source = chosen.path.resolve()
+    for name in (STATE_FILE, MARKER, OPTIMIZER, SCHEDULER):
+        _refuse_outside(source, source / name)
     checkpoint = open_checkpoint(source)
     if options.smoothing != "none":
         matrices_to_smooth(checkpoint)  # refuse before anything is written
@@ -108,7 +113,10 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
         if options.lr_scale != 1.0:
             rewrite_scheduler(source / SCHEDULER, folder / SCHEDULER, lr_scale=options.lr_scale)
             done.add(Path(SCHEDULER))
-        left_out = _copy_others(source, folder, {*done, Path(STATE_FILE), Path(MARKER)})
+        left_out = _copy_others(
+            source, folder, {*done, Path(STATE_FILE), Path(MARKER), Path(SUPERSEDED)}
+        )
+        _copy_run_options(source, folder)
         _check_names(checkpoint, folder)
         step = chosen.step + options.skip_batches
         written = Written(
@@ -173,11 +181,11 @@ def _temporary(target: Path, *, like: Path) -> Iterator[Path]:
     """Give a folder that becomes `target` where nothing is raised, and is removed otherwise."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
     try:
-        shutil.copymode(like, folder)
         yield folder
         if target.exists() or target.is_symlink():
             raise ConfigurationError(f"{visible(target)} was made while the copy was written.")
         folder.rename(target)
+        shutil.copymode(like, target)  # not before: it may forbid writing
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -195,11 +203,25 @@ def _copy_others(source: Path, folder: Path, done: set[Path]) -> tuple[str, ...]
         if any(path.match(pattern) for pattern in _LEFT_OUT) or not path.is_file():
             left_out.append(visible(name))
             continue
-        if not Path(os.path.realpath(path)).is_relative_to(source):
-            raise StateError(f"{visible(path)} is a link that leads out of the checkpoint.")
+        _refuse_outside(source, path)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     return tuple(left_out)
+
+
+def _refuse_outside(source: Path, path: Path) -> None:
+    if leads_out(path, source):
+        raise StateError(f"{visible(path)} is a link that leads out of the checkpoint.")
+
+
+def _copy_run_options(source: Path, folder: Path) -> None:
+    """Copy the options of the run that lie beside a checkpoint: a copy may lie anywhere."""
+    path = options_file(source)
+    if path is None or path.parent == source:  # copied with all else
+        return
+    with suppress(StateError):  # nothing to go by
+        read_object(path, max_bytes=MAX_OPTIONS_BYTES)
+        shutil.copyfile(path, folder / OPTIONS_FILE)
 
 
 def _write_state(source: Path, target: Path, skip: int) -> None:
@@ -230,6 +252,11 @@ def _check_names(checkpoint: Checkpoint, folder: Path) -> None:
 def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...]) -> Iterator[str]:
     if options.smoothing != "none":
         yield summary(repairs)
+    if options.smoothing == "floor" and any(one.changed for one in repairs):
+        yield (
+            "The measure was noise of their shapes, which sound weights lie below, too, pretrained "
+            "ones above all: where these are not damaged, --smoothing none is better."
+        )
     if options.moments == "reset":
         yield "The optimizer begins without state, at the rate of the schedule."
     if options.lr_scale != 1.0:

@@ -43,7 +43,7 @@ def render_investigation(found: Investigation) -> RenderableType:
 def render_plan(plan: ResumePlan) -> RenderableType:
     """The command, on a line of its own that can be copied, and what to know about it."""
     lines = [Text("To go on:", style="bold"), Text(f"  {visible_command(plan.shell)}")]
-    if plan.command is None:
+    if plan.command is None and plan.train_words is None:
         lines += [Text("or in Python:"), *(Text(f"  {line}") for line in plan.python.splitlines())]
     return Group(*lines, *(Text(f"· {remark}", style="dim") for remark in plan.remarks))
 

@@ -4,10 +4,11 @@ r"""Ruin small runs in every way that the sweeps know, follow `hf-pss rescue`, a
 
 For each recipe and seed: the undamaged run; the damaged one, by `hf-pss train`, watched and not
 touched (``pss_observe_only``); what `hf-pss rescue` says of it; the printed command, run as it
-stands; and its control, what is printed with ``--smoothing none``. Where the rate itself was too
-high, also: where nothing was found, what is printed with ``--failed-at 1``; else, a repaired copy
-with a tenth of the rate. One row a seed goes to ``rows.jsonl``; what is there is not measured
-again, and the table is of all rows.
+stands; and its control, what is printed with ``--smoothing none``, which only watches. Where the
+rate itself was too high, also: where nothing was found, what is printed with ``--failed-at 1``;
+else, a copy with a tenth of the rate. One row a seed goes to ``rows.jsonl``; what is there is not
+measured again, and the table is of all rows. A row that fails is told and left out, and the others
+go on; a signal ends all of it, and what it leaves half done is begun anew.
 
 The harm is done once: a resumed run does not meet the same batch, the same NaN or the same rate
 again, unless the schedule itself is what was wrong (slow_damage, ramp, collapse).
@@ -21,7 +22,9 @@ import io
 import json
 import math
 import shutil
+import signal
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,7 @@ VOCAB_SIZE = 512
 TEXT_LENGTH = 1_500_000
 LR_SCALE = "0.1"
 WITHIN_NATS = 0.1
+TERMINATED = 128 + signal.SIGTERM
 _MAX_BYTES = 2**26
 _NO_DROPOUT = "resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 
@@ -144,7 +148,12 @@ def _harm(fault: Fault | None) -> Iterator[None]:
 
 
 def hf_pss_command(words: Sequence[str]) -> tuple[int, str]:
-    """Run `hf-pss WORDS` in this process; returns its exit code and what it wrote to stdout."""
+    """Run `hf-pss WORDS` in this process; returns its exit code and what it wrote to stdout.
+
+    Raises:
+        KeyboardInterrupt: After a SIGINT, for all that was to follow.
+        SystemExit: After a SIGTERM, likewise: the run saves, and leaves with 143.
+    """
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -152,6 +161,8 @@ def hf_pss_command(words: Sequence[str]) -> tuple[int, str]:
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
+    if code == TERMINATED:
+        raise SystemExit(code)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     return code, out.getvalue()
@@ -161,10 +172,13 @@ def train(folder: Path, options: dict[str, str], fault: Fault | None = None) -> 
     """Train a run unless its folder is there; returns its last validation loss."""
     if not folder.exists():
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        half = folder.with_name(f"{folder.name}.part")  # until it is done
+        shutil.rmtree(half, ignore_errors=True)
         with _harm(fault):
-            code, _ = hf_pss_command(["train", "--output_dir", str(folder), *words])
+            code, _ = hf_pss_command(["train", "--output_dir", str(half), *words])
         if code not in (0, NON_FINITE):
             raise RuntimeError(f"hf-pss train {' '.join(words)} ended with {code}.")
+        half.rename(folder)
     return loss_of(folder)
 
 
@@ -202,7 +216,6 @@ def follow(run: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], floa
     found = json.loads(said)
     words = found["resume"]["command"]
     target = Path(words[words.index("--output_dir") + 1])
-    shutil.rmtree(target, ignore_errors=True)
     code, _ = hf_pss_command(words[1:])
     return found, loss_of(target), f"the command ended with {code}" if code else ""
 
@@ -213,14 +226,16 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
     healthy = {**COMMON, **text_in(folder), **case.healthy, "seed": str(seed)}
     twin = "post_ln" if case.healthy else "gpt2"
     undamaged = train(folder / f"undamaged-{twin}-{seed}", healthy)
-    run = folder / f"{name}-{seed}"
+    own = folder / f"{name}-{seed}"
+    shutil.rmtree(own, ignore_errors=True)  # of a comparison that was killed
+    run = own / "run"
     untreated = train(run, {**healthy, **case.damaged}, case.fault)
     found, rescued, error = follow(run)
     has_steps_left = Path(found["chosen"]).name != f"checkpoint-{healthy['max_steps']}"
     rolled_back = follow(run, ["--smoothing", "none"])[1] if has_steps_left else untreated
     is_unnoticed = case.fault is None and not has_steps_left
     told = follow(run, ["--failed-at", "1"])[1] if is_unnoticed else None
-    copy = ["--write", str(run / "repaired"), "--lr-scale", LR_SCALE, "--allow-pickle"]
+    copy = ["--write", str(own / "repaired"), "--lr-scale", LR_SCALE, "--allow-pickle"]
     lowered = follow(run, copy)[1] if case.fault is None and has_steps_left else None
     row = {
         "recipe": name,
@@ -241,8 +256,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "command": found["resume"]["command"],
         "error": error if has_steps_left else "",
     }
-    for path in folder.glob(f"{name}-{seed}*"):
-        shutil.rmtree(path)
+    shutil.rmtree(own)
     return row
 
 
@@ -266,16 +280,23 @@ def _line(name: str, rows: Sequence[dict[str, Any]]) -> str:
     onsets = [row["failure"]["onset_step"] for row in rows if row["failure"]]
     chosen = [int(row["chosen"].rsplit("-", 1)[1]) for row in rows if row["has_steps_left"]]
     arms = ["untreated", "rolled_back", "rescued", "told", "lowered"]
-    means = " | ".join(_mean([row.get(arm) for row in rows]) for arm in ("undamaged", *arms))
-    shares = " / ".join(_share(rows, arm) for arm in arms)
+    measured = {arm: [row for row in rows if _is_measured(row, arm)] for arm in arms}
+    means = [_mean([row.get(arm) for row in some], len(rows)) for arm, some in measured.items()]
+    shares = " / ".join(_share(some, arm) for arm, some in measured.items())
+    columns = (_mean([row["undamaged"] for row in rows], len(rows)), *means, shares)
     spans = " | ".join(_span(steps) for steps in (onsets, chosen))
-    return f"| {name} | {len(rows)} | {named} | {spans} | {means} | {shares} |"
+    return f"| {name} | {len(rows)} | {named} | {spans} | {' | '.join(columns)} |"
+
+
+def _is_measured(row: dict[str, Any], arm: str) -> bool:
+    """Tell whether the arm was run; a loss of None is then one that is not finite."""
+    if arm not in ("told", "lowered"):
+        return True
+    return CASES[row["recipe"]].fault is None and row["has_steps_left"] == (arm == "lowered")
 
 
 def _share(rows: Sequence[dict[str, Any]], arm: str) -> str:
-    if arm in ("told", "lowered") and all(row.get(arm) is None for row in rows):
-        return "–"  # not measured; elsewhere None is a loss that is not finite
-    return str(sum(_is_within(row, arm) for row in rows))
+    return str(sum(_is_within(row, arm) for row in rows)) if rows else "–"
 
 
 def _is_within(row: dict[str, Any], arm: str) -> bool:
@@ -283,12 +304,12 @@ def _is_within(row: dict[str, Any], arm: str) -> bool:
     return row.get(arm) is not None and row[arm] <= row["undamaged"] + WITHIN_NATS
 
 
-def _mean(losses: Sequence[float | None]) -> str:
+def _mean(losses: Sequence[float | None], num_rows: int) -> str:
     finite = [loss for loss in losses if loss is not None]
-    if not finite:
-        return "–"
-    lost = len(losses) - len(finite)
-    return f"{statistics.mean(finite):.3f}" + (f" ({lost} not finite)" if lost else "")
+    remarks = [f"{len(losses)} runs"] if 0 < len(losses) < num_rows else []
+    remarks += [f"{len(losses) - len(finite)} not finite"] if len(finite) < len(losses) else []
+    mean = f"{statistics.mean(finite):.3f}" if finite else "–"
+    return f"{mean} ({', '.join(remarks)})" if remarks else mean
 
 
 def _span(steps: Sequence[int]) -> str:
@@ -309,12 +330,19 @@ def main() -> None:
     path = given.output_dir / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["recipe"], row["seed"]) for row in rows}
+    failed = []
     for seed in range(given.seeds):
         for name in (name for name in given.recipes if (name, seed) not in done):
-            rows.append(measure(name, seed, given.output_dir))
+            try:
+                rows.append(measure(name, seed, given.output_dir))
+            except RuntimeError as error:
+                failed.append(f"{name}, seed {seed}: {error}")
+                continue
             with path.open("a") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
     print(table(rows))
+    if failed:
+        sys.exit("\n".join(["Not measured:", *failed]))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +18,7 @@ import torch
 from commandline import PROSE, SHORT, TINY, Run
 from safetensors.torch import load_file, save_file
 
+from hf_pss.cli.parsing import parse_plan
 from hf_pss.cli.rescue import Smoothing
 from hf_pss.config import SmoothingName
 from hf_pss.rescue.command import recorded_entropy
@@ -68,10 +73,12 @@ def test_the_printed_command_goes_on(run: Run, run_dir: Path) -> None:
     assert state["global_step"] == 7
 
 
-def test_seed_and_schedule_are_in_the_command(run: Run, tmp_path: Path) -> None:
+def test_what_the_course_depends_on_is_in_the_command(run: Run, tmp_path: Path) -> None:
     (text := tmp_path / "prose.txt").write_text(PROSE, encoding="utf-8")
     given = ["--seed", "7", "--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "1"]
     given += ["--lr_scheduler_kwargs", '{"num_decay_steps": 2}', "--adam_beta2", "0.98"]
+    given += ["--pss_optim", "muon", "--pss_optim_args", "others_lr=0.001"]
+    given += ["--label_smoothing_factor", "0.1", "--pss_cooldown_steps", "3"]
     words = (*given, "--dataset", text, "--save_steps", "2", "--output_dir", tmp_path / "run")
     assert run("train", *TINY, *SHORT, *words).exit_code == 0
     shutil.rmtree(tmp_path / "run" / "checkpoint-5")
@@ -80,6 +87,24 @@ def test_seed_and_schedule_are_in_the_command(run: Run, tmp_path: Path) -> None:
         assert command[command.index(name) + 1] in (value, f"{value}.0")  # 1 warm-up step is 1.0
     assert run(*command[1:], "--use_cpu").exit_code == 0
     assert (tmp_path / "run-rescued" / "checkpoint-5").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_two(run: Run, tmp_path: Path) -> None:
+    (text := tmp_path / "prose.txt").write_text(PROSE, encoding="utf-8")
+    words = (*TINY, *SHORT, "--dataset", text, "--save_steps", "2", "--output_dir", tmp_path / "a")
+    programs = Path(sys.executable).parent
+    launcher = [str(programs / "torchrun"), "--standalone", "--nproc-per-node=2", "--no-python"]
+    here = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    first = [*launcher, "hf-pss", "train", *map(str, words)]
+    subprocess.run(first, check=True, env=here, capture_output=True)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-5")
+    command = json.loads(run("rescue", tmp_path / "a", "--json").stdout)["resume"]["command"]
+    subprocess.run(command, check=True, env=here, capture_output=True, cwd="/")
+    saved = {path.name for path in (tmp_path / "a-rescued" / "checkpoint-5").glob("rng*")}
+    assert saved == {"rng_state_0.pth", "rng_state_1.pth"}
+    state = json.loads((tmp_path / "a-rescued" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 4
 
 
 def test_the_entropy_of_the_text_is_known(run: Run, run_dir: Path) -> None:
@@ -133,13 +158,22 @@ def test_json(run: Run, run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("smoothing", "expected"),
-    [("none", None), ("log", "--pss_smoothing"), ("floor", "--pss_floor_reference")],
+    [
+        ("none", "--pss_observe_only true"),
+        ("log", "--pss_preset paper --pss_smoothing log --pss_smooth_on_resume true"),
+        ("floor", "--pss_preset floor --pss_floor_reference start --pss_smooth_on_resume true"),
+    ],
 )
-def test_smoothing_is_chosen(run: Run, run_dir: Path, smoothing: str, expected: str | None) -> None:
+def test_smoothing_is_chosen(run: Run, run_dir: Path, smoothing: str, expected: str) -> None:
     words = run("rescue", run_dir, "--json", "--smoothing", smoothing).stdout
     options = json.loads(words)["resume"]["options"]
-    assert any(word.startswith("--pss_") for word in options) == (expected is not None)
-    assert expected is None or expected in options
+    assert " ".join(options[4:]) == expected
+
+
+def test_without_smoothing_nothing_is_smoothed(run: Run, run_dir: Path) -> None:
+    words = run("rescue", run_dir, "--json", "--smoothing", "none").stdout
+    command = json.loads(words)["resume"]["command"]
+    assert parse_plan(command[2:]).arguments.pss_config().observe_only
 
 
 def test_an_unknown_launch_is_a_template(run: Run, run_dir: Path) -> None:
@@ -155,7 +189,10 @@ def test_options_that_no_run_wrote_are_not_printed(run: Run, run_dir: Path) -> N
     path = run_dir / "hf_pss_options.json"
     kept = json.loads(path.read_text())
     for value in ("\x1b[2J", "--report_to=all", ["a"]):
-        path.write_text(json.dumps({**kept, "dataset": value}))
+        of_paths = {**kept, "paths": {"dataset": value}}
+        path.write_text(json.dumps({**kept, "dataset": value, "paths": {}}))
+        assert json.loads(run("rescue", run_dir, "--json").stdout)["resume"]["command"] is None
+        path.write_text(json.dumps(of_paths))
         result = run("rescue", run_dir, "--json")
         assert json.loads(result.stdout)["resume"]["command"] is None
     for training in (["a"], {"seed": "--report_to=all"}, {"lr_scheduler_type": ["a"]}):
@@ -214,9 +251,45 @@ def test_a_repaired_copy_goes_on(run: Run, run_dir: Path, tmp_path: Path) -> Non
     assert "--pss_smooth_on_resume" not in command  # it is done
     command[command.index("--max_steps") + 1] = "6"
     assert run("train", *command[2:], "--use_cpu").exit_code == 0
-    shown = run("rescue", run_dir, "--write", tmp_path / "again")
-    assert "matrices" in shown.stdout
-    assert f"Written: {tmp_path / 'again'}" in " ".join(shown.stdout.split())
+    # The copy carries the options of the run: they are compared, and kept again.
+    folders = (run_dir, out, tmp_path / "run-rescued")
+    kept = [json.loads((folder / "hf_pss_options.json").read_text()) for folder in folders]
+    assert kept[0] == kept[1] == kept[2]
+    other = [*command[2:], "--context_length", "16", "--output_dir", tmp_path / "other"]
+    assert "The run that you resume has --context_length 32" in run("train", *other).stderr
+
+
+def test_a_copy_is_smoothed_where_that_is_asked_for(run: Run, run_dir: Path) -> None:
+    """Or as the last resort: noise is no measure of sound weights."""
+    as_it_was = load_file(run_dir / "checkpoint-4" / "model.safetensors")
+    for words, is_smoothed in (((), False), (("--failed-at", "3"), True)):
+        out = run_dir.with_name(f"copy-{is_smoothed}")
+        shown = " ".join(run("rescue", run_dir, "--write", out, *words).stdout.split())
+        assert f"Written: {out}" in shown
+        assert ("matrices" in shown) == is_smoothed
+        copied = load_file(out / "model.safetensors")
+        same = all(torch.equal(copied[name], one) for name, one in as_it_was.items())
+        assert same != is_smoothed
+        assert "--pss_preset floor" in shown  # the run that goes on is guarded
+    asked = run("rescue", run_dir, "--write", run_dir.with_name("asked"), "--smoothing", "floor")
+    assert "sound weights lie below, too" in " ".join(asked.stdout.split())
+
+
+def test_what_cannot_be_copied_is_named(run: Run, run_dir: Path) -> None:
+    """A folder where a file is read is no fault of the target."""
+    path = run_dir / "checkpoint-4" / "generation_config.json"
+    path.unlink()
+    path.write_bytes(b"{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_pss.rescue.repair.shutil.copyfile", _unreadable)
+        result = run("rescue", run_dir, "--write", run_dir.with_name("out"))
+    assert result.exit_code == 2
+    assert "could not be copied" in result.stderr
+    assert f"Input/output error ({path.parent}" in " ".join(result.stderr.split())
+
+
+def _unreadable(source: Path, target: Path) -> None:
+    raise OSError(errno.EIO, "Input/output error", source)
 
 
 def test_nothing_is_written_elsewhere(run: Run, run_dir: Path, tmp_path: Path) -> None:

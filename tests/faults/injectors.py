@@ -37,6 +37,7 @@ class Injector(TrainerCallback):
     clock_shift_seconds: float = 0.0
     is_decomposing_broken: bool = False
     is_disk_full: bool = False
+    num_full_disks: int = 0
 
     def __post_init__(self) -> None:
         """Lay the wires; nothing happens before its step."""
@@ -88,6 +89,7 @@ class Injector(TrainerCallback):
         if self._due("clock jumps"):
             self.clock_shift_seconds -= 86400.0
         self.is_disk_full = self._due("full disk")
+        self.num_full_disks += self.is_disk_full
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Break what an update leaves behind."""
@@ -123,14 +125,17 @@ class Injector(TrainerCallback):
         return call
 
     def _fill_disk(self) -> None:
-        original = saving.sync_tree
+        """Let every other one be full when weights are written, the rest when files are synced."""
+        for turn, (owner, name) in enumerate(((saving, "sync_tree"), (self.trainer, "save_model"))):
+            self.patch.setattr(owner, name, self._filled(getattr(owner, name), turn))
 
-        def sync_tree(folder: Any) -> None:
-            if self.is_disk_full:
+    def _filled(self, original: Callable[..., Any], turn: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            original(*args, **kwargs)
+            if self.is_disk_full and self.num_full_disks % 2 == turn:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(folder)
 
-        self.patch.setattr(saving, "sync_tree", sync_tree)
+        return call
 
 
 SKIPPED = ("NaN loss", "inf loss", "NaN gradient", "inf gradient")

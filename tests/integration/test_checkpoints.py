@@ -34,7 +34,9 @@ from hf_pss import PSSConfig, PSSTrainer
 from hf_pss.errors import StateError
 from hf_pss.integration.checkpoints.durable import STAGING
 from hf_pss.integration.checkpoints.judge import examine
-from hf_pss.integration.checkpoints.marker import MARKER, read_marker
+from hf_pss.integration.checkpoints.marker import MARKER, read_marker, write_marker
+from hf_pss.integration.checkpoints.resuming import newest_whole
+from hf_pss.integration.schedule_free import schedule_free
 
 MIDDLE = 4
 CONFIG = PSSConfig()
@@ -272,6 +274,31 @@ def test_what_was_just_saved_outlives_later_steps_of_an_earlier_run(tmp_path: Pa
     assert checkpoints_in(tmp_path) == ["checkpoint-8"]
 
 
+def test_checkpoints_of_an_earlier_run_go_first_and_are_not_resumed(
+    saved_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (900, 1000):
+        shutil.copytree(saved_run / "checkpoint-8", tmp_path / f"checkpoint-{step}")
+    run(tmp_path, max_steps=2, save_steps=2, save_total_limit=2)
+    assert checkpoints_in(tmp_path) == ["checkpoint-1000", "checkpoint-2"]
+    assert newest_whole(tmp_path).path.name == "checkpoint-2"
+    assert "checkpoint-1000 is passed over: of an earlier run" in caplog.text
+    run(tmp_path, max_steps=4, save_steps=2, save_total_limit=2, resume=True)
+    assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_one_of_an_earlier_run_that_is_named_is_the_newest_again(copied_run: Path) -> None:
+    run(copied_run, max_steps=2)
+    assert newest_whole(copied_run).path.name == "checkpoint-2"
+    run(copied_run, resume=str(copied_run / "checkpoint-6"), max_steps=6)
+    assert newest_whole(copied_run).path.name == "checkpoint-6"
+
+
+def test_a_step_that_is_reached_again_is_of_this_run(copied_run: Path) -> None:
+    run(copied_run, max_steps=6, save_steps=2)
+    assert newest_whole(copied_run).path.name == "checkpoint-6"
+
+
 # ---- what is resumed ----
 
 
@@ -416,11 +443,41 @@ def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_p
         assert list(differences(weights_of(intact.model), weights_of(trainer.model))) == []
 
 
+def test_asked_for_a_random_state_that_was_cut_begins_anew(copied_run: Path) -> None:
+    cut_random_state(copied_run / "checkpoint-4")
+    trainer = make_trainer(copied_run.parent / "out", PSSConfig(missing_state="fresh"))
+    trainer.train(resume_from_checkpoint=str(copied_run / "checkpoint-4"))
+    assert trainer.state.global_step == MAX_STEPS
+
+
+def test_an_optimizer_of_fsdp2_is_not_dropped_for_want_of_a_schedule(copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-4"
+    unmark(folder)
+    no_scheduler(folder)
+    shutil.copy(folder / "optimizer.pt", folder / "pytorch_model_fsdp.bin")
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    trainer = make_trainer(copied_run.parent / "out", PSSConfig(missing_state="fresh"))
+    with pytest.raises(StateError, match=r"optimizer's state without scheduler.pt"):
+        trainer._load_optimizer_and_scheduler(str(folder))
+
+
 def test_a_state_that_was_edited_by_hand_is_no_damage(copied_run: Path) -> None:
     path = copied_run / "checkpoint-8" / "trainer_state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps({**state, "save_steps": 3}))
     assert examine(path.parent).is_whole
+
+
+def test_what_no_resume_reads_may_change(copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    (folder / "README.md").write_text("A model of ours.")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    write_marker(folder, step=8)
+    (folder / "README.md").write_text("Another.")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "training_args.bin").unlink()
+    assert examine(folder).is_whole
+    assert run(copied_run, resume=True).state.global_step == MAX_STEPS
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a\\b"])
@@ -465,13 +522,36 @@ def test_a_full_disk_ends_the_save_and_not_the_run(
     assert [r.levelno for r in said] == [logging.WARNING] * 2
 
 
+BEST: dict[str, Any] = {
+    "eval_rows": token_rows(4),
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
+
+
+class Scores(TrainerCallback):
+    """Says what an evaluation is to find, by step: the Trainer looks at it after this."""
+
+    def __init__(self, losses: dict[int, float]) -> None:
+        self.losses = losses
+        self.steps: list[int] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+        kwargs["metrics"]["eval_loss"] = self.losses[state.global_step]
+
+
 class FailsIn(PSSTrainer):
     """One of the parts of a save finds the disk full."""
 
     method = ""
+    steps: tuple[int, ...] = (5, 6, 7, 8)
 
     def _fail(self, method: str) -> None:
-        if method == self.method and self.state.global_step > MIDDLE:
+        if method == self.method and self.state.global_step in self.steps:
             raise OSError(28, "No space left on device")
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -486,6 +566,10 @@ class FailsIn(PSSTrainer):
         super()._save_rng_state(*args)
         self._fail("_save_rng_state")
 
+    def _publish(self, *args: Any) -> None:
+        self._fail("_publish")
+        super()._publish(*args)
+
 
 @pytest.mark.parametrize(
     "method", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"]
@@ -496,6 +580,78 @@ def test_a_save_that_fails_half_way_leaves_the_last_one_alone(method: str, tmp_p
     assert checkpoints_in(tmp_path) == ["checkpoint-4"]
     assert examine(tmp_path / "checkpoint-4").is_whole
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("method", ["save_model", "_publish"])
+def test_a_best_step_that_could_not_be_saved_is_not_the_best(method: str, tmp_path: Path) -> None:
+    """The one before stays the best: rotation keeps it, and it is what is loaded at the end."""
+    cls = type("Fails", (FailsIn,), {"method": method, "steps": (6,)})
+    trainer = make_trainer(tmp_path, CONFIG, trainer_class=cls, **BEST, save_total_limit=1)
+    trainer.add_callback(Scores({2: 3.0, 4: 2.0, 6: 1.0, 8: 1.5}))
+    trainer.add_callback(saves := Saves())
+    trainer.train()
+    state = trainer.state
+    assert (state.best_metric, state.best_global_step) == (1.5, 8)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
+    assert checkpoints_in(tmp_path) == ["checkpoint-8"]
+    assert saves.steps == [2, 4, 8], "nobody is told of a save that did not happen"
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_best_step_that_is_not_finite_is_not_the_best(strategy: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, **{**BEST, "save_strategy": strategy})
+    trainer.add_callback(Scores({2: 3.0, 4: 2.0, 6: 1.0, 8: 1.0}))
+    trainer.add_callback(Break(5, a_momentum, math.nan))
+    trainer.add_callback(saves := Saves())
+    trainer.train()
+    assert trainer.state.best_metric == 2.0
+    assert saves.steps == [2, 4]
+
+
+def test_an_older_checkpoint_of_the_same_step_survives_a_rename_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = run(tmp_path)
+    before = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint-8" and self.parent.name == STAGING:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    trainer._save_checkpoint(trainer.model, None)
+    assert "could not be written" in caplog.text
+    assert examine(tmp_path / "checkpoint-8").is_whole
+    after = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    assert list(differences(before, after)) == []
+
+
+def test_the_third_save_in_a_row_that_fails_is_said_as_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cls = type("Fails", (FailsIn,), {"method": "save_model", "steps": (2, 3, 5, 6, 7)})
+    run(tmp_path, trainer_class=cls, save_steps=1)
+    said = [r for r in caplog.records if "could not be written" in r.getMessage()]
+    levels = [logging.WARNING] * 4 + [logging.ERROR]
+    assert [one.levelno for one in said] == levels
+    assert "no save since step 4" in said[-1].getMessage()
+
+
+def test_a_copy_for_the_hub_that_fails_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: Trainer, checkpoint_folder: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", fails)
+    trainer = make_trainer(tmp_path, CONFIG, trainer_class=PushSeen)
+    trainer.add_callback(saves := Saves())
+    trainer.train()
+    assert examine(tmp_path / "checkpoint-8").is_whole
+    assert saves.steps == [8], "the save itself is there"
+    assert "could not be prepared for the Hub" in caplog.text
 
 
 def test_an_error_that_is_not_of_the_disk_is_not_hidden(tmp_path: Path) -> None:
@@ -537,6 +693,70 @@ def test_a_signal_saves_this_step_and_leaves(
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
     resumed = run(tmp_path / "cut", resume=True)
     assert differences_at_the_end(whole, resumed) == []
+
+
+def stop_at(step: int, trainer: Trainer) -> None:
+    trainer.add_callback(Send(signal.SIGTERM, step))
+    with pytest.raises(SystemExit):
+        trainer.train()
+
+
+def test_a_signal_saves_the_averaged_weights_as_any_save_does(tmp_path: Path) -> None:
+    options = {"trainer_class": PSSTrainer, "pss_optim": "amuse"}
+    train(tmp_path / "whole", save_steps=3, **options)
+    trainer = make_trainer(tmp_path / "cut", save_steps=4, **options)
+    assert schedule_free(trainer.create_optimizer()) is not None
+    stop_at(3, trainer)
+    folders = [tmp_path / name / "checkpoint-3" for name in ("whole", "cut")]
+    assert checkpoint_differences(*folders) == []
+
+
+def test_what_a_signal_saved_is_not_removed_at_the_end(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, **BEST, save_total_limit=1)
+    trainer.add_callback(Scores({2: 1.0, 4: 2.0}))
+    stop_at(5, trainer)
+    assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert newest_whole(tmp_path).path.name == "checkpoint-5"
+
+
+@pytest.mark.parametrize("strategy", ["best", "steps"])
+def test_a_signal_saves_at_the_step_of_an_evaluation_and_does_not_evaluate(
+    strategy: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, CONFIG, **{**BEST, "save_strategy": strategy})
+    trainer.add_callback(scores := Scores({2: 1.0, 4: 2.0}))
+    stop_at(4, trainer)
+    assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert scores.steps == [2]
+
+
+def test_a_signal_saves_once_where_epochs_are_saved(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        CONFIG,
+        eval_rows=token_rows(4),
+        max_steps=-1,
+        num_train_epochs=1,
+        save_strategy="epoch",
+        eval_strategy="epoch",
+    )
+    trainer.add_callback(scores := Scores({}))
+    trainer.add_callback(saves := Saves())
+    stop_at(3, trainer)
+    assert (saves.steps, scores.steps) == ([3], [])
+
+
+def test_a_signal_is_agreed_upon_once_more_at_the_end(tmp_path: Path) -> None:
+    """Two ranks of which the other one was told after they last asked each other."""
+
+    class Other(PSSTrainer):
+        def _agree_on(self, signum: int) -> int:
+            has_ended = self.state.global_step == MAX_STEPS and not self.is_in_train
+            return signal.SIGTERM if has_ended else super()._agree_on(signum)
+
+    with pytest.raises(SystemExit):
+        run(tmp_path, trainer_class=Other)
 
 
 def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:

@@ -16,15 +16,16 @@ from helpers import (
     differences,
     events_of,
     make_trainer,
+    token_rows,
     weights_of,
 )
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import SchedulerType, Trainer, TrainerCallback
 
-from hf_pss import NonFiniteError, PSSConfig
+from hf_pss import NonFiniteError, PSSConfig, PSSTrainer
 from hf_pss.errors import TrainingFailedError
-from hf_pss.integration.checkpoints.judge import examine
+from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
 
 SPIKE = 9
 STEPS = {"max_steps": 16, "save_steps": 2, "lr_scheduler_type": "linear"}
@@ -255,3 +256,231 @@ def test_a_state_that_could_not_be_saved_any_more_goes_back(where: str, tmp_path
     assert (back["step"], back["decision"]) == (10, "roll_back")
     assert "back to checkpoint-8" in back["reason"]
     assert examine(tmp_path / "checkpoint-16").is_whole
+
+
+# ---- which checkpoints ----
+
+
+def names_of(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints_by_step(folder)]
+
+
+@pytest.mark.parametrize(
+    ("survival", "named", "abandoned"),
+    [
+        ({"on_failure": "stop"}, 8, [9, 10]),
+        # Back to 8 once, saved there as 11, and failed again: the one before it.
+        ({"on_failure": "rollback", "max_rollbacks": 1}, 7, [8, 11, 12, 13]),
+    ],
+)
+def test_where_it_stops_a_resume_finds_what_the_error_names(
+    survival: dict[str, Any], named: int, abandoned: list[int], tmp_path: Path
+) -> None:
+    """What was saved while interventions failed is not the newest any more."""
+    trainer = surviving(tmp_path, PSSConfig(**SHARP), survival=survival, save_steps=1)
+    spike(trainer, 100.0, steps=range(SPIKE, 17))
+    with pytest.raises(TrainingFailedError, match=rf"checkpoint-{named}, .*_pss_abandoned"):
+        trainer.train()
+    assert names_of(tmp_path)[-1] == f"checkpoint-{named}"
+    assert names_of(tmp_path / "_pss_abandoned") == [f"checkpoint-{step}" for step in abandoned]
+
+
+def test_rotation_spares_the_one_that_the_error_names(tmp_path: Path) -> None:
+    options = {"save_steps": 1, "save_total_limit": 1}
+    trainer = surviving(tmp_path, PSSConfig(**SHARP), survival={"on_failure": "stop"}, **options)
+    spike(trainer, 100.0, steps=range(SPIKE, 17))
+    with pytest.raises(TrainingFailedError, match=r"resume from .*checkpoint-8,"):
+        trainer.train()
+
+
+def test_rotation_spares_what_was_before_a_streak(tmp_path: Path) -> None:
+    options = {"save_steps": 1, "save_total_limit": 1}
+    trainer = surviving(tmp_path, PSSConfig(max_nonfinite_streak=3), **options)
+    spike(trainer, math.nan, steps=range(SPIKE, SPIKE + 3))
+    trainer.train()
+    assert "back to checkpoint-8" in failures_of(tmp_path)[0]["reason"]
+
+
+def test_checkpoints_of_another_run_are_left_alone(tmp_path: Path) -> None:
+    make_trainer(tmp_path, PSSConfig(), max_steps=5, save_steps=5, seed=8).train()
+    trainer = surviving(tmp_path, PSSConfig(**SHARP), save_steps=4)
+    spike(trainer, 100.0, steps=range(6, 9))
+    trainer.train()
+    assert "back to checkpoint-4" in failures_of(tmp_path)[0]["reason"]
+    assert names_of(tmp_path)[:3] == ["checkpoint-4", "checkpoint-5", "checkpoint-8"]
+
+
+def test_it_goes_back_to_what_it_was_resumed_from_wherever_that_lies(tmp_path: Path) -> None:
+    source = tmp_path / "run"
+    make_trainer(source, PSSConfig(**SHARP), **{**STEPS, "max_steps": 6}).train()
+    trainer = surviving(tmp_path / "rescued", PSSConfig(**SHARP), save_steps=4)
+    spike(trainer, 100.0, steps=range(7, 13))
+    trainer.train(resume_from_checkpoint=str(source / "checkpoint-6"))
+    reasons = [event["reason"] for event in failures_of(tmp_path / "rescued")]
+    # The one before it is of the same run, too.
+    assert ["checkpoint-6" in reasons[0], "checkpoint-4" in reasons[1]] == [True, True]
+    assert names_of(source) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_what_cannot_be_moved_away_is_said_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = surviving(tmp_path, PSSConfig(**SHARP))
+    (tmp_path / "_pss_abandoned").write_text("in the way")
+    spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
+    trainer.train()
+    assert trainer.state.global_step == 16
+    assert "checkpoint-10 stays" in caplog.text
+
+
+def test_a_crash_right_after_a_rollback_does_not_undo_it(tmp_path: Path) -> None:
+    class Ends(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer.is_ending and state.global_step == SPIKE + 2:
+                raise OSError("the plug was pulled")
+
+    ends = []
+    for is_ending in (False, True):
+        folder = tmp_path / f"{is_ending}"
+        trainer = surviving(folder, PSSConfig(**SHARP), save_total_limit=1)
+        trainer.is_ending = is_ending
+        spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
+        trainer.add_callback(Ends())
+        if is_ending:
+            with pytest.raises(OSError, match="the plug"):
+                trainer.train()
+            assert names_of(folder)[-1] == "checkpoint-11"
+            again = surviving(folder, PSSConfig(**SHARP), save_total_limit=1)
+            again.train(resume_from_checkpoint=True)
+        else:
+            trainer.train()
+        ends.append(folder / "checkpoint-16")
+    assert checkpoint_differences(*ends) == []
+
+
+# ---- other set-ups ----
+
+
+# 64 rows in batches of 4: 16 steps an epoch, 8 where two batches make a step.
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        pytest.param({"gradient_accumulation_steps": 2}, 5, id="accumulation"),
+        pytest.param({"gradient_accumulation_steps": 2}, 7, id="into the second epoch"),
+        pytest.param({"ignore_data_skip": True}, 5, id="data not skipped"),
+    ],
+)
+def test_rates_rows_and_steps_go_on_as_in_the_plain_run(
+    options: dict[str, Any], first: int, tmp_path: Path
+) -> None:
+    plain_seen, seen = Seen(), Seen()
+    plain = make_trainer(tmp_path / "plain", **{**STEPS, **options})
+    trainer = surviving(tmp_path / "run", PSSConfig(**SHARP), **options)
+    spike(trainer, 100.0, steps=range(first, first + 3))
+    for one, its in ((plain, plain_seen), (trainer, seen)):
+        watch_rows(one, its)
+        one.add_callback(its)
+        one.train()
+    (event,) = failures_of(tmp_path / "run")
+    assert f"batches of steps {first} to {first + 2} skipped" in event["reason"]
+    steps = [step for step, _ in seen.rates]
+    assert steps == list(range(1, 17))
+    assert seen.rates == plain_seen.rates
+    if "ignore_data_skip" not in options:  # with it an epoch begins anew
+        (_, _), (began, _) = seen.began
+        after = [row for row in plain_seen.rows if row[0] > began]
+        assert seen.rows[-len(after) :] == after
+        assert trainer.state.epoch == plain.state.epoch
+
+
+def test_the_best_model_is_loaded_once_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = surviving(
+        tmp_path,
+        PSSConfig(**SHARP),
+        survival={"max_rollbacks": 1},
+        eval_rows=token_rows(8),
+        save_total_limit=1,
+        metric_for_best_model="eval_first",
+        **options,
+    )
+    loaded: list[str] = []
+    inner, evaluate = trainer._load_best_model, trainer.evaluate
+
+    def load() -> None:
+        loaded.append(trainer.state.best_model_checkpoint)
+        inner()
+
+    def first_is_best(*args: Any, **kwargs: Any) -> Any:
+        found = evaluate(*args, **kwargs)
+        found["eval_first"] = -trainer.state.global_step
+        return found
+
+    trainer._load_best_model, trainer.evaluate = load, first_is_best
+    spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
+    trainer.train()
+    assert "back to checkpoint-8" in failures_of(tmp_path)[0]["reason"]
+    assert loaded == [str(tmp_path / "checkpoint-2")]
+    assert trainer.state.global_step == 16
+
+
+def test_a_schedule_that_goes_by_losses_is_left_as_it_was_saved(tmp_path: Path) -> None:
+    if "greedy" not in [one.value for one in SchedulerType]:
+        pytest.skip("this release of transformers has no GreedyLR")
+    options = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "greedy"}
+    trainer = surviving(tmp_path, PSSConfig(**SHARP), eval_rows=token_rows(8), **options)
+    spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
+    trainer.train()
+    assert "back to checkpoint-8" in failures_of(tmp_path)[0]["reason"]
+    assert trainer.state.global_step == 16
+
+
+@pytest.mark.parametrize(("spiked", "smoothings"), [(11, 1), (9, 2)])
+def test_smoothing_on_resume_is_for_the_checkpoint_that_was_named(
+    spiked: int, smoothings: int, tmp_path: Path
+) -> None:
+    """Gone back to a checkpoint of its own, which has been smoothed; or to that one once more."""
+    make_trainer(tmp_path, PSSConfig(**SHARP), **{**STEPS, "max_steps": 8}).train()
+    trainer = surviving(tmp_path, PSSConfig(**SHARP, smooth_on_resume=True))
+    spike(trainer, 100.0, steps=range(spiked, spiked + 3))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert [event["decision"] for event in failures_of(tmp_path)] == ["roll_back"]
+    resumes = [one for one in events_of(tmp_path) if one.get("trigger") == "resume"]
+    assert len(resumes) == smoothings
+
+
+# ---- where there is no going back ----
+
+
+def test_a_backend_that_cannot_go_back_stops_with_the_checkpoints_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Sharded(PSSTrainer):
+        """One process that says it were sharded where it is asked whether it can go back."""
+
+        def _backend_of_no_return(self) -> str | None:
+            return "FSDP"
+
+    trainer = surviving(tmp_path, PSSConfig(**SHARP), trainer_class=Sharded)
+    spike(trainer, 100.0, steps=range(SPIKE, 17))
+    with pytest.raises(TrainingFailedError, match=r"under FSDP.*resume from .*checkpoint-8,"):
+        trainer.train()
+    assert "cannot go back under FSDP" in caplog.text
+    assert [event["decision"] for event in failures_of(tmp_path)] == ["stop"]
+
+
+@pytest.mark.parametrize("option", [{"save_strategy": "no"}, {"save_only_model": True}])
+def test_a_run_without_anything_to_go_back_to_is_told_at_its_start(
+    option: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    surviving(tmp_path, PSSConfig(), max_steps=2, **option).train()
+    assert "can never go back" in caplog.text
+
+
+def test_a_run_that_can_go_back_is_told_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    surviving(tmp_path, PSSConfig(), max_steps=2).train()
+    assert "go back" not in caplog.text

@@ -63,6 +63,26 @@ def test_a_run_that_recovers_is_told_of(run_of: Callable[..., Path]) -> None:
     assert "recovered by itself from a spike" in found.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("end", "kind", "onset"),
+    [
+        ([9.0] * 60, "spike", 2000),
+        ([math.nan] * 30, "non_finite", 2000),
+        ([3.0] * 60, None, None),
+        ([3.0 + 0.01 * i for i in range(200)], "slow_damage", 2010),
+    ],
+)
+def test_the_end_counts_after_however_many_recoveries(
+    end: list[float], kind: str | None, onset: int | None
+) -> None:
+    found = diagnose(synthetic(([3.0] * 20 + [9.0] * 30 + [3.0] * 30) * 25 + end), Notes())
+    failure = found.failure
+    assert (None if failure is None else failure.kind) == kind
+    if failure is not None and onset is not None:
+        assert abs(failure.onset_step - onset) <= 25
+    assert "more often than is told" in " ".join(found.notes)
+
+
 def synthetic(
     losses: Sequence[float | None], *, norms: Sequence[float] = (), every: int = 1
 ) -> History:

@@ -25,7 +25,8 @@ from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.linalg import noise_stable_rank
 from hf_pss.rescue import repair
 from hf_pss.rescue.checkpoints import CheckpointReport, report_on
-from hf_pss.rescue.optimizer_files import require_torch
+from hf_pss.rescue.launch import OPTIONS_FILE
+from hf_pss.rescue.optimizer_files import require_torch, rewrite_optimizer
 from hf_pss.rescue.repair import RECORD_FILE, Repairs, write_repaired
 from hf_pss.rescue.weights import matrices_to_smooth
 
@@ -83,7 +84,7 @@ def test_the_weights_are_what_a_run_would_make_of_them(
 
 def test_the_floor_is_reached(damaged: CheckpointReport, tmp_path: Path) -> None:
     """A run caps by eight triplets that it looked at; here the leading ones are found anew."""
-    out = repaired(damaged, tmp_path / "out")
+    out = repaired(damaged, tmp_path / "out", smoothing="floor")
     model = AutoModelForCausalLM.from_pretrained(out)
     parameters = dict(model.named_parameters())
     views = select_matrices(model).matrices
@@ -133,7 +134,7 @@ def test_shards_and_dtypes_survive(
 
 
 def test_a_plain_trainer_goes_on(damaged: CheckpointReport, tmp_path: Path) -> None:
-    out = repaired(damaged, tmp_path / "out")
+    out = repaired(damaged, tmp_path / "out", smoothing="floor")
     model = gpt2(num_layers=2, width=32)
     trainer = train(tmp_path / "run", resume=str(out), model=model, **CONSTANT)
     assert trainer.state.global_step == NUM_STEPS
@@ -246,13 +247,60 @@ def test_a_hostile_optimizer_is_an_error(
     assert os.listdir(tmp_path) == [copy.name]
 
 
-def test_a_link_that_leads_out_is_not_followed(damaged: CheckpointReport, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["vocab.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"]
+)
+def test_a_link_that_leads_out_is_not_followed(
+    damaged: CheckpointReport, tmp_path: Path, name: str
+) -> None:
     copy = copy_of(damaged, tmp_path)
-    (tmp_path / "secret").write_text("x")
-    (copy / "vocab.json").symlink_to(tmp_path / "secret")
+    report = report_on(copy)
+    there = copy / name
+    secret = there.rename(tmp_path / "secret") if there.exists() else tmp_path / "secret"
+    secret.touch()
+    there.symlink_to(secret)
     with pytest.raises(StateError, match="leads out"):
-        repaired(report_on(copy), tmp_path / "out")
+        repaired(report, tmp_path / "out", moments="reset", lr_scale=0.5, allow_pickle=True)
     assert sorted(os.listdir(tmp_path)) == [copy.name, "secret"]
+
+
+def test_the_mode_comes_last(
+    damaged: CheckpointReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint that nobody may write to, which its copy has to be until it is done."""
+    copy = copy_of(damaged, tmp_path)
+    copy.chmod(0o555)
+    modes = []
+    original = repair.write_weights
+
+    def looking(checkpoint: Any, source: Path, folder: Path, smoothing: str) -> Any:
+        modes.append(folder.stat().st_mode & 0o777)
+        return original(checkpoint, source, folder, smoothing)
+
+    monkeypatch.setattr(repair, "write_weights", looking)
+    out = repaired(report_on(copy), tmp_path / "out")
+    assert modes == [0o700]
+    assert out.stat().st_mode & 0o777 == 0o555
+    out.chmod(0o755)  # pytest removes it
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+def test_a_full_disk_is_an_error_of_the_system(damaged: CheckpointReport) -> None:
+    """Where torch raises a RuntimeError of its archive writer."""
+    with pytest.raises(OSError, match="disk may be full"):
+        rewrite_optimizer(
+            damaged.path / "optimizer.pt", Path("/dev/full"), moments="keep", lr_scale=0.5
+        )
+
+
+def test_the_options_of_the_run_go_along(damaged: CheckpointReport, tmp_path: Path) -> None:
+    copy = copy_of(damaged, tmp_path)
+    beside, report = tmp_path / OPTIONS_FILE, report_on(copy)
+    beside.write_text('{"version": 1}')
+    one = repaired(report, tmp_path / "one")
+    assert (one / OPTIONS_FILE).read_bytes() == beside.read_bytes()
+    beside.write_text("{")  # damaged: nothing to go by
+    assert not (repaired(report, tmp_path / "two") / OPTIONS_FILE).exists()
 
 
 def test_an_error_on_the_way_leaves_nothing(
@@ -273,8 +321,8 @@ def test_adapters_are_smoothed_in_a_run_only(damaged: CheckpointReport, tmp_path
     factor = {"base_model.model.h.0.q.lora_A.weight": torch.randn(4, 8)}
     save_file(factor, copy / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigurationError, match="LoRA"):
-        repaired(report_on(copy), tmp_path / "out")
-    repaired(report_on(copy), tmp_path / "out", smoothing="none")
+        repaired(report_on(copy), tmp_path / "out", smoothing="floor")
+    repaired(report_on(copy), tmp_path / "out")
 
 
 def test_old_versions_of_torch_open_no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +333,7 @@ def test_old_versions_of_torch_open_no_pickle(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_record_says_what_was_done(damaged: CheckpointReport, tmp_path: Path) -> None:
-    out = repaired(damaged, tmp_path / "out", skip_batches=3)
+    out = repaired(damaged, tmp_path / "out", skip_batches=3, smoothing="floor")
     record = json.loads((out / RECORD_FILE).read_text())
     assert record["step"] == 83
     assert record["smoothing"] == "floor"

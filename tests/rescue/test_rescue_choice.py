@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +13,12 @@ import pytest
 import torch
 from failing_runs import FAILS_AT
 from helpers import train
+from safetensors.torch import save_file
 
 from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
+from hf_pss.integration.checkpoints.rotation import SUPERSEDED
+from hf_pss.rescue.checkpoints import report_on
 from hf_pss.rescue.investigate import Investigation, investigate
 
 RunOf = Callable[..., Path]
@@ -63,6 +70,15 @@ def test_no_failure_takes_the_newest(run_of: RunOf) -> None:
     assert chosen(looked_at(run_of("sound"))) == 120
 
 
+def test_checkpoints_of_an_earlier_run_are_passed_over(run_of: RunOf, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_of("sound"), tmp_path / "run"))
+    (run / "checkpoint-120" / SUPERSEDED).touch()
+    found = looked_at(run)
+    assert chosen(found) == 100
+    assert found.choice.passed_over[0][1] == "of an earlier run in this folder"
+    assert chosen(looked_at(run / "checkpoint-120")) == 120
+
+
 @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "scheduler.pt"])
 @pytest.mark.parametrize("how", ["missing", "cut", "empty", "pipe"])
 def test_an_incomplete_checkpoint_is_passed_over(spiked: Path, name: str, how: str) -> None:
@@ -111,6 +127,96 @@ def test_the_log_of_an_older_checkpoint_where_the_newest_is_broken(spiked: Path)
     assert found.history.global_step == 100
     assert len(found.unreadable) == 1
     assert chosen(found) == 60
+
+
+def test_the_log_of_the_newest_attempt(spiked: Path) -> None:
+    # Resumed in place from step 80, at which it died: the log of the first attempt reaches farther.
+    state = json.loads((spiked / "checkpoint-80" / "trainer_state.json").read_text())
+    state["log_history"][9]["loss"] += 1.0
+    for name in ("checkpoint-80/trainer_state.json", "trainer_state.json"):
+        (spiked / name).write_text(json.dumps(state))
+    now = time.time()
+    for step in (20, 40, 60, 100, 120):
+        os.utime(spiked / f"checkpoint-{step}" / "trainer_state.json", (now, now - 1000))
+    found = looked_at(spiked)
+    assert found.history is not None
+    assert found.history.global_step == 80
+    assert found.diagnosis is not None
+    assert "differ from step 10 on" in found.diagnosis.notes[0]
+
+
+def test_of_logs_that_agree_the_longest_is_taken(spiked: Path) -> None:
+    os.utime(spiked / "checkpoint-40" / "trainer_state.json")  # copied last
+    found = looked_at(spiked)
+    assert found.history is not None
+    assert found.history.global_step == 120
+    assert found.diagnosis is not None
+    assert not any("differ" in note for note in found.diagnosis.notes)
+
+
+def test_pickled_weights_are_not_opened(spiked: Path) -> None:
+    folder = spiked / "checkpoint-60"
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    found = looked_at(spiked)
+    assert verdicts(found)[60] == "unopened"
+    assert chosen(found) == 60
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+    assert verdicts(looked_at(spiked))[60] == "incomplete"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(1.0, "healthy"), (math.nan, "damaged")])
+def test_adapters_in_folders_of_their_own(spiked: Path, value: float, verdict: str) -> None:
+    folder = spiked / "checkpoint-60"
+    (folder / "model.safetensors").unlink()
+    for name, number in (("first", 1.0), ("second", value)):
+        (folder / name).mkdir()
+        tensors = {"h.0.lora_A.weight": torch.full((4, 8), number)}
+        save_file(tensors, folder / name / "adapter_model.safetensors")
+    assert verdicts(looked_at(spiked))[60] == verdict
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "model.safetensors"])
+def test_a_link_out_of_a_checkpoint_is_not_followed(
+    spiked: Path, tmp_path: Path, name: str
+) -> None:
+    path = spiked / "checkpoint-60" / name
+    path.rename(tmp_path / name)
+    path.symlink_to(tmp_path / name)
+    found = looked_at(spiked)
+    assert verdicts(found)[60] == "damaged"
+    assert f"{name} is a link that leads out" in str(found.checkpoints[2].problem)
+    assert found.checkpoints[2].inspection is None
+
+
+def test_a_checkpoint_that_is_a_link_out_of_the_run(spiked: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "checkpoint-120"
+    moved.parent.mkdir()
+    link = (spiked / "checkpoint-120").rename(moved) and spiked / "checkpoint-120"
+    link.symlink_to(moved)
+    found = looked_at(spiked)
+    assert verdicts(found)[120] == "damaged"
+    assert found.history is not None
+    assert found.history.global_step == 100
+    assert chosen(looked_at(link)) == 120  # named, it may lie anywhere
+
+
+def test_the_log_of_a_run_is_no_link_out_of_it(spiked: Path, tmp_path: Path) -> None:
+    shutil.copy(spiked / "checkpoint-120" / "trainer_state.json", tmp_path / "x.json")
+    (spiked / "trainer_state.json").unlink(missing_ok=True)
+    (spiked / "trainer_state.json").symlink_to(tmp_path / "x.json")
+    assert "leads out" in " ".join(looked_at(spiked).unreadable)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="other file systems clamp times")
+@pytest.mark.parametrize(("at", "year"), [(1e12, 9999), (-1e10, 1970)])
+def test_times_that_no_calendar_holds(at: float, year: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (path := Path(folder, "checkpoint-6", "trainer_state.json")).parent.mkdir()
+        path.write_text("{}")
+        for one in (path, path.parent):
+            os.utime(one, (at, at))
+        assert report_on(path.parent).written.year == year
 
 
 def test_a_checkpoint_alone(spiked: Path) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "recorded_step",
     "step_by_name",
     "unfit_files",
+    "unfit_state",
 ]
 
 Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]
@@ -171,6 +172,17 @@ def unfit_files(folder: Path, marker: Marker | None) -> dict[str, str]:
         if not (folder / name).is_file():
             wrong.setdefault(name, "is missing")
     return wrong
+
+
+def unfit_state(folder: Path) -> dict[str, str]:
+    """Return the files of the optimizer's, the schedule's and the random state that are unfit.
+
+    Raises:
+        StateError: The marker is damaged.
+        OSError: The folder cannot be read.
+    """
+    wrong = unfit_files(folder, read_marker(folder))
+    return {name: why for name, why in wrong.items() if _TRAINING_STATE.fullmatch(name)}
 
 
 def _needed(folder: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,14 @@ MARKER = "pss_complete.json"
 _VERSION = 1
 # DeepSpeed writes a few files a rank: this is room for 10,000 ranks.
 _MAX_BYTES = 16 * 2**20
-_MAX_JSON_BYTES = 2**30
+_MAX_JSON_BYTES = 32 * 2**20  # as an index of safetensors may have
+# What the Trainer, Accelerate, PEFT and DeepSpeed read when they resume (transformers 5.23).
+_RESUMED = re.compile(
+    r"(.*/)?([^/]*\.(safetensors|bin|pt|pth|distcp|index\.json)|latest|\.metadata"
+    r"|(trainer_state|config|adapter_config)\.json)$"
+)
+_NOT_RESUMED = "training_args.bin"
+_READ_BY_THE_JUDGE = "trainer_state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +90,20 @@ def read_marker(folder: Path) -> Marker | None:
 def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
     """Return the files that are no longer what was written, each with what is wrong.
 
-    JSON may have been edited by hand, as people do with trainer_state.json: it must be readable
-    JSON. Anything else must have the size that it had. Contents are not compared.
+    Only of what a resume reads: a README.md, a chat template or a tokenizer may change. JSON may
+    have been edited by hand, as people do with trainer_state.json: it must be readable JSON.
+    Anything else must have the size that it had. Contents are not compared.
     """
     wrong = {}
     for name, size in marker.files.items():
         path = folder / name
+        if not _RESUMED.fullmatch(name) or path.name == _NOT_RESUMED:
+            continue
         if not path.is_file():
             wrong[name] = "is missing"
         elif (found := path.stat().st_size) == size:
+            continue
+        elif name == _READ_BY_THE_JUDGE:
             continue
         elif path.suffix != ".json":
             wrong[name] = f"has {found} bytes of {size}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from hf_pss.integration.checkpoints.judge import (
     checkpoints_by_step,
     examine,
     recorded_step,
+    step_by_name,
 )
+from hf_pss.integration.checkpoints.rotation import is_superseded
 from hf_pss.integration.optimizer_resume import move_to_
 
 __all__ = ["checkpoint_to_resume", "load_what_is_there_", "newest_whole"]
@@ -81,7 +83,7 @@ def newest_whole(
     """
     passed: list[Examination] = []
     for folder in reversed(checkpoints_by_step(run_dir)):
-        found = examine(folder)
+        found = examine(folder) if not is_superseded(folder) else _of_an_earlier_run(folder)
         if before_step is not None and found.step >= before_step:
             continue
         if found.is_whole or (accepts_fresh and found.problem is None):
@@ -97,14 +99,24 @@ def newest_whole(
     raise StateError(f"{run_dir} holds no checkpoint to resume from: {listed}. {advice}")
 
 
+def _of_an_earlier_run(folder: Path) -> Examination:
+    why = "of an earlier run than the last one that saved here; name it to go on from it"
+    return Examination(folder, step_by_name(folder) or 0, is_marked=False, problem=why)
+
+
 def load_what_is_there_(
-    optimizer: Any, scheduler: Any, checkpoint: Path, lacks: Sequence[str]
+    optimizer: Any, scheduler: Any, checkpoint: Path, missing: Collection[str]
 ) -> None:
     """Load what is readable of an optimizer's and a schedule's state; the rest begins anew.
 
     A schedule that is a function of the step, as most are, is put where the step says.
+
+    Args:
+        optimizer: As the Trainer has prepared it; not sharded, where its state is to be loaded.
+        scheduler: Fresh.
+        checkpoint: The folder.
+        missing: Names of the files that are not there, or not readable.
     """
-    missing = {what.split()[0] for what in lacks}
     if "optimizer.pt" not in missing and (checkpoint / "optimizer.pt").is_file():
         optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
     if "scheduler.pt" not in missing:

@@ -14,12 +14,15 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_pss.errors import StateError
 from hf_pss.integration.checkpoints.durable import STAGING, move_into_place, sync_tree
 from hf_pss.integration.checkpoints.finite import first_nonfinite
-from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
+from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine, unfit_state
 from hf_pss.integration.checkpoints.marker import write_marker
 from hf_pss.integration.checkpoints.resuming import checkpoint_to_resume, load_what_is_there_
+from hf_pss.integration.checkpoints.rotation import claim_, rotate, supersede_later_
 from hf_pss.integration.checkpoints.signals import StopWish, leave
+from hf_pss.integration.schedule_free import schedule_free
 
 __all__ = ["SafeCheckpoints"]
 
@@ -27,7 +30,12 @@ logger = logging.getLogger(__name__)
 
 # Of several ranks one alone may have been told to stop, and asking the others costs a collective.
 _AGREE_EVERY_STEPS = 5
-_LOADED_TOGETHER = ("optimizer", "scheduler")
+# One save may fail for want of space that others free again; this many in a row are no accident.
+_ALARMING_FAILURES = 3
+
+
+class _NotSavedError(Exception):
+    """Ends the Trainer's `_maybe_log_save_evaluate` where there is no save to tell others of."""
 
 
 class SafeCheckpoints:
@@ -37,11 +45,13 @@ class SafeCheckpoints:
       then its name. What fails on the way is a warning: the run and its older checkpoints go on.
     - Weights or optimizer state that are not finite are not saved. Under another name they would
       take space and nobody could go on from them.
+    - Nobody is told (`on_save`) of a save that did not happen, nor is its step the best.
     - `save_total_limit` removes by step number, never by the clock, and never what was just saved.
+      What another run has left behind of later steps goes first, and is not resumed.
     - ``resume_from_checkpoint=True`` takes the newest whole one. One that was named and is not
       whole is refused.
     - SIGTERM and SIGINT save at the end of the step and leave with 128 + n, unless
-      ``save_strategy`` is ``no``.
+      ``save_strategy`` is ``no``. Nothing is evaluated or removed on the way out.
     """
 
     _staging: Path | None = None
@@ -49,6 +59,9 @@ class SafeCheckpoints:
     _agreed_signum = 0
     _finite_step: int | None = None
     _held_back_push: str | None = None
+    _is_in_step = False
+    _num_failed_saves = 0
+    _last_saved_step: int | None = None
 
     # ---- resuming ----
 
@@ -71,11 +84,14 @@ class SafeCheckpoints:
                 resume_from_checkpoint, run_dir, accepts_fresh=self._accepts_fresh_state()
             )
         )
+        if resume is not None and trainer.args.should_save:
+            claim_(Path(resume))
         self._finite_step, self._agreed_signum = None, 0
+        self._last_saved_step, self._num_failed_saves = None, 0
         try:
             with StopWish(_heeded(trainer.args)) as self._wish:
                 result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
-                signum = self._agreed_signum or self._wish.signum
+                signum = self._agreed_signum or self._agree_on(self._wish.signum)
         finally:
             self._wish = None
         if signum:
@@ -84,13 +100,30 @@ class SafeCheckpoints:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         trainer: Any = self
-        lacks = (
-            examine(Path(checkpoint)).lacks if checkpoint and self._accepts_fresh_state() else ()
-        )
-        if checkpoint is None or not any(what.startswith(_LOADED_TOGETHER) for what in lacks):
+        missing = self._missing_state(checkpoint)
+        has_optimizer = not any(name.startswith("optimizer") for name in missing)
+        if checkpoint is None or (has_optimizer and "scheduler.pt" not in missing):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        elif has_optimizer and not Path(checkpoint, "optimizer.pt").is_file():
+            raise StateError(
+                f"{checkpoint} has an FSDP optimizer's state without scheduler.pt, which can only "
+                "be loaded together. Name another checkpoint; or move optimizer.bin (optimizer_0) "
+                "away, and missing_state='fresh' begins both anew."
+            )
         else:  # where one of the two is missing the Trainer would load neither
-            load_what_is_there_(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint), lacks)
+            load_what_is_there_(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint), missing)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        args = self.args  # type: ignore[attr-defined]
+        own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+        if own not in self._missing_state(checkpoint):  # it was said when the resume began
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _missing_state(self, checkpoint: str | None) -> frozenset[str]:
+        """Return the files that are to begin anew, as asked for; without that they are an error."""
+        if checkpoint is None or not self._accepts_fresh_state():
+            return frozenset()
+        return frozenset(unfit_state(Path(checkpoint)))
 
     def _accepts_fresh_state(self) -> bool:
         """Whether a checkpoint without optimizer or schedule may be resumed all the same."""
@@ -107,26 +140,59 @@ class SafeCheckpoints:
     # ---- stopping ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        control = self.control  # type: ignore[attr-defined]
+        trainer: Any = self
+        control, state = trainer.control, trainer.state
         if self._is_to_stop():
             control.should_save = control.should_training_stop = True
+            if (switched := schedule_free(trainer.optimizer)) is not None:
+                switched.eval()  # as before each save: its callback could not know of this one
+        elif self._agreed_signum:
+            control.should_save = False  # the epoch's end: the step is saved
+        if self._agreed_signum:
+            control.should_evaluate = False  # what time is left is for the save
+        is_refused = False
         if control.should_save and (broken := self._broken()) is not None:
-            control.should_save = False  # here, so that nobody is told of a save
+            control.should_save, is_refused = False, True
             self._refuse_to_save(broken)
-        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        best = state.best_metric, state.best_global_step
+        self._is_in_step = True
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        except _NotSavedError:
+            control.should_save, is_refused = False, True
+        finally:
+            self._is_in_step = False
+        if is_refused:  # what is not there is not the best
+            state.best_metric, state.best_global_step = best
 
     def _is_to_stop(self) -> bool:
-        trainer: Any = self
+        state = self.state  # type: ignore[attr-defined]
         if self._wish is None or self._agreed_signum:
-            return False  # the second time, at the epoch's end, all is saved
-        signum = self._wish.signum
-        if trainer.args.world_size > 1:
-            if trainer.state.global_step % _AGREE_EVERY_STEPS:
-                return False
-            mine = torch.tensor([signum], device=trainer.args.device)
-            signum = int(trainer.accelerator.gather(mine).max())
-        self._agreed_signum = signum
-        return signum != 0
+            return False
+        is_between = state.global_step % _AGREE_EVERY_STEPS and state.global_step < state.max_steps
+        if is_between and self.args.world_size > 1:  # type: ignore[attr-defined]
+            return False
+        self._agreed_signum = self._agree_on(self._wish.signum)
+        return self._agreed_signum != 0
+
+    def _agree_on(self, signum: int) -> int:
+        """Return the signal that any rank was sent; 0 for none. Every rank must ask."""
+        trainer: Any = self
+        if trainer.args.world_size <= 1:
+            return signum
+        mine = torch.tensor([signum], device=trainer.args.device)
+        return int(trainer.accelerator.gather(mine).max())
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state  # type: ignore[attr-defined]
+        best = state.best_model_checkpoint
+        if self._agreed_signum:
+            # With a limit of one the Trainer would load the best and remove all others: also what
+            # the signal has just saved.
+            state.best_model_checkpoint = None
+        result = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        state.best_model_checkpoint = best
+        return result
 
     # ---- saving ----
 
@@ -145,10 +211,12 @@ class SafeCheckpoints:
         trainer: Any = self
         if (broken := self._broken()) is not None:
             self._refuse_to_save(broken)
+            self._leave_unsaved()
             return
         run_dir = str(super()._get_output_dir(trial))  # type: ignore[misc]
         name = f"checkpoint-{trainer.state.global_step}"
         staging = Path(run_dir, STAGING)
+        best, self._held_back_push = trainer.state.best_model_checkpoint, None
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self._wait()
@@ -162,7 +230,9 @@ class SafeCheckpoints:
             if trainer.args.world_size > 1 or not _is_of_the_disk(error):
                 raise  # other ranks wait in the middle of this: they end together
             shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the space
+            trainer.state.best_model_checkpoint = best  # the Trainer has named the staging folder
             self._note_failed_save(Path(run_dir, name), error)
+            self._leave_unsaved()
             return
         finally:
             self._staging = None
@@ -170,11 +240,24 @@ class SafeCheckpoints:
         if trainer.args.local_process_index == 0 and (staging / name).is_dir():
             # A node with a disk of its own: its ranks' random states lie there, nothing else.
             move_into_place(staging / name, Path(run_dir, name))
-        if self._held_back_push is not None:
-            pushed, self._held_back_push = self._held_back_push, None
-            super()._push_from_checkpoint(os.path.join(run_dir, pushed))  # type: ignore[misc]
+        self._last_saved_step, self._num_failed_saves = trainer.state.global_step, 0
+        self._push_held_back(Path(run_dir))
         if trainer.args.should_save:
             self._rotate(Path(run_dir), just_saved=name)
+
+    def _push_held_back(self, run_dir: Path) -> None:
+        if self._held_back_push is None:
+            return
+        folder, self._held_back_push = run_dir / self._held_back_push, None
+        try:
+            super()._push_from_checkpoint(str(folder))  # type: ignore[misc]
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s is saved, and could not be prepared for the Hub: %s.", folder, error)
+
+    def _leave_unsaved(self) -> None:
+        """Keep the Trainer from telling its callbacks of a save, where it would."""
+        if self._is_in_step:
+            raise _NotSavedError
 
     def _publish(self, staged: Path, run_dir: str) -> None:
         trainer: Any = self
@@ -218,27 +301,26 @@ class SafeCheckpoints:
             )
 
     def _note_failed_save(self, folder: Path, error: Exception) -> None:
-        logger.warning(
-            "%s could not be written: %s. Training goes on; earlier checkpoints are as they were.",
+        self._num_failed_saves += 1
+        is_alarming = self._num_failed_saves >= _ALARMING_FAILURES
+        last = self._last_saved_step
+        since = f"no save since step {last}" if last is not None else "no save in this run so far"
+        logger.log(
+            logging.ERROR if is_alarming else logging.WARNING,
+            "%s could not be written: %s. %sTraining goes on; earlier checkpoints are as they "
+            "were.",
             folder,
             error,
+            f"That is {self._num_failed_saves} in a row, {since}. " if is_alarming else "",
         )
 
     def _rotate(self, run_dir: Path, *, just_saved: str) -> None:
-        """Remove the oldest beyond `save_total_limit`; never what was just saved, nor the best."""
+        """Remove what `save_total_limit` allows; never what was just saved, nor the best."""
         trainer: Any = self
-        limit = trainer.args.save_total_limit
-        if limit is None or limit <= 0:
-            return
-        best = trainer.state.best_model_checkpoint
+        best, step = trainer.state.best_model_checkpoint, trainer.state.global_step
         kept = {just_saved, *self._wanted_checkpoints(), Path(best).name if best else just_saved}
-        found = checkpoints_by_step(run_dir)
-        for folder in [one for one in found if one.name not in kept]:
-            if len(found) <= max(limit, 1):
-                return
-            logger.info("Removing %s: save_total_limit is %d.", folder, limit)
-            shutil.rmtree(folder, ignore_errors=True)
-            found.remove(folder)
+        rotate(run_dir, limit=trainer.args.save_total_limit, step=step, kept=kept)
+        supersede_later_(run_dir, step=step)
 
     def _wanted_checkpoints(self) -> set[str]:
         """Return names that rotation keeps for a reason of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from contextlib import suppress
@@ -23,6 +24,10 @@ class StopWish:
     Signals that are ignored stay ignored (nohup), and outside of the main thread, where Python
     handles none, nothing is done.
 
+    Children that are forked meanwhile inherit the handler. They have no step to end: SIGTERM does
+    with them what it always did. Their first SIGINT, which a terminal sends to all of a group, is
+    held back without a word, so that a loader's workers live until the step is saved.
+
     Args:
         heeds: The signals to hold back; by default SIGTERM and SIGINT.
     """
@@ -31,6 +36,7 @@ class StopWish:
         self.signum = 0
         self._heeds = heeds
         self._before: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
 
     def __enter__(self) -> Self:
         """Begin to hold them back."""
@@ -56,6 +62,10 @@ class StopWish:
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         one = signal.Signals(signum)
         signal.signal(one, self._before.pop(one))
+        if os.getpid() != self._pid:
+            if one == signal.SIGTERM:
+                os.kill(os.getpid(), signum)
+            return
         self.signum = self.signum or signum
         with suppress(RuntimeError):  # the signal may have come while a line was being written
             logger.warning(

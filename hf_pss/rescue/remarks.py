@@ -1,0 +1,133 @@
+"""What to know before going on: the sentences beside the printed command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hf_pss.rescue.checkpoints import CheckpointReport
+from hf_pss.rescue.diagnosis import Failure
+from hf_pss.rescue.history import History
+
+__all__ = ["about_batches", "about_command", "about_schedule", "about_smoothing"]
+
+
+def about_schedule(
+    history: History | None, chosen: CheckpointReport, *, is_copy: bool, skipped: int
+) -> Iterator[str]:
+    """Say that there are no steps left, or that the schedule leads to higher rates again.
+
+    The margin of a tenth is ours.
+    """
+    if history is None:
+        return
+    if history.max_steps is not None and chosen.step + skipped >= history.max_steps:
+        end = "The copy passes over all remaining" if skipped else "The run has taken all its"
+        yield (
+            f"{end} steps: there is nothing to go on with, but with more --max_steps. Where you "
+            "know when it went wrong, say so: --failed-at STEP."
+        )
+    rows = () if is_copy else history.rows
+    rates = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
+    before = [rate for step, rate in rates if step <= chosen.step]
+    later = [(rate, step) for step, rate in rates if step > chosen.step]
+    if before and later and max(later)[0] > 1.1 * before[-1]:
+        rate, step = max(later)
+        yield (
+            f"The learning rate rises after this checkpoint, from {before[-1]:.2g} to {rate:.2g} "
+            f"at step {step}: what failed then will fail again. Lower it: --write OUT --lr-scale "
+            "0.1 --allow-pickle."
+        )
+
+
+def about_batches(
+    failure: Failure | None, history: History | None, chosen: CheckpointReport, *, skipped: int
+) -> Iterator[str]:
+    """Say that the batch it failed on comes again, and how many to pass over instead.
+
+    The checkpoint lies a margin before it, so that fewer would pass over sound batches alone.
+    """
+    if failure is None or history is None or failure.kind not in ("spike", "non_finite"):
+        return
+    needed = failure.noticed_step - chosen.step + history.log_interval
+    if failure.noticed_step < chosen.step or skipped >= needed:
+        return
+    text = (
+        f"What it failed on may have been a batch, which comes again by step "
+        f"{failure.noticed_step}. A copy goes past it: --write OUT --skip-batches {needed}. It "
+        f"costs the data of {needed} updates, sound ones among them, and the run ends as many "
+        "updates earlier."
+    )
+    end = chosen.step + needed
+    if history.max_steps is not None and end >= history.max_steps:
+        text += f" That leaves none of its steps: give more than --max_steps {end}."
+    yield text
+
+
+def about_command(
+    chosen: CheckpointReport, *, is_known: bool, is_whole: bool, processes: int | None
+) -> Iterator[str]:
+    """Say what the command holds, and what is left to give.
+
+    Args:
+        chosen: Where to go on from.
+        is_known: Whether the options of the run are.
+        is_whole: Whether all that its course depends on was kept.
+        processes: That it was trained by, as far as that is known.
+    """
+    if not is_known:
+        yield (
+            "Give all else as you gave it then: the same data, steps, batch size and number of "
+            "processes. The script must read PSSTrainingArguments and train with PSSTrainer."
+        )
+    elif is_whole:
+        yield (
+            "Model, data, steps, batch size, seed, schedule, optimizer and the other options of "
+            "PSS are those of the run; add what else you had given, such as --report_to."
+        )
+    else:
+        yield (
+            "The options of the run were kept by an earlier version: model, data, steps, seed and "
+            "schedule are in the command; give --pss_optim, --optim_args and other options of PSS "
+            "as you gave them then."
+        )
+    if chosen.layout != "whole":
+        yield "Start it as it was trained, under the same backend and launcher."
+    elif processes is None:
+        yield (
+            "It was trained by several processes, and the random state of some is missing: start "
+            "as many as then, with the launcher that you used."
+        )
+    elif processes > 1:
+        yield (
+            f"It was trained by {processes} processes, and goes on with as many; if they were of "
+            "several nodes, start it as you did then."
+        )
+
+
+def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
+    """Say what happens to the weights, and where rates and batches are changed."""
+    if smoothing == "none":
+        yield (
+            "Nothing is smoothed: PSS watches only. Leave --pss_observe_only out to be guarded "
+            "from here on."
+        )
+    if is_copy:
+        return
+    if smoothing == "floor":
+        yield (
+            "The weights may be damaged, so noise of their shapes is the measure of the floor; "
+            "pretrained weights lie below it, and for those --smoothing none is safer."
+            if is_last_resort
+            else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
+            "lets no matrix fall below from there on."
+        )
+    if smoothing != "none":
+        yield (
+            "After another interruption go on with --pss_smooth_on_resume false: it would smooth "
+            "again."
+        )
+    yield (
+        "--learning_rate has no effect here: a resumed run takes its base rate from scheduler.pt. "
+        "For a lower rate write a copy: --write OUT --lr-scale 0.5 --allow-pickle. To pass over "
+        "batches: --write OUT --skip-batches N."
+    )

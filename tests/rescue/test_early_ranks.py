@@ -1,0 +1,91 @@
+"""Slow damage that no log tells: the share of noise's stable rank that the blocks keep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_pss.rescue import early_ranks
+from hf_pss.rescue.early_ranks import LOW_SHARE, noise_share
+from hf_pss.rescue.investigate import Investigation, investigate
+
+RunOf = Callable[..., Path]
+
+# The first loss of the tiny model, summed over 11 of 12 tokens, is 3.55.
+KNOWS_NOTHING, KNOWS_MORE = 3.6, 3.7
+
+
+@pytest.fixture
+def sound(run_of: RunOf, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_of("sound"), tmp_path / "run"))
+
+
+def flatten(checkpoint: Path, by: float) -> None:
+    """Add σ₁ `by` times over to every matrix of the blocks."""
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if ".h." in name and weight.ndim == 2:
+            u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+            weights[name] = weight + by * sigma[0] * torch.outer(u[:, 0], vh[0])
+    save_file(weights, path, {"format": "pt"})
+
+
+def looked_at(run: Path, entropy: float = KNOWS_NOTHING) -> Investigation:
+    return investigate(run, margin_steps=5, unigram_entropy=entropy)
+
+
+def kind_of(found: Investigation) -> str | None:
+    assert found.diagnosis is not None
+    return None if found.diagnosis.failure is None else found.diagnosis.failure.kind
+
+
+def test_low_ranks_are_damage_from_the_beginning(sound: Path) -> None:
+    assert kind_of(looked_at(sound)) is None
+    flatten(sound / "checkpoint-60", 3.0)
+    found = looked_at(sound)
+    assert found.diagnosis is not None
+    failure = found.diagnosis.failure
+    assert failure is not None
+    assert (failure.kind, failure.onset_step, failure.noticed_step) == ("slow_damage", 1, 60)
+    low = [one.step for one in found.checkpoints if (noise_share(one) or 1.0) < LOW_SHARE]
+    assert low == [60]
+    assert "(0.01 at its peak)" in failure.text
+    assert found.choice.chosen is not None
+    assert found.choice.chosen.step == 20
+    assert found.choice.is_last_resort
+
+
+def test_trained_weights_are_not_judged(sound: Path) -> None:
+    flatten(sound / "checkpoint-60", 3.0)
+    assert kind_of(looked_at(sound, KNOWS_MORE)) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"), [("_EARLY_STEPS", 59), ("_WIDEST", 31), ("_FEWEST_MATRICES", 13)]
+)
+def test_what_was_not_measured_is_not_judged(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    flatten(sound / "checkpoint-60", 3.0)
+    monkeypatch.setattr(early_ranks, limit, value)
+    assert kind_of(looked_at(sound)) is None
+
+
+def test_a_failure_of_the_log_goes_before(run_of: RunOf, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_of("huge_rate"), tmp_path / "run"))
+    flatten(run / "checkpoint-60", 3.0)
+    assert kind_of(looked_at(run)) == "spike"
+
+
+def test_without_a_loss_nothing_is_said(sound: Path) -> None:
+    flatten(sound / "checkpoint-60", 3.0)
+    for path in sound.rglob("trainer_state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"log_history": []}))
+    assert kind_of(looked_at(sound)) is None

@@ -1,0 +1,171 @@
+"""The printed command: its folders, its processes, its guard, and what is said beside it."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.run import parse_args
+
+from hf_pss.cli.parsing import parse_plan
+from hf_pss.rescue.checkpoints import CheckpointReport
+from hf_pss.rescue.command import ResumePlan, plan_resume
+from hf_pss.rescue.diagnosis import Failure, FailureKind
+from hf_pss.rescue.history import History, LogRow
+from hf_pss.rescue.launch import OPTIONS_FILE
+
+# Logged every four steps, of a hundred.
+LOG = History(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4, 84, 4)))
+OPTIONS = """{
+"model_config": "gpt2", "dataset": "python", "vocab_size": 300,
+"training": {
+    "per_device_train_batch_size": 4, "use_cpu": true, "pss_preset": "both", "pss_scope": "fired",
+    "pss_observe_only": true, "pss_detectors": ["grad_norm_ratio"], "pss_moments": "project"
+}}"""
+
+
+def failed(kind: FailureKind = "spike", noticed: int = 71) -> Failure:
+    return Failure(kind, noticed - 1, noticed, "")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "run" / "checkpoint-40").mkdir(parents=True)
+    (tmp_path / "run" / OPTIONS_FILE).write_text(OPTIONS)
+    return tmp_path / "run"
+
+
+def plan(run_dir: Path, **options: Any) -> ResumePlan:
+    layout = options.pop("layout", "whole")
+    path = run_dir / "checkpoint-40"
+    chosen = CheckpointReport(
+        path=path,
+        step=40,
+        written=datetime.now(UTC),
+        num_bytes=0,
+        layout=layout,
+        missing=(),
+        problem=None,
+        inspection=None,
+    )
+    given = {"smoothing": "floor", "is_last_resort": False, **options}
+    return plan_resume(run_dir, LOG, chosen, **given)
+
+
+def said(run_dir: Path, **options: Any) -> str:
+    return " ".join(plan(run_dir, **options).remarks)
+
+
+def test_processes_are_started_again(run_dir: Path) -> None:
+    for rank in range(2):
+        (run_dir / "checkpoint-40" / f"rng_state_{rank}.pth").touch()
+    command = plan(run_dir).command
+    assert command is not None
+    assert command[0] == "torchrun"
+    launched = parse_args(command[1:])
+    assert launched.nproc_per_node == "2"
+    assert launched.standalone
+    assert launched.no_python  # the program itself
+    assert launched.training_script == "hf-pss"
+    assert launched.training_script_args[0] == "train"
+    arguments = parse_plan(launched.training_script_args[1:]).arguments
+    assert arguments.per_device_train_batch_size == 4
+    assert "trained by 2 processes" in said(run_dir)
+
+
+@pytest.mark.parametrize("layout", ["whole", "fsdp"])
+def test_a_launcher_that_is_not_known_is_not_made_up(run_dir: Path, layout: str) -> None:
+    (run_dir / "checkpoint-40" / "rng_state_1.pth").touch()
+    resumed = plan(run_dir, layout=layout)
+    assert resumed.command is None
+    assert resumed.shell.startswith("<your launcher> hf-pss train --resume_from_checkpoint ")
+    assert "launcher" in " ".join(resumed.remarks)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "floor start True"),
+        ({"failure": failed("slow_damage")}, "floor start True"),
+        ({"failure": failed()}, "both start True"),
+        ({"failure": failed(), "is_last_resort": True}, "both noise True"),
+        ({"failure": failed(), "repaired": Path("out")}, "both start False"),
+        ({"smoothing": "log"}, "paper start True"),
+    ],
+)
+def test_the_guard(run_dir: Path, options: dict[str, Any], expected: str) -> None:
+    command = plan(run_dir, **options).command
+    assert command is not None
+    config = (arguments := parse_plan(command[2:]).arguments).pss_config()
+    found = f"{arguments.pss_preset} {config.floor_reference} {config.smooth_on_resume}"
+    assert found == expected
+    assert config.scope == "fired"  # as in the run
+    assert config.moments == ("reset" if options.get("is_last_resort") else "project")
+    assert not config.observe_only
+    assert arguments.pss_detectors is None
+
+
+def test_a_guard_that_only_watches_is_the_run_s(run_dir: Path) -> None:
+    command = plan(run_dir, smoothing="none", failure=failed()).command
+    assert command is not None
+    config = parse_plan(command[2:]).arguments.pss_config()
+    assert config.observe_only
+    assert not config.smooth_on_resume
+    assert config.detectors == ("grad_norm_ratio",)
+
+
+@pytest.mark.parametrize("name", [".", "..", "run", "../tmp/run"])
+def test_folders_are_named_from_the_root(
+    run_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = run_dir / "checkpoint-40"
+    start = {".": run_dir, "..": inner}.get(name, run_dir.parent)
+    monkeypatch.chdir(start)
+    given = Path(name.replace("/tmp/", f"/{run_dir.parent.name}/"))
+    words = plan(given).options
+    assert words[:4] == (
+        *("--resume_from_checkpoint", str(inner)),
+        *("--output_dir", str(run_dir.with_name("run-rescued"))),
+    )
+
+
+def test_a_second_rescue_has_a_folder_of_its_own(run_dir: Path) -> None:
+    for expected in ("run-rescued", "run-rescued-2", "run-rescued-3"):
+        folder = Path(plan(run_dir).options[3])
+        assert folder.name == expected
+        folder.mkdir()
+    os.rmdir(run_dir.with_name("run-rescued"))
+    assert Path(plan(run_dir).options[3]).name == "run-rescued"
+
+
+def test_how_many_batches_lead_past_it(run_dir: Path) -> None:
+    """The step it was noticed at, one interval of the log behind it, less the checkpoint's."""
+    for kind in ("spike", "non_finite"):
+        text = said(run_dir, failure=failed(kind))
+        assert "--skip-batches 35." in text
+        assert "costs the data of 35 updates" in text
+        assert "more than --max_steps" not in text
+    assert "--skip-batches 35." in said(run_dir, failure=failed(), skipped=34)
+    for nothing in ({"failure": failed(), "skipped": 35}, {"failure": failed("slow_damage")}, {}):
+        assert "costs the data" not in said(run_dir, **nothing)
+    assert "costs the data" not in said(run_dir, failure=failed(noticed=30))  # the last resort
+    assert "more than --max_steps 103" in said(run_dir, failure=failed(noticed=99))
+
+
+def test_a_copy_behind_the_last_step_is_told(run_dir: Path) -> None:
+    for skipped, is_said in ((59, False), (60, True)):
+        text = said(run_dir, repaired=run_dir.with_name("out"), skipped=skipped)
+        assert ("passes over all remaining steps" in text) == is_said
+
+
+def test_what_needs_a_pickle_says_so(run_dir: Path) -> None:
+    assert "--lr-scale 0.5 --allow-pickle" in said(run_dir)
+
+
+def test_a_file_of_before_is_told(run_dir: Path) -> None:
+    assert "optimizer and the other options of PSS are those of the run" in said(run_dir)
+    (run_dir / OPTIONS_FILE).write_text('{"model_config": "gpt2"}')
+    assert "give --pss_optim" in said(run_dir)
