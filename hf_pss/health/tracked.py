@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,17 @@ class _Group:
             at = slice(first, first + size)
             yield _Group(self.slots[at], self.vectors[at], self.scale[at], self.found[at])
 
+    def some(self, at: Sequence[int], index: Tensor) -> _Group:
+        """Return a copy of the group with these matrices alone."""
+        kept = (x.index_select(0, index) for x in (self.vectors, self.scale, self.found))
+        return _Group(tuple(self.slots[i] for i in at), *kept)
+
+    def put_back_(self, some: _Group, index: Tensor) -> None:
+        """Take over what `some` has become."""
+        self.vectors = self.vectors.index_copy(0, index, some.vectors)
+        self.scale = self.scale.index_copy(0, index, some.scale)
+        self.found = self.found.index_copy(0, index, some.found)
+
 
 class SpectrumTracker:
     """Follows σ₁ and ‖W‖_F of the selected matrices by one reading of the weights a step.
@@ -135,10 +147,13 @@ class SpectrumTracker:
             for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
                 self._round(group, parameters)
             for _ in range(_EXTRA_ROUNDS):
-                needs_more = self._unsettled_in(group)
-                if not any(needs_more):
+                unsettled = self._unsettled_in(group)
+                if not unsettled:
                     break
-                self._round(group, parameters, only=needs_more)
+                index = _sent(unsettled, group.vectors.device)
+                some = group.some(unsettled, index)
+                self._round(some, parameters, is_first=False)
+                group.put_back_(some, index)
         self._unsettled = frozenset()
 
     @torch.no_grad()
@@ -228,31 +243,30 @@ class SpectrumTracker:
             groups.append(_Group(tuple(slots), vectors, vectors.new_ones(len(slots)), nothing))
         return groups
 
-    def _unsettled_in(self, group: _Group) -> list[bool]:
-        """Tell which matrices need more rounds: found out now on a CPU, by the last read else.
+    def _unsettled_in(self, group: _Group) -> list[int]:
+        """Return which matrices need more rounds: found out now on a CPU, by the last read else.
 
         Replicas find the same, and a round of theirs waits for nobody.
         """
         waits = self._backend.is_shared and type(self._backend) is not Replicated
         if group.found.device.type != "cpu" or waits:
-            return [slot.name in self._unsettled for slot in group.slots]
+            return [i for i, slot in enumerate(group.slots) if slot.name in self._unsettled]
         # NaN is nothing that rounds could mend.
-        return [residual > _EXTRA_ABOVE for residual in group.found[:, 2].tolist()]
+        return [i for i, off in enumerate(group.found[:, 2].tolist()) if off > _EXTRA_ABOVE]
 
     def _round(
         self,
         group: _Group,
         parameters: Mapping[str, nn.Parameter],
         *,
-        only: Sequence[bool] | None = None,
+        is_first: bool = True,
     ) -> None:
-        images, squares = self._products(group, group.vectors, parameters, only=only)
+        """Do one round; ‖W‖_F is measured in the first of a refresh."""
+        images, squares = self._products(group, group.vectors, parameters, squares=is_first)
         moved, found = ritz_round(group.vectors, images, squares)
         found[:, :2] *= group.scale.double().unsqueeze(-1)
-        if only is not None:
-            keep = _sent(only, moved.device)
-            moved = torch.where(keep[:, None, None], moved, group.vectors)
-            found = torch.where(keep[:, None], found, group.found)
+        if not is_first:
+            found[:, 1] = group.found[:, 1]
         group.vectors, group.found = moved, found
         group.scale = _usable(found[:, 0], group.scale)
 
@@ -302,39 +316,47 @@ class SpectrumTracker:
         vectors: Tensor,
         parameters: Mapping[str, nn.Parameter],
         *,
-        only: Sequence[bool] | None = None,
+        squares: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Return SᵀSv / scale² of all vectors, (N, k, c), and ‖S‖_F² / scale², (N,)."""
+        """Return SᵀSv / scale² of all vectors, (N, k, c), and ‖S‖_F² / scale², (N,).
+
+        Without `squares` ones take the place of the latter.
+        """
         inverse = group.scale.reciprocal()
         scaled = vectors * inverse[:, None, None]
         images = torch.zeros_like(vectors)
-        norms: list[Tensor] = []
+        norms = [vectors.new_zeros(())] * len(group.slots)
         batch: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         is_batched = vectors.device.type != "cpu" if self._batched is None else self._batched
-        zero = vectors.new_zeros(())
-        for i, slot in enumerate(group.slots):
-            norms.append(zero)
-            if only is not None and not only[i]:
-                continue
-            parameter = parameters[slot.view.parameter_name]
-            with self._backend.look(parameter) as part:
-                stored = _stored(slot, part, is_whole=len(part.tensor) == parameter.shape[0])
-                if stored is None:
-                    continue
-                if is_batched:
-                    key = (len(stored), stored.dtype)
-                    batch.setdefault(key, []).append((i, stored))
-                else:
-                    norms[i] = _add_blockwise_(images[i], stored, scaled[i])
+        # A product with a vector keeps one core busy: each takes matrices of its own.
+        tasks: dict[int, Future[Tensor]] = {}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for i, slot in enumerate(group.slots):
+                parameter = parameters[slot.view.parameter_name]
+                with self._backend.look(parameter) as part:
+                    stored = _stored(slot, part, is_whole=len(part.tensor) == parameter.shape[0])
+                    if stored is None:
+                        continue
+                    if is_batched:
+                        key = (len(stored), stored.dtype)
+                        batch.setdefault(key, []).append((i, stored))
+                        continue
+                    tasks[i] = pool.submit(
+                        _add_blockwise_, images[i], stored, scaled[i], norm=squares
+                    )
+                    if self._backend.is_shared:  # it may have been put together for this look
+                        tasks[i].result()
+        for i, task in tasks.items():
+            norms[i] = task.result()
         for members in batch.values():
             _add_batched_(images, norms, members, scaled)
-        squares = (torch.stack(norms) * inverse).square()
         images *= inverse[:, None, None]
+        found = (torch.stack(norms) * inverse).square()
         if self._backend.is_shared:
-            whole = torch.cat([images.flatten(), squares])
+            whole = torch.cat([images.flatten(), found])
             self._backend.total_(whole)
-            images, squares = whole[: images.numel()].view_as(images), whole[images.numel() :]
-        return images, squares
+            images, found = whole[: images.numel()].view_as(images), whole[images.numel() :]
+        return images, found if squares else torch.ones_like(found)
 
     def _measured_apart(
         self, names: Collection[str], parameters: Mapping[str, nn.Parameter]
@@ -471,21 +493,22 @@ def _stored(slot: Slot, part: Part, *, is_whole: bool) -> Tensor | None:
     return found.mT if slot.view.transposed else found
 
 
-def _add_blockwise_(images: Tensor, stored: Tensor, vectors: Tensor) -> Tensor:
-    """Add SᵀSv to each of the images, a block of S at a time; return ‖S‖_F."""
-    squares = []
+@torch.no_grad()  # which a thread begins without
+def _add_blockwise_(images: Tensor, stored: Tensor, vectors: Tensor, *, norm: bool) -> Tensor:
+    """Add SᵀSv to each of the images, a block of S at a time; return ‖S‖_F, or 0."""
+    found = [images.new_zeros(())]
     for part in torch.split(stored, max(1, _BLOCK_ELEMENTS // stored.shape[-1])):
         block = part.to(images.dtype)
         for image, vector in zip(images, vectors, strict=True):
             # Products of a narrow matrix are many times slower on a CPU than those of vectors.
             image.addmv_(block.mT, torch.mv(block, vector))
         # One norm of all is slow for rows that lie apart, and one a row for those that do not.
-        if block.is_contiguous():
-            squares.append(torch.linalg.vector_norm(block))
-        else:
-            squares.append(torch.linalg.vector_norm(torch.linalg.vector_norm(block, dim=-1)))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(squares))
-    return norm
+        if norm and block.is_contiguous():
+            found.append(torch.linalg.vector_norm(block))
+        elif norm:
+            found.append(torch.linalg.vector_norm(torch.linalg.vector_norm(block, dim=-1)))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(found))
+    return total
 
 
 def _add_batched_(

@@ -265,7 +265,7 @@ def test_a_copy_is_smoothed_where_that_is_asked_for(run: Run, run_dir: Path) -> 
     for words, is_smoothed in (((), False), (("--failed-at", "3"), True)):
         out = run_dir.with_name(f"copy-{is_smoothed}")
         shown = " ".join(run("rescue", run_dir, "--write", out, *words).stdout.split())
-        assert f"Written: {out}" in shown
+        assert f"Written:{out}" in shown.replace(" ", "")  # a long path is wrapped
         assert ("matrices" in shown) == is_smoothed
         copied = load_file(out / "model.safetensors")
         same = all(torch.equal(copied[name], one) for name, one in as_it_was.items())
