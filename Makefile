@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself and is quick when it is there.
 #   make demo       train the twins on the built-in corpus and write runs/demo/report.html
-#   make test       the tests that a change must pass, within 12 minutes on 2 cores
+#   make test       the tests that a change must pass, within 20 minutes on 2 cores
 #   make test-all   those and the slow ones (whole trajectories, large matrices), and test-versions
 #   make test-versions  the integration tests with other releases of transformers, from the package registry
 #   make evidence     compare the guards in paired runs: the small table, in a few minutes

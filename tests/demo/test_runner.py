@@ -217,7 +217,15 @@ def _start_endless_demo(out: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Path) -> None:
     demo = _start_endless_demo(tmp_path)
     metrics = tmp_path / "plain" / "seed-0" / "metrics.jsonl"

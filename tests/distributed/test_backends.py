@@ -12,7 +12,14 @@ from helpers import steps_of
 from launching import Run, launch, launch_ranks
 from shards_worker import MOMENTS
 
-BACKENDS = ["ddp", "fsdp2-full", "fsdp2-sharded", "zero2", "zero3"]
+# Those between whose path another covers are left to `make test-all`.
+BACKENDS = [
+    "ddp",
+    "fsdp2-full",
+    pytest.param("fsdp2-sharded", marks=pytest.mark.slow),
+    pytest.param("zero2", marks=pytest.mark.slow),
+    "zero3",
+]
 KINDS = {"ddp": "Replicated", "fsdp2": "Sharded", "zero2": "Zero", "zero3": "Zero"}
 
 # Against one process that accumulates both ranks' batches; absolute, over 8 steps in float32.

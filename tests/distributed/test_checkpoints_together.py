@@ -22,7 +22,10 @@ OWN_FILES = {
 }
 
 
-@pytest.mark.parametrize("backend", OWN_FILES)
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(x, marks=[pytest.mark.slow] if x == "zero2" else []) for x in OWN_FILES],
+)
 def test_all_ranks_files_are_in_one_checkpoint_with_one_marker(
     backend: str, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from launching import Run, launch
 
-BACKENDS = ["ddp", "fsdp2-full", "fsdp2-sharded"]
+BACKENDS = ["ddp", "fsdp2-full", pytest.param("fsdp2-sharded", marks=pytest.mark.slow)]
 
 # Against one process that accumulates both ranks' batches, in float32 over 8 steps; absolute,
 # weights are of the order 0.05.
