@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from hf_pss import ConfigurationError
@@ -233,9 +234,22 @@ def far_after_the_clip(model: Any) -> float:
     return float(((measured(model, maxima) - wanted) / wanted).abs().max())
 
 
+# Releases of before have some of these models not, or compute their attention in a way of its own.
+IS_OLDER = Version(transformers.__version__) < Version("5.23")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # transformers 5.3's own
 @pytest.mark.parametrize(("name", "settings"), CLIPPED)
 def test_heads_end_at_the_threshold(name: str, settings: dict[str, Any]) -> None:
-    assert far_after_the_clip(build(name, settings)) <= CLIPPED_TOLERANCE
+    if IS_OLDER and not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    try:
+        far = far_after_the_clip(build(name, settings))
+    except ConfigurationError as error:
+        if not IS_OLDER:
+            raise
+        pytest.skip(f"refused with transformers {transformers.__version__}: {error}")
+    assert far <= CLIPPED_TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "settings", "words"), REFUSED)
