@@ -180,9 +180,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             model, self.config_for(args), optimizer=getattr(optimizer, "optimizer", optimizer)
         )
         if self.controller.health is not None and not args.torch_compile:
-            watch = attention_watch(model)
-            if watch is not None:
-                self.controller.health.watch_attention(watch)
+            self.controller.health.watch_attention(attention_watch(model))
         self._resume(state)
         # The Trainer saves into this entry and fails where a resumed file lacks it.
         state.stateful_callbacks[type(self).__name__] = self.state()

@@ -133,11 +133,11 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
     problem, inspection, remarks = _weights_of(folder, report.layout, progress)
     if not any(folder.glob("rng_state*.pth")):
         remarks.append("no random state: dropout differs after a resume")
-    if is_superseded(folder):
+    if superseded := is_superseded(folder):
         remarks.append("of an earlier run in this folder")
     return replace(
         report,
-        is_superseded=is_superseded(folder),
+        is_superseded=superseded,
         missing=tuple(_missing(folder)),
         problem=problem,
         inspection=inspection,

@@ -16,17 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_pss.errors import PSSError
-from hf_pss.inspection.strict_json import read_object
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.diagnosis import Failure
-from hf_pss.rescue.history import History, leads_out
-from hf_pss.rescue.launch import MAX_OPTIONS_BYTES, OPTIONS_FILE, num_processes, read_launch
+from hf_pss.rescue.history import History
+from hf_pss.rescue.launch import num_processes, read_launch
 from hf_pss.rescue.remarks import about_batches, about_command, about_schedule, about_smoothing
 
-__all__ = ["ResumePlan", "plan_resume", "recorded_entropy"]
+__all__ = ["ResumePlan", "plan_resume"]
 
-_MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 _FLOOR = "floor"
 _TRAIN = ("hf-pss", "train")
 # Of the run's own guard, what is not taken over: it did not hold, or speaks of another start.
@@ -91,13 +88,12 @@ def plan_resume(
         repaired: A copy to go on from instead, smoothed as far as it is to be.
         skipped: Updates whose batches that copy passes over.
     """
-    source = (repaired or chosen.path).resolve()
+    source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
-    options += _guard(smoothing, is_last_resort, failure, is_copy=repaired is not None)
+    options += _guard(smoothing, is_last_resort, failure, is_copy=is_copy)
     launch = read_launch(chosen.path.resolve(), history, without=_replaced(smoothing, options))
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     words = None if launch is None else (*_TRAIN, *options, *launch.words)
-    is_copy = repaired is not None
     return ResumePlan(
         tuple(options),
         None if words is None or processes is None else (*_launcher(processes), *words),
@@ -114,19 +110,6 @@ def plan_resume(
         ),
         words,
     )
-
-
-def recorded_entropy(folder: Path) -> float | None:
-    """Return the unigram entropy of a run's training text in nats, where `hf-pss train` kept it."""
-    path = folder / OPTIONS_FILE
-    if leads_out(path, folder):
-        return None
-    try:
-        value = read_object(path, max_bytes=MAX_OPTIONS_BYTES)["unigram_entropy"]
-    except (PSSError, OSError, KeyError):
-        return None
-    is_sound = isinstance(value, float) and 0 < value < _MOST_ENTROPY
-    return value if is_sound else None
 
 
 def _free_folder(run_dir: Path) -> Path:

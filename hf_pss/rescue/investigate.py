@@ -19,10 +19,10 @@ from hf_pss.rescue.checkpoints import (
     report_on,
 )
 from hf_pss.rescue.choice import Choice, choose
-from hf_pss.rescue.command import recorded_entropy
 from hf_pss.rescue.diagnosis import Diagnosis, Failure, diagnose
 from hf_pss.rescue.early_ranks import early_damage
 from hf_pss.rescue.history import STATE_FILE, History, differ_at, leads_out, read_history
+from hf_pss.rescue.launch import recorded_entropy
 from hf_pss.rescue.notes import read_notes
 
 __all__ = ["Investigation", "investigate"]
@@ -62,7 +62,8 @@ def investigate(
         unigram_entropy: Of the training text, in nats; where None, what `hf-pss train` kept, or
             ln(vocab_size).
         failed_at: The step from which on the run was bad, where the caller knows better than the
-            log: a rate that was too high from the beginning shows in a comparison alone.
+            log: a rate that was too high from the beginning shows in a comparison, or in the
+            weights of small networks (`early_damage`).
         begin: Told how many bytes of weights will be read.
         progress: Told after each tensor.
 

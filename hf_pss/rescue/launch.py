@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import PSSError
@@ -26,10 +27,12 @@ __all__ = [
     "num_processes",
     "options_file",
     "read_launch",
+    "recorded_entropy",
 ]
 
 OPTIONS_FILE = "hf_pss_options.json"
 MAX_OPTIONS_BYTES = 2**20
+_MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 
 _OWN_OPTIONS = (
     *("model", "model_config", "model_overrides", "tokenizer", "vocab_size", "dtype", "dataset"),
@@ -92,11 +95,8 @@ def read_launch(
         without: Names of options that are given otherwise.
     """
     path = options_file(checkpoint)
-    if path is None or history is None:
-        return None
-    try:
-        kept = read_object(path, max_bytes=MAX_OPTIONS_BYTES)
-    except (PSSError, OSError):
+    kept = None if path is None else _kept_in(path)
+    if kept is None or history is None:
         return None
     training, paths = kept.get("training", {}), kept.get("paths", {})
     if not isinstance(training, dict) or not isinstance(paths, dict):
@@ -128,6 +128,21 @@ def num_processes(checkpoint: Path) -> int | None:
     if not found:
         return 1
     return len(found) if found == set(range(len(found))) else None
+
+
+def recorded_entropy(folder: Path) -> float | None:
+    """Return the unigram entropy of a run's training text in nats, where `hf-pss train` kept it."""
+    path = folder / OPTIONS_FILE
+    kept = None if leads_out(path, folder) else _kept_in(path)
+    value = None if kept is None else kept.get("unigram_entropy")
+    return value if isinstance(value, float) and 0 < value < _MOST_ENTROPY else None
+
+
+def _kept_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(path, max_bytes=MAX_OPTIONS_BYTES)
+    except (PSSError, OSError):
+        return None
 
 
 def _words(name: str, value: object) -> list[str] | None:

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
-from rich.text import Text
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.inspection.names import visible
 from hf_pss.sweep.rows import Row
+from hf_pss.sweep.score_table import score_table
 from hf_pss.sweep.warning_rules import RULES, record_of, warning_steps
 
 __all__ = [
@@ -254,14 +253,7 @@ _COLUMNS = (
 
 def render_table(scores: Sequence[Score]) -> Table:
     """Return the scores as a table for the terminal."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in _COLUMNS:
-        is_name = name in _COLUMNS[:2]
-        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
-    for line in scores:
-        # `Text`, because a name in square brackets would be taken for rich's markup.
-        table.add_row(*(Text(visible(cell)) for cell in _cells(line)))
-    return table
+    return score_table(_COLUMNS, map(_cells, scores))
 
 
 def _cells(line: Score) -> tuple[str, ...]:

@@ -21,11 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
-from rich.text import Text
 
-from hf_pss.inspection.names import visible
 from hf_pss.sweep.lead_time import departure_step, lead_time
 from hf_pss.sweep.rows import Row
+from hf_pss.sweep.score_table import score_table
 from hf_pss.sweep.statistics import Setting
 from hf_pss.sweep.warning_rules import Record, record_of
 
@@ -299,14 +298,7 @@ _COLUMNS = (
 
 def render_scores(scores: Sequence[MetricScore]) -> Table:
     """Return the scores as a table for the terminal, a recipe after the other, best leads first."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in _COLUMNS:
-        is_name = name in _COLUMNS[:2]
-        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
-    for line in sorted(scores, key=_rank):
-        # `Text`, because a name in square brackets would be taken for rich's markup.
-        table.add_row(*(Text(visible(cell)) for cell in _cells(line)))
-    return table
+    return score_table(_COLUMNS, map(_cells, sorted(scores, key=_rank)))
 
 
 def _rank(line: MetricScore) -> tuple[str, float, float]:

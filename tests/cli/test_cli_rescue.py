@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.cli.rescue import Smoothing
 from hf_pss.config import SmoothingName
-from hf_pss.rescue.command import recorded_entropy
+from hf_pss.rescue.launch import recorded_entropy
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.inspection.strict_json import read_object
-from hf_pss.rescue.command import recorded_entropy
+from hf_pss.rescue.launch import recorded_entropy
 
 COMMIT = "a" * 40
 

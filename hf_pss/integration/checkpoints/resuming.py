@@ -68,15 +68,12 @@ def checkpoint_to_resume(
     return str(wanted if wanted is not True else found.path)
 
 
-def newest_whole(
-    run_dir: Path, *, accepts_fresh: bool = False, before_step: int | None = None
-) -> Examination:
+def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
     """Return the newest checkpoint to go on from, and log which newer ones were passed over.
 
     Args:
         run_dir: Holds ``checkpoint-N`` folders.
         accepts_fresh: Also take one that lacks the optimizer's or the schedule's state.
-        before_step: Look only at those of earlier steps.
 
     Raises:
         StateError: There is none.
@@ -84,16 +81,13 @@ def newest_whole(
     passed: list[Examination] = []
     for folder in reversed(checkpoints_by_step(run_dir)):
         found = examine(folder) if not is_superseded(folder) else _of_an_earlier_run(folder)
-        if before_step is not None and found.step >= before_step:
-            continue
         if found.is_whole or (accepts_fresh and found.problem is None):
             for one in passed:
                 logger.warning("%s is passed over: %s.", one.path, one.why_not)
             return found
         passed.append(found)
     if not passed:
-        where = f" of a step before {before_step}" if before_step is not None else ""
-        raise StateError(f"{run_dir} holds no checkpoint{where} to resume from.")
+        raise StateError(f"{run_dir} holds no checkpoint to resume from.")
     listed = "; ".join(f"{one.path.name}: {one.why_not}" for one in passed)
     advice = _CHOICES if any(one.problem is None for one in passed) else "Begin the run anew."
     raise StateError(f"{run_dir} holds no checkpoint to resume from: {listed}. {advice}")
