@@ -139,7 +139,8 @@ def arguments(
         "dataloader_pin_memory": False,
         "seed": 7,
     }
-    cls = cls or (PSSTrainingArguments if "pss_optim" in options else TrainingArguments)
+    has_own = any(name.startswith("pss_") for name in options)
+    cls = cls or (PSSTrainingArguments if has_own else TrainingArguments)
     return cls(**{**defaults, **options})
 
 

@@ -73,8 +73,11 @@ def options_to_keep(
                 f"The run that you resume has {there}; this one has {here}. Give what it has, or "
                 "begin a run in another --output_dir."
             )
-        if name == "learning_rate":
-            warn(f"The schedule is the checkpoint's, with {there}; {here} has no effect.")
+        if name == "learning_rate" and plan.arguments.pss_lr_scale == 1.0:
+            warn(
+                f"The schedule is the checkpoint's, with {there}; {here} has no effect without "
+                "--pss_lr_scale."
+            )
         else:
             warn(f"The run goes on with {here}; it began with {there}.")
     return kept

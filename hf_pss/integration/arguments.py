@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
@@ -84,8 +85,21 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         },
     )
 
+    pss_lr_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on every learning rate. A resumed run obeys it, too, where "
+            "--learning_rate has no effect: the schedule goes on from the rates that are given, "
+            "times this, instead of the checkpoint's. 1.0 leaves them as they are."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.pss_lr_scale < math.inf:
+            raise ConfigurationError(
+                f"pss_lr_scale is a number above 0; you gave {self.pss_lr_scale}."
+            )
         self.pss_config()  # refuse a bad option now, not at the first step
         self.optimizer_options()
 

@@ -18,6 +18,7 @@ from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.events import Event, EventKind, Intervention
 from hf_pss.integration.checkpoints.saving import SafeCheckpoints
 from hf_pss.integration.lineage import ABANDONED, Lineage, abandon
+from hf_pss.integration.rates import ScaledRates
 from hf_pss.policy import Action, Failure, FailureWatch
 
 __all__ = ["Survival"]
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 _UPKEEP = (EventKind.FLOOR, EventKind.RESUME)
 
 
-class Survival(SafeCheckpoints):
+class Survival(ScaledRates, SafeCheckpoints):
     """Mixin, left of a Trainer class: safe checkpoints, and ``on_failure``.
 
     ``rollback`` ends the Trainer's loop and calls its own ``train(resume_from_checkpoint=...)``:

@@ -45,6 +45,19 @@ def test_all_ranks_files_are_in_one_checkpoint_with_one_marker(
     assert [rank["digest"] for rank in resumed.ranks] == [rank["digest"] for rank in run.ranks]
 
 
+@pytest.mark.parametrize("backend", [pytest.param("fsdp2-full", marks=pytest.mark.slow), "zero3"])
+def test_a_resume_at_a_lower_rate(backend: str, tmp_path: Path) -> None:
+    if backend.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; `make test` installs it")
+    run = launch(backend, tmp_path / "run")
+    scale = {"pss_lr_scale": 0.25}
+    lower = launch(backend, tmp_path / "lower", resume=run.checkpoint, trainer=scale)
+    assert [rank["error"] for rank in lower.ranks] == [None, None], lower.errors[-3000:]
+    for rank, lower_rank in zip(run.ranks, lower.ranks, strict=True):
+        assert lower_rank["rates"] == [rate / 4 for rate in rank["rates"][4:]]
+        assert len(lower_rank["rates"]) == 4
+
+
 def test_one_rank_that_is_to_stop_stops_all_of_them_saved(tmp_path: Path) -> None:
     run = launch_ranks("stop_worker.py", tmp_path, "ddp", num_ranks=2)
     assert [rank["code"] for rank in run.ranks] == [143, 143], run.errors[-3000:]

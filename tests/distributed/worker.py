@@ -30,11 +30,17 @@ class FaultyTrainer(PSSTrainer):
     fault: str = "none"
     num_batches = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rates: list[float] = []
+        """Of each training batch: what its update was to be taken at."""
+
     def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, **kwargs)
         if not model.training:
             return loss
         self.num_batches += 1
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
         # The twin in one process has rank 1's batches as the second of each pair.
         is_rank_1 = self.args.process_index == 1 or (
             self.args.world_size == 1 and self.num_batches % 2 == 0
@@ -147,6 +153,7 @@ def main() -> None:
         "history": state["history"],
         "detectors": state["detectors"],
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "rates": trainer.rates,
         "grad_norms": [
             line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line
         ],

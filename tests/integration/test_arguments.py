@@ -63,7 +63,7 @@ def test_every_option_has_its_argument() -> None:
     names = {spec.name for spec in dataclasses.fields(PSSTrainingArguments)}
     own = {name for name in names if name.startswith("pss_")}
     options = {f"pss_{spec.name}" for spec in dataclasses.fields(PSSConfig)}
-    assert own == options | {"pss_preset", "pss_optim", "pss_optim_args"}
+    assert own == options | {"pss_preset", "pss_optim", "pss_optim_args", "pss_lr_scale"}
     assert get_args(get_type_hints(PSSTrainingArguments)["pss_preset"]) == tuple(PRESETS)
 
 
