@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hf_pss.cli.outputs import check_output
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["health"]
 
 _NOT_FINITE = 1
-_PAGES = (".html", ".htm")
 
 
 def health(
@@ -78,7 +78,7 @@ def health(
     finite number at all, or no page.
     """
     if html is not None:
-        _check_page(html)
+        check_output(html, "--html", example="health.html", drawn_by="hf_pss.inspection.page")
     from hf_pss.inspection.compare import compare as compare_inspections
     from hf_pss.inspection.export import write_json
     from hf_pss.inspection.series import series
@@ -185,20 +185,3 @@ def _write_page(out: Path, page: str) -> None:
         raise ConfigurationError(
             f"{out} cannot be written: {error.strerror}. Give another --html."
         ) from error
-
-
-def _check_page(page: Path) -> None:
-    """Before minutes are spent on what could not be drawn or written, or would destroy a file."""
-    try:
-        import hf_pss.inspection.page  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(str(error)) from error
-    if page.is_dir():
-        raise ConfigurationError(f"{page} is a folder. Give a file for --html: {page}/health.html")
-    # A shell that expands --html *.safetensors names a shard here; so no input can be the page.
-    if page.suffix.lower() not in _PAGES:
-        raise ConfigurationError(
-            f"{page} does not end in .html and is left alone. Give a file for --html: health.html"
-        )
-    if page.exists() and not page.is_file():
-        raise ConfigurationError(f"{page} is no regular file. Give another --html.")

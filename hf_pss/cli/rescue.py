@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hf_pss.cli.outputs import check_output
 from hf_pss.errors import ConfigurationError, StateError
 
 if TYPE_CHECKING:
@@ -80,8 +81,13 @@ def rescue(
         Moments, typer.Option(help="With --write: the optimizer's state in the copy.")
     ] = Moments.KEEP,
     lr_scale: Annotated[
-        float, typer.Option(min=0.0, help="With --write: a factor on every learning rate.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="A factor on every learning rate. Default: after slow damage, so that the rate "
+            "rises no higher than at the checkpoint; else 1.",
+        ),
+    ] = None,
     skip_batches: Annotated[
         int,
         typer.Option(
@@ -126,7 +132,7 @@ def rescue(
     [bold]Exit codes[/bold]: 0 a checkpoint was chosen, 1 none can be used, 2 nothing to read.
     """
     if plot is not None:
-        _require_report_extra(plot)
+        check_output(plot, "--plot", example="failure.png", drawn_by="hf_pss.rescue.figure")
     _refuse_useless(write, moments, lr_scale, skip_batches, allow_pickle)
     from hf_pss.rescue.command import plan_resume
     from hf_pss.rescue.export import as_json as exported
@@ -145,7 +151,7 @@ def rescue(
                 write,
                 smoothing=unasked if smoothing is None else smoothing.value,
                 moments=moments.value,
-                lr_scale=lr_scale,
+                lr_scale=1.0 if lr_scale is None else lr_scale,
                 skip_batches=skip_batches,
                 allow_pickle=allow_pickle,
             )
@@ -156,6 +162,7 @@ def rescue(
             smoothing=(smoothing or Smoothing.FLOOR).value,
             is_last_resort=found.choice.is_last_resort,
             failure=None if found.diagnosis is None else found.diagnosis.failure,
+            lr_scale=lr_scale,
             repaired=None if written is None else written.path,
             skipped=skip_batches,
         )
@@ -207,15 +214,19 @@ def _investigate(
 
 
 def _refuse_useless(
-    write: Path | None, moments: Moments, lr_scale: float, skip_batches: int, allow_pickle: bool
+    write: Path | None,
+    moments: Moments,
+    lr_scale: float | None,
+    skip_batches: int,
+    allow_pickle: bool,
 ) -> None:
-    if lr_scale == 0 or not math.isfinite(lr_scale):
+    if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
         raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
-    given = moments is not Moments.KEEP or lr_scale != 1.0 or skip_batches or allow_pickle
+    given = moments is not Moments.KEEP or skip_batches or allow_pickle
     if write is None and given:
         raise ConfigurationError(
-            "--moments, --lr-scale, --skip-batches and --allow-pickle are about the copy that "
-            "--write OUT writes: add it, or leave them out."
+            "--moments, --skip-batches and --allow-pickle are about the copy that --write OUT "
+            "writes: add it, or leave them out."
         )
 
 
@@ -243,12 +254,3 @@ def _draw(found: Investigation, plot: Path) -> None:
         raise ConfigurationError(
             f"{plot} cannot be written: {error.strerror}. Give another --plot."
         ) from error
-
-
-def _require_report_extra(plot: Path) -> None:
-    try:
-        import hf_pss.rescue.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigurationError(str(error)) from error
-    if plot.is_dir():
-        raise ConfigurationError(f"{plot} is a folder. Give a file for --plot: {plot}/failure.png")

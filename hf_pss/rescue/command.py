@@ -19,7 +19,8 @@ from typing import Any
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import History
-from hf_pss.rescue.launch import num_processes, read_launch
+from hf_pss.rescue.launch import Launch, num_processes, read_launch
+from hf_pss.rescue.rates import rise_after, scale_to_hold
 from hf_pss.rescue.remarks import about_batches, about_command, about_schedule, about_smoothing
 
 __all__ = ["ResumePlan", "plan_resume"]
@@ -28,6 +29,7 @@ _FLOOR = "floor"
 _TRAIN = ("hf-pss", "train")
 # Of the run's own guard, what is not taken over: it did not hold, or speaks of another start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
+_LR_SCALE = "lr_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def plan_resume(
     smoothing: str,
     is_last_resort: bool,
     failure: Failure | None = None,
+    lr_scale: float | None = None,
     repaired: Path | None = None,
     skipped: int = 0,
 ) -> ResumePlan:
@@ -85,6 +88,8 @@ def plan_resume(
         smoothing: ``floor``, the name of a smoothing function, or ``none``.
         is_last_resort: Whether the weights may be damaged: then the floor is that of noise.
         failure: How it failed; after a spike the guard watches for spikes, too.
+        lr_scale: Factor on the schedule, which a copy holds already; None where the log is to say
+            (`scale_to_hold`).
         repaired: A copy to go on from instead, smoothed as far as it is to be.
         skipped: Updates whose batches that copy passes over.
     """
@@ -92,13 +97,16 @@ def plan_resume(
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
     options += _guard(smoothing, is_last_resort, failure, is_copy=is_copy)
     launch = read_launch(chosen.path.resolve(), history, without=_replaced(smoothing, options))
+    rise = rise_after(history, chosen.step)
+    factor = scale_to_hold(rise, failure) if lr_scale is None else lr_scale
+    options += _lr_scale(factor, launch, is_in_files=is_copy and lr_scale is not None)
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     words = None if launch is None else (*_TRAIN, *options, *launch.words)
     return ResumePlan(
         tuple(options),
         None if words is None or processes is None else (*_launcher(processes), *words),
         (
-            *about_schedule(history, chosen, is_copy=is_copy, skipped=skipped),
+            *about_schedule(history, chosen, rise, lr_scale=factor, skipped=skipped),
             *about_batches(failure, history, chosen, skipped=skipped),
             *about_command(
                 chosen,
@@ -137,10 +145,21 @@ def _guard(
     return [*options, *(["--pss_moments", "reset"] if is_last_resort and not is_copy else [])]
 
 
+def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
+    """Scale the rates that were given: with the run's own factor, too, where that is known."""
+    if launch is None and is_in_files:
+        return []  # where nothing is said, a resume takes the files' rates
+    total = factor * (1.0 if launch is None else launch.lr_scale)
+    return [] if total == 1.0 else ["--pss_lr_scale", f"{total:.4g}"]
+
+
 def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
     """Name the run's options that the new ones stand for; a guard that only watches is kept."""
     own = _REPLACED[-2:] if smoothing == "none" else _REPLACED
-    return {*(f"pss_{name}" for name in own), *(word.removeprefix("--") for word in options[::2])}
+    return {
+        *(f"pss_{name}" for name in (*own, _LR_SCALE)),
+        *(word.removeprefix("--") for word in options[::2]),
+    }
 
 
 def _launcher(processes: int) -> tuple[str, ...]:

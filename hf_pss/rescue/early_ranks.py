@@ -28,6 +28,7 @@ __all__ = ["LOW_SHARE", "early_damage", "noise_share"]
 
 LOW_SHARE = 1 / 6
 _EARLY_STEPS = 1000
+_RISES = ("spike", "slow_damage")
 # The smaller side of a matrix.
 _WIDEST = 256
 _FEWEST_MATRICES = 8
@@ -36,7 +37,10 @@ _WITHIN_NATS = 0.1
 
 
 def early_damage(
-    history: History, reports: Sequence[CheckpointReport], unigram_entropy: float
+    history: History,
+    reports: Sequence[CheckpointReport],
+    unigram_entropy: float,
+    found: Failure | None = None,
 ) -> Failure | None:
     """Judge the weights of a run that began from noise; cost: none worth naming.
 
@@ -45,14 +49,19 @@ def early_damage(
             trained weights, or was logged too late to tell.
         reports: All checkpoints, of which those that could be measured count.
         unigram_entropy: In nats.
+        found: What the log told. A loss that rose in these first steps, too, may be what became of
+            an earlier harm: then the checkpoints from before it are judged.
     """
+    if found is not None and (found.kind not in _RISES or found.onset_step > _EARLY_STEPS):
+        return None
     rows = history.training
     loss = rows[0].loss if rows else None
     if loss is None or not loss >= unigram_entropy - _WITHIN_NATS:
         return None
-    early = [one for one in reports if one.step <= _EARLY_STEPS and one.problem is None]
-    found = [(one.step, share) for one in early if (share := noise_share(one)) is not None]
-    low = [(step, share) for step, share in sorted(found) if share < LOW_SHARE]
+    last = _EARLY_STEPS if found is None else found.onset_step - 1
+    early = [one for one in reports if one.step <= last and one.problem is None]
+    shares = [(one.step, share) for one in early if (share := noise_share(one)) is not None]
+    low = [(step, share) for step, share in sorted(shares) if share < LOW_SHARE]
     if not low:
         return None
     step, share = low[0]

@@ -89,10 +89,10 @@ def investigate(
         entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
         ranks = notes.rank_ratios or rank_ratios(reports)
         diagnosis = diagnose(history, notes, ranks=ranks, unigram_entropy=entropy)
-        failure = diagnosis.failure
-        if failure is None and entropy is not None:
-            failure = early_damage(history, reports, entropy)
-        diagnosis = replace(diagnosis, failure=failure, notes=(*of_others, *diagnosis.notes))
+        diagnosis = replace(diagnosis, notes=(*of_others, *diagnosis.notes))
+        if entropy is not None:
+            earlier = early_damage(history, reports, entropy, diagnosis.failure)
+            diagnosis = diagnosis if earlier is None else _instead(diagnosis, earlier)
         margin_steps = max(margin_steps, history.log_interval)
     if failed_at is not None:
         diagnosis = _told(diagnosis or Diagnosis(None, (), None), failed_at)
@@ -148,11 +148,16 @@ def _reach(history: History) -> int:
 
 
 def _told(diagnosis: Diagnosis, step: int) -> Diagnosis:
+    kind = "slow_damage" if diagnosis.failure is None else diagnosis.failure.kind
+    text = f"The run was bad from step {step} on, as you said."
+    return _instead(diagnosis, Failure(kind, step, step, text))
+
+
+def _instead(diagnosis: Diagnosis, failure: Failure) -> Diagnosis:
+    """Put another failure in the place of the log's, which is told beside it."""
     found = diagnosis.failure
     notes = diagnosis.notes if found is None else (*diagnosis.notes, f"By its log: {found.text}")
-    kind = "slow_damage" if found is None else found.kind
-    text = f"The run was bad from step {step} on, as you said."
-    return replace(diagnosis, failure=Failure(kind, step, step, text), notes=notes)
+    return replace(diagnosis, failure=failure, notes=notes)
 
 
 def _known_entropy(

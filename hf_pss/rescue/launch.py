@@ -7,6 +7,7 @@ and do not begin with a dash.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -50,7 +51,7 @@ TRAINING_OPTIONS = (
     *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end"),
     *("metric_for_best_model", "greater_is_better"),
-    *("pss_optim", "pss_optim_args", "pss_preset"),
+    *("pss_optim", "pss_optim_args", "pss_preset", "pss_lr_scale"),
     *(f"pss_{option.name}" for option in fields(PSSConfig)),
 )
 """Of the training arguments, kept under ``training`` where they were not the defaults.
@@ -72,6 +73,8 @@ class Launch:
     """Options and their values, as `hf-pss train` takes them."""
     is_whole: bool
     """Whether the file was written by a version that keeps all of `TRAINING_OPTIONS`."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate that it had."""
 
 
 def options_file(checkpoint: Path) -> Path | None:
@@ -115,7 +118,7 @@ def read_launch(
         if own is None:
             return None
         words += [f"--{name}", *own]
-    return Launch(tuple(words), is_whole)
+    return Launch(tuple(words), is_whole, _lr_scale_in(training))
 
 
 def num_processes(checkpoint: Path) -> int | None:
@@ -136,6 +139,11 @@ def recorded_entropy(folder: Path) -> float | None:
     kept = None if leads_out(path, folder) else _kept_in(path)
     value = None if kept is None else kept.get("unigram_entropy")
     return value if isinstance(value, float) and 0 < value < _MOST_ENTROPY else None
+
+
+def _lr_scale_in(training: Mapping[str, Any]) -> float:
+    value = training.get("pss_lr_scale")
+    return value if isinstance(value, float) and 0 < value < math.inf else 1.0
 
 
 def _kept_in(path: Path) -> dict[str, Any] | None:

@@ -7,16 +7,27 @@ from collections.abc import Iterator
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import History
+from hf_pss.rescue.rates import Rise
 
 __all__ = ["about_batches", "about_command", "about_schedule", "about_smoothing"]
 
 
 def about_schedule(
-    history: History | None, chosen: CheckpointReport, *, is_copy: bool, skipped: int
+    history: History | None,
+    chosen: CheckpointReport,
+    rise: Rise | None,
+    *,
+    lr_scale: float,
+    skipped: int,
 ) -> Iterator[str]:
     """Say that there are no steps left, or that the schedule leads to higher rates again.
 
-    The margin of a tenth is ours.
+    Args:
+        history: The run's log.
+        chosen: Where to go on from.
+        rise: Of the logged rate, after that.
+        lr_scale: Factor on the schedule from there on.
+        skipped: Updates whose batches are passed over.
     """
     if history is None:
         return
@@ -26,16 +37,18 @@ def about_schedule(
             f"{end} steps: there is nothing to go on with, but with more --max_steps. Where you "
             "know when it went wrong, say so: --failed-at STEP."
         )
-    rows = () if is_copy else history.rows
-    rates = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
-    before = [rate for step, rate in rates if step <= chosen.step]
-    later = [(rate, step) for step, rate in rates if step > chosen.step]
-    if before and later and max(later)[0] > 1.1 * before[-1]:
-        rate, step = max(later)
+    if rise is None:
+        return
+    rose = (
+        f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
+        f"{rise.highest:.2g} at step {rise.step}"
+    )
+    if lr_scale == 1.0:
+        yield f"{rose}: what failed then will fail again. Lower it, with --lr-scale 0.1."
+    else:
         yield (
-            f"The learning rate rises after this checkpoint, from {before[-1]:.2g} to {rate:.2g} "
-            f"at step {step}: what failed then will fail again. Lower it: --write OUT --lr-scale "
-            "0.1 --allow-pickle."
+            f"{rose}. The command takes {lr_scale:.3g} times the schedule, to "
+            f"{lr_scale * rise.highest:.2g} there; --lr-scale 1 leaves it as it was."
         )
 
 
@@ -127,7 +140,7 @@ def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> I
             "again."
         )
     yield (
-        "--learning_rate has no effect here: a resumed run takes its base rate from scheduler.pt. "
-        "For a lower rate write a copy: --write OUT --lr-scale 0.5 --allow-pickle. To pass over "
-        "batches: --write OUT --skip-batches N."
+        "--learning_rate alone has no effect here: a resumed run takes its base rate from "
+        "scheduler.pt. For a lower rate: --lr-scale 0.5. To pass over batches: --write OUT "
+        "--skip-batches N."
     )

@@ -208,6 +208,12 @@ def test_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
     assert result.stdout.splitlines()[-1] == str(path)
     assert run("rescue", run_dir, "--plot", tmp_path).exit_code == 2
+    shard = next(run_dir.rglob("model.safetensors"))
+    before = shard.read_bytes()
+    result = run("rescue", run_dir, "--plot", shard)
+    assert result.exit_code == 2
+    assert "does not end in .png and is left alone" in result.stderr
+    assert shard.read_bytes() == before
 
 
 def test_none_usable_is_exit_code_1(run: Run, run_dir: Path) -> None:
@@ -302,7 +308,7 @@ def test_nothing_is_written_elsewhere(run: Run, run_dir: Path, tmp_path: Path) -
     "words",
     [
         ("--moments", "reset"),
-        ("--lr-scale", "0.5"),
+        ("--lr-scale", "0"),
         ("--skip-batches", "3"),
         ("--write", "out", "--lr-scale", "0"),
         ("--write", "out", "--lr-scale", "nan"),

@@ -78,9 +78,18 @@ def test_what_was_not_measured_is_not_judged(
     assert kind_of(looked_at(sound)) is None
 
 
-def test_a_failure_of_the_log_goes_before(run_of: RunOf, tmp_path: Path) -> None:
+def test_a_spike_may_be_what_became_of_it(
+    run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Path(shutil.copytree(run_of("huge_rate"), tmp_path / "run"))
-    flatten(run / "checkpoint-60", 3.0)
+    flatten(run / "checkpoint-80", 3.0)  # behind the onset: that is the spike's own doing
+    assert kind_of(looked_at(run)) == "spike"
+    flatten(run / "checkpoint-40", 3.0)
+    found = looked_at(run)
+    assert kind_of(found) == "slow_damage"
+    assert found.diagnosis is not None
+    assert any("By its log: A spike at step" in note for note in found.diagnosis.notes)
+    monkeypatch.setattr(early_ranks, "_EARLY_STEPS", 60)
     assert kind_of(looked_at(run)) == "spike"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -161,8 +163,60 @@ def test_a_copy_behind_the_last_step_is_told(run_dir: Path) -> None:
         assert ("passes over all remaining steps" in text) == is_said
 
 
-def test_what_needs_a_pickle_says_so(run_dir: Path) -> None:
-    assert "--lr-scale 0.5 --allow-pickle" in said(run_dir)
+def rising(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, to: float = 0.04) -> None:
+    """Let the rate be 0.01 up to step 40, where the checkpoint lies, and `to` from there on."""
+    rows = [replace(row, learning_rate=0.01 if row.step <= 40 else to) for row in LOG.rows]
+    monkeypatch.setitem(globals(), "LOG", replace(LOG, rows=tuple(rows)))
+
+
+def lr_scale_of(resumed: ResumePlan) -> float:
+    assert resumed.command is not None
+    return parse_plan(resumed.command[2:]).arguments.pss_lr_scale
+
+
+def test_a_rate_that_rose_to_slow_damage_is_held(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rising(run_dir, monkeypatch)
+    resumed = plan(run_dir, failure=failed("slow_damage"))
+    assert lr_scale_of(resumed) == 0.25
+    assert "takes 0.25 times the schedule, to 0.01 there" in " ".join(resumed.remarks)
+    copied = plan(run_dir, failure=failed("slow_damage"), repaired=Path("out"))
+    assert lr_scale_of(copied) == 0.25
+    # A spike may have been a batch's doing.
+    spiked = plan(run_dir, failure=failed())
+    assert lr_scale_of(spiked) == 1.0
+    assert "Lower it, with --lr-scale 0.1." in " ".join(spiked.remarks)
+    as_it_was = plan(run_dir, failure=failed("slow_damage"), lr_scale=1.0)
+    assert lr_scale_of(as_it_was) == 1.0
+
+
+@pytest.mark.parametrize("to", [0.001, 0.0109, float("nan")])
+def test_a_rate_that_does_not_rise_is_left(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, to: float
+) -> None:
+    rising(run_dir, monkeypatch, to=to)
+    resumed = plan(run_dir, failure=failed("slow_damage"))
+    assert lr_scale_of(resumed) == 1.0
+    assert "rises" not in " ".join(resumed.remarks)
+
+
+def test_a_factor_that_is_asked_for(run_dir: Path) -> None:
+    assert lr_scale_of(plan(run_dir, lr_scale=0.5)) == 0.5
+    assert "--lr-scale 0.5" in said(run_dir)
+    # What the run had already counts: rates are those given, times this.
+    options = json.loads(OPTIONS)
+    options["training"]["pss_lr_scale"] = 0.5
+    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+    assert lr_scale_of(plan(run_dir)) == 0.5
+    for repaired in (None, Path("out")):
+        assert lr_scale_of(plan(run_dir, lr_scale=0.5, repaired=repaired)) == 0.25
+
+
+def test_a_copy_of_an_unknown_launch_has_its_rates_in_its_files(run_dir: Path) -> None:
+    (run_dir / OPTIONS_FILE).unlink()
+    assert "--pss_lr_scale" in plan(run_dir, lr_scale=0.5).options
+    assert "--pss_lr_scale" not in plan(run_dir, lr_scale=0.5, repaired=Path("out")).options
 
 
 def test_a_file_of_before_is_told(run_dir: Path) -> None:

@@ -45,6 +45,7 @@ def write(folder: Path, options: Any) -> None:
         ("--label_smoothing_factor", "0.1", "--eval_strategy", "no", "--save_strategy", "epoch"),
         ("--per_device_train_batch_size", "3", "--auto_find_batch_size"),
         ("--pss_preset", "both", "--pss_roles", "mlp", "--pss_exclude", "h.0", "h.1"),
+        ("--pss_lr_scale", "0.25", "--learning_rate", "1e-3"),
         ("--pss_detectors", "--pss_on_nonfinite", "stop", "--pss_max_interventions", "4"),
         ("--pss_on_failure", "rollback", "--pss_keep_frobenius", "--pss_health", "light"),
         ("--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'),
