@@ -1,4 +1,4 @@
-"""Files that a command draws: looked at before minutes are spent on what could not be written."""
+"""Files that a command draws: looked at before minutes are spent on what could not be drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_output"]
 
 
 def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> None:
-    """Refuse what could not be drawn or written, or would destroy a file of another kind.
+    """Refuse what could not be drawn, or would destroy a file of another kind.
 
     Args:
         path: Where it is to go. A shell that expands ``--html *.safetensors`` names a shard here;

@@ -17,7 +17,7 @@ from hf_pss.cli.parsing import TrainPlan, make_parser
 from hf_pss.cli.text import BUILT_IN
 from hf_pss.detection.state import check_version, read_object
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.rescue.launch import OPTIONS_FILE, TRAINING_OPTIONS, options_file
+from hf_pss.rescue.launch import LR_SCALE, OPTIONS_FILE, TRAINING_OPTIONS, options_file
 
 __all__ = ["OPTIONS_FILE", "KeepOptions", "options_to_keep"]
 
@@ -73,13 +73,16 @@ def options_to_keep(
                 f"The run that you resume has {there}; this one has {here}. Give what it has, or "
                 "begin a run in another --output_dir."
             )
-        if name == "learning_rate" and plan.arguments.pss_lr_scale == 1.0:
+        if name == "learning_rate" and plan.arguments.pss_lr_scale is None:
             warn(
                 f"The schedule is the checkpoint's, with {there}; {here} has no effect without "
                 "--pss_lr_scale."
             )
         else:
             warn(f"The run goes on with {here}; it began with {there}.")
+    if plan.arguments.pss_lr_scale is not None:  # from here on the rates are what is given
+        kept["learning_rate"] = given["learning_rate"]
+        kept["training"] = {**kept["training"], LR_SCALE: given["training"][LR_SCALE]}
     return kept
 
 

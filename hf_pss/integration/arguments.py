@@ -85,21 +85,21 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         },
     )
 
-    pss_lr_scale: float = field(
-        default=1.0,
+    pss_lr_scale: Optional[float] = field(  # noqa: UP045 (HfArgumentParser)
+        default=None,
         metadata={
-            "help": "Factor on every learning rate. A resumed run obeys it, too, where "
-            "--learning_rate has no effect: the schedule goes on from the rates that are given, "
-            "times this, instead of the checkpoint's. 1.0 leaves them as they are."
+            "help": "Factor on every learning rate. A resumed run obeys it, too: its schedule goes "
+            "on from the rates that are given, times this. Default: as they are given, and after "
+            "a resume as the checkpoint has them."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.pss_lr_scale < math.inf:
-            raise ConfigurationError(
-                f"pss_lr_scale is a number above 0; you gave {self.pss_lr_scale}."
-            )
+        scale = self.pss_lr_scale
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if scale is not None and not (is_number and 0 < scale < math.inf):
+            raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
         self.pss_config()  # refuse a bad option now, not at the first step
         self.optimizer_options()
 

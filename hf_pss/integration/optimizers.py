@@ -295,7 +295,7 @@ def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
     given = trainer.args.optimizer_options()
     given.pop("total_steps", None)  # which is set again
     given.pop(QK_CLIP, None)  # no part of a state: always this run's
-    if trainer.args.pss_lr_scale != 1.0:
+    if trainer.args.pss_lr_scale is not None:
         given.pop("others_lr", None)  # rates are this run's, too
     groups = trainer.optimizer.param_groups
     for name, value in given.items():

@@ -9,19 +9,27 @@ to add are given.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import History
-from hf_pss.rescue.launch import Launch, num_processes, read_launch
+from hf_pss.rescue.launch import LR_SCALE, Launch, num_processes, read_launch
 from hf_pss.rescue.rates import rise_after, scale_to_hold
-from hf_pss.rescue.remarks import about_batches, about_command, about_schedule, about_smoothing
+from hf_pss.rescue.remarks import (
+    about_batches,
+    about_changes,
+    about_command,
+    about_rate,
+    about_smoothing,
+    about_steps_left,
+)
 
 __all__ = ["ResumePlan", "plan_resume"]
 
@@ -29,7 +37,6 @@ _FLOOR = "floor"
 _TRAIN = ("hf-pss", "train")
 # Of the run's own guard, what is not taken over: it did not hold, or speaks of another start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
-_LR_SCALE = "lr_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,9 @@ def plan_resume(
             (`scale_to_hold`).
         repaired: A copy to go on from instead, smoothed as far as it is to be.
         skipped: Updates whose batches that copy passes over.
+
+    Raises:
+        ConfigurationError: `lr_scale`, times the run's own, is no finite number above 0.
     """
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
@@ -106,7 +116,8 @@ def plan_resume(
         tuple(options),
         None if words is None or processes is None else (*_launcher(processes), *words),
         (
-            *about_schedule(history, chosen, rise, lr_scale=factor, skipped=skipped),
+            *about_steps_left(history, chosen, skipped=skipped),
+            *about_rate(rise, failure, factor, is_known=launch is not None, is_copy=is_copy),
             *about_batches(failure, history, chosen, skipped=skipped),
             *about_command(
                 chosen,
@@ -115,6 +126,7 @@ def plan_resume(
                 processes=processes,
             ),
             *about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
+            *about_changes(is_scaled=factor != 1.0, is_copy=is_copy),
         ),
         words,
     )
@@ -147,17 +159,26 @@ def _guard(
 
 def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
     """Scale the rates that were given: with the run's own factor, too, where that is known."""
+    own = None if launch is None else launch.lr_scale
+    if own is None and factor == 1.0:
+        return []  # a resume takes the checkpoint's rates
     if launch is None and is_in_files:
-        return []  # where nothing is said, a resume takes the files' rates
-    total = factor * (1.0 if launch is None else launch.lr_scale)
-    return [] if total == 1.0 else ["--pss_lr_scale", f"{total:.4g}"]
+        return []
+    total = factor * (1.0 if own is None else own)
+    if not 0 < total < math.inf:
+        raise ConfigurationError(
+            f"--lr-scale {factor:g} of a run with {own:g} times its rates is {total:g}: give "
+            "another."
+        )
+    return [f"--{LR_SCALE}", f"{total:.4g}"]
 
 
 def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
     """Name the run's options that the new ones stand for; a guard that only watches is kept."""
     own = _REPLACED[-2:] if smoothing == "none" else _REPLACED
     return {
-        *(f"pss_{name}" for name in (*own, _LR_SCALE)),
+        LR_SCALE,
+        *(f"pss_{name}" for name in own),
         *(word.removeprefix("--") for word in options[::2]),
     }
 
@@ -169,5 +190,9 @@ def _launcher(processes: int) -> tuple[str, ...]:
     return ("torchrun", "--standalone", f"--nproc-per-node={processes}", "--no-python")
 
 
-def _literal(value: Any) -> str:
-    return {"true": "True", "false": "False"}.get(value, repr(value))
+def _literal(value: str) -> str:
+    try:
+        float(value)
+    except ValueError:
+        return {"true": "True", "false": "False"}.get(value, repr(value))
+    return value

@@ -156,7 +156,7 @@ def _told(diagnosis: Diagnosis, step: int) -> Diagnosis:
 def _instead(diagnosis: Diagnosis, failure: Failure) -> Diagnosis:
     """Put another failure in the place of the log's, which is told beside it."""
     found = diagnosis.failure
-    notes = diagnosis.notes if found is None else (*diagnosis.notes, f"By its log: {found.text}")
+    notes = diagnosis.notes if found is None else (*diagnosis.notes, f"Found besides: {found.text}")
     return replace(diagnosis, failure=failure, notes=notes)
 
 

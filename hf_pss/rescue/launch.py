@@ -7,9 +7,9 @@ and do not begin with a dash.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from hf_pss.inspection.strict_json import read_object
 from hf_pss.rescue.history import History, leads_out
 
 __all__ = [
+    "LR_SCALE",
     "MAX_OPTIONS_BYTES",
     "OPTIONS_FILE",
     "TRAINING_OPTIONS",
@@ -41,6 +42,7 @@ _OWN_OPTIONS = (
     *("validation_fraction", "max_validation_blocks", "learning_rate"),
 )
 _BATCH_SIZE = "per_device_train_batch_size"
+LR_SCALE = "pss_lr_scale"
 TRAINING_OPTIONS = (
     *("seed", "data_seed", "full_determinism", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args"),
@@ -51,7 +53,7 @@ TRAINING_OPTIONS = (
     *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end"),
     *("metric_for_best_model", "greater_is_better"),
-    *("pss_optim", "pss_optim_args", "pss_preset", "pss_lr_scale"),
+    *("pss_optim", "pss_optim_args", "pss_preset", LR_SCALE),
     *(f"pss_{option.name}" for option in fields(PSSConfig)),
 )
 """Of the training arguments, kept under ``training`` where they were not the defaults.
@@ -73,7 +75,7 @@ class Launch:
     """Options and their values, as `hf-pss train` takes them."""
     is_whole: bool
     """Whether the file was written by a version that keeps all of `TRAINING_OPTIONS`."""
-    lr_scale: float = 1.0
+    lr_scale: float | None = None
     """Factor on the learning rate that it had."""
 
 
@@ -107,6 +109,9 @@ def read_launch(
     given = {name: paths.get(name, kept.get(name)) for name in _OWN_OPTIONS}
     given |= {name: training.get(name) for name in TRAINING_OPTIONS if name not in without}
     given |= {"max_steps": history.max_steps or None, "logging_steps": history.log_interval}
+    lr_scale = training.get(LR_SCALE)
+    if not (lr_scale is None or _is_factor(lr_scale)):
+        return None
     is_whole = _BATCH_SIZE in training
     if not is_whole:
         given[_BATCH_SIZE] = history.batch_size or None
@@ -118,7 +123,7 @@ def read_launch(
         if own is None:
             return None
         words += [f"--{name}", *own]
-    return Launch(tuple(words), is_whole, _lr_scale_in(training))
+    return Launch(tuple(words), is_whole, lr_scale)
 
 
 def num_processes(checkpoint: Path) -> int | None:
@@ -141,9 +146,10 @@ def recorded_entropy(folder: Path) -> float | None:
     return value if isinstance(value, float) and 0 < value < _MOST_ENTROPY else None
 
 
-def _lr_scale_in(training: Mapping[str, Any]) -> float:
-    value = training.get("pss_lr_scale")
-    return value if isinstance(value, float) and 0 < value < math.inf else 1.0
+def _is_factor(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _kept_in(path: Path) -> dict[str, Any] | None:

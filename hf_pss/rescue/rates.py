@@ -1,7 +1,8 @@
 """The learning rate after a checkpoint: whether it rises to what did the harm, and by how much.
 
-A run that came to harm slowly, while its rate rose, would come to it again. The rule is ours: it
-goes on with its schedule scaled, so that the rate rises no higher than where the checkpoint had it.
+A run that came to harm slowly, while its rate rose, would come to it again. The rule is ours: its
+schedule is scaled, so that the rate rises no higher than where the checkpoint had it, but by no
+less than a tenth, for the rate at the checkpoint itself is scaled with it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from hf_pss.rescue.history import History
 __all__ = ["Rise", "rise_after", "scale_to_hold"]
 
 _LEAST_RISE = 1.1
+_LEAST_SCALE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Rise:
-    """A learning rate that rises."""
+    """A learning rate that rises by more than a tenth."""
 
     rate: float
     """At the checkpoint."""
+    begins: int
+    """The step at which it had risen so far."""
     highest: float
     """Later on, as logged."""
     step: int
@@ -30,23 +34,27 @@ class Rise:
 
 
 def rise_after(history: History | None, step: int) -> Rise | None:
-    """Return how the logged rate rose after a checkpoint; None where it did not, by a tenth."""
+    """Return how the logged rate rose after a checkpoint; None where it did not."""
     rows = () if history is None else history.rows
     logged = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
     rates = [(at, rate) for at, rate in logged if math.isfinite(rate) and rate > 0]
     before = [rate for at, rate in rates if at <= step]
-    later = [(rate, at) for at, rate in rates if at > step]
-    if not before or not later or max(later)[0] <= _LEAST_RISE * before[-1]:
+    limit = _LEAST_RISE * before[-1] if before else math.inf
+    higher = [(rate, at) for at, rate in rates if at > step and rate > limit]
+    if not higher:
         return None
-    highest, at = max(later)
-    return Rise(before[-1], highest, at)
+    highest, at = max(higher)
+    return Rise(before[-1], higher[0][1], highest, at)
 
 
 def scale_to_hold(rise: Rise | None, failure: Failure | None) -> float:
     """Return the factor that keeps a schedule from doing slow harm again; 1 where none is needed.
 
-    A spike may have been a batch's doing: there the rise is told of, and nothing is scaled.
+    A spike may have been a batch's doing, and a rise after the harm was noticed has not done it:
+    there nothing is scaled.
     """
     if rise is None or failure is None or failure.kind != "slow_damage":
         return 1.0
-    return rise.rate / rise.highest
+    if rise.begins > failure.noticed_step:
+        return 1.0
+    return max(_LEAST_SCALE, rise.rate / rise.highest)

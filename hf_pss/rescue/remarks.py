@@ -9,46 +9,60 @@ from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import History
 from hf_pss.rescue.rates import Rise
 
-__all__ = ["about_batches", "about_command", "about_schedule", "about_smoothing"]
+__all__ = [
+    "about_batches",
+    "about_changes",
+    "about_command",
+    "about_rate",
+    "about_smoothing",
+    "about_steps_left",
+]
 
 
-def about_schedule(
-    history: History | None,
-    chosen: CheckpointReport,
-    rise: Rise | None,
-    *,
-    lr_scale: float,
-    skipped: int,
+def about_steps_left(
+    history: History | None, chosen: CheckpointReport, *, skipped: int
 ) -> Iterator[str]:
-    """Say that there are no steps left, or that the schedule leads to higher rates again.
+    """Say that there are none, once the batches of `skipped` updates are passed over."""
+    if history is None or history.max_steps is None or chosen.step + skipped < history.max_steps:
+        return
+    end = "The copy passes over all remaining" if skipped else "The run has taken all its"
+    yield (
+        f"{end} steps: there is nothing to go on with, but with more --max_steps. Where you know "
+        "when it went wrong, say so: --failed-at STEP."
+    )
+
+
+def about_rate(
+    rise: Rise | None, failure: Failure | None, factor: float, *, is_known: bool, is_copy: bool
+) -> Iterator[str]:
+    """Say where the learning rate goes, if it may have done the harm or is scaled.
 
     Args:
-        history: The run's log.
-        chosen: Where to go on from.
-        rise: Of the logged rate, after that.
-        lr_scale: Factor on the schedule from there on.
-        skipped: Updates whose batches are passed over.
+        rise: Of the logged rate, after the checkpoint.
+        failure: How the run failed.
+        factor: On the schedule from there on.
+        is_known: Whether the options of the run are.
+        is_copy: Whether it goes on from a copy.
     """
-    if history is None:
-        return
-    if history.max_steps is not None and chosen.step + skipped >= history.max_steps:
-        end = "The copy passes over all remaining" if skipped else "The run has taken all its"
-        yield (
-            f"{end} steps: there is nothing to go on with, but with more --max_steps. Where you "
-            "know when it went wrong, say so: --failed-at STEP."
+    rose = scaled = ""
+    if rise is not None:
+        rose = (
+            f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
+            f"{rise.highest:.2g} at step {rise.step}"
         )
-    if rise is None:
-        return
-    rose = (
-        f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
-        f"{rise.highest:.2g} at step {rise.step}"
-    )
-    if lr_scale == 1.0:
+        scaled = f": {factor * rise.rate:.2g} at first, {factor * rise.highest:.2g} there"
+    if factor != 1.0:
+        who = "The copy has" if is_copy and not is_known else "The command takes"
+        what = f"{who} {factor:.3g} times the rates of the run{scaled}"
+        yield f"{rose + '. ' if rose else ''}{what}. --lr-scale 1 leaves them as they were."
+        if not is_known and not is_copy:
+            yield "If you had given --pss_lr_scale, give it once, multiplied by this."
+    elif rise is not None:
         yield f"{rose}: what failed then will fail again. Lower it, with --lr-scale 0.1."
-    else:
+    elif failure is not None and failure.kind == "slow_damage":
         yield (
-            f"{rose}. The command takes {lr_scale:.3g} times the schedule, to "
-            f"{lr_scale * rise.highest:.2g} there; --lr-scale 1 leaves it as it was."
+            "The learning rate goes on as it was. If it did the harm, and does it again, lower it: "
+            "--lr-scale 0.3."
         )
 
 
@@ -118,7 +132,7 @@ def about_command(
 
 
 def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
-    """Say what happens to the weights, and where rates and batches are changed."""
+    """Say what happens to the weights."""
     if smoothing == "none":
         yield (
             "Nothing is smoothed: PSS watches only. Leave --pss_observe_only out to be guarded "
@@ -139,8 +153,15 @@ def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> I
             "After another interruption go on with --pss_smooth_on_resume false: it would smooth "
             "again."
         )
-    yield (
-        "--learning_rate alone has no effect here: a resumed run takes its base rate from "
-        "scheduler.pt. For a lower rate: --lr-scale 0.5. To pass over batches: --write OUT "
-        "--skip-batches N."
-    )
+
+
+def about_changes(*, is_scaled: bool, is_copy: bool) -> Iterator[str]:
+    """Say how rates are changed, and how batches are passed over."""
+    if is_copy:
+        return
+    if not is_scaled:
+        yield (
+            "--learning_rate alone has no effect here: a resumed run takes its base rate from "
+            "scheduler.pt. For a lower rate: --lr-scale 0.5."
+        )
+    yield "To pass over batches: --write OUT --skip-batches N."

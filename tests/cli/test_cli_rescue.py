@@ -201,6 +201,14 @@ def test_options_that_no_run_wrote_are_not_printed(run: Run, run_dir: Path) -> N
         assert json.loads(result.stdout)["resume"]["command"] is None
 
 
+def test_a_lower_rate_needs_no_copy(run: Run, run_dir: Path) -> None:
+    found = json.loads(run("rescue", run_dir, "--lr-scale", "0.5", "--json").stdout)
+    words = found["resume"]["options"]
+    assert words[words.index("--pss_lr_scale") + 1] == "0.5"
+    said = " ".join(run("rescue", run_dir, "--lr-scale", "0.5").output.split())
+    assert "0.5 times the rates of the run" in said
+
+
 def test_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "failure.png"
     result = run("rescue", run_dir, "--plot", path)
@@ -260,6 +268,7 @@ def test_a_repaired_copy_goes_on(run: Run, run_dir: Path, tmp_path: Path) -> Non
     # The copy carries the options of the run: they are compared, and kept again.
     folders = (run_dir, out, tmp_path / "run-rescued")
     kept = [json.loads((folder / "hf_pss_options.json").read_text()) for folder in folders]
+    assert kept[2]["training"].pop("pss_lr_scale") == 0.5  # of the rates that are given
     assert kept[0] == kept[1] == kept[2]
     other = [*command[2:], "--context_length", "16", "--output_dir", tmp_path / "other"]
     assert "The run that you resume has --context_length 32" in run("train", *other).stderr

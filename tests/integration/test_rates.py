@@ -28,7 +28,7 @@ STEPS = {"max_steps": 8, "save_steps": 2, "learning_rate": RATE, "warmup_steps":
 MUON = {"pss_optim": "muon", "pss_optim_args": {"others_lr": RATE / 2}}
 
 
-def scaled(folder: Path, scale: float, *, resume: Any = None, **options: Any) -> Any:
+def scaled(folder: Path, scale: float | None, *, resume: Any = None, **options: Any) -> Any:
     options = {**STEPS, "pss_lr_scale": scale, **options}
     return train(folder, PSSConfig(detectors=()), resume=resume, **options)
 
@@ -39,55 +39,54 @@ def rates_of(trainer: Any) -> list[float]:
 
 def test_a_scaled_run_is_the_run_with_that_rate(tmp_path: Path) -> None:
     one = scaled(tmp_path / "scaled", 0.25)
-    other = scaled(tmp_path / "given", 1.0, learning_rate=RATE / 4)
+    other = scaled(tmp_path / "given", None, learning_rate=RATE / 4)
     assert rates_of(one) == rates_of(other)
-    last = "checkpoint-8"
-    assert not checkpoint_differences(tmp_path / "scaled" / last, tmp_path / "given" / last)
+    weights = weights_of(other.model)
+    assert all(torch.equal(weights[name], w) for name, w in weights_of(one.model).items())
 
 
 def test_a_resumed_run_goes_on_scaled_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = rates_of(scaled(tmp_path / "run", 1.0))
+    before = rates_of(scaled(tmp_path / "run", None))
     with caplog.at_level(logging.INFO, "hf_pss"):
         resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4")
     assert rates_of(resumed) == [*before[:4], *(rate / 4 for rate in before[4:])]
     assert "base rate of 0.000488 instead of 0.00195" in caplog.text
-    # The first update has its rate, too: nothing else is between them and a run at that rate.
-    again = scaled(tmp_path / "again", 0.25, resume=tmp_path / "run" / "checkpoint-4")
-    moved = weights_of(resumed.model)
-    assert all(torch.equal(moved[name], w) for name, w in weights_of(again.model).items())
 
 
 def test_the_first_update_after_a_resume_is_scaled(tmp_path: Path) -> None:
     """At a rate of nearly nothing no weight moves."""
-    scaled(tmp_path / "run", 1.0)
+    scaled(tmp_path / "run", None)
     source = tmp_path / "run" / "checkpoint-4"
     resumed = scaled(tmp_path / "on", 2.0**-60, resume=source, weight_decay=0.0)
-    before = scaled(tmp_path / "none", 1.0, resume=source, max_steps=4)
+    before = scaled(tmp_path / "none", None, resume=source, max_steps=4)
     there, here = weights_of(before.model), weights_of(resumed.model)
     assert all(torch.equal(there[name], weight) for name, weight in here.items())
 
 
 def test_one_that_is_resumed_again_is_not_scaled_twice(tmp_path: Path) -> None:
-    scaled(tmp_path / "run", 1.0)
+    scaled(tmp_path / "run", None)
     source = tmp_path / "run" / "checkpoint-4"
     scaled(tmp_path / "straight", 0.3, resume=source)
     scaled(tmp_path / "halves", 0.3, resume=tmp_path / "straight" / "checkpoint-6")
     ends = [tmp_path / name / "checkpoint-8" for name in ("straight", "halves")]
     assert not checkpoint_differences(*ends)
-    # Without it the checkpoint's rates go on, as always.
-    plain = scaled(tmp_path / "plain", 1.0, resume=tmp_path / "straight" / "checkpoint-6")
+    # Without it the checkpoint's rates go on, as always; with 1 those that are given.
+    plain = scaled(tmp_path / "plain", None, resume=tmp_path / "straight" / "checkpoint-6")
     assert not checkpoint_differences(ends[0], tmp_path / "plain" / "checkpoint-8")
-    assert len(rates_of(plain)) == 8
+    back = scaled(tmp_path / "back", 1.0, resume=tmp_path / "straight" / "checkpoint-6")
+    rates = rates_of(plain)
+    assert rates_of(back) == [*rates[:6], *(pytest.approx(rate / 0.3) for rate in rates[6:])]
 
 
 def test_groups_with_rates_of_their_own_keep_their_ratio(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scaled(tmp_path / "run", 1.0, **MUON)
+    scaled(tmp_path / "run", None, **MUON)
     resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4", **MUON)
-    found = {(g["algo"], g["initial_lr"]) for g in resumed.optimizer.param_groups}
+    groups, bases = resumed.optimizer.param_groups, resumed.lr_scheduler.base_lrs
+    found = {(group["algo"], base) for group, base in zip(groups, bases, strict=True)}
     assert found == {("muon", RATE / 4), ("adamw", RATE / 8)}
     # Resumed once more, others_lr is not said to be without effect: it has one.
     scaled(tmp_path / "again", 0.25, resume=tmp_path / "on" / "checkpoint-8", max_steps=9, **MUON)
@@ -112,23 +111,28 @@ def test_a_rollback_goes_on_at_the_scaled_rate(tmp_path: Path) -> None:
     assert rates_of(trainer)[-3:] == rates_of(plain)[-3:]
 
 
-def test_a_second_train_is_not_scaled_again(tmp_path: Path) -> None:
+def test_another_train_is_scaled_by_what_is_given_then(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), **STEPS, pss_lr_scale=0.25)
+    for scale in (0.25, 0.25, 0.5):
+        trainer.args.pss_lr_scale = scale
+        trainer.train()
+        assert set(trainer.lr_scheduler.base_lrs) == {RATE * scale}
+    # An optimizer of its own, as each trial of a search has one.
+    trainer.args.learning_rate, trainer.optimizer = RATE / 8, None
     trainer.train()
-    trainer.train()
-    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {RATE / 4}
+    assert set(trainer.lr_scheduler.base_lrs) == {RATE / 16}
 
 
-def test_a_schedule_without_base_rates_is_refused(tmp_path: Path) -> None:
+def test_a_schedule_that_is_no_multiple_of_its_base_is_refused(tmp_path: Path) -> None:
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     options |= {"eval_steps": 4, "eval_rows": token_rows(4)}
-    with pytest.raises(ConfigurationError, match="ReduceLROnPlateau has no base rates"):
+    with pytest.raises(ConfigurationError, match="cannot scale ReduceLROnPlateau"):
         scaled(tmp_path, 0.5, **options)
-    assert scaled(tmp_path, 1.0, **options).state.global_step == 8
+    assert scaled(tmp_path, None, **options).state.global_step == 8
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_factor_that_is_none_is_refused(tmp_path: Path, scale: float) -> None:
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "0.5", True])
+def test_a_factor_that_is_none_is_refused(tmp_path: Path, scale: Any) -> None:
     with pytest.raises(ConfigurationError, match="pss_lr_scale is a number above 0"):
         arguments(tmp_path, PSSTrainingArguments, pss_lr_scale=scale)
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from torch.distributed.run import parse_args
 
+from hf_pss import PSSTrainingArguments
 from hf_pss.cli.parsing import parse_plan
+from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.command import ResumePlan, plan_resume
 from hf_pss.rescue.diagnosis import Failure, FailureKind
@@ -163,13 +165,20 @@ def test_a_copy_behind_the_last_step_is_told(run_dir: Path) -> None:
         assert ("passes over all remaining steps" in text) == is_said
 
 
+class FakeTrainer(dict[str, Any]):
+    """Takes what a trainer takes."""
+
+    def train(self, **_: Any) -> None:
+        """Nothing."""
+
+
 def rising(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, to: float = 0.04) -> None:
     """Let the rate be 0.01 up to step 40, where the checkpoint lies, and `to` from there on."""
     rows = [replace(row, learning_rate=0.01 if row.step <= 40 else to) for row in LOG.rows]
     monkeypatch.setitem(globals(), "LOG", replace(LOG, rows=tuple(rows)))
 
 
-def lr_scale_of(resumed: ResumePlan) -> float:
+def lr_scale_of(resumed: ResumePlan) -> float | None:
     assert resumed.command is not None
     return parse_plan(resumed.command[2:]).arguments.pss_lr_scale
 
@@ -180,15 +189,27 @@ def test_a_rate_that_rose_to_slow_damage_is_held(
     rising(run_dir, monkeypatch)
     resumed = plan(run_dir, failure=failed("slow_damage"))
     assert lr_scale_of(resumed) == 0.25
-    assert "takes 0.25 times the schedule, to 0.01 there" in " ".join(resumed.remarks)
+    text = " ".join(resumed.remarks)
+    assert "takes 0.25 times the rates of the run: 0.0025 at first, 0.01 there" in text
+    assert "has no effect" not in text
     copied = plan(run_dir, failure=failed("slow_damage"), repaired=Path("out"))
     assert lr_scale_of(copied) == 0.25
     # A spike may have been a batch's doing.
     spiked = plan(run_dir, failure=failed())
-    assert lr_scale_of(spiked) == 1.0
+    assert lr_scale_of(spiked) is None
     assert "Lower it, with --lr-scale 0.1." in " ".join(spiked.remarks)
     as_it_was = plan(run_dir, failure=failed("slow_damage"), lr_scale=1.0)
-    assert lr_scale_of(as_it_was) == 1.0
+    assert lr_scale_of(as_it_was) is None
+    # It rose when all was over.
+    early = plan(run_dir, failure=failed("slow_damage", noticed=43))
+    assert lr_scale_of(early) is None
+
+
+def test_a_checkpoint_of_the_warm_up_keeps_a_tenth(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rising(run_dir, monkeypatch, to=10.0)
+    assert lr_scale_of(plan(run_dir, failure=failed("slow_damage"))) == 0.1
 
 
 @pytest.mark.parametrize("to", [0.001, 0.0109, float("nan")])
@@ -197,25 +218,54 @@ def test_a_rate_that_does_not_rise_is_left(
 ) -> None:
     rising(run_dir, monkeypatch, to=to)
     resumed = plan(run_dir, failure=failed("slow_damage"))
-    assert lr_scale_of(resumed) == 1.0
-    assert "rises" not in " ".join(resumed.remarks)
+    assert lr_scale_of(resumed) is None
+    assert "rises" not in (text := " ".join(resumed.remarks))
+    assert "goes on as it was. If it did the harm" in text
 
 
 def test_a_factor_that_is_asked_for(run_dir: Path) -> None:
     assert lr_scale_of(plan(run_dir, lr_scale=0.5)) == 0.5
     assert "--lr-scale 0.5" in said(run_dir)
     # What the run had already counts: rates are those given, times this.
-    options = json.loads(OPTIONS)
-    options["training"]["pss_lr_scale"] = 0.5
-    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+    of_run(run_dir, 0.5)
     assert lr_scale_of(plan(run_dir)) == 0.5
+    assert lr_scale_of(plan(run_dir, lr_scale=2.0)) == 1.0
     for repaired in (None, Path("out")):
         assert lr_scale_of(plan(run_dir, lr_scale=0.5, repaired=repaired)) == 0.25
+    of_run(run_dir, 2)
+    assert lr_scale_of(plan(run_dir, lr_scale=0.25)) == 0.5
+
+
+def of_run(run_dir: Path, scale: Any) -> None:
+    options = json.loads(OPTIONS)
+    options["training"]["pss_lr_scale"] = scale
+    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+
+
+@pytest.mark.parametrize(
+    "scale", [0, -1.0, True, "0.5", [0.5], pytest.param(2 * 10**308, id="huge")]
+)
+def test_a_run_with_a_factor_that_is_none_is_not_known(run_dir: Path, scale: Any) -> None:
+    of_run(run_dir, scale)
+    assert plan(run_dir).command is None
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_factors_that_are_too_much_together(run_dir: Path, scale: float) -> None:
+    of_run(run_dir, scale)
+    with pytest.raises(ConfigurationError, match="give another"):
+        plan(run_dir, lr_scale=scale)
 
 
 def test_a_copy_of_an_unknown_launch_has_its_rates_in_its_files(run_dir: Path) -> None:
     (run_dir / OPTIONS_FILE).unlink()
-    assert "--pss_lr_scale" in plan(run_dir, lr_scale=0.5).options
+    resumed = plan(run_dir, lr_scale=0.5)
+    assert "--pss_lr_scale" in resumed.options
+    assert "multiplied by this" in " ".join(resumed.remarks)
+    names = {"PSSTrainingArguments": dict, "PSSTrainer": FakeTrainer, "model": 0, "dataset": 0}
+    exec(resumed.python.replace("...", "use_cpu=True", 1), names)
+    given: Any = names["args"]
+    assert PSSTrainingArguments(**given).pss_lr_scale == 0.5
     assert "--pss_lr_scale" not in plan(run_dir, lr_scale=0.5, repaired=Path("out")).options
 
 

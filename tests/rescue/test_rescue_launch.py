@@ -68,6 +68,23 @@ def test_a_launch_comes_back(tmp_path: Path, words: tuple[str, ...]) -> None:
     assert again.arguments.max_steps == 10
 
 
+def test_a_run_that_was_resumed_scaled_has_that_on_record(tmp_path: Path) -> None:
+    """And so has one that goes on from there without a word about it."""
+    _, first = kept(tmp_path / "first", "--learning_rate", "1e-2", "--seed", "3")
+    checkpoint, words = first, ("--learning_rate", "1e-3", "--pss_lr_scale", "0.25")
+    for name, more in (("second", words), ("third", ("--learning_rate", "0.5"))):
+        plan = parse_plan([*FRESH, *more, "--output_dir", str(tmp_path / name)])
+        options = options_to_keep(plan, checkpoint, warn=lambda text: None)
+        assert options is not None
+        (checkpoint := tmp_path / name / "checkpoint-5").mkdir(parents=True)
+        write(checkpoint.parent, options)
+        launch = read_launch(checkpoint, LOG, without=())
+        assert launch is not None
+        assert launch.lr_scale == 0.25
+        given = dict(zip(launch.words[::2], launch.words[1::2], strict=True))
+        assert (given["--learning_rate"], given["--seed"]) == ("0.001", "3")
+
+
 def test_every_option_of_pss_is_kept() -> None:
     assert {f"pss_{option.name}" for option in fields(PSSConfig)} < set(TRAINING_OPTIONS)
 
