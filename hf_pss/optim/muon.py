@@ -12,7 +12,7 @@ from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz
 from hf_pss.optim.rule import Options, Rule, State
 from hf_pss.optim.scales import UPDATE_SCALES
 
-__all__ = ["MUON", "NORMUON", "check_polar", "polar_direction"]
+__all__ = ["MUON", "NORMUON", "check_polar", "fast_dtype", "polar_direction"]
 
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -29,15 +29,16 @@ def polar_direction(momenta: Tensor, options: Options) -> Tensor:
         momenta,
         schedule=options["schedule"],
         num_steps=options["num_steps"],
-        dtype=dtype or _fast_dtype(momenta),
+        dtype=dtype or fast_dtype(momenta),
     )
 
 
-def _fast_dtype(tensor: Tensor) -> torch.dtype:
+def fast_dtype(tensor: Tensor) -> torch.dtype:
     """Return bfloat16 where the device multiplies it faster than float32."""
     if not tensor.is_cpu:
         return torch.bfloat16
-    known = torch.cpu.get_capabilities()
+    # Releases of torch that cannot say so far (2.9) take the safe one.
+    known = getattr(torch.cpu, "get_capabilities", dict)()
     is_native = known.get("avx512_bf16") or known.get("amx_bf16")
     return torch.bfloat16 if is_native else torch.float32
 

@@ -569,6 +569,7 @@ def test_a_schedule_beside_averaging_is_warned_of(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.9 of its own doing
 def test_the_kind_is_read_from_every_form_of_a_checkpoint(tmp_path: Path) -> None:
     """As one process, FSDP2 with full and FSDP2 with sharded state dicts write it."""
     groups = [{"params": ["a"], "algo": "muon", "lr": 0.1}, {"params": ["b"], "algo": "adamw"}]

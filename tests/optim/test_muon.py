@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_pss.distributed import Alone
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES
 from hf_pss.optim import MatrixOptimizer
+from hf_pss.optim.muon import fast_dtype
 from hf_pss.optim.reference.muon import momentum_step
 from hf_pss.optim.reference.normuon import normuon
 from hf_pss.optim.rules import RULES
@@ -242,3 +243,11 @@ def test_a_state_that_is_loaded_leaves_who_shares_the_work() -> None:
     optimizer.share_work_(shared)
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer._sharing[None] is shared
+
+
+def test_a_torch_that_cannot_name_the_capabilities_of_a_cpu_takes_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As 2.9; bfloat16 where it is emulated takes several times as long."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert fast_dtype(torch.ones(2, 2)) == torch.float32
