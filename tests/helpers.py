@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -121,6 +122,11 @@ def token_rows(num_rows: int = 64, *, masked: bool = False) -> list[dict[str, Te
     if masked:
         labels[torch.rand(labels.shape, generator=generator) < 0.7] = -100
     return [{"input_ids": x, "labels": y} for x, y in zip(tokens, labels, strict=True)]
+
+
+opens_pickles = pytest.mark.skipif(
+    torch.__version__ < "2.10", reason="pickles are opened from torch 2.10 on"
+)
 
 
 def arguments(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ def fast_dtype(tensor: Tensor) -> torch.dtype:
     if not tensor.is_cpu:
         return torch.bfloat16
     # Releases of torch that cannot say so far (2.9) take the safe one.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_native = known.get("avx512_bf16") or known.get("amx_bf16")
     return torch.bfloat16 if is_native else torch.float32
 

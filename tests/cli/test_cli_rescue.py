@@ -16,6 +16,7 @@ from typing import get_args
 import pytest
 import torch
 from commandline import PROSE, SHORT, TINY, Run
+from helpers import opens_pickles
 from safetensors.torch import load_file, save_file
 
 from hf_pss.cli.parsing import parse_plan
@@ -253,6 +254,7 @@ def test_names_cannot_command_the_terminal(run: Run, run_dir: Path) -> None:
     assert "\u202e" not in result.stdout
 
 
+@opens_pickles
 def test_a_repaired_copy_goes_on(run: Run, run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "repaired"
     words = ("--write", out, "--moments", "reset", "--lr-scale", "0.5", "--allow-pickle")

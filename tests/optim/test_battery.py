@@ -419,6 +419,7 @@ def test_a_matrix_does_not_depend_on_its_neighbours(rule: str) -> None:
 # Compilation
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 compiles no step with a closure")
 @on_each_case
 def test_a_compiled_step_is_the_same(case: str) -> None:
     plain, compiled = Problem(case), Problem(case)

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from failing_runs import NUM_STEPS
-from helpers import MODELS, controller_of, differences, gpt2, make_trainer, train, weights_of
+from helpers import (
+    MODELS,
+    controller_of,
+    differences,
+    gpt2,
+    make_trainer,
+    opens_pickles,
+    train,
+    weights_of,
+)
 from loops import stable_rank64
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -145,6 +154,7 @@ def test_a_plain_trainer_goes_on(damaged: CheckpointReport, tmp_path: Path) -> N
     assert {float(one["step"]) for one in state["state"].values()} == {NUM_STEPS}
 
 
+@opens_pickles
 def test_reset_moments_and_scaled_rates(damaged: CheckpointReport, tmp_path: Path) -> None:
     out = repaired(damaged, tmp_path / "out", moments="reset", lr_scale=0.25, allow_pickle=True)
     model = gpt2(num_layers=2, width=32)
@@ -228,6 +238,7 @@ def copy_of(one: CheckpointReport, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["program", "cut", "list", "no groups"])
+@opens_pickles
 def test_a_hostile_optimizer_is_an_error(
     damaged: CheckpointReport, tmp_path: Path, kind: str
 ) -> None:
@@ -250,6 +261,7 @@ def test_a_hostile_optimizer_is_an_error(
 @pytest.mark.parametrize(
     "name", ["vocab.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"]
 )
+@opens_pickles
 def test_a_link_that_leads_out_is_not_followed(
     damaged: CheckpointReport, tmp_path: Path, name: str
 ) -> None:
@@ -285,6 +297,7 @@ def test_the_mode_comes_last(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@opens_pickles
 def test_a_full_disk_is_an_error_of_the_system(damaged: CheckpointReport) -> None:
     """Where torch raises a RuntimeError of its archive writer."""
     with pytest.raises(OSError, match="disk may be full"):
@@ -325,6 +338,7 @@ def test_adapters_are_smoothed_in_a_run_only(damaged: CheckpointReport, tmp_path
     repaired(report_on(copy), tmp_path / "out")
 
 
+@opens_pickles
 def test_old_versions_of_torch_open_no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
     require_torch()
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
