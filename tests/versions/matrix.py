@@ -7,10 +7,10 @@ script. It sees all packages of that one, torch among them; what the release nee
 another version, huggingface_hub first of all, comes from the package registry and lies in front:
 about 120 MB each. Processes that tests start run in it, too. The exit code is 1 where any fails.
 
-torch is not varied: wheels of other releases are those for CUDA, gigabytes each, where no index of
-CPU builds is at hand. With one, give it to pip and ask for it:
+torch stays the same unless another is asked for: but for an index of CPU builds (PIP_INDEX_URL)
+that is a wheel for CUDA, which runs on a CPU as well, and takes gigabytes:
 
-    PIP_INDEX_URL=… python tests/versions/matrix.py --torch 2.9.1 newest
+    python tests/versions/matrix.py --torch 2.9.1 newest
 """
 
 from __future__ import annotations
