@@ -51,7 +51,7 @@ test-all: $(READY)
 	$(MAKE) test-versions
 
 # The oldest that is supported, one in between, and the newest. make test-versions VERSIONS=newest TORCH=2.9.1 takes
-# another torch, too: but for an index of CPU builds that is a wheel for CUDA, 4 GB with what it needs.
+# another torch, too: but for an index of CPU builds that is a wheel for CUDA, 5 to 7 GB with what it needs.
 VERSIONS ?= 5.3.0 5.17.0 newest
 test-versions: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/versions/matrix.py $(VERSIONS) $(if $(TORCH),--torch $(TORCH)) --pytest -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -85,7 +85,7 @@ def rescue(
         typer.Option(
             min=0.0,
             help="A factor on every learning rate. Default: after slow damage, so that the rate "
-            "rises no higher than at the checkpoint; else 1.",
+            "rises no higher than at the checkpoint, 0.1 at least; else 1.",
         ),
     ] = None,
     skip_batches: Annotated[
