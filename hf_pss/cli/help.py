@@ -57,7 +57,11 @@ Exit codes: 0 done, 2 to be mended by you, 3 not finite, 130 interrupted."""
 _TRAINING = (
     ("output_dir", "Checkpoints and the final model. Default: runs/<name of the YAML file>."),
     ("learning_rate", LEARNING_RATE_HELP),
-    ("pss_lr_scale", "Factor on all learning rates, also on those of a run that is resumed."),
+    (
+        "pss_lr_scale",
+        "Factor on the learning rates that are given; with it they hold in a resumed run, too, "
+        "which otherwise keeps those of its checkpoint.",
+    ),
     ("max_steps", "Optimizer steps; or use num_train_epochs."),
     ("num_train_epochs", "Passes over the text. Default: 3."),
     ("per_device_train_batch_size", "Blocks a step and device. Default: 8."),

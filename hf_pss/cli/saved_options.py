@@ -80,6 +80,12 @@ def options_to_keep(
             )
         else:
             warn(f"The run goes on with {here}; it began with {there}.")
+    inherited = kept["training"].get(LR_SCALE)
+    if plan.arguments.pss_lr_scale is None and inherited is not None:
+        warn(
+            f"The run goes on with {inherited} times --learning_rate {kept['learning_rate']}, as "
+            f"it was scaled before; --{LR_SCALE} changes it."
+        )
     if plan.arguments.pss_lr_scale is not None:  # from here on the rates are what is given
         kept["learning_rate"] = given["learning_rate"]
         kept["training"] = {**kept["training"], LR_SCALE: given["training"][LR_SCALE]}
@@ -99,9 +105,12 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
     parser = make_parser()
     known = set(parser.names)  # of this version of transformers
     found: Options = {}
+    if "activation_checkpointing" in known:
+        known.discard("gradient_checkpointing")  # its older name, of which the newer warns
     for name in (name for name in TRAINING_OPTIONS if name in known):
-        value = getattr(arguments, name)
-        if value != parser.get_default(name) or name == "per_device_train_batch_size":
+        value, default = getattr(arguments, name), parser.get_default(name)
+        is_unset = value is False and default is None
+        if (value != default and not is_unset) or name == "per_device_train_batch_size":
             found[name] = value.value if isinstance(value, Enum) else value
     return found
 

@@ -102,7 +102,7 @@ def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> F
         axes.axhspan(low, high, color="#56B4E9", alpha=0.15, lw=0)
         axes.plot(share, unit * noise_quantiles(m, n, share), "--", color="#0072B2", label="noise")
         axes.plot(share, np.where(sigma > 0, sigma, np.nan), color="#D55E00", label="matrix")
-        axes.set_yscale("log")
+        canvas.use_log_scale(axes)
         _plain_numbers(axes.yaxis)
         axes.set_ylim(max(float(sigma[-1]), 1e-4 * float(sigma[0])) / 1.5, 1.5 * sigma[0])
         axes.set_title(f"{_short(health.name)}\n{m}×{n}", fontsize=8)
@@ -134,7 +134,7 @@ def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
             if not drawn.any():
                 return None
             axes.plot(places, np.where(drawn, values, np.nan), marker="o", ms=4, label=label)
-        axes.set_yscale("log")
+        canvas.use_log_scale(axes)
         _plain_numbers(axes.yaxis)
         axes.set_ylabel(title)
         axes.set_xlabel("step" if places is steps else "checkpoint")

@@ -88,9 +88,9 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     pss_lr_scale: Optional[float] = field(  # noqa: UP045 (HfArgumentParser)
         default=None,
         metadata={
-            "help": "Factor on every learning rate. A resumed run obeys it, too: its schedule goes "
-            "on from the rates that are given, times this. Default: as they are given, and after "
-            "a resume as the checkpoint has them."
+            "help": "Factor on every learning rate that is given. A resumed run obeys it, too: its "
+            "schedule goes on from the rates of this launch, times this. Default: the rates as "
+            "they are given, and after a resume those of the checkpoint, scaled or not."
         },
     )
 

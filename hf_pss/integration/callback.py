@@ -72,6 +72,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._norm_is_new = False
         self._scaler_is_active = self._update_is_discarded = False
         self._floor_has_acted = False
+        self._smoothed_in: str | None = None
+        """The run's folder, once it was smoothed on its resume: what is saved there is so."""
         self._speaks = True
         self._events: JsonLines | None = None
         self._health: JsonLines | None = None
@@ -181,6 +183,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         )
         if self.controller.health is not None and not args.torch_compile:
             self.controller.health.watch_attention(attention_watch(model))
+        smoothed_in = _attribute(state, type(self).__name__, "smoothed_in")
+        self._smoothed_in = smoothed_in if isinstance(smoothed_in, str) else None
         self._resume(state)
         # The Trainer saves into this entry and fails where a resumed file lacks it.
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -194,11 +198,20 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             if first_health is not None:
                 self._health.write([health_line(step, first_health)])
             self._tracker_args = args
-        smooths = self.controller.config.smooth_on_resume and self.repairs
-        if state.global_step > 0 and smooths:
-            self.write_records([self.controller.smooth_now()])
+        if state.global_step > 0 and self.controller.config.smooth_on_resume and self.repairs:
+            self._smooth_once(self.controller, str(Path(args.output_dir).resolve()))
         if self._speaks:
             logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
+
+    def _smooth_once(self, controller: PSSController, folder: str) -> None:
+        if self._smoothed_in != folder:
+            self.write_records([controller.smooth_now()])
+            self._smoothed_in = folder
+        elif self._speaks:
+            logger.info(
+                "smooth_on_resume: this run was smoothed when it was resumed first, and goes on; "
+                "to smooth again, let it write to another output_dir."
+            )
 
     def on_pre_optimizer_step(
         self,
@@ -313,6 +326,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         }
         if controller is not None and controller.health is not None:
             attributes["health_state"] = controller.health.state()
+        if self._smoothed_in is not None:
+            attributes["smoothed_in"] = self._smoothed_in
         return {"args": {}, "attributes": attributes}
 
     def _resume(self, state: TrainerState) -> None:
@@ -336,9 +351,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self._resume_health(controller, state)
 
     def _resume_health(self, controller: PSSController, state: TrainerState) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        attributes = saved.get("attributes") if isinstance(saved, dict) else None
-        found = attributes.get("health_state") if isinstance(attributes, dict) else None
+        found = _attribute(state, type(self).__name__, "health_state")
         if controller.health is None or found is None:  # written by a run that measured none
             return
         try:
@@ -425,6 +438,13 @@ def _noticed(event: Event) -> str:
         f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
         f"(limit {threshold / baseline:.2g} ×)"
     )
+
+
+def _attribute(state: TrainerState, name: str, attribute: str) -> Any:
+    """Return what a callback has saved; None where there is nothing."""
+    saved = state.stateful_callbacks.get(name)
+    attributes = saved.get("attributes") if isinstance(saved, dict) else None
+    return attributes.get(attribute) if isinstance(attributes, dict) else None
 
 
 def _saved_state(state: TrainerState, name: str) -> Any:

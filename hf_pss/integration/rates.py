@@ -66,7 +66,7 @@ class ScaledRates:
         for group, rate in zip(trainer.optimizer.param_groups, given, strict=True):
             group["initial_lr"] = rate
         if loaded != wanted and trainer.is_world_process_zero():
-            logger.info(
+            logger.warning(
                 "pss_lr_scale=%g: the schedule goes on from a base rate of %s instead of %s, which "
                 "%s has.",
                 scale,

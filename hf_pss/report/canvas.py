@@ -11,11 +11,13 @@ from hf_pss.report.records import RunDirectory
 
 try:
     import matplotlib as mpl
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
 except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
 
-__all__ = ["colour", "new_figure", "save_png", "style", "to_svg"]
+__all__ = ["colour", "new_figure", "save_png", "style", "to_svg", "use_log_scale"]
 
 # Okabe and Ito's palette, without its yellow: told apart by every common kind of colour vision.
 _REFERENCE_COLOUR = "#555555"
@@ -57,6 +59,13 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.12)
     return figure
+
+
+def use_log_scale(axes: Axes) -> None:
+    """Let the ordinate be logarithmic, with plain numbers: the style reads no mathematics."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def colour(directory: RunDirectory, guard: str) -> str:

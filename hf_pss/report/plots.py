@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hf_pss.report.canvas import colour, new_figure, save_png, style
+from hf_pss.report.canvas import colour, new_figure, save_png, style, use_log_scale
 from hf_pss.report.load import load_run_directory
 from hf_pss.report.records import Curve, Floats, RunDirectory, TrainingRun
 from hf_pss.report.results import label
@@ -135,7 +135,7 @@ def _scale_norms(axes: Axes, norms: Floats) -> None:
     top = 4 * min(high, median * _GRADIENT_HEADROOM)
     # Limits first: on a logarithmic axis matplotlib would warn of the ones it chose by itself.
     axes.set_ylim(bottom, top)
-    axes.set_yscale("log")
+    use_log_scale(axes)
     axes.yaxis.set_major_formatter("{x:g}")
     if high > top:
         _note(axes, f"cut off; the largest is {high:.3g}", height=0.86)

@@ -110,6 +110,14 @@ def plan_resume(
     rise = rise_after(history, chosen.step)
     factor = scale_to_hold(rise, failure) if lr_scale is None else lr_scale
     options += _lr_scale(factor, launch, is_in_files=is_copy and lr_scale is not None)
+    told_of_rate = tuple(
+        about_rate(
+            None if lr_scale == 1.0 else rise,
+            None if lr_scale == 1.0 else failure,
+            None if factor == 1.0 else factor,
+            is_known=launch is not None,
+        )
+    )
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     words = None if launch is None else (*_TRAIN, *options, *launch.words)
     return ResumePlan(
@@ -117,7 +125,7 @@ def plan_resume(
         None if words is None or processes is None else (*_launcher(processes), *words),
         (
             *about_steps_left(history, chosen, skipped=skipped),
-            *about_rate(rise, failure, factor, is_known=launch is not None, is_copy=is_copy),
+            *told_of_rate,
             *about_batches(failure, history, chosen, skipped=skipped),
             *about_command(
                 chosen,
@@ -126,7 +134,7 @@ def plan_resume(
                 processes=processes,
             ),
             *about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
-            *about_changes(is_scaled=factor != 1.0, is_copy=is_copy),
+            *about_changes(is_rate_told=bool(told_of_rate) or lr_scale == 1.0, is_copy=is_copy),
         ),
         words,
     )

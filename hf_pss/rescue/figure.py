@@ -55,7 +55,7 @@ def draw_course(found: Investigation, path: Path) -> None:
         top.set_title(f"{title} (dotted: checkpoints)".replace("_", " "))
         norms = [row.grad_norm for row in (found.history.rows if found.history else ())]
         if any(norm is not None and 0 < norm < math.inf for norm in norms):
-            bottom.set_yscale("log")
+            canvas.use_log_scale(bottom)
         top.set_ylabel("loss, nats")
         bottom.set_ylabel("gradient norm")
         bottom.set_xlabel("step")

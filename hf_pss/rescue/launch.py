@@ -48,7 +48,12 @@ TRAINING_OPTIONS = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha"),
     *(_BATCH_SIZE, "auto_find_batch_size", "gradient_accumulation_steps"),
-    *("gradient_checkpointing", "average_tokens_across_devices", "train_sampling_strategy"),
+    *(
+        "activation_checkpointing",
+        "gradient_checkpointing",
+        "average_tokens_across_devices",
+        "train_sampling_strategy",
+    ),
     *("dataloader_drop_last", "ignore_data_skip", "bf16", "fp16", "tf32", "use_cpu"),
     *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end"),

@@ -1,8 +1,8 @@
 """The learning rate after a checkpoint: whether it rises to what did the harm, and by how much.
 
-A run that came to harm slowly, while its rate rose, would come to it again. The rule is ours: its
-schedule is scaled, so that the rate rises no higher than where the checkpoint had it, but by no
-less than a tenth, for the rate at the checkpoint itself is scaled with it.
+A run that came to harm slowly, or collapsed, while its rate rose, would come to it again. The rule
+is ours: its schedule is scaled, so that the rate rises no higher than where the checkpoint had it,
+but by no less than a tenth, for the rate at the checkpoint itself is scaled with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import History
 
-__all__ = ["Rise", "rise_after", "scale_to_hold"]
+__all__ = ["Rise", "rise_after", "scale_against", "scale_to_hold"]
 
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
@@ -25,6 +25,8 @@ class Rise:
 
     rate: float
     """At the checkpoint."""
+    next: float
+    """Of the first row after it."""
     begins: int
     """The step at which it had risen so far."""
     highest: float
@@ -39,22 +41,29 @@ def rise_after(history: History | None, step: int) -> Rise | None:
     logged = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
     rates = [(at, rate) for at, rate in logged if math.isfinite(rate) and rate > 0]
     before = [rate for at, rate in rates if at <= step]
+    later = [(rate, at) for at, rate in rates if at > step]
     limit = _LEAST_RISE * before[-1] if before else math.inf
-    higher = [(rate, at) for at, rate in rates if at > step and rate > limit]
+    higher = [(rate, at) for rate, at in later if rate > limit]
     if not higher:
         return None
     highest, at = max(higher)
-    return Rise(before[-1], higher[0][1], highest, at)
+    return Rise(before[-1], later[0][0], higher[0][1], highest, at)
 
 
 def scale_to_hold(rise: Rise | None, failure: Failure | None) -> float:
     """Return the factor that keeps a schedule from doing slow harm again; 1 where none is needed.
 
-    A spike may have been a batch's doing, and a rise after the harm was noticed has not done it:
-    there nothing is scaled.
+    A spike may have been a batch's doing, and a rise after slow damage was noticed has not done it:
+    there nothing is scaled. A collapse lasts, and so does what the rate does to it.
     """
-    if rise is None or failure is None or failure.kind != "slow_damage":
+    if rise is None or failure is None:
         return 1.0
-    if rise.begins > failure.noticed_step:
-        return 1.0
+    is_in_time = rise.begins <= failure.noticed_step
+    if failure.kind == "collapse" or (failure.kind == "slow_damage" and is_in_time):
+        return scale_against(rise)
+    return 1.0
+
+
+def scale_against(rise: Rise) -> float:
+    """Return the factor by which the rate rises no higher than at the checkpoint, 0.1 at least."""
     return max(_LEAST_SCALE, rise.rate / rise.highest)

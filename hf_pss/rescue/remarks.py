@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hf_pss.rescue.checkpoints import CheckpointReport
 from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.history import History
-from hf_pss.rescue.rates import Rise
+from hf_pss.rescue.rates import Rise, scale_against
 
 __all__ = [
     "about_batches",
@@ -33,16 +33,15 @@ def about_steps_left(
 
 
 def about_rate(
-    rise: Rise | None, failure: Failure | None, factor: float, *, is_known: bool, is_copy: bool
+    rise: Rise | None, failure: Failure | None, factor: float | None, *, is_known: bool
 ) -> Iterator[str]:
     """Say where the learning rate goes, if it may have done the harm or is scaled.
 
     Args:
         rise: Of the logged rate, after the checkpoint.
         failure: How the run failed.
-        factor: On the schedule from there on.
+        factor: On the schedule from there on; None where nobody has asked for one.
         is_known: Whether the options of the run are.
-        is_copy: Whether it goes on from a copy.
     """
     rose = scaled = ""
     if rise is not None:
@@ -50,15 +49,25 @@ def about_rate(
             f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
             f"{rise.highest:.2g} at step {rise.step}"
         )
-        scaled = f": {factor * rise.rate:.2g} at first, {factor * rise.highest:.2g} there"
-    if factor != 1.0:
-        who = "The copy has" if is_copy and not is_known else "The command takes"
-        what = f"{who} {factor:.3g} times the rates of the run{scaled}"
-        yield f"{rose + '. ' if rose else ''}{what}. --lr-scale 1 leaves them as they were."
-        if not is_known and not is_copy:
-            yield "If you had given --pss_lr_scale, give it once, multiplied by this."
+    if factor is not None:
+        if rise is not None:
+            scaled = f": {factor * rise.next:.3g} at first, {factor * rise.highest:.2g} there"
+            rose += ". "
+        yield (
+            f"{rose}From here on the run has {factor:.3g} times the rates that it had{scaled}. "
+            "--lr-scale 1 leaves them as they were."
+        )
+        if not is_known:
+            yield (
+                "With --pss_lr_scale they are what your script gives, times that. If they had been "
+                "scaled before, in this launch or in one that it was resumed from, multiply by "
+                "that, too."
+            )
     elif rise is not None:
-        yield f"{rose}: what failed then will fail again. Lower it, with --lr-scale 0.1."
+        yield (
+            f"{rose}: what failed then may fail again. Lower it, with --lr-scale "
+            f"{scale_against(rise):.2g}."
+        )
     elif failure is not None and failure.kind == "slow_damage":
         yield (
             "The learning rate goes on as it was. If it did the harm, and does it again, lower it: "
@@ -148,18 +157,13 @@ def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> I
             else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
             "lets no matrix fall below from there on."
         )
-    if smoothing != "none":
-        yield (
-            "After another interruption go on with --pss_smooth_on_resume false: it would smooth "
-            "again."
-        )
 
 
-def about_changes(*, is_scaled: bool, is_copy: bool) -> Iterator[str]:
-    """Say how rates are changed, and how batches are passed over."""
+def about_changes(*, is_rate_told: bool, is_copy: bool) -> Iterator[str]:
+    """Say how rates are changed, unless that was told; and how batches are passed over."""
     if is_copy:
         return
-    if not is_scaled:
+    if not is_rate_told:
         yield (
             "--learning_rate alone has no effect here: a resumed run takes its base rate from "
             "scheduler.pt. For a lower rate: --lr-scale 0.5."

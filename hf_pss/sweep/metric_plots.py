@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from hf_pss.report.canvas import new_figure, save_png, style
+from hf_pss.report.canvas import new_figure, save_png, style, use_log_scale
 from hf_pss.sweep.lead_time import departure_step
 from hf_pss.sweep.rows import Row
 from hf_pss.sweep.twin_band import Family, shared_metrics
@@ -98,7 +98,7 @@ def _on(steps: np.ndarray, record: Record, name: str) -> np.ndarray:
 
 def _scale(axes: Axes, low: float, high: float) -> None:
     if low > 0 and high > _WIDE * low:
-        axes.set_yscale("log")
+        use_log_scale(axes)
         # The default labels are powers in TeX, which our style does not parse.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -207,7 +207,7 @@ def test_a_lower_rate_needs_no_copy(run: Run, run_dir: Path) -> None:
     words = found["resume"]["options"]
     assert words[words.index("--pss_lr_scale") + 1] == "0.5"
     said = " ".join(run("rescue", run_dir, "--lr-scale", "0.5").output.split())
-    assert "0.5 times the rates of the run" in said
+    assert "0.5 times the rates that it had" in said
 
 
 def test_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:

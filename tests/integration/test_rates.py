@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,7 @@ def test_a_resumed_run_goes_on_scaled_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = rates_of(scaled(tmp_path / "run", None))
-    with caplog.at_level(logging.INFO, "hf_pss"):
-        resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4")
+    resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4")
     assert rates_of(resumed) == [*before[:4], *(rate / 4 for rate in before[4:])]
     assert "base rate of 0.000488 instead of 0.00195" in caplog.text
 

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from hf_pss.report.canvas import colour, new_figure, save_png, style, to_svg
+from hf_pss.report.canvas import colour, new_figure, save_png, style, to_svg, use_log_scale
 from hf_pss.report.heatmap import MatrixRow, noise_levels, row_of, stable_rank_figure
 from hf_pss.report.load import load_run_directory
 from hf_pss.report.plots import gradient_figure, headline_plot, loss_figure, moving_average
@@ -187,3 +187,17 @@ def test_the_same_figure_is_the_same_file() -> None:
             return to_svg(figure)
 
     assert draw() == draw()
+
+
+@pytest.mark.parametrize("values", [(0.3, 40.0), (2.0, 4.0)])
+def test_logarithmic_axes_show_numbers_and_no_mathematics(values: tuple[float, float]) -> None:
+    with style():
+        figure = new_figure(4.0, 3.0)
+        axes = figure.subplots()
+        axes.plot(values)
+        use_log_scale(axes)
+        to_svg(figure)  # which sets the labels
+        labels = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    shown = [label for label in labels if label]
+    assert shown
+    assert all(float(label) > 0 for label in shown)

@@ -190,16 +190,18 @@ def test_a_rate_that_rose_to_slow_damage_is_held(
     resumed = plan(run_dir, failure=failed("slow_damage"))
     assert lr_scale_of(resumed) == 0.25
     text = " ".join(resumed.remarks)
-    assert "takes 0.25 times the rates of the run: 0.0025 at first, 0.01 there" in text
+    assert "has 0.25 times the rates that it had: 0.01 at first, 0.01 there" in text
     assert "has no effect" not in text
     copied = plan(run_dir, failure=failed("slow_damage"), repaired=Path("out"))
     assert lr_scale_of(copied) == 0.25
     # A spike may have been a batch's doing.
     spiked = plan(run_dir, failure=failed())
     assert lr_scale_of(spiked) is None
-    assert "Lower it, with --lr-scale 0.1." in " ".join(spiked.remarks)
+    assert "Lower it, with --lr-scale 0.25." in " ".join(spiked.remarks)
     as_it_was = plan(run_dir, failure=failed("slow_damage"), lr_scale=1.0)
     assert lr_scale_of(as_it_was) is None
+    assert "--lr-scale" not in " ".join(as_it_was.remarks)
+    assert lr_scale_of(plan(run_dir, failure=failed("collapse", noticed=20))) == 0.25
     # It rose when all was over.
     early = plan(run_dir, failure=failed("slow_damage", noticed=43))
     assert lr_scale_of(early) is None
@@ -261,7 +263,7 @@ def test_a_copy_of_an_unknown_launch_has_its_rates_in_its_files(run_dir: Path) -
     (run_dir / OPTIONS_FILE).unlink()
     resumed = plan(run_dir, lr_scale=0.5)
     assert "--pss_lr_scale" in resumed.options
-    assert "multiplied by this" in " ".join(resumed.remarks)
+    assert "multiply by that, too" in " ".join(resumed.remarks)
     names = {"PSSTrainingArguments": dict, "PSSTrainer": FakeTrainer, "model": 0, "dataset": 0}
     exec(resumed.python.replace("...", "use_cpu=True", 1), names)
     given: Any = names["args"]

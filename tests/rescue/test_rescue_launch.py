@@ -45,6 +45,7 @@ def write(folder: Path, options: Any) -> None:
         ("--label_smoothing_factor", "0.1", "--eval_strategy", "no", "--save_strategy", "epoch"),
         ("--per_device_train_batch_size", "3", "--auto_find_batch_size"),
         ("--pss_preset", "both", "--pss_roles", "mlp", "--pss_exclude", "h.0", "h.1"),
+        ("--gradient_checkpointing", "true"),
         ("--pss_lr_scale", "0.25", "--learning_rate", "1e-3"),
         ("--pss_detectors", "--pss_on_nonfinite", "stop", "--pss_max_interventions", "4"),
         ("--pss_on_failure", "rollback", "--pss_keep_frobenius", "--pss_health", "light"),
@@ -65,6 +66,8 @@ def test_a_launch_comes_back(tmp_path: Path, words: tuple[str, ...]) -> None:
     same = [replace(one.model, model_overrides=None) for one in (plan, again)]
     assert same[0] == same[1]
     assert again.data == plan.data
+    older_name = hasattr(plan.arguments, "activation_checkpointing")
+    assert not (older_name and "--gradient_checkpointing" in launch.words)
     assert again.arguments.max_steps == 10
 
 
