@@ -241,9 +241,9 @@ class PSSConfig:
         default=False,
         metadata={
             "help": "Smooth once, right after a checkpoint was loaded: to repair a run that has "
-            "failed. What it saves is not smoothed again on a resume. With the floor detector up "
-            "to the floors (set floor_reference=noise, for the weights are damaged already), "
-            "otherwise with `smoothing`."
+            "failed. What it saves is not smoothed again where it is resumed into the same "
+            "output_dir. With the floor detector up to the floors (set floor_reference=noise, for "
+            "the weights are damaged already), otherwise with `smoothing`."
         },
     )
     observe_only: bool = field(

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_pss.cli.model import read_overrides
 from hf_pss.cli.parsing import TrainPlan, make_parser
 from hf_pss.cli.text import BUILT_IN
-from hf_pss.detection.state import check_version, read_object
+from hf_pss.detection.state import check_version, read_mapping, read_object
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.rescue.launch import LR_SCALE, OPTIONS_FILE, TRAINING_OPTIONS, options_file
 
@@ -81,7 +81,7 @@ def options_to_keep(
         else:
             warn(f"The run goes on with {here}; it began with {there}.")
     inherited = kept["training"].get(LR_SCALE)
-    if plan.arguments.pss_lr_scale is None and inherited is not None:
+    if plan.arguments.pss_lr_scale is None and isinstance(inherited, float):
         warn(
             f"The run goes on with {inherited} times --learning_rate {kept['learning_rate']}, as "
             f"it was scaled before; --{LR_SCALE} changes it."
@@ -108,9 +108,11 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
     if "activation_checkpointing" in known:
         known.discard("gradient_checkpointing")  # its older name, of which the newer warns
     for name in (name for name in TRAINING_OPTIONS if name in known):
-        value, default = getattr(arguments, name), parser.get_default(name)
-        is_unset = value is False and default is None
-        if (value != default and not is_unset) or name == "per_device_train_batch_size":
+        value = getattr(arguments, name)
+        # False is what it makes of nothing.
+        is_unset = name == "activation_checkpointing" and value is False
+        is_default = is_unset or value == parser.get_default(name)
+        if not is_default or name == "per_device_train_batch_size":
             found[name] = value.value if isinstance(value, Enum) else value
     return found
 
@@ -140,6 +142,8 @@ def _read(path: Path, known: Options) -> Options:
         # Files of earlier versions have none of these.
         later: Options = {"training": {}, "paths": {}, "unigram_entropy": None}
         kept = dict(read_object({**later, **parsed}, ("version", *known), "the file"))
+        for name in ("training", "paths"):
+            kept[name] = dict(read_mapping(kept[name], name))
     except (OSError, ValueError, StateError) as error:
         raise ConfigurationError(
             f"The options of the run that you resume cannot be read from {path}: {error} "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     Trainer,
@@ -198,19 +200,21 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             if first_health is not None:
                 self._health.write([health_line(step, first_health)])
             self._tracker_args = args
-        if state.global_step > 0 and self.controller.config.smooth_on_resume and self.repairs:
-            self._smooth_once(self.controller, str(Path(args.output_dir).resolve()))
+        if state.global_step > 0 and self.controller.config.smooth_on_resume:
+            self._smooth_once(self.controller, args.output_dir)
         if self._speaks:
             logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
 
-    def _smooth_once(self, controller: PSSController, folder: str) -> None:
-        if self._smoothed_in != folder:
+    def _smooth_once(self, controller: PSSController, output_dir: str) -> None:
+        own = [os.path.abspath(output_dir)]
+        broadcast_object_list(own)  # smoothing is done by all ranks, or by none
+        is_done, self._smoothed_in = self._smoothed_in == own[0], own[0]
+        if self.repairs and not is_done:
             self.write_records([controller.smooth_now()])
-            self._smoothed_in = folder
-        elif self._speaks:
-            logger.info(
-                "smooth_on_resume: this run was smoothed when it was resumed first, and goes on; "
-                "to smooth again, let it write to another output_dir."
+        elif self.repairs and self._speaks:
+            logger.warning(
+                "smooth_on_resume: this run was smoothed when it was first resumed, and goes on. "
+                "To smooth once more, let it write to another output_dir."
             )
 
     def on_pre_optimizer_step(

@@ -65,7 +65,14 @@ def use_log_scale(axes: Axes) -> None:
     """Let the ordinate be logarithmic, with plain numbers: the style reads no mathematics."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(_PlainFormatter())
+
+
+class _PlainFormatter(LogFormatter):
+    """Labels the ticks that it would label, as plain numbers."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def colour(directory: RunDirectory, guard: str) -> str:

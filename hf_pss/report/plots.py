@@ -136,7 +136,6 @@ def _scale_norms(axes: Axes, norms: Floats) -> None:
     # Limits first: on a logarithmic axis matplotlib would warn of the ones it chose by itself.
     axes.set_ylim(bottom, top)
     use_log_scale(axes)
-    axes.yaxis.set_major_formatter("{x:g}")
     if high > top:
         _note(axes, f"cut off; the largest is {high:.3g}", height=0.86)
 

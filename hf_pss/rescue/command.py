@@ -109,13 +109,14 @@ def plan_resume(
     launch = read_launch(chosen.path.resolve(), history, without=_replaced(smoothing, options))
     rise = rise_after(history, chosen.step)
     factor = scale_to_hold(rise, failure) if lr_scale is None else lr_scale
-    options += _lr_scale(factor, launch, is_in_files=is_copy and lr_scale is not None)
+    is_in_files = is_copy and lr_scale is not None
+    options += _lr_scale(factor, launch, is_in_files=is_in_files)
     told_of_rate = tuple(
         about_rate(
             None if lr_scale == 1.0 else rise,
             None if lr_scale == 1.0 else failure,
             None if factor == 1.0 else factor,
-            is_known=launch is not None,
+            is_exact=launch is not None or is_in_files,
         )
     )
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None

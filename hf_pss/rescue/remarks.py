@@ -33,7 +33,7 @@ def about_steps_left(
 
 
 def about_rate(
-    rise: Rise | None, failure: Failure | None, factor: float | None, *, is_known: bool
+    rise: Rise | None, failure: Failure | None, factor: float | None, *, is_exact: bool
 ) -> Iterator[str]:
     """Say where the learning rate goes, if it may have done the harm or is scaled.
 
@@ -41,7 +41,7 @@ def about_rate(
         rise: Of the logged rate, after the checkpoint.
         failure: How the run failed.
         factor: On the schedule from there on; None where nobody has asked for one.
-        is_known: Whether the options of the run are.
+        is_exact: Whether a factor that the run had before counts already.
     """
     rose = scaled = ""
     if rise is not None:
@@ -57,11 +57,10 @@ def about_rate(
             f"{rose}From here on the run has {factor:.3g} times the rates that it had{scaled}. "
             "--lr-scale 1 leaves them as they were."
         )
-        if not is_known:
+        if not is_exact:
             yield (
-                "With --pss_lr_scale they are what your script gives, times that. If they had been "
-                "scaled before, in this launch or in one that it was resumed from, multiply by "
-                "that, too."
+                "--pss_lr_scale multiplies the rates that your script gives. If the run had been "
+                "scaled already, in its own launch or an earlier one, multiply the two factors."
             )
     elif rise is not None:
         yield (

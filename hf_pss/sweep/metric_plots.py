@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from hf_pss.report.canvas import new_figure, save_png, style, use_log_scale
 from hf_pss.sweep.lead_time import departure_step
@@ -99,9 +99,7 @@ def _on(steps: np.ndarray, record: Record, name: str) -> np.ndarray:
 def _scale(axes: Axes, low: float, high: float) -> None:
     if low > 0 and high > _WIDE * low:
         use_log_scale(axes)
-        # The default labels are powers in TeX, which our style does not parse.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 

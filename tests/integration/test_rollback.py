@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import replace
@@ -449,6 +450,9 @@ def test_smoothing_on_resume_is_for_the_checkpoint_that_was_named(
     assert [event["decision"] for event in failures_of(tmp_path)] == ["roll_back"]
     resumes = [one for one in events_of(tmp_path) if one.get("trigger") == "resume"]
     assert len(resumes) == smoothings
+    # And what is saved from there on is of a run that was smoothed, wherever it went back to.
+    state = json.loads((tmp_path / "checkpoint-16" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["PSSCallback"]["attributes"]["smoothed_in"] == str(tmp_path)
 
 
 # ---- where there is no going back ----

@@ -30,10 +30,14 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path / "broken" / "checkpoint-2"
 
 
-def test_an_interruption_does_not_smooth_again(broken: Path, tmp_path: Path) -> None:
+def test_an_interruption_does_not_smooth_again(
+    broken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(tmp_path / "straight", broken)
     run(tmp_path / "halves", broken)
+    assert "was smoothed when" not in caplog.text
     run(tmp_path / "halves", tmp_path / "halves" / "checkpoint-6")
+    assert "this run was smoothed when it was first resumed" in caplog.text
     for name in ("straight", "halves"):
         assert smoothed_at(tmp_path / name) == [2]
     ends = [tmp_path / name / "checkpoint-8" for name in ("straight", "halves")]

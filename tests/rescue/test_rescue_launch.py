@@ -13,6 +13,7 @@ from hf_pss.cli.model import read_overrides
 from hf_pss.cli.parsing import TrainPlan, parse_plan
 from hf_pss.cli.saved_options import options_to_keep
 from hf_pss.config import PSSConfig
+from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.history import History
 from hf_pss.rescue.launch import OPTIONS_FILE, TRAINING_OPTIONS, num_processes, read_launch
 from hf_pss.rescue.notes import EVENTS_FILE, Notes, read_notes
@@ -46,6 +47,7 @@ def write(folder: Path, options: Any) -> None:
         ("--per_device_train_batch_size", "3", "--auto_find_batch_size"),
         ("--pss_preset", "both", "--pss_roles", "mlp", "--pss_exclude", "h.0", "h.1"),
         ("--gradient_checkpointing", "true"),
+        ("--metric_for_best_model", "eval_runtime", "--greater_is_better", "false"),
         ("--pss_lr_scale", "0.25", "--learning_rate", "1e-3"),
         ("--pss_detectors", "--pss_on_nonfinite", "stop", "--pss_max_interventions", "4"),
         ("--pss_on_failure", "rollback", "--pss_keep_frobenius", "--pss_health", "light"),
@@ -66,8 +68,8 @@ def test_a_launch_comes_back(tmp_path: Path, words: tuple[str, ...]) -> None:
     same = [replace(one.model, model_overrides=None) for one in (plan, again)]
     assert same[0] == same[1]
     assert again.data == plan.data
-    older_name = hasattr(plan.arguments, "activation_checkpointing")
-    assert not (older_name and "--gradient_checkpointing" in launch.words)
+    has_newer_name = hasattr(plan.arguments, "activation_checkpointing")
+    assert not (has_newer_name and "--gradient_checkpointing" in launch.words)
     assert again.arguments.max_steps == 10
 
 
@@ -86,6 +88,24 @@ def test_a_run_that_was_resumed_scaled_has_that_on_record(tmp_path: Path) -> Non
         assert launch.lr_scale == 0.25
         given = dict(zip(launch.words[::2], launch.words[1::2], strict=True))
         assert (given["--learning_rate"], given["--seed"]) == ("0.001", "3")
+
+
+def test_a_factor_that_goes_on_is_told(tmp_path: Path) -> None:
+    _, checkpoint = kept(tmp_path / "run", "--learning_rate", "1e-2", "--pss_lr_scale", "0.25")
+    again = parse_plan([*FRESH, "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "on")])
+    said: list[str] = []
+    options_to_keep(again, checkpoint, warn=said.append)
+    (line,) = said
+    assert "goes on with 0.25 times --learning_rate 0.01" in line
+
+
+@pytest.mark.parametrize("bad", [None, [], 1, "x"])
+def test_options_that_are_none_are_an_error_of_the_file(tmp_path: Path, bad: Any) -> None:
+    plan, checkpoint = kept(tmp_path / "run")
+    file = checkpoint.parent / OPTIONS_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"training": bad}))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        options_to_keep(plan, checkpoint, warn=print)
 
 
 def test_every_option_of_pss_is_kept() -> None:
