@@ -1,8 +1,9 @@
 """The learning rate after a checkpoint: whether it rises to what did the harm, and by how much.
 
-A run that came to harm slowly, or collapsed, while its rate rose, would come to it again. The rule
-is ours: its schedule is scaled, so that the rate rises no higher than where the checkpoint had it,
-but by no less than a tenth, for the rate at the checkpoint itself is scaled with it.
+A run that came to harm slowly, while its rate rose, would come to it again. The rule is ours: its
+schedule is scaled, so that the rate rises no higher than where the checkpoint had it, but by no
+less than a tenth, for the rate at the checkpoint itself is scaled with it. After a collapse the
+floor alone did better than with a lower rate (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -53,15 +54,12 @@ def rise_after(history: History | None, step: int) -> Rise | None:
 def scale_to_hold(rise: Rise | None, failure: Failure | None) -> float:
     """Return the factor that keeps a schedule from doing slow harm again; 1 where none is needed.
 
-    A spike may have been a batch's doing, and a rise after slow damage was noticed has not done it:
-    there nothing is scaled. A collapse lasts, and so does what the rate does to it.
+    A spike may have been a batch's doing, and a rise after the harm was noticed has not done it:
+    there nothing is scaled.
     """
-    if rise is None or failure is None:
+    if rise is None or failure is None or failure.kind != "slow_damage":
         return 1.0
-    is_in_time = rise.begins <= failure.noticed_step
-    if failure.kind == "collapse" or (failure.kind == "slow_damage" and is_in_time):
-        return scale_against(rise)
-    return 1.0
+    return scale_against(rise) if rise.begins <= failure.noticed_step else 1.0
 
 
 def scale_against(rise: Rise) -> float:
