@@ -81,14 +81,14 @@ def options_to_keep(
         else:
             warn(f"The run goes on with {here}; it began with {there}.")
     inherited = kept["training"].get(LR_SCALE)
-    if plan.arguments.pss_lr_scale is None and isinstance(inherited, float):
+    if plan.arguments.pss_lr_scale is not None:  # from here on the rates are what is given
+        kept["learning_rate"] = given["learning_rate"]
+        kept["training"][LR_SCALE] = given["training"][LR_SCALE]
+    elif isinstance(inherited, float):
         warn(
             f"The run goes on with {inherited} times --learning_rate {kept['learning_rate']}, as "
             f"it was scaled before; --{LR_SCALE} changes it."
         )
-    if plan.arguments.pss_lr_scale is not None:  # from here on the rates are what is given
-        kept["learning_rate"] = given["learning_rate"]
-        kept["training"] = {**kept["training"], LR_SCALE: given["training"][LR_SCALE]}
     return kept
 
 

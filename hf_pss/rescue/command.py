@@ -111,14 +111,9 @@ def plan_resume(
     factor = scale_to_hold(rise, failure) if lr_scale is None else lr_scale
     is_in_files = is_copy and lr_scale is not None
     options += _lr_scale(factor, launch, is_in_files=is_in_files)
-    told_of_rate = tuple(
-        about_rate(
-            None if lr_scale == 1.0 else rise,
-            None if lr_scale == 1.0 else failure,
-            None if factor == 1.0 else factor,
-            is_exact=launch is not None or is_in_files,
-        )
-    )
+    is_left = lr_scale == 1.0  # as it was, by the user's own word
+    is_exact = launch is not None or is_in_files
+    told_of_rate = () if is_left else tuple(about_rate(rise, failure, factor, is_exact=is_exact))
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     words = None if launch is None else (*_TRAIN, *options, *launch.words)
     return ResumePlan(
@@ -135,7 +130,7 @@ def plan_resume(
                 processes=processes,
             ),
             *about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
-            *about_changes(is_rate_told=bool(told_of_rate) or lr_scale == 1.0, is_copy=is_copy),
+            *about_changes(is_rate_told=bool(told_of_rate) or is_left, is_copy=is_copy),
         ),
         words,
     )

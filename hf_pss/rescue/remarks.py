@@ -33,14 +33,14 @@ def about_steps_left(
 
 
 def about_rate(
-    rise: Rise | None, failure: Failure | None, factor: float | None, *, is_exact: bool
+    rise: Rise | None, failure: Failure | None, factor: float, *, is_exact: bool
 ) -> Iterator[str]:
     """Say where the learning rate goes, if it may have done the harm or is scaled.
 
     Args:
         rise: Of the logged rate, after the checkpoint.
         failure: How the run failed.
-        factor: On the schedule from there on; None where nobody has asked for one.
+        factor: On the schedule from there on.
         is_exact: Whether a factor that the run had before counts already.
     """
     rose = scaled = ""
@@ -49,7 +49,7 @@ def about_rate(
             f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
             f"{rise.highest:.2g} at step {rise.step}"
         )
-    if factor is not None:
+    if factor != 1.0:
         if rise is not None:
             scaled = f": {factor * rise.next:.3g} at first, {factor * rise.highest:.2g} there"
             rose += ". "
