@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.nn import functional
 
+from hf_pss.anchors import NUM_RECORDED
 from hf_pss.distributed import Backend
 from hf_pss.edits import FAILED, NON_FINITE, RAISED, STATUS_NAMES
 from hf_pss.events import MatrixChange
@@ -54,6 +56,8 @@ class AdapterSpectrum:
     """σ₁, exact."""
     frobenius: float
     stable_rank: float
+    leading: tuple[float, ...] = ()
+    """The leading singular values, as many as the record of healthy values keeps."""
 
 
 @torch.no_grad()
@@ -88,11 +92,18 @@ def measure_adapter_spectra(
         names += [view.name for view in own]
         scaling = sigma.new_tensor([abs(view.scaling) for view in own])
         norm = torch.linalg.vector_norm(sigma, dim=-1) * scaling
-        numbers.append(torch.stack([sigma[:, 0] * scaling, norm, _stable_rank(sigma) * on], -1))
+        values = (sigma * scaling.unsqueeze(-1))[:, :NUM_RECORDED]
+        values = functional.pad(values, (0, NUM_RECORDED - values.shape[-1]))
+        scalars = torch.stack([sigma[:, 0] * scaling, norm, _stable_rank(sigma) * on], -1)
+        numbers.append(torch.cat([scalars, values], dim=-1))
     if not numbers:
         return {}
-    told = backend.agree(torch.cat([n.to(numbers[0].device) for n in numbers]).flatten())
-    by_name = {name: AdapterSpectrum(*told[3 * i : 3 * i + 3]) for i, name in enumerate(names)}
+    told = iter(backend.agree(torch.cat([n.to(numbers[0].device) for n in numbers]).flatten()))
+    rows = zip(*[told] * (3 + NUM_RECORDED), strict=True)
+    by_name = {
+        name: AdapterSpectrum(sigma, frobenius, rank, leading=tuple(leading))
+        for name, (sigma, frobenius, rank, *leading) in zip(names, rows, strict=True)
+    }
     return {view.name: by_name[view.name] for view in views}
 
 
@@ -101,11 +112,12 @@ def smooth_adapters_(
     views: Sequence[AdapterView],
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
-    phi: SmoothingFunction,
+    phi_for: Callable[[Sequence[str]], SmoothingFunction],
     *,
     names: Collection[str] | None = None,
     max_rank: int,
     keep_frobenius: bool = False,
+    before_write: Callable[[Collection[str]], None] | None = None,
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of products, in place, by an edit of both factors.
 
@@ -116,10 +128,11 @@ def smooth_adapters_(
         views: The selected products.
         parameters: The model's parameters by canonical name; factors change in place.
         backend: How parameters are stored.
-        phi: The smoothing function.
+        phi_for: As in `hf_pss.smoother.smooth_matrices_`.
         names: Only these products; all when None.
         max_rank: At most so many singular values of a product move.
         keep_frobenius: Rescale each smoothed product to the Frobenius norm it had.
+        before_write: As in `hf_pss.smoother.smooth_matrices_`.
 
     Raises:
         ElsewhereError: The first rank has failed; it raises the error itself.
@@ -133,6 +146,7 @@ def smooth_adapters_(
         if backend.rank == 0:
             options = {"max_rank": max_rank, "keep_frobenius": keep_frobenius}
             try:
+                phi = phi_for([view.name for view in factors.views])
                 factors, found = _smoothed(factors, phi, **options)
                 numbers.copy_(found)
             except Exception as caught:
@@ -143,6 +157,8 @@ def smooth_adapters_(
         if rows[0][0] == RAISED:
             raise_together(error)
         if any(row[0] == SmoothingStatus.SMOOTHED for row in rows):
+            if before_write is not None:
+                before_write((factors.views[0].left_name, factors.views[0].right_name))
             _write_(factors, parameters, backend)
         for view, row in zip(factors.views, rows, strict=True):
             status, rest = int(row[0]), () if row[0] >= NON_FINITE else (int(row[1]), *row[2:])

@@ -198,7 +198,7 @@ def _where(event: Event) -> str:
 
 def _answer(record: Record) -> str:
     if isinstance(record, Intervention):
-        return "smoothed"
+        return "taken back" if record.event.decision is Action.UNDO else "smoothed"
     return {
         Action.OBSERVE: "observed",
         Action.SKIP_UPDATE: "update skipped",
@@ -209,17 +209,31 @@ def _answer(record: Record) -> str:
 
 def _done(record: Record) -> str:
     if isinstance(record, Intervention):
-        moved = sum(change.status in ("smoothed", "truncated") for change in record.matrices)
-        return (
-            f"PSS smoothed {moved} of {len(record.matrices)} matrices ({record.smoothing}) "
-            f"in {record.seconds:.2f} s."
-        )
+        return f"PSS: {describe_answer(record)}"
     return {
         Action.OBSERVE: f"PSS changed nothing ({record.reason}).",
         Action.SKIP_UPDATE: "PSS skipped this step's update; no weight was touched.",
         Action.STOP: f"PSS stopped the run ({record.reason}).",
         Action.ROLL_BACK: f"PSS went back: {record.reason}.",
     }.get(record.decision, f"PSS changed nothing ({record.reason}).")
+
+
+def describe_answer(record: Intervention) -> str:
+    """Say in one sentence what an intervention did to the weights."""
+    changed = sum(change.status in ("smoothed", "truncated") for change in record.matrices)
+    took = f"in {record.seconds:.2f} s"
+    if not changed:
+        return (
+            f"{record.smoothing} left all {len(record.matrices)} matrices as they were, {took}: "
+            "none has grown beyond its healthy values."
+        )
+    told = f"{record.smoothing} smoothed {changed} of {len(record.matrices)} matrices {took}"
+    if record.loss_before is None or record.loss_after is None:
+        return f"{told}."
+    losses = f"{record.loss_before:.4g} to {record.loss_after:.4g}"
+    if record.event.decision is Action.UNDO:
+        return f"{told}, and it was taken back because the loss rose from {losses}."
+    return f"{told}; the loss went from {losses}."
 
 
 def _advice(event: Event) -> str:

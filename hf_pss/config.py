@@ -42,10 +42,9 @@ class PSSConfig:
         ConfigurationError: An option is out of its range, or two of them contradict each other.
     """
 
-    # As published. docs/evidence, headline: the floor is better from random weights, at ten times
-    # the cost.
+    # docs/evidence, headline: the floor is what helps from random weights.
     detectors: tuple[DetectorName, ...] = field(
-        default=("grad_norm_ratio",),
+        default=("grad_norm_ratio", "stable_rank_floor"),
         metadata={
             "help": "What is watched; any of them may fire. An empty list only guards against "
             "non-finite steps."
@@ -126,6 +125,32 @@ class PSSConfig:
         metadata={
             "help": "Map on the dominant singular values when a norm or a stable-rank drop fires; "
             "the floor always caps at the level that restores it."
+        },
+    )
+    # docs/experiments.md, harm to trained weights.
+    anchor: Literal["healthy", "off"] = field(
+        default="healthy",
+        metadata={
+            "help": "healthy: smoothing lowers no leading singular value below what the matrix had "
+            "when it was last known to be healthy, so that a sound matrix is left alone; off: as "
+            "published."
+        },
+    )
+    # docs/experiments.md, harm to trained weights.
+    trial: Literal["off", "spikes", "all"] = field(
+        default="spikes",
+        metadata={
+            "help": "Try an intervention before it is kept: compute the loss of one micro-batch "
+            "before and after it, and take it back if the loss rises. spikes: all but those of the "
+            "stable-rank floor, which acts often; all: those, too; off: none."
+        },
+    )
+    # docs/experiments.md, harm to trained weights.
+    trial_margin_ratio: float = field(
+        default=0.002,
+        metadata={
+            "help": "An intervention that is tried may raise the loss by this share of it, and is "
+            "taken back if it raises it by more."
         },
     )
     # By cost; docs/experiments.md: at width 64 eight do what 32 do.
@@ -292,12 +317,12 @@ class PSSConfig:
             )
 
     @classmethod
-    def preset(cls, name: str = "paper", **overrides: Any) -> Self:
+    def preset(cls, name: str = "anchored", **overrides: Any) -> Self:
         """Return the named preset with the given options changed.
 
         Args:
-            name: One of `PRESETS`: ``paper`` (as published), ``floor`` (the stable-rank floor) or
-                ``both``.
+            name: One of `PRESETS`: ``anchored`` (the default, safe for trained weights), ``floor``
+                (the stable-rank floor alone) or ``paper`` (as published, for random weights).
             overrides: Options of this class that differ from the preset.
 
         Raises:
@@ -323,6 +348,11 @@ class PSSConfig:
                 )
         return config
 
+    @property
+    def reacts_to_spikes(self) -> bool:
+        """Whether some detector calls for smoothing; the stable-rank floor calls for a cap."""
+        return not _SPIKES.isdisjoint(self.detectors)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that JSON and YAML can hold."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -330,12 +360,14 @@ class PSSConfig:
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "paper": MappingProxyType({}),
+        "anchored": MappingProxyType({}),
         "floor": MappingProxyType({"detectors": ("stable_rank_floor",)}),
-        "both": MappingProxyType({"detectors": ("grad_norm_ratio", "stable_rank_floor")}),
+        "paper": MappingProxyType(
+            {"detectors": ("grad_norm_ratio",), "anchor": "off", "trial": "off"}
+        ),
     }
 )
-"""Named starting points. ``paper`` is the default until evidence says otherwise."""
+"""Named starting points; the options' own defaults are those of ``anchored``."""
 
 _NORMS = {"grad_norm_ratio", "matrix_grad_norm_ratio", "update_norm_ratio"}
 _WEIGHTS = {"stable_rank_floor", "stable_rank_drop", "spectral_norm_ratio"}
@@ -353,6 +385,7 @@ _READERS: Mapping[str, set[str]] = {
     "spectral_norm_ratio": {"spectral_norm_ratio"},
     "check_every_steps": _WEIGHTS,
     "smoothing": _SPIKES,
+    "anchor": _SPIKES,
     "scope": {"matrix_grad_norm_ratio", "stable_rank_drop", "spectral_norm_ratio"},
     "spike_update": {"grad_norm_ratio", "matrix_grad_norm_ratio"},
     "cooldown_steps": _SPIKES,
@@ -365,6 +398,7 @@ _RANGES = {
     "spectral_norm_ratio": (1.0, _ANY),
     "floor_ratio": (0.0, _ANY),
     "stable_rank_drop": (0.0, 0.99),
+    "trial_margin_ratio": (0.0, _ANY),
 }
 _MINIMA = {
     "calibration_steps": 1,

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from hf_pss.adapters import frozen_collapses, smooth_adapters_
+from hf_pss.anchors import Anchors
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.state import (
@@ -29,17 +30,19 @@ from hf_pss.distributed import Backend
 from hf_pss.edits import Edit
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.events import Event, EventKind, Intervention, MatrixChange, Record
+from hf_pss.floors import looks_trained
 from hf_pss.gauges import Gauges
 from hf_pss.health.monitor import HealthMonitor
 from hf_pss.iterates import edit_iterates_, has_iterates
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, SmoothingFunction, StableRankCap
 from hf_pss.moments import FIRST_MOMENTS, edit_first_moments_
 from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
 from hf_pss.policy import Action, Decision, History, Policy
 from hf_pss.selection import Selection
-from hf_pss.smoother import cap_matrices_, smooth_matrices_
+from hf_pss.smoother import smooth_matrices_
 from hf_pss.stacks import DecompositionError
 from hf_pss.steps import Step, StepReport
+from hf_pss.trial import EvaluateLoss, Trial
 from hf_pss.watch import Watch
 
 __all__ = ["PSSController", "StepReport"]
@@ -67,9 +70,13 @@ class PSSController:
     Args:
         model: The model being trained, wrapped or not. Parameters are looked up by name at every
             use, so wrappers may swap them.
-        config: The options; the preset ``paper`` when None.
+        config: The options; the preset ``anchored`` when None.
         backend: How parameters are stored; found from the parameters when None.
         optimizer: Needed where ``moments`` is not ``keep``: its state is edited in place.
+        evaluate_loss: Computes the loss of one micro-batch, always the same one within a step, with
+            the weights as they are now. An intervention that raises it is taken back (option
+            ``trial``). It may change nothing, the random state included. Without it interventions
+            are not tried, and the controller says so once.
 
     Raises:
         SelectionError: The model holds no matrix to watch, or a pattern matches none.
@@ -84,9 +91,11 @@ class PSSController:
         *,
         backend: Backend | None = None,
         optimizer: Optimizer | None = None,
+        evaluate_loss: EvaluateLoss | None = None,
     ) -> None:
         self.config = config if config is not None else PSSConfig()
         self._optimizer = optimizer
+        self._evaluate_loss = evaluate_loss
         self._gauges = Gauges(model, self.config, backend)
         if self.config.moments != "keep" and optimizer is None:
             raise ConfigurationError(
@@ -95,6 +104,8 @@ class PSSController:
             )
         on_nonfinite = self._check_backend()
         self._watch = Watch(self._gauges, self.config)
+        self._anchors = self._first_anchors()
+        self._caution_about_trained_weights()
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
             # An observer spends no budget and starts no cooldown.
@@ -102,6 +113,11 @@ class PSSController:
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
+        if self.config.trial != "off" and evaluate_loss is None and not self.config.observe_only:
+            logger.warning(
+                "PSS cannot try interventions before it keeps them, because it was given no "
+                "evaluate_loss. Pass one to PSSController, or set trial='off'."
+            )
         self.health = self._make_monitor()
         """Measures at the side of all this, with its own clock; None where ``health`` is off."""
         self._current: Step | None = None
@@ -227,13 +243,13 @@ class PSSController:
                 grad_norm_preclip=step.grad_norm_preclip,
             )
         started = time.perf_counter()
-        ranks = None
-        if ranks_are_due:
-            ranks = self._measured(step, lambda: self._ranks_to_judge(step, health))
+        ranks = health
+        if ranks_are_due and ranks is None:
+            ranks = self._measured(step, self.stable_ranks)
         if step.update_applied:
             for judgement in self._watch.judge_update():
                 self._decide(step, judgement)
-        if ranks is not None:
+        if ranks_are_due and ranks is not None:
             for judgement in self._watch.judge_stable_ranks(ranks):
                 self._decide(step, judgement)
         norms = self._measured(step, self._gauges.spectral_norms) if norms_are_due else None
@@ -241,9 +257,10 @@ class PSSController:
             for judgement in self._watch.judge_spectral_norms(norms):
                 self._decide(step, judgement)
         step.records += [
-            self._smooth(step, *answer, is_floor=answer[1].detector == "stable_rank_floor")
+            self._smooth(*answer, is_floor=answer[1].detector == "stable_rank_floor")
             for answer in step.answers
         ]
+        self._follow_health(step)
         self._current = None
         self.seconds += time.perf_counter() - started
         self._listen()
@@ -278,13 +295,15 @@ class PSSController:
 
         With the detector ``stable_rank_floor`` each matrix is brought up to its floor, otherwise
         the smoothing function is applied; ``moments`` says what becomes of the first moments. It
-        counts against no budget and starts no cooldown.
+        counts against no budget and starts no cooldown. With an ``anchor`` nothing is lowered below
+        the record of healthy values, which is that of a loaded state, or of the weights that the
+        controller was built with.
         """
         judgement = Judgement(Verdict.SPIKE, "resume", (GLOBAL,))
         decision = Decision(Action.ACT, "asked for")
         event = Event.of(judgement, decision, step=self.step_number, loss=None)
         has_floor = "stable_rank_floor" in self.config.detectors
-        return self._smooth(Step(self.step_number), event, judgement, is_floor=has_floor)
+        return self._smooth(event, judgement, is_floor=has_floor)
 
     # ---- what survives a checkpoint ----
 
@@ -295,6 +314,7 @@ class PSSController:
             "step": self.step_number,
             "seconds": self.seconds,
             "history": self._history.state_dict(),
+            "anchors": None if self._anchors is None else self._anchors.state_dict(),
             **self._watch.state_dict(),
         }
 
@@ -314,9 +334,13 @@ class PSSController:
         step_number = read_integer(found["step"], what=f"'step' of {what}")
         seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
         history = History.from_state_dict(read_mapping(found["history"], what="the history"))
+        anchors = self._anchors
+        if anchors is not None and found["anchors"] is not None:
+            anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
         noticed = {key: found[key] for key in self._watch.state_dict()}
         self._watch.load_state_dict(noticed)  # the last that may refuse
         self._history, self.step_number, self.seconds = history, step_number, seconds
+        self._anchors = anchors
         self._listen()
 
     def reset(self, *, step_number: int = 0) -> None:
@@ -445,60 +469,90 @@ class PSSController:
             )
             return None
 
-    def _ranks_to_judge(self, step: Step, health: dict[str, float] | None) -> dict[str, float]:
-        if "stable_rank_floor" not in self.config.detectors:
-            return health if health is not None else self.stable_ranks()
-        # The floor acts on what it has looked at: matrices are decomposed once, not twice.
-        step.looks, ranks = self._gauges.look()
-        return ranks
+    def _first_anchors(self) -> Anchors | None:
+        """Return the record of healthy values that begins with the weights as they are now."""
+        config = self.config
+        if config.anchor == "off" or config.observe_only or not config.reacts_to_spikes:
+            return None
+        return Anchors(self._gauges.leading_values())
 
-    def _smooth(
-        self, step: Step, event: Event, judgement: Judgement, *, is_floor: bool
-    ) -> Intervention:
+    def _follow_health(self, step: Step) -> None:
+        """Keep the record of healthy values up to date."""
+        if self._anchors is None:
+            return
+        if step.is_in_trouble:
+            self._anchors.note_trouble(step.number)
+        if self._anchors.is_due(step.number):
+            self._anchors.update(step.number, self._gauges.leading_values())
+
+    def _caution_about_trained_weights(self) -> None:
+        config = self.config
+        if config.anchor != "off" or config.observe_only or not config.reacts_to_spikes:
+            return
+        if looks_trained(self._gauges.shapes, self._gauges.stable_ranks()):
+            logger.warning(
+                "These weights look trained, and without an anchor one false alarm can destroy what "
+                "they know: use the preset anchored for fine-tuning."
+            )
+
+    def _smooth(self, event: Event, judgement: Judgement, *, is_floor: bool) -> Intervention:
         started = time.perf_counter()
+        trial = self._trial(is_floor=is_floor)
+        edits: list[Edit] = []
+        options: dict[str, Any] = {
+            "names": self._names_to_smooth(judgement, is_floor=is_floor),
+            "max_rank": self.config.max_rank,
+            "keep_frobenius": self.config.keep_frobenius,
+            "before_write": None if trial is None else trial.before_write,
+        }
         parameters, backend = self._gauges.parameters(), self._gauges.backend
-        keep_frobenius = self.config.keep_frobenius
-        and_then = self._edit_optimizer if self._has_state_to_edit() else None
-        if is_floor:
-            # Another answer of this step may have smoothed what was looked at.
-            looks = step.looks
-            ranks: dict[str, float] = {}
-            if not looks or not step.has_its_looks:
-                looks, ranks = self._gauges.look()
-            fired = judgement.fired if GLOBAL not in judgement.fired else _finite(ranks)
-            changes = cap_matrices_(
-                looks,
-                self._watch.floors,
-                frozenset(fired),
-                self.selection.matrices,
-                parameters,
-                backend,
-                max_rank=self.config.max_rank,
-                keep_frobenius=keep_frobenius,
-                and_then=and_then,
-            )
+        phi_for = self._floor_cap if is_floor else self._smoothing_function
+        changes = smooth_matrices_(
+            self.selection.matrices,
+            parameters,
+            backend,
+            phi_for,
+            and_then=edits.extend if self._has_state_to_edit() else None,
+            **options,
+        )
+        if not is_floor:
+            changes += self._smooth_adapters(parameters, phi_for, options)
+        if trial is not None and not trial.is_kept():
+            event = replace(event, decision=Action.UNDO, reason="it raised the loss")
         else:
-            changes = smooth_matrices_(
-                self.selection.matrices,
-                parameters,
-                backend,
-                self._smoothing_function,
-                names=frozenset(judgement.fired) if self._means_its_own(judgement) else None,
-                max_rank=self.config.max_rank,
-                keep_frobenius=keep_frobenius,
-                and_then=and_then,
-            )
-            changes += self._smooth_adapters(judgement, parameters)
-        step.has_its_looks = False
+            self._edit_optimizer(edits)
         return Intervention(
             event=event,
             smoothing="stable_rank_cap" if is_floor else self.config.smoothing,
             seconds=time.perf_counter() - started,
+            loss_before=None if trial is None else trial.loss_before,
+            loss_after=None if trial is None else trial.loss_after,
             matrices=changes,
         )
 
+    def _trial(self, *, is_floor: bool) -> Trial | None:
+        """Return a trial for one intervention; None where none is wanted or possible."""
+        wanted = self.config.trial == "all" or (self.config.trial == "spikes" and not is_floor)
+        if not wanted or self._evaluate_loss is None:
+            return None
+        return Trial(
+            self._evaluate_loss,
+            self._gauges.parameters,
+            self._gauges.backend,
+            self.config.trial_margin_ratio,
+        )
+
+    def _names_to_smooth(self, judgement: Judgement, *, is_floor: bool) -> frozenset[str] | None:
+        """Return the matrices that an intervention may change; None for all."""
+        if GLOBAL in judgement.fired:
+            return None
+        return frozenset(judgement.fired) if is_floor or self.config.scope == "fired" else None
+
     def _smooth_adapters(
-        self, judgement: Judgement, parameters: Mapping[str, nn.Parameter]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        phi_for: Callable[[Sequence[str]], SmoothingFunction],
+        options: Mapping[str, Any],
     ) -> tuple[MatrixChange, ...]:
         views, backend = self.selection.adapters, self._gauges.backend
         if not views:
@@ -514,19 +568,7 @@ class PSSController:
                     worst,
                     collapsed[worst],
                 )
-        return smooth_adapters_(
-            views,
-            parameters,
-            backend,
-            self._smoothing_function(()),
-            names=frozenset(judgement.fired) if self._means_its_own(judgement) else None,
-            max_rank=self.config.max_rank,
-            keep_frobenius=self.config.keep_frobenius,
-        )
-
-    def _means_its_own(self, judgement: Judgement) -> bool:
-        """Tell whether only the matrices that fired are smoothed."""
-        return self.config.scope == "fired" and GLOBAL not in judgement.fired
+        return smooth_adapters_(views, parameters, backend, phi_for, **options)
 
     def _has_state_to_edit(self) -> bool:
         optimizer = self._optimizer
@@ -557,8 +599,8 @@ class PSSController:
             )
 
     def _smoothing_function(self, names: Sequence[str]) -> SmoothingFunction:
-        return SMOOTHING_FUNCTIONS[self.config.smoothing]()
+        phi = SMOOTHING_FUNCTIONS[self.config.smoothing]()
+        return phi if self._anchors is None else Anchored(phi, self._anchors.levels(names))
 
-
-def _finite(ranks: Mapping[str, float]) -> list[str]:
-    return [name for name, rank in ranks.items() if math.isfinite(rank) and rank > 0]
+    def _floor_cap(self, names: Sequence[str]) -> SmoothingFunction:
+        return StableRankCap(torch.tensor([self._watch.floors[name] for name in names]))

@@ -119,6 +119,10 @@ class Intervention:
     event: Event
     smoothing: str
     seconds: float
+    loss_before: float | None = None
+    """Loss of a micro-batch right before the edit; None where the edit was not tried."""
+    loss_after: float | None = None
+    """Loss of the same micro-batch right after it; the event's decision says what came of it."""
     matrices: tuple[MatrixChange, ...]
 
 
@@ -222,6 +226,8 @@ def _decode(parsed: dict[str, object]) -> Record:
     if parsed.get("kind") != "intervention":
         return Event(**_decode_values(_types(Event), parsed, "event"))
     parsed["kind"] = parsed.pop("trigger", None)
+    for name in ("loss_before", "loss_after"):  # not in the files of the first version
+        parsed.setdefault(name, None)
     own = {name: hint for name, hint in _types(Intervention).items() if name != "event"}
     values = _decode_values({**_types(Event), **own}, parsed, "intervention")
     answer = {name: values.pop(name) for name in own}

@@ -28,6 +28,8 @@ class Action(StrEnum):
     """Something was noticed; report it and change nothing. The reason says why."""
     ACT = "act"
     """Smooth now."""
+    UNDO = "undo"
+    """Smoothing was tried, and taken back because it raised the loss."""
     SKIP_UPDATE = "skip_update"
     """Do not apply this update."""
     STOP = "stop"

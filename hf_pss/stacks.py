@@ -29,6 +29,7 @@ __all__ = [
     "matrix_shapes",
     "matrix_slots",
     "measure_each",
+    "measure_rows",
     "raise_together",
     "read_turn",
     "share_out",
@@ -199,7 +200,32 @@ def measure_each(
         backend: How parameters are stored.
         measure: Of a stack (b, m, n), shape (b,).
     """
-    tally = Tally(parameters, backend)
+
+    def column(matrices: Tensor) -> Tensor:
+        return measure(matrices).unsqueeze(-1)
+
+    rows = measure_rows(views, parameters, backend, column, width=1)
+    return {name: number for name, (number,) in rows.items()}
+
+
+def measure_rows(
+    views: Sequence[MatrixView],
+    parameters: Mapping[str, Tensor],
+    backend: Backend,
+    measure: Callable[[Tensor], Tensor],
+    *,
+    width: int,
+) -> dict[str, tuple[float, ...]]:
+    """Return several numbers for each 2-D matrix by name; otherwise as `measure_each`.
+
+    Args:
+        views: What to read.
+        parameters: The model's parameters by canonical name.
+        backend: How parameters are stored.
+        measure: Of a stack (b, m, n), shape (b, width).
+        width: How many numbers for each matrix.
+    """
+    tally = Tally(parameters, backend, width)
     for turn in share_out(views, parameters, backend.world_size):
         stack, found = read_turn(turn, parameters, backend), None
         if stack is not None:
@@ -221,9 +247,10 @@ class Tally:
     end, where all raise.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], backend: Backend) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], backend: Backend, width: int) -> None:
         self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self._backend = backend
+        self._width = width
         self._names: list[str] = []
         self._numbers: list[Tensor] = []
         self._error: Exception | None = None
@@ -238,13 +265,14 @@ class Tally:
                 self._error = error
 
     def add(self, turn: Turn, mine: Tensor | None) -> None:
-        """Take this rank's numbers of a turn, None where it has none."""
+        """Take this rank's numbers of a turn, (slots, width); None where it has none."""
         for owner, slots in enumerate(turn):
             self._names += [slot.name for slot in slots]
+            zeros = torch.zeros(len(slots) * self._width)
             is_mine = owner == self._backend.rank and mine is not None
-            self._numbers.append(mine if is_mine else torch.zeros(len(slots)))  # type: ignore[arg-type]
+            self._numbers.append(mine.flatten() if is_mine and mine is not None else zeros)
 
-    def told(self) -> dict[str, float]:
+    def told(self) -> dict[str, tuple[float, ...]]:
         """Return all numbers by name, on every rank; one device-to-host read.
 
         Raises:
@@ -263,7 +291,8 @@ class Tally:
         if num_failed:
             why = self._error or "a decomposition has failed on another rank"
             raise DecompositionError(str(why)) from self._error
-        return dict(zip(self._names, numbers, strict=True))
+        rows = zip(*[iter(numbers)] * self._width, strict=True)
+        return dict(zip(self._names, rows, strict=True))
 
 
 def raise_together(error: Exception | None) -> NoReturn:

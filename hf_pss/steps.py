@@ -10,7 +10,6 @@ from hf_pss.detection import Judgement, Verdict, worst
 from hf_pss.events import Event, Record
 from hf_pss.health.reading import HealthReading
 from hf_pss.policy import History
-from hf_pss.smoother import Look
 
 __all__ = ["Step", "StepReport"]
 
@@ -26,6 +25,8 @@ class StepReport:
     """Events and interventions, in the order in which they happened."""
     scalars: Mapping[str, float]
     """Finite numbers for the log; a number that is not finite, or not defined yet, is left out."""
+    is_in_trouble: bool
+    """Whether this step spiked or was not finite; a stable rank below its floor is neither."""
     stable_ranks: Mapping[str, float] | None
     """Every matrix's stable rank, at the rhythm of ``health_every_steps``; None with ``health``."""
     health: HealthReading | None = None
@@ -47,10 +48,15 @@ class Step:
     records: list[Record] = field(default_factory=list)
     answers: list[tuple[Event, Judgement]] = field(default_factory=list)
     """Events that must be answered by smoothing once the update is done, in this order."""
-    looks: tuple[Look, ...] = ()
-    """What the floor saw of the weights after this update."""
-    has_its_looks: bool = True
-    """Whether the weights are still as they were looked at."""
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """See `StepReport`."""
+        return any(
+            judgement.verdict is Verdict.NON_FINITE
+            or (judgement.verdict is Verdict.SPIKE and judgement.detector != "stable_rank_floor")
+            for judgement in self.judgements
+        )
 
     def is_due(self, every_steps: int) -> bool:
         """Tell whether something of this rhythm happens now; 0 is never."""
@@ -72,6 +78,7 @@ class Step:
             update_applied=self.update_applied,
             records=tuple(self.records),
             scalars=self._scalars(history, seconds, health_seconds),
+            is_in_trouble=self.is_in_trouble,
             stable_ranks=stable_ranks,
             health=health,
         )

@@ -163,15 +163,18 @@ class Watch:
         if not self._has_floors or self._config.floor_reference == "noise":
             return {}
         # By the same look as later: a reading that is high on noise is high on both sides.
-        return starting_ranks(self._gauges.shapes, self._gauges.look()[1])
+        shapes, ranks = self._gauges.shapes, self._gauges.stable_ranks()
+        return starting_ranks(shapes, {name: ranks[name] for name in shapes})
 
     def _floors_from(self, starts: Mapping[str, float]) -> dict[str, float]:
         if not self._has_floors:
             return {}
         refers_to_start = self._config.floor_reference == "start"
-        return floors_at(
+        floors = floors_at(
             self._config.floor_ratio, self._gauges.shapes, starts if refers_to_start else {}
         )
+        # An adapter starts at zero and has no healthy stable rank to refer to: no floor.
+        return floors | {view.name: 0.0 for view in self._gauges.selection.adapters}
 
     def _new_detectors(self, floors: Mapping[str, float]) -> AnyOf:
         names = self._config.detectors

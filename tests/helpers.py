@@ -31,16 +31,17 @@ LENGTH = 12
 MAX_STEPS = 8
 
 # The paper's detector with a threshold and a calibration so low that eight steps see it fire.
-EAGER = PSSConfig(threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0)
+EAGER = PSSConfig.preset("paper", threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0)
 
 # Every preset, its thresholds out of reach: the run must be the plain Trainer's.
 OUT_OF_REACH = {
     "paper": PSSConfig.preset("paper", threshold_ratio=1e9, calibration_steps=1),
     "floor": PSSConfig.preset("floor", floor_ratio=1e-6, check_every_steps=2),
-    "both": PSSConfig.preset(
-        "both", threshold_ratio=1e9, calibration_steps=1, floor_ratio=1e-6, check_every_steps=1
+    "anchored": PSSConfig.preset(
+        "anchored", threshold_ratio=1e9, calibration_steps=1, floor_ratio=1e-6, check_every_steps=1
     ),
-    "all detectors": PSSConfig(
+    "all detectors": PSSConfig.preset(
+        "paper",
         detectors=(
             "grad_norm_ratio",
             "matrix_grad_norm_ratio",
@@ -59,7 +60,7 @@ OUT_OF_REACH = {
     ),
     # Fires at nearly every step, and must change nothing all the same.
     "observe only": PSSConfig.preset(
-        "both",
+        "anchored",
         observe_only=True,
         threshold_ratio=1.0001,
         calibration_steps=1,

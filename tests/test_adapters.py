@@ -94,7 +94,7 @@ def test_smoothing_is_that_of_pefts_own_product(name: str) -> None:
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     views = select_matrices(model).adapters
     changes = smooth_adapters_(
-        views, named_parameters_canonical(model), BACKEND, Clip(), max_rank=32
+        views, named_parameters_canonical(model), BACKEND, lambda names: Clip(), max_rank=32
     )
     assert {change.status for change in changes} == {"smoothed"}
     for change, old, new in zip(changes, before, deltas(model), strict=True):
@@ -149,7 +149,9 @@ def test_a_product_that_is_zero_or_broken_is_left_alone() -> None:
     ranks = measure_adapters([zero, broken], parameters, BACKEND)
     assert ranks[zero.name] == 0
     assert ranks[broken.name] != ranks[broken.name]
-    changes = smooth_adapters_([zero, broken], parameters, BACKEND, Clip(), max_rank=32)
+    changes = smooth_adapters_(
+        [zero, broken], parameters, BACKEND, lambda names: Clip(), max_rank=32
+    )
     assert [change.status for change in changes] == ["rank_deficient", "non_finite"]
 
 
@@ -170,7 +172,7 @@ def test_a_spike_is_noticed_and_the_products_smoothed(
 ) -> None:
     trainer = make_trainer(
         tmp_path,
-        PSSConfig(threshold_ratio=2.0, calibration_steps=2),
+        PSSConfig.preset("paper", threshold_ratio=2.0, calibration_steps=2),
         trainer_class=SpikedTrainer,
         model=adapted(backend_model),
         rows=token_rows(),
@@ -192,7 +194,7 @@ def test_a_spike_in_the_frozen_base_is_told_and_not_touched(
     base = next(p for n, p in model.named_parameters() if "q_proj.base_layer.weight" in n)
     base.data.addr_(torch.ones(16), torch.ones(16), alpha=5.0)
     before = base.clone()
-    pss = PSSController(model)
+    pss = PSSController(model, PSSConfig.preset("paper"))
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         pss.smooth_now()
         pss.smooth_now()
@@ -267,7 +269,7 @@ def test_factors_are_smoothed_as_the_optimizer_has_them() -> None:
     masters = {"b": left.clone(), "a": right.clone()}
     backend = Mastered({id(parameters[name]): masters[name] for name in parameters})
     view = AdapterView("m[default]", "b", "a", None, 1.0, (64, 64))
-    smooth_adapters_([view], parameters, backend, Clip(), max_rank=32)
+    smooth_adapters_([view], parameters, backend, lambda names: Clip(), max_rank=32)
     expected = smooth_product(left, right, Clip())
     # Equal to the bit; through bf16 they were 2.6e-3 off.
     assert torch.equal(masters["b"], expected.left)

@@ -32,6 +32,8 @@ LAYERS = {
     "edits": 4,
     "adapters": 4,
     "smoother": 4,
+    "anchors": 4,
+    "trial": 4,
     "moments": 4,
     "iterates": 4,
     "health": 4,

@@ -55,7 +55,7 @@ def test_a_bad_option_is_refused_and_named(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=name):
         PSSConfig(**options)
     with pytest.raises(ValueError, match=name):
-        PSSConfig.preset("both", **options)
+        PSSConfig.preset("anchored", **options)
 
 
 def test_whoever_only_observes_smooths_nothing_on_resume() -> None:
@@ -67,14 +67,14 @@ def test_presets_are_what_their_names_say() -> None:
     assert {name: PSSConfig.preset(name).detectors for name in PRESETS} == {
         "paper": ("grad_norm_ratio",),
         "floor": ("stable_rank_floor",),
-        "both": ("grad_norm_ratio", "stable_rank_floor"),
+        "anchored": ("grad_norm_ratio", "stable_rank_floor"),
     }
-    assert PSSConfig.preset() == PSSConfig() == PSSConfig.preset("paper")
+    assert PSSConfig.preset() == PSSConfig() == PSSConfig.preset("anchored")
     assert PSSConfig().threshold_ratio == 2.5  # the one number that the paper gives
 
 
 def test_unknown_presets_and_options_list_what_there_is() -> None:
-    with pytest.raises(ConfigurationError, match="paper, floor, both"):
+    with pytest.raises(ConfigurationError, match="anchored, floor, paper"):
         PSSConfig.preset("papers")
     with pytest.raises(ConfigurationError, match=r"no option tau; it has .*threshold_ratio"):
         PSSConfig.preset("paper", tau=3.0)
@@ -90,7 +90,7 @@ def test_lists_and_single_words_become_tuples() -> None:
 
 
 def test_a_config_survives_json() -> None:
-    config = PSSConfig.preset("both", include=("x",), max_interventions=3)
+    config = PSSConfig.preset("anchored", include=("x",), max_interventions=3)
     assert PSSConfig(**json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
 
 
@@ -131,6 +131,6 @@ def test_an_option_without_effect_warns(
 
 
 def test_an_option_with_effect_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
-    PSSConfig.preset("both", floor_ratio=1.0, smoothing="log", threshold_ratio=3.0)
+    PSSConfig.preset("anchored", floor_ratio=1.0, smoothing="log", threshold_ratio=3.0)
     PSSConfig.preset("paper", max_rank=4, observe_only=True)
     assert caplog.text == ""

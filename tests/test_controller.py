@@ -17,7 +17,7 @@ from hf_pss.distributed import OneProcess
 from hf_pss.events import Event, Intervention
 from hf_pss.policy import Action
 
-SPIKE_CONFIG = PSSConfig(calibration_steps=2, cooldown_steps=0)
+SPIKE_CONFIG = PSSConfig.preset("paper", calibration_steps=2, cooldown_steps=0)
 
 
 class TooLate(OneProcess):
@@ -43,7 +43,9 @@ def test_three_lines_train_and_smooth_a_spike() -> None:
 
 def test_the_update_of_a_spike_is_applied_by_default_and_left_out_with_skip() -> None:
     for policy, applied in (("apply", True), ("skip", False)):
-        loop = Loop(PSSConfig(calibration_steps=2, cooldown_steps=0, spike_update=policy))
+        loop = Loop(
+            PSSConfig.preset("paper", calibration_steps=2, cooldown_steps=0, spike_update=policy)
+        )
         for _ in range(3):
             loop.step()
         before = loop.weights()
@@ -77,7 +79,7 @@ def test_a_non_finite_step_is_skipped_and_forgotten(
 
 
 def test_stop_comes_before_the_update_and_names_step_and_parameters() -> None:
-    loop = Loop(PSSConfig(on_nonfinite="stop"))
+    loop = Loop(PSSConfig.preset("paper", on_nonfinite="stop"))
     loop.step()
     loop.optimizer.zero_grad()
     (loop.model(loop.inputs)).square().mean().backward()
@@ -94,14 +96,14 @@ def test_stop_comes_before_the_update_and_names_step_and_parameters() -> None:
 
 
 def test_without_a_look_before_clipping_no_parameter_is_blamed() -> None:
-    loop = Loop(PSSConfig(on_nonfinite="stop"))
+    loop = Loop(PSSConfig.preset("paper", on_nonfinite="stop"))
     with pytest.raises(NonFiniteError) as stopped:
         loop.step(math.nan)  # clipping has made every gradient NaN
     assert "first in" not in str(stopped.value)
 
 
 def test_a_non_finite_loss_counts_with_finite_gradients() -> None:
-    loop = Loop(PSSConfig())
+    loop = Loop(PSSConfig.preset("paper"))
     _, norm = loop.backward()
     before = loop.weights()
     report = loop.pss.step(norm, update=loop.optimizer.step, loss=math.nan)
@@ -110,7 +112,7 @@ def test_a_non_finite_loss_counts_with_finite_gradients() -> None:
 
 
 def test_a_long_streak_of_non_finite_steps_stops() -> None:
-    loop = Loop(PSSConfig(max_nonfinite_streak=3))
+    loop = Loop(PSSConfig.preset("paper", max_nonfinite_streak=3))
     loop.step(math.nan), loop.step(math.nan), loop.step()  # a finite step ends the streak
     loop.step(math.nan), loop.step(math.nan)
     with pytest.raises(NonFiniteError, match="3 non-finite steps in a row"):
@@ -119,7 +121,7 @@ def test_a_long_streak_of_non_finite_steps_stops() -> None:
 
 def test_overflows_are_left_to_the_loss_scaler(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hf_pss")
-    config = PSSConfig(detectors=("update_norm_ratio",), on_nonfinite="stop")
+    config = PSSConfig.preset("paper", detectors=("update_norm_ratio",), on_nonfinite="stop")
     loop = Loop(config)
     assert loop.pss.before_update(math.inf, 1.0, loss_scaled=True)  # the scaler's step runs
     report = loop.pss.after_update()
@@ -138,8 +140,10 @@ def test_an_update_that_was_discarded_already_is_on_record_as_such(
     policy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """DeepSpeed drops it before anybody is asked: nothing is damaged, and nothing held back."""
-    loop = Loop(PSSConfig())
-    loop.pss = PSSController(loop.model, PSSConfig(on_nonfinite=policy), backend=TooLate())
+    loop = Loop(PSSConfig.preset("paper"))
+    loop.pss = PSSController(
+        loop.model, PSSConfig.preset("paper", on_nonfinite=policy), backend=TooLate()
+    )
     if policy == "stop":
         with pytest.raises(NonFiniteError, match=r"before the update .* No weight was touched"):
             loop.pss.before_update(math.inf, 1.0, discarded=True)
@@ -153,7 +157,7 @@ def test_an_update_that_was_discarded_already_is_on_record_as_such(
 
 
 def test_a_streak_of_overflows_stops_even_under_a_loss_scaler() -> None:
-    loop = Loop(PSSConfig(max_nonfinite_streak=2))
+    loop = Loop(PSSConfig.preset("paper", max_nonfinite_streak=2))
     loop.pss.before_update(math.nan, loss_scaled=True)
     loop.pss.after_update()
     with pytest.raises(NonFiniteError, match="in a row"):
@@ -161,7 +165,7 @@ def test_a_streak_of_overflows_stops_even_under_a_loss_scaler() -> None:
 
 
 def test_weights_that_an_update_made_non_finite_stop_after_it() -> None:
-    loop = Loop(PSSConfig(detectors=("update_norm_ratio",), on_nonfinite="stop"))
+    loop = Loop(PSSConfig.preset("paper", detectors=("update_norm_ratio",), on_nonfinite="stop"))
     _, norm = loop.backward()
 
     def break_a_weight() -> None:
@@ -174,7 +178,7 @@ def test_weights_that_an_update_made_non_finite_stop_after_it() -> None:
 
 
 def test_norms_may_be_tensors_floats_or_none() -> None:
-    config = PSSConfig(calibration_steps=1)
+    config = PSSConfig.preset("paper", calibration_steps=1)
     loop = Loop(config)
     loop.backward()
     forms: list[Any] = [
@@ -200,7 +204,8 @@ def test_one_read_brings_all_numbers_to_the_host() -> None:
             type(self).reads += 1
             return values.tolist()
 
-    pss = PSSController(make_model(), backend=Counting())
+    pss = PSSController(make_model(), PSSConfig.preset("paper"), backend=Counting())
+    Counting.reads = 0
     numbers = pss.to_host(torch.tensor(1.5), None, torch.tensor([2.5]), 3.5)
     assert (numbers, Counting.reads) == ([1.5, None, 2.5, 3.5], 1)
     assert pss.to_host(1.0, None) == [1.0, None]
@@ -211,7 +216,8 @@ def test_one_read_brings_all_numbers_to_the_host() -> None:
 
 
 def test_scope_fired_changes_only_the_matrix_that_fired() -> None:
-    config = PSSConfig(
+    config = PSSConfig.preset(
+        "paper",
         detectors=("matrix_grad_norm_ratio",),
         scope="fired",
         spike_update="skip",
@@ -231,7 +237,10 @@ def test_scope_fired_changes_only_the_matrix_that_fired() -> None:
 
 
 def test_observing_reports_and_touches_nothing() -> None:
-    loop, twin = Loop(PSSConfig(calibration_steps=2, observe_only=True)), Loop(PSSConfig())
+    loop, twin = (
+        Loop(PSSConfig.preset("paper", calibration_steps=2, observe_only=True)),
+        Loop(PSSConfig.preset("paper")),
+    )
     report = [loop.step(factor) for factor in (1, 1, 1, 10)][-1]
     for factor in (1, 1, 1, 10):
         twin.step(factor)
@@ -245,7 +254,7 @@ def test_without_detectors_the_guard_needs_no_matrix() -> None:
     model = nn.Linear(3, 1)
     with pytest.raises(SelectionError):
         PSSController(model)
-    pss = PSSController(model, PSSConfig(detectors=()))
+    pss = PSSController(model, PSSConfig.preset("paper", detectors=()))
     assert pss.step(1.0, update=lambda: None).verdict is Verdict.NORMAL
     assert not pss.step(math.nan, update=lambda: None).update_applied
 
@@ -318,7 +327,8 @@ FLOOR_AND_DROP = ("stable_rank_floor", "stable_rank_drop")
 
 
 def watch_stable_ranks(detectors: tuple[str, ...], **options: Any) -> PSSConfig:
-    return PSSConfig(
+    return PSSConfig.preset(
+        "paper",
         detectors=detectors,
         check_every_steps=1,
         calibration_steps=2,
@@ -363,7 +373,8 @@ def test_a_drop_that_waits_for_its_cooldown_leaves_the_floor_free() -> None:
 
 def test_a_spectral_norm_that_grows_fires_for_its_matrix_alone() -> None:
     loop = Loop(
-        PSSConfig(
+        PSSConfig.preset(
+            "paper",
             detectors=("spectral_norm_ratio",),
             scope="fired",
             check_every_steps=2,
@@ -407,7 +418,7 @@ def test_one_broken_matrix_leaves_the_guard_of_all_others_on(
 
 
 def test_an_update_norm_that_is_not_finite_is_observed_after_the_update() -> None:
-    loop = Loop(PSSConfig(detectors=("update_norm_ratio",)))
+    loop = Loop(PSSConfig.preset("paper", detectors=("update_norm_ratio",)))
 
     def break_a_weight() -> None:
         with torch.no_grad():

@@ -18,7 +18,8 @@ from hf_pss.detection import Verdict
 Damage: TypeAlias = Callable[[dict[str, Any]], Any]
 
 
-EVERYTHING = PSSConfig(
+EVERYTHING = PSSConfig.preset(
+    "paper",
     detectors=(
         "grad_norm_ratio",
         "matrix_grad_norm_ratio",
@@ -106,19 +107,19 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: Damage) -> None:
 
 
 def test_a_state_of_other_matrices_is_refused() -> None:
-    saved = Loop(PSSConfig()).pss.state_dict()
+    saved = Loop(PSSConfig.preset("paper")).pss.state_dict()
     with pytest.raises(StateError, match="other weight matrices"):
-        Loop(PSSConfig(roles=("mlp",))).pss.load_state_dict(saved)
+        Loop(PSSConfig.preset("paper", roles=("mlp",))).pss.load_state_dict(saved)
 
 
 def test_other_detectors_start_afresh_and_shared_ones_go_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    before = Loop(PSSConfig())
+    before = Loop(PSSConfig.preset("paper"))
     for _ in range(3):
         before.step(1.0)
     saved = before.pss.state_dict()
-    both = Loop(PSSConfig.preset("both")).pss
+    both = Loop(PSSConfig.preset("anchored")).pss
     fresh_floors = both.state_dict()["starting_ranks"]
     both.load_state_dict(saved)
     after = both.state_dict()
@@ -183,7 +184,7 @@ def test_the_floors_of_a_resumed_run_refer_to_what_this_run_says(first: str) -> 
 
 
 def test_a_repeated_detector_is_a_damaged_state() -> None:
-    loop = Loop(PSSConfig())
+    loop = Loop(PSSConfig.preset("paper"))
     state = loop.pss.state_dict()
     with pytest.raises(StateError, match="damaged"):
         loop.pss.load_state_dict({**state, "watched": ["grad_norm_ratio"] * 2})

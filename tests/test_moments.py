@@ -31,7 +31,8 @@ def trained(make: Factory, moments: str) -> tuple[nn.Module, Optimizer, list[Ten
     torch.manual_seed(0)
     model = gpt2()
     optimizer = make(model.parameters())
-    config = PSSConfig(
+    config = PSSConfig.preset(
+        "paper",
         detectors=("stable_rank_floor",),
         floor_ratio=3.0,
         floor_reference="noise",
@@ -102,4 +103,4 @@ def share(moment: Tensor, edit: Tensor) -> float:
 
 def test_a_missing_optimizer_is_an_error_that_says_what_to_give() -> None:
     with pytest.raises(ConfigurationError, match="optimizer=optimizer"):
-        PSSController(gpt2(), PSSConfig(moments="reset"))
+        PSSController(gpt2(), PSSConfig.preset("paper", moments="reset"))

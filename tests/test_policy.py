@@ -25,7 +25,7 @@ SANE_RANK = Judgement(Verdict.NORMAL, "stable_rank_floor", (), 20.0, None, 16.0)
 
 def policy_of(**options: Any) -> Policy:
     """Return a policy with the options' own defaults, but for those given."""
-    config = PSSConfig(**options)
+    config = PSSConfig.preset("paper", **options)
     return Policy(
         cooldown_steps=config.cooldown_steps,
         max_interventions=config.max_interventions,

@@ -21,8 +21,8 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … for every guard.")] = 1,
     guards: Annotated[
-        str, typer.Option(help="Any of plain, paper, floor, both; with commas between.")
-    ] = "plain,paper,floor",
+        str, typer.Option(help="Any of plain, anchored, floor, paper; with commas between.")
+    ] = "plain,paper,anchored",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's 800")
     ] = None,

@@ -34,7 +34,7 @@ _EXAMPLES = """\
 2. Fine-tune a model on your own text, with the floor as a second guard:
 
    hf-pss train --model gpt2 --dataset notes.jsonl --text_column body \\
-     --pss_preset both --learning_rate 5e-5 --output_dir runs/notes
+     --pss_preset anchored --learning_rate 5e-5 --output_dir runs/notes
 
 3. Keep the options in a file, change one, go on after an interruption:
 
@@ -126,7 +126,7 @@ def _rows(options: Iterable[Field[Any]]) -> Iterable[tuple[str, str]]:
 
 
 def _pss_rows() -> Iterable[tuple[str, str]]:
-    yield "pss_preset", f"Starting point: {', '.join(PRESETS)}. Default: paper."
+    yield "pss_preset", f"Starting point: {', '.join(PRESETS)}. Default: anchored."
     known = {option.name: option for option in fields(PSSConfig)}
     yield from ((f"pss_{name}", known[name].metadata["help"]) for name in _PSS)
 

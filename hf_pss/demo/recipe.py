@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PRESETS, PSSConfig
 from hf_pss.errors import ConfigurationError
 
 __all__ = ["GUARDS", "DemoRecipe"]
@@ -19,9 +19,7 @@ GUARDS: Mapping[str, PSSConfig] = MappingProxyType(
     {
         # Bit for bit the plain Trainer: it watches and notes, and never touches anything.
         "plain": PSSConfig(observe_only=True),
-        "paper": PSSConfig.preset("paper"),
-        "floor": PSSConfig.preset("floor"),
-        "both": PSSConfig.preset("both"),
+        **{name: PSSConfig.preset(name) for name in PRESETS},
     }
 )
 """The twins: the same seed and data, each under another guard."""

@@ -58,7 +58,7 @@ def run_demo(
     recipe: DemoRecipe,
     output_dir: Path,
     *,
-    guards: Sequence[str] = ("plain", "paper", "floor"),
+    guards: Sequence[str] = ("plain", "paper", "anchored"),
     num_seeds: int = 1,
     num_processes: int | None = None,
     console: Console | None = None,

@@ -55,6 +55,12 @@ class Backend(Protocol):
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Make ``full``, the same on every rank, the value of the parameter everywhere."""
 
+    def keep(self, parameter: Tensor) -> Tensor:
+        """Return a copy of what is stored here of a parameter, for `put_back_`."""
+
+    def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
+        """Make the parameter, bit for bit, what it was when `keep` was called on every rank."""
+
     def master(self, parameter: Tensor) -> Tensor:
         """Return the same of what the optimizer updates, which may be more precise."""
 
@@ -121,6 +127,14 @@ class OneProcess:
     def full(self, parameter: Tensor) -> Tensor:
         """Return the parameter itself, detached: the same memory."""
         return parameter.detach()
+
+    def keep(self, parameter: Tensor) -> Tensor:
+        """Return a copy of the parameter."""
+        return parameter.detach().clone()
+
+    def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
+        """Copy it back."""
+        parameter.detach().copy_(kept)
 
     def master(self, parameter: Tensor) -> Tensor:
         """Return the parameter itself, detached: the same memory."""

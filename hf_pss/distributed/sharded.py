@@ -108,6 +108,14 @@ class Sharded:
         """Gather the parameter on every rank."""
         return gathered(parameter.detach())
 
+    def keep(self, parameter: Tensor) -> Tensor:
+        """Return a copy of this rank's rows."""
+        return _part(parameter.detach()).tensor.clone()
+
+    def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
+        """Copy them back."""
+        _part(parameter.detach()).tensor.copy_(kept)
+
     def master(self, parameter: Tensor) -> Tensor:
         """Gather the parameter on every rank: there is no other."""
         return self.full(parameter)

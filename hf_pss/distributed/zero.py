@@ -74,6 +74,23 @@ class Zero(Replicated):
         with GatheredParameters([parameter], modifier_rank=source), torch.no_grad():
             parameter.copy_(full.to(parameter.dtype))
 
+    def keep(self, parameter: Tensor) -> Tensor:
+        """Return a copy of this rank's piece of the fp32 master."""
+        if not _has_master(parameter):
+            return self.full(parameter).clone()
+        return _piece(parameter, None)[0].clone()
+
+    def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
+        """Copy it back, and make the copy for the forward from all ranks' pieces."""
+        if not _has_master(parameter):
+            self.write_back_(parameter, kept)
+            return
+        piece, _, _ = _piece(parameter, None)
+        piece.copy_(kept)
+        _store(parameter, None, piece)
+        with self.part(parameter):
+            pass  # `part` writes the master into the copy as it closes
+
     def master(self, parameter: Tensor) -> Tensor:
         """Return the fp32 master; the copy where there is none (frozen under stage 3)."""
         if not _has_master(parameter):
@@ -209,13 +226,7 @@ class _Opened:
     def close_(self) -> None:
         """Keep this rank's piece of what the rows have become."""
         self.write_piece_(self.piece)
-        if hasattr(self.parameter, "ds_id"):  # the piece may be a copy of what lies elsewhere
-            from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-            if self.name is None:
-                safe_set_local_fp32_param(self.parameter, self.piece)
-            else:
-                safe_set_local_optimizer_state(self.parameter, self.piece, self.name)
+        _store(self.parameter, self.name, self.piece)
 
     def write_piece_(self, piece: Tensor) -> None:
         """Overwrite what a tensor laid out like this rank's piece has of the rows."""
@@ -252,6 +263,18 @@ def _piece(parameter: Any, name: str | None) -> tuple[Tensor, int, Any]:
         else safe_get_local_optimizer_state(parameter, name)
     ).detach()
     return piece, len(piece) * dist.get_rank(group), group
+
+
+def _store(parameter: Any, name: str | None, piece: Tensor) -> None:
+    """Store a piece that `_piece` gave and that has changed: under stage 3 it may be a copy."""
+    if not hasattr(parameter, "ds_id"):
+        return
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    if name is None:
+        safe_set_local_fp32_param(parameter, piece)
+    else:
+        safe_set_local_optimizer_state(parameter, piece, name)
 
 
 def _has_master(parameter: Tensor) -> bool:

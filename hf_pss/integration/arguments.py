@@ -19,7 +19,7 @@ __all__ = ["PSSTrainingArguments"]
 def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
     """Turn one option of PSSConfig into an argument whose default, None, means the preset's."""
     shown = list(option.default) if isinstance(option.default, tuple) else option.default
-    text = f"{option.metadata['help']} Preset paper: {shown}.".replace("%", "%%")
+    text = f"{option.metadata['help']} Preset anchored: {shown}.".replace("%", "%%")
     if hint is bool:
         # Only a bool with a default is a flag that needs no value; no preset sets one.
         own = field(default=option.default, metadata={"help": text})
@@ -63,10 +63,11 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         ConfigurationError: An option is out of range; the message says what is allowed.
     """
 
-    pss_preset: Literal["paper", "floor", "both"] = field(
-        default="paper",
+    pss_preset: Literal["anchored", "floor", "paper"] = field(
+        default="anchored",
         metadata={
-            "help": "Starting point: paper (as published), floor (the stable-rank floor) or both."
+            "help": "Starting point: anchored (safe for trained weights), floor (the stable-rank "
+            "floor alone) or paper (as published, for random weights)."
         },
     )
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from hf_pss.advice import describe_answer
 from hf_pss.config import PSSConfig
 from hf_pss.controller import PSSController, StepReport
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
@@ -50,13 +51,13 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
 
     ```python
     trainer = SFTTrainer(...)
-    PSSCallback(PSSConfig.preset("paper")).attach(trainer)
+    PSSCallback().attach(trainer)
     trainer.train()
     ```
 
     Args:
         config: The options. None takes them from `PSSTrainingArguments` where the trainer has
-            these, and the preset ``paper`` otherwise.
+            these, and the preset ``anchored`` otherwise.
     """
 
     goes_back = False
@@ -181,7 +182,10 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._speaks = state.is_world_process_zero
         # Accelerate wraps the optimizer; its state is the inner one's.
         self.controller = PSSController(
-            model, self.config_for(args), optimizer=getattr(optimizer, "optimizer", optimizer)
+            model,
+            self.config_for(args),
+            optimizer=getattr(optimizer, "optimizer", optimizer),
+            evaluate_loss=self._evaluate_loss,
         )
         if self.controller.health is not None and not args.torch_compile:
             self.controller.health.watch_attention(attention_watch(model))
@@ -256,12 +260,17 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self._after_update(self.controller)
         super().on_step_end(args, state, control, optimizer)
 
+    def _evaluate_loss(self) -> Tensor | None:
+        return None if self.batch_loss is None else self.batch_loss()
+
     def _after_update(self, controller: PSSController) -> None:
         try:
             self.report = report = controller.after_update()
         except NonFiniteError:
             self.write_records(controller.pending_records)
             raise
+        if self.batch_loss is not None:
+            self.batch_loss.end_step(is_sound=not report.is_in_trouble)
         self.write_records(report.records)
         if self._health is not None and report.stable_ranks is not None:
             self._health.write([health_line(report.step, report.stable_ranks)])
@@ -421,11 +430,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
 
 def describe(intervention: Intervention) -> str:
     """Return one line for people: what was noticed, and what was done."""
-    moved = [c for c in intervention.matrices if c.status in ("smoothed", "truncated")]
     return (
         f"PSS, step {intervention.event.step}: {_noticed(intervention.event)}; "
-        f"{intervention.smoothing} smoothed {len(moved)} of {len(intervention.matrices)} matrices "
-        f"in {intervention.seconds:.2f} s. More in {EVENTS_FILE}."
+        f"{describe_answer(intervention)} More in {EVENTS_FILE}."
     )
 
 

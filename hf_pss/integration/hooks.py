@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+from hf_pss.integration.batch_loss import BatchLoss
 from hf_pss.integration.optimizers import ChosenOptimizer, refuse_two_optimizers
 from hf_pss.integration.renamed import load_renamed_
 from hf_pss.integration.rollback import Survival
@@ -52,6 +53,8 @@ class StepListener(ABC):
 
     handler: CallbackHandler | None = None
     """The trainer's, which knows the other callbacks; from the first step or resume on."""
+    batch_loss: BatchLoss | None = None
+    """The loss of a micro-batch of the last step without trouble, computed when asked for."""
 
     @abstractmethod
     def see_loss(self, loss: Tensor) -> None:
@@ -94,9 +97,14 @@ class StepHooks(Survival, ChosenOptimizer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch and let the listener see its loss."""
-        loss = super().training_step(*args, **kwargs)
-        if listener := self._listener():
-            listener.see_loss(loss)
+        listener = self._listener()
+        if listener is None:
+            return super().training_step(*args, **kwargs)
+        if listener.batch_loss is None:
+            listener.batch_loss = BatchLoss(self)
+        with listener.batch_loss.listening():
+            loss = super().training_step(*args, **kwargs)
+        listener.see_loss(loss)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -21,7 +21,7 @@ class PSSTrainerMixin(StepHooks):
     Args:
         args: Whatever the Trainer takes.
         pss_config: The options of PSS. None takes them from `PSSTrainingArguments` where the
-            trainer has these, and the preset ``paper`` otherwise.
+            trainer has these, and the preset ``anchored`` otherwise.
         kwargs: Whatever the Trainer takes.
 
     Raises:
@@ -46,8 +46,8 @@ class PSSTrainerMixin(StepHooks):
 class PSSTrainer(PSSTrainerMixin, Trainer):
     """transformers' Trainer with Parametric Singularity Smoothing (arXiv 2602.01308).
 
-    Takes exactly what Trainer takes. With plain `TrainingArguments` PSS runs its preset ``paper``;
-    `PSSTrainingArguments` or ``pss_config`` say otherwise. A run in which PSS never intervenes is
+    Takes exactly what Trainer takes. With plain `TrainingArguments` PSS runs its preset
+    ``anchored``; `PSSTrainingArguments` or ``pss_config`` say otherwise. A run in which PSS never intervenes is
     bit for bit the run of the plain Trainer. ::
 
         trainer = PSSTrainer(model=model, args=args, train_dataset=dataset)

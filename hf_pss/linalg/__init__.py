@@ -19,6 +19,7 @@ from hf_pss.linalg.norms import stable_rank as stable_rank
 from hf_pss.linalg.polar import newton_schulz as newton_schulz
 from hf_pss.linalg.polar import polar_factor as polar_factor
 from hf_pss.linalg.smoothing import SMOOTHING_FUNCTIONS as SMOOTHING_FUNCTIONS
+from hf_pss.linalg.smoothing import Anchored as Anchored
 from hf_pss.linalg.smoothing import Cap as Cap
 from hf_pss.linalg.smoothing import Clip as Clip
 from hf_pss.linalg.smoothing import Convolution as Convolution

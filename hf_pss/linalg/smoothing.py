@@ -21,6 +21,7 @@ from hf_pss.linalg.norms import noise_stable_rank
 
 __all__ = [
     "SMOOTHING_FUNCTIONS",
+    "Anchored",
     "Cap",
     "Clip",
     "Convolution",
@@ -261,6 +262,43 @@ class StableRankCap:
     def _floor(self, spectrum: Spectrum) -> Tensor:
         floor = noise_stable_rank(*spectrum.shape) if self.floor is None else self.floor
         return torch.as_tensor(floor, dtype=spectrum.sigma.dtype, device=spectrum.sigma.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Anchored:
+    """φ with limits: no value moves past what it was when the matrix was last healthy [ours].
+
+    With a_i the recorded leading values, σ* = min(max(φ(σ), lower), upper), where
+    lower_i = min(σ_i, (1 + t) a_i) and upper_i = max(σ_i, a_i / (1 + t)). For i > K the record
+    ends: there lower_i = min(σ_i, (1 + t) a_K) and upper_i = σ_i. A matrix whose values are within
+    t of its record is left alone, and so is one without a record (a_1 zero or NaN).
+    """
+
+    phi: SmoothingFunction
+    record: Tensor
+    """(..., K): a, descending, in the units of the matrix."""
+    tolerance: float = 0.05
+    """t: growth that is not cut back."""
+
+    @property
+    def whole_spectrum(self) -> bool:
+        """As φ."""
+        return self.phi.whole_spectrum
+
+    def __call__(self, spectrum: Spectrum) -> Tensor:
+        """Return the new values (..., K)."""
+        sigma = spectrum.sigma
+        record = self.record.to(sigma)
+        num_recorded = min(record.shape[-1], sigma.shape[-1])
+        record = record[..., :num_recorded]
+        beyond = sigma.shape[-1] - num_recorded
+        known = (record[..., :1] > 0) & record[..., :1].isfinite()
+        last = record[..., -1:].expand(*record.shape[:-1], beyond)
+        growth = 1 + self.tolerance
+        lower = torch.minimum(sigma, growth * torch.cat([record, last], dim=-1))
+        upper = torch.maximum(sigma, functional.pad(record / growth, (0, beyond)))
+        moved = torch.minimum(torch.maximum(self.phi(spectrum), lower), upper)
+        return torch.where(known, moved, sigma)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ class Event:
     is_intervention: bool
     """Whether weights were smoothed; smoothing, seconds and matrices are an intervention's."""
     decision: str
-    """``observe``, ``skip_update`` or ``stop``, where no weight was smoothed."""
+    """``observe``, ``skip_update`` or ``stop``, where no weight was smoothed; ``undo``, where
+    smoothing was taken back."""
     reason: str
     """Why it was decided so: ``cooldown``, ``budget``, ``observe only``."""
     smoothing: str
@@ -99,7 +100,7 @@ class Event:
     def answer(self) -> str:
         """What was done, in a few words."""
         if self.is_intervention:
-            return self.smoothing
+            return f"{self.smoothing}, taken back" if self.decision == "undo" else self.smoothing
         if self.decision == "observe":
             return f"none ({self.reason})"
         return self.decision.replace("_", " ") or "none"
@@ -107,7 +108,8 @@ class Event:
     @property
     def changed(self) -> tuple[MatrixChange, ...]:
         """The matrices that moved, the most singular first."""
-        moved = [matrix for matrix in self.matrices if matrix.changed]
+        kept = () if self.decision == "undo" else self.matrices
+        moved = [matrix for matrix in kept if matrix.changed]
         return tuple(sorted(moved, key=lambda matrix: matrix.stable_rank_before))
 
 

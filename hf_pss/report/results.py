@@ -28,7 +28,7 @@ _LABELS = {
     "plain": "plain Trainer",
     "paper": "PSS as published",
     "floor": "stable-rank floor",
-    "both": "PSS with floor",
+    "anchored": "PSS, anchored",
 }
 
 

@@ -153,7 +153,7 @@ def _guard(
         # Healthy weights are their own measure; damaged ones would be taken for healthy.
         own = ["--pss_floor_reference", "noise" if is_last_resort else "start"]
         spiked = failure is not None and failure.kind == "spike"
-        options = ["--pss_preset", "both" if spiked else _FLOOR, *own]
+        options = ["--pss_preset", "anchored" if spiked else _FLOOR, *own]
     else:
         options = ["--pss_preset", "paper", "--pss_smoothing", smoothing]
     if not is_copy:

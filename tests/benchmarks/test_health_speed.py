@@ -159,7 +159,9 @@ def test_share_of_a_training_step(preset: str, capsys: pytest.CaptureFixture[str
     torch.set_num_threads(2)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    pss = PSSController(model, PSSConfig(detectors=(), health=preset), optimizer=optimizer)
+    pss = PSSController(
+        model, PSSConfig.preset("paper", detectors=(), health=preset), optimizer=optimizer
+    )
     assert pss.health is not None
 
     def train(num_rows: int, num_tokens: int) -> None:

@@ -25,7 +25,7 @@ NAMES = ("a", "b", "c")
 CALM = 1.0
 # One way or the other, tenfold must be noticed.
 ALARMS = (10.0, 0.1)
-CONFIG = PSSConfig(calibration_steps=3, patience_steps=4)
+CONFIG = PSSConfig.preset("paper", calibration_steps=3, patience_steps=4)
 FLOORS = dict.fromkeys(NAMES, 0.5)
 
 every_detector = pytest.mark.parametrize("name", sorted(DETECTORS))

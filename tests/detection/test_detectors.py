@@ -252,7 +252,7 @@ def test_worst_ranks_the_verdicts() -> None:
 
 def test_unknown_detector_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigurationError, match="grad_norm_ratio"):
-        make_detector("loss_ratio", PSSConfig(), {})
+        make_detector("loss_ratio", PSSConfig.preset("paper"), {})
 
 
 def test_state_of_another_detector_is_refused() -> None:

@@ -93,7 +93,7 @@ def smoothed(kind: str, mesh: object | None) -> dict[str, dict[str, Tensor]]:
                 gradient = distribute_tensor(gradient, *layout)
             parameter.grad = gradient
     optimizer.step()
-    config = PSSConfig(moments=MOMENTS[kind])
+    config = PSSConfig.preset("paper", moments=MOMENTS[kind])
     backend = None if mesh is not None else OneProcess()
     controller = PSSController(model, config, optimizer=optimizer, backend=backend)
     ranks = controller.stable_ranks()

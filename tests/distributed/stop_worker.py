@@ -26,7 +26,9 @@ class StopRank1(TrainerCallback):
 
 
 def main(_: str, folder: str) -> None:
-    trainer = make_trainer(Path(folder), PSSConfig(), ddp_backend="gloo", max_steps=12)
+    trainer = make_trainer(
+        Path(folder), PSSConfig.preset("paper"), ddp_backend="gloo", max_steps=12
+    )
     trainer.add_callback(StopRank1())
     code: Any = None
     try:

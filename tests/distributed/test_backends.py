@@ -29,7 +29,7 @@ WEIGHT_DRIFT = 1e-6  # 2.1e-7, weights are of the order 0.05
 SPIKED_WEIGHT_DRIFT = 1e-5
 
 FLOORED = {
-    "name": "both",
+    "name": "anchored",
     "threshold_ratio": 2.0,
     "calibration_steps": 2,
     "check_every_steps": 2,

@@ -117,7 +117,7 @@ def test_deepspeed_refuses_what_it_is_too_late_for(options: dict[str, Any]) -> N
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     with pytest.raises(ConfigurationError, match="cannot be had under DeepSpeed"):
-        PSSController(model, PSSConfig(**options), backend=Zero())
+        PSSController(model, PSSConfig.preset("paper", **options), backend=Zero())
 
 
 @pytest.mark.usefixtures("one_process_group")

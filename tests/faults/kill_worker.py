@@ -132,7 +132,7 @@ def published(folder: Path) -> int:
 def live(folder: Path) -> None:
     """Train, or go on where the last life ended."""
     resume = True if published(folder) else None
-    trainer = make_trainer(folder, PSSConfig(), **OPTIONS)
+    trainer = make_trainer(folder, PSSConfig.preset("paper"), **OPTIONS)
     trainer.add_callback(NoteStart())
     trainer.train(resume_from_checkpoint=resume)
     torch.save(trainer.model.state_dict(), folder / "final.pt")

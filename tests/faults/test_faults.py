@@ -22,7 +22,8 @@ from hf_pss.integration.reporters.tensorboard import TensorBoardReporter
 
 STEP = 9
 OPTIONS: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "save_total_limit": 1}
-CONFIG = PSSConfig(
+CONFIG = PSSConfig.preset(
+    "paper",
     threshold_ratio=3.0,
     calibration_steps=2,
     cooldown_steps=0,
@@ -70,7 +71,7 @@ def test_a_run_survives_each_fault_and_accounts_for_it(
         assert expected in found[:2]
 
 
-@pytest.mark.parametrize("name", ["paper", "floor", "both"])
+@pytest.mark.parametrize("name", ["paper", "floor", "anchored"])
 @pytest.mark.parametrize("function", DECOMPOSITIONS)
 def test_a_decomposition_that_never_works_ends_no_run(
     name: str,
@@ -81,7 +82,7 @@ def test_a_decomposition_that_never_works_ends_no_run(
 ) -> None:
     spikes = {"threshold_ratio": 1.0001, "calibration_steps": 1, "cooldown_steps": 0}
     floors = {"floor_ratio": 1.3, "check_every_steps": 2}
-    wanted = {"paper": spikes, "floor": floors, "both": {**spikes, **floors}}
+    wanted = {"paper": spikes, "floor": floors, "anchored": {**spikes, **floors}}
     config = PSSConfig.preset(name, **wanted[name])
     trainer = make_trainer(tmp_path, config, max_steps=6)
 
@@ -104,8 +105,8 @@ def test_a_decomposition_that_never_works_ends_no_run(
 def test_a_tracker_that_fails_ends_no_run_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = PSSConfig(
-        threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0, health="light"
+    config = PSSConfig.preset(
+        "paper", threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0, health="light"
     )
     options = {"max_steps": 8, "save_steps": 4}
     quiet = make_trainer(tmp_path / "quiet", config, **options)
@@ -183,12 +184,12 @@ def test_a_disk_that_fills_up_keeps_what_it_has(
 ) -> None:
     """No rotation: the third save finds no room; the two before it stay, and are resumed."""
     options = {"max_steps": 8, "save_steps": 2}
-    make_trainer(small_disk, PSSConfig(), **options).train()
+    make_trainer(small_disk, PSSConfig.preset("paper"), **options).train()
     found = checkpoints_by_step(small_disk)
     assert 1 <= len(found) < 4
     assert all(examine(folder).is_whole for folder in found)
     assert "could not be written" in caplog.text
-    again = make_trainer(small_disk, PSSConfig(), **options)
+    again = make_trainer(small_disk, PSSConfig.preset("paper"), **options)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 8
 
@@ -204,7 +205,7 @@ def test_a_folder_that_became_read_only_ends_no_run(
 
     caplog.set_level(logging.WARNING)
     trainer = make_trainer(
-        small_disk, PSSConfig(), trainer_class=Freezes, max_steps=8, save_steps=2
+        small_disk, PSSConfig.preset("paper"), trainer_class=Freezes, max_steps=8, save_steps=2
     )
     trainer.train()
     assert trainer.state.global_step == 8

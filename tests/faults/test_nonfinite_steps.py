@@ -51,7 +51,9 @@ class Snapshots(TrainerCallback):
 def test_a_bad_gradient_is_skipped_and_the_run_learns_on(
     bad: float, max_grad_norm: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(), max_grad_norm=max_grad_norm, **STEPS)
+    trainer = make_trainer(
+        tmp_path, PSSConfig.preset("paper"), max_grad_norm=max_grad_norm, **STEPS
+    )
     poison(trainer, bad, at=lambda step: step in (STEP, STEP + 1))
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
@@ -84,7 +86,7 @@ def test_the_same_gradient_destroys_the_plain_trainers_model(tmp_path: Path) -> 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "unclipped"])
 def test_stop_comes_before_the_update(bad: float, max_grad_norm: float, tmp_path: Path) -> None:
-    config = PSSConfig(on_nonfinite="stop")
+    config = PSSConfig.preset("paper", on_nonfinite="stop")
     trainer = make_trainer(tmp_path, config, max_grad_norm=max_grad_norm, **STEPS)
     poison(trainer, bad, at=lambda step: step == STEP)
     snapshots = Snapshots()
@@ -98,7 +100,7 @@ def test_stop_comes_before_the_update(bad: float, max_grad_norm: float, tmp_path
 
 
 def test_a_streak_stops_although_the_policy_is_to_skip(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(max_nonfinite_streak=3), **STEPS)
+    trainer = make_trainer(tmp_path, PSSConfig.preset("paper", max_nonfinite_streak=3), **STEPS)
     poison(trainer, math.inf, at=lambda step: step >= STEP)
     with pytest.raises(NonFiniteError, match=r"step 6.*3 non-finite steps in a row"):
         trainer.train()
@@ -170,7 +172,7 @@ class NaNLossOnly(PSSTrainer):
 
 
 def test_a_nan_loss_with_finite_gradients_counts(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(), trainer_class=NaNLossOnly, **STEPS)
+    trainer = make_trainer(tmp_path, PSSConfig.preset("paper"), trainer_class=NaNLossOnly, **STEPS)
     trainer.train()
     (event,) = events_of(tmp_path)
     assert (event["step"], event["detector"], event["decision"]) == (STEP, "loss", "skip_update")
@@ -182,7 +184,7 @@ def test_a_nan_loss_with_finite_gradients_counts(tmp_path: Path) -> None:
 def test_a_nan_loss_stops_before_the_update(
     trainer_class: type[PSSTrainer], number: str, tmp_path: Path
 ) -> None:
-    config = PSSConfig(on_nonfinite="stop")
+    config = PSSConfig.preset("paper", on_nonfinite="stop")
     trainer = make_trainer(tmp_path, config, trainer_class=trainer_class, **STEPS)
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
@@ -195,7 +197,9 @@ def test_a_nan_loss_stops_before_the_update(
 
 
 def test_one_nan_among_micro_batches_is_one_non_finite_step(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(), gradient_accumulation_steps=3, **STEPS)
+    trainer = make_trainer(
+        tmp_path, PSSConfig.preset("paper"), gradient_accumulation_steps=3, **STEPS
+    )
     calls = iter(range(1000))
 
     def hook(gradient: Tensor) -> Tensor:
@@ -215,7 +219,7 @@ def test_a_batch_without_labels_is_noticed(tmp_path: Path) -> None:
         row["labels"].fill_(-100)
     trainer = make_trainer(
         tmp_path,
-        PSSConfig(),
+        PSSConfig.preset("paper"),
         model_name="bert",
         rows=rows,
         **{**STEPS, "per_device_train_batch_size": 1},
@@ -226,7 +230,9 @@ def test_a_batch_without_labels_is_noticed(tmp_path: Path) -> None:
 
 
 def test_observing_only_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(observe_only=True, on_nonfinite="stop"), **STEPS)
+    trainer = make_trainer(
+        tmp_path, PSSConfig.preset("paper", observe_only=True, on_nonfinite="stop"), **STEPS
+    )
     poison(trainer, math.nan, at=lambda step: step == STEP)
     trainer.train()
     assert trainer.state.log_history[-2]["pss/nonfinite_steps"] == 13 - STEP
@@ -258,7 +264,7 @@ def _restored_state() -> Any:
 def test_overflows_are_left_to_the_scaler(
     optim: str, max_grad_norm: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = PSSConfig(on_nonfinite="stop")  # an overflow is no reason to stop
+    config = PSSConfig.preset("paper", on_nonfinite="stop")  # an overflow is no reason to stop
     trainer = with_loss_scaler(
         make_trainer(tmp_path, config, optim=optim, max_grad_norm=max_grad_norm, **STEPS)
     )
@@ -276,7 +282,9 @@ def test_overflows_are_left_to_the_scaler(
 def test_the_norm_under_a_loss_scaler_is_that_of_the_unscaled_gradient(tmp_path: Path) -> None:
     plain = make_trainer(tmp_path / "plain", **STEPS)
     plain.train()
-    trainer = with_loss_scaler(make_trainer(tmp_path / "scaled", PSSConfig(), **STEPS))
+    trainer = with_loss_scaler(
+        make_trainer(tmp_path / "scaled", PSSConfig.preset("paper"), **STEPS)
+    )
     trainer.train()
     scaled, whole = trainer.state.log_history[0], plain.state.log_history[0]
     assert scaled["pss/grad_norm_preclip"] == scaled["grad_norm"]
@@ -286,7 +294,7 @@ def test_the_norm_under_a_loss_scaler_is_that_of_the_unscaled_gradient(tmp_path:
 
 @pytest.mark.usefixtures("_restored_state")
 def test_overflow_for_ever_stops(tmp_path: Path) -> None:
-    config = PSSConfig(max_nonfinite_streak=3)
+    config = PSSConfig.preset("paper", max_nonfinite_streak=3)
     trainer = with_loss_scaler(make_trainer(tmp_path, config, **STEPS))
     poison(trainer, math.inf, at=lambda step: True)
     with pytest.raises(NonFiniteError, match="3 non-finite steps in a row"):

@@ -39,7 +39,8 @@ OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": RECIPE.batch_size,
     "per_device_eval_batch_size": 64,
 }
-CONFIG = PSSConfig(
+CONFIG = PSSConfig.preset(
+    "paper",
     # The norms of small models jump by themselves, by three and more.
     threshold_ratio=10.0,
     calibration_steps=20,

@@ -52,7 +52,7 @@ def run(num_steps: int = 4, **options: Any) -> tuple[nn.Module, list[HealthReadi
     torch.manual_seed(0)
     model = gpt2(num_layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    pss = PSSController(model, PSSConfig(**options), optimizer=optimizer)
+    pss = PSSController(model, PSSConfig.preset("paper", **options), optimizer=optimizer)
     tokens = torch.randint(0, 48, (2, 8))
     readings = []
     for _ in range(num_steps):
@@ -189,7 +189,7 @@ def test_a_metric_that_raises_is_one_warning(
 
 
 def test_a_trainer_writes_lines_that_old_readers_know(tmp_path: Path) -> None:
-    config = PSSConfig(health="standard", health_every_steps=4)
+    config = PSSConfig.preset("paper", health="standard", health_every_steps=4)
     trainer = train(tmp_path, config, save_strategy="no")
     rows = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 8]
@@ -197,14 +197,14 @@ def test_a_trainer_writes_lines_that_old_readers_know(tmp_path: Path) -> None:
     assert all(math.isfinite(x) for x in rows[0]["stable_rank"].values())
     logged = [line for line in trainer.state.log_history if "loss" in line]
     assert all(line["pss/health_seconds"] > 0 for line in logged)
-    plain = train(tmp_path / "plain", PSSConfig(), save_strategy="no")
+    plain = train(tmp_path / "plain", PSSConfig.preset("paper"), save_strategy="no")
     assert [line["loss"] for line in history(plain) if "loss" in line] == [
         line["loss"] for line in history(trainer) if "loss" in line
     ]
 
 
 def test_spike_scores_survive_a_resume(tmp_path: Path) -> None:
-    config = PSSConfig(health="light", health_every_steps=1)
+    config = PSSConfig.preset("paper", health="light", health_every_steps=1)
     train(tmp_path, config, save_steps=4)
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["PSSCallback"]["attributes"]["health_state"]
@@ -233,8 +233,8 @@ def test_a_rhythm_below_zero_and_an_unknown_preset_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="every_steps"):
         HealthMonitor(Selection((), ()), OneProcess(), "light", every_steps=-1)
     with pytest.raises(ConfigurationError, match="health"):
-        PSSConfig(health="heavy")  # type: ignore[arg-type]
-    assert PSSConfig(health=False).health == "off"  # type: ignore[arg-type]
+        PSSConfig.preset("paper", health="heavy")  # type: ignore[arg-type]
+    assert PSSConfig.preset("paper", health=False).health == "off"  # type: ignore[arg-type]
 
 
 def test_adapters_are_measured_as_their_products_and_their_blocks_tokens() -> None:
@@ -243,7 +243,7 @@ def test_adapters_are_measured_as_their_products_and_their_blocks_tokens() -> No
     options = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, lora_alpha=6, **options)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    config = PSSConfig(health="full", health_every_steps=1, detectors=())
+    config = PSSConfig.preset("paper", health="full", health_every_steps=1, detectors=())
     pss = PSSController(model, config, optimizer=optimizer)
     tokens = torch.randint(0, 48, (2, 8))
     loss = model(tokens, labels=tokens).loss
@@ -263,7 +263,7 @@ def test_adapters_are_measured_as_their_products_and_their_blocks_tokens() -> No
 
 def test_the_run_ends_with_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hf_pss")
-    config = PSSConfig(health="light", health_every_steps=4)
+    config = PSSConfig.preset("paper", health="light", health_every_steps=4)
     trainer = train(tmp_path, config, save_strategy="no")
     told = [r.getMessage() for r in caplog.records if "the worst of" in r.getMessage()]
     assert told == [PSSCallback.of(trainer).health_summary]
@@ -273,4 +273,9 @@ def test_the_run_ends_with_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixt
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(render_summary(summary, tmp_path))
     assert "transformer.h.0.attn.c_attn[q]" in console.export_text()
-    assert PSSCallback.of(train(tmp_path, PSSConfig(), save_strategy="no")).health_summary is None
+    assert (
+        PSSCallback.of(
+            train(tmp_path, PSSConfig.preset("paper"), save_strategy="no")
+        ).health_summary
+        is None
+    )

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_pss import PRESETS, ConfigurationError, PSSConfig, PSSTrainingArguments
 
 OPTIONS = {
-    "pss_preset": "both",
+    "pss_preset": "anchored",
     "pss_detectors": ["grad_norm_ratio", "stable_rank_drop"],
     "pss_threshold_ratio": 3.5,
     "pss_calibration_steps": 7,
@@ -29,7 +29,7 @@ OPTIONS = {
     "pss_roles": ["mlp"],
 }
 WANTED = PSSConfig.preset(
-    "both",
+    "anchored",
     detectors=("grad_norm_ratio", "stable_rank_drop"),
     threshold_ratio=3.5,
     calibration_steps=7,

@@ -33,7 +33,7 @@ def test_only_full_asks_and_no_error_ends_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("hf_pss.integration.attention_maxima.find_heads", refuse)
-    config = PSSConfig(health=health, health_every_steps=2)
+    config = PSSConfig.preset("paper", health=health, health_every_steps=2)
     trainer = train(tmp_path, config, save_strategy="no")
     told = [r for r in caplog.records if "a release of tomorrow" in r.getMessage()]
     assert len(told) == (health == "full")
@@ -76,7 +76,7 @@ def test_the_seconds_of_logits_are_healths(tmp_path: Path, monkeypatch: pytest.M
         own(self, called, *args, **named)
 
     monkeypatch.setattr(module._QuietMaxima.__mro__[1], "see", slow)
-    config = PSSConfig(health="full", health_every_steps=2)
+    config = PSSConfig.preset("paper", health="full", health_every_steps=2)
     trainer = make_trainer(tmp_path, config, max_steps=4, save_strategy="no")
     trainer.train()
     assert trainer._listener().controller.health.seconds > 2 * DELAY_SECONDS

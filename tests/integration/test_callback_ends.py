@@ -71,7 +71,9 @@ def texts(folder: Path) -> dict[str, list[str]]:
 
 def test_going_back_is_no_end_to_anybody(tmp_path: Path) -> None:
     """Trackers stay open and hear of it; the alert was never sent once they were finished."""
-    trainer = make_trainer(tmp_path, PSSConfig(**SHARP), report_to="tensorboard", **OPTIONS)
+    trainer = make_trainer(
+        tmp_path, PSSConfig.preset("paper", **SHARP), report_to="tensorboard", **OPTIONS
+    )
     scale(trainer, 100.0, steps=range(STEP, STEP + 3))
     ends = Ends()
     trainer.add_callback(ends)
@@ -93,7 +95,7 @@ def _restored_state() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_restored_state")
 def test_a_loss_scaler_is_ready_for_the_step_after_going_back(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(**BACK), **OPTIONS)
+    trainer = make_trainer(tmp_path, PSSConfig.preset("paper", **BACK), **OPTIONS)
     trainer.accelerator.state._mixed_precision = "fp16"
     trainer.accelerator.native_amp = True
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -107,8 +109,8 @@ def test_a_loss_scaler_is_ready_for_the_step_after_going_back(tmp_path: Path) ->
 
 @pytest.mark.parametrize("on_failure", ["smooth", "rollback"])
 def test_no_hook_outlives_a_run_that_pss_ends(on_failure: str, tmp_path: Path) -> None:
-    config = PSSConfig(
-        **{**BACK, "on_failure": on_failure}, health="full", health_every_steps=STEP + 2
+    config = PSSConfig.preset(
+        "paper", **{**BACK, "on_failure": on_failure}, health="full", health_every_steps=STEP + 2
     )
     trainer = make_trainer(tmp_path, config, neftune_noise_alpha=5.0, **OPTIONS)
     scale(trainer, math.nan, steps=range(STEP, STEP + 3))
@@ -128,7 +130,7 @@ def test_no_hook_outlives_a_run_that_anything_ends(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise ValueError("anything")
 
-    config = PSSConfig(health="full", health_every_steps=1)
+    config = PSSConfig.preset("paper", health="full", health_every_steps=1)
     trainer = make_trainer(tmp_path, config, neftune_noise_alpha=5.0, **OPTIONS)
     trainer.callback_handler.callbacks.insert(0, Fails())
     with pytest.raises(ValueError, match="anything"):
@@ -143,7 +145,7 @@ def test_a_run_that_pss_stops_is_told_and_finished_as_any_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hf_pss")
-    config = PSSConfig(on_nonfinite="stop", health="light", health_every_steps=2)
+    config = PSSConfig.preset("paper", on_nonfinite="stop", health="light", health_every_steps=2)
     trainer = make_trainer(tmp_path, config, report_to="tensorboard", **OPTIONS)
     poisoned = [STEP]
     for parameter in trainer.model.parameters():
@@ -168,7 +170,9 @@ def test_a_run_that_has_failed_is_told_and_finished_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hf_pss")
-    trainer = make_trainer(tmp_path, PSSConfig(**{**SHARP, "on_failure": "stop"}), **OPTIONS)
+    trainer = make_trainer(
+        tmp_path, PSSConfig.preset("paper", **{**SHARP, "on_failure": "stop"}), **OPTIONS
+    )
     scale(trainer, 100.0, steps=range(STEP, STEP + 3))
     with pytest.raises(TrainingFailedError):
         trainer.train()
@@ -181,7 +185,7 @@ def test_a_run_that_has_failed_is_told_and_finished_once(
 
 def test_health_begins_anew_where_the_baseline_does(tmp_path: Path) -> None:
     """Steps after the state's were trained without PSS: of neither is the history whole."""
-    config = PSSConfig(health="light", health_every_steps=1)
+    config = PSSConfig.preset("paper", health="light", health_every_steps=1)
     make_trainer(tmp_path, config, **{**OPTIONS, "max_steps": 4}).train()
     path = tmp_path / "checkpoint-4" / "trainer_state.json"
     state = json.loads(path.read_text())

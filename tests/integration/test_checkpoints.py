@@ -39,7 +39,7 @@ from hf_pss.integration.checkpoints.resuming import newest_whole
 from hf_pss.integration.schedule_free import schedule_free
 
 MIDDLE = 4
-CONFIG = PSSConfig()
+CONFIG = PSSConfig.preset("paper")
 
 
 def checkpoints_in(folder: Path) -> list[str]:
@@ -433,7 +433,9 @@ def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_p
     intact.add_callback(wanted := Rates())
     intact.train(resume_from_checkpoint=str(folder))
     damage(folder)
-    trainer = make_trainer(copied_run.parent / "out", PSSConfig(missing_state="fresh"))
+    trainer = make_trainer(
+        copied_run.parent / "out", PSSConfig.preset("paper", missing_state="fresh")
+    )
     trainer.add_callback(rates := Rates())
     trainer.train(resume_from_checkpoint=str(folder))
     assert rates.rate == wanted.rate < 3e-3
@@ -445,7 +447,9 @@ def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_p
 
 def test_asked_for_a_random_state_that_was_cut_begins_anew(copied_run: Path) -> None:
     cut_random_state(copied_run / "checkpoint-4")
-    trainer = make_trainer(copied_run.parent / "out", PSSConfig(missing_state="fresh"))
+    trainer = make_trainer(
+        copied_run.parent / "out", PSSConfig.preset("paper", missing_state="fresh")
+    )
     trainer.train(resume_from_checkpoint=str(copied_run / "checkpoint-4"))
     assert trainer.state.global_step == MAX_STEPS
 
@@ -456,7 +460,9 @@ def test_an_optimizer_of_fsdp2_is_not_dropped_for_want_of_a_schedule(copied_run:
     no_scheduler(folder)
     shutil.copy(folder / "optimizer.pt", folder / "pytorch_model_fsdp.bin")
     (folder / "optimizer.pt").rename(folder / "optimizer.bin")
-    trainer = make_trainer(copied_run.parent / "out", PSSConfig(missing_state="fresh"))
+    trainer = make_trainer(
+        copied_run.parent / "out", PSSConfig.preset("paper", missing_state="fresh")
+    )
     with pytest.raises(StateError, match=r"optimizer's state without scheduler.pt"):
         trainer._load_optimizer_and_scheduler(str(folder))
 

@@ -45,7 +45,7 @@ def test_a_source_of_any_name_stands_alone(tmp_path: Path) -> None:
 def test_what_is_damaged_is_passed_over_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_trainer(tmp_path, PSSConfig(), max_steps=3, save_steps=1).train()
+    make_trainer(tmp_path, PSSConfig.preset("paper"), max_steps=3, save_steps=1).train()
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"PK")
     lineage = Lineage.of(tmp_path / "checkpoint-3")
     found = lineage.newest_before(3)

@@ -35,7 +35,7 @@ FACTOR = 1000.0
 RECOVERED = 0.02
 # The paper's 2.5 fires falsely now and then in runs as small as these, and what comes within its
 # cooldown is observed only.
-GUARD = PSSConfig(spike_update="skip", threshold_ratio=10.0)
+GUARD = PSSConfig.preset("paper", spike_update="skip", threshold_ratio=10.0)
 TARGETS = {
     "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
     "llama": {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
@@ -170,7 +170,7 @@ SMALL = {"rows": byte_rows(textwrap), "save_steps": 4}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    pss = PSSConfig(**EAGER)
+    pss = PSSConfig.preset("paper", **EAGER)
     whole = train(tmp_path / "whole", pss, model=adapted(), **SMALL)
     steps = steps_of(events_of(tmp_path / "whole"))
     assert min(steps) <= 4 < max(steps)
@@ -186,7 +186,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_products_have_gradient_norms_and_stable_ranks_of_their_own(tmp_path: Path) -> None:
-    pss = PSSConfig(
+    pss = PSSConfig.preset(
+        "paper",
         detectors=("matrix_grad_norm_ratio", "update_norm_ratio", "stable_rank_drop"),
         scope="fired",
         check_every_steps=2,
@@ -207,13 +208,19 @@ def test_moments_of_factors_are_kept_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
-        train(tmp_path, PSSConfig(moments="reset"), model=adapted(), max_steps=1, **SMALL)
+        train(
+            tmp_path,
+            PSSConfig.preset("paper", moments="reset"),
+            model=adapted(),
+            max_steps=1,
+            **SMALL,
+        )
     assert "the first moments of LoRA factors are kept" in caplog.text
 
 
 def test_full_copies_and_products_are_smoothed_together(tmp_path: Path) -> None:
     model = adapted(target_modules=["q_proj"], modules_to_save=["o_proj"])
-    train(tmp_path, PSSConfig(**EAGER), model=model, **SMALL)
+    train(tmp_path, PSSConfig.preset("paper", **EAGER), model=model, **SMALL)
     event = next(e for e in events_of(tmp_path) if e["kind"] == "intervention")
     names = [m["name"] for m in event["matrices"]]
     assert any("o_proj.modules_to_save.default.weight" in name for name in names)

@@ -590,10 +590,14 @@ def test_the_kind_is_read_from_every_form_of_a_checkpoint(tmp_path: Path) -> Non
 
 
 def test_other_peoples_optimizers_are_loaded_by_the_trainer(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", PSSConfig(), save_steps=HALF, optim="sgd")
+    whole = train(tmp_path / "whole", PSSConfig.preset("paper"), save_steps=HALF, optim="sgd")
     checkpoint = tmp_path / "whole" / f"checkpoint-{HALF}"
     resumed = train(
-        tmp_path / "resumed", PSSConfig(), save_steps=HALF, optim="sgd", resume=str(checkpoint)
+        tmp_path / "resumed",
+        PSSConfig.preset("paper"),
+        save_steps=HALF,
+        optim="sgd",
+        resume=str(checkpoint),
     )
     assert resume_differences(whole, resumed) == []
 

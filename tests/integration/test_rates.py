@@ -29,7 +29,7 @@ MUON = {"pss_optim": "muon", "pss_optim_args": {"others_lr": RATE / 2}}
 
 def scaled(folder: Path, scale: float | None, *, resume: Any = None, **options: Any) -> Any:
     options = {**STEPS, "pss_lr_scale": scale, **options}
-    return train(folder, PSSConfig(detectors=()), resume=resume, **options)
+    return train(folder, PSSConfig.preset("paper", detectors=()), resume=resume, **options)
 
 
 def rates_of(trainer: Any) -> list[float]:
@@ -92,9 +92,9 @@ def test_groups_with_rates_of_their_own_keep_their_ratio(
 
 
 def test_a_rollback_goes_on_at_the_scaled_rate(tmp_path: Path) -> None:
-    config = PSSConfig(on_nonfinite="stop", on_failure="rollback")
+    config = PSSConfig.preset("paper", on_nonfinite="stop", on_failure="rollback")
     options = {**STEPS, "pss_lr_scale": 0.25}
-    plain = make_trainer(tmp_path / "plain", PSSConfig(), **options)
+    plain = make_trainer(tmp_path / "plain", PSSConfig.preset("paper"), **options)
     plain.train()
     trainer = make_trainer(tmp_path / "run", config, **options)
     broken = {5}
@@ -110,7 +110,7 @@ def test_a_rollback_goes_on_at_the_scaled_rate(tmp_path: Path) -> None:
 
 
 def test_another_train_is_scaled_by_what_is_given_then(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig(), **STEPS, pss_lr_scale=0.25)
+    trainer = make_trainer(tmp_path, PSSConfig.preset("paper"), **STEPS, pss_lr_scale=0.25)
     for scale in (0.25, 0.25, 0.5):
         trainer.args.pss_lr_scale = scale
         trainer.train()

@@ -50,7 +50,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 def test_a_mixture_of_experts_resumes_exactly(tmp_path: Path) -> None:
-    pss = PSSConfig()
+    pss = PSSConfig.preset("paper")
     run = make_trainer(tmp_path / "run", pss, model=mixtral(3), rows=token_rows(), save_steps=4)
     run.train()
     again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4", pss=pss)
@@ -62,7 +62,7 @@ def test_a_mixture_of_experts_resumes_exactly(tmp_path: Path) -> None:
 def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
     run = make_trainer(
         tmp_path,
-        PSSConfig(),
+        PSSConfig.preset("paper"),
         model=mixtral(3),
         rows=token_rows(),
         eval_rows=token_rows(8),

@@ -225,8 +225,8 @@ def test_what_pss_itself_measures_and_does_reaches_all_three(
     offline: Path, trackio_home: Path
 ) -> None:
     """A whole run: real readings, and the alert of a real spike that PSS smoothed."""
-    config = PSSConfig(
-        threshold_ratio=3.0, calibration_steps=2, health="full", health_every_steps=2
+    config = PSSConfig.preset(
+        "paper", threshold_ratio=3.0, calibration_steps=2, health="full", health_every_steps=2
     )
     trainer = make_trainer(
         offline / "run",

@@ -162,7 +162,7 @@ def test_every_key_of_the_table_is_logged_and_no_other(tmp_path: Path) -> None:
 
 
 def test_health_is_written_at_its_rhythm_with_the_start(tmp_path: Path) -> None:
-    config = PSSConfig(health_every_steps=3)
+    config = PSSConfig.preset("paper", health_every_steps=3)
     trainer = train(tmp_path, config, save_steps=4)
     rows = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6]

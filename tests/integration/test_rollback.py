@@ -94,7 +94,7 @@ def test_the_run_goes_back_and_on_behind_the_batches_that_led_there(
     watch_rows(plain, plain_seen)
     plain.add_callback(plain_seen)
     plain.train()
-    trainer = surviving(tmp_path / "run", PSSConfig(**SHARP))
+    trainer = surviving(tmp_path / "run", PSSConfig.preset("paper", **SHARP))
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
     watch_rows(trainer, seen)
     trainer.add_callback(seen)
@@ -120,10 +120,10 @@ def test_the_run_goes_back_and_on_behind_the_batches_that_led_there(
 
 
 def test_a_run_that_went_back_is_resumed_exactly(tmp_path: Path) -> None:
-    trainer = surviving(tmp_path / "run", PSSConfig(**SHARP))
+    trainer = surviving(tmp_path / "run", PSSConfig.preset("paper", **SHARP))
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
     trainer.train()
-    again = surviving(tmp_path / "again", PSSConfig(**SHARP))
+    again = surviving(tmp_path / "again", PSSConfig.preset("paper", **SHARP))
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-14"))
     ends = [tmp_path / name / "checkpoint-16" for name in ("run", "again")]
     assert checkpoint_differences(*ends) == []
@@ -131,7 +131,7 @@ def test_a_run_that_went_back_is_resumed_exactly(tmp_path: Path) -> None:
 
 
 def test_one_intervention_that_helps_is_no_failure(tmp_path: Path) -> None:
-    trainer = surviving(tmp_path, PSSConfig(**SHARP))
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP))
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 1))
     trainer.train()
     assert [event["step"] for event in events_of(tmp_path)] == [SPIKE]
@@ -147,7 +147,9 @@ def test_it_goes_back_so_often_and_then_stops(tmp_path: Path) -> None:
 
 
 def test_stop_saves_nothing_and_names_the_checkpoint(tmp_path: Path) -> None:
-    trainer = surviving(tmp_path, PSSConfig(**SHARP), survival={"on_failure": "stop"}, save_steps=1)
+    trainer = surviving(
+        tmp_path, PSSConfig.preset("paper", **SHARP), survival={"on_failure": "stop"}, save_steps=1
+    )
     spike(trainer, 100.0, steps=range(SPIKE, 17))
     with pytest.raises(TrainingFailedError, match=r"Stopped at step 11: .*resume from .*point-8,"):
         trainer.train()
@@ -173,7 +175,7 @@ def test_without_a_checkpoint_to_go_back_to_smoothing_goes_on(tmp_path: Path) ->
 def test_a_streak_that_is_not_finite_goes_back_to_before_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = surviving(tmp_path, PSSConfig(max_nonfinite_streak=3))
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", max_nonfinite_streak=3))
     spike(trainer, math.nan, steps=range(SPIKE, SPIKE + 3))
     trainer.train()
     assert trainer.state.global_step == 16
@@ -185,7 +187,9 @@ def test_a_streak_that_is_not_finite_goes_back_to_before_it(
 
 def test_weights_that_broke_are_the_checkpoints_again(tmp_path: Path) -> None:
     """Nothing but going back can mend a NaN in a weight."""
-    trainer = surviving(tmp_path, PSSConfig(max_nonfinite_streak=3), save_total_limit=1)
+    trainer = surviving(
+        tmp_path, PSSConfig.preset("paper", max_nonfinite_streak=3), save_total_limit=1
+    )
 
     class Break(TrainerCallback):
         is_done = False
@@ -204,14 +208,16 @@ def test_weights_that_broke_are_the_checkpoints_again(tmp_path: Path) -> None:
 
 
 def test_without_a_checkpoint_a_streak_is_the_error_that_it_was(tmp_path: Path) -> None:
-    trainer = surviving(tmp_path, PSSConfig(max_nonfinite_streak=3), save_strategy="no")
+    trainer = surviving(
+        tmp_path, PSSConfig.preset("paper", max_nonfinite_streak=3), save_strategy="no"
+    )
     spike(trainer, math.nan, steps=range(3, 17), once=False)
     with pytest.raises(NonFiniteError, match="3 non-finite steps in a row"):
         trainer.train()
 
 
 def test_a_failure_at_the_end_leaves_the_checkpoints_weights(tmp_path: Path) -> None:
-    trainer = surviving(tmp_path, PSSConfig(**SHARP))
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP))
     spike(trainer, 100.0, steps=range(14, 17))
     trainer.train()
     assert trainer.state.global_step == 16
@@ -225,7 +231,7 @@ def test_a_failure_at_the_end_leaves_the_checkpoints_weights(tmp_path: Path) -> 
 def test_what_one_went_back_to_and_failed_at_once_is_not_taken_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = surviving(tmp_path, PSSConfig(**SHARP))
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP))
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 6))
     caplog.set_level(logging.WARNING)
     trainer.train()
@@ -235,7 +241,7 @@ def test_what_one_went_back_to_and_failed_at_once_is_not_taken_again(
 
 @pytest.mark.parametrize("where", ["momentum", "buffer"])
 def test_a_state_that_could_not_be_saved_any_more_goes_back(where: str, tmp_path: Path) -> None:
-    trainer = surviving(tmp_path, PSSConfig())
+    trainer = surviving(tmp_path, PSSConfig.preset("paper"))
     trainer.model.transformer.register_buffer("running", torch.zeros(3))
 
     class Break(TrainerCallback):
@@ -278,7 +284,9 @@ def test_where_it_stops_a_resume_finds_what_the_error_names(
     survival: dict[str, Any], named: int, abandoned: list[int], tmp_path: Path
 ) -> None:
     """What was saved while interventions failed is not the newest any more."""
-    trainer = surviving(tmp_path, PSSConfig(**SHARP), survival=survival, save_steps=1)
+    trainer = surviving(
+        tmp_path, PSSConfig.preset("paper", **SHARP), survival=survival, save_steps=1
+    )
     spike(trainer, 100.0, steps=range(SPIKE, 17))
     with pytest.raises(TrainingFailedError, match=rf"checkpoint-{named}, .*_pss_abandoned"):
         trainer.train()
@@ -288,7 +296,9 @@ def test_where_it_stops_a_resume_finds_what_the_error_names(
 
 def test_rotation_spares_the_one_that_the_error_names(tmp_path: Path) -> None:
     options = {"save_steps": 1, "save_total_limit": 1}
-    trainer = surviving(tmp_path, PSSConfig(**SHARP), survival={"on_failure": "stop"}, **options)
+    trainer = surviving(
+        tmp_path, PSSConfig.preset("paper", **SHARP), survival={"on_failure": "stop"}, **options
+    )
     spike(trainer, 100.0, steps=range(SPIKE, 17))
     with pytest.raises(TrainingFailedError, match=r"resume from .*checkpoint-8,"):
         trainer.train()
@@ -296,15 +306,15 @@ def test_rotation_spares_the_one_that_the_error_names(tmp_path: Path) -> None:
 
 def test_rotation_spares_what_was_before_a_streak(tmp_path: Path) -> None:
     options = {"save_steps": 1, "save_total_limit": 1}
-    trainer = surviving(tmp_path, PSSConfig(max_nonfinite_streak=3), **options)
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", max_nonfinite_streak=3), **options)
     spike(trainer, math.nan, steps=range(SPIKE, SPIKE + 3))
     trainer.train()
     assert "back to checkpoint-8" in failures_of(tmp_path)[0]["reason"]
 
 
 def test_checkpoints_of_another_run_are_left_alone(tmp_path: Path) -> None:
-    make_trainer(tmp_path, PSSConfig(), max_steps=5, save_steps=5, seed=8).train()
-    trainer = surviving(tmp_path, PSSConfig(**SHARP), save_steps=4)
+    make_trainer(tmp_path, PSSConfig.preset("paper"), max_steps=5, save_steps=5, seed=8).train()
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP), save_steps=4)
     spike(trainer, 100.0, steps=range(6, 9))
     trainer.train()
     assert "back to checkpoint-4" in failures_of(tmp_path)[0]["reason"]
@@ -313,8 +323,8 @@ def test_checkpoints_of_another_run_are_left_alone(tmp_path: Path) -> None:
 
 def test_it_goes_back_to_what_it_was_resumed_from_wherever_that_lies(tmp_path: Path) -> None:
     source = tmp_path / "run"
-    make_trainer(source, PSSConfig(**SHARP), **{**STEPS, "max_steps": 6}).train()
-    trainer = surviving(tmp_path / "rescued", PSSConfig(**SHARP), save_steps=4)
+    make_trainer(source, PSSConfig.preset("paper", **SHARP), **{**STEPS, "max_steps": 6}).train()
+    trainer = surviving(tmp_path / "rescued", PSSConfig.preset("paper", **SHARP), save_steps=4)
     spike(trainer, 100.0, steps=range(7, 13))
     trainer.train(resume_from_checkpoint=str(source / "checkpoint-6"))
     reasons = [event["reason"] for event in failures_of(tmp_path / "rescued")]
@@ -326,7 +336,7 @@ def test_it_goes_back_to_what_it_was_resumed_from_wherever_that_lies(tmp_path: P
 def test_what_cannot_be_moved_away_is_said_and_the_run_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = surviving(tmp_path, PSSConfig(**SHARP))
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP))
     (tmp_path / "_pss_abandoned").write_text("in the way")
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
     trainer.train()
@@ -343,7 +353,7 @@ def test_a_crash_right_after_a_rollback_does_not_undo_it(tmp_path: Path) -> None
     ends = []
     for is_ending in (False, True):
         folder = tmp_path / f"{is_ending}"
-        trainer = surviving(folder, PSSConfig(**SHARP), save_total_limit=1)
+        trainer = surviving(folder, PSSConfig.preset("paper", **SHARP), save_total_limit=1)
         trainer.is_ending = is_ending
         spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
         trainer.add_callback(Ends())
@@ -351,7 +361,7 @@ def test_a_crash_right_after_a_rollback_does_not_undo_it(tmp_path: Path) -> None
             with pytest.raises(OSError, match="the plug"):
                 trainer.train()
             assert names_of(folder)[-1] == "checkpoint-11"
-            again = surviving(folder, PSSConfig(**SHARP), save_total_limit=1)
+            again = surviving(folder, PSSConfig.preset("paper", **SHARP), save_total_limit=1)
             again.train(resume_from_checkpoint=True)
         else:
             trainer.train()
@@ -376,7 +386,7 @@ def test_rates_rows_and_steps_go_on_as_in_the_plain_run(
 ) -> None:
     plain_seen, seen = Seen(), Seen()
     plain = make_trainer(tmp_path / "plain", **{**STEPS, **options})
-    trainer = surviving(tmp_path / "run", PSSConfig(**SHARP), **options)
+    trainer = surviving(tmp_path / "run", PSSConfig.preset("paper", **SHARP), **options)
     spike(trainer, 100.0, steps=range(first, first + 3))
     for one, its in ((plain, plain_seen), (trainer, seen)):
         watch_rows(one, its)
@@ -400,7 +410,7 @@ def test_the_best_model_is_loaded_once_at_the_end(
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     trainer = surviving(
         tmp_path,
-        PSSConfig(**SHARP),
+        PSSConfig.preset("paper", **SHARP),
         survival={"max_rollbacks": 1},
         eval_rows=token_rows(8),
         save_total_limit=1,
@@ -431,7 +441,9 @@ def test_a_schedule_that_goes_by_losses_is_left_as_it_was_saved(tmp_path: Path) 
     if "greedy" not in [one.value for one in SchedulerType]:
         pytest.skip("this release of transformers has no GreedyLR")
     options = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "greedy"}
-    trainer = surviving(tmp_path, PSSConfig(**SHARP), eval_rows=token_rows(8), **options)
+    trainer = surviving(
+        tmp_path, PSSConfig.preset("paper", **SHARP), eval_rows=token_rows(8), **options
+    )
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
     trainer.train()
     assert "back to checkpoint-8" in failures_of(tmp_path)[0]["reason"]
@@ -443,8 +455,8 @@ def test_smoothing_on_resume_is_for_the_checkpoint_that_was_named(
     spiked: int, smoothings: int, tmp_path: Path
 ) -> None:
     """Gone back to a checkpoint of its own, which has been smoothed; or to that one once more."""
-    make_trainer(tmp_path, PSSConfig(**SHARP), **{**STEPS, "max_steps": 8}).train()
-    trainer = surviving(tmp_path, PSSConfig(**SHARP, smooth_on_resume=True))
+    make_trainer(tmp_path, PSSConfig.preset("paper", **SHARP), **{**STEPS, "max_steps": 8}).train()
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP, smooth_on_resume=True))
     spike(trainer, 100.0, steps=range(spiked, spiked + 3))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert [event["decision"] for event in failures_of(tmp_path)] == ["roll_back"]
@@ -467,7 +479,7 @@ def test_a_backend_that_cannot_go_back_stops_with_the_checkpoints_name(
         def _backend_of_no_return(self) -> str | None:
             return "FSDP"
 
-    trainer = surviving(tmp_path, PSSConfig(**SHARP), trainer_class=Sharded)
+    trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP), trainer_class=Sharded)
     spike(trainer, 100.0, steps=range(SPIKE, 17))
     with pytest.raises(TrainingFailedError, match=r"under FSDP.*resume from .*checkpoint-8,"):
         trainer.train()
@@ -479,12 +491,12 @@ def test_a_backend_that_cannot_go_back_stops_with_the_checkpoints_name(
 def test_a_run_without_anything_to_go_back_to_is_told_at_its_start(
     option: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    surviving(tmp_path, PSSConfig(), max_steps=2, **option).train()
+    surviving(tmp_path, PSSConfig.preset("paper"), max_steps=2, **option).train()
     assert "can never go back" in caplog.text
 
 
 def test_a_run_that_can_go_back_is_told_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    surviving(tmp_path, PSSConfig(), max_steps=2).train()
+    surviving(tmp_path, PSSConfig.preset("paper"), max_steps=2).train()
     assert "go back" not in caplog.text

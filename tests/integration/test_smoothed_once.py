@@ -12,7 +12,7 @@ from helpers import checkpoint_differences, events_of, train
 from hf_pss import PSSConfig
 
 STEPS = {"max_steps": 8, "save_steps": 2}
-RESCUE = PSSConfig(detectors=(), smooth_on_resume=True, smoothing="clip")
+RESCUE = PSSConfig.preset("paper", detectors=(), smooth_on_resume=True, smoothing="clip")
 
 
 def run(folder: Path, resume: Any = None, pss: PSSConfig = RESCUE, **options: Any) -> None:
@@ -61,7 +61,9 @@ def test_in_place_from_before_it_does(broken: Path) -> None:
 
 def test_a_resume_without_the_option_keeps_the_record(broken: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", broken)
-    run(tmp_path / "run", tmp_path / "run" / "checkpoint-4", PSSConfig(detectors=()))
+    run(
+        tmp_path / "run", tmp_path / "run" / "checkpoint-4", PSSConfig.preset("paper", detectors=())
+    )
     run(tmp_path / "run", tmp_path / "run" / "checkpoint-6")
     assert smoothed_at(tmp_path / "run") == [2]
 

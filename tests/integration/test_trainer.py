@@ -88,7 +88,7 @@ def test_attaching_and_mixing_in_are_the_same_run(tmp_path: Path) -> None:
 
 def test_attached_and_never_triggered_is_the_trainers_own_run(tmp_path: Path) -> None:
     attached = make_trainer(tmp_path / "attached", trainer_class=Weighted)
-    PSSCallback(OUT_OF_REACH["both"]).attach(attached)
+    PSSCallback(OUT_OF_REACH["anchored"]).attach(attached)
     attached.train()
     assert run_differences(train(tmp_path / "own", trainer_class=Weighted), attached) == []
 
@@ -186,7 +186,7 @@ def test_the_norm_is_the_one_before_clipping(tmp_path: Path) -> None:
 
 
 def test_the_matrix_ratio_sees_norms_as_before_clipping(tmp_path: Path) -> None:
-    config = PSSConfig(detectors=("matrix_grad_norm_ratio",))
+    config = PSSConfig.preset("paper", detectors=("matrix_grad_norm_ratio",))
     levels = []
     for clipping in (0.0, 1e-2):
         folder = tmp_path / str(clipping)
@@ -200,8 +200,8 @@ def test_the_matrix_ratio_sees_norms_as_before_clipping(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["apply", "skip"])
 def test_a_spikes_update_is_applied_or_left_out(policy: str, tmp_path: Path) -> None:
-    config = PSSConfig(
-        threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0, spike_update=policy
+    config = PSSConfig.preset(
+        "paper", threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0, spike_update=policy
     )
     trainer = make_trainer(tmp_path, config, save_strategy="no")
     moved: dict[int, set[str]] = {}

@@ -104,7 +104,7 @@ def test_never_triggered_is_the_unattached_run(
     plain = make_trainer(tmp_path / "plain", tokenizer)
     plain.train()
     attached = make_trainer(tmp_path / "attached", tokenizer)
-    PSSCallback(OUT_OF_REACH["both"]).attach(attached)
+    PSSCallback(OUT_OF_REACH["anchored"]).attach(attached)
     attached.train()
     assert run_differences(plain, attached) == []
     assert controller_of(attached).step_number == 6

@@ -27,16 +27,20 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2 floor": ("gpt2", "floor", {"gradient_accumulation_steps": 3}),
     "llama floor": ("llama", "floor", {}),
     "bert floor": ("bert", "floor", {"gradient_accumulation_steps": 3}),
-    "llama both": ("llama", "both", {"gradient_accumulation_steps": 3, "logging_steps": 5}),
-    "bert both": ("bert", "both", {"max_grad_norm": 0.0}),
+    "llama anchored": ("llama", "anchored", {"gradient_accumulation_steps": 3, "logging_steps": 5}),
+    "bert anchored": ("bert", "anchored", {"max_grad_norm": 0.0}),
     "gpt2 all": ("gpt2", "all detectors", {"max_grad_norm": 1e-3}),
     "llama all": ("llama", "all detectors", {"bf16": True}),
     "gpt2 observing": ("gpt2", "observe only", {"max_grad_norm": 1e9}),
     "bert observing": ("bert", "observe only", {"gradient_accumulation_steps": 3}),
     "gpt2 unclipped": ("gpt2", "paper", {"max_grad_norm": 0.0, "gradient_accumulation_steps": 3}),
     "llama clipped": ("llama", "paper", {"max_grad_norm": 1e-3, "bf16": True}),
-    "gpt2 checkpointing": ("gpt2", "both", {"gradient_checkpointing": True, "logging_steps": 5}),
-    "llama unfused": ("llama", "both", {"optim": "adamw_torch", "lr_scheduler_type": "cosine"}),
+    "gpt2 checkpointing": (
+        "gpt2",
+        "anchored",
+        {"gradient_checkpointing": True, "logging_steps": 5},
+    ),
+    "llama unfused": ("llama", "anchored", {"optim": "adamw_torch", "lr_scheduler_type": "cosine"}),
 }
 
 

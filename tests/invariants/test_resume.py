@@ -30,15 +30,16 @@ HIGH_FLOOR = {"floor_ratio": 1.3, "check_every_steps": 1}
 # Each intervenes before and after step 4 of 8.
 CONFIGS = {
     "paper": EAGER,
-    "paper, skipping": PSSConfig(**QUICK, spike_update="skip", smoothing="log"),
+    "paper, skipping": PSSConfig.preset("paper", **QUICK, spike_update="skip", smoothing="log"),
     "floor": PSSConfig.preset("floor", **HIGH_FLOOR),
     "floor of noise": PSSConfig.preset("floor", **HIGH_FLOOR, floor_reference="noise"),
-    "both": PSSConfig.preset("both", **QUICK, **HIGH_FLOOR),
-    "matrix ratio": PSSConfig(
-        detectors=("matrix_grad_norm_ratio",), **QUICK, scope="fired", keep_frobenius=True
+    "anchored": PSSConfig.preset("anchored", **QUICK, **HIGH_FLOOR),
+    "matrix ratio": PSSConfig.preset(
+        "paper", detectors=("matrix_grad_norm_ratio",), **QUICK, scope="fired", keep_frobenius=True
     ),
-    "update ratio": PSSConfig(detectors=("update_norm_ratio",), **QUICK),
-    "drop": PSSConfig(
+    "update ratio": PSSConfig.preset("paper", detectors=("update_norm_ratio",), **QUICK),
+    "drop": PSSConfig.preset(
+        "paper",
         detectors=("stable_rank_drop",),
         stable_rank_drop=1e-6,
         calibration_steps=1,
@@ -63,10 +64,10 @@ def _state(folder: Path) -> Any:
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in CONFIGS},
     "paper, restoring": ("paper", {"restore_callback_states_from_checkpoint": True}),
-    "both, restoring": ("both", {"restore_callback_states_from_checkpoint": True}),
-    "both, accumulating": ("both", {"gradient_accumulation_steps": 3}),
-    "both, bf16": ("both", {"bf16": True}),
-    "both, unclipped": ("both", {"max_grad_norm": 0.0}),
+    "anchored, restoring": ("anchored", {"restore_callback_states_from_checkpoint": True}),
+    "anchored, accumulating": ("anchored", {"gradient_accumulation_steps": 3}),
+    "anchored, bf16": ("anchored", {"bf16": True}),
+    "anchored, unclipped": ("anchored", {"max_grad_norm": 0.0}),
 }
 
 
@@ -109,7 +110,7 @@ def test_options_of_the_resumed_run_win_over_the_checkpoints(tmp_path: Path) -> 
     train(tmp_path, CONFIGS["paper"], save_steps=MIDDLE, max_steps=MIDDLE)
     resumed = train(
         tmp_path,
-        PSSConfig(threshold_ratio=1e9),
+        PSSConfig.preset("paper", threshold_ratio=1e9),
         resume=str(tmp_path / "checkpoint-4"),
         restore_callback_states_from_checkpoint=True,
     )
@@ -185,7 +186,7 @@ DAMAGE = (_without_attributes, _truncated, _newer, _garbage, _not_strict)
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("saved")
-    train(folder, CONFIGS["both"], save_steps=2, max_steps=2)
+    train(folder, CONFIGS["anchored"], save_steps=2, max_steps=2)
     text = (folder / "checkpoint-2" / "trainer_state.json").read_text()
     return folder / "checkpoint-2", json.loads(text)
 
@@ -206,7 +207,7 @@ def test_a_damaged_state_means_a_warning_and_a_fresh_baseline(
     (checkpoint / "trainer_state.json").write_text(json.dumps(damaged))
     resumed = train(
         tmp_path,
-        CONFIGS["both"],
+        CONFIGS["anchored"],
         resume=str(checkpoint),
         max_steps=4,
         restore_callback_states_from_checkpoint=restoring,
@@ -223,7 +224,7 @@ def test_an_intact_state_brings_no_warning(
 ) -> None:
     checkpoint, state = saved_run
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    train(tmp_path, CONFIGS["both"], resume=str(checkpoint), max_steps=4)
+    train(tmp_path, CONFIGS["anchored"], resume=str(checkpoint), max_steps=4)
     assert "fresh baseline" not in caplog.text
 
 
@@ -232,6 +233,6 @@ def test_another_selection_is_another_model(
 ) -> None:
     checkpoint, state = saved_run
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    config = PSSConfig.preset("both", **QUICK, **HIGH_FLOOR, roles=("mlp",))
+    config = PSSConfig.preset("anchored", **QUICK, **HIGH_FLOOR, roles=("mlp",))
     train(tmp_path, config, resume=str(checkpoint), max_steps=4)
     assert "other weight matrices" in caplog.text

@@ -274,7 +274,7 @@ def test_all_iterates_get_the_edit_of_the_weights(moments: Any, way: str) -> Non
         "floor_reference": "noise",
         "check_every_steps": 3,
     }
-    config = PSSConfig(moments=moments, **(floor if way == "floor" else {}))
+    config = PSSConfig.preset("paper", moments=moments, **(floor if way == "floor" else {}))
     pss = PSSController(model, config, optimizer=optimizer)
     before: list[tuple[Tensor, Tensor]] = []
 

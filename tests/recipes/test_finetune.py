@@ -153,7 +153,7 @@ def test_a_run_resumes_as_if_never_interrupted(base: Path, kind: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train_tiny(tmp_path, PSSConfig(), max_steps=4, save_steps=2)
+    train_tiny(tmp_path, PSSConfig.preset("paper"), max_steps=4, save_steps=2)
     archive = tmp_path / "checkpoint-4" / "scheduler.pt"
     archive.write_bytes(bytes(archive.stat().st_size))  # the size that the marker names
     given = script.FinetuneArguments(

@@ -243,7 +243,15 @@ def test_a_stream_resumes_as_if_never_interrupted(stream: tuple[str, ...]) -> No
 # torch's own tracer looks at the gradient of the logits, which are no leaf (2.13).
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_run_is_watched_as_any_other(stream: tuple[str, ...]) -> None:
-    words = [*stream, "--max_steps", "2", "--pss_preset", "both", "--pss_health_every_steps", "1"]
+    words = [
+        *stream,
+        "--max_steps",
+        "2",
+        "--pss_preset",
+        "anchored",
+        "--pss_health_every_steps",
+        "1",
+    ]
     compiled = ("--torch_compile_backend", "eager")
     assert script.run([*words, "--output_dir", "plain"]) == 0
     assert script.run([*words, *compiled, "--output_dir", "compiled"]) == 0

@@ -254,7 +254,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_what_the_marker_says(tmp_path: Path) -> None:
-    train(tmp_path / "run", PSSConfig(), save_steps=4)
+    train(tmp_path / "run", PSSConfig.preset("paper"), save_steps=4)
     assert set(verdicts(looked_at(tmp_path / "run")).values()) == {"healthy"}
     path = tmp_path / "run" / "checkpoint-8" / "rng_state.pth"
     path.write_bytes(path.read_bytes() + b"x")

@@ -26,7 +26,8 @@ LOG = History(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4
 OPTIONS = """{
 "model_config": "gpt2", "dataset": "python", "vocab_size": 300,
 "training": {
-    "per_device_train_batch_size": 4, "use_cpu": true, "pss_preset": "both", "pss_scope": "fired",
+    "per_device_train_batch_size": 4, "use_cpu": true, "pss_preset": "anchored",
+    "pss_scope": "fired",
     "pss_observe_only": true, "pss_detectors": ["grad_norm_ratio"], "pss_moments": "project"
 }}"""
 

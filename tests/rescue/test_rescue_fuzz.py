@@ -76,7 +76,9 @@ def _elsewhere(in_memory: Path) -> Iterator[None]:
 def original(in_memory: Path) -> Path:
     """Two checkpoints with PSS's files, the newer one of several shards."""
     run = in_memory / "run"
-    config = PSSConfig.preset("both", calibration_steps=1, threshold_ratio=1.01, cooldown_steps=0)
+    config = PSSConfig.preset(
+        "anchored", calibration_steps=1, threshold_ratio=1.01, cooldown_steps=0
+    )
     train(run, config, max_steps=4, save_steps=2, model=gpt2(1, 8))
     newest = run / "checkpoint-4"
     (newest / "model.safetensors").unlink()

@@ -45,7 +45,7 @@ def write(folder: Path, options: Any) -> None:
         ("--optim", "adafactor", "--optim_args", "scale_parameter=False"),
         ("--label_smoothing_factor", "0.1", "--eval_strategy", "no", "--save_strategy", "epoch"),
         ("--per_device_train_batch_size", "3", "--auto_find_batch_size"),
-        ("--pss_preset", "both", "--pss_roles", "mlp", "--pss_exclude", "h.0", "h.1"),
+        ("--pss_preset", "anchored", "--pss_roles", "mlp", "--pss_exclude", "h.0", "h.1"),
         ("--gradient_checkpointing", "true"),
         ("--metric_for_best_model", "eval_runtime", "--greater_is_better", "false"),
         ("--pss_lr_scale", "0.25", "--learning_rate", "1e-3"),

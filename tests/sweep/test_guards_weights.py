@@ -90,8 +90,8 @@ def test_random_steps_are_the_seeds_and_as_many() -> None:
 
 
 def test_the_learning_rate_drops_for_good(tmp_path: Path) -> None:
-    eager = PSSConfig(
-        observe_only=True, threshold_ratio=1.0001, calibration_steps=1, baseline_alpha=0.5
+    eager = PSSConfig.preset(
+        "paper", observe_only=True, threshold_ratio=1.0001, calibration_steps=1, baseline_alpha=0.5
     )
     guard = Guard(
         "",

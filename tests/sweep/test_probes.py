@@ -19,7 +19,7 @@ from hf_pss.sweep.lead_time import RULES, score
 from hf_pss.sweep.probes import PROBED, Probes
 from hf_pss.sweep.rows import Row
 
-OBSERVER = PSSConfig(observe_only=True)
+OBSERVER = PSSConfig.preset("paper", observe_only=True)
 STABLE_RANK_TOLERANCE = 3e-3  # the quick one's, as in tests/health
 
 

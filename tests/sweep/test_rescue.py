@@ -68,7 +68,7 @@ def treated(folder: Path, treatment: Treatment | None) -> tuple[Watch, Rescue | 
         model=gpt2(num_layers=1, width=32),
         args=arguments(folder, save_strategy="no", max_steps=6),
         train_dataset=token_rows(),
-        pss_config=PSSConfig(observe_only=True),
+        pss_config=PSSConfig.preset("paper", observe_only=True),
     )
     rescue = Rescue(FAULT, treatment, floor_ratio=FLOOR_RATIO) if treatment else None
     watch = Watch()

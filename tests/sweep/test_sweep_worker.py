@@ -58,7 +58,7 @@ def test_guards_are_paired_and_seeds_are_not() -> None:
 
 
 def test_clipping_at_a_huge_norm_is_no_guard() -> None:
-    watching = PSSConfig(observe_only=True)  # the clipping is the recipe's
+    watching = PSSConfig.preset("paper", observe_only=True)  # the clipping is the recipe's
     clipped = replace(cell(max_grad_norm=1e9), guard_name="mine", pss=watching)
     assert curve(run_cell(clipped)) == curve(run_cell(cell("none")))
 
@@ -108,9 +108,11 @@ def test_probes_are_kept_at_their_rhythm() -> None:
 
 
 def test_health_is_kept_at_its_rhythm_and_changes_nothing() -> None:
-    watching = PSSConfig(observe_only=True, health="full", health_every_steps=2)
+    watching = PSSConfig.preset("paper", observe_only=True, health="full", health_every_steps=2)
     row = run_cell(replace(cell(), guard_name="mine", pss=watching, probes_every_steps=2))
-    plain = run_cell(replace(cell(), guard_name="mine", pss=PSSConfig(observe_only=True)))
+    plain = run_cell(
+        replace(cell(), guard_name="mine", pss=PSSConfig.preset("paper", observe_only=True))
+    )
     assert curve(row) == curve(plain)
     health = row.extra["health"]
     assert health["step"] == [2, 4]

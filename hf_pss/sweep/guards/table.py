@@ -146,10 +146,10 @@ _ROWS = {
         source="ours",
         pss=PSSConfig.preset("floor"),
     ),
-    "both": Guard(
-        description="PSS as published, and the floor",
-        source=f"{_PSS_PAPER}; the floor is ours",
-        pss=PSSConfig.preset("both"),
+    "anchored": Guard(
+        description="PSS's default: anchored smoothing, tried before it is kept, and the floor",
+        source=f"{_PSS_PAPER}; anchor, trial and floor are ours",
+        pss=PSSConfig.preset("anchored"),
     ),
     "rescue_smooth": _rescue("smooth"),
     "rescue_smooth_and_reset": _rescue("smooth_and_reset"),

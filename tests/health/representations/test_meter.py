@@ -164,7 +164,7 @@ def test_a_hook_that_raises_leaves_the_model_alone_and_is_one_warning(
         raise torch.linalg.LinAlgError("no alignment")  # type: ignore[attr-defined]
 
     monkeypatch.setattr("hf_pss.health.representations.meter.spectral_alignment", fail)
-    config = PSSConfig(health="full", health_every_steps=2)
+    config = PSSConfig.preset("paper", health="full", health_every_steps=2)
     trainer = train(tmp_path, config, save_strategy="no")
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len([x for x in warned if "representations failed: _LinAlgError" in x]) == 1
@@ -177,9 +177,9 @@ def test_a_hook_that_raises_leaves_the_model_alone_and_is_one_warning(
 @pytest.mark.parametrize("build", [lambda: gpt2(resid_pdrop=0.1), llama])
 def test_a_run_with_hooks_is_the_run_without(tmp_path: Path, build: Any) -> None:
     options: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_strategy": "no"}
-    config = PSSConfig(health="full", health_every_steps=1)
+    config = PSSConfig.preset("paper", health="full", health_every_steps=1)
     runs = []
-    for name, health in (("plain", PSSConfig()), ("looked at", config)):
+    for name, health in (("plain", PSSConfig.preset("paper")), ("looked at", config)):
         torch.manual_seed(0)
         trainer = make_trainer(tmp_path / name, health, model=build(), **options)
         trainer.train()

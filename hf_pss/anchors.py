@@ -1,0 +1,139 @@
+"""The leading singular values that each matrix had when it was last known to be healthy [ours]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_pss.detection.state import (
+    JSON,
+    read_integer,
+    read_list,
+    read_mapping,
+    read_number,
+    read_object,
+)
+from hf_pss.errors import StateError
+from hf_pss.linalg import leading_triplets
+
+__all__ = ["NUM_RECORDED", "Anchors", "leading_values"]
+
+NUM_RECORDED = 8
+"""K, how many leading values of a matrix are on record."""
+# The record is 50 to 100 steps old: older than the onset of a spike, and recent enough for a
+# network that learns.
+_EVERY_STEPS = 50
+_KEYS = ("healthy", "candidate", "candidate_step", "trouble_step")
+
+Values: TypeAlias = Mapping[str, Sequence[float]]
+"""Leading singular values, descending, in the units of each matrix, by name."""
+
+
+def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
+    """Return the K leading singular values of each matrix, (b, K); a small one ends in zeros.
+
+    They are found exactly as smoothing finds them: a matrix that has not changed has the values of
+    its record to the last bit.
+
+    Args:
+        matrices: (b, m, n).
+        max_rank: That of smoothing.
+    """
+    num_values = min(max_rank + 1, *matrices.shape[-2:])
+    sigma = leading_triplets(matrices, num_values, check_finite=False).sigma[..., :NUM_RECORDED]
+    return functional.pad(sigma, (0, NUM_RECORDED - sigma.shape[-1]))
+
+
+class Anchors:
+    """A record that follows a healthy run, and stands still at the first sign of trouble.
+
+    Every 50 steps the leading values are measured. They become the record 50 steps later, unless a
+    spike or a non-finite step has come in between. So training went on without trouble for at least
+    50 steps after the weights that the record is of.
+
+    >>> anchors = Anchors({"w": [4.0]})
+    >>> for step in range(50, 151, 50):
+    ...     anchors.update(step, {"w": [float(step)]})
+    >>> anchors.healthy
+    {'w': [100.0]}
+
+    Args:
+        start: What a run begins with.
+    """
+
+    def __init__(self, start: Values) -> None:
+        self.healthy = start
+        """What no leading value is set below."""
+        self._candidate = start
+        self._candidate_step = 0
+        self._trouble_step = 0
+
+    @staticmethod
+    def is_due(step: int) -> bool:
+        """Tell whether the leading values are to be measured after this step."""
+        return step % _EVERY_STEPS == 0
+
+    def note_trouble(self, step: int) -> None:
+        """Remember that this step spiked or was not finite."""
+        self._trouble_step = step
+
+    def update(self, step: int, values: Values) -> None:
+        """Take the values of all matrices after a step."""
+        if self._trouble_step <= self._candidate_step:
+            self.healthy = self._candidate
+        self._candidate, self._candidate_step = values, step
+
+    def levels(self, names: Sequence[str]) -> Tensor:
+        """Return the record of these matrices, (len(names), K); zeros where there is none."""
+        rows = [[v for v in self.healthy.get(name, ()) if v > 0] for name in names]
+        # The last value that a small matrix has stands for all that it has not.
+        return torch.tensor(
+            [row + [row[-1] if row else 0.0] * (NUM_RECORDED - len(row)) for row in rows]
+        )
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Return the record as plain JSON; the row of a matrix that was not finite is empty."""
+        return {
+            "healthy": _encoded(self.healthy),
+            "candidate": _encoded(self._candidate),
+            "candidate_step": self._candidate_step,
+            "trouble_step": self._trouble_step,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: object, names: Sequence[str]) -> Anchors:
+        """Return the record that was saved.
+
+        Args:
+            state: Parsed JSON, not trusted.
+            names: The matrices that it must be of.
+
+        Raises:
+            StateError: Damaged, or of other matrices.
+        """
+        what = "the record of leading singular values"
+        found = read_object(state, _KEYS, what)
+        anchors = cls(_decoded(found["healthy"], names, what))
+        anchors._candidate = _decoded(found["candidate"], names, what)
+        anchors._candidate_step = read_integer(found["candidate_step"], what=what)
+        anchors._trouble_step = read_integer(found["trouble_step"], what=what)
+        return anchors
+
+
+def _encoded(values: Values) -> dict[str, JSON]:
+    return {name: [v for v in row if math.isfinite(v)] for name, row in values.items()}
+
+
+def _decoded(value: object, names: Sequence[str], what: str) -> dict[str, list[float]]:
+    found = read_mapping(value, what)
+    if set(found) != set(names):
+        raise StateError(f"You gave {what} of other matrices than this model has.")
+    return {
+        name: [read_number(v, minimum=0.0, what=what) for v in read_list(found[name], what)]
+        for name in names
+    }

@@ -1,0 +1,84 @@
+"""An edit of the weights is tried on a micro-batch before it is kept [ours]."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.distributed import Backend
+
+__all__ = ["EvaluateLoss", "Trial"]
+
+logger = logging.getLogger(__name__)
+
+EvaluateLoss = Callable[[], float | Tensor | None]
+"""Returns the loss of one micro-batch with the weights as they are now; None where it has none.
+
+It changes nothing, the random state included, and it gives the same loss for the same weights."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """Compares the loss before and after an edit, and takes the edit back where it does harm.
+
+    What is stored of a parameter here is kept as it was before the edit, so that an edit that is
+    taken back leaves no trace, not even of rounding. That is as much memory as the gradients of the
+    edited matrices, which are free at this point of a step.
+
+    All ranks must make the same calls; the losses are the means over ranks.
+    """
+
+    evaluate: EvaluateLoss
+    parameters: Callable[[], Mapping[str, nn.Parameter]]
+    """Asked at every use, because an evaluation may swap the parameter objects."""
+    backend: Backend
+    margin_ratio: float
+    """An edit may raise the loss by so much of its absolute value."""
+    loss_before: float | None = None
+    loss_after: float | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def before_write(self, names: Collection[str]) -> None:
+        """Keep what is stored of these parameters; before the first of them, measure the loss."""
+        if self.loss_before is None:
+            self.loss_before = self._loss()
+        parameters = self.parameters()
+        for name in sorted(set(names) - self._kept.keys()):
+            self._kept[name] = self.backend.keep(parameters[name])
+
+    def is_kept(self) -> bool:
+        """Measure the loss again, and decide; an edit that does harm is taken back here.
+
+        An edit is kept where nothing was written, or where no loss can be computed.
+        """
+        if self.loss_before is None:
+            return True
+        self.loss_after = self._loss()
+        if self._is_no_worse(self.loss_before, self.loss_after):
+            return True
+        parameters = self.parameters()
+        for name, kept in self._kept.items():
+            self.backend.put_back_(parameters[name], kept)
+        return False
+
+    def _is_no_worse(self, before: float, after: float) -> bool:
+        if not math.isfinite(before):  # nothing to compare with
+            return True
+        return after <= before + self.margin_ratio * abs(before)  # NaN is not
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        """Return the mean loss over ranks; NaN where a rank has none."""
+        loss: float | Tensor | None = None
+        try:
+            loss = self.evaluate()
+        except Exception as error:  # a user's code; training goes on
+            logger.warning("PSS could not compute a loss to try an intervention on: %r", error)
+        device = next(iter(self.parameters().values())).device
+        value = torch.as_tensor(math.nan if loss is None else loss, dtype=torch.float32)
+        return self.backend.agree(value.detach().mean().reshape(1).to(device))[0]
