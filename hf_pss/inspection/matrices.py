@@ -17,6 +17,7 @@ from hf_pss.inspection.places import Place, place_of
 from hf_pss.inspection.reading import READABLE, MatrixReader
 from hf_pss.selection import RowPattern
 from hf_pss.selection.layouts import Parts, looks_fused
+from hf_pss.selection.rules import why_no_block_matrix
 
 __all__ = ["Contents", "StoredMatrix", "find_matrices"]
 
@@ -107,7 +108,10 @@ def _why_no_matrix(entry: TensorEntry) -> str | None:
         return "3-D, meaning unknown"
     if min(entry.shape) < 1 or min(entry.shape[-2:]) < 2:
         return "no matrix: a side below 2"
-    return None
+    place = place_of(entry.name)
+    if place.block is None:
+        return None
+    return why_no_block_matrix((name, "") for name in reversed(place.kind.split(".")))
 
 
 def _num_experts(entry: TensorEntry) -> int:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
-__all__ = ["LAYOUTS", "Parts", "class_names", "find_layout", "looks_fused", "stores_inputs_first"]
+__all__ = [
+    "FOREIGN_LAYOUTS",
+    "LAYOUTS",
+    "Parts",
+    "class_names",
+    "find_layout",
+    "looks_fused",
+    "stores_inputs_first",
+]
 
 Parts: TypeAlias = tuple[tuple[str, int], ...]
 """(label, rows) of each part in stored order; repeats until all output rows are used."""
@@ -17,7 +25,8 @@ LayoutRule: TypeAlias = Callable[[nn.Module, int], Parts]
 """(module that owns the projection, its number of output rows) → parts."""
 
 _FUSED_NAME = re.compile(
-    r"qkv|query_key_value|c_attn|w_?pack|gate_?up|in_proj_weight|in_proj_ba|to_kv|^kv_proj|kv_[ab]_proj",
+    r"qkv|query_key_value|c_attn|w_?pack|gate_?up|in_proj_weight|in_proj_ba|to_kv|^kv_proj|kv_[ab]_proj"
+    r"|^(?:kv|attn|att_proj|ff_proj|w_?12)$",
     re.IGNORECASE,
 )
 
@@ -65,7 +74,7 @@ def stores_inputs_first(module: nn.Module) -> bool:
     return not {"Conv1D", "Llama4TextExperts"}.isdisjoint(class_names(module))
 
 
-def _number(owner: nn.Module, name: str) -> int:
+def _number(owner: Any, name: str) -> int:
     value = getattr(owner, name, None)
     if not isinstance(value, int):
         raise LookupError(name)
@@ -129,6 +138,54 @@ def _declared_experts(owner: nn.Module, rows: int) -> Parts:
     return ("gate", each), ("up", each)
 
 
+def _timm_attention(owner: nn.Module, rows: int) -> Parts:
+    _number(owner, "num_heads")
+    if getattr(owner, "key_dim", None) is not None:
+        # TinyViT's and EfficientFormer's classes of the same name have one run of rows a head.
+        raise LookupError("key_dim")
+    return _equal("q", "k", "v")(owner, rows)
+
+
+def _litgpt(owner: nn.Module, rows: int) -> Parts:
+    heads, groups, size = _litgpt_heads(owner)
+    return ("q", heads * size), ("k", groups * size), ("v", groups * size)
+
+
+def _litgpt_by_group(owner: nn.Module, rows: int) -> Parts:
+    heads, groups, size = _litgpt_heads(owner)
+    return ("q", heads // groups * size), ("k", size), ("v", size)
+
+
+def _litgpt_heads(owner: Any) -> tuple[int, int, int]:
+    config = getattr(owner, "config", None)
+    heads, groups = _number(config, "n_head"), _number(config, "n_query_groups")
+    return heads, groups, _number(config, "head_size")
+
+
+def _internlm2(owner: nn.Module, rows: int) -> Parts:
+    d = _number(owner, "head_dim")
+    return ("q", _number(owner, "num_key_value_groups") * d), ("k", d), ("v", d)
+
+
+def _olmo_attention(owner: Any, rows: int) -> Parts:
+    dims = getattr(owner, "fused_dims", ())
+    if len(dims) != 3:
+        raise LookupError("fused_dims")
+    return tuple(zip("qkv", dims, strict=True))
+
+
+def _olmo_mlp(owner: Any, rows: int) -> Parts:
+    # Only a gated activation halves its input.
+    if getattr(getattr(owner, "act", None), "output_multiplier", None) != 0.5:
+        raise LookupError("act.output_multiplier")
+    return _equal("up", "gate")(owner, rows)
+
+
+def _glu_mlp(owner: nn.Module, rows: int) -> Parts:
+    labels = ("up", "gate") if _number(owner, "gate_last") else ("gate", "up")
+    return _equal(*labels)(owner, rows)
+
+
 def _keys(classes: str, leaf: str) -> tuple[str, ...]:
     return tuple(f"{name}.{leaf}" for name in classes.split())
 
@@ -152,11 +209,36 @@ _GATE_UP_MLP = """
     Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmOcrTextMLP GlmImageTextMLP DiaMLP
     Llama4TextExperts
 """
+_TIMM_QKV = """
+    AttentionRope ChannelAttention ChannelAttentionV2 CrossCovarianceAttn DiffAttention EvaAttention
+    FactorAttnConvRelPosEnc LocallyGroupedAttn MHSA MaskUnitAttention MultiScaleAttention
+    RelPosAttention TalkingHeadAttn WindowAttention WindowMultiHeadAttention XCA
+"""
 
-# Class.projection → rule, each read in the forward of transformers 5.23, torch 2.13 or nanoGPT.
+# Of packages that are not installed here, so that no test sees a class renamed. Read in the forward
+# of timm 1.0.31, diffusers 0.42.1, litgpt 0.5.13 (and 0.5.3, whose projection is `attn`), ai2-olmo
+# 0.6.0, ai2-olmo-core 3.0.0, the DINOv2, xFormers and nanoGPT repositories, and InternLM2's code.
+FOREIGN_LAYOUTS: Mapping[str, LayoutRule] = {
+    "CausalSelfAttention.c_attn": _equal("q", "k", "v"),
+    "CausalSelfAttention.qkv": _litgpt,
+    "CausalSelfAttention.attn": _litgpt_by_group,
+    "InternLM2Attention.wqkv": _internlm2,
+    "OLMoSequentialBlock.att_proj": _olmo_attention,
+    "OLMoBlock.ff_proj": _olmo_mlp,
+    "FusedAttentionV2.w_qkv": _widths(q="q_dim", k="kv_dim", v="kv_dim"),
+    "Attention.qkv": _timm_attention,
+    "MemEffAttention.qkv": _equal("q", "k", "v"),
+    **dict.fromkeys(_keys(_TIMM_QKV, "qkv"), _equal("q", "k", "v")),
+    "GluMlp.fc1": _glu_mlp,
+    "Flux2FeedForward.linear_in": _equal("gate", "up"),
+    **dict.fromkeys(_keys("SwiGLUFFN SwiGLUFFNFused SwiGLU", "w12"), _equal("gate", "up")),
+    **dict.fromkeys(_keys("GEGLU SwiGLU", "proj"), _equal("up", "gate")),
+}
+
+# Class.projection → rule, each read in the forward of transformers 5.23 or torch 2.13.
 LAYOUTS: Mapping[str, LayoutRule] = {
     "MultiheadAttention.in_proj_weight": _equal("q", "k", "v"),
-    "CausalSelfAttention.c_attn": _equal("q", "k", "v"),
+    **FOREIGN_LAYOUTS,
     "GPT2Attention.c_attn": _gpt2,
     "DecisionTransformerGPT2Attention.c_attn": _gpt2,
     "ImageGPTAttention.c_attn": _gpt2,
@@ -170,6 +252,7 @@ LAYOUTS: Mapping[str, LayoutRule] = {
     "CodeGenAttention.qkv_proj": _codegen,
     "MptAttention.Wqkv": _equal("q", "k", "v"),
     "DbrxAttention.Wqkv": _grouped_query,
+    "BarkSelfAttention.att_proj": _equal("q", "k", "v"),
     "ModernBertAttention.Wqkv": _equal("q", "k", "v"),
     "ModernBertMLP.Wi": _equal("input", "gate"),
     "ModernBertDecoderMLP.Wi": _equal("input", "gate"),

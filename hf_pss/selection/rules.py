@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -11,7 +11,14 @@ from hf_pss.selection.layouts import Parts, find_layout, looks_fused, stores_inp
 from hf_pss.selection.survey import Site, is_linear
 from hf_pss.selection.views import MatrixView, Role, RowPattern
 
-__all__ = ["ADAPTER_FACTOR", "matrices_of", "role_of", "why_unusable", "why_unwanted"]
+__all__ = [
+    "ADAPTER_FACTOR",
+    "matrices_of",
+    "role_of",
+    "why_no_block_matrix",
+    "why_unusable",
+    "why_unwanted",
+]
 
 ADAPTER_FACTOR = "LoRA factor: the matrix is the product"
 
@@ -22,7 +29,46 @@ _ROUTER_NAME = re.compile(r"router|^(?:gate|shared_expert_gate|wg)$", re.IGNOREC
 _ROUTER_CLASS = re.compile(r"Router|Gating")
 _RECURRENT_CLASS = re.compile(r"Mamba|Mixer$|SSM|Rwkv|ShortConv|RecurrentBlock|LSTM")
 _RECURRENT_NAME = re.compile(r"mamba|mixer|ssm|rwkv", re.IGNORECASE)
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|qkv|^att_proj$", re.IGNORECASE)
+# FocalNet's `modulation` mixes tokens, as attention does in other models.
+_TOKEN_MIXER_CLASS = re.compile(r"attn|attention|^(?:FSDP)?Focal", re.IGNORECASE)
+_OUTPUT_HEAD = "output head inside a block"
+# Why the matrices of a module are left alone, by the module's name or by its class. A norm without
+# conditioning holds no matrix. Names and classes of wrappers around a whole layer (PreNorm, DBRX's
+# norm_attn_norm) and of linear layers with a norm (timm's LinearNorm) must not match.
+_PURPOSES = (
+    (
+        _OUTPUT_HEAD,
+        re.compile(
+            r"^(?:(?:lm|shared|mtp|medusa|output|pred(?:iction)?|cls|class)_?)?head$"
+            r"|^(?:embed_out|unembed(?:ding)?|to_logits|classifier)$",
+            re.IGNORECASE,
+        ),
+        re.compile(r"(?:LM|Medusa|MTP|Prediction)Head$"),
+    ),
+    (
+        "modulation or conditioning layer",
+        re.compile(
+            r"^(?!pre_?norm|post_?norm)(?:\w*_)?(?:layer|rms|group)?_?norm_?\d*(?:_context)?$"
+            r"|modulat|ada_?ln|ada_?(?:layer_?)?norm|(?:^|_)mod(?:_|\d*$)|(?:^|_)film"
+            r"|scale_?shift|shift_?scale|(?:^|_)cond(?:ition(?:ing|er)?)?(?:_|\d*$)",
+            re.IGNORECASE,
+        ),
+        re.compile(
+            r"(?:Ada\w*|(?<!Pre)(?<!Post)(?:Layer|RMS|Rms|Group|Batch|Instance))Norm"
+            r"(?:Zero|Single|Continuous|Shift|Final|Out|X|_)*$|AdaL[Nn]|Modulat(?:ion|or)$|Fi[Ll]M"
+        ),
+    ),
+    (
+        "timestep, position or other embedder",
+        re.compile(
+            r"(?:^|_)emb(?:ed(?:d(?:er|ing))?s?)?(?:_|\d*$)|timestep|(?:^|_)time_(?:mlp|proj)"
+            r"|(?:^|_)pos(?:ition)?(?:al)?_?(?:bias|enc|mlp)|(?:^|_)(?:cpb|rel_pos|meta_mlp)(?:_|$)",
+            re.IGNORECASE,
+        ),
+        re.compile(r"Embed(?:s|der|dings?)?(?:\dD)?$|RelPos(?:Mlp|Bias)"),
+    ),
+)
 # Anchored at the end: class names begin with the model's name, and JetMoeMoA is attention.
 _MLP_CLASS = re.compile(r"(?:MLP|Mlp|MoE|MoeBlock|FFN|FeedForward)$")
 _MLP_NAME = re.compile(r"^(?:mlp|ffn|feed_forward|moe)$", re.IGNORECASE)
@@ -54,8 +100,15 @@ def why_unwanted(site: Site, roles: Collection[str]) -> str | None:
         return "embedding or output head"
     if site.block is None:
         return "outside the repeated blocks"
+    if site.shared_with is not None:
+        return f"shared with {site.shared_with}"
     if _is_router(site):
         return "router"
+    steps = ((name, type(module).__name__) for name, module in site.path)
+    if (purpose := why_no_block_matrix(steps)) is not None:
+        return purpose
+    if _is_output_head(site):
+        return _OUTPUT_HEAD
     role = role_of(site)
     if role is None:
         return "state-space or convolutional mixer"
@@ -63,6 +116,31 @@ def why_unwanted(site: Site, roles: Collection[str]) -> str | None:
         return f"{len(site.shape)}-D parameter of {type(site.module).__name__}, meaning unknown"
     if role not in roles:
         return f"role {role} was not asked for"
+    return None
+
+
+def why_no_block_matrix(steps: Iterable[tuple[str, str]]) -> str | None:
+    """Return why a matrix inside a block is not one of its attention or MLP, by names alone.
+
+    The innermost name decides: the projections of an attention module stay what they are, whatever
+    holds that module.
+
+    Args:
+        steps: Name and class of each module, from the parameter's outwards to below the block. The
+            class may be empty, as in a checkpoint.
+
+    Example:
+        >>> why_no_block_matrix([("linear", "Linear"), ("norm1", "AdaLayerNormZero")])
+        'modulation or conditioning layer'
+    """
+    for name, class_name in steps:
+        if _TOKEN_MIXER_CLASS.search(class_name):
+            return None
+        for reason, of_name, of_class in _PURPOSES:
+            if of_name.search(name) or of_class.search(class_name):
+                return reason
+        if _ATTENTION.search(name):
+            return None
     return None
 
 
@@ -120,6 +198,20 @@ def _is_router(site: Site) -> bool:
         _ROUTER_NAME.search(name) or _ROUTER_CLASS.search(type(module).__name__)
         for name, module in site.path
     )
+
+
+def _is_output_head(site: Site) -> bool:
+    """Tell by its size whether a matrix in a block gives one number for each word.
+
+    Small models often have as many hidden units as words. But hidden units, gated or not, are read
+    by another matrix of the block, and nothing reads a head's output.
+    """
+    if len(site.shape) != 2 or role_of(site) != "mlp":
+        return False
+    rows, columns = site.shape[::-1] if stores_inputs_first(site.module) else site.shape
+    if rows not in site.vocabularies or rows <= columns:
+        return False
+    return site.block_inputs.isdisjoint((rows, rows // 2))
 
 
 def _is_projection(site: Site) -> bool:

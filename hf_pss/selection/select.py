@@ -33,10 +33,15 @@ def select_matrices(
 
     Selected are the weights of nn.Linear (and its subclasses), of transformers' Conv1D and of
     nn.MultiheadAttention, and 3-D stacks of experts. A fused projection becomes one matrix for each
-    of its parts where its layout is known; where it is not, it stays one matrix and says so. Left
-    alone, each with its reason: embeddings and output heads (tied or not), routers, convolutions,
-    vectors, recurrent mixers, adapters' factors, frozen parameters, and all that lies outside of
-    the repeated blocks.
+    of its parts where its layout is known; where it is not, it stays one matrix and says so. Each
+    of the following is left alone, and its reason is in the table:
+
+    - embeddings and output heads, tied or not, inside a block or not;
+    - modulation and conditioning layers, which often begin at 0, and embedders of timesteps and
+      positions;
+    - matrices that a block shares with a module outside of all blocks;
+    - routers, convolutions, vectors, recurrent mixers, adapters' factors, frozen parameters;
+    - everything outside of the repeated blocks.
 
     Args:
         model: Any module, wrapped or not; only names, shapes and flags are looked at.

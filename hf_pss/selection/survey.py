@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from hf_pss.selection.layouts import class_names
+from hf_pss.selection.layouts import class_names, stores_inputs_first
 
 __all__ = [
     "Site",
@@ -49,7 +50,10 @@ class Site:
         path: (name, module) from `module` outwards to below the block.
         block: Name of the repeated block; None outside of all blocks.
         tied_to: Canonical name of the same parameter met earlier.
+        shared_with: Canonical name of the same parameter outside of all blocks, if it has one.
         is_embedding: Whether an embedding or the output head holds the parameter, tied or not.
+        vocabularies: The numbers of rows of the model's embeddings.
+        block_inputs: The numbers of inputs that the matrices of the block have.
     """
 
     name: str
@@ -61,7 +65,10 @@ class Site:
     path: tuple[tuple[str, nn.Module], ...]
     block: str | None
     tied_to: str | None
+    shared_with: str | None
     is_embedding: bool
+    vocabularies: frozenset[int]
+    block_inputs: frozenset[int]
 
     @property
     def own_name(self) -> str:
@@ -90,14 +97,30 @@ def survey(model: nn.Module) -> Iterator[Site]:
         canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)
     }
     blocks = find_blocks(modules)
-    embeddings = _embedding_parameters(model)
+    embeddings = _embedding_rows(model)
+    vocabularies = frozenset(embeddings.values())
+    parameters = {
+        canonical_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     first_names: dict[int, str] = {}
-    for full_name, parameter in model.named_parameters(remove_duplicate=False):
-        name = canonical_name(full_name)
+    outside: dict[int, str] = {}
+    inputs: defaultdict[str | None, set[int]] = defaultdict(set)
+    for name, parameter in parameters.items():
+        module_name = name.rpartition(".")[0]
+        block = _enclosing(module_name, blocks)
+        first_names.setdefault(id(parameter), name)
+        if block is None:
+            outside.setdefault(id(parameter), name)
+        if len(shape := stored_shape(parameter)) > 1:
+            inputs[block].add(shape[-2 if stores_inputs_first(modules[module_name]) else -1])
+    block_inputs = {block: frozenset(numbers) for block, numbers in inputs.items()}
+    for name, parameter in parameters.items():
         module_name, _, own_name = name.rpartition(".")
         block = _enclosing(module_name, blocks)
         owner, leaf = _user(modules, module_name, own_name)
-        first = first_names.setdefault(id(parameter), name)
+        first = first_names[id(parameter)]
+        other = outside.get(id(parameter))
         yield Site(
             name=name,
             shape=stored_shape(parameter),
@@ -108,7 +131,10 @@ def survey(model: nn.Module) -> Iterator[Site]:
             path=_path(modules, module_name, block),
             block=block,
             tied_to=None if first == name else first,
+            shared_with=None if other == name else other,
             is_embedding=id(parameter) in embeddings,
+            vocabularies=vocabularies,
+            block_inputs=block_inputs.get(block, frozenset()),
         )
 
 
@@ -117,7 +143,7 @@ def find_blocks(modules: dict[str, nn.Module]) -> set[str]:
 
     A stack is an nn.ModuleList, or an nn.Sequential that repeats a class; a child counts where it
     has children itself and holds a matrix. So lists of plain nn.Linear (heads) and stacks of
-    convolutions are none.
+    convolutions are none. A block that is used under a second name is a block there too.
     """
     blocks: set[str] = set()
     for name, module in modules.items():
@@ -128,7 +154,8 @@ def find_blocks(modules: dict[str, nn.Module]) -> set[str]:
                 for child_name, child in module.named_children()
                 if _is_block(child) and _is_stacked(child, module)
             )
-    return blocks
+    found = {id(modules[name]) for name in blocks}
+    return {name for name, module in modules.items() if id(module) in found}
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -138,6 +165,9 @@ def _is_block(module: nn.Module) -> bool:
 def _is_stacked(child: nn.Module, stack: nn.Module) -> bool:
     if isinstance(stack, nn.ModuleList):
         return True
+    # A SentenceTransformer is an nn.Sequential of a whole model and, maybe, several Dense layers.
+    if any(isinstance(module, _HasOutputEmbeddings) for module in stack.modules()):
+        return False
     return sum(type(sibling) is type(child) for sibling in stack.children()) > 1
 
 
@@ -174,13 +204,15 @@ def _path(
     return tuple(steps)
 
 
-def _embedding_parameters(model: nn.Module) -> set[int]:
+def _embedding_rows(model: nn.Module) -> dict[int, int]:
+    """Return the number of rows of each embedding and output head, by the parameter's id."""
     held = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     heads = [
         m.get_output_embeddings() for m in model.modules() if isinstance(m, _HasOutputEmbeddings)
     ]
     modules = [*held, *(head for head in heads if head is not None)]
-    return {id(p) for m in modules for p in m.parameters(recurse=False)}
+    held_by = (p for m in modules for p in m.parameters(recurse=False))
+    return {id(p): shape[0] for p in held_by if (shape := stored_shape(p))}
 
 
 def stored_shape(parameter: Tensor) -> tuple[int, ...]:

@@ -140,6 +140,27 @@ def test_the_rest_has_a_reason(tmp_path: Path) -> None:
     assert {one.name for one, _ in found.unread} == {"ids", "fp8.weight", "fp8.weight_scale_inv"}
 
 
+def test_layers_beside_attention_and_mlp_are_not_judged_with_them(tmp_path: Path) -> None:
+    """The same names as `select_matrices` leaves alone; outside of blocks all is measured."""
+    names = {
+        "blocks.0.attn.qkv": None,
+        "blocks.0.mlp.fc1": None,
+        "blocks.0.norm1.linear": "modulation or conditioning layer",
+        "blocks.0.adaLN_modulation.1": "modulation or conditioning layer",
+        "blocks.0.norm1.emb.timestep_embedder.linear_1": "timestep, position or other embedder",
+        "layers.61.shared_head.head": "output head inside a block",
+        "layers.61.embed_tokens": "timestep, position or other embedder",
+        "t_embedder.mlp": None,
+        "lm_head": None,
+    }
+    found = contents(tmp_path, {f"{name}.weight": torch.randn(5, 4) for name in names})
+    measured = {one.name.removesuffix(".weight") for one in found.matrices}
+    assert measured == {name for name, reason in names.items() if reason is None}
+    assert {one.name.removesuffix(".weight"): reason for one, reason in found.others} == {
+        name: reason for name, reason in names.items() if reason is not None
+    }
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 def test_pieces_make_the_whole(
     tmp_path: Path, transposed: bool, monkeypatch: pytest.MonkeyPatch

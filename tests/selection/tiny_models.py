@@ -189,6 +189,22 @@ ARCHITECTURES = [
         12,
     ),
     A(
+        "dbrx",
+        CAUSAL,
+        "dbrx",
+        "norm_attn_norm.attn.Wqkv[q,k,v] norm_attn_norm.attn.out_proj |",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "vocab_size": 64,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+        8,
+    ),
+    A(
         "persimmon",
         CAUSAL,
         "persimmon",
@@ -387,6 +403,7 @@ ARCHITECTURES = [
         A(name, MASKED, name, ENCODER, {**BASE, "pad_token_id": 0, "embedding_size": size}, 12)
         for name, size in (("bert", 32), ("roberta", 32), ("xlm-roberta", 32), ("electra", 16))
     ),
+    A("roberta-prelayernorm", MASKED, "roberta-prelayernorm", ENCODER, BASE, 12),
     A("bert-classifier", "AutoModelForSequenceClassification", "bert", ENCODER, BASE, 12),
     A(
         "distilbert",
@@ -475,6 +492,40 @@ ARCHITECTURES = [
     A("dinov2", "AutoModel", "dinov2", VIT, {**VISION, "mlp_ratio": 2}, 12),
     A("beit", "AutoModel", "beit", VIT, VISION, 12),
     A("siglip", "AutoModel", "siglip_vision_model", f"{QKV_OUT} | mlp.fc1 mlp.fc2", VISION, 12),
+    A(
+        "swinv2",
+        "AutoModel",
+        "swinv2",
+        "blocks.0.attention.self.query blocks.0.attention.self.key blocks.0.attention.self.value"
+        " blocks.0.attention.output.dense | blocks.0.intermediate.dense blocks.0.output.dense"
+        " downsample.reduction",
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depths": [1, 1],
+            "num_heads": [4, 4],
+            "window_size": 4,
+        },
+        13,
+    ),
+    A(
+        "focalnet",
+        "AutoModel",
+        "focalnet",
+        "| layers.0.modulation.projection_in layers.0.modulation.projection_out"
+        " layers.0.mlp.fc1 layers.0.mlp.fc2",
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depths": [1],
+            "hidden_sizes": [32],
+            "focal_levels": [2],
+            "focal_windows": [3],
+        },
+        4,
+    ),
     A("clip-vision", "AutoModel", "clip_vision_model", f"{QKV_OUT} | mlp.fc1 mlp.fc2", VISION, 12),
     A("clip-text", "AutoModel", "clip_text_model", f"{QKV_OUT} | mlp.fc1 mlp.fc2", BASE, 12),
     A(
