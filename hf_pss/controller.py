@@ -491,8 +491,8 @@ class PSSController:
             return
         if looks_trained(self._gauges.shapes, self._gauges.stable_ranks()):
             logger.warning(
-                "These weights look trained, and without an anchor one false alarm can destroy what "
-                "they know: use the preset anchored for fine-tuning."
+                "These weights look trained, and without an anchor one false alarm can destroy "
+                "what they know: use the preset anchored for fine-tuning."
             )
 
     def _smooth(self, event: Event, judgement: Judgement, *, is_floor: bool) -> Intervention:

@@ -47,8 +47,8 @@ class PSSTrainer(PSSTrainerMixin, Trainer):
     """transformers' Trainer with Parametric Singularity Smoothing (arXiv 2602.01308).
 
     Takes exactly what Trainer takes. With plain `TrainingArguments` PSS runs its preset
-    ``anchored``; `PSSTrainingArguments` or ``pss_config`` say otherwise. A run in which PSS never intervenes is
-    bit for bit the run of the plain Trainer. ::
+    ``anchored``; `PSSTrainingArguments` or ``pss_config`` say otherwise. A run in which PSS never
+    intervenes is bit for bit the run of the plain Trainer. ::
 
         trainer = PSSTrainer(model=model, args=args, train_dataset=dataset)
         trainer.train()
