@@ -70,9 +70,10 @@ class PSSController:
         config: The options; the preset ``paper`` when None.
         backend: How parameters are stored; found from the parameters when None.
         optimizer: Needed where ``moments`` is not ``keep``: its state is edited in place.
+        speaks: Whether to warn where there is nothing to watch; `caution` has the sentence.
 
     Raises:
-        SelectionError: The model holds no matrix to watch, or a pattern matches none.
+        SelectionError: A pattern matches nothing, or nothing that can be selected.
         ConfigurationError: The model is sharded in a way that is not supported, or the optimizer
             is missing.
     """
@@ -84,6 +85,7 @@ class PSSController:
         *,
         backend: Backend | None = None,
         optimizer: Optimizer | None = None,
+        speaks: bool = True,
     ) -> None:
         self.config = config if config is not None else PSSConfig()
         self._optimizer = optimizer
@@ -97,8 +99,8 @@ class PSSController:
         self._watch = Watch(self._gauges, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
-            # An observer spends no budget and starts no cooldown.
-            max_interventions=0 if self.config.observe_only else self.config.max_interventions,
+            # Whoever only observes spends no budget and starts no cooldown.
+            max_interventions=0 if self._only_observes else self.config.max_interventions,
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
@@ -112,6 +114,8 @@ class PSSController:
                 "matrices are edited.",
                 self.config.moments,
             )
+        if speaks and self._gauges.backend.rank == 0 and (caution := self._gauges.caution()):
+            logger.warning("%s", caution)
         self.reset()
 
     # ---- one step ----
@@ -260,6 +264,14 @@ class PSSController:
         """Which matrices are watched, and why everything else is left alone."""
         return self._gauges.selection
 
+    def caution(self, spelling: str = "PSSConfig({})") -> str | None:
+        """Say what of the options finds nothing to watch in this model; None where all do.
+
+        Args:
+            spelling: How the caller spells an option; the braces stand for ``name=value``.
+        """
+        return self._gauges.caution(spelling)
+
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each selected 2-D matrix by name; NaN where one is broken.
 
@@ -388,6 +400,8 @@ class PSSController:
             return decision.action
         if self.config.observe_only:
             decision = Decision(Action.OBSERVE, "observe only")
+        elif self._only_observes and judgement.verdict is Verdict.SPIKE:
+            decision = Decision(Action.OBSERVE, "there is nothing to smooth")
         event = Event.of(judgement, decision, step=step.number, loss=step.loss)
         is_nonfinite = judgement.verdict is Verdict.NON_FINITE
         if is_nonfinite and is_worth_a_line(self._history.nonfinite_streak):
@@ -446,7 +460,7 @@ class PSSController:
             return None
 
     def _ranks_to_judge(self, step: Step, health: dict[str, float] | None) -> dict[str, float]:
-        if "stable_rank_floor" not in self.config.detectors:
+        if not self._watch.has_floors:
             return health if health is not None else self.stable_ranks()
         # The floor acts on what it has looked at: matrices are decomposed once, not twice.
         step.looks, ranks = self._gauges.look()
@@ -523,6 +537,11 @@ class PSSController:
             max_rank=self.config.max_rank,
             keep_frobenius=self.config.keep_frobenius,
         )
+
+    @property
+    def _only_observes(self) -> bool:
+        has_nothing = not self.selection.matrices and not self.selection.adapters
+        return self.config.observe_only or (has_nothing and self.config.spike_update != "skip")
 
     def _means_its_own(self, judgement: Judgement) -> bool:
         """Tell whether only the matrices that fired are smoothed."""
