@@ -353,6 +353,21 @@ class PSSConfig:
         """Whether some detector calls for smoothing; the stable-rank floor calls for a cap."""
         return not _SPIKES.isdisjoint(self.detectors)
 
+    def describe(self) -> str:
+        """Name the preset with the fewest other options, and these.
+
+        >>> PSSConfig.preset("paper", threshold_ratio=3.0).describe()
+        'preset paper with threshold_ratio=3.0'
+        """
+        given = self.to_dict()
+        changes = {}
+        for name in PRESETS:
+            preset = type(self).preset(name).to_dict()
+            changes[name] = [f"{k}={v!r}" for k, v in given.items() if v != preset[k]]
+        nearest = min(changes, key=lambda name: len(changes[name]))
+        others = ", ".join(changes[nearest])
+        return f"preset {nearest} with {others}" if others else f"preset {nearest}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that JSON and YAML can hold."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -77,9 +77,10 @@ class PSSController:
             the weights as they are now. An intervention that raises it is taken back (option
             ``trial``). It may change nothing, the random state included. Without it interventions
             are not tried, and the controller says so once.
+        speaks: Whether to warn where there is nothing to watch; `caution` has the sentence.
 
     Raises:
-        SelectionError: The model holds no matrix to watch, or a pattern matches none.
+        SelectionError: A pattern matches nothing, or nothing that can be selected.
         ConfigurationError: The model is sharded in a way that is not supported, or the optimizer
             is missing.
     """
@@ -92,6 +93,7 @@ class PSSController:
         backend: Backend | None = None,
         optimizer: Optimizer | None = None,
         evaluate_loss: EvaluateLoss | None = None,
+        speaks: bool = True,
     ) -> None:
         self.config = config if config is not None else PSSConfig()
         self._optimizer = optimizer
@@ -108,12 +110,12 @@ class PSSController:
         self._caution_about_trained_weights()
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
-            # An observer spends no budget and starts no cooldown.
-            max_interventions=0 if self.config.observe_only else self.config.max_interventions,
+            # Whoever only observes spends no budget and starts no cooldown.
+            max_interventions=0 if self._only_observes else self.config.max_interventions,
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
-        if self.config.trial != "off" and evaluate_loss is None and not self.config.observe_only:
+        if self.tries_interventions and evaluate_loss is None:
             logger.warning(
                 "PSS cannot try interventions before it keeps them, because it was given no "
                 "evaluate_loss. Pass one to PSSController, or set trial='off'."
@@ -128,6 +130,8 @@ class PSSController:
                 "matrices are edited.",
                 self.config.moments,
             )
+        if speaks and self._gauges.backend.rank == 0 and (caution := self._gauges.caution()):
+            logger.warning("%s", caution)
         self.reset()
 
     # ---- one step ----
@@ -273,9 +277,24 @@ class PSSController:
         )
 
     @property
+    def tries_interventions(self) -> bool:
+        """Whether the options ask for trials, and something may have to be tried."""
+        config = self.config
+        is_reached = config.reacts_to_spikes or (config.trial == "all" and bool(config.detectors))
+        return config.trial != "off" and is_reached and not self._only_observes
+
+    @property
     def selection(self) -> Selection:
         """Which matrices are watched, and why everything else is left alone."""
         return self._gauges.selection
+
+    def caution(self, spelling: str = "PSSConfig({})") -> str | None:
+        """Say what of the options finds nothing to watch in this model; None where all do.
+
+        Args:
+            spelling: How the caller spells an option; the braces stand for ``name=value``.
+        """
+        return self._gauges.caution(spelling)
 
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each selected 2-D matrix by name; NaN where one is broken.
@@ -302,7 +321,7 @@ class PSSController:
         judgement = Judgement(Verdict.SPIKE, "resume", (GLOBAL,))
         decision = Decision(Action.ACT, "asked for")
         event = Event.of(judgement, decision, step=self.step_number, loss=None)
-        has_floor = "stable_rank_floor" in self.config.detectors
+        has_floor = self._watch.has_floors
         return self._smooth(event, judgement, is_floor=has_floor)
 
     # ---- what survives a checkpoint ----
@@ -412,6 +431,8 @@ class PSSController:
             return decision.action
         if self.config.observe_only:
             decision = Decision(Action.OBSERVE, "observe only")
+        elif self._only_observes and judgement.verdict is Verdict.SPIKE:
+            decision = Decision(Action.OBSERVE, "there is nothing to smooth")
         event = Event.of(judgement, decision, step=step.number, loss=step.loss)
         is_nonfinite = judgement.verdict is Verdict.NON_FINITE
         if is_nonfinite and is_worth_a_line(self._history.nonfinite_streak):
@@ -569,6 +590,11 @@ class PSSController:
                     collapsed[worst],
                 )
         return smooth_adapters_(views, parameters, backend, phi_for, **options)
+
+    @property
+    def _only_observes(self) -> bool:
+        has_nothing = not self.selection.matrices and not self.selection.adapters
+        return self.config.observe_only or (has_nothing and self.config.spike_update != "skip")
 
     def _has_state_to_edit(self) -> bool:
         optimizer = self._optimizer

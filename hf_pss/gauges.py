@@ -14,7 +14,7 @@ from hf_pss.anchors import NUM_RECORDED, leading_values
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Readings
 from hf_pss.distributed import Backend, backend_for, gathered
-from hf_pss.errors import ConfigurationError, SelectionError
+from hf_pss.errors import ConfigurationError
 from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
 from hf_pss.health.stable_rank import measure_stable_ranks
 from hf_pss.health.update_norm import UpdateMeter
@@ -26,6 +26,7 @@ from hf_pss.selection import (
     named_parameters_canonical,
     select_matrices,
 )
+from hf_pss.selection.advice import what_to_do, why_empty
 from hf_pss.selection.rules import ADAPTER_FACTOR
 from hf_pss.stacks import matrix_shapes, measure_each, measure_rows
 
@@ -34,6 +35,8 @@ __all__ = ["Gauges", "select_watched"]
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 3
+_GUARD = "The guard against steps that are not finite stays."
+_REPORTS = "Steps that are not finite are still reported; observe_only leaves them alone, too."
 
 
 class Gauges:
@@ -45,14 +48,14 @@ class Gauges:
         backend: How parameters are stored; found from the parameters when None.
 
     Raises:
-        SelectionError: The model holds no matrix to watch, or a pattern matches none.
+        SelectionError: A pattern matches nothing, or nothing that can be selected.
         ConfigurationError: The model is sharded in a way that is not supported, has no weights yet,
             or is no model.
     """
 
     def __init__(self, model: nn.Module, config: PSSConfig, backend: Backend | None) -> None:
         _check(model, config)
-        self._model = model
+        self._model, self._config = model, config
         self.backend = backend if backend is not None else backend_for(self.parameters())
         self.selection = select_watched(model, config)
         self.shapes = matrix_shapes(self.selection.matrices)
@@ -71,6 +74,32 @@ class Gauges:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by canonical name, as they are now."""
         return named_parameters_canonical(self._model)
+
+    def caution(self, spelling: str = "PSSConfig({})") -> str | None:
+        """Say what of the options finds nothing to watch in this model; None where all do.
+
+        Args:
+            spelling: How the caller spells an option; the braces stand for ``name=value``.
+        """
+        if needs_no_matrix(self._config):
+            return None
+        guard = _REPORTS if self._config.observe_only else _GUARD
+        has_floor = "stable_rank_floor" in self._config.detectors
+        others = [name for name in self._config.detectors if name != "stable_rank_floor"]
+        if self._adapters:
+            if not has_floor:
+                return None
+            rest = "" if self.selection.matrices else f" Nothing else is left to watch. {guard}"
+            return _floor_on_adapters(len(self._adapters), others, rest, spelling)
+        if self.selection.matrices:
+            return None
+        advice = what_to_do(self._model, exclude=self._config.exclude, spelling=spelling)
+        noticed = (
+            "Spikes of the gradient norm are noticed, but there is nothing to smooth. "
+            if "grad_norm_ratio" in others
+            else ""
+        )
+        return f"{why_empty(self.selection)} {noticed}{guard} {advice}"
 
     def fingerprint(self) -> str:
         """Return a short hash of the names and shapes of the watched matrices."""
@@ -128,6 +157,8 @@ class Gauges:
 
     def update_norm(self) -> Readings:
         """Return the norm of what changed since `start_update`."""
+        if not self._meter.names:
+            return {}
         return {GLOBAL: self.backend.agree(self._meter.stop(self.parameters()))[0]}
 
     def stable_ranks(self) -> dict[str, float]:
@@ -194,26 +225,37 @@ def _check(model: nn.Module, config: PSSConfig) -> None:
         )
 
 
+def needs_no_matrix(config: PSSConfig) -> bool:
+    """Tell whether a run with these options only guards against steps that are not finite."""
+    return not config.detectors and not config.health_every_steps and config.health == "off"
+
+
 def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
-    """Return the matrices that a run with these options watches; none where it only guards.
+    """Return the matrices that a run with these options watches; there may be none.
 
     Raises:
-        SelectionError: As `select_matrices`.
+        SelectionError: A pattern matches nothing, or nothing that can be selected.
     """
-    if not config.detectors and not config.health_every_steps and config.health == "off":
-        return Selection((), ())  # only the guard against non-finite steps: no matrix needed
+    if needs_no_matrix(config):
+        return Selection((), ())
     selection = select_matrices(
-        model, roles=config.roles, include=config.include, exclude=config.exclude
+        model,
+        roles=config.roles,
+        include=config.include,
+        exclude=config.exclude,
+        may_be_empty=True,
     )
     if any(exclusion.reason == ADAPTER_FACTOR for exclusion in selection.exclusions):
         logger.info("Some LoRA factors are left alone; the table of matrices says which.")
-    if selection.adapters and "stable_rank_floor" in config.detectors:
-        told = (
-            f"stable_rank_floor does not watch the {len(selection.adapters)} LoRA products: an "
-            "adapter starts at zero and has no healthy spectrum to refer to. Use grad_norm_ratio "
-            "(the preset paper) for them."
-        )
-        if not selection.matrices:
-            raise SelectionError(f"There is nothing for the stable-rank floor to watch. {told}")
-        logger.warning("%s", told)
     return selection
+
+
+def _floor_on_adapters(num_products: int, others: Sequence[str], rest: str, spelling: str) -> str:
+    told = (
+        f"stable_rank_floor does not watch the {num_products} LoRA products: an adapter starts at "
+        "zero and has no healthy spectrum to refer to."
+    )
+    if others:
+        return f"{told} {', '.join(others)} does."
+    option = spelling.format("detectors=['grad_norm_ratio']")
+    return f"{told}{rest} To watch them, choose {option}."

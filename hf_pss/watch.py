@@ -45,6 +45,12 @@ class Watch:
     def __init__(self, gauges: Gauges, config: PSSConfig) -> None:
         self._gauges = gauges
         self._config = config
+        # Of LoRA products, and where there is no matrix at all, there is no floor.
+        self._names = tuple(
+            name
+            for name in config.detectors
+            if name != "stable_rank_floor" or gauges.selection.matrices
+        )
         self._starting_ranks = self._measure_starting_ranks()
         self.floors = self._floors_from(self._starting_ranks)
         self._detectors = self._new_detectors(self.floors)
@@ -88,7 +94,7 @@ class Watch:
         """Return all that later judgements depend on, as plain strict JSON."""
         return {
             "matrices": self._gauges.fingerprint(),
-            "watched": list(self._config.detectors),
+            "watched": list(self._names),
             "starting_ranks": dict(self._starting_ranks),
             "detectors": self._detectors.state_dict(),
         }
@@ -111,19 +117,20 @@ class Watch:
         starts = self._read_starting_ranks(found["starting_ranks"])
         floors = self._floors_from(starts)
         names = [read_text(n, what="a detector") for n in read_list(found["watched"], what=what)]
-        if not set(names) <= set(DETECTORS) or len(set(names)) < len(names):
-            raise StateError(f"The PSS state is damaged: no run is watched by {names}.")
         # A floor detector needs floors to be built, also where only the saved run had one.
         levels = floors or floors_at(self._config.floor_ratio, self._gauges.shapes, starts)
+        possible = {name for name in DETECTORS if name != "stable_rank_floor" or levels}
+        if not set(names) <= possible or len(set(names)) < len(names):
+            raise StateError(f"The PSS state is damaged: no run is watched by {names}.")
         saved = AnyOf([make_detector(name, self._config, levels) for name in names])
         saved.load_state_dict(found["detectors"])
-        if tuple(names) == self._config.detectors:
+        if tuple(names) == self._names:
             self._detectors = saved
         else:
             logger.warning(
                 "The checkpoint was watched by %s, this run is by %s: what is new starts afresh.",
                 ", ".join(names) or "nothing",
-                ", ".join(self._config.detectors) or "nothing",
+                ", ".join(self._names) or "nothing",
             )
             self._detectors = self._new_detectors(floors)
             self._detectors.continue_from(saved)
@@ -160,14 +167,14 @@ class Watch:
 
     def _measure_starting_ranks(self) -> dict[str, float]:
         """Return what the floors refer to where that is the matrices' own stable rank now."""
-        if not self._has_floors or self._config.floor_reference == "noise":
+        if not self.has_floors or self._config.floor_reference == "noise":
             return {}
         # By the same look as later: a reading that is high on noise is high on both sides.
         shapes, ranks = self._gauges.shapes, self._gauges.stable_ranks()
         return starting_ranks(shapes, {name: ranks[name] for name in shapes})
 
     def _floors_from(self, starts: Mapping[str, float]) -> dict[str, float]:
-        if not self._has_floors:
+        if not self.has_floors:
             return {}
         refers_to_start = self._config.floor_reference == "start"
         floors = floors_at(
@@ -177,9 +184,9 @@ class Watch:
         return floors | {view.name: 0.0 for view in self._gauges.selection.adapters}
 
     def _new_detectors(self, floors: Mapping[str, float]) -> AnyOf:
-        names = self._config.detectors
-        return AnyOf([make_detector(name, self._config, floors) for name in names])
+        return AnyOf([make_detector(name, self._config, floors) for name in self._names])
 
     @property
-    def _has_floors(self) -> bool:
-        return "stable_rank_floor" in self._config.detectors
+    def has_floors(self) -> bool:
+        """Whether some matrix has a floor."""
+        return "stable_rank_floor" in self._names

@@ -134,3 +134,14 @@ def test_an_option_with_effect_does_not_warn(caplog: pytest.LogCaptureFixture) -
     PSSConfig.preset("anchored", floor_ratio=1.0, smoothing="log", threshold_ratio=3.0)
     PSSConfig.preset("paper", max_rank=4, observe_only=True)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_described_by_its_name(name: str) -> None:
+    assert PSSConfig.preset(name).describe() == f"preset {name}"
+
+
+def test_other_options_are_described_beside_the_nearest_preset() -> None:
+    config = PSSConfig.preset("floor", floor_ratio=0.8, roles=["mlp"])
+    assert config.describe() == "preset floor with floor_ratio=0.8, roles=['mlp']"
+    assert PSSConfig(observe_only=True).describe().endswith(" with observe_only=True")

@@ -46,6 +46,7 @@ from hf_pss.data import unigram_entropy_nats
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.gauges import select_watched
 from hf_pss.integration.arguments import PSSTrainingArguments
+from hf_pss.integration.callback import PSSCallback
 from hf_pss.integration.checkpoints.judge import checkpoints_by_step
 from hf_pss.integration.trainer import PSSTrainer
 from hf_pss.selection import Selection
@@ -109,6 +110,7 @@ def run_training(plan: TrainPlan) -> None:
         data_collator=default_data_collator,
         pss_config=pss_config,
     )
+    PSSCallback.of(trainer).announces = False  # `_announce_pss` has said it
     trainer.add_callback(_MakeRoom(replaced))  # after PSS, which may refuse the model
     trainer.add_callback(KeepOptions(kept))
     _train(trainer, console, checkpoint)
@@ -287,6 +289,8 @@ def _announce_pss(console: Console, selection: Selection, arguments: PSSTraining
     parts = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
     matrices = "1 matrix" if roles.total() == 1 else f"{roles.total()} matrices"
     watched = f"{matrices} ({parts})" if roles else "for non-finite steps only"
+    if selection.adapters:
+        watched = f"{len(selection.adapters)} LoRA products" + (f", {watched}" if roles else "")
     console.print(
         f"watching {watched}, preset {arguments.pss_preset}",
         highlight=False,

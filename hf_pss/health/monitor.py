@@ -113,7 +113,8 @@ class HealthMonitor:
                 "The health metrics grad_norm and relative_update are left out: under DeepSpeed an "
                 "update has been applied, and its gradients dropped, before anybody can look."
             )
-        if self._is_full and model is not None:
+        is_empty = not selection.matrices and not selection.adapters  # no block to listen to
+        if self._is_full and model is not None and not is_empty:
             with self._guard("representations"):
                 self._representations = RepresentationMeter(model, selection, backend)
 

@@ -19,19 +19,19 @@ class UpdateMeter:
     """
 
     def __init__(self, names: Sequence[str], backend: Backend) -> None:
-        self._names = tuple(names)
+        self.names = tuple(names)
         self._backend = backend
         self._before: list[Tensor] = []
 
     @torch.no_grad()
     def start(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Remember the parameters as they are before the update."""
-        self._before = [self._here(parameters[name]).clone() for name in self._names]
+        self._before = [self._here(parameters[name]).clone() for name in self.names]
 
     @torch.no_grad()
     def stop(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Return the norm of what changed since `start`, shape (1,), and forget the copy."""
-        now = [self._here(parameters[name]) for name in self._names]
+        now = [self._here(parameters[name]) for name in self.names]
         changes = [
             torch.linalg.vector_norm(after.float() - before.float())
             for after, before in zip(now, self._before, strict=True)

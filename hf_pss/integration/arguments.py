@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import types
 from dataclasses import Field, dataclass, field, fields, make_dataclass
@@ -11,9 +12,12 @@ from transformers import TrainingArguments
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
+from hf_pss.integration.combining import join_
 from hf_pss.integration.optimizer_options import OptimizerName, read_options
 
 __all__ = ["PSSTrainingArguments"]
+
+logger = logging.getLogger(__name__)
 
 
 def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
@@ -59,9 +63,16 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     They work from the command line (``--pss_smoothing log``) and from YAML
     (``pss_smoothing: log``) through HfArgumentParser and TrlParser.
 
+    Combined with another arguments class, in either order, each field has the default of the first
+    class in the order of inheritance that declares it: SFTConfig's own in
+    ``class MyConfig(PSSTrainingArguments, SFTConfig)``, with ``@dataclass`` or without.
+
     Raises:
         ConfigurationError: An option is out of range; the message says what is allowed.
     """
+
+    # Not annotated, so that it is no field: set by the trainer that PSS is in.
+    pss_is_heard = False
 
     pss_preset: Literal["anchored", "floor", "paper"] = field(
         default="anchored",
@@ -95,6 +106,11 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         },
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if sum(issubclass(base, TrainingArguments) for base in cls.__bases__) > 1:
+            join_(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         scale = self.pss_lr_scale
@@ -110,6 +126,31 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         return PSSConfig.preset(
             self.pss_preset, **{name: value for name, value in given.items() if value is not None}
         )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the steps of warm-up, which a Trainer asks for when it builds its schedule.
+
+        A Trainer without PSS gives itself away by that: then one warning says which options have
+        no effect.
+        """
+        if not self.pss_is_heard:
+            self.pss_is_heard = True
+            self._warn_of_plain_trainer()
+        steps: int = super().get_warmup_steps(num_training_steps)
+        return steps
+
+    def _warn_of_plain_trainer(self) -> None:
+        given = [
+            f"{option.name}={getattr(self, option.name)!r}"
+            for option in fields(self)
+            if option.name.startswith("pss_") and getattr(self, option.name) != option.default
+        ]
+        if given and self.process_index == 0:
+            logger.warning(
+                "%s: without effect, because this Trainer is not a PSSTrainer. Use PSSTrainer, "
+                "class YourTrainer(PSSTrainerMixin, ...) or PSSCallback().attach(trainer).",
+                ", ".join(given),
+            )
 
     def optimizer_options(self) -> dict[str, Any]:
         """Return the options of ``pss_optim``, checked.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
@@ -37,6 +38,7 @@ from hf_pss.integration.reporting import (
     reading_line,
 )
 from hf_pss.integration.schedule_free import ScheduleFreeCallback
+from hf_pss.stacks import matrix_names
 
 __all__ = ["PSSCallback"]
 
@@ -64,6 +66,8 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
     """Whether the next training goes on with this one, from an older checkpoint."""
     repairs = True
     """Whether what it loads is what ``smooth_on_resume`` is meant for."""
+    announces = True
+    """Whether to say at the start what PSS watches; what it does not is said in any case."""
 
     def __init__(self, config: PSSConfig | None = None) -> None:
         self.config = config
@@ -127,7 +131,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
 
     def see_loss(self, loss: Tensor) -> None:
         """Add a micro-batch's loss to this step's; it stays on the device."""
-        loss = loss.detach()
+        loss = torch.as_tensor(loss).detach()
+        if loss.dim():  # logged as its mean
+            loss = loss.float().mean()
         self._device_loss = loss if self._device_loss is None else self._device_loss + loss
 
     def before_clipping(self) -> None:
@@ -186,7 +192,11 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self.config_for(args),
             optimizer=getattr(optimizer, "optimizer", optimizer),
             evaluate_loss=self._evaluate_loss,
+            speaks=False,
         )
+        self.tries_interventions = self.controller.tries_interventions
+        if self._speaks and not self.goes_back:
+            self._announce(self.controller, args)
         if self.controller.health is not None and not args.torch_compile:
             self.controller.health.watch_attention(attention_watch(model))
         smoothed_in = _attribute(state, type(self).__name__, "smoothed_in")
@@ -208,6 +218,29 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             self._smooth_once(self.controller, args.output_dir)
         if self._speaks:
             logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
+
+    def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
+        """Say in one line the preset, what is watched, what is not, and where to change it."""
+        config, selection = controller.config, controller.selection
+        counts = [
+            f"{count} {one if count == 1 else many}"
+            for count, one, many in (
+                (len(matrix_names(selection.matrices)), "matrix", "matrices"),
+                (len(selection.adapters), "LoRA product", "LoRA products"),
+            )
+            if count
+        ]
+        # Arguments that say the same as the config are what the user wrote.
+        in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
+        caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
+        watched = (
+            f"PSS: {config.describe()}, {' and '.join(counts) or 'no matrix'} watched "
+            f"({', '.join(config.detectors) or 'non-finite steps only'})."
+        )
+        options = "PSSTrainingArguments" if in_args else "PSSConfig or PSSTrainingArguments"
+        told = [watched, caution, f"Options: {options}."] if self.announces else [caution]
+        if any(told):  # as a warning, because an ordinary script shows no less
+            logger.warning("%s", " ".join(part for part in told if part))
 
     def _smooth_once(self, controller: PSSController, output_dir: str) -> None:
         own = [os.path.abspath(output_dir)]

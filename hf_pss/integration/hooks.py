@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,23 @@ from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+from hf_pss.integration.arguments import PSSTrainingArguments
 from hf_pss.integration.batch_loss import BatchLoss
 from hf_pss.integration.optimizers import ChosenOptimizer, refuse_two_optimizers
 from hf_pss.integration.renamed import load_renamed_
 from hf_pss.integration.rollback import Survival
 
-__all__ = ["StepHooks", "StepListener", "check_seams", "hook", "refuse_backends"]
+__all__ = [
+    "StepHooks",
+    "StepListener",
+    "check_seams",
+    "claim_",
+    "hook",
+    "refuse_backends",
+]
 
-# Methods of Trainer that hf_pss overrides or calls, with the parameters that it relies on. The
-# first two are private: they exist since transformers 5.3.
+# Methods of transformers' Trainer that hf_pss overrides or calls, with the parameters that it
+# relies on. The first two are private: they exist since transformers 5.3.
 _SEAMS = {
     "_clip_grad_norm": ("self", "model"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
@@ -46,6 +55,25 @@ _SEAMS = {
     "_finish_current_push": ("self",),
     "_load_rng_state": ("self", "checkpoint"),
 }
+# How the Trainer, or hf_pss in its place, calls those that subclasses may override: the number of
+# arguments by position, and the names of the others. What an override calls them is its own matter.
+_CALLS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "_clip_grad_norm": (1, ()),
+    "_get_grad_norm": (1, ("grad_norm",)),
+    "_load_best_model": (0, ()),
+    "training_step": (3, ()),
+    "log": (1, ()),
+    "_load_from_checkpoint": (1, ()),
+    "_load_callback_state": (0, ()),
+    "create_optimizer": (0, ()),
+    "create_scheduler": (0, ("num_training_steps",)),
+    "_load_optimizer_and_scheduler": (1, ()),
+    "_get_output_dir": (1, ()),
+    "_save_checkpoint": (2, ()),
+    "_push_from_checkpoint": (1, ()),
+    "_finish_current_push": (0, ()),
+    "_load_rng_state": (1, ()),
+}
 
 
 class StepListener(ABC):
@@ -53,6 +81,8 @@ class StepListener(ABC):
 
     handler: CallbackHandler | None = None
     """The trainer's, which knows the other callbacks; from the first step or resume on."""
+    tries_interventions = False
+    """Whether it wants `batch_loss`."""
     batch_loss: BatchLoss | None = None
     """The loss of a micro-batch of the last step without trouble, computed when asked for."""
 
@@ -98,19 +128,23 @@ class StepHooks(Survival, ChosenOptimizer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch and let the listener see its loss."""
         listener = self._listener()
-        if listener is None:
-            return super().training_step(*args, **kwargs)
-        if listener.batch_loss is None:
-            listener.batch_loss = BatchLoss(self)
-        with listener.batch_loss.listening():
+        with self._remembered_batch(listener):
             loss = super().training_step(*args, **kwargs)
-        listener.see_loss(loss)
+        if listener is not None:
+            listener.see_loss(loss)
         return loss
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _remembered_batch(self, listener: StepListener | None) -> AbstractContextManager[None]:
+        if listener is None or not listener.tries_interventions:
+            return nullcontext()
+        if listener.batch_loss is None:
+            listener.batch_loss = BatchLoss(self)
+        return listener.batch_loss.listening()
+
+    def _clip_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         if listener := self._listener():
             listener.before_clipping()
-        return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return super()._clip_grad_norm(*args, **kwargs)  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         listener = self._listener()
@@ -137,8 +171,10 @@ class StepHooks(Survival, ChosenOptimizer):
             listener.extend_logs(logs)
         super().log(logs, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+        # As it was called: sentence-transformers' override takes no model.
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        model = next(iter((*args, *kwargs.values())), None)
         loaded = model if model is not None else self.model  # type: ignore[attr-defined]
         load_renamed_(loaded, Path(resume_from_checkpoint))
 
@@ -164,23 +200,51 @@ def check_seams(trainer_class: type[Trainer]) -> None:
     """Make sure that a Trainer class has the methods that `StepHooks` overrides.
 
     Raises:
-        IncompatibleVersionError: One is missing or takes other arguments.
+        IncompatibleVersionError: transformers lacks one, or its own takes other arguments; or the
+            override of some class cannot be called as the Trainer calls it. The message names whom.
     """
-    # A class that has StepHooks already answers with these: look at what lies behind them.
-    behind: Any = trainer_class
-    if issubclass(trainer_class, StepHooks):
-        behind = super(ChosenOptimizer, trainer_class)
     for name, wanted in _SEAMS.items():
-        method = getattr(behind, name, None)
-        found = tuple(inspect.signature(method).parameters) if method is not None else ()
-        takes_any = any(p in found for p in ("args", "kwargs"))
-        if method is None or not (takes_any or set(wanted) <= set(found)):
-            has = f"takes ({', '.join(found)})" if method is not None else "does not exist"
+        own = getattr(Trainer, name, None)
+        found = tuple(inspect.signature(own).parameters) if own is not None else ()
+        if own is None or not set(wanted) <= set(found):
+            has = f"takes ({', '.join(found)})" if own is not None else "does not exist"
             raise IncompatibleVersionError(
-                f"{trainer_class.__name__}.{name} {has}, but hf_pss {_own_version()} needs it with "
+                f"Trainer.{name} {has}, but hf_pss {_own_version()} needs it with "
                 f"({', '.join(wanted)}). You have transformers {transformers.__version__}; "
                 "install one that hf_pss was made for (5.3 or newer; tested with 5.23)."
             )
+    # A class that has StepHooks already answers with these: look at what lies behind them.
+    mro = trainer_class.__mro__
+    behind = mro[mro.index(ChosenOptimizer) + 1 :] if ChosenOptimizer in mro else mro
+    for name, (num_by_position, keywords) in _CALLS.items():
+        owner = next((cls for cls in behind if name in vars(cls)), Trainer)
+        if owner is not Trainer and not _takes(getattr(owner, name), num_by_position, keywords):
+            takes = ", ".join(inspect.signature(getattr(owner, name)).parameters)
+            given = ", ".join(_SEAMS[name])
+            raise IncompatibleVersionError(
+                f"{owner.__module__}.{owner.__name__}.{name} takes ({takes}), and the Trainer of "
+                f"transformers {transformers.__version__} calls it with ({given}): let "
+                f"{owner.__name__}.{name} take these."
+            )
+
+
+def _takes(method: Any, num_by_position: int, keywords: tuple[str, ...]) -> bool:
+    """Tell whether a method, unbound, can be called so."""
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # written in C, or no function: it is not ours to judge
+        return True
+    try:
+        signature.bind(*[None] * (1 + num_by_position), **dict.fromkeys(keywords))
+    except TypeError:
+        return False
+    return True
+
+
+def claim_(trainer: Trainer) -> None:
+    """Let the arguments know that PSS is at work: under a plain Trainer they warn."""
+    if isinstance(trainer.args, PSSTrainingArguments):
+        trainer.args.pss_is_heard = True
 
 
 def hook(trainer: Trainer, listener: StepListener) -> None:
@@ -202,6 +266,7 @@ def hook(trainer: Trainer, listener: StepListener) -> None:
     check_seams(own)
     refuse_backends(trainer)
     refuse_two_optimizers(trainer)
+    claim_(trainer)
     if not isinstance(trainer, StepHooks):
         hooked = type(own.__name__, (StepHooks, own), {"__module__": own.__module__})
         trainer.__class__ = hooked

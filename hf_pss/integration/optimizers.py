@@ -75,21 +75,22 @@ class ChosenOptimizer:
             _warn_of_mismatch(trainer, model, chosen)
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
-    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the optimizer how long the run is, where its rule asks."""
         trainer: Any = self
         if _chosen(trainer.args) is not None:
+            num_training_steps = args[0] if args else kwargs["num_training_steps"]
             self._num_steps = num_training_steps
             _warn_of_two_schedules(trainer)
             _set_length_(trainer.optimizer, trainer.args, num_training_steps)
-        return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
+        return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch, and let the optimizer have the step's loss where its rule asks."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
         if _chosen(trainer.args) in _READ_LOSSES:
-            self._step_loss = loss + (0.0 if self._step_loss is None else self._step_loss)
+            self._step_loss = loss.mean() + (0.0 if self._step_loss is None else self._step_loss)
             if trainer.accelerator.sync_gradients:
                 # The mean over ranks, or replicas would part; it stays on the device.
                 mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")

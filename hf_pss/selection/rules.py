@@ -91,6 +91,8 @@ def why_unusable(site: Site) -> str | None:
         return "bias, norm or scale"
     if len(site.shape) > 3:
         return f"{len(site.shape)}-D"
+    if 0 in site.shape:
+        return "empty"
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import get_args
@@ -12,6 +11,7 @@ from torch import nn
 
 from hf_pss.errors import ConfigurationError, SelectionError
 from hf_pss.selection.adapters import AdapterView, find_adapters
+from hf_pss.selection.advice import what_to_do, why_empty
 from hf_pss.selection.rules import matrices_of, why_unusable, why_unwanted
 from hf_pss.selection.survey import Site, survey
 from hf_pss.selection.views import Exclusion, MatrixView, Role, Selection
@@ -28,6 +28,7 @@ def select_matrices(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     min_dim: int = 2,
+    may_be_empty: bool = False,
 ) -> Selection:
     r"""Find the attention and MLP weight matrices in the repeated blocks of a model.
 
@@ -52,13 +53,14 @@ def select_matrices(
         exclude: Regular expressions searched in parameter and matrix names; wins over `include`.
             One that ends in ``\[v\]$`` leaves one part of each fused projection out.
         min_dim: Matrices with fewer rows or columns are left alone unless a pattern includes them.
+        may_be_empty: Return an empty selection instead of raising where no matrix is selected.
 
     Returns:
         The matrices in the model's order, and every other parameter with the reason.
 
     Raises:
-        SelectionError: No matrix is selected; or a pattern is no regular expression, matches
-            nothing, or includes only what cannot be a weight matrix.
+        SelectionError: No matrix is selected, unless that is allowed; or a pattern is no regular
+            expression, matches nothing, or includes only what cannot be a weight matrix.
         ConfigurationError: An unknown role, a `min_dim` below 1, or one string for a list.
 
     Example:
@@ -101,7 +103,9 @@ def select_matrices(
     selection = Selection(tuple(matrices), tuple(exclusions), adapters)
     _check_all_match((*include_patterns, *exclude_patterns), selection, products)
     _check_all_include(include_patterns, selection)
-    _check_not_empty(selection)
+    if not may_be_empty and not selection.matrices and not selection.adapters:
+        advice = what_to_do(model, exclude=exclude)
+        raise SelectionError(f"{why_empty(selection)} {advice}")
     return selection
 
 
@@ -200,20 +204,3 @@ def _similar(pattern: str, names: Sequence[str]) -> str:
     close = get_close_matches(pattern.replace("\\", "").strip("^$"), ends, n=3, cutoff=0.5)
     shown = dict.fromkeys(ends[end] for end in close)
     return f"Close names: {', '.join(shown)}." if shown else f"A name there is {names[0]}."
-
-
-def _check_not_empty(selection: Selection) -> None:
-    if selection.matrices or selection.adapters:
-        return
-    seen = Counter(exclusion.reason for exclusion in selection.exclusions)
-    counts = "; ".join(f"{count} × {reason}" for reason, count in seen.most_common(6)) or "none"
-    if any(reason.startswith("LoRA factor") for reason in seen):
-        remedy = (
-            "The adapters are frozen, inactive, or no product of two matrices; with "
-            "detectors=[] PSS guards the run against non-finite steps and needs no matrix."
-        )
-    else:
-        remedy = (
-            r"Name those to watch, for instance include=[r'layers\.\d+\.weight'], or unfreeze them."
-        )
-    raise SelectionError(f"No weight matrix was selected. Parameters seen: {counts}. {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pickle
 import subprocess
@@ -12,9 +13,23 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from helpers import gpt2, make_trainer, token_rows
+from transformers import (
+    HfArgumentParser,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+from trl import DPOConfig, GRPOConfig, SFTConfig, TrlParser
 
-from hf_pss import PRESETS, ConfigurationError, PSSConfig, PSSTrainingArguments
+from hf_pss import (
+    PRESETS,
+    ConfigurationError,
+    PSSCallback,
+    PSSConfig,
+    PSSTrainer,
+    PSSTrainingArguments,
+)
 
 OPTIONS = {
     "pss_preset": "anchored",
@@ -153,3 +168,107 @@ def test_plain_arguments_are_not_changed(folder: str) -> None:
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, hf_pss; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- combined with another arguments class ----
+
+OTHERS = (SFTConfig, GRPOConfig, DPOConfig, Seq2SeqTrainingArguments)
+
+
+@dataclasses.dataclass
+class Mine(PSSTrainingArguments, SFTConfig):
+    """What a user writes."""
+
+    logging_steps: float = 77
+    things: list[str] = dataclasses.field(default_factory=list)
+
+
+class Plain(SFTConfig, PSSTrainingArguments):
+    """Without the decorator, and the other way round."""
+
+
+def combined(other: type[Any], *, is_first: bool, is_decorated: bool) -> Any:
+    bases = (PSSTrainingArguments, other) if is_first else (other, PSSTrainingArguments)
+    made = type("Made", bases, {"__module__": __name__})
+    return dataclasses.dataclass(made) if is_decorated else made
+
+
+def on_cpu(cls: type[Any]) -> dict[str, Any]:
+    is_trls = any(base.__module__.startswith("trl") for base in cls.__mro__)
+    return {"use_cpu": True, "save_strategy": "no", **({"bf16": False} if is_trls else {})}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("other", "is_first", "is_decorated"),
+    [*itertools.product(OTHERS, (True, False), (True, False))],
+)
+def test_a_combined_class_keeps_the_other_ones_defaults(
+    other: type[Any], is_first: bool, is_decorated: bool, folder: str
+) -> None:
+    made = combined(other, is_first=is_first, is_decorated=is_decorated)
+    names = {spec.name for spec in dataclasses.fields(made)}
+    own = {spec.name for spec in dataclasses.fields(PSSTrainingArguments)}
+    assert names == own | {spec.name for spec in dataclasses.fields(other)}
+    options = on_cpu(other)
+    wanted = other(folder, **options)
+    words = ["--output_dir", folder, "--pss_preset", "floor"]
+    words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    found = [made(folder, pss_preset="floor", **options)]
+    for parser in (HfArgumentParser, TrlParser):
+        found += parser(made).parse_args_into_dataclasses(words)
+    for arguments in found:
+        assert arguments.pss_config() == PSSConfig.preset("floor")
+        for spec in dataclasses.fields(other):
+            assert getattr(arguments, spec.name) == getattr(wanted, spec.name), spec.name
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_fields_of_ones_own_win_and_copies_survive(folder: str) -> None:
+    mine = Mine(folder, bf16=False, use_cpu=True, things=["a"])
+    assert (mine.logging_steps, mine.gradient_checkpointing, mine.things) == (77, True, ["a"])
+    assert Mine(folder, bf16=False, use_cpu=True).things == []
+    for arguments in (mine, Plain(folder, bf16=False, use_cpu=True, pss_floor_ratio=0.5)):
+        copied = pickle.loads(pickle.dumps(arguments))
+        assert copied == arguments
+        assert isinstance(copied, SFTConfig)
+    assert Plain(folder, bf16=False, use_cpu=True).logging_steps == 10  # trl's
+
+
+# ---- under a Trainer without PSS ----
+
+
+def plain_run(folder: str, caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
+    arguments = PSSTrainingArguments(
+        folder, max_steps=1, use_cpu=True, save_strategy="no", report_to="none", **options
+    )
+    caplog.clear()
+    trainer = Trainer(gpt2(), arguments, train_dataset=token_rows(8))
+    trainer.train()
+    trainer.train()
+    return [r.message for r in caplog.records if r.name.startswith("hf_pss")]
+
+
+def test_options_under_a_plain_trainer_are_one_warning(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (line,) = plain_run(folder, caplog, pss_optim="muon", pss_preset="floor")
+    assert line.startswith("pss_preset='floor', pss_optim='muon': without effect")
+    assert "Use PSSTrainer" in line
+    assert plain_run(folder, caplog) == []
+
+
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_where_pss_is_at_work_nothing_is_said_of_a_plain_trainer(
+    is_attached: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cls = Trainer if is_attached else PSSTrainer
+    options = {"pss_optim": "muon", "max_steps": 1, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, trainer_class=cls, **options)
+    if is_attached:
+        PSSCallback().attach(trainer)
+    trainer.train()
+    assert "without effect" not in caplog.text
+    assert "PSS: preset" in caplog.text
+    assert "pss_is_heard" not in trainer.args.to_dict()
+    assert "pss_is_heard" not in {spec.name for spec in dataclasses.fields(trainer.args)}

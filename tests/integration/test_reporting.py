@@ -194,7 +194,7 @@ def test_an_intervention_is_one_warning_for_people(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(tmp_path, EAGER, save_strategy="no")
-    said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.integration.callback"]
+    _, *said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.integration.callback"]
     assert len(said) == len(steps_of(events_of(tmp_path)))
     assert "clip smoothed 6 of 6 matrices" in said[0]
 
@@ -205,7 +205,7 @@ def test_the_floor_warns_once_then_it_is_upkeep(
     config = PSSConfig.preset("floor", floor_ratio=1.3, check_every_steps=1)
     train(tmp_path, config, save_strategy="no")
     assert len(steps_of(events_of(tmp_path))) > 1
-    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")]
+    _, said = [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")]
     assert "PSS, step 1: stable rank" in said
     assert "below its floor of" in said
 

@@ -149,7 +149,10 @@ def test_the_seams_are_there() -> None:
 
 def test_another_signature_is_refused_with_the_versions(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer_class=OtherSignature)
-    message = rf"_get_grad_norm takes \(self, model\).*transformers {transformers.__version__}"
+    message = (
+        rf"OtherSignature\._get_grad_norm takes \(self, model\).*{transformers.__version__} calls "
+        r"it with \(self, model, grad_norm\): let OtherSignature"
+    )
     with pytest.raises(IncompatibleVersionError, match=message):
         PSSCallback().attach(trainer)
     with pytest.raises(IncompatibleVersionError, match=message):
@@ -167,6 +170,37 @@ def test_a_missing_seam_is_refused_with_the_versions(
         PSSCallback().attach(trainer)
     with pytest.raises(IncompatibleVersionError, match=message):
         make_trainer(tmp_path, EAGER)
+
+
+def test_another_release_is_told_from_a_class_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "_get_grad_norm", OtherSignature._get_grad_norm)
+    with pytest.raises(IncompatibleVersionError, match="install one that hf_pss was made for"):
+        PSSCallback().attach(trainer)
+
+
+def test_the_mixin_to_the_right_of_a_trainer_is_an_error_when_the_class_is_made() -> None:
+    with pytest.raises(ConfigurationError, match=r"class Wrong\(PSSTrainerMixin, Trainer\)"):
+
+        class Wrong(Trainer, PSSTrainerMixin):
+            pass
+
+    with pytest.raises(ConfigurationError, match="to the right of Weighted"):
+        type("Wrong", (Weighted, PSSTrainer), {})
+
+    class Right(WeightedPSS):
+        pass
+
+    class Alone(PSSTrainerMixin):
+        pass
+
+    class Later(Alone, Weighted):
+        pass
+
+    assert Right.__mro__.index(PSSTrainerMixin) < Right.__mro__.index(Weighted)
+    assert Later.__mro__.index(PSSTrainerMixin) < Later.__mro__.index(Weighted)
 
 
 # ---- what the Trainer's options do ----

@@ -90,7 +90,9 @@ class SafeCheckpoints:
         self._last_saved_step, self._num_failed_saves = None, 0
         try:
             with StopWish(_heeded(trainer.args)) as self._wish:
-                result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
+                # Somebody's override of train() may take nothing.
+                given = (resume, *args) if resume is not None or args else ()
+                result = super().train(*given, **kwargs)  # type: ignore[misc]
                 signum = self._agreed_signum or self._agree_on(self._wish.signum)
         finally:
             self._wish = None
