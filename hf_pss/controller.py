@@ -510,7 +510,8 @@ class PSSController:
         config = self.config
         if config.anchor != "off" or config.observe_only or not config.reacts_to_spikes:
             return
-        if looks_trained(self._gauges.shapes, self._gauges.stable_ranks()):
+        is_trained = looks_trained(self._gauges.shapes, self._gauges.stable_ranks())
+        if is_trained and self._gauges.backend.rank == 0:
             logger.warning(
                 "These weights look trained, and without an anchor one false alarm can destroy "
                 "what they know: use the preset anchored for fine-tuning."
