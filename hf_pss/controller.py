@@ -284,6 +284,11 @@ class PSSController:
         return config.trial != "off" and is_reached and not self._only_observes
 
     @property
+    def is_in_trouble(self) -> bool:
+        """Whether the step under way has spiked or was not finite."""
+        return self._current is not None and self._current.is_in_trouble
+
+    @property
     def selection(self) -> Selection:
         """Which matrices are watched, and why everything else is left alone."""
         return self._gauges.selection
@@ -540,7 +545,7 @@ class PSSController:
         if not is_floor:
             changes += self._smooth_adapters(parameters, phi_for, options)
         if trial is not None and not trial.is_kept():
-            event = replace(event, decision=Action.UNDO, reason="it raised the loss")
+            event = replace(event, decision=Action.UNDO, reason=trial.why_not)
         else:
             self._edit_optimizer(edits)
         return Intervention(

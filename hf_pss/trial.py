@@ -40,45 +40,56 @@ class Trial:
     margin_ratio: float
     """An edit may raise the loss by so much of its absolute value."""
     loss_before: float | None = None
+    """None before it was measured, and where there is none."""
     loss_after: float | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def before_write(self, names: Collection[str]) -> None:
         """Keep what is stored of these parameters; before the first of them, measure the loss."""
-        if self.loss_before is None:
+        if not self._kept:
             self.loss_before = self._loss()
         parameters = self.parameters()
         for name in sorted(set(names) - self._kept.keys()):
             self._kept[name] = self.backend.keep(parameters[name])
 
     def is_kept(self) -> bool:
-        """Measure the loss again, and decide; an edit that does harm is taken back here.
-
-        An edit is kept where nothing was written, or where no loss can be computed.
-        """
-        if self.loss_before is None:
+        """Measure the loss again, and decide; an edit that is not kept is taken back here."""
+        if not self._kept:
             return True
-        self.loss_after = self._loss()
-        if self._is_no_worse(self.loss_before, self.loss_after):
+        if self.loss_before is not None:
+            self.loss_after = self._loss()
+        if self._is_no_worse():
             return True
         parameters = self.parameters()
         for name, kept in self._kept.items():
             self.backend.put_back_(parameters[name], kept)
         return False
 
-    def _is_no_worse(self, before: float, after: float) -> bool:
-        if not math.isfinite(before):  # nothing to compare with
+    @property
+    def why_not(self) -> str:
+        """Why an edit was taken back."""
+        if self.loss_before is None or self.loss_after is None:
+            return "there was no loss to try it on"
+        return "it raised the loss"
+
+    def _is_no_worse(self) -> bool:
+        before, after = self.loss_before, self.loss_after
+        if before is None or after is None:
+            return False
+        if not math.isfinite(before):  # nothing to compare with: whatever is left can only gain
             return True
         return after <= before + self.margin_ratio * abs(before)  # NaN is not
 
     @torch.no_grad()
-    def _loss(self) -> float:
-        """Return the mean loss over ranks; NaN where a rank has none."""
+    def _loss(self) -> float | None:
+        """Return the mean loss over ranks; None where a rank has none."""
         loss: float | Tensor | None = None
         try:
             loss = self.evaluate()
         except Exception as error:  # a user's code; training goes on
             logger.warning("PSS could not compute a loss to try an intervention on: %r", error)
         device = next(iter(self.parameters().values())).device
-        value = torch.as_tensor(math.nan if loss is None else loss, dtype=torch.float32)
-        return self.backend.agree(value.detach().mean().reshape(1).to(device))[0]
+        value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32, device=device)
+        numbers = torch.stack([value.detach().mean(), value.new_tensor(float(loss is None))])
+        mean, num_missing = self.backend.agree(numbers)
+        return None if num_missing else mean

@@ -40,14 +40,15 @@ class _Call:
 
 
 class BatchLoss:
-    """Computes the loss of the last micro-batch of the last sound step, as the Trainer does.
+    """Computes the loss of a micro-batch of a sound step, as the Trainer does.
 
     It calls the trainer's own ``compute_loss`` with the arguments of that time, in evaluation mode
     and without gradients, so it fits every loss that a Trainer subclass defines. The random state,
     each module's mode, and the metrics that trl's trainers collect are as before afterwards.
 
-    Why not the micro-batch of the step that spiked: that one is often the odd one. On random tokens
-    a ruined model has a lower loss than a sound one.
+    A step that spiked is tried on the last micro-batch of the last step that did not, because its
+    own is often the odd one: on random tokens a ruined model has a lower loss than a sound one. A
+    resumed run has no earlier batch, so the batch is forgotten at every save.
 
     Args:
         trainer: Any Trainer.
@@ -80,15 +81,23 @@ class BatchLoss:
                 trainer.compute_loss = before
 
     def end_step(self, *, is_sound: bool) -> None:
-        """Take the last micro-batch of a step as the one to compute losses of, if it was sound."""
+        """Keep the last micro-batch of a sound step for the steps after it."""
         if is_sound and self._latest is not None:
             self._sound = self._latest
         self._latest = None
 
+    def forget(self) -> None:
+        """Forget the batches of all steps so far."""
+        self._sound = self._latest = None
+
     @torch.no_grad()
-    def __call__(self) -> Tensor | None:
-        """Return the loss, a scalar on its device; None before the first micro-batch."""
-        call = self._sound or self._latest
+    def __call__(self, *, is_sound: bool) -> Tensor | None:
+        """Return the loss, a scalar on its device; None where there is no batch of a sound step.
+
+        Args:
+            is_sound: Whether this step is, so that its own last micro-batch will do.
+        """
+        call = self._latest if is_sound and self._latest is not None else self._sound
         if call is None:
             return None
         trainer, model = self._trainer, call.model

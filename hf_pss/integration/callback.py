@@ -294,7 +294,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         super().on_step_end(args, state, control, optimizer)
 
     def _evaluate_loss(self) -> Tensor | None:
-        return None if self.batch_loss is None else self.batch_loss()
+        if self.batch_loss is None or self.controller is None:
+            return None
+        return self.batch_loss(is_sound=not self.controller.is_in_trouble)
 
     def _after_update(self, controller: PSSController) -> None:
         try:
@@ -314,6 +316,17 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                 self._health.write([reading_line(report.health)])
             if (reporters := self._ready_reporters()) is not None:
                 reporters.report(report.health)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Forget what a run that is resumed from this checkpoint does not know."""
+        if self.batch_loss is not None:
+            self.batch_loss.forget()
 
     def on_train_end(
         self,

@@ -34,6 +34,18 @@ CONFIGS = {
     "floor": PSSConfig.preset("floor", **HIGH_FLOOR),
     "floor of noise": PSSConfig.preset("floor", **HIGH_FLOOR, floor_reference="noise"),
     "anchored": PSSConfig.preset("anchored", **QUICK, **HIGH_FLOOR),
+    # Every edit is taken back; and some are, some are not.
+    "undone": PSSConfig.preset("paper", **QUICK, trial="spikes", trial_margin_ratio=1e-9),
+    "tried": PSSConfig.preset(
+        "anchored",
+        **QUICK,
+        trial="all",
+        trial_margin_ratio=4e-5,
+        floor_ratio=1.2,
+        floor_reference="noise",
+        check_every_steps=1,
+        moments="project",
+    ),
     "matrix ratio": PSSConfig.preset(
         "paper", detectors=("matrix_grad_norm_ratio",), **QUICK, scope="fired", keep_frobenius=True
     ),
@@ -97,6 +109,33 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: str, tmp_path: Path) -> Non
     assert _without_clock(events_of(tmp_path)) == _without_clock(events)
     superseded = events_of(tmp_path, "pss_events.superseded.jsonl")
     assert superseded == [event for event in events if event["step"] > MIDDLE]
+
+
+@pytest.mark.parametrize("name", ["undone", "tried"])
+def test_trials_end_in_both_ways_before_and_after_the_middle(name: str, tmp_path: Path) -> None:
+    train(tmp_path, CONFIGS[name])
+    ends = {
+        half: {event["decision"] for event in events_of(tmp_path) if half(event["step"])}
+        for half in (lambda step: step <= MIDDLE, lambda step: step > MIDDLE)
+    }
+    wanted = {"undo"} if name == "undone" else {"undo", "act"}
+    assert all(found >= wanted for found in ends.values()), ends
+
+
+def test_edits_that_are_taken_back_leave_the_plain_run(tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain")
+    undone = train(tmp_path / "undone", CONFIGS["undone"])
+    assert {event["decision"] for event in events_of(tmp_path / "undone")} == {"undo"}
+    assert list(differences(weights_of(plain.model), weights_of(undone.model))) == []
+
+
+def test_the_record_of_healthy_values_survives_a_resume(tmp_path: Path) -> None:
+    """Its record is of step 0 until step 100: a resumed run must not begin it anew."""
+    config = PSSConfig(threshold_ratio=1e9, floor_ratio=1e-6)
+    first = controller_of(train(tmp_path, config, save_steps=MIDDLE)).state_dict()
+    resumed = train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
+    assert controller_of(resumed).state_dict()["anchors"] == first["anchors"]
+    assert first["anchors"] is not None
 
 
 def test_the_floor_of_a_resumed_run_refers_to_the_first_start(tmp_path: Path) -> None:
