@@ -326,7 +326,7 @@ class PSSController:
         judgement = Judgement(Verdict.SPIKE, "resume", (GLOBAL,))
         decision = Decision(Action.ACT, "asked for")
         event = Event.of(judgement, decision, step=self.step_number, loss=None)
-        has_floor = self._watch.has_floors
+        has_floor = "stable_rank_floor" in self.config.detectors
         return self._smooth(event, judgement, is_floor=has_floor)
 
     # ---- what survives a checkpoint ----
@@ -524,7 +524,7 @@ class PSSController:
 
     def _smooth(self, event: Event, judgement: Judgement, *, is_floor: bool) -> Intervention:
         started = time.perf_counter()
-        trial = self._trial(is_floor=is_floor)
+        trial = self._trial(event, is_floor=is_floor)
         edits: list[Edit] = []
         options: dict[str, Any] = {
             "names": self._names_to_smooth(judgement, is_floor=is_floor),
@@ -557,7 +557,7 @@ class PSSController:
             matrices=changes,
         )
 
-    def _trial(self, *, is_floor: bool) -> Trial | None:
+    def _trial(self, event: Event, *, is_floor: bool) -> Trial | None:
         """Return a trial for one intervention; None where none is wanted or possible."""
         wanted = self.config.trial == "all" or (self.config.trial == "spikes" and not is_floor)
         if not wanted or self._evaluate_loss is None:
@@ -567,6 +567,7 @@ class PSSController:
             self._gauges.parameters,
             self._gauges.backend,
             self.config.trial_margin_ratio,
+            keeps_untried=event.kind is EventKind.RESUME,
         )
 
     def _names_to_smooth(self, judgement: Judgement, *, is_floor: bool) -> frozenset[str] | None:

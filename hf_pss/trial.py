@@ -39,6 +39,8 @@ class Trial:
     backend: Backend
     margin_ratio: float
     """An edit may raise the loss by so much of its absolute value."""
+    keeps_untried: bool = False
+    """Whether an edit is kept where there is no loss: one that a person asked for is."""
     loss_before: float | None = None
     """None before it was measured, and where there is none."""
     loss_after: float | None = None
@@ -75,7 +77,7 @@ class Trial:
     def _is_no_worse(self) -> bool:
         before, after = self.loss_before, self.loss_after
         if before is None or after is None:
-            return False
+            return self.keeps_untried
         if not math.isfinite(before):  # nothing to compare with: whatever is left can only gain
             return True
         return after <= before + self.margin_ratio * abs(before)  # NaN is not

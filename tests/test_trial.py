@@ -146,11 +146,19 @@ def test_an_error_in_the_evaluation_is_told_and_training_goes_on(
     def evaluate() -> float:
         raise RuntimeError("no batch")
 
-    config = PSSConfig.preset("anchored", **UNANCHORED)
-    record = PSSController(model, config, evaluate_loss=evaluate).smooth_now()
+    before = bits(model)
+    config = PSSConfig.preset("anchored", **UNANCHORED, calibration_steps=1)
+    pss = PSSController(model, config, evaluate_loss=evaluate)
+    for norm in (1.0, 9.0):
+        report = pss.step(norm, update=lambda: None)
+    (record,) = report.records
+    assert isinstance(record, Intervention)
     assert record.event.decision is Action.UNDO
     assert record.event.reason == "there was no loss to try it on"
     assert "no batch" in caplog.text
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+    # What a person asks for is done all the same.
+    assert pss.smooth_now().event.decision is Action.ACT
 
 
 def test_a_controller_without_a_loss_says_that_the_check_is_off(

@@ -33,11 +33,14 @@ FLOORED = {
     "threshold_ratio": 2.0,
     "calibration_steps": 2,
     "check_every_steps": 2,
-    "floor_ratio": 1.2,
+    "floor_ratio": 2.0,
     "floor_reference": "noise",
     "moments": "project",
+    # Those of steps 2, 4 and 6 raise the loss, by 1.5e-4 of it at least, and are taken back.
+    "trial": "all",
+    "trial_margin_ratio": 1e-4,
 }
-SPIKY = {"threshold_ratio": 2.0, "calibration_steps": 2}
+SPIKY = {"name": "paper", "threshold_ratio": 2.0, "calibration_steps": 2}
 
 # Split against whole, one step: absolute.
 SHARD_DRIFT = {
@@ -104,7 +107,12 @@ def test_as_one_process_and_resumed(backend: str, twin: Twin, tmp_path: Path) ->
     run = launch(backend, tmp_path / "run", options=FLOORED)
     assert {rank["backend"] for rank in run.ranks} == {KINDS[backend.split("-")[0]]}
     assert_like_one_process(run, one, weight_drift=WEIGHT_DRIFT)
-    assert steps_of(run.events) == [2, 4, 6, 8]
+    assert [(e["step"], e["decision"]) for e in run.events] == [
+        (2, "undo"),
+        (4, "undo"),
+        (6, "undo"),
+        (8, "act"),
+    ]
     resumed = launch(backend, tmp_path / "resumed", options=FLOORED, resume=run.checkpoint)
     assert resumed.returncode == 0, resumed.errors[-3000:]
     first = resumed.ranks[0]
