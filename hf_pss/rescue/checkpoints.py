@@ -73,6 +73,11 @@ class CheckpointReport:
     verdict: Verdict = "healthy"
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether its weights are those of PEFT adapters."""
+        return any(True for at in ("", "*/") for _ in self.path.glob(f"{at}adapter_config.json"))
+
+    @property
     def is_usable(self) -> bool:
         """Whether a Trainer can resume from it, as far as was looked."""
         return not self.missing and self.problem is None

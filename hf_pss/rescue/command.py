@@ -33,7 +33,7 @@ from hf_pss.rescue.remarks import (
 
 __all__ = ["ResumePlan", "plan_resume"]
 
-_FLOOR = "floor"
+_FLOOR, _DEFAULT = "floor", "anchored"
 _TRAIN = ("hf-pss", "train")
 # Of the run's own guard, what is not taken over: it did not hold, or speaks of another start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
@@ -105,6 +105,8 @@ def plan_resume(
     """
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
+    if smoothing == _FLOOR and chosen.is_adapter:
+        smoothing = _DEFAULT
     options += _guard(smoothing, is_last_resort, failure, is_copy=is_copy)
     launch = read_launch(chosen.path.resolve(), history, without=_replaced(smoothing, options))
     rise = rise_after(history, chosen.step)
@@ -149,11 +151,13 @@ def _guard(
 ) -> Sequence[str]:
     if smoothing == "none":
         return ["--pss_observe_only", "true"]  # or the default preset would smooth
+    if smoothing == _DEFAULT:
+        return ["--pss_preset", _DEFAULT]
     if smoothing == _FLOOR:
         # Healthy weights are their own measure; damaged ones would be taken for healthy.
         own = ["--pss_floor_reference", "noise" if is_last_resort else "start"]
         spiked = failure is not None and failure.kind == "spike"
-        options = ["--pss_preset", "anchored" if spiked else _FLOOR, *own]
+        options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
     else:
         options = ["--pss_preset", "paper", "--pss_smoothing", smoothing]
     if not is_copy:

@@ -148,6 +148,11 @@ def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> I
         )
     if is_copy:
         return
+    if smoothing == "anchored":
+        yield (
+            "Adapters start at zero and have no stable-rank floor: nothing is smoothed when the run "
+            "is resumed, and PSS's default guards it from there on."
+        )
     if smoothing == "floor":
         yield (
             "The weights may be damaged, so noise of their shapes is the measure of the floor; "

@@ -23,9 +23,10 @@ from hf_pss import stacks
 from hf_pss.distributed import OneProcess
 from hf_pss.edits import RAISED
 from hf_pss.errors import ElsewhereError
+from hf_pss.health.stable_rank import measure_stable_ranks
 from hf_pss.linalg import Clip
 from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.smoother import look_at_matrices, smooth_matrices_
+from hf_pss.smoother import smooth_matrices_
 from hf_pss.stacks import (
     DecompositionError,
     decomposition_cost,
@@ -107,7 +108,7 @@ def test_counted_operations_are_alike(world_size: int) -> None:
     for rank in range(world_size):
         backend = Simulated(rank, world_size)
         with FlopCounterMode(display=False) as counter:
-            look_at_matrices(views, parameters, backend)
+            measure_stable_ranks(views, parameters, backend)
             smooth_matrices_(views, parameters, backend, lambda names: Clip(), max_rank=32)
         counted.append(counter.get_total_flops())
     for flops in counted:

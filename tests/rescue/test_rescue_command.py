@@ -279,3 +279,16 @@ def test_a_file_of_before_is_told(run_dir: Path) -> None:
     assert "optimizer and the other options of PSS are those of the run" in said(run_dir)
     (run_dir / OPTIONS_FILE).write_text('{"model_config": "gpt2"}')
     assert "give --pss_optim" in said(run_dir)
+
+
+@pytest.mark.parametrize("place", ["adapter_config.json", "default/adapter_config.json"])
+def test_adapters_are_not_asked_for_a_floor(place: str, run_dir: Path) -> None:
+    options = plan(run_dir, is_last_resort=True).options
+    assert options[options.index("--pss_preset") + 1] == "floor"
+    path = run_dir / "checkpoint-40" / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    options = plan(run_dir, is_last_resort=True).options
+    assert options[options.index("--pss_preset") + 1] == "anchored"
+    assert not {"--pss_floor_reference", "--pss_smooth_on_resume"} & set(options)
+    assert "no stable-rank floor" in said(run_dir, is_last_resort=True)
