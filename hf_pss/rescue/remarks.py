@@ -150,8 +150,8 @@ def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> I
         return
     if smoothing == "anchored":
         yield (
-            "Adapters start at zero and have no stable-rank floor: nothing is smoothed when the run "
-            "is resumed, and PSS's default guards it from there on."
+            "Adapters start at zero and have no stable-rank floor: nothing is smoothed when the "
+            "run is resumed, and PSS's default guards it from there on."
         )
     if smoothing == "floor":
         yield (

@@ -129,7 +129,7 @@ def test_help_of_pss_options_names_one_default() -> None:
     text = " ".join(make_parser().format_help().split())
     assert re.search(r"Preset paper: 2\.5\. --pss", text)
     assert LEARNING_RATE_HELP in text
-    assert re.search(r"or both\. \(default: paper\)", text)
+    assert re.search(r"paper \(as published, for random weights\)\. \(default: anchored\)", text)
 
 
 @pytest.mark.parametrize(

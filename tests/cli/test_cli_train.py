@@ -217,7 +217,7 @@ def test_observer_says_how_often_it_would_have_intervened(train: Run, text_file:
 
 def test_start_says_what_is_watched(train: Run, text_file: Path) -> None:
     stderr = train("--dataset", text_file, "--pss_preset", "anchored", "--max_steps", "1").stderr
-    assert "watching 12 matrices (8 attention, 4 mlp), preset both" in stderr
+    assert "watching 12 matrices (8 attention, 4 mlp), preset anchored" in stderr
 
 
 def test_a_run_without_detectors_needs_no_matrix(train: Run, text_file: Path) -> None:

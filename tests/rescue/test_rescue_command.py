@@ -95,9 +95,9 @@ def test_a_launcher_that_is_not_known_is_not_made_up(run_dir: Path, layout: str)
     [
         ({}, "floor start True"),
         ({"failure": failed("slow_damage")}, "floor start True"),
-        ({"failure": failed()}, "both start True"),
-        ({"failure": failed(), "is_last_resort": True}, "both noise True"),
-        ({"failure": failed(), "repaired": Path("out")}, "both start False"),
+        ({"failure": failed()}, "anchored start True"),
+        ({"failure": failed(), "is_last_resort": True}, "anchored noise True"),
+        ({"failure": failed(), "repaired": Path("out")}, "anchored start False"),
         ({"smoothing": "log"}, "paper start True"),
     ],
 )
