@@ -127,7 +127,7 @@ def test_learning_rate_suits_what_is_trained(words: list[str], rate: float) -> N
 
 def test_help_of_pss_options_names_one_default() -> None:
     text = " ".join(make_parser().format_help().split())
-    assert re.search(r"Preset paper: 2\.5\. --pss", text)
+    assert re.search(r"Preset anchored: 2\.5\. --pss", text)
     assert LEARNING_RATE_HELP in text
     assert re.search(r"paper \(as published, for random weights\)\. \(default: anchored\)", text)
 
