@@ -61,7 +61,7 @@ def _wait_for_device() -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("preset", ["paper", "floor"])
+@pytest.mark.parametrize("preset", ["paper", "floor", "anchored"])
 def test_steps_without_event(preset: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Training steps of the demo's model with PSS and without, in turn, either one first.
 
@@ -73,7 +73,7 @@ def test_steps_without_event(preset: str, device: str, capsys: pytest.CaptureFix
     model = recipe.model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     config = PSSConfig.preset(preset, threshold_ratio=1e9, floor_ratio=1e-6)
-    pss = PSSController(model, config)
+    pss = PSSController(model, config, evaluate_loss=lambda: None)
     shape = (recipe.batch_size, recipe.context_length)
     tokens = torch.randint(0, recipe.vocab_size, shape, device=device)
 
@@ -113,13 +113,26 @@ def test_steps_without_event(preset: str, device: str, capsys: pytest.CaptureFix
 
 @on_each_device
 def test_one_intervention_at_gpt2_124m(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One intervention on all 48 block matrices against a training step of batch 8 × 256."""
+    """One intervention on all 48 block matrices against a training step of batch 8 × 256.
+
+    And the same tried on half a batch, kept and taken back; a check of all stable ranks; and the
+    record of leading values that the anchor needs every 50 steps.
+    """
     set_seed(0)
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model = GPT2LMHeadModel(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    pss = PSSController(model)
     tokens = torch.randint(0, config.vocab_size, (8, 256), device=device)
+
+    @torch.no_grad()
+    def evaluate() -> torch.Tensor:
+        return model(tokens[:4], labels=tokens[:4]).loss
+
+    def controller(margin_ratio: float) -> PSSController:
+        tried = PSSConfig.preset("paper", trial="spikes", trial_margin_ratio=margin_ratio)
+        return PSSController(model, tried, evaluate_loss=evaluate)
+
+    pss = controller(1e9)
     parameters = named_parameters_canonical(model)
     assert len({view.parameter_name for view in pss.selection.matrices}) == 48
 
@@ -139,10 +152,19 @@ def test_one_intervention_at_gpt2_124m(device: str, capsys: pytest.CaptureFixtur
     ratio = statistics.median(a / b for a, b in pairs)
     check = statistics.median(_seconds(pss.stable_ranks) for _ in range(3))
     seconds = statistics.median(b for _, b in pairs)
+    kept = statistics.median(_seconds(pss.smooth_now) for _ in range(3))
+    never = controller(1e-9)
+    undone = statistics.median(_seconds(never.smooth_now) for _ in range(3))
+    record = statistics.median(_seconds(pss._gauges.leading_values) for _ in range(3))
     where = f"GPT-2 124M, {device}, {torch.get_num_threads()} threads"
     _show(capsys, f"{where}: a training step of 8 × 256 takes {seconds:.2f} s")
     _show(capsys, f"{where}: one intervention takes {ratio:.2f} × that")
+    _show(
+        capsys,
+        f"{where}: tried and kept {kept / seconds:.2f} ×, taken back {undone / seconds:.2f} ×",
+    )
     _show(capsys, f"{where}: one check of all stable ranks {check / seconds:.3f} ×")
+    _show(capsys, f"{where}: one record of leading values {record / seconds:.3f} ×")
     assert ratio <= MAX_INTERVENTION_RATIO
 
 
