@@ -220,7 +220,7 @@ def _done(record: Record) -> str:
 
 def describe_answer(record: Intervention) -> str:
     """Say in one sentence what an intervention did to the weights."""
-    changed = sum(change.status in ("smoothed", "truncated") for change in record.matrices)
+    changed = record.num_changed
     took = f"in {record.seconds:.2f} s"
     if not changed:
         return (

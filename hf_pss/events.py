@@ -125,6 +125,16 @@ class Intervention:
     """Loss of the same micro-batch right after it; the event's decision says what came of it."""
     matrices: tuple[MatrixChange, ...]
 
+    @property
+    def num_changed(self) -> int:
+        """How many matrices were moved, for good or until the edit was taken back."""
+        return sum(change.status in ("smoothed", "truncated") for change in self.matrices)
+
+    @property
+    def has_changed_weights(self) -> bool:
+        """Whether a matrix is another one than before."""
+        return self.num_changed > 0 and self.event.decision is not Action.UNDO
+
 
 Record: TypeAlias = Event | Intervention
 

@@ -184,7 +184,7 @@ class FailureWatch:
 
     The rules are ours; no source states any. An intervention has failed
 
-    - where another one follows within ``window_steps``, or
+    - where another one that changes a weight follows within ``window_steps``, or
     - where at the end of the window the loss is not back: the median of the last 25 steps is more
       than 0.5 nats above that before the first intervention (the rise that `hf-pss sweep` calls an
       explosion). It fails once more with every further window in which it is not back.
@@ -213,16 +213,31 @@ class FailureWatch:
         self.onset_step: int | None = None
         """Of the row of interventions that is under watch; None in a run that is well."""
 
-    def see(self, step: int, *, loss: float | None, has_intervened: bool) -> Failure | None:
-        """Take a step's numbers, and return the failure that it completes."""
+    def see(
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        has_intervened: bool,
+        has_changed_weights: bool = True,
+    ) -> Failure | None:
+        """Take a step's numbers, and return the failure that it completes.
+
+        Args:
+            step: Its number.
+            loss: Its loss.
+            has_intervened: Whether a spike or a drop was answered.
+            has_changed_weights: Whether that changed a weight. Sound weights are left alone, and
+                then more spikes say nothing about smoothing; the loss still does.
+        """
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
-        if has_intervened:
-            if self.onset_step is None:
-                self.onset_step, self._num_failed = step, 0
-                self._level = median([*self._losses][:-1]) if len(self._losses) > 1 else None
-            else:
-                self._num_failed += 1
+        if has_intervened and self.onset_step is None:
+            self.onset_step, self._num_failed = step, 0
+            self._level = median([*self._losses][:-1]) if len(self._losses) > 1 else None
+            self._ends = step + self._window_steps
+        elif has_intervened and has_changed_weights:
+            self._num_failed += 1
             self._ends = step + self._window_steps
         elif self.onset_step is not None and step >= self._ends:
             if self._is_back():

@@ -52,3 +52,19 @@ def test_at_the_very_beginning_there_is_nothing_to_compare_with() -> None:
     assert watch.see(1, loss=9.0, has_intervened=True) is None
     failure = watch.see(2, loss=9.0, has_intervened=True)
     assert failure == Failure(1, 2, "1 interventions in a row failed since step 1", None, 9.0)
+
+
+def test_answers_that_change_no_weight_fail_only_where_the_loss_is_not_back() -> None:
+    """Noisy batches of a sound fine-tuning raise alarms that leave the weights alone."""
+
+    def failed(losses: list[float], *, changed: bool) -> list[int]:
+        watch = FailureWatch(window_steps=10, max_failed=2)
+        found = (
+            watch.see(step, loss=loss, has_intervened=step >= 30, has_changed_weights=changed)
+            for step, loss in enumerate(losses, start=1)
+        )
+        return [failure.step for failure in found if failure is not None]
+
+    assert failed([3.0] * 100, changed=False) == []
+    assert failed([3.0] * 100, changed=True) != []
+    assert failed([3.0] * 30 + [5.0] * 70, changed=False) != []

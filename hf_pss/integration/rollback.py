@@ -142,16 +142,22 @@ class Survival(ScaledRates, SafeCheckpoints):
         listener = trainer._listener()
         if listener is None or listener.report is None:
             return
-        has_intervened = any(
-            isinstance(record, Intervention) and record.event.kind not in _UPKEEP
+        answers = [
+            record
             for record in listener.report.records
-        )
+            if isinstance(record, Intervention) and record.event.kind not in _UPKEEP
+        ]
         loss, _ = listener.readings
         if listener.report.verdict is not Verdict.NON_FINITE:
             self._nonfinite_since = None
         elif self._nonfinite_since is None:
             self._nonfinite_since = trainer.state.global_step
-        failure = watch.see(trainer.state.global_step, loss=loss, has_intervened=has_intervened)
+        failure = watch.see(
+            trainer.state.global_step,
+            loss=loss,
+            has_intervened=bool(answers),
+            has_changed_weights=any(answer.has_changed_weights for answer in answers),
+        )
         if failure is None:
             return
         if self._ends_the_loop(failure):
