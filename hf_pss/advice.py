@@ -66,7 +66,11 @@ class Alerts:
         is_rare = (
             event.decision in (Action.STOP, Action.ROLL_BACK)
             or event.kind is EventKind.FAILURE
-            or (isinstance(record, Intervention) and event.kind is not EventKind.FLOOR)
+            or (
+                isinstance(record, Intervention)
+                and event.kind is not EventKind.FLOOR
+                and record.num_changed > 0
+            )
         )
         return alert_of(record) if is_rare or is_worth_a_line(self._seen[key]) else None
 
@@ -223,17 +227,14 @@ def describe_answer(record: Intervention) -> str:
     changed = record.num_changed
     took = f"in {record.seconds:.2f} s"
     if not changed:
-        return (
-            f"{record.smoothing} left all {len(record.matrices)} matrices as they were, {took}: "
-            "none has grown beyond its healthy values."
-        )
+        return f"{record.smoothing} left all {len(record.matrices)} matrices as they were, {took}."
     told = f"{record.smoothing} smoothed {changed} of {len(record.matrices)} matrices {took}"
-    if record.loss_before is None or record.loss_after is None:
-        return f"{told}."
-    losses = f"{record.loss_before:.4g} to {record.loss_after:.4g}"
+    losses = ""
+    if record.loss_before is not None and record.loss_after is not None:
+        losses = f"; the loss went from {record.loss_before:.4g} to {record.loss_after:.4g}"
     if record.event.decision is Action.UNDO:
-        return f"{told}, and it was taken back because the loss rose from {losses}."
-    return f"{told}; the loss went from {losses}."
+        return f"{told}, and it was taken back: {record.event.reason}{losses}."
+    return f"{told}{losses}."
 
 
 def _advice(event: Event) -> str:

@@ -37,8 +37,9 @@ Values: TypeAlias = Mapping[str, Sequence[float]]
 def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
     """Return the K leading singular values of each matrix, (b, K); a small one ends in zeros.
 
-    They are found exactly as smoothing finds them: a matrix that has not changed has the values of
-    its record to the last bit.
+    They are found as smoothing finds them, so a matrix that has not changed has the values of its
+    record to the last bit. (Smoothing functions of the whole spectrum decompose large matrices more
+    exactly; the tolerance of `Anchored` covers the difference.)
 
     Args:
         matrices: (b, m, n).
@@ -71,7 +72,7 @@ class Anchors:
         """What no leading value is set below."""
         self._candidate = start
         self._candidate_step = 0
-        self._trouble_step = 0
+        self._trouble_step = -1
 
     @staticmethod
     def is_due(step: int) -> bool:
@@ -84,7 +85,7 @@ class Anchors:
 
     def update(self, step: int, values: Values) -> None:
         """Take the values of all matrices after a step."""
-        if self._trouble_step <= self._candidate_step:
+        if self._trouble_step < self._candidate_step:
             self.healthy = self._candidate
         self._candidate, self._candidate_step = values, step
 
@@ -121,7 +122,7 @@ class Anchors:
         anchors = cls(_decoded(found["healthy"], names, what))
         anchors._candidate = _decoded(found["candidate"], names, what)
         anchors._candidate_step = read_integer(found["candidate_step"], what=what)
-        anchors._trouble_step = read_integer(found["trouble_step"], what=what)
+        anchors._trouble_step = read_integer(found["trouble_step"], what=what, minimum=-1)
         return anchors
 
 

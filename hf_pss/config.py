@@ -85,7 +85,7 @@ class PSSConfig:
         default=1.0,
         metadata={
             "help": "Stable-rank floor (rho) in units of i.i.d. noise of the same shape, "
-            "mn/(sqrt(m)+sqrt(n))^2."
+            "mn/(sqrt(m)+sqrt(n))^2; half of it where the weights look trained."
         },
     )
     # By reason: pretrained weights lie below noise, and are not to be changed at the start.
@@ -339,6 +339,10 @@ class PSSConfig:
                 f"PSS has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
         config = replace(cls(**PRESETS[name]), **overrides)
+        if "trial_margin_ratio" in overrides and config.trial == "off":
+            _warn_once("trial_margin_ratio has no effect with trial='off'.")
+        if overrides.get("trial") == "spikes" and not config.reacts_to_spikes:
+            _warn_once("trial='spikes' has no effect on the stable-rank floor; trial='all' has.")
         for option in sorted(overrides):
             if option in _READERS and not _READERS[option] & set(config.detectors):
                 _warn_once(

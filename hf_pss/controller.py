@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,9 @@ __all__ = ["PSSController", "StepReport"]
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
+
+T = TypeVar("T")
 
 
 class PSSController:
@@ -115,7 +117,8 @@ class PSSController:
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
-        if self.tries_interventions and evaluate_loss is None:
+        is_first = self._gauges.backend.rank == 0
+        if self.tries_interventions and evaluate_loss is None and is_first:
             logger.warning(
                 "PSS cannot try interventions before it keeps them, because it was given no "
                 "evaluate_loss. Pass one to PSSController, or set trial='off'."
@@ -123,7 +126,7 @@ class PSSController:
         self.health = self._make_monitor()
         """Measures at the side of all this, with its own clock; None where ``health`` is off."""
         self._current: Step | None = None
-        self._has_told_of_moments = self._has_looked_at_base = False
+        self._has_told_of_moments = self._has_looked_at_base = self._has_loaded = False
         if self.selection.adapters and self.config.moments != "keep":
             logger.warning(
                 "moments=%r: the first moments of LoRA factors are kept; only those of whole "
@@ -203,7 +206,12 @@ class PSSController:
         started = time.perf_counter()
         self.step_number += 1
         step = self._current = Step(
-            self.step_number, loss, grad_norm_preclip, not discarded, discarded
+            self.step_number,
+            loss,
+            grad_norm_preclip,
+            not discarded,
+            discarded,
+            last_intervention_step=self._history.last_intervention_step,
         )
         has_overflown = (
             loss_scaled and grad_norm_preclip is not None and not math.isfinite(grad_norm_preclip)
@@ -260,10 +268,12 @@ class PSSController:
         if norms is not None:
             for judgement in self._watch.judge_spectral_norms(norms):
                 self._decide(step, judgement)
-        step.records += [
+        answers = [
             self._smooth(*answer, is_floor=answer[1].detector == "stable_rank_floor")
             for answer in step.answers
         ]
+        step.records += answers
+        self._give_back(step, answers)
         self._follow_health(step)
         self._current = None
         self.seconds += time.perf_counter() - started
@@ -327,6 +337,12 @@ class PSSController:
         decision = Decision(Action.ACT, "asked for")
         event = Event.of(judgement, decision, step=self.step_number, loss=None)
         has_floor = "stable_rank_floor" in self.config.detectors
+        if not self._has_loaded and self._refers_to_start and self._gauges.backend.rank == 0:
+            logger.warning(
+                "The repair has nothing to refer to: no record of healthy weights was loaded, so "
+                "what the model was built with counts as healthy. If it is damaged, set "
+                "floor_reference='noise' or anchor='off'."
+            )
         return self._smooth(event, judgement, is_floor=has_floor)
 
     # ---- what survives a checkpoint ----
@@ -364,12 +380,14 @@ class PSSController:
         noticed = {key: found[key] for key in self._watch.state_dict()}
         self._watch.load_state_dict(noticed)  # the last that may refuse
         self._history, self.step_number, self.seconds = history, step_number, seconds
-        self._anchors = anchors
+        self._anchors, self._has_loaded = anchors, True
         self._listen()
 
     def reset(self, *, step_number: int = 0) -> None:
-        """Forget everything but the floors, and count on from the given step."""
+        """Forget everything but floors and healthy values, and count on from the given step."""
         self._watch.reset()
+        if self._anchors is not None:
+            self._anchors = Anchors(self._anchors.healthy)
         self._history, self.step_number, self.seconds = History(), step_number, 0.0
         self._listen()
 
@@ -461,9 +479,7 @@ class PSSController:
             raise NonFiniteError(describe_stop(event, is_after_update=has_happened))
         return decision.action
 
-    def _measured(
-        self, step: Step, measure: Callable[[], dict[str, float]]
-    ) -> dict[str, float] | None:
+    def _measured(self, step: Step, measure: Callable[[], dict[str, T]]) -> dict[str, T] | None:
         """Return what is measured; None, on record, where a decomposition does not converge.
 
         Where ranks share the work they go on together, or stop: one alone cannot go on.
@@ -502,6 +518,20 @@ class PSSController:
             return None
         return Anchors(self._gauges.leading_values())
 
+    def _give_back(self, step: Step, answers: Sequence[Intervention]) -> None:
+        """Let answers that changed no weight cost neither budget nor a cooldown."""
+        history = self._history
+        idle = sum(not answer.has_changed_weights for answer in answers)
+        spiked = [a for a in answers if a.event.kind is not EventKind.FLOOR]
+        last = history.last_intervention_step
+        if spiked and not any(answer.has_changed_weights for answer in spiked):
+            last = step.last_intervention_step
+        self._history = replace(
+            history,
+            num_interventions=history.num_interventions - idle,
+            last_intervention_step=last,
+        )
+
     def _follow_health(self, step: Step) -> None:
         """Keep the record of healthy values up to date."""
         if self._anchors is None:
@@ -509,11 +539,15 @@ class PSSController:
         if step.is_in_trouble:
             self._anchors.note_trouble(step.number)
         if self._anchors.is_due(step.number):
-            self._anchors.update(step.number, self._gauges.leading_values())
+            values = self._measured(step, self._gauges.leading_values)
+            if values is not None:
+                self._anchors.update(step.number, values)
 
     def _caution_about_trained_weights(self) -> None:
         config = self.config
-        if config.anchor != "off" or config.observe_only or not config.reacts_to_spikes:
+        if config.anchor != "off" or config.trial != "off":
+            return
+        if config.observe_only or not config.reacts_to_spikes:
             return
         is_trained = looks_trained(self._gauges.shapes, self._gauges.stable_ranks())
         if is_trained and self._gauges.backend.rank == 0:
@@ -542,8 +576,9 @@ class PSSController:
             and_then=edits.extend if self._has_state_to_edit() else None,
             **options,
         )
-        if not is_floor:
-            changes += self._smooth_adapters(parameters, phi_for, options)
+        # The floor knows no adapters. Where a person asks for a repair, they are smoothed.
+        if not is_floor or (event.kind is EventKind.RESUME and self.config.reacts_to_spikes):
+            changes += self._smooth_adapters(parameters, self._smoothing_function, options)
         if trial is not None and not trial.is_kept():
             event = replace(event, decision=Action.UNDO, reason=trial.why_not)
         else:
@@ -564,10 +599,11 @@ class PSSController:
             return None
         return Trial(
             self._evaluate_loss,
-            self._gauges.parameters,
+            self._gauges.model,
             self._gauges.backend,
             self.config.trial_margin_ratio,
-            keeps_untried=event.kind is EventKind.RESUME,
+            # With an anchor an edit is safe by construction, and a person knows what he asks for.
+            keeps_untried=self._anchors is not None or event.kind is EventKind.RESUME,
         )
 
     def _names_to_smooth(self, judgement: Judgement, *, is_floor: bool) -> frozenset[str] | None:
@@ -602,6 +638,11 @@ class PSSController:
     def _only_observes(self) -> bool:
         has_nothing = not self.selection.matrices and not self.selection.adapters
         return self.config.observe_only or (has_nothing and self.config.spike_update != "skip")
+
+    @property
+    def _refers_to_start(self) -> bool:
+        has_floor = self._watch.has_floors
+        return self.config.floor_reference == "start" if has_floor else self._anchors is not None
 
     def _has_state_to_edit(self) -> bool:
         optimizer = self._optimizer

@@ -29,7 +29,7 @@ class Action(StrEnum):
     ACT = "act"
     """Smooth now."""
     UNDO = "undo"
-    """Smoothing was tried, and taken back because it raised the loss."""
+    """Smoothing was tried and taken back; the reason says why."""
     SKIP_UPDATE = "skip_update"
     """Do not apply this update."""
     STOP = "stop"

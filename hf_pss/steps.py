@@ -43,6 +43,8 @@ class Step:
     update_applied: bool = True
     is_discarded: bool = False
     """Whether the update was dropped by others before this step was judged."""
+    last_intervention_step: int | None = None
+    """Of the detectors that share the cooldown, before this step."""
     is_after_update: bool = False
     judgements: list[Judgement] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)

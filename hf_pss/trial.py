@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
+from hf_pss.distributed import Backend, reshard
+from hf_pss.selection import named_parameters_canonical
 
 __all__ = ["EvaluateLoss", "Trial"]
 
@@ -28,29 +29,32 @@ class Trial:
 
     What is stored of a parameter here is kept as it was before the edit, so that an edit that is
     taken back leaves no trace, not even of rounding. That is as much memory as the gradients of the
-    edited matrices, which are free at this point of a step.
+    edited matrices, which a Trainer has freed at this point of a step.
 
     All ranks must make the same calls; the losses are the means over ranks.
     """
 
     evaluate: EvaluateLoss
-    parameters: Callable[[], Mapping[str, nn.Parameter]]
-    """Asked at every use, because an evaluation may swap the parameter objects."""
+    model: nn.Module
     backend: Backend
     margin_ratio: float
     """An edit may raise the loss by so much of its absolute value."""
-    keeps_untried: bool = False
-    """Whether an edit is kept where there is no loss: one that a person asked for is."""
+    keeps_untried: bool
+    """Whether an edit is kept where there is no loss to try it on."""
     loss_before: float | None = None
     """None before it was measured, and where there is none."""
     loss_after: float | None = None
+    _has_begun: bool = False
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def before_write(self, names: Collection[str]) -> None:
         """Keep what is stored of these parameters; before the first of them, measure the loss."""
-        if not self._kept:
+        if not self._has_begun:
+            self._has_begun = True
             self.loss_before = self._loss()
-        parameters = self.parameters()
+        if self.loss_before is None and self.keeps_untried:
+            return
+        parameters = named_parameters_canonical(self.model)
         for name in sorted(set(names) - self._kept.keys()):
             self._kept[name] = self.backend.keep(parameters[name])
 
@@ -62,7 +66,7 @@ class Trial:
             self.loss_after = self._loss()
         if self._is_no_worse():
             return True
-        parameters = self.parameters()
+        parameters = named_parameters_canonical(self.model)
         for name, kept in self._kept.items():
             self.backend.put_back_(parameters[name], kept)
         return False
@@ -78,19 +82,28 @@ class Trial:
         before, after = self.loss_before, self.loss_after
         if before is None or after is None:
             return self.keeps_untried
-        if not math.isfinite(before):  # nothing to compare with: whatever is left can only gain
+        if not math.isfinite(before):  # nothing to compare with
             return True
         return after <= before + self.margin_ratio * abs(before)  # NaN is not
 
     @torch.no_grad()
     def _loss(self) -> float | None:
-        """Return the mean loss over ranks; None where a rank has none."""
+        """Return the mean loss over ranks; None where a rank has none.
+
+        An error of a user's code ends a run of several ranks, where the others wait within the
+        forward pass. One process goes on without the trial.
+        """
         loss: float | Tensor | None = None
         try:
             loss = self.evaluate()
-        except Exception as error:  # a user's code; training goes on
+        except Exception as error:
+            if self.backend.is_shared:
+                raise
             logger.warning("PSS could not compute a loss to try an intervention on: %r", error)
-        device = next(iter(self.parameters().values())).device
+        finally:
+            # What a forward pass leaves gathered would be read by the next one, edited or not.
+            reshard(self.model)
+        device = next(self.model.parameters()).device
         value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32, device=device)
         numbers = torch.stack([value.detach().mean(), value.new_tensor(float(loss is None))])
         mean, num_missing = self.backend.agree(numbers)

@@ -7,7 +7,7 @@ import pytest
 
 from hf_pss.advice import AlertLevel, Alerts, alert_of
 from hf_pss.detection.judgement import Judgement, Verdict
-from hf_pss.events import Event, EventKind, Intervention, Record
+from hf_pss.events import Event, EventKind, Intervention, MatrixChange, Record
 from hf_pss.policy import Action, Decision
 
 DETECTORS = {
@@ -32,7 +32,12 @@ def event(
 
 
 def intervention(kind: EventKind) -> Intervention:
-    return Intervention(event=event(kind, Action.ACT), smoothing="clip", seconds=0.1, matrices=())
+    return Intervention(
+        event=event(kind, Action.ACT),
+        smoothing="clip",
+        seconds=0.1,
+        matrices=(MatrixChange("w", (4, 4), "smoothed"),),
+    )
 
 
 @pytest.mark.parametrize("kind", EventKind)
@@ -115,3 +120,19 @@ def test_what_comes_often_is_thinned() -> None:
     assert all(spikes)
     assert all(alerts.of(event(EventKind.NON_FINITE, Action.STOP)) for _ in range(20))
     assert all(alerts.of(event(EventKind.FAILURE, Action.ROLL_BACK)) for _ in range(20))
+
+
+def test_what_changed_nothing_and_what_was_taken_back_is_told_so() -> None:
+    idle = replace(
+        intervention(EventKind.SPIKE), matrices=(MatrixChange("w", (4, 4), "unchanged"),)
+    )
+    assert alert_of(idle).done == "PSS: clip left all 1 matrices as they were, in 0.10 s."
+    alerts = Alerts()
+    told = [alerts.of(idle) for _ in range(20)]
+    assert sum(alert is not None for alert in told) == 4, "the 1st, 2nd, 3rd and 10th"
+    undone = replace(
+        intervention(EventKind.SPIKE),
+        event=event(EventKind.SPIKE, Action.UNDO, "there was no loss to try it on"),
+    )
+    assert "taken back: there was no loss to try it on." in alert_of(undone).done
+    assert alert_of(undone).title.endswith("taken back")

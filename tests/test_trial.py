@@ -129,10 +129,12 @@ def test_two_forward_passes_for_an_intervention() -> None:
     ],
 )
 def test_the_decision(losses: tuple[float | None, ...], is_kept: bool) -> None:
-    weight = nn.Parameter(torch.ones(2, 2))
+    model = nn.Linear(2, 2)
+    weight = model.weight
+    weight.data.fill_(1.0)
     given = iter(losses)
-    trial = Trial(lambda: next(given), lambda: {"w": weight}, OneProcess(), margin_ratio=0.002)
-    trial.before_write(["w"])
+    trial = Trial(lambda: next(given), model, OneProcess(), 0.002, keeps_untried=False)
+    trial.before_write(["weight"])
     weight.data.fill_(2.0)
     assert trial.is_kept() is is_kept
     assert weight[0, 0].item() == (2.0 if is_kept else 1.0)
@@ -183,3 +185,65 @@ def test_paper_warns_where_weights_look_trained(caplog: pytest.LogCaptureFixture
     fresh = type(trained_gpt2())(trained_gpt2().config)
     PSSController(fresh, PSSConfig.preset("paper"))
     assert "look trained" not in caplog.text
+
+
+def test_answers_that_change_nothing_cost_no_budget_and_no_cooldown() -> None:
+    """False alarms must not use up what a real explosion needs."""
+    model = trained_gpt2()
+    config = PSSConfig.preset(
+        "anchored",
+        detectors=("grad_norm_ratio",),
+        calibration_steps=1,
+        max_interventions=1,
+        cooldown_steps=5,
+    )
+    pss = PSSController(model, config, evaluate_loss=lambda: loss_of(model, ROWS))
+    pss.step(1.0, update=lambda: None)
+    for _ in range(3):
+        (record,) = pss.step(9.0, update=lambda: None).records
+        assert isinstance(record, Intervention)
+        assert not record.has_changed_weights
+    weight = model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+    with torch.no_grad():  # an explosion: σ₁ grows fivefold
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        weight.add_(4 * s[0] * torch.outer(u[:, 0], vh[0]))
+    report = pss.step(9.0, update=lambda: None)
+    (record,) = report.records
+    assert isinstance(record, Intervention)
+    assert record.has_changed_weights
+    assert report.scalars["interventions"] == 1
+    (record,) = pss.step(9.0, update=lambda: None).records
+    assert not isinstance(record, Intervention), "the cooldown, and the budget, count from here"
+
+
+def test_a_record_that_cannot_be_measured_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pss = PSSController(trained_gpt2(), PSSConfig(), evaluate_loss=lambda: None)
+    assert pss._anchors is not None
+    healthy = pss._anchors.healthy
+
+    def fail() -> dict[str, list[float]]:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(pss._gauges, "leading_values", fail)
+    for _ in range(100):
+        report = pss.step(1.0, update=lambda: None)
+    assert [record.detector for record in report.records] == ["decomposition"]
+    assert pss._anchors.healthy is healthy
+
+
+def test_a_repair_without_a_record_says_what_to_set(caplog: pytest.LogCaptureFixture) -> None:
+    pss = PSSController(trained_gpt2(), PSSConfig(), evaluate_loss=lambda: None)
+    pss.smooth_now()
+    assert "floor_reference='noise'" in caplog.text
+    caplog.clear()
+    pss.load_state_dict(pss.state_dict())
+    pss.smooth_now()
+    assert "nothing to refer to" not in caplog.text
+
+
+def test_options_of_a_trial_that_is_off_warn(caplog: pytest.LogCaptureFixture) -> None:
+    PSSConfig.preset("paper", trial_margin_ratio=0.1)
+    PSSConfig.preset("floor", trial="spikes")
+    assert caplog.text.count("has no effect") == 2

@@ -31,10 +31,10 @@ _EXAMPLES = """\
    hf-pss train --model_config gpt2 --model_overrides n_layer=4,n_embd=96 \\
      --context_length 128 --max_steps 500 --learning_rate 3e-3
 
-2. Fine-tune a model on your own text, with the floor as a second guard:
+2. Fine-tune a model on your own text:
 
    hf-pss train --model gpt2 --dataset notes.jsonl --text_column body \\
-     --pss_preset anchored --learning_rate 5e-5 --output_dir runs/notes
+     --learning_rate 5e-5 --output_dir runs/notes
 
 3. Keep the options in a file, change one, go on after an interruption:
 

@@ -11,6 +11,7 @@ from hf_pss.distributed.backend import Replicated as Replicated
 from hf_pss.distributed.choose import backend_for as backend_for
 from hf_pss.distributed.sharded import Sharded as Sharded
 from hf_pss.distributed.sharded import gathered as gathered
+from hf_pss.distributed.sharded import reshard as reshard
 from hf_pss.distributed.sharing import Alone as Alone
 from hf_pss.distributed.sharing import Answer as Answer
 from hf_pss.distributed.sharing import Ranks as Ranks

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
@@ -18,12 +19,19 @@ from torch.optim import Optimizer
 from hf_pss.distributed.backend import Part, mean_over_ranks, moment_of, sum_over_ranks, to_owner
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["Sharded", "gathered", "shard_group", "shard_ranks"]
+__all__ = ["Sharded", "gathered", "reshard", "shard_group", "shard_ranks"]
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor as a plain one: a DTensor, such as FSDP2's gradient norm, is made whole."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 leaves gathered after a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["BatchLoss"]
 
@@ -32,11 +32,18 @@ class _Call:
         """Copy the containers, since some trainers take labels out of the batch."""
         return cls(tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
 
+    def copied(self) -> _Call:
+        """Copy the batch too, since some losses mask their inputs in place."""
+        args = tuple(arg if isinstance(arg, nn.Module) else copy.deepcopy(arg) for arg in self.args)
+        kwargs = {
+            k: v if isinstance(v, nn.Module) else copy.deepcopy(v) for k, v in self.kwargs.items()
+        }
+        return _Call(args, kwargs)
+
     @property
     def model(self) -> nn.Module:
-        model = self.args[0] if self.args else self.kwargs["model"]
-        assert isinstance(model, nn.Module)
-        return model
+        """The model, wrapped as for training."""
+        return cast("nn.Module", self.args[0] if self.args else self.kwargs["model"])
 
 
 class BatchLoss:
@@ -65,6 +72,7 @@ class BatchLoss:
         trainer = self._trainer
         compute_loss = trainer.compute_loss
 
+        @functools.wraps(compute_loss)
         def remember(*args: Any, **kwargs: Any) -> Any:
             self._latest = _Call.of(args, kwargs)
             return compute_loss(*args, **kwargs)
@@ -100,15 +108,16 @@ class BatchLoss:
         call = self._latest if is_sound and self._latest is not None else self._sound
         if call is None:
             return None
-        trainer, model = self._trainer, call.model
-        metrics = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if k in _METRICS}
-        fresh = _Call.of(call.args, call.kwargs)
-        with _evaluating(model), _untouched_randomness(), trainer.compute_loss_context_manager():
+        trainer, model, own = self._trainer, call.model, vars(self._trainer)
+        metrics = {name: own[name] for name in _METRICS if name in own}
+        own.update(copy.deepcopy(metrics))
+        fresh = call.copied()
+        with _evaluating(model), _untouched_randomness(model):
             try:
-                loss: Tensor = trainer.compute_loss(*fresh.args, **fresh.kwargs)
+                with trainer.compute_loss_context_manager():
+                    loss: Tensor = trainer.compute_loss(*fresh.args, **fresh.kwargs)
             finally:
-                vars(trainer).update(metrics)
-                _reshard(model)
+                own.update(metrics)
         return loss.detach().float().mean()
 
 
@@ -129,21 +138,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched_randomness() -> Iterator[None]:
+def _untouched_randomness(model: nn.Module) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
-    device = torch.accelerator.current_accelerator()
-    kind = device.type if device is not None and device.type != "mps" else None
-    devices = [] if kind is None else [torch.accelerator.current_device_index()]
-    with torch.random.fork_rng(devices, device_type=kind or "cuda"):
+    used = {parameter.device for parameter in model.parameters()}
+    devices = [device for device in used if device.type not in ("cpu", "mps", "meta")]
+    kind = devices[0].type if devices else "cuda"
+    with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def _reshard(model: nn.Module) -> None:
-    """Free what FSDP2 leaves gathered after a forward pass that no backward pass follows."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

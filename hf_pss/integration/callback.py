@@ -180,6 +180,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         if model is None:
             raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
         self.stop_listening()  # to a run that something ended within a step
+        self.batch_loss = None  # its batch, and its model, may be another run's
         if not self.goes_back:  # whose trackers' runs go on
             self._reporters = None
         self._grad_norm = self._device_loss = self._loss = self.report = None
@@ -338,6 +339,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
     ) -> None:
         """Leave the averaged weights in the model, and `end`."""
         super().on_train_end(args, state, control, optimizer)
+        self.batch_loss = None
         self.end()
 
     def stop_listening(self) -> None:
@@ -467,7 +469,12 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
                 reporters.alert(record)
 
     def _level_of(self, record: Intervention) -> int:
-        """Every spike is news; the floor is upkeep and acts often: its first act is news."""
+        """Every spike is news; the floor is upkeep and acts often: its first act is news.
+
+        An alarm that left sound weights alone is none.
+        """
+        if not record.num_changed:
+            return logging.INFO
         if record.event.kind is not EventKind.FLOOR:  # a repair on resume is news, too
             return logging.WARNING
         is_first, self._floor_has_acted = not self._floor_has_acted, True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +17,8 @@ from hf_pss.linalg.scaling import require_finite, unit_scaled
 # for 8 % and 6e-3. torch.svd_lowrank with niter=2: 6 ms, for 9 % and 6 %.
 DEFAULT_ROUNDS = 8
 _BLOCK = 16
-# For a look: (values, columns of the first block, multiplications by WᵀW). Small matrices take
-# subspace iteration, whose few calls are all that their time is made of.
+# For `quick_triplets`: (values, columns of the first block, multiplications by WᵀW). Small matrices
+# take subspace iteration, whose few calls are all that their time is made of.
 _QUICK_SMALL, _QUICK_LARGE = (8, 8, 3), (16, 8, 4)
 _QUICK_SMALL_BELOW = 128
 # At least so many dimensions of the Krylov space for each value wanted.
@@ -43,13 +42,6 @@ class Triplets:
     rounding by construction. 0 for the zero matrix."""
     is_exact: bool
     """Whether they come from the whole decomposition, not from an iteration."""
-
-    def where(self, kept: Sequence[bool]) -> Triplets:
-        """Return those of the matrices of a stack for which ``kept`` is true."""
-        index = [i for i, keep in enumerate(kept) if keep]
-        return Triplets(
-            self.u[index], self.sigma[index], self.v[index], self.residual[index], self.is_exact
-        )
 
 
 def leading_triplets(
@@ -109,7 +101,9 @@ def leading_triplets(
     block = _block(matrix, guess, k, num_rounds)
     is_exact = size <= _EXACT_UP_TO or 4 * block.shape[-1] * (num_rounds + 1) >= 3 * size
     if is_exact:
-        u, sigma, v = (_exact_by_gram if matrix.dtype == torch.float32 else _exact)(matrix)
+        # Apple's devices have no float64.
+        by_gram = matrix.dtype == torch.float32 and matrix.device.type != "mps"
+        u, sigma, v = _exact_by_gram(matrix) if by_gram else _exact(matrix)
     else:
         u, sigma, v = _rayleigh_ritz(matrix, block, num_rounds)
     u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]

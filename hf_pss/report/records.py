@@ -149,8 +149,8 @@ class TrainingRun:
 
     @property
     def interventions(self) -> tuple[Event, ...]:
-        """The events that were answered by smoothing."""
-        return tuple(event for event in self.events if event.is_intervention)
+        """The events that were answered by smoothing which changed a weight."""
+        return tuple(event for event in self.events if event.is_intervention and event.changed)
 
 
 @dataclass(frozen=True, slots=True)

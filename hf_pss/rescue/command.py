@@ -159,7 +159,7 @@ def _guard(
         spiked = failure is not None and failure.kind == "spike"
         options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
     else:
-        options = ["--pss_preset", "paper", "--pss_smoothing", smoothing]
+        options = ["--pss_preset", "paper", "--pss_trial", "spikes", "--pss_smoothing", smoothing]
     if not is_copy:
         options += ["--pss_smooth_on_resume", "true"]
     return [*options, *(["--pss_moments", "reset"] if is_last_resort and not is_copy else [])]

@@ -57,8 +57,7 @@ def read_notes(run_dir: Path) -> Notes:
         except ValueError:
             num_bad += 1
             continue
-        answered = isinstance(record, Intervention)
-        num_interventions += answered
+        num_interventions += isinstance(record, Intervention) and record.has_changed_weights
         events.append(record.event if isinstance(record, Intervention) else record)
     ratios: list[tuple[int, float]] = []
     first: dict[str, float] = {}

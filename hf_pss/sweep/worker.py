@@ -96,7 +96,7 @@ class _Recorder(TrainerCallback):
         report = self._pss.report
         if report is not None:
             self.grad_norms.append(report.scalars.get("grad_norm_preclip"))
-            if any(isinstance(record, Intervention) for record in report.records):
+            if any(isinstance(r, Intervention) and r.has_changed_weights for r in report.records):
                 self.interventions.append(report.step)
 
 

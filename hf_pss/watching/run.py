@@ -174,7 +174,8 @@ class Follower:
                 continue
             self._events.append(record)
             self._num_events += 1
-            self._num_interventions += isinstance(record, Intervention)
+            is_change = isinstance(record, Intervention) and record.has_changed_weights
+            self._num_interventions += is_change
             digest = hashlib.blake2b(line, digest_size=_DIGEST_BYTES).digest()
             if digest not in self._told:
                 fresh.append(record)

@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MODELS, arguments, controller_of, gpt2, make_trainer, token_rows
+from helpers import (
+    MODELS,
+    arguments,
+    controller_of,
+    events_of,
+    gpt2,
+    make_trainer,
+    token_rows,
+)
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_pss import PSSCallback, PSSConfig, PSSTrainer
 from hf_pss.integration.batch_loss import BatchLoss
@@ -147,3 +155,51 @@ def test_a_run_that_tries_nothing_remembers_no_batch(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, config, rows=token_rows(), max_steps=1)
         trainer.train()
         assert PSSCallback.of(trainer).batch_loss is None
+
+
+def test_a_callback_in_a_second_trainer_forgets_the_first_ones_batch(tmp_path: Path) -> None:
+    """Judged on the first trainer's model, no edit of the second's could ever raise a loss."""
+    config = PSSConfig.preset(
+        "paper", trial="spikes", threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0
+    )
+    callback = PSSCallback(config)
+    for name in ("first", "second"):
+        args = arguments(tmp_path / name, save_strategy="no")
+        trainer = Trainer(model=gpt2(), args=args, train_dataset=token_rows())
+        callback.attach(trainer)
+        trainer.train()
+        assert callback.batch_loss is None, "a run that is over holds neither batch nor model"
+        records = [r for r in events_of(tmp_path / name) if r.get("loss_before") is not None]
+        assert records
+        assert all(r["loss_before"] != r["loss_after"] for r in records)
+
+
+class Masking(PSSTrainer):
+    """Replaces tokens of the batch in place, as masking on the fly does."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        inputs["input_ids"][:, ::3] = 0
+        inputs["labels"].add_(1).remainder_(5)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_loss_that_changes_its_batch_in_place_is_the_same_twice(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        PSSConfig.preset("paper", trial="spikes", threshold_ratio=1e9),
+        trainer_class=Masking,
+        rows=token_rows(),
+        save_strategy="no",
+    )
+    losses: list[float] = []
+
+    class Twice(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            batch_loss = PSSCallback.of(trainer).batch_loss
+            assert batch_loss is not None
+            losses.extend(float(batch_loss(is_sound=False) or 0.0) for _ in range(2))
+
+    trainer.add_callback(Twice())
+    trainer.train()
+    assert losses[::2] == losses[1::2]
+    assert losses[2] > 0
