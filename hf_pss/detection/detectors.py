@@ -15,6 +15,10 @@ from hf_pss.errors import ConfigurationError, StateError
 
 _VERSION = 1
 
+# A capped matrix is at its floor to float32's rounding (5e-8 measured), and is not to be capped
+# again for that.
+_ROUNDING = 1e-5
+
 
 class Detector(Protocol):
     """Judges the readings of one quantity, and learns from them.
@@ -254,7 +258,7 @@ class FloorDetector:
 
     def _compare(self, name: str, value: float) -> _Comparison:
         floor = self._floors[name]
-        severity = floor / value if value else (math.inf if floor else 0.0)
+        severity = (1 - _ROUNDING) * floor / value if value else (math.inf if floor else 0.0)
         return _Comparison(name, value, None, floor, severity)
 
 

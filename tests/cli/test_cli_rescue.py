@@ -161,7 +161,10 @@ def test_json(run: Run, run_dir: Path) -> None:
     ("smoothing", "expected"),
     [
         ("none", "--pss_observe_only true"),
-        ("log", "--pss_preset paper --pss_smoothing log --pss_smooth_on_resume true"),
+        (
+            "log",
+            "--pss_preset paper --pss_trial spikes --pss_smoothing log --pss_smooth_on_resume true",
+        ),
         ("floor", "--pss_preset floor --pss_floor_reference start --pss_smooth_on_resume true"),
     ],
 )

@@ -152,7 +152,7 @@ def test_resume_passes_over_a_damaged_checkpoint_with_a_line(
         _cut(folder / "optimizer.pt")
     result = train(*words, "--resume")
     assert result.exit_code == 2
-    assert "holds no checkpoint to resume from" in result.stderr.replace("\n", " ")
+    assert "No valid checkpoint found" in result.stderr.replace("\n", " ")
 
 
 def _cut(path: Path) -> None:

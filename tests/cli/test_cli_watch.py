@@ -26,7 +26,10 @@ def intervention(step: int) -> Intervention:
     drop = Judgement(Verdict.SPIKE, "stable_rank_drop", (EVIL,), 2.0, 8.0, 4.0)
     event = Event.of(drop, Decision(Action.ACT, "stable_rank_drop"), step=step, loss=4.0)
     return Intervention(
-        event=event, smoothing="clip", seconds=0.1, matrices=(MatrixChange(EVIL, (4, 4), "kept"),)
+        event=event,
+        smoothing="clip",
+        seconds=0.1,
+        matrices=(MatrixChange(EVIL, (4, 4), "smoothed"),),
     )
 
 

@@ -27,7 +27,7 @@ from helpers import (
     weights_of,
 )
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pss import PSSConfig, PSSTrainer
@@ -352,6 +352,40 @@ FATAL = (cut_weights, no_weights, cut_state, no_state)
 PARTIAL = (cut_optimizer, no_optimizer, cut_scheduler, no_scheduler, cut_random_state)
 
 
+def reshard(folder: Path) -> None:
+    """Save the weights in shards, as people do who move them to another machine."""
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+
+
+def convert(folder: Path) -> None:
+    """Save the weights in another dtype."""
+    GPT2LMHeadModel.from_pretrained(folder).double().save_pretrained(folder)
+
+
+def lose_a_shard(folder: Path) -> None:
+    reshard(folder)
+    min(folder.glob("model-*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize("change", [reshard, convert])
+def test_weights_that_a_person_saved_again_are_whole_by_their_own_account(
+    change: Callable[[Path], None], copied_run: Path
+) -> None:
+    change(copied_run / "checkpoint-8")
+    assert examine(copied_run / "checkpoint-8").problem is None
+    trainer = make_trainer(copied_run, CONFIG, max_steps=10)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 10
+
+
+def test_a_shard_that_is_lost_is_still_named(copied_run: Path) -> None:
+    lose_a_shard(copied_run / "checkpoint-8")
+    assert examine(copied_run / "checkpoint-8").problem is not None
+
+
 def unmark(folder: Path) -> None:
     (folder / MARKER).unlink()
 
@@ -390,7 +424,7 @@ def test_one_that_was_named_and_is_not_whole_is_refused(
     damage: Callable[[Path], None], copied_run: Path
 ) -> None:
     damage(copied_run / "checkpoint-8")
-    words = "cannot be resumed" if damage in FATAL else "is not whole"
+    words = "find a valid checkpoint" if damage in FATAL else "is not whole"
     with pytest.raises(StateError, match=words):
         run(copied_run, resume=str(copied_run / "checkpoint-8"))
 
@@ -406,7 +440,7 @@ def test_without_any_whole_one_the_error_names_the_choices(
 
 
 def test_an_empty_folder_and_a_damaged_run_are_told_apart(copied_run: Path) -> None:
-    with pytest.raises(StateError, match="holds no checkpoint to resume from"):
+    with pytest.raises(StateError, match="No valid checkpoint found"):
         run(copied_run / "nowhere", resume=True)
     for step in (2, 4, 6, 8):
         no_weights(copied_run / f"checkpoint-{step}")

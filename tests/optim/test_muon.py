@@ -35,7 +35,7 @@ NOISE_RATIO = 2.5  # 0.85 in the plain form, ours in bfloat16 / theirs
 FLOAT32 = 8e-6  # 3.3e-6
 NORMUON = 8e-6  # 3.2e-6
 # Of singular values, and of what lies beside the diagonal of Uᵀ·direction·V.
-BAND_TOLERANCE = 2e-7  # 7.8e-8
+BAND_TOLERANCE = 6e-7  # 2.1e-7, two units in the last place, of 1×8; it depends on the CPU
 DIAGONAL_TOLERANCE = 5e-6  # 2.0e-6
 
 Values = list[Tensor]

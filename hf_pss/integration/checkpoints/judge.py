@@ -47,6 +47,15 @@ _MAX_STATE_BYTES = 2**30
 _MAX_FILES = 10_000
 _ARCHIVES = (".pt", ".pth", ".bin")
 _ARGUMENTS = "training_args.bin"  # which no resume reads
+_WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?")
+# What a Trainer looks for when it loads weights.
+_LOADED = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
 _SHARDED_WEIGHTS, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 _FULL_WEIGHTS = "pytorch_model_fsdp.bin"
@@ -111,8 +120,12 @@ def examine(folder: Path) -> Examination:
         marker = read_marker(folder)
         step = recorded_step(folder)
         wrong = unfit_files(folder, marker)
+        rewritten = [name for name in wrong if _WEIGHTS.fullmatch(name)]
         if marker is None:
             wrong |= _bad_weights(folder)
+        elif rewritten and _has_weights(folder) and not _bad_weights(folder):
+            # Somebody has sharded, merged or converted them: whole and finite by their own account.
+            wrong = {name: why for name, why in wrong.items() if name not in rewritten}
     except (PSSError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         return Examination(folder, step, marker is not None, f"{visible(reason)}")
@@ -183,6 +196,10 @@ def unfit_state(folder: Path) -> dict[str, str]:
     """
     wrong = unfit_files(folder, read_marker(folder))
     return {name: why for name, why in wrong.items() if _TRAINING_STATE.fullmatch(name)}
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _LOADED)
 
 
 def _needed(folder: Path) -> Iterator[str]:

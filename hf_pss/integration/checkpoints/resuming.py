@@ -52,8 +52,8 @@ def checkpoint_to_resume(
         found = examine(Path(wanted))
         if found.problem is not None:
             raise StateError(
-                f"{wanted} cannot be resumed: {found.problem}. Name another checkpoint, or let "
-                "resume_from_checkpoint=True find the newest that can."
+                f"Can't find a valid checkpoint at {wanted}: {found.problem}. Name another "
+                "checkpoint, or let resume_from_checkpoint=True find the newest that is valid."
             )
         if found.lacks and not accepts_fresh:
             raise StateError(f"{wanted} is not whole: {found.why_not}. {_CHOICES}")
@@ -87,10 +87,12 @@ def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
             return found
         passed.append(found)
     if not passed:
-        raise StateError(f"{run_dir} holds no checkpoint to resume from.")
+        raise StateError(f"No valid checkpoint found in output directory ({run_dir}).")
     listed = "; ".join(f"{one.path.name}: {one.why_not}" for one in passed)
     advice = _CHOICES if any(one.problem is None for one in passed) else "Begin the run anew."
-    raise StateError(f"{run_dir} holds no checkpoint to resume from: {listed}. {advice}")
+    raise StateError(
+        f"No valid checkpoint found in output directory ({run_dir}): {listed}. {advice}"
+    )
 
 
 def _of_an_earlier_run(folder: Path) -> Examination:
