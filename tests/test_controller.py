@@ -311,8 +311,9 @@ def test_a_zero_matrix_is_left_alone_and_does_not_lower_its_floor() -> None:
 
 
 def test_the_floor_is_checked_at_its_rhythm() -> None:
+    # An observer: once they are capped, matrices that nobody trains stay at their floor.
     config = PSSConfig.preset(
-        "floor", check_every_steps=3, floor_ratio=1.5, floor_reference="noise"
+        "floor", check_every_steps=3, floor_ratio=1.5, floor_reference="noise", observe_only=True
     )
     loop = Loop(config)
     acted = [bool(loop.pss.step(1.0, update=lambda: None).records) for _ in range(6)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from trained import language, loss_of, trained_gpt2
 
-from hf_pss import PSSConfig, PSSController
+from hf_pss import PSSConfig, PSSController, config
 from hf_pss.config import PRESETS
 from hf_pss.distributed import OneProcess
 from hf_pss.events import Intervention, from_json_line, to_json_line
@@ -244,6 +244,7 @@ def test_a_repair_without_a_record_says_what_to_set(caplog: pytest.LogCaptureFix
 
 
 def test_options_of_a_trial_that_is_off_warn(caplog: pytest.LogCaptureFixture) -> None:
+    config._warn_once.cache_clear()
     PSSConfig.preset("paper", trial_margin_ratio=0.1)
     PSSConfig.preset("floor", trial="spikes")
     assert caplog.text.count("has no effect") == 2

@@ -205,8 +205,10 @@ def check_seams(trainer_class: type[Trainer]) -> None:
     """
     for name, wanted in _SEAMS.items():
         own = getattr(Trainer, name, None)
-        found = tuple(inspect.signature(own).parameters) if own is not None else ()
-        if own is None or not set(wanted) <= set(found):
+        found = inspect.signature(own).parameters if own is not None else {}
+        # Other packages patch Trainer, with wrappers that pass on whatever they are given.
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
+        if own is None or not (takes_any or set(wanted) <= set(found)):
             has = f"takes ({', '.join(found)})" if own is not None else "does not exist"
             raise IncompatibleVersionError(
                 f"Trainer.{name} {has}, but hf_pss {_own_version()} needs it with "

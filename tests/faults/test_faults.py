@@ -97,9 +97,10 @@ def test_a_decomposition_that_never_works_ends_no_run(
     trainer.train()
     assert trainer.state.global_step == 6
     assert is_finite(trainer.model)
-    if name != "paper" and function == "qr":  # what every look at tiny matrices needs
-        assert {e["step"] for e in events_of(tmp_path) if e["kind"] == "error"} == {2, 4, 6}
-        assert "the weights could not be judged" in caplog.text
+    if function == "eigh":  # what smoothing of small matrices needs
+        answers = [e for e in events_of(tmp_path) if e["kind"] == "intervention"]
+        assert len(answers) > 1
+        assert {m["status"] for answer in answers for m in answer["matrices"]} == {"failed"}
 
 
 def test_a_tracker_that_fails_ends_no_run_and_changes_nothing(
