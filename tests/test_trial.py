@@ -170,8 +170,8 @@ def test_a_controller_without_a_loss_says_that_the_check_is_off(
         PSSController(trained_gpt2(), PSSConfig())
     assert "evaluate_loss" in caplog.text
     caplog.clear()
-    for config in (PSSConfig.preset("paper"), PSSConfig.preset("floor")):
-        PSSController(trained_gpt2(), config)
+    for preset in ("paper", "floor"):
+        PSSController(trained_gpt2(), PSSConfig.preset(preset))
     PSSController(trained_gpt2(), PSSConfig(), evaluate_loss=lambda: 1.0)
     assert "evaluate_loss" not in caplog.text
 
