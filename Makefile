@@ -57,7 +57,7 @@ VERSIONS ?= 5.3.0 5.17.0 newest
 test-versions: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/versions/matrix.py $(VERSIONS) $(if $(TORCH),--torch $(TORCH)) --pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# SmolLM2-135M and all-MiniLM-L6-v2; where they cannot be had it says so and fails. 12 minutes on 2 cores.
+# SmolLM2-135M and all-MiniLM-L6-v2; where they cannot be had it says so and fails.
 test-pretrained: $(READY)
 	$(BIN)/python tests/pretrained/fetch.py
 	$(ONLINE_OFF) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests/pretrained

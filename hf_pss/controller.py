@@ -520,6 +520,8 @@ class PSSController:
 
     def _give_back(self, step: Step, answers: Sequence[Intervention]) -> None:
         """Let answers that changed no weight cost neither budget nor a cooldown."""
+        if not answers:
+            return
         history = self._history
         idle = sum(not answer.has_changed_weights for answer in answers)
         spiked = [a for a in answers if a.event.kind is not EventKind.FLOOR]

@@ -60,7 +60,6 @@ class Gauges:
         self.selection = select_watched(model, config)
         self.shapes = matrix_shapes(self.selection.matrices)
         self._adapters = self.selection.adapters
-        self._max_rank = config.max_rank
         watched = {view.parameter_name for view in self.selection.matrices}
         watched |= {name for view in self._adapters for name in (view.left_name, view.right_name)}
         self._meter = UpdateMeter(sorted(watched), self.backend)
@@ -185,7 +184,7 @@ class Gauges:
             self.selection.matrices,
             parameters,
             self.backend,
-            lambda stack: leading_values(stack, self._max_rank),
+            lambda stack: leading_values(stack, self._config.max_rank),
             width=NUM_RECORDED,
         )
         products = measure_adapter_spectra(self._adapters, parameters, self.backend)

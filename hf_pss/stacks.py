@@ -82,11 +82,7 @@ class Stack:
     def where(self, kept: Sequence[bool]) -> Self:
         """Return the stack of those matrices for which ``kept`` is true."""
         index = [i for i, keep in enumerate(kept) if keep]
-        return type(self)(self.where_slots(kept), self.matrices[index])
-
-    def where_slots(self, kept: Sequence[bool]) -> tuple[Slot, ...]:
-        """Return the slots for which ``kept`` is true."""
-        return tuple(slot for slot, keep in zip(self.slots, kept, strict=True) if keep)
+        return type(self)(tuple(self.slots[i] for i in index), self.matrices[index])
 
 
 def _slots(view: MatrixView) -> list[Slot]:

@@ -16,7 +16,7 @@ from hf_pss.errors import StateError
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, Clip, smooth_spectrum
 
 GROWTH = 1.05  # of `Anchored`: what is not cut back
-ROUNDING = 1e-5  # measured 1e-6, relative to σ₁
+ROUNDING = 1e-5  # relative to σ₁
 MAX_RANK = 32
 
 

@@ -20,9 +20,9 @@ from hf_pss.floors import floors_at, looks_trained, starting_ranks
 from hf_pss.linalg import noise_stable_rank, quick_stable_rank
 from hf_pss.selection import named_parameters_canonical
 
-# True over recorded stable rank, the least of all matrices; measured 0.9925 at a width of 1024.
+# True over recorded stable rank, the least of all matrices.
 TRUE_OVER_RECORDED = 0.98
-# And how far a reading on trained matrices is above the true stable rank; measured 1.006.
+# And how far a reading on trained matrices is above the true stable rank; 1.006 on SmolLM2-135M.
 READING = 1.02
 VOCABULARY = 256
 
