@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from hf_pss.errors import PSSError as PSSError
     from hf_pss.errors import SelectionError as SelectionError
     from hf_pss.errors import StateError as StateError
-    from hf_pss.integration.arguments import PSSTrainingArguments as PSSTrainingArguments
-    from hf_pss.integration.callback import PSSCallback as PSSCallback
-    from hf_pss.integration.trainer import PSSTrainer as PSSTrainer
-    from hf_pss.integration.trainer import PSSTrainerMixin as PSSTrainerMixin
-    from hf_pss.selection import select_matrices as select_matrices
+    from hf_pss.models.selection import select_matrices as select_matrices
+    from hf_pss.trainer.arguments import PSSTrainingArguments as PSSTrainingArguments
+    from hf_pss.trainer.callback import PSSCallback as PSSCallback
+    from hf_pss.trainer.pss_trainer import PSSTrainer as PSSTrainer
+    from hf_pss.trainer.pss_trainer import PSSTrainerMixin as PSSTrainerMixin
 
 # Name to module. Imported at first use: torch and transformers take seconds.
 _PUBLIC = {
@@ -34,11 +34,11 @@ _PUBLIC = {
     "PSSError": "errors",
     "SelectionError": "errors",
     "StateError": "errors",
-    "PSSTrainingArguments": "integration.arguments",
-    "PSSCallback": "integration.callback",
-    "PSSTrainer": "integration.trainer",
-    "PSSTrainerMixin": "integration.trainer",
-    "select_matrices": "selection",
+    "PSSTrainingArguments": "trainer.arguments",
+    "PSSCallback": "trainer.callback",
+    "PSSTrainer": "trainer.pss_trainer",
+    "PSSTrainerMixin": "trainer.pss_trainer",
+    "select_matrices": "models.selection",
 }
 __all__ = sorted(_PUBLIC)
 

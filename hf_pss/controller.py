@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from hf_pss.adapters import frozen_collapses, smooth_adapters_
-from hf_pss.anchors import Anchors
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
+from hf_pss.detection.policy import Action, Decision, History, Policy
 from hf_pss.detection.state import (
     JSON,
     check_version,
@@ -26,24 +25,28 @@ from hf_pss.detection.state import (
     read_number,
     read_object,
 )
-from hf_pss.distributed import Backend
-from hf_pss.edits import Edit
 from hf_pss.errors import ConfigurationError, NonFiniteError
-from hf_pss.events import Event, EventKind, Intervention, MatrixChange, Record
-from hf_pss.floors import looks_trained
-from hf_pss.gauges import Gauges
 from hf_pss.health.monitor import HealthMonitor
-from hf_pss.iterates import edit_iterates_, has_iterates
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, SmoothingFunction, StableRankCap
-from hf_pss.moments import FIRST_MOMENTS, edit_first_moments_
-from hf_pss.notices import describe_nonfinite, describe_stop, is_worth_a_line
-from hf_pss.policy import Action, Decision, History, Policy
-from hf_pss.selection import Selection
-from hf_pss.smoother import smooth_matrices_
-from hf_pss.stacks import DecompositionError
-from hf_pss.steps import Step, StepReport
-from hf_pss.trial import EvaluateLoss, Trial
-from hf_pss.watch import Watch
+from hf_pss.linalg.smoothing import looks_trained
+from hf_pss.models.adapters import frozen_collapses, smooth_adapters_
+from hf_pss.models.anchors import Anchors
+from hf_pss.models.batching import DecompositionError
+from hf_pss.models.distributed import Backend
+from hf_pss.models.measurements import Gauges
+from hf_pss.models.optimizer_state import (
+    FIRST_MOMENTS,
+    edit_first_moments_,
+    edit_iterates_,
+    has_iterates,
+)
+from hf_pss.models.selection import Selection
+from hf_pss.models.smoother import Edit, smooth_matrices_
+from hf_pss.models.trial import EvaluateLoss, Trial
+from hf_pss.models.triggers import Watch
+from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange, Record
+from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line
+from hf_pss.records.steps import Step, StepReport
 
 __all__ = ["PSSController", "StepReport"]
 

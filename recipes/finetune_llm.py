@@ -51,22 +51,20 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hf_pss import PSSTrainerMixin, PSSTrainingArguments
-from hf_pss.cli.checkpoints import latest_checkpoint
 from hf_pss.cli.model import load_tokenizer
-from hf_pss.cli.options import option
 from hf_pss.cli.parsing import (
     config_path,
     into_dataclasses,
     make_parser,
     one_line,
+    option,
     words_of_file,
 )
-from hf_pss.cli.quiet import without_noise
-from hf_pss.cli.script import run_script
-from hf_pss.cli.training import check_reporters
-from hf_pss.data import open_rows
+from hf_pss.cli.terminal import run_script, without_noise
+from hf_pss.cli.training import check_reporters, latest_checkpoint
 from hf_pss.errors import ConfigurationError
-from hf_pss.integration.throughput import num_parameters
+from hf_pss.evidence.data import open_rows
+from hf_pss.trainer.throughput import num_parameters
 
 try:
     from trl import (

@@ -53,16 +53,22 @@ from hf_pss.cli.model import (
     make_model,
     read_overrides,
 )
-from hf_pss.cli.options import DataOptions, ModelOptions, option
-from hf_pss.cli.parsing import config_path, into_dataclasses, make_parser, words_of_file
-from hf_pss.cli.quiet import without_noise
-from hf_pss.cli.script import run_script
+from hf_pss.cli.parsing import (
+    DataOptions,
+    ModelOptions,
+    config_path,
+    into_dataclasses,
+    make_parser,
+    option,
+    words_of_file,
+)
+from hf_pss.cli.terminal import run_script, without_noise
 from hf_pss.cli.text import BUILT_IN, load_training_text
 from hf_pss.cli.training import check_reporters
-from hf_pss.data import BlockDataset, open_rows
 from hf_pss.errors import ConfigurationError
-from hf_pss.integration.throughput import ThroughputTrainerMixin, num_parameters
-from hf_pss.packing import PackedStream, first_blocks, split_stream
+from hf_pss.evidence.data import BlockDataset, open_rows
+from hf_pss.evidence.packing import PackedStream, first_blocks, split_stream
+from hf_pss.trainer.throughput import ThroughputTrainerMixin, num_parameters
 
 # Layers, width and heads of GPT-2 (Radford et al. 2019, table 2), with the head width of 64 that
 # the released weights have.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hf_pss import PSSConfig, PSSController, PSSTrainer, select_matrices
-from hf_pss.adapters import frozen_collapses, measure_adapters, smooth_adapters_
-from hf_pss.distributed import OneProcess
 from hf_pss.linalg import Clip, smooth_product, stable_rank
-from hf_pss.selection import AdapterView, named_parameters_canonical
+from hf_pss.models.adapters import frozen_collapses, measure_adapters, smooth_adapters_
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import AdapterView, named_parameters_canonical
 
 BACKEND = OneProcess()
 # Of s·B·A against the SVD of the product that PEFT itself materialises; relative to σ₁.

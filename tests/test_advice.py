@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from hf_pss.advice import AlertLevel, Alerts, alert_of
 from hf_pss.detection.judgement import Judgement, Verdict
-from hf_pss.events import Event, EventKind, Intervention, MatrixChange, Record
-from hf_pss.policy import Action, Decision
+from hf_pss.detection.policy import Action, Decision
+from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange, Record
+from hf_pss.records.messages import AlertLevel, Alerts, alert_of
 
 DETECTORS = {
     EventKind.SPIKE: "matrix_grad_norm_ratio",

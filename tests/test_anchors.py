@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_pss.anchors import NUM_RECORDED, Anchors, leading_values
 from hf_pss.errors import StateError
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, Clip, smooth_spectrum
+from hf_pss.models.anchors import NUM_RECORDED, Anchors, leading_values
 
 GROWTH = 1.05  # of `Anchored`: what is not cut back
 ROUNDING = 1e-5  # relative to σ₁

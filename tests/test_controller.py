@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hf_pss import NonFiniteError, PSSConfig, PSSController
 from hf_pss.detection import Verdict
-from hf_pss.distributed import OneProcess
-from hf_pss.events import Event, Intervention
-from hf_pss.policy import Action
+from hf_pss.detection.policy import Action
+from hf_pss.models.distributed import OneProcess
+from hf_pss.records.events import Event, Intervention
 
 SPIKE_CONFIG = PSSConfig.preset("paper", calibration_steps=2, cooldown_steps=0)
 

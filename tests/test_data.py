@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_pss.data import (
+from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.data import (
     END_OF_TEXT,
     BlockDataset,
     encode_documents,
@@ -20,7 +21,6 @@ from hf_pss.data import (
     train_tokenizer,
     unigram_entropy_nats,
 )
-from hf_pss.errors import ConfigurationError
 
 SENTENCE = "The spectrum of a healthy matrix is broad; a collapsing one is narrow. σ₁ grows.\n"
 

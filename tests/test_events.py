@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_pss.detection import Judgement, Verdict
+from hf_pss.detection.policy import Action, Decision
 from hf_pss.errors import StateError
-from hf_pss.events import (
+from hf_pss.records.events import (
     Event,
     EventKind,
     Intervention,
@@ -22,7 +23,6 @@ from hf_pss.events import (
     read_events,
     to_json_line,
 )
-from hf_pss.policy import Action, Decision
 
 numbers = st.none() | st.floats()
 counts = st.integers(0, 2**60)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from hf_pss.policy import Failure, FailureWatch
+from hf_pss.detection.policy import Failure, FailureWatch
 
 
 def failures(

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from hf_pss import PSSConfig, PSSController
-from hf_pss.floors import floors_at, looks_trained, starting_ranks
 from hf_pss.linalg import noise_stable_rank, quick_stable_rank
-from hf_pss.selection import named_parameters_canonical
+from hf_pss.linalg.smoothing import floors_at, looks_trained, starting_ranks
+from hf_pss.models.selection import named_parameters_canonical
 
 # True over recorded stable rank, the least of all matrices.
 TRUE_OVER_RECORDED = 0.98

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hf_pss.data import encode_documents, open_rows, train_tokenizer
 from hf_pss.errors import ConfigurationError
-from hf_pss.packing import PackedStream, first_blocks, is_held_out, pack_documents, split_stream
+from hf_pss.evidence.data import encode_documents, open_rows, train_tokenizer
+from hf_pss.evidence.packing import (
+    PackedStream,
+    first_blocks,
+    is_held_out,
+    pack_documents,
+    split_stream,
+)
 
 NUM_FILES = 4
 # Of 1,000 documents; the hash puts 106 of them there.

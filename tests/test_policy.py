@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hf_pss import PSSConfig
 from hf_pss.detection import Judgement, Verdict
+from hf_pss.detection.policy import Action, Decision, History, Policy
 from hf_pss.errors import StateError
-from hf_pss.policy import Action, Decision, History, Policy
 
 SPIKE = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
 DROP = Judgement(Verdict.SPIKE, "stable_rank_drop", ("w",), 1.0, 9.0, 4.5)

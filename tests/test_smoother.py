@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_pss.config import SmoothingName
-from hf_pss.distributed import OneProcess
-from hf_pss.events import MatrixChange
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Clip
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.smoother import smooth_matrices_
-from hf_pss.stacks import matrix_names
+from hf_pss.models.batching import matrix_names
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.smoother import smooth_matrices_
+from hf_pss.records.events import MatrixChange
 
 BACKEND = OneProcess()
 # Relative to σ₁, against a full SVD in float64, worst over the matrices of the models below.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import hf_pss.stacks as stacks_module
-from hf_pss.distributed import OneProcess
-from hf_pss.selection import MatrixView, RowPattern
-from hf_pss.stacks import matrix_names, matrix_shapes, stacks, write_stack_
+import hf_pss.models.batching as stacks_module
+from hf_pss.models.batching import matrix_names, matrix_shapes, stacks, write_stack_
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import MatrixView, RowPattern
 
 VIEWS = (
     MatrixView("qkv[q]", "qkv", "attention", "h", (4, 4), True, RowPattern(0, 4, 12), ""),

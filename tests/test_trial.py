@@ -13,10 +13,10 @@ from trained import language, loss_of, trained_gpt2
 
 from hf_pss import PSSConfig, PSSController, config
 from hf_pss.config import PRESETS
-from hf_pss.distributed import OneProcess
-from hf_pss.events import Intervention, from_json_line, to_json_line
-from hf_pss.policy import Action
-from hf_pss.trial import Trial
+from hf_pss.detection.policy import Action
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.trial import Trial
+from hf_pss.records.events import Intervention, from_json_line, to_json_line
 
 ROWS = language(0, 64)
 # Without an anchor every function moves these trained matrices, and all but one does harm.

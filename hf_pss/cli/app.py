@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from hf_pss.cli.demo import demo
-from hf_pss.cli.health import health
-from hf_pss.cli.report import report
-from hf_pss.cli.rescue import rescue
-from hf_pss.cli.sweep import sweep
-from hf_pss.cli.train import TrainCommand, train
-from hf_pss.cli.watch import watch
+from hf_pss.cli.health_command import health
+from hf_pss.cli.report_command import demo, report
+from hf_pss.cli.rescue_command import rescue
+from hf_pss.cli.sweep_command import sweep
+from hf_pss.cli.train_command import TrainCommand, train
+from hf_pss.cli.watch_command import watch
 from hf_pss.errors import NonFiniteError, PSSError
 
 __all__ = ["app", "main"]

@@ -17,7 +17,7 @@ from hf_pss.cli.parsing import TrainPlan, make_parser
 from hf_pss.cli.text import BUILT_IN
 from hf_pss.detection.state import check_version, read_mapping, read_object
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.rescue.launch import LR_SCALE, OPTIONS_FILE, TRAINING_OPTIONS, options_file
+from hf_pss.runs.options import LR_SCALE, OPTIONS_FILE, TRAINING_OPTIONS, options_file
 
 __all__ = ["OPTIONS_FILE", "KeepOptions", "options_to_keep"]
 

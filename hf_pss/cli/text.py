@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_pss.cli.options import DataOptions
-from hf_pss.data import (
+from hf_pss.cli.parsing import DataOptions
+from hf_pss.evidence.corpus import build_corpus, read_library
+from hf_pss.evidence.data import (
     BlockDataset,
     encode_documents,
     hold_out,
@@ -18,7 +19,6 @@ from hf_pss.data import (
     read_documents,
     train_tokenizer,
 )
-from hf_pss.demo.corpus import build_corpus, read_library
 
 __all__ = ["BUILT_IN", "Text", "load_training_text"]
 

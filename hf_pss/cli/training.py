@@ -1,8 +1,12 @@
-"""The run behind `hf-pss train`: load, train, save, sum up."""
+"""The checkpoints that lie in a run's folder, and which of them are good to go on from.
+
+The run behind `hf-pss train`: load, train, save, sum up.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections import Counter
@@ -27,31 +31,101 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from hf_pss.cli.checkpoints import (
-    is_complete,
-    latest_checkpoint,
-    step_of,
-    where_to_go_on,
-)
 from hf_pss.cli.model import check_fit, load_model, load_tokenizer, make_config, make_model
-from hf_pss.cli.options import ModelOptions
-from hf_pss.cli.parsing import TrainPlan
-from hf_pss.cli.progress import ProgressDisplay
-from hf_pss.cli.quiet import without_noise
-from hf_pss.cli.rhythm import set_rhythms_
+from hf_pss.cli.parsing import ModelOptions, TrainPlan
+from hf_pss.cli.progress import (
+    ProgressDisplay,
+    SessionClock,
+    render_summary,
+    set_rhythms_,
+    summarise,
+)
 from hf_pss.cli.saved_options import KeepOptions, options_to_keep
-from hf_pss.cli.summary import SessionClock, render_summary, summarise
+from hf_pss.cli.terminal import without_noise
 from hf_pss.cli.text import Text, load_training_text
-from hf_pss.data import unigram_entropy_nats
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
-from hf_pss.gauges import select_watched
-from hf_pss.integration.arguments import PSSTrainingArguments
-from hf_pss.integration.callback import PSSCallback
-from hf_pss.integration.checkpoints.judge import checkpoints_by_step
-from hf_pss.integration.trainer import PSSTrainer
-from hf_pss.selection import Selection
+from hf_pss.evidence.data import unigram_entropy_nats
+from hf_pss.models.measurements import select_watched
+from hf_pss.models.selection import Selection
+from hf_pss.runs.checkpoint import STATE_FILE, checkpoints_by_step
+from hf_pss.trainer.arguments import PSSTrainingArguments
+from hf_pss.trainer.callback import PSSCallback
+from hf_pss.trainer.pss_trainer import PSSTrainer
+from hf_pss.trainer.resuming import newest_whole
 
-__all__ = ["check_reporters", "run_training"]
+__all__ = [
+    "check_reporters",
+    "is_complete",
+    "latest_checkpoint",
+    "run_training",
+    "step_of",
+    "where_to_go_on",
+]
+
+
+def latest_checkpoint(output_dir: Path, *, accepts_fresh: bool = False) -> Path | None:
+    """Return the newest one to go on from, and log which newer ones are passed over.
+
+    Args:
+        output_dir: The run's folder; None is returned where it holds no checkpoint at all.
+        accepts_fresh: Also take one that lacks the optimizer's or the schedule's state.
+
+    Raises:
+        StateError: There are some, and none to go on from.
+    """
+    if not checkpoints_by_step(output_dir):
+        return None
+    return newest_whole(output_dir, accepts_fresh=accepts_fresh).path
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether its trainer_state.json, the last file that the Trainer writes, can be read."""
+    try:
+        _state(checkpoint)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return how many steps had been taken."""
+    return int(_state(checkpoint).global_step)
+
+
+def where_to_go_on(output_dir: Path, resumed: Path | None) -> str:
+    """Return the advice for a run that went wrong.
+
+    Args:
+        output_dir: The run's folder.
+        resumed: What it had resumed from, which may lie elsewhere.
+    """
+    candidates = [*([resumed] if resumed else []), *checkpoints_by_step(output_dir)]
+    complete = [path for path in candidates if is_complete(path)]
+    healthy = [path for path in complete if _was_finite(path)]
+    if not healthy and complete and not any(map(_evaluations, complete)):
+        return f"No checkpoint was evaluated; the latest, of unknown health, is {complete[-1]}."
+    if not healthy:
+        return "No checkpoint has a finite evaluation to go on from: begin anew."
+    return (
+        f"The last checkpoint whose evaluation was finite is {healthy[-1]}: "
+        "--resume_from_checkpoint goes on there at the old learning rate, --model starts from its "
+        "weights at another."
+    )
+
+
+def _was_finite(checkpoint: Path) -> bool:
+    return any(map(math.isfinite, _evaluations(checkpoint)))
+
+
+def _evaluations(checkpoint: Path) -> list[float]:
+    """Return the validation losses at the checkpoint's own step."""
+    state = _state(checkpoint)
+    rows = (row for row in state.log_history if row["step"] == state.global_step)
+    return [row["eval_loss"] for row in rows if "eval_loss" in row]
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
 
 class _MakeRoom(TrainerCallback):

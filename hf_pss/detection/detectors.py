@@ -1,13 +1,19 @@
-"""Detectors: readings of one quantity in, a verdict out."""
+"""Detectors: readings of one quantity in, a verdict out.
+
+Several detectors behind one door; any of them may fire.
+
+The table of detectors: a new one is one class and one row.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from hf_pss.config import PSSConfig
 from hf_pss.detection.baseline import Baseline
 from hf_pss.detection.judgement import Judgement, Quantity, Readings, Verdict
 from hf_pss.detection.state import JSON, check_version, read_mapping, read_object
@@ -314,3 +320,144 @@ def _read_state(detector: str, state: object, *keys: str) -> dict[str, object]:
 
 def _named(detector: str) -> str:
     return f"the state of detector {detector!r}"
+
+
+_ANY_OF_VERSION = 1
+
+
+class AnyOf:
+    """Hands the readings of a quantity to every detector that reads it.
+
+    Quantities come at different moments and rhythms (gradient norms before each update, stable
+    ranks after every tenth), so readings are judged one quantity at a time and no detector waits
+    for another. Each answers for itself: the floor fires at every check of a run that is too hot,
+    and a drop in another matrix must be heard all the same.
+
+    >>> from hf_pss.detection.detectors import FloorDetector
+    >>> guard = AnyOf([FloorDetector({"w": 16.0})])
+    >>> [judgement.fired for judgement in guard.judge(Quantity.STABLE_RANK, {"w": 4.0})]
+    [('w',)]
+    """
+
+    def __init__(self, detectors: Sequence[Detector]) -> None:
+        names = [detector.name for detector in detectors]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"You gave the detectors {names}; give each only once.")
+        self._detectors = {detector.name: detector for detector in detectors}
+
+    @property
+    def quantities(self) -> frozenset[Quantity]:
+        """What has to be measured."""
+        return frozenset(detector.quantity for detector in self._detectors.values())
+
+    def judge(self, quantity: Quantity, readings: Readings) -> list[Judgement]:
+        """Judge one quantity: one judgement for each detector that reads it, in their order.
+
+        Raises:
+            ConfigurationError: no detector reads `quantity`, or one cannot judge the readings.
+        """
+        readers = [d for d in self._detectors.values() if d.quantity == quantity]
+        if not readers:
+            raise ConfigurationError(
+                f"You gave readings of {quantity.value!r}, which no detector here reads; "
+                f"give one of {', '.join(sorted(self.quantities))}."
+            )
+        return [detector.judge(readings) for detector in readers]
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Return the states of all detectors, as plain JSON."""
+        states: dict[str, JSON] = {n: d.state_dict() for n, d in self._detectors.items()}
+        return {"version": _ANY_OF_VERSION, "detectors": states}
+
+    def load_state_dict(self, state: object) -> None:
+        """Continue all detectors from a saved state (parsed JSON, not trusted), or none of them.
+
+        Raises:
+            StateError: damaged, of another version, or of another set of detectors.
+        """
+        what = "the state of the detectors"
+        check_version(state, _ANY_OF_VERSION, what)
+        fields = read_object(state, ("version", "detectors"), what)
+        saved = read_object(fields["detectors"], tuple(self._detectors), what)
+        before = {name: detector.state_dict() for name, detector in self._detectors.items()}
+        try:
+            for name, detector in self._detectors.items():
+                detector.load_state_dict(saved[name])
+        except StateError:
+            for name, detector in self._detectors.items():
+                detector.load_state_dict(before[name])
+            raise
+
+    def continue_from(self, other: AnyOf) -> None:
+        """Take over what the detectors of the same names in another set have learned."""
+        for name, detector in self._detectors.items():
+            if name in other._detectors:
+                detector.load_state_dict(other._detectors[name].state_dict())
+
+
+Floors: TypeAlias = Mapping[str, float]
+"""Stable-rank floor of each matrix, by name: the one setting that no option holds."""
+
+_Factory: TypeAlias = Callable[[PSSConfig, Floors], Detector]
+
+
+def _ratio(quantity: Quantity) -> _Factory:
+    def make(config: PSSConfig, floors: Floors) -> Detector:
+        return RatioDetector(
+            quantity,
+            config.threshold_ratio,
+            alpha=config.baseline_alpha,
+            calibration_steps=config.calibration_steps,
+            patience_steps=config.patience_steps,
+        )
+
+    return make
+
+
+def _growth(config: PSSConfig, floors: Floors) -> Detector:
+    return RatioDetector(
+        Quantity.SPECTRAL_NORM,
+        config.spectral_norm_ratio,
+        alpha=config.baseline_alpha,
+        calibration_steps=config.calibration_steps,
+        patience_steps=config.patience_steps,
+    )
+
+
+def _drop(config: PSSConfig, floors: Floors) -> Detector:
+    return DropDetector(
+        config.stable_rank_drop,
+        alpha=config.baseline_alpha,
+        calibration_steps=config.calibration_steps,
+        patience_steps=config.patience_steps,
+    )
+
+
+def _floor(config: PSSConfig, floors: Floors) -> Detector:
+    return FloorDetector(floors)
+
+
+DETECTORS: dict[str, _Factory] = {
+    "grad_norm_ratio": _ratio(Quantity.GRAD_NORM),
+    "matrix_grad_norm_ratio": _ratio(Quantity.MATRIX_GRAD_NORM),
+    "update_norm_ratio": _ratio(Quantity.UPDATE_NORM),
+    "stable_rank_floor": _floor,
+    "stable_rank_drop": _drop,
+    "spectral_norm_ratio": _growth,
+}
+
+
+def make_detector(name: str, config: PSSConfig, floors: Floors) -> Detector:
+    """Build the detector of that name; it takes what it needs of the options and floors.
+
+    >>> make_detector("grad_norm_ratio", PSSConfig(), {}).quantity.value
+    'grad_norm'
+
+    Raises:
+        ConfigurationError: no such detector, or floors without a meaning for it.
+    """
+    if name not in DETECTORS:
+        raise ConfigurationError(
+            f"You asked for detector {name!r}; choose one of {', '.join(sorted(DETECTORS))}."
+        )
+    return DETECTORS[name](config, floors)

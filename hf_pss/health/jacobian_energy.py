@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
 from hf_pss.linalg import leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import Stack, stacks
+from hf_pss.models.batching import Stack, stacks
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import MatrixView
 
 __all__ = ["DEFAULT_MAX_RANK", "jacobian_energy", "measure_jacobian_energies"]
 

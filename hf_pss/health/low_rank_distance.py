@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import frobenius_norm, quick_triplets
 from hf_pss.linalg.scaling import unit_scaled
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import measure_each
+from hf_pss.models.batching import measure_each
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import MatrixView
 
 __all__ = ["low_rank_distance", "measure_low_rank_distances", "quick_low_rank_distance"]
 

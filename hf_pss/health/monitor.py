@@ -13,24 +13,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_pss.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
-from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.alignment import measure_alignments
-from hf_pss.health.effective_rank import effective_rank_of
-from hf_pss.health.grad_norm import measure_matrix_grad_norms
 from hf_pss.health.low_rank_distance import measure_low_rank_distances
+from hf_pss.health.meter import RepresentationMeter, WatchAttention
+from hf_pss.health.metrics import Cost
 from hf_pss.health.preconditioner import has_moved, measure_denominators, whole_model
-from hf_pss.health.reading import HealthReading
-from hf_pss.health.registry import Cost
 from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
-from hf_pss.health.representations.meter import RepresentationMeter, WatchAttention
-from hf_pss.health.spectra import measure_spectra
+from hf_pss.health.singular_values import effective_rank_of, measure_spectra
 from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spike_score import SpikeScore
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
-from hf_pss.selection import Selection
+from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
+from hf_pss.models.distributed import Backend
+from hf_pss.models.measurements import measure_matrix_grad_norms
+from hf_pss.models.selection import Selection
+from hf_pss.records.steps import HealthReading
 
 __all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
 

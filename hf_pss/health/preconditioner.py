@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import Slot, matrix_slots
+from hf_pss.models.batching import Slot, matrix_slots
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import MatrixView
 
 __all__ = [
     "ALARM_RATIO",

@@ -1,4 +1,7 @@
-"""How far an update moved each selected matrix, as a share of it; and rates of change."""
+"""How far an update moved each selected matrix, as a share of it; and rates of change.
+
+How near the sharpest curvature comes to where momentum's two modes coalesce.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend, Part
+from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import frobenius_norm
 from hf_pss.linalg.scaling import compute_dtype
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import Slot, matrix_names, matrix_slots
+from hf_pss.models.batching import Slot, matrix_names, matrix_slots
+from hf_pss.models.distributed import Backend, Part
+from hf_pss.models.selection import MatrixView
 
-__all__ = ["ChangeRates", "RelativeUpdateMeter", "relative_update"]
+__all__ = [
+    "ChangeRates",
+    "RelativeUpdateMeter",
+    "exceptional_distance",
+    "exceptional_points",
+    "relative_update",
+]
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
@@ -152,3 +162,46 @@ def _square(slot: Slot, stored: Tensor, start: int) -> Tensor:
 def _ratio(moved: Tensor, norm: Tensor) -> Tensor:
     """0/0 is 0: a zero matrix that stayed; inf of one that moved; NaN passes, inf/inf is NaN."""
     return torch.where((moved == 0) & (norm == 0), 0.0, moved / norm)
+
+
+def exceptional_points(lr: float, beta: float) -> tuple[float, float]:
+    """Return λ* = (1 ∓ √β)²/η, the curvatures at which heavy ball's modes coalesce.
+
+    There the companion matrix [[1 + β − ηλ, −β], [1, 0]] of x ← x − ηλx + β(x − x₋₁) has a double
+    eigenvalue and one eigenvector, and κ(V) is infinite (arXiv 2605.23476). Between the two the
+    mode oscillates; stability ends at 2(1 + β)/η, above both.
+
+    Args:
+        lr: η; with torch's SGD the learning rate times (1 − dampening).
+        beta: Momentum, in [0, 1).
+
+    Returns:
+        The lower and the upper one, in units of the Hessian's eigenvalues.
+
+    Raises:
+        ConfigurationError: A number outside of its range.
+
+    >>> exceptional_points(0.5, 0.25)
+    (0.5, 4.5)
+    """
+    if not (0 < lr < math.inf and 0 <= beta < 1):
+        raise ConfigurationError(
+            f"You gave lr={lr}, beta={beta}; give a rate above 0 and a momentum in [0, 1)."
+        )
+    root = math.sqrt(beta)
+    return (1 - root) ** 2 / lr, (1 + root) ** 2 / lr
+
+
+def exceptional_distance(curvature: float, lr: float, beta: float) -> float:
+    """Return min |λ − λ*|/λ* over both exceptional points, without unit; dividing by λ* is ours.
+
+    Args:
+        curvature: λ, an eigenvalue of the Hessian, for instance the largest.
+        lr: As in `exceptional_points`.
+        beta: As there.
+
+    >>> round(exceptional_distance(4.05, 0.5, 0.25), 3)
+    0.1
+    """
+    distances = [abs(curvature - point) / point for point in exceptional_points(lr, beta)]
+    return math.nan if math.isnan(curvature) else min(distances)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_pss.distributed import Backend
-from hf_pss.selection import MatrixView, canonical_name
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import MatrixView, canonical_name
 
 __all__ = ["SignDiversityMeter", "sign_diversity", "spectral_alignment"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import Slot, matrix_slots, raise_together, read_turn, share_out
+from hf_pss.models.batching import Slot, matrix_slots, raise_together, read_turn, share_out
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import MatrixView
 
 __all__ = ["SpectralEdge", "SpectralEdgeMeter", "spectral_edge"]
 

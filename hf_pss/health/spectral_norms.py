@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import stacks
+from hf_pss.models.batching import stacks
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import MatrixView
 
 __all__ = ["SpectralNorm", "SpectralNormMeter", "power_round"]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_pss.distributed import Backend, Part, Replicated
 from hf_pss.linalg import frobenius_norm, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
-from hf_pss.selection import MatrixView
-from hf_pss.stacks import Slot, matrix_slots, measure_each
+from hf_pss.models.batching import Slot, matrix_slots, measure_each
+from hf_pss.models.distributed import Backend, Part, Replicated
+from hf_pss.models.selection import MatrixView
 
 __all__ = ["SpectrumTracker", "TrackedSpectrum", "ritz_round"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from hf_pss.errors import SelectionError
+from hf_pss.inspection.matrix_survey import Inspection
 from hf_pss.inspection.measure import MatrixHealth
-from hf_pss.inspection.names import visible
-from hf_pss.inspection.survey import Inspection
+from hf_pss.records.strict_json import visible
 
 __all__ = ["MatrixChange", "compare"]
 

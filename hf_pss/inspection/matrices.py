@@ -1,6 +1,6 @@
 """The weight matrices inside a checkpoint's tensors, told from names, shapes and plain numbers.
 
-`hf_pss.selection` asks the model's modules; here there is no model, so that a layout is divided
+`hf_pss.models.selection` asks the model's modules. Here there is no model, so a layout is divided
 only where its name and shape leave no doubt, and kept whole, with a note, elsewhere.
 """
 
@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_pss.inspection.checkpoint import Checkpoint
-from hf_pss.inspection.header import TensorEntry
-from hf_pss.inspection.places import Place, place_of
-from hf_pss.inspection.reading import READABLE, MatrixReader
-from hf_pss.selection import RowPattern
-from hf_pss.selection.layouts import Parts, looks_fused
-from hf_pss.selection.rules import why_no_block_matrix
+from hf_pss.models.selection import RowPattern
+from hf_pss.models.selection.by_name import why_no_block_matrix
+from hf_pss.models.selection.layouts import Parts, looks_fused
+from hf_pss.models.selection.places import Place, place_of
+from hf_pss.runs.safetensors_files import READABLE, Checkpoint, MatrixReader, TensorEntry
 
 __all__ = ["Contents", "StoredMatrix", "find_matrices"]
 
@@ -152,7 +150,7 @@ def _matrices_of(
 
 
 def _parts(leaf: str, rows: int, columns: int, config: Mapping[str, Any]) -> Parts | None:
-    """Divide output rows as `hf_pss.selection.layouts` does, where no module is needed for it."""
+    """Divide output rows as `models/selection/layouts` does, where no module is needed."""
     if leaf in _THIRDS and rows == 3 * columns and not _is_bigcode(config):
         return tuple((label, columns) for label in "qkv")
     if leaf == "gate_up_proj" and rows % 2 == 0:

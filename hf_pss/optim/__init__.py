@@ -5,6 +5,6 @@ from hf_pss.optim.groups import describe_groups as describe_groups
 from hf_pss.optim.groups import matrix_groups as matrix_groups
 from hf_pss.optim.optimizer import MatrixOptimizer as MatrixOptimizer
 from hf_pss.optim.qk_clip import QKClip as QKClip
-from hf_pss.optim.rule import Rule as Rule
 from hf_pss.optim.rules import RULES as RULES
-from hf_pss.optim.scales import UPDATE_SCALES as UPDATE_SCALES
+from hf_pss.optim.update_rule import UPDATE_SCALES as UPDATE_SCALES
+from hf_pss.optim.update_rule import Rule as Rule

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pss.distributed import local
 from hf_pss.errors import ConfigurationError
+from hf_pss.models.distributed import local
 from hf_pss.optim.optimizer import MatrixOptimizer
 
 __all__ = ["Amuse", "interpolation"]

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hf_pss.distributed import Answer
+from hf_pss.models.distributed import Answer
 from hf_pss.optim.layout import Layout, runs_of
-from hf_pss.optim.rule import Options, Rule, State
+from hf_pss.optim.update_rule import Options, Rule, State
 
 __all__ = ["Job", "directions_of"]
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from hf_pss.distributed import backend_for
 from hf_pss.errors import ConfigurationError
+from hf_pss.models.distributed import backend_for
+from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.models.selection.heads import head_rows, is_of_heads
+from hf_pss.models.selection.survey import survey
 from hf_pss.optim.amuse import Amuse
 from hf_pss.optim.layout import Layout, by_head, is_by_head, layout_of, layouts_of_factors
 from hf_pss.optim.optimizer import ADAMW, MatrixOptimizer
 from hf_pss.optim.rules import RULES
-from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
-from hf_pss.selection.heads import head_rows, is_of_heads
-from hf_pss.selection.survey import survey
 
 __all__ = [
     "build_optimizer",

@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hf_pss.selection import MatrixView
-from hf_pss.selection.adapters import AdapterView
+from hf_pss.models.selection import MatrixView
+from hf_pss.models.selection.pairs import AdapterView
 
 __all__ = [
     "WHOLE",

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz
-from hf_pss.optim.rule import Options, Rule, State
-from hf_pss.optim.scales import UPDATE_SCALES
+from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
 
 __all__ = ["MUON", "NORMUON", "check_polar", "fast_dtype", "polar_direction"]
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from hf_pss.distributed import Alone, Answer, Ranks, Shards, Sharing, local, shards_of
 from hf_pss.errors import ConfigurationError
+from hf_pss.models.distributed import Alone, Answer, Ranks, Shards, Sharing, local, shards_of
 from hf_pss.optim.directions import Job, directions_of
 from hf_pss.optim.layout import WHOLE
-from hf_pss.optim.rule import State
 from hf_pss.optim.rules import RULES
-from hf_pss.optim.scales import UPDATE_SCALES
+from hf_pss.optim.update_rule import UPDATE_SCALES, State
 
 __all__ = ["ADAMW", "MatrixOptimizer"]
 

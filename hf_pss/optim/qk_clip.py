@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_pss.distributed import Backend, Part, backend_for
 from hf_pss.errors import ConfigurationError
-from hf_pss.selection.heads import AttentionHeads, HeadRows
+from hf_pss.models.distributed import Backend, Part, backend_for
+from hf_pss.models.selection.heads import AttentionHeads, HeadRows
 
 __all__ = ["QKClip", "clip_factors"]
 
@@ -67,7 +67,7 @@ class QKClip:
     Cost: one multiplication of the query and key weights a step, by 1 where nothing is clipped, so
     that the device is never read but by `scalars`. With a training loop of your own::
 
-        from hf_pss.integration.attention_maxima import AttentionMaxima
+        from hf_pss.trainer.attention_maxima import AttentionMaxima
 
         maxima = AttentionMaxima(model)
         QKClip(maxima.attentions, maxima.take, threshold=100.0).attach(optimizer)

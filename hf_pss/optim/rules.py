@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hf_pss.optim.muon import MUON, NORMUON
-from hf_pss.optim.rule import Rule
 from hf_pss.optim.softmuon import SOFTMUON, SOFTSIGNUM
 from hf_pss.optim.specmuon import SPECMUON
 from hf_pss.optim.spectra import SPECTRA
+from hf_pss.optim.update_rule import Rule
 
 __all__ = ["RULES"]
 

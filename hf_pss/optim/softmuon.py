@@ -13,8 +13,7 @@ from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.muon import MUON, check_polar, polar_direction
-from hf_pss.optim.rule import Options, Rule, State
-from hf_pss.optim.scales import UPDATE_SCALES
+from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
 
 __all__ = ["SOFTMUON", "SOFTSIGNUM", "folded_cauchy_quantile", "softened"]
 

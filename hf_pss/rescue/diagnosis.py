@@ -1,8 +1,8 @@
 """When a run failed, and how: told from its log by stated rules.
 
-What counts as a failure is `hf_pss.sweep.explosion`'s definition, with its numbers of steps turned
-into rows of the log; what counts as a spike of the gradient is the default detector's rule (τ times
-a moving average that does not learn from what it refuses). Everything else here is ours:
+What counts as a failure is `hf_pss.detection.explosion`'s definition, with its numbers of steps
+turned into rows of the log; what counts as a spike of the gradient is the default detector's rule
+(τ times a moving average that does not learn from what it refuses). Everything else here is ours:
 
 - a row is *not finite* where its loss is NaN or inf, where its gradient norm is NaN and PSS did
   not skip that step, or where the loss is exactly 0 although none below 0.01 came before: so the
@@ -32,11 +32,11 @@ from typing import Literal, TypeAlias
 
 from hf_pss.config import PSSConfig
 from hf_pss.detection.baseline import Baseline
-from hf_pss.inspection.judge import LOW_SHARE_OF_SIBLINGS
-from hf_pss.policy import Action
-from hf_pss.rescue.history import History, LogRow
-from hf_pss.rescue.notes import Notes
-from hf_pss.sweep.explosion import Explosion, ExplosionRule, find_explosion
+from hf_pss.detection.explosion import Explosion, ExplosionRule, find_explosion
+from hf_pss.detection.policy import Action
+from hf_pss.inspection.verdicts import LOW_SHARE_OF_SIBLINGS
+from hf_pss.runs.log import History, LogRow
+from hf_pss.runs.notes import Notes
 
 __all__ = ["Diagnosis", "Failure", "FailureKind", "diagnose"]
 

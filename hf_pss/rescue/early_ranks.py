@@ -20,9 +20,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from hf_pss.rescue.checkpoints import CheckpointReport
+from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.diagnosis import Failure
-from hf_pss.rescue.history import History
+from hf_pss.runs.log import History
 
 __all__ = ["LOW_SHARE", "early_damage", "noise_share"]
 

@@ -8,22 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_pss.errors import ConfigurationError, PSSError, StateError
-from hf_pss.inspection.names import visible
-from hf_pss.inspection.survey import Progress
-from hf_pss.rescue.checkpoints import (
+from hf_pss.inspection.matrix_survey import Progress
+from hf_pss.records.strict_json import visible
+from hf_pss.rescue.candidates import (
     CheckpointReport,
+    Choice,
     checkpoint_folders,
+    choose,
     judged,
     num_weight_bytes,
     rank_ratios,
     report_on,
 )
-from hf_pss.rescue.choice import Choice, choose
 from hf_pss.rescue.diagnosis import Diagnosis, Failure, diagnose
 from hf_pss.rescue.early_ranks import early_damage
-from hf_pss.rescue.history import STATE_FILE, History, differ_at, leads_out, read_history
-from hf_pss.rescue.launch import recorded_entropy
-from hf_pss.rescue.notes import read_notes
+from hf_pss.runs.log import STATE_FILE, History, differ_at, leads_out, read_history
+from hf_pss.runs.notes import read_notes
+from hf_pss.runs.options import recorded_entropy
 
 __all__ = ["Investigation", "investigate"]
 

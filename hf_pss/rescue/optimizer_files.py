@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError, StateError
-from hf_pss.inspection.names import visible
+from hf_pss.records.strict_json import visible
 
 __all__ = [
     "OPTIMIZER",

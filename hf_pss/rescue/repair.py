@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.inspection.checkpoint import Checkpoint, open_checkpoint
-from hf_pss.inspection.names import visible
-from hf_pss.inspection.strict_json import read_object
-from hf_pss.integration.checkpoints.marker import MARKER, read_marker, write_marker
-from hf_pss.integration.checkpoints.rotation import SUPERSEDED
-from hf_pss.rescue.checkpoints import CheckpointReport
-from hf_pss.rescue.history import MAX_STATE_BYTES, STATE_FILE, leads_out
-from hf_pss.rescue.launch import MAX_OPTIONS_BYTES, OPTIONS_FILE, options_file
+from hf_pss.records.strict_json import read_object, visible
+from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.optimizer_files import (
     OPTIMIZER,
     SCHEDULER,
@@ -35,7 +29,12 @@ from hf_pss.rescue.optimizer_files import (
     rewrite_optimizer,
     rewrite_scheduler,
 )
-from hf_pss.rescue.weights import Repair, matrices_to_smooth, summary, write_weights
+from hf_pss.rescue.smoothed_weights import Repair, matrices_to_smooth, summary, write_weights
+from hf_pss.runs.checkpoint import MARKER, read_marker, write_marker
+from hf_pss.runs.log import MAX_STATE_BYTES, STATE_FILE, leads_out
+from hf_pss.runs.options import MAX_OPTIONS_BYTES, OPTIONS_FILE, options_file
+from hf_pss.runs.rotation import SUPERSEDED
+from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 
 __all__ = ["RECORD_FILE", "Repairs", "Written", "as_json", "write_repaired"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import LlamaConfig, set_seed
 
 from hf_pss.cli.model import make_model
-from hf_pss.data import open_rows, train_tokenizer
+from hf_pss.evidence.data import open_rows, train_tokenizer
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/llm_tiny_cpu/base")

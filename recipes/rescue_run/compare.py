@@ -35,11 +35,11 @@ from torch import Tensor, nn
 
 import hf_pss.cli.training
 from hf_pss.cli.app import INTERRUPTED, NON_FINITE, app
-from hf_pss.data import train_tokenizer
-from hf_pss.demo.corpus import read_library
-from hf_pss.inspection.strict_json import read_object
-from hf_pss.integration.trainer import PSSTrainer
-from hf_pss.sweep.recipes import Fault
+from hf_pss.evidence.corpus import read_library
+from hf_pss.evidence.data import train_tokenizer
+from hf_pss.evidence.recipes import Fault
+from hf_pss.records.strict_json import read_object
+from hf_pss.trainer.pss_trainer import PSSTrainer
 
 NUM_STEPS = 240
 VOCAB_SIZE = 512

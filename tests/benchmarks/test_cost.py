@@ -16,11 +16,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pss import PSSConfig, PSSController
-from hf_pss.demo.recipe import DemoRecipe
-from hf_pss.distributed import OneProcess
+from hf_pss.evidence.demo_recipe import DemoRecipe
 from hf_pss.linalg import Clip, leading_triplets
-from hf_pss.selection import named_parameters_canonical
-from hf_pss.smoother import smooth_matrices_
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical
+from hf_pss.models.smoother import smooth_matrices_
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]
 

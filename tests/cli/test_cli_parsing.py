@@ -8,13 +8,17 @@ from typing import get_args
 
 import pytest
 
-from hf_pss.cli import help as help_page
-from hf_pss.cli.options import FRESH_LEARNING_RATE, LEARNING_RATE_HELP, TUNED_LEARNING_RATE
-from hf_pss.cli.parsing import make_parser, parse_plan
-from hf_pss.cli.rhythm import count_steps, set_rhythms_
-from hf_pss.cli.summary import counted
+from hf_pss.cli import option_help as help_page
+from hf_pss.cli.parsing import (
+    FRESH_LEARNING_RATE,
+    LEARNING_RATE_HELP,
+    TUNED_LEARNING_RATE,
+    make_parser,
+    parse_plan,
+)
+from hf_pss.cli.progress import count_steps, counted, set_rhythms_
 from hf_pss.errors import ConfigurationError
-from hf_pss.integration.optimizer_options import OptimizerName
+from hf_pss.trainer.arguments import OptimizerName
 
 
 def write(path: Path, text: str) -> Path:

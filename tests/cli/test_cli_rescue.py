@@ -20,9 +20,9 @@ from helpers import opens_pickles
 from safetensors.torch import load_file, save_file
 
 from hf_pss.cli.parsing import parse_plan
-from hf_pss.cli.rescue import Smoothing
+from hf_pss.cli.rescue_command import Smoothing
 from hf_pss.config import SmoothingName
-from hf_pss.rescue.launch import recorded_entropy
+from hf_pss.runs.options import recorded_entropy
 
 
 @pytest.fixture(scope="module")

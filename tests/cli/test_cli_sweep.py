@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from commandline import Run
 
-from hf_pss.sweep.guards.table import GUARDS
-from hf_pss.sweep.rows import Row, append_row
+from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.rows import Row, append_row
 
 USER_MISTAKE = 2
 GRID = """

@@ -18,9 +18,9 @@ from commandline import PROSE, SHORT, Run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from hf_pss.cli.checkpoints import is_complete, latest_checkpoint, where_to_go_on
-from hf_pss.cli.quiet import without_noise
-from hf_pss.cli.summary import Summary
+from hf_pss.cli.progress import Summary
+from hf_pss.cli.terminal import without_noise
+from hf_pss.cli.training import is_complete, latest_checkpoint, where_to_go_on
 
 # A model, but no causal one.
 T5 = ("--model_config", "t5", "--model_overrides", "num_layers=1")

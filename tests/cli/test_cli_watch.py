@@ -13,9 +13,9 @@ import pytest
 from commandline import Run
 
 from hf_pss.detection.judgement import Judgement, Verdict
-from hf_pss.events import Event, Intervention, MatrixChange, to_json_line
-from hf_pss.integration.reporting import health_line
-from hf_pss.policy import Action, Decision
+from hf_pss.detection.policy import Action, Decision
+from hf_pss.records.events import Event, Intervention, MatrixChange, to_json_line
+from hf_pss.runs.records_files import health_line
 
 EVIL = "h.0\x1b[2J[red].weight"
 PROGRAM = [sys.executable, "-c", "from hf_pss.cli.app import main; main()"]

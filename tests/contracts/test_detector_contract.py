@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_pss import PSSConfig
-from hf_pss.detection import (
-    DETECTORS,
-    Detector,
-    Judgement,
-    Quantity,
-    Verdict,
-    make_detector,
-)
+from hf_pss.detection import DETECTORS, Detector, Judgement, Quantity, Verdict, make_detector
 from hf_pss.errors import ConfigurationError, StateError
 
 NAMES = ("a", "b", "c")

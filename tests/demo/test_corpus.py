@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from hf_pss.data import END_OF_TEXT
-from hf_pss.demo import corpus as corpus_module
-from hf_pss.demo.corpus import build_corpus
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence import corpus as corpus_module
+from hf_pss.evidence.corpus import build_corpus
+from hf_pss.evidence.data import END_OF_TEXT
 
 
 @pytest.fixture

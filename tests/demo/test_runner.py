@@ -16,13 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_pss.demo import worker
-from hf_pss.demo.recipe import DemoRecipe
-from hf_pss.demo.runner import run_demo
 from hf_pss.errors import ConfigurationError
-from hf_pss.processes import num_cores, signals_interrupt
-from hf_pss.report.html import write_report
-from hf_pss.report.table import render_table
+from hf_pss.evidence import demo_worker as worker
+from hf_pss.evidence.demo import run_demo
+from hf_pss.evidence.demo_recipe import DemoRecipe
+from hf_pss.evidence.processes import num_cores, signals_interrupt
+from hf_pss.evidence.report_page import write_report
+from hf_pss.evidence.report_results import render_table
 
 TINY = DemoRecipe(
     num_layers=1,
@@ -187,7 +187,11 @@ def test_under_nohup_a_hangup_stays_ignored() -> None:
 def _processes_of(out: Path) -> list[int]:
     words = ["ps", "-eww", "-o", "pid,args"]  # -ww: a line that is cut would hide the folder
     listed = subprocess.run(words, capture_output=True, text=True, check=True)
-    lines = [x for x in listed.stdout.splitlines() if str(out) in x and "hf_pss.demo.worker" in x]
+    lines = [
+        x
+        for x in listed.stdout.splitlines()
+        if str(out) in x and "hf_pss.evidence.demo_worker" in x
+    ]
     return [int(line.split()[0]) for line in lines]
 
 
@@ -203,7 +207,7 @@ def _wait_for(condition: object, seconds: float) -> bool:
 def _start_endless_demo(out: Path) -> subprocess.Popen[str]:
     script = (
         "import sys; from pathlib import Path; from dataclasses import replace\n"
-        "from tests.demo.test_runner import TINY; from hf_pss.demo.runner import run_demo\n"
+        "from tests.demo.test_runner import TINY; from hf_pss.evidence.demo import run_demo\n"
         f"print(run_demo(replace(TINY, num_steps=100_000), Path({str(out)!r}),"
         " guards=('plain',)))"
     )

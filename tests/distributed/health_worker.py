@@ -9,8 +9,8 @@ from typing import NoReturn
 import torch
 from worker import main
 
-from hf_pss.health import alignment, low_rank_distance, spectra, spectral_edge
-from hf_pss.health.representations import meter
+from hf_pss.health import alignment, low_rank_distance, meter, spectral_edge
+from hf_pss.health import singular_values as spectra
 
 BROKEN = "--broken"
 

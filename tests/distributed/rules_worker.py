@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_pss.distributed import Alone, Replicas, Sharing, gathered
+from hf_pss.models.distributed import Alone, Replicas, Sharing, gathered
+from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.optim import RULES, build_optimizer
-from hf_pss.selection import named_parameters_canonical
 
 MODELS = {"gpt2": gpt2, "experts": experts}
 NUM_STEPS, LR = 6, 0.05

@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_pss import PSSConfig, PSSController, stacks
-from hf_pss.distributed import OneProcess, gathered
-from hf_pss.selection import named_parameters_canonical
+from hf_pss import PSSConfig, PSSController
+from hf_pss.models import batching as stacks
+from hf_pss.models.distributed import OneProcess, gathered
+from hf_pss.models.selection import named_parameters_canonical
 
 MOMENTS = {"gpt2": "project", "experts": "project", "lora": "keep", "lora experts": "keep"}
 

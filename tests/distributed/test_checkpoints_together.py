@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from launching import launch, launch_ranks
 
-from hf_pss.events import EventKind, read_events
-from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
-from hf_pss.integration.checkpoints.marker import read_marker
+from hf_pss.records.events import EventKind, read_events
+from hf_pss.runs.checkpoint import checkpoints_by_step, examine, read_marker
 
 # Of each rank, or of the format, beside what every checkpoint has.
 OWN_FILES = {

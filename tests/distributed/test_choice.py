@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from hf_pss import ConfigurationError, PSSConfig, PSSController
-from hf_pss.distributed import OneProcess, Replicated, Sharded, Zero, backend_for
+from hf_pss.models.distributed import OneProcess, Replicated, Sharded, Zero, backend_for
 
 
 @pytest.fixture

@@ -19,21 +19,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_pss import stacks
-from hf_pss.distributed import OneProcess
-from hf_pss.edits import RAISED
 from hf_pss.errors import ElsewhereError
-from hf_pss.health.stable_rank import measure_stable_ranks
 from hf_pss.linalg import Clip
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.smoother import smooth_matrices_
-from hf_pss.stacks import (
+from hf_pss.models import batching as stacks
+from hf_pss.models.batching import (
     DecompositionError,
     decomposition_cost,
     matrix_names,
     measure_each,
     share_out,
 )
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.measurements import measure_stable_ranks
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.smoother import RAISED, smooth_matrices_
 
 WORLD_SIZES = [2, 4, 8]
 # A rank's share of the work, relative to 1/N.

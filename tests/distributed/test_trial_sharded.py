@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from trained import language, loss_of, trained_gpt2
 
 from hf_pss import PSSConfig, PSSController
-from hf_pss.distributed import gathered, reshard
-from hf_pss.policy import Action
+from hf_pss.detection.policy import Action
+from hf_pss.models.distributed import gathered, reshard
 
 ROWS = language(0, 64)
 

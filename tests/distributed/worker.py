@@ -16,9 +16,10 @@ from cpu_shims import enable_deepspeed_on_cpu, enable_fsdp2_on_cpu
 from helpers import controller_of, make_trainer, token_rows
 from shards_worker import MAX_ELEMENTS, MOMENTS, build
 
-from hf_pss import PSSConfig, PSSTrainer, stacks
-from hf_pss.distributed import gathered, local
-from hf_pss.integration.schedule_free import unwrapped
+from hf_pss import PSSConfig, PSSTrainer
+from hf_pss.models import batching as stacks
+from hf_pss.models.distributed import gathered, local
+from hf_pss.trainer.schedule_free import unwrapped
 
 BATCH = 4
 FAULT_STEP = 5

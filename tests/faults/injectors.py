@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from hf_pss.integration.checkpoints import saving
+from hf_pss.trainer import safe_checkpoints as saving
 
 WEIGHT = "transformer.h.0.mlp.c_fc.weight"
 DECOMPOSITIONS = ("svd", "svdvals", "qr", "eigh")

@@ -26,7 +26,7 @@ from helpers import checkpoint_differences, differences, make_trainer
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_pss import PSSConfig
-from hf_pss.integration.checkpoints import saving
+from hf_pss.trainer import safe_checkpoints as saving
 
 STEPS = 8
 KILLED_SAVE = 5

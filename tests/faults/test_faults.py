@@ -17,8 +17,8 @@ from injectors import DECOMPOSITIONS, FAULTS, SKIPPED, Injector
 from torch import nn
 
 from hf_pss import PSSConfig, PSSTrainer
-from hf_pss.integration.checkpoints.judge import checkpoints_by_step, examine
-from hf_pss.integration.reporters.tensorboard import TensorBoardReporter
+from hf_pss.runs.checkpoint import checkpoints_by_step, examine
+from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardReporter
 
 STEP = 9
 OPTIONS: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "save_total_limit": 1}

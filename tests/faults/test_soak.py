@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 from transformers import Trainer, set_seed
 
 from hf_pss import PSSConfig
-from hf_pss.demo.corpus import Corpus, build_corpus
-from hf_pss.demo.recipe import DemoRecipe
+from hf_pss.evidence.corpus import Corpus, build_corpus
+from hf_pss.evidence.demo_recipe import DemoRecipe
 
 STEPS = 3000
 EVERY_STEPS = 50

@@ -15,15 +15,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from hf_pss.distributed import Backend, OneProcess, Replicated, backend_for
 from hf_pss.health.alignment import measure_alignments
-from hf_pss.health.effective_rank import measure_effective_ranks
 from hf_pss.health.low_rank_distance import measure_low_rank_distances
 from hf_pss.health.preconditioner import measure_denominators
 from hf_pss.health.relative_update import RelativeUpdateMeter
+from hf_pss.health.singular_values import measure_effective_ranks
 from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.tracked import SpectrumTracker
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import Backend, OneProcess, Replicated, backend_for
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 NUM_STEPS = 3
 

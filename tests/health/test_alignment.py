@@ -9,7 +9,6 @@ import torch
 from helpers import bert, gpt2, llama
 from torch import Tensor
 
-from hf_pss.distributed import OneProcess
 from hf_pss.errors import SelectionError
 from hf_pss.health.alignment import (
     Neighbours,
@@ -17,7 +16,8 @@ from hf_pss.health.alignment import (
     neighbour_alignment,
     residual_neighbours,
 )
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 # Cosines in [0, 1], so absolute; vectors of float32 over the relative gap of σ₁ and σ₂.

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import bert, gpt2, llama
 
-from hf_pss.distributed import OneProcess
-from hf_pss.health.effective_rank import effective_rank_of, measure_effective_ranks
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.stacks import matrix_names
+from hf_pss.health.singular_values import effective_rank_of, measure_effective_ranks
+from hf_pss.models.batching import matrix_names
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 TOLERANCE = 9e-7  # 3.2e-7, relative

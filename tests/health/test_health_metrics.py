@@ -10,12 +10,15 @@ from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_pss.distributed import OneProcess
-from hf_pss.health.grad_norm import GradientProbe, measure_matrix_grad_norms
-from hf_pss.health.stable_rank import measure_stable_ranks
-from hf_pss.health.update_norm import UpdateMeter
-from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
-from hf_pss.stacks import matrix_names
+from hf_pss.models.batching import matrix_names
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.measurements import (
+    GradientProbe,
+    UpdateMeter,
+    measure_matrix_grad_norms,
+    measure_stable_ranks,
+)
+from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 # A few products with a narrow block find σ₁ of a random matrix from below: 1.1e-3.

@@ -10,10 +10,10 @@ from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_pss.distributed import OneProcess
 from hf_pss.health.jacobian_energy import jacobian_energy, measure_jacobian_energies
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.stacks import matrix_names
+from hf_pss.models.batching import matrix_names
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 # Shares in [0, 1], so absolute; the same band where triplets are iterated (side above 128).

@@ -10,15 +10,15 @@ import torch
 from helpers import gpt2, llama
 from torch import Tensor
 
-from hf_pss.distributed import OneProcess
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.low_rank_distance import (
     low_rank_distance,
     measure_low_rank_distances,
     quick_low_rank_distance,
 )
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.stacks import matrix_names
+from hf_pss.models.batching import matrix_names
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 BOTH = [low_rank_distance, quick_low_rank_distance]

@@ -17,14 +17,14 @@ from rich.console import Console
 from torch import nn
 
 from hf_pss import PSSCallback, PSSConfig, PSSController
-from hf_pss.cli.summary import render_summary, summarise
-from hf_pss.distributed import OneProcess, Zero
+from hf_pss.cli.progress import render_summary, summarise
 from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.health.metrics import PRESETS, Cost
 from hf_pss.health.monitor import HealthMonitor, describe
-from hf_pss.health.reading import HealthReading
-from hf_pss.health.registry import PRESETS, Cost
 from hf_pss.linalg import effective_rank, stable_rank
-from hf_pss.selection import Selection, named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess, Zero
+from hf_pss.models.selection import Selection, named_parameters_canonical, select_matrices
+from hf_pss.records.steps import HealthReading
 
 EXACT_TOLERANCE = 1e-5
 FOLLOWED_TOLERANCE = 1.5e-3  # 5.6e-4, after four steps of 1e-3 a weight

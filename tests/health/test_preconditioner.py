@@ -10,7 +10,6 @@ from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from hf_pss.distributed import OneProcess
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.preconditioner import (
     ALARM_RATIO,
@@ -21,7 +20,8 @@ from hf_pss.health.preconditioner import (
     sqrt_condition,
     whole_model,
 )
-from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 TOLERANCE = 4e-7  # 1.6e-7, relative

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import gpt2, llama
 
-from hf_pss.distributed import OneProcess
 from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter, relative_update
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.stacks import matrix_names
+from hf_pss.models.batching import matrix_names
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 TOLERANCE = 3e-7  # 1.2e-7, relative

@@ -9,9 +9,9 @@ import torch
 from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 
-from hf_pss.distributed import OneProcess
 from hf_pss.health.sign_diversity import SignDiversityMeter, sign_diversity, spectral_alignment
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 COSINE_TOLERANCE = 3e-7  # 1.0e-7

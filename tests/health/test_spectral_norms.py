@@ -9,10 +9,10 @@ import torch
 from helpers import gpt2
 from torch import Tensor, nn
 
-from hf_pss.distributed import OneProcess
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter, power_round
-from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 EXACT_TOLERANCE = 4e-7  # 1.4e-7

@@ -10,9 +10,9 @@ import torch
 from helpers import gpt2, llama
 from torch import Tensor, nn
 
-from hf_pss.distributed import OneProcess
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum, ritz_round
-from hf_pss.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
 BACKEND = OneProcess()
 COLD_TOLERANCE = 1e-6

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.inspection.checkpoint import open_checkpoint
-from hf_pss.inspection.strict_json import read_object
-from hf_pss.rescue.launch import recorded_entropy
+from hf_pss.records.strict_json import read_object
+from hf_pss.runs.options import recorded_entropy
+from hf_pss.runs.safetensors_files import open_checkpoint
 
 COMMIT = "a" * 40
 

@@ -13,8 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_pss.errors import StateError
-from hf_pss.inspection.header import MAX_HEADER_BYTES, TensorEntry, read_header
-from hf_pss.inspection.reading import READABLE, read_pieces
+from hf_pss.runs.safetensors_files import (
+    MAX_HEADER_BYTES,
+    READABLE,
+    TensorEntry,
+    read_header,
+    read_pieces,
+)
 
 DTYPES = [dtype for dtype in READABLE.values()]
 

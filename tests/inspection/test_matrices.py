@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.inspection.matrices import Contents, StoredMatrix, find_matrices
-from hf_pss.inspection.reading import MatrixReader
-from hf_pss.selection import select_matrices
+from hf_pss.models.selection import select_matrices
+from hf_pss.runs.safetensors_files import MatrixReader, open_checkpoint
 
 
 def contents(
@@ -173,7 +172,7 @@ def test_pieces_make_the_whole(
     assert len(whole) == 3
     for rows in (2, 3):
         size = rows * shape[1] * 4
-        monkeypatch.setattr("hf_pss.inspection.reading.PIECE_BYTES", size)
+        monkeypatch.setattr("hf_pss.runs.safetensors_files.PIECE_BYTES", size)
         for one in found.matrices:
             assert isinstance(one.reader, MatrixReader)
             pieces = list(one.reader.pieces())
@@ -188,7 +187,7 @@ def test_strips_make_the_transpose(
     stack = torch.randn(2, 3, 100).to(dtype)
     tensors = {"h.0.experts.w": stack, "h.0.gate_up_proj.weight": torch.randn(6, 100).to(dtype)}
     found = {one.name: one.reader for one in contents(tmp_path, tensors).matrices}
-    monkeypatch.setattr("hf_pss.inspection.reading.PIECE_BYTES", 7 * 3 * 4)  # 7 columns
+    monkeypatch.setattr("hf_pss.runs.safetensors_files.PIECE_BYTES", 7 * 3 * 4)  # 7 columns
     for reader, expert in ((found["h.0.experts.w"], 1), (found["h.0.gate_up_proj.weight[up]"], 0)):
         pieces, num_columns = reader.tall_pieces(expert)
         assert (num_columns, max(map(len, pieces()))) == (3, 7)

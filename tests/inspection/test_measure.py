@@ -11,10 +11,16 @@ import torch
 from files import gpt2_xl, write_large
 from safetensors.torch import save_file
 
-from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.inspection.matrices import find_matrices
-from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure, spectrum_of
-from hf_pss.inspection.streamed import streamed_norms, streamed_spectrum
+from hf_pss.inspection.measure import (
+    MatrixHealth,
+    count_nonfinite,
+    measure,
+    spectrum_of,
+    streamed_norms,
+    streamed_spectrum,
+)
+from hf_pss.runs.safetensors_files import open_checkpoint
 
 
 def measured(path: Path, tensors: dict[str, torch.Tensor], *, exact: bool) -> list[MatrixHealth]:
@@ -114,8 +120,8 @@ def test_streamed_special_matrices() -> None:
 PEAK = """
 import sys, time
 from pathlib import Path
-from hf_pss.inspection.checkpoint import open_checkpoint
-from hf_pss.inspection.survey import inspect_checkpoint
+from hf_pss.runs.safetensors_files import open_checkpoint
+from hf_pss.inspection.matrix_survey import inspect_checkpoint
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

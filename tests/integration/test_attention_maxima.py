@@ -39,10 +39,10 @@ from transformers import (
 )
 
 from hf_pss import ConfigurationError, PSSTrainer, PSSTrainingArguments
-from hf_pss.integration import attention_maxima
-from hf_pss.integration.attention_maxima import AttentionMaxima, MeasureAttention
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.qk_clip import QKClip
+from hf_pss.trainer import attention_maxima
+from hf_pss.trainer.attention_maxima import AttentionMaxima, MeasureAttention
 
 # Relative to the largest logit.
 MAXIMUM_TOLERANCE = 6e-7  # 2.3e-7
@@ -725,7 +725,7 @@ def test_a_trainer_clips_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFi
     before = exact_maxima(gpt2(), "gpt2", rows)
     threshold = float(before.sort().values[1:3].mean())  # two heads above, two below
     options = {"max_steps": 1, "per_device_train_batch_size": len(data), "learning_rate": 0.0}
-    with caplog.at_level(logging.INFO, "hf_pss.integration.optimizers"):
+    with caplog.at_level(logging.INFO, "hf_pss.trainer.optimizers"):
         trainer = run(tmp_path, f"qk_clip={threshold}", **options)
     after = exact_maxima(trainer.model, "gpt2", rows)
     assert far(after, before.clamp(max=threshold)) <= CLIPPED_TOLERANCE

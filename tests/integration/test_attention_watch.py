@@ -14,9 +14,8 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from hf_pss import PSSConfig
-from hf_pss.integration import attention_watch as module
-from hf_pss.integration.attention_maxima import AttentionMaxima
-from hf_pss.integration.attention_watch import attention_watch
+from hf_pss.trainer import attention_maxima as module
+from hf_pss.trainer.attention_maxima import AttentionMaxima, attention_watch
 
 DELAY_SECONDS = 0.2  # far more than all else that health does here
 
@@ -32,7 +31,7 @@ def test_only_full_asks_and_no_error_ends_a_run(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hf_pss.integration.attention_maxima.find_heads", refuse)
+    monkeypatch.setattr("hf_pss.trainer.attention_maxima.find_heads", refuse)
     config = PSSConfig.preset("paper", health=health, health_every_steps=2)
     trainer = train(tmp_path, config, save_strategy="no")
     told = [r for r in caplog.records if "a release of tomorrow" in r.getMessage()]
@@ -58,7 +57,7 @@ def test_a_model_that_cannot_be_measured_is_one_warning_without_advice_on_qk_cli
 def test_a_call_that_cannot_be_read_is_one_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_pss.integration.attention_maxima._counted", refuse)
+    monkeypatch.setattr("hf_pss.trainer.attention_maxima._counted", refuse)
     model = gpt2().train()
     start = attention_watch(model)
     for _ in range(2):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_pss import PSSCallback, PSSConfig, PSSTrainer
-from hf_pss.integration.batch_loss import BatchLoss
+from hf_pss.trainer.batch_loss import BatchLoss
 
 
 class OneBatch(Trainer):

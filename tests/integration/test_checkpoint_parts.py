@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_pss.integration.checkpoints import marker
-from hf_pss.integration.checkpoints.durable import sync_tree
-from hf_pss.integration.checkpoints.marker import Marker, changed_files
-from hf_pss.integration.checkpoints.signals import StopWish
+from hf_pss.runs import checkpoint as marker
+from hf_pss.runs.checkpoint import Marker, changed_files
+from hf_pss.runs.durable import sync_tree
+from hf_pss.trainer.stop_signals import StopWish
 
 NOBODY = 65534
 

@@ -32,11 +32,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pss import PSSConfig, PSSTrainer
 from hf_pss.errors import StateError
-from hf_pss.integration.checkpoints.durable import STAGING
-from hf_pss.integration.checkpoints.judge import examine
-from hf_pss.integration.checkpoints.marker import MARKER, read_marker, write_marker
-from hf_pss.integration.checkpoints.resuming import newest_whole
-from hf_pss.integration.schedule_free import schedule_free
+from hf_pss.runs.checkpoint import MARKER, examine, read_marker, write_marker
+from hf_pss.runs.durable import STAGING
+from hf_pss.trainer.resuming import newest_whole
+from hf_pss.trainer.schedule_free import schedule_free
 
 MIDDLE = 4
 CONFIG = PSSConfig.preset("paper")

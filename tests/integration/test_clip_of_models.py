@@ -15,8 +15,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from hf_pss import ConfigurationError
-from hf_pss.integration.attention_maxima import AttentionMaxima
 from hf_pss.optim.qk_clip import QKClip
+from hf_pss.trainer.attention_maxima import AttentionMaxima
 
 # Relative to the wanted maximum of each head, float32.
 CLIPPED_TOLERANCE = 1e-6  # 6.5e-7
@@ -260,7 +260,7 @@ def test_what_cannot_be_clipped_is_refused(name: str, settings: dict[str, Any], 
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the refusal a clamp behind the projection leaves heads elsewhere."""
-    from hf_pss.selection import heads
+    from hf_pss.models.selection import heads
 
     model = build("OlmoModel", {**GROUPED, "clip_qkv": 0.5, "eos_token_id": 0})
     monkeypatch.setattr(heads, "_why_unknown", lambda owner, rows: None)

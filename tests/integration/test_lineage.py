@@ -9,7 +9,7 @@ import pytest
 from helpers import make_trainer
 
 from hf_pss import PSSConfig
-from hf_pss.integration.lineage import ABANDONED, Lineage, abandon
+from hf_pss.runs.rotation import ABANDONED, Lineage, abandon
 
 
 def folders(run_dir: Path, *steps: int) -> list[Path]:

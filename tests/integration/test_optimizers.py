@@ -44,15 +44,15 @@ from hf_pss import (
     PSSTrainer,
     PSSTrainingArguments,
 )
-from hf_pss.distributed import OneProcess
-from hf_pss.integration.optimizer_options import OptimizerName, read_options
-from hf_pss.integration.optimizer_resume import saved_kind
+from hf_pss.models.distributed import OneProcess
 from hf_pss.optim import RULES, build_optimizer, matrix_groups
 from hf_pss.optim.layout import matrices_of
+from hf_pss.trainer.arguments import OptimizerName, read_options
+from hf_pss.trainer.optimizer_resume import saved_kind
 
 HALF = MAX_STEPS // 2
 NAMES = get_args(OptimizerName)
-LOGGER = "hf_pss.integration.optimizers"
+LOGGER = "hf_pss.trainer.optimizers"
 TABLE_LOGGER = "hf_pss.optim.groups"
 
 

@@ -20,12 +20,12 @@ from wandb_offline import finish_and_read
 
 from hf_pss import PSSConfig
 from hf_pss.detection.judgement import Judgement, Verdict
-from hf_pss.events import Event, Intervention, MatrixChange
-from hf_pss.health.reading import HealthReading
-from hf_pss.integration.reporters import TRACKERS, Reporters, reporters_for
-from hf_pss.integration.reporters.reporter import label_of
-from hf_pss.integration.reporters.wandb import WandbReporter
-from hf_pss.policy import Action, Decision
+from hf_pss.detection.policy import Action, Decision
+from hf_pss.records.events import Event, Intervention, MatrixChange
+from hf_pss.records.steps import HealthReading
+from hf_pss.trainer.trackers import TRACKERS, Reporters, reporters_for
+from hf_pss.trainer.trackers.tracker import label_of
+from hf_pss.trainer.trackers.wandb_tracker import WandbReporter
 
 # TensorBoard's scalars; half a unit in the last place.
 FLOAT32_ROUNDING = 2.0**-24
@@ -284,8 +284,8 @@ def test_what_pss_itself_measures_and_does_reaches_all_three(
 
 
 def test_the_heat_map_shows_the_fall(offline: Path) -> None:
-    from hf_pss.integration.reporters.heat_map import heat_map
-    from hf_pss.integration.reporters.history import History
+    from hf_pss.trainer.trackers.stable_rank_image import heat_map
+    from hf_pss.trainer.trackers.tracker import History
 
     history = History()
     assert heat_map(history) is None
@@ -371,7 +371,7 @@ def test_without_matplotlib_the_table_is_there(
     def missing(history: Any) -> None:
         raise ImportError("matplotlib is not installed.")
 
-    monkeypatch.setattr("hf_pss.integration.reporters.reporters.heat_map", missing)
+    monkeypatch.setattr("hf_pss.trainer.trackers.fan_out.heat_map", missing)
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         train(offline, "wandb")
     found = finish_and_read()

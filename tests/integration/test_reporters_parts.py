@@ -6,16 +6,19 @@ from itertools import pairwise
 
 import pytest
 
-from hf_pss.health.reading import HealthReading
-from hf_pss.integration.reporters import summary_table
-from hf_pss.integration.reporters.history import MAX_NUMBERS, History
-from hf_pss.integration.reporters.reporter import (
+from hf_pss.records.steps import HealthReading
+from hf_pss.trainer.trackers import summary_table
+from hf_pss.trainer.trackers.tracker import (
+    MAX_CURVES,
+    MAX_NUMBERS,
     NUM_BINS,
+    NUM_PLACES,
+    Curves,
+    History,
     histogram_of,
     label_of,
     scalars_of,
 )
-from hf_pss.integration.reporters.worst import MAX_CURVES, NUM_PLACES, Curves
 
 BROKEN = (math.nan, math.inf, -math.inf)
 

@@ -16,8 +16,8 @@ from helpers import EAGER, events_of, make_trainer, steps_of, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_pss import PSSConfig
-from hf_pss.events import Intervention, read_events
-from hf_pss.integration.reporting import REPORTED, JsonLines, health_line, log_scalars
+from hf_pss.records.events import Intervention, read_events
+from hf_pss.runs.records_files import REPORTED, JsonLines, health_line, log_scalars
 
 # Measured: 0.092 MB, of a file of 10 MB with lines of 10 kB.
 MAX_RESUME_BYTES = 0.2e6
@@ -194,7 +194,7 @@ def test_an_intervention_is_one_warning_for_people(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(tmp_path, EAGER, save_strategy="no")
-    _, *said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.integration.callback"]
+    _, *said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.trainer.callback"]
     assert len(said) == len(steps_of(events_of(tmp_path)))
     assert "clip smoothed 6 of 6 matrices" in said[0]
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_pss import PSSConfig
-from hf_pss.integration.schedule_free import ScheduleFreeCallback, schedule_free
 from hf_pss.optim.amuse import Amuse
+from hf_pss.trainer.schedule_free import ScheduleFreeCallback, schedule_free
 
 # x found again from y and the checkpoint's z, against its weights; 9.4e-10 measured.
 ROUND_TRIP = 2e-9

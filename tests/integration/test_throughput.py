@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_pss import PSSTrainer
-from hf_pss.integration.throughput import (
+from hf_pss.trainer.throughput import (
     Stopwatch,
     ThroughputTrainerMixin,
     flops_per_token,

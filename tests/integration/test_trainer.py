@@ -39,7 +39,7 @@ from hf_pss import (
     PSSTrainerMixin,
     PSSTrainingArguments,
 )
-from hf_pss.integration.hooks import StepHooks, StepListener, check_seams, refuse_backends
+from hf_pss.trainer.hooks import StepHooks, StepListener, check_seams, refuse_backends
 
 
 class Weighted(Trainer):

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import differences, gpt2
+from optim.reference_twins.amuse import ReferenceAmuse
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_pss import PSSConfig, PSSController
 from hf_pss.errors import ConfigurationError
-from hf_pss.iterates import has_iterates
 from hf_pss.linalg import newton_schulz
+from hf_pss.models.optimizer_state import has_iterates
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.amuse import Amuse, interpolation
-from hf_pss.optim.reference.amuse import ReferenceAmuse
-from hf_pss.optim.scales import UPDATE_SCALES
+from hf_pss.optim.update_rule import UPDATE_SCALES
 
 NUM_STEPS, WARMUP, LR = 50, 10, 0.02
 SHAPE = (24, 16)

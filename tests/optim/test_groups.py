@@ -12,8 +12,8 @@ from test_battery import BATCH_TOLERANCE, largest
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError, SelectionError
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 from hf_pss.optim import MatrixOptimizer, build_optimizer, matrix_groups
-from hf_pss.selection import named_parameters_canonical, select_matrices
 
 LR = 0.05
 

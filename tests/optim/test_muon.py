@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from optim.reference_twins.muon import momentum_step
+from optim.reference_twins.normuon import normuon
 from torch import Tensor, nn
 
-from hf_pss.distributed import Alone
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES
+from hf_pss.models.distributed import Alone
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.muon import fast_dtype
-from hf_pss.optim.reference.muon import momentum_step
-from hf_pss.optim.reference.normuon import normuon
 from hf_pss.optim.rules import RULES
-from hf_pss.optim.scales import UPDATE_SCALES
+from hf_pss.optim.update_rule import UPDATE_SCALES
 
 NUM_STEPS = 50
 LR, MOMENTUM, WEIGHT_DECAY = 0.02, 0.95, 0.1

@@ -30,9 +30,9 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 from hf_pss.optim import build_optimizer, describe_groups, directions
 from hf_pss.optim.layout import by_head, layout_of, matrices_of, runs_of
-from hf_pss.selection import named_parameters_canonical, select_matrices
 
 LR = 0.05
 LOGGER = "hf_pss.optim.groups"

@@ -9,9 +9,9 @@ import torch
 from helpers import llama
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.models.selection.heads import find_heads
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.qk_clip import QKClip, clip_factors
-from hf_pss.selection.heads import find_heads
 
 THRESHOLD = 100.0
 FACTOR_TOLERANCE = 3e-7  # 1.6e-7: relative, float32

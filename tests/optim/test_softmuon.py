@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from momenta import SHAPES, check_stack, check_zero, error, options_of, scale_of, series, spread
+from optim.reference_twins.softmuon import quantile, soft_muon, soft_signum, temperatures
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.muon import MUON
-from hf_pss.optim.reference.softmuon import quantile, soft_muon, soft_signum, temperatures
-from hf_pss.optim.rule import Rule
 from hf_pss.optim.softmuon import SOFTMUON, SOFTSIGNUM, folded_cauchy_quantile, softened
+from hf_pss.optim.update_rule import Rule
 
 EQUAL = 3e-7  # 1.1e-7
 ILL_CONDITIONED = 6e-8  # 2.7e-8

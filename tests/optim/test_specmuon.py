@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from momenta import SHAPES, check_stack, check_zero, error, options_of, scale_of, series, spread
+from optim.reference_twins.specmuon import Mode, relaxed, specmuon
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.muon import MUON
-from hf_pss.optim.reference.specmuon import Mode, relaxed, specmuon
 from hf_pss.optim.specmuon import SPECMUON
 
 EQUAL = 8e-6  # 3.4e-6

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from momenta import SHAPES, check_stack, check_zero, error, noise, options_of, scale_of, spread
+from optim.reference_twins.spectra import spectra
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.optim.reference.spectra import spectra
 from hf_pss.optim.spectra import SPECTRA
 
 EQUAL = 8e-6  # 2.8e-6

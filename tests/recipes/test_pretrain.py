@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 from hf_pss.cli.app import app
-from hf_pss.data import train_tokenizer
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.data import train_tokenizer
 
 script = load_script("pretrain_gpt2")
 

@@ -13,7 +13,7 @@ from scripts import RECIPES, load_script
 
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.grid import read_grid
+from hf_pss.evidence.grid import read_grid
 
 ROOT = RECIPES.parent
 SCRIPTS = {name: load_script(name) for name in ("pretrain_gpt2", "finetune_llm")}

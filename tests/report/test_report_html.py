@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.report import text
-from hf_pss.report.html import write_report
-from hf_pss.report.table import render_table
+from hf_pss.evidence.report_page import write_report
+from hf_pss.evidence.report_results import render_table
+from hf_pss.view import text_table as text
 
 VOID = {"meta", "img", "br"}
 
@@ -93,8 +93,8 @@ def test_an_intervention_that_changed_nothing_is_listed(
 def test_without_the_extra_the_message_says_what_to_install(package: str) -> None:
     script = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "import hf_pss.report.table\n"
-        "try:\n    import hf_pss.report.html\n"
+        "import hf_pss.evidence.report_results\n"
+        "try:\n    import hf_pss.evidence.report_page\n"
         "except ImportError as error:\n    sys.exit(str(error))\n"
     )
     done = subprocess.run(

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.report.load import load_run_directory
-from hf_pss.report.results import headline, result
+from hf_pss.evidence.report_records import load_run_directory
+from hf_pss.evidence.report_results import headline, result
 
 
 def test_a_finished_run_is_read_whole(twins: Path) -> None:

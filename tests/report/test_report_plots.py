@@ -10,10 +10,10 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from hf_pss.report.canvas import colour, new_figure, save_png, style, to_svg, use_log_scale
-from hf_pss.report.heatmap import MatrixRow, noise_levels, row_of, stable_rank_figure
-from hf_pss.report.load import load_run_directory
-from hf_pss.report.plots import gradient_figure, headline_plot, loss_figure, moving_average
+from hf_pss.evidence.report_plots import gradient_figure, headline_plot, loss_figure, moving_average
+from hf_pss.evidence.report_records import load_run_directory
+from hf_pss.view.canvas import colour, new_figure, save_png, style, to_svg, use_log_scale
+from hf_pss.view.heat_map import MatrixRow, noise_levels, row_of, stable_rank_figure
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 99])
@@ -86,7 +86,7 @@ def test_the_callers_style_comes_back_and_pyplot_is_never_loaded(twins: Path) ->
     headline_plot(twins, twins / "figures" / "headline.png")
     assert (twins / "figures" / "headline.png").read_bytes().startswith(b"\x89PNG")
     assert dict(mpl.rcParams) == before
-    script = "import sys, hf_pss.report.html; sys.exit('matplotlib.pyplot' in sys.modules)"
+    script = "import sys, hf_pss.evidence.report_page; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hf_pss.report.load import load_run_directory
-from hf_pss.report.results import compare, headline, mean_result, outcome, result
+from hf_pss.evidence.report_records import load_run_directory
+from hf_pss.evidence.report_results import compare, headline, mean_result, outcome, result
 
 
 def sentences(root: Path) -> str:

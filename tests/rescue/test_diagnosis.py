@@ -9,11 +9,11 @@ import pytest
 from failing_runs import FAILS_AT
 
 from hf_pss.detection.judgement import Judgement, Verdict
-from hf_pss.events import Event, to_json_line
-from hf_pss.policy import Action, Decision
+from hf_pss.detection.policy import Action, Decision
+from hf_pss.records.events import Event, to_json_line
 from hf_pss.rescue.diagnosis import Diagnosis, diagnose
-from hf_pss.rescue.history import History, LogRow, read_history
-from hf_pss.rescue.notes import Notes, read_notes
+from hf_pss.runs.log import History, LogRow, read_history
+from hf_pss.runs.notes import Notes, read_notes
 
 # Of the tiny model, whose loss is summed over 11 of 12 tokens.
 STUCK_AT = 3.5

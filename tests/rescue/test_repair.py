@@ -30,14 +30,14 @@ from transformers import AutoModelForCausalLM
 
 from hf_pss import PSSConfig, PSSController, select_matrices
 from hf_pss.errors import ConfigurationError, PSSError, StateError
-from hf_pss.inspection.checkpoint import open_checkpoint
 from hf_pss.linalg import noise_stable_rank
 from hf_pss.rescue import repair
-from hf_pss.rescue.checkpoints import CheckpointReport, report_on
-from hf_pss.rescue.launch import OPTIONS_FILE
+from hf_pss.rescue.candidates import CheckpointReport, report_on
 from hf_pss.rescue.optimizer_files import require_torch, rewrite_optimizer
 from hf_pss.rescue.repair import RECORD_FILE, Repairs, write_repaired
-from hf_pss.rescue.weights import matrices_to_smooth
+from hf_pss.rescue.smoothed_weights import matrices_to_smooth
+from hf_pss.runs.options import OPTIONS_FILE
+from hf_pss.runs.safetensors_files import open_checkpoint
 
 RunOf = Callable[..., Path]
 

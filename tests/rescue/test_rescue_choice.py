@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
-from hf_pss.integration.checkpoints.rotation import SUPERSEDED
-from hf_pss.rescue.checkpoints import report_on
+from hf_pss.rescue.candidates import report_on
 from hf_pss.rescue.investigate import Investigation, investigate
+from hf_pss.runs.rotation import SUPERSEDED
 
 RunOf = Callable[..., Path]
 

@@ -15,11 +15,11 @@ from torch.distributed.run import parse_args
 from hf_pss import PSSTrainingArguments
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.errors import ConfigurationError
-from hf_pss.rescue.checkpoints import CheckpointReport
+from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan, plan_resume
 from hf_pss.rescue.diagnosis import Failure, FailureKind
-from hf_pss.rescue.history import History, LogRow
-from hf_pss.rescue.launch import OPTIONS_FILE
+from hf_pss.runs.log import History, LogRow
+from hf_pss.runs.options import OPTIONS_FILE
 
 # Logged every four steps, of a hundred.
 LOG = History(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4, 84, 4)))

@@ -14,9 +14,9 @@ from hf_pss.cli.parsing import TrainPlan, parse_plan
 from hf_pss.cli.saved_options import options_to_keep
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.rescue.history import History
-from hf_pss.rescue.launch import OPTIONS_FILE, TRAINING_OPTIONS, num_processes, read_launch
-from hf_pss.rescue.notes import EVENTS_FILE, Notes, read_notes
+from hf_pss.runs.log import History
+from hf_pss.runs.notes import EVENTS_FILE, Notes, read_notes
+from hf_pss.runs.options import OPTIONS_FILE, TRAINING_OPTIONS, num_processes, read_launch
 
 FRESH = ("--model_config", "gpt2", "--use_cpu")
 LOG = History(Path("trainer_state.json"), 5, 10, 8, ())

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_pss import SelectionError, select_matrices
-from hf_pss.selection import Selection
+from hf_pss.models.selection import Selection
 
 PATH = "base_model.model.model.layers"
 

@@ -14,8 +14,8 @@ import torch
 from tiny_models import BY_NAME
 from torch import Tensor, nn
 
+from hf_pss.models.selection import RowPattern, Selection, select_matrices
 from hf_pss.optim import matrix_groups
-from hf_pss.selection import RowPattern, Selection, select_matrices
 
 LITGPT = SimpleNamespace(n_head=4, n_query_groups=2, head_size=8)
 SWIGLU = SimpleNamespace(output_multiplier=0.5)

@@ -15,8 +15,13 @@ import transformers
 from tiny_models import BY_NAME
 from torch import Tensor, nn
 
-from hf_pss.selection import MatrixView, RowPattern, named_parameters_canonical, select_matrices
-from hf_pss.selection.layouts import FOREIGN_LAYOUTS, LAYOUTS
+from hf_pss.models.selection import (
+    MatrixView,
+    RowPattern,
+    named_parameters_canonical,
+    select_matrices,
+)
+from hf_pss.models.selection.layouts import FOREIGN_LAYOUTS, LAYOUTS
 
 # Measured worst case: 0, the same sums of the same numbers; 9.6e-21 where SiLU(-50) stands for 0.
 UNCHANGED = 2e-20

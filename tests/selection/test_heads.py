@@ -9,7 +9,7 @@ import torch
 from helpers import bert, gpt2, llama
 from torch import nn
 
-from hf_pss.selection.heads import Heads, find_heads
+from hf_pss.models.selection.heads import Heads, find_heads
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_pss.errors import SelectionError
-from hf_pss.selection import MatrixView, RowPattern
+from hf_pss.models.selection import MatrixView, RowPattern
 
 HEADS = RowPattern(start=2, size=2, period=6)  # keys of two heads of width 2: rows 2, 3, 8, 9
 

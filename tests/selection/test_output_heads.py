@@ -8,9 +8,9 @@ import pytest
 from tiny_models import ARCHITECTURES, BY_NAME, Architecture
 from torch import nn
 
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.selection.by_name import why_no_block_matrix
 from hf_pss.optim import build_optimizer
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.selection.rules import why_no_block_matrix
 
 WIDTH, WORDS = 32, 512
 

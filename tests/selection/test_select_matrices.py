@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_pss.errors import ConfigurationError, SelectionError
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 
 def gpt2() -> nn.Module:

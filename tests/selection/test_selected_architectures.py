@@ -8,7 +8,7 @@ import torch
 from tiny_models import ARCHITECTURES, BY_NAME, Architecture
 from torch import nn
 
-from hf_pss.selection import Selection, named_parameters_canonical, select_matrices
+from hf_pss.models.selection import Selection, named_parameters_canonical, select_matrices
 
 EACH = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 

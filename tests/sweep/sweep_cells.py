@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hf_pss.sweep.grid import Cell
-from hf_pss.sweep.recipes import RECIPES, Fault
-from hf_pss.sweep.rows import Row, read_rows
+from hf_pss.evidence.grid import Cell
+from hf_pss.evidence.recipes import RECIPES, Fault
+from hf_pss.evidence.rows import Row, read_rows
 
 TINY = {
     "num_layers": 1,

@@ -9,8 +9,7 @@ from helpers import arguments, gpt2, token_rows
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from hf_pss import PSSTrainer
-from hf_pss.sweep.guards.acting import ActingCallback
-from hf_pss.sweep.guards.base import Guard, OptimizerSettings
+from hf_pss.evidence.guards.base import ActingCallback, Guard, OptimizerSettings
 
 SETTINGS = OptimizerSettings(learning_rate=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_pss.sweep.explosion import Explosion, ExplosionRule, find_explosion
+from hf_pss.detection.explosion import Explosion, ExplosionRule, find_explosion
 
 RULE = ExplosionRule()
 ENTROPY = 6.4

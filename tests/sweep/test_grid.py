@@ -10,9 +10,9 @@ import pytest
 from sweep_cells import cell
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.grid import Cell, read_grid
-from hf_pss.sweep.guards.table import GUARDS
-from hf_pss.sweep.recipes import RECIPES
+from hf_pss.evidence.grid import Cell, read_grid
+from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.recipes import RECIPES
 
 BASE = "recipes: [wide]\nlearning_rates: [1e-3]\nguards: [none]\n"
 RECIPES_FOLDER = Path(__file__).parents[2] / "recipes" / "lr_sweep"

@@ -12,13 +12,12 @@ from helpers import gpt2, token_rows
 from sweep_guards import trainer_of
 
 from hf_pss import PSSConfig, select_matrices
-from hf_pss.integration.callback import PSSCallback
+from hf_pss.evidence.guards.at_triggers import LearningRateDrop
+from hf_pss.evidence.guards.base import Guard
+from hf_pss.evidence.guards.weights import ScheduledSmoothing, SpectralCap, sigma_reparam_
 from hf_pss.linalg import spectral_norm
-from hf_pss.selection import named_parameters_canonical
-from hf_pss.sweep.guards.base import Guard
-from hf_pss.sweep.guards.reparametrization import sigma_reparam_
-from hf_pss.sweep.guards.triggers import LearningRateDrop
-from hf_pss.sweep.guards.weights import ScheduledSmoothing, SpectralCap
+from hf_pss.models.selection import named_parameters_canonical
+from hf_pss.trainer.callback import PSSCallback
 
 LOGITS = 2.5e-7  # absolute; 8.9e-8 measured, logits are of the order 0.1
 ABOVE_CAP = 1.04  # 1.0134 measured: power iteration sees σ₁ from below

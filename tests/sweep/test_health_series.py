@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hf_pss.health.reading import HealthReading
-from hf_pss.integration.reporting import health_line, reading_line
-from hf_pss.sweep.health_series import read_health_series
+from hf_pss.evidence.sweep_worker import read_health_series
+from hf_pss.records.steps import HealthReading
+from hf_pss.runs.records_files import health_line, reading_line
 
 
 def test_every_scalar_is_a_list_with_gaps(tmp_path: Path) -> None:

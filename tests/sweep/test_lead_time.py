@@ -11,20 +11,23 @@ import pytest
 from rich.console import Console
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.lead_time import (
+from hf_pss.evidence.early_warnings import (
     MARGIN_NATS,
+    RULES,
+    Record,
     Score,
     at_equal_rate,
     by_recipe,
     departure_step,
     lead_time,
+    record_of,
     render_table,
     score,
     threshold_sweep,
+    warning_steps,
 )
-from hf_pss.sweep.probes import PROBED
-from hf_pss.sweep.rows import Row
-from hf_pss.sweep.warning_rules import RULES, Record, record_of, warning_steps
+from hf_pss.evidence.probes import PROBED
+from hf_pss.evidence.rows import Row
 
 
 def row(

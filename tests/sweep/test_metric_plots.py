@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from watched_rows import DEPARTURE, EXPLOSION, STEPS, family_of_rows, watched
 
-from hf_pss.sweep.metric_plots import plot_family, plot_metrics
-from hf_pss.sweep.twin_band import families_of, metrics_of
+from hf_pss.evidence.sweep_plots import plot_family, plot_metrics
+from hf_pss.evidence.twin_band import families_of, metrics_of
 
 LARGEST_BYTES = 300_000
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 from watched_rows import family_of_rows
 
 from hf_pss.cli.app import app
-from hf_pss.sweep.rows import append_row
+from hf_pss.evidence.rows import append_row
 
 
 def metrics(folder: Path, *words: str) -> Result:

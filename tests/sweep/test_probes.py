@@ -14,10 +14,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_pss import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.sweep.lead_time import RULES, score
-from hf_pss.sweep.probes import PROBED, Probes
-from hf_pss.sweep.rows import Row
+from hf_pss.evidence.early_warnings import RULES, score
+from hf_pss.evidence.probes import PROBED, Probes
+from hf_pss.evidence.rows import Row
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 OBSERVER = PSSConfig.preset("paper", observe_only=True)
 STABLE_RANK_TOLERANCE = 3e-3  # the quick one's, as in tests/health

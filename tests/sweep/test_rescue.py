@@ -13,10 +13,10 @@ from transformers import TrainerCallback, set_seed
 
 from hf_pss import PSSTrainer
 from hf_pss.config import PSSConfig
+from hf_pss.evidence.guards.repairs import Rescue, Treatment
+from hf_pss.evidence.recipes import Fault
 from hf_pss.linalg import noise_stable_rank
-from hf_pss.selection import named_parameters_canonical, select_matrices
-from hf_pss.sweep.guards.rescue import Rescue, Treatment
-from hf_pss.sweep.recipes import Fault
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 FAULT = Fault("high_learning_rate", start=3, num_steps=2, factor=30.0)
 FLOOR_RATIO = 0.8

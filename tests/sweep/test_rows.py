@@ -10,7 +10,7 @@ import pytest
 from sweep_rows import row
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.rows import Row, append_row, drop_unfinished_line, read_rows
+from hf_pss.evidence.rows import Row, append_row, drop_unfinished_line, read_rows
 
 
 def test_a_row_comes_back_as_it_was() -> None:

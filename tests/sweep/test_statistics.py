@@ -7,7 +7,7 @@ import torch
 from sweep_rows import ENTROPY, SETTING, grid_of_rows, row
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.statistics import (
+from hf_pss.evidence.statistics import (
     Setting,
     best_learning_rate,
     bootstrap_interval,

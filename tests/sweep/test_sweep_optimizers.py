@@ -9,9 +9,9 @@ import torch
 from helpers import gpt2
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.baselines import OPTIMIZERS, make_optimizer
+from hf_pss.evidence.guards.base import OptimizerSettings
 from hf_pss.optim import MatrixOptimizer
-from hf_pss.sweep.guards.base import OptimizerSettings
-from hf_pss.sweep.optimizers import OPTIMIZERS, make_optimizer
 
 SETTINGS = OptimizerSettings(learning_rate=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 

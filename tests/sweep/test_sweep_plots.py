@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from sweep_rows import SETTING, grid_of_rows, row
 
-from hf_pss.sweep.plots import plot_all, plot_learning_rates, plot_paired
+from hf_pss.evidence.sweep_plots import plot_all, plot_learning_rates, plot_paired
 
 
 def test_every_picture_is_a_png_and_an_svg(tmp_path: Path) -> None:

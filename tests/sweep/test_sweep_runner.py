@@ -15,17 +15,17 @@ from rich.console import Console
 from sweep_cells import GRID, cell, corpus_cache, ids, rows_in
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.grid import Cell, read_grid
-from hf_pss.sweep.rows import append_row
-from hf_pss.sweep.runner import ROWS_FILE, run_sweep
-from hf_pss.sweep.worker import run_cell
+from hf_pss.evidence.grid import Cell, read_grid
+from hf_pss.evidence.rows import append_row
+from hf_pss.evidence.runner import ROWS_FILE, run_sweep
+from hf_pss.evidence.sweep_worker import run_cell
 
 PATIENCE_SECONDS = 60.0
 SWEEP = """
 import sys
 from pathlib import Path
-from hf_pss.sweep.grid import read_grid
-from hf_pss.sweep.runner import run_sweep
+from hf_pss.evidence.grid import read_grid
+from hf_pss.evidence.runner import run_sweep
 if __name__ == "__main__":
     print(run_sweep(read_grid(Path(sys.argv[1])), Path(sys.argv[2]), num_processes=2))
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from sweep_rows import grid_of_rows, row
 
-from hf_pss.sweep.table import render_markdown, render_tables
+from hf_pss.evidence.sweep_table import render_markdown, render_tables
 
 
 def lines_of(markdown: str, title: str) -> dict[str, list[str]]:

@@ -10,9 +10,9 @@ from sweep_cells import TINY, cell, corpus_cache
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.sweep.recipes import Fault
-from hf_pss.sweep.rows import Row
-from hf_pss.sweep.worker import run_cell
+from hf_pss.evidence.recipes import Fault
+from hf_pss.evidence.rows import Row
+from hf_pss.evidence.sweep_worker import run_cell
 
 STEPS = 4
 # A floor at which fresh matrices already lie.

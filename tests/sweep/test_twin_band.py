@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from watched_rows import DEPARTURE, EXPLOSION, STEPS, falling, family_of_rows, watched
 
-from hf_pss.sweep.lead_time import departure_step
-from hf_pss.sweep.twin_band import (
+from hf_pss.evidence.early_warnings import departure_step
+from hf_pss.evidence.twin_band import (
     WIDENINGS,
     MetricScore,
     excess_of,

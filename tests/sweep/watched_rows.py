@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hf_pss.sweep.rows import Row
+from hf_pss.evidence.rows import Row
 
 STEPS = tuple(range(10, 301, 10))
 DEPARTURE = 201

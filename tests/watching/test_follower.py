@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.policy import Action, Decision
 from hf_pss.errors import ConfigurationError
-from hf_pss.events import Event, to_json_line
-from hf_pss.integration.reporting import JsonLines, health_line
-from hf_pss.policy import Action, Decision
-from hf_pss.watching.render import plain_lines
-from hf_pss.watching.run import Follower
+from hf_pss.inspection.live_view import plain_lines
+from hf_pss.records.events import Event, to_json_line
+from hf_pss.runs.follow import Follower
+from hf_pss.runs.records_files import JsonLines, health_line
 
 
 def spike(step: int, action: Action = Action.OBSERVE) -> Event:

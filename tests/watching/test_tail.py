@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_pss.watching import tail as module
-from hf_pss.watching.tail import Tail
+from hf_pss.runs import follow as module
+from hf_pss.runs.follow import Tail
 
 
 def append(path: Path, data: bytes) -> None:

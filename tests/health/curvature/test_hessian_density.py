@@ -10,8 +10,7 @@ from hessian_cases import dense_hessian, network, quadratic, symmetric
 from torch import nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.curvature import Hessian, hessian_density
-from hf_pss.health.curvature.trace import rademacher
+from hf_pss.evidence.curvature import Hessian, hessian_density, rademacher
 
 # Of max |λ|^p, p < 2 · steps, in float64; at p = 2 · steps it is off by 3.7e-5.
 MOMENT_TOLERANCE = 4.5e-16  # 1.4e-17, and two ulps where p = 0

@@ -10,8 +10,7 @@ from hessian_cases import dense_hessian, network, quadratic, symmetric
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.curvature import Hessian, hessian_eigenvalues
-from hf_pss.health.curvature.lanczos import lanczos
+from hf_pss.evidence.curvature import Hessian, hessian_eigenvalues, lanczos
 
 # Of max |λ|, over five networks, three eigenvalues at either end, run to the end.
 TOLERANCES = {

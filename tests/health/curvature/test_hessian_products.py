@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.curvature import Hessian
-from hf_pss.selection import named_parameters_canonical
+from hf_pss.evidence.curvature import Hessian
+from hf_pss.models.selection import named_parameters_canonical
 
 # Of ‖Hv‖, over five networks and probes; the oracle has the same rounded weights.
 TOLERANCES = {

@@ -10,7 +10,7 @@ from hessian_cases import dense_hessian, network, quadratic
 from torch import nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.curvature import Hessian, hessian_trace
+from hf_pss.evidence.curvature import Hessian, hessian_trace
 
 # In standard errors: the worst of 30 blocks in five networks.
 MAX_STANDARD_ERRORS = 3.5  # 2.1

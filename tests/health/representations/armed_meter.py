@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_pss.distributed import OneProcess
-from hf_pss.health.representations.meter import RepresentationMeter
+from hf_pss.health.meter import RepresentationMeter
 from hf_pss.health.tracked import SpectrumTracker
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.distributed import OneProcess
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_pss.errors import ConfigurationError, SelectionError
-from hf_pss.health.representations import capture
-from hf_pss.selection import canonical_name
+from hf_pss.health.capture import capture
+from hf_pss.models.selection import canonical_name
 
 
 def num_hooks(model: nn.Module) -> int:

@@ -23,10 +23,10 @@ from transformers import (
 
 from hf_pss import PSSConfig
 from hf_pss.errors import ConfigurationError
+from hf_pss.health.meter import blocks_of
 from hf_pss.health.representations import attention_logit_bound, token_cosine
-from hf_pss.health.representations.meter import blocks_of
 from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
-from hf_pss.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 EXACT_TOLERANCE = 1e-5  # 1.2e-7: other shapes of products
 DIRECTION_TOLERANCE = 1e-3  # 3.8e-4 on matrices with σ₂ near σ₁, followed from a cold start
@@ -163,7 +163,7 @@ def test_a_hook_that_raises_leaves_the_model_alone_and_is_one_warning(
     def fail(*args: object) -> None:
         raise torch.linalg.LinAlgError("no alignment")  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("hf_pss.health.representations.meter.spectral_alignment", fail)
+    monkeypatch.setattr("hf_pss.health.meter.spectral_alignment", fail)
     config = PSSConfig.preset("paper", health="full", health_every_steps=2)
     trainer = train(tmp_path, config, save_strategy="no")
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_pss.health.representations import token_cosine
-from hf_pss.selection import named_parameters_canonical
+from hf_pss.models.selection import named_parameters_canonical
 
 EXACT_TOLERANCE = 1e-5  # 6.0e-8: other shapes of products
 NUM_TOKENS = 32

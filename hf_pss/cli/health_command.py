@@ -1,0 +1,188 @@
+"""`hf-pss health`: look into a checkpoint on disk, the worst matrices first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hf_pss.cli.terminal import check_output
+from hf_pss.errors import ConfigurationError, PSSError, StateError
+
+if TYPE_CHECKING:
+    from hf_pss.inspection.compare import MatrixChange
+    from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
+
+__all__ = ["health"]
+
+_NOT_FINITE = 1
+
+
+def health(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint's folder, a .safetensors file, an index of shards, or a folder of "
+            "the hub's cache."
+        ),
+    ],
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another checkpoint of this model: PATH is before, it after. Several make a "
+            "series."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="All singular values, instead of σ₁ in five rounds.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write everything to stdout as JSON, and no table.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with maps and spectra. Needs hf-pss\\[report]."),
+    ] = None,
+    lines: Annotated[int, typer.Option(min=1, help="The most matrices in the table.")] = 20,
+) -> None:
+    """Show which weight matrices of a checkpoint are ill, the worst first, and why.
+
+    Searches every number for NaN and inf, and finds matrices of zeros.
+
+    Compares stable ranks (‖W‖²/σ₁²) with noise, and with the same matrix in other blocks.
+
+    Training lowers them: a low one says where to look, not that something is broken.
+
+    Reads .safetensors and JSON, a tensor at a time; no pickle, and builds no model.
+
+    [bold]Examples[/bold]
+
+    A checkpoint:  [cyan]hf-pss health runs/notes/checkpoint-500[/cyan]
+
+    What has changed since:  [cyan]hf-pss health step-500 --compare step-1000[/cyan]
+
+    Over steps:  [cyan]hf-pss health step-5 --compare step-10 --compare step-15[/cyan]
+
+    A page to keep:  [cyan]hf-pss health model.safetensors --html health.html[/cyan]
+
+    In a script:  [cyan]hf-pss health step-500 --json > health.json[/cyan]
+
+    [bold]Exit codes[/bold]: 0 all finite, 1 something is not, 2 damaged, nothing to read, no
+    finite number at all, or no page.
+    """
+    if html is not None:
+        check_output(
+            html, "--html", example="health.html", drawn_by="hf_pss.inspection.health_page"
+        )
+    from hf_pss.inspection.compare import compare as compare_inspections
+    from hf_pss.inspection.health_export import write_json
+    from hf_pss.inspection.matrix_survey import series
+
+    seen = []
+    for one in (path, *(compare or ())):
+        with _reading(one):
+            seen.append(_inspect(one, exact))
+    first, other = seen[0], seen[-1] if len(seen) > 1 else None
+    with _reading(path):
+        changes = () if other is None else compare_inspections(first, other)
+    rows = series(seen) if len(seen) > 2 else ()
+    if as_json:
+        write_json(sys.stdout, first, other=other, changes=changes, rows=rows)
+    else:
+        _show(first, other, changes, rows, num_lines=lines)
+    if html is not None:
+        from hf_pss.inspection.health_page import render_page
+
+        with _reading(path):
+            page = render_page(first, other=other, changes=changes, rows=rows)
+        _write_page(html, page)
+        if not as_json:
+            typer.echo(html)
+    _judge(seen)
+
+
+def _show(
+    first: Inspection,
+    other: Inspection | None,
+    changes: tuple[MatrixChange, ...],
+    rows: tuple[SeriesRow, ...],
+    *,
+    num_lines: int,
+) -> None:
+    from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
+
+    parts = [render_series(rows)] if rows else []
+    parts.append(render_inspection(first, num_lines=num_lines))
+    if other is not None:
+        parts.append(render_inspection(other, num_lines=num_lines))
+        parts.append(render_changes(changes, num_lines=num_lines))
+    console = Console(soft_wrap=False)
+    for number, part in enumerate(parts):
+        if number > 0:
+            console.print()
+        console.print(part)
+
+
+def _judge(seen: list[Inspection]) -> None:
+    from hf_pss.records.strict_json import visible
+
+    for one in seen:
+        if one.is_lost:
+            raise StateError(
+                f"No number of {visible(one.checkpoint.path)} is finite: nothing of it can be "
+                "used. hf-pss rescue, given the run's folder, finds the newest checkpoint that can."
+            )
+    if not all(one.is_finite for one in seen):
+        raise typer.Exit(_NOT_FINITE)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """End with a message where files vanish, memory ends or LAPACK gives up: 1 means not finite."""
+    from hf_pss.records.strict_json import visible
+
+    try:
+        yield
+    except PSSError:
+        raise
+    except OSError as error:
+        what = visible(error.filename or path)
+        raise StateError(f"{what} cannot be read: {visible(error.strerror)}.") from error
+    except (MemoryError, RuntimeError) as error:  # torch's for both: memory, LAPACK
+        why = visible(error) or "the memory is used up"
+        raise StateError(f"{visible(path)} could not be measured: {why}.") from error
+
+
+def _inspect(path: Path, exact: bool) -> Inspection:
+    from hf_pss.inspection.matrix_survey import inspect_checkpoint
+    from hf_pss.runs.safetensors_files import open_checkpoint
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    name = TextColumn("{task.fields[tensor]}", markup=False)
+    console = Console(stderr=True)
+    bar = Progress(*columns, name, console=console, transient=True, disable=not console.is_terminal)
+    checkpoint = open_checkpoint(path)
+    with bar:
+        task = bar.add_task("", total=checkpoint.num_bytes, tensor="")
+        return inspect_checkpoint(
+            checkpoint,
+            exact=exact,
+            progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
+        )
+
+
+def _write_page(out: Path, page: str) -> None:
+    from hf_pss.inspection.health_page import write_page
+
+    try:
+        write_page(out, page)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{out} cannot be written: {error.strerror}. Give another --html."
+        ) from error

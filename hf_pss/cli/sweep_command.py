@@ -1,0 +1,208 @@
+"""`hf-pss sweep`: paired runs over a grid, their tables and their plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from hf_pss.cli.report_command import require_report_extra
+from hf_pss.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hf_pss.evidence.rows import Row
+
+__all__ = ["sweep"]
+
+_EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
+
+sweep = typer.Typer(
+    no_args_is_help=True,
+    help="Compare guards in paired runs: same initial weights, same data, for every guard.",
+)
+
+Folder = Annotated[
+    Path, typer.Option("--output-dir", help="The sweep's folder; rows.jsonl lies there.")
+]
+Reference = Annotated[str, typer.Option(help="The guard that the others are compared with.")]
+
+
+@sweep.command()
+def run(
+    grid: Annotated[Path, typer.Argument(help="A YAML file; see recipes/lr_sweep.")],
+    output_dir: Folder = Path("runs/sweep"),
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at the same time.", show_default="one a core"),
+    ] = None,
+) -> None:
+    """Run a grid: recipe × optimizer × learning rate × guard × seed.
+
+    Every run is a line of rows.jsonl. Ctrl-C, or a kill, loses the runs under way and no other: the
+    same command goes on where it stopped.
+
+    [bold]Example[/bold]  [cyan]hf-pss sweep run recipes/lr_sweep/small.yaml[/cyan]
+    """
+    from hf_pss.evidence.grid import read_grid
+    from hf_pss.evidence.runner import run_sweep
+
+    cells = read_grid(grid)
+    console = Console(stderr=True)
+    status = run_sweep(cells, output_dir, num_processes=processes, console=console)
+    raise typer.Exit(_EXIT_CODES[status])
+
+
+@sweep.command()
+def table(
+    output_dir: Folder = Path("runs/sweep"),
+    reference: Reference = "clip",
+    target: Annotated[
+        float | None,
+        typer.Option(help="Loss for the table of steps to it.", show_default="none"),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As Markdown, for a document.")
+    ] = False,
+) -> None:
+    """Print what the runs show: losses by rate, paired differences, explosions, cost.
+
+    Intervals are bootstrapped over seeds; the number of seeds stands beside every figure. Works on
+    a sweep that goes on.
+    """
+    from hf_pss.evidence.sweep_table import render_markdown, render_tables
+
+    rows = _rows(output_dir, reference)
+    if markdown:
+        typer.echo(render_markdown(rows, reference=reference, target=target))
+    else:
+        Console().print(render_tables(rows, reference=reference, target=target))
+
+
+@sweep.command()
+def plot(
+    output_dir: Folder = Path("runs/sweep"),
+    reference: Reference = "clip",
+) -> None:
+    """Draw the runs: loss against learning rate, curves, explosions, paired differences.
+
+    Ends with the paths of the pictures, PNG and SVG.
+    """
+    require_report_extra()
+    from hf_pss.evidence.sweep_plots import plot_all
+
+    for path in plot_all(_rows(output_dir, reference), output_dir, reference=reference):
+        typer.echo(path)
+
+
+@sweep.command()
+def warnings(
+    output_dir: Folder = Path("runs/sweep"),
+    max_false_alarms: Annotated[
+        float, typer.Option(help="Per 1,000 healthy readings, at which rules are compared.")
+    ] = 1.0,
+    guard: Annotated[
+        str, typer.Option(help="Whose runs are read: one that acts hides what was warned of.")
+    ] = "clip",
+) -> None:
+    """Print how early each warning rule spoke before an explosion, and how often falsely.
+
+    For sweeps with [cyan]probes_every_steps[/cyan] in their grid.
+    """
+    from hf_pss.evidence.early_warnings import at_equal_rate, render_table
+
+    rows = [r for r in _read(output_dir) if "probes" in r.extra and r.guard == guard]
+    if not rows:
+        raise ConfigurationError(
+            f"No run in {output_dir} under {guard} kept probes; set probes_every_steps in the grid."
+        )
+    if not any(row.explosion_kind is None for row in rows):
+        raise ConfigurationError(
+            f"Every run under {guard} in {output_dir} exploded: without a healthy one nobody can "
+            "say how often a rule warns falsely. Add a recipe that trains well to the grid."
+        )
+    Console().print(render_table(at_equal_rate(rows, max_false_alarms=max_false_alarms)))
+
+
+@sweep.command()
+def metrics(
+    output_dir: Folder = Path("runs/sweep"),
+    max_false_alarms: Annotated[
+        float, typer.Option(help="Per 1,000 readings of healthy twins, at which all are compared.")
+    ] = 1.0,
+    with_survivors: Annotated[
+        bool,
+        typer.Option(
+            "--with-survivors",
+            help="Count runs at a higher rate, or with a fault, that did not explode as healthy.",
+        ),
+    ] = False,
+    guard: Annotated[
+        str | None,
+        typer.Option(help="Whose runs are read.", show_default="all, each guard's by itself"),
+    ] = None,
+) -> None:
+    """Print when each live health metric left its healthy twins' range, and draw all of them.
+
+    For sweeps whose guard measures [cyan]health[/cyan], as recipes/lr_sweep/health.yaml does. Runs
+    of one recipe, optimizer, change and guard are judged by each other; without three healthy ones
+    they are drawn and not judged. Ends with the pictures' paths.
+    """
+    require_report_extra()
+    from hf_pss.evidence.sweep_plots import plot_metrics
+    from hf_pss.evidence.twin_band import families_of, render_scores, score_metrics
+
+    families = families_of(r for r in _read(output_dir) if guard in (None, r.guard))
+    if not families:
+        under = "" if guard is None else f" under {guard}"
+        raise ConfigurationError(
+            f"No run in {output_dir}{under} that exploded, or could have, kept health metrics; see "
+            "recipes/lr_sweep/health.yaml."
+        )
+    scores = score_metrics(
+        families, max_false_alarms=max_false_alarms, with_survivors=with_survivors
+    )
+    Console().print(render_scores(scores))
+    for path in plot_metrics(families, output_dir):
+        typer.echo(path)
+
+
+@sweep.command()
+def guards() -> None:
+    """List the guards that a grid may name, with their sources."""
+    from rich.table import Table
+
+    from hf_pss.evidence.guards.table import GUARDS
+
+    shown = Table("guard", "what it does", "source")
+    for name, guard in GUARDS.items():
+        shown.add_row(name, guard.description, guard.source)
+    Console().print(shown)
+
+
+def _rows(output_dir: Path, reference: str) -> list[Row]:
+    rows = _read(output_dir)
+    known = {row.guard for row in rows}
+    if reference not in known:
+        raise ConfigurationError(
+            f"No run in {output_dir} has the guard {reference!r}; --reference may be "
+            f"{' or '.join(sorted(known))}."
+        )
+    return rows
+
+
+def _read(output_dir: Path) -> list[Row]:
+    from hf_pss.evidence.rows import read_rows
+    from hf_pss.evidence.runner import ROWS_FILE
+    from hf_pss.evidence.statistics import comparable
+
+    found = list(read_rows(output_dir / ROWS_FILE))
+    rows = comparable(found)
+    if not rows:
+        raise ConfigurationError(f"{output_dir} holds no finished run yet.")
+    if num_failed := len({row.id for row in found} - {row.id for row in rows}):
+        Console(stderr=True).print(
+            f"{num_failed} failed runs are left out; the sweep tries them again."
+        )
+    return rows

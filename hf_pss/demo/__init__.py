@@ -1,1 +1,0 @@
-"""The demo: a built-in corpus and twin runs that differ in nothing but their guard."""

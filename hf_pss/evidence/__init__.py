@@ -1,0 +1,1 @@
+"""Measures and demonstrates what PSS does: sweeps, guards, the demo and its report."""

@@ -1,0 +1,235 @@
+"""The built-in corpus: the Python sources that the running interpreter ships."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.data import (
+    BlockDataset,
+    Tokens,
+    encode_documents,
+    pack_blocks,
+    train_tokenizer,
+    unigram_entropy_nats,
+    wrap_tokenizer,
+)
+
+__all__ = ["Corpus", "Progress", "build_corpus", "read_library"]
+
+Progress = Callable[[str], None]
+
+# Not part of the language's library, or (tests) there on some installations only.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# A third of the library: 2,048 tokens are learned from it in about a second.
+_TOKENIZER_BYTES = 4_000_000
+_VALIDATION_FRACTION = 0.05
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file: its path below the library's root, and its text."""
+
+    path: str
+    text: str
+
+    @property
+    def rank(self) -> float:
+        """A number in [0, 1) that depends on the path alone: the order of files, and the split."""
+        return int(hashlib.sha256(self.path.encode()).hexdigest()[:8], 16) / 16**8
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Training and validation blocks of the built-in corpus, with the tokenizer that made them."""
+
+    train: BlockDataset
+    """Blocks of {"input_ids", "labels"}, each (context_length,), int64."""
+    validation: BlockDataset
+    """The same, from files that training never sees."""
+    tokenizer: PreTrainedTokenizerFast
+    """Byte-level BPE; ``<|endoftext|>`` separates files and pads."""
+    fingerprint: str
+    """Hash of the sources, the options and the tokenizer's version: equal means the same blocks."""
+    description: str
+    """One line for people: Python version, files, bytes, tokens."""
+    unigram_entropy_nats: float
+    """Loss of a model that knows the token frequencies of the training text and nothing else."""
+
+
+def build_corpus(
+    *,
+    vocab_size: int = 2048,
+    context_length: int,
+    max_tokens: int | None = 4_000_000,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokenise the interpreter's own library, or take the tokens of an earlier call from the cache.
+
+    About 5 % of the files, chosen by a hash of their path, are for validation.
+
+    Args:
+        vocab_size: tokens of the byte-level BPE trained on the corpus.
+        context_length: tokens a block.
+        max_tokens: cap on the training tokens; None takes the whole library.
+        cache_dir: None is ``HF_PSS_CACHE``, or ``~/.cache/hf_pss``.
+        progress: told in a short sentence what is being done, when it is not in the cache.
+
+    Raises:
+        ConfigurationError: the interpreter ships no sources, or an option leaves no block.
+    """
+    sources = _read_library(Path(sysconfig.get_paths()["stdlib"]))
+    options: dict[str, Any] = {"vocab_size": vocab_size, "max_tokens": max_tokens}
+    fingerprint = _fingerprint(sources, options)
+    folder = (cache_dir or _default_cache()) / f"corpus-{fingerprint[:16]}"
+    if not folder.is_dir():
+        _fill_atomically(folder, sources, **options, progress=progress or _silent)
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokens = {part: np.load(folder / f"{part}.npy") for part in ("train", "validation")}
+    return Corpus(
+        train=pack_blocks(tokens["train"], context_length=context_length),
+        validation=pack_blocks(tokens["validation"], context_length=context_length),
+        tokenizer=wrap_tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))),
+        fingerprint=fingerprint,
+        description=meta["description"],
+        unigram_entropy_nats=unigram_entropy_nats(tokens["train"]),
+    )
+
+
+def read_library() -> tuple[list[str], list[str]]:
+    """Return the library's files, those to train on and those held out, as texts.
+
+    Raises:
+        ConfigurationError: the interpreter ships no sources.
+    """
+    held_out, kept = _split(_read_library(Path(sysconfig.get_paths()["stdlib"])))
+    return [source.text for source in kept], [source.text for source in held_out]
+
+
+def _read_library(root: Path) -> list[Source]:
+    sources = [
+        Source(path.relative_to(root).as_posix(), text)
+        for path in _python_files(root)
+        if (text := _decode(path.read_bytes())) is not None
+    ]
+    if not sources:
+        raise ConfigurationError(
+            f"Your interpreter ships no Python sources under {root}, so there is no built-in "
+            "corpus. Give a text of your own."
+        )
+    return sorted(sources, key=lambda source: (source.rank, source.path))
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+
+
+def _decode(content: bytes) -> str | None:
+    try:
+        return content.decode("utf-8") or None
+    except UnicodeDecodeError:
+        return None
+
+
+def _fingerprint(sources: list[Source], options: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    versions = [_CACHE_VERSION, platform.python_version(), tokenizers.__version__]
+    digest.update(json.dumps([versions, options], sort_keys=True).encode())
+    for source in sources:
+        digest.update(f"{source.path}\0{len(source.text)}\0{source.text}".encode())
+    return digest.hexdigest()
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("HF_PSS_CACHE") or Path.home() / ".cache" / "hf_pss")
+
+
+def _fill_atomically(
+    folder: Path,
+    sources: list[Source],
+    *,
+    vocab_size: int,
+    max_tokens: int | None,
+    progress: Progress,
+) -> None:
+    """Write the cache beside its place and move it there whole: nothing half is ever found."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        _fill(scratch, sources, vocab_size=vocab_size, max_tokens=max_tokens, progress=progress)
+        scratch.rename(folder)
+    except OSError:
+        # Another process was faster: its corpus is as good as ours.
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fill(
+    folder: Path,
+    sources: list[Source],
+    *,
+    vocab_size: int,
+    max_tokens: int | None,
+    progress: Progress,
+) -> None:
+    num_bytes = sum(len(source.text.encode()) for source in sources)
+    size = f"{len(sources):,} files, {num_bytes / 1e6:.1f} MB"
+    progress(f"training a tokenizer on Python's library ({size})")
+    tokenizer = train_tokenizer(_first_bytes(sources, _TOKENIZER_BYTES), vocab_size=vocab_size)
+    progress(f"tokenising Python's library ({size})")
+    held_out, kept = _split(sources)
+    train = encode_documents((s.text for s in kept), tokenizer, max_tokens=max_tokens)
+    validation = encode_documents((s.text for s in held_out), tokenizer)
+    _write(folder, tokenizer, {"train": train, "validation": validation}, size)
+
+
+def _split(sources: list[Source]) -> tuple[list[Source], list[Source]]:
+    held_out = [source for source in sources if source.rank < _VALIDATION_FRACTION]
+    return held_out, [source for source in sources if source.rank >= _VALIDATION_FRACTION]
+
+
+def _first_bytes(sources: list[Source], limit: int) -> Iterator[str]:
+    # From the end: the held-out files, which come first, must not shape the vocabulary.
+    for source in reversed(sources):
+        yield source.text
+        limit -= len(source.text)
+        if limit < 0:
+            return
+
+
+def _write(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: dict[str, Tokens], size: str
+) -> None:
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    for part, values in tokens.items():
+        np.save(folder / f"{part}.npy", values)
+    description = (
+        f"Python {platform.python_version()} standard library: {size}, "
+        f"{len(tokens['train']):,} training and {len(tokens['validation']):,} validation tokens"
+    )
+    meta = {"description": description}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _silent(_: str) -> None:
+    """Report nothing."""

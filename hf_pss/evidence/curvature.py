@@ -1,0 +1,647 @@
+"""Hessian–vector products of any scalar loss, by double backward or differences of gradients.
+
+Trace of a Hessian, in total and of each parameter, by Hutchinson's estimator.
+
+Extreme eigenvalues of a Hessian by Lanczos with full reorthogonalisation.
+
+Spectral density of a Hessian by stochastic Lanczos quadrature.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_pss.errors import ConfigurationError
+
+__all__ = [
+    "ExtremeEigenvalues",
+    "Hessian",
+    "HessianMethod",
+    "HessianTrace",
+    "SpectralDensity",
+    "TraceEstimate",
+    "Tridiagonal",
+    "hessian_density",
+    "hessian_eigenvalues",
+    "hessian_trace",
+    "lanczos",
+    "rademacher",
+]
+
+logger = logging.getLogger(__name__)
+
+# [ours] Chosen on GPT-2s and a tanh network of 47 to 813,824 parameters, along a random direction
+# and the sharpest: the worst of both is least there, between rounding and the third derivative.
+_STEP_RATIO = 5
+_DEAD_ENDS = {"torch::autograd::Error", "torch::autograd::NotImplemented"}
+
+HessianMethod = Literal["auto", "double_backward", "differences"]
+
+
+class Hessian:
+    """The Hessian H of a loss in some parameters, as a map v ↦ Hv; nothing n × n is ever built.
+
+    By double backward, Hv = ∂(∇L·v)/∂θ (Pearlmutter 1994, Neural Computation 6(1)): the loss is
+    evaluated once, its graph kept as long as this object lives, and each product walks back
+    through it. While it is being built, scaled dot product attention is asked for its ``MATH``
+    kernel, for its fused ones have no second derivative.
+
+    By differences, Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h, two gradients a product: for what has no
+    second derivative at all, such as flash-attn, some compiled code and functions that are marked
+    once-differentiable. Parameters are moved in place and put back bit for bit, so nothing else
+    may use them meanwhile. The step, h‖v‖ = 5 ε^⅓ · rms(θ) with the coarsest ε among the
+    parameters, is [ours]; one in proportion to ‖θ‖ leaves the quadratic region of a large model's
+    sharpest directions. On small GPT-2s in float32 it errs by up to 1.6e-3 of ‖Hv‖, on a tanh
+    network by 5e-5, and in bfloat16, where θ ± hv is rounded, by 8 %; double backward there by
+    1.3e-7 and 0.6 %.
+
+    One case is missed by torch and by us: a once-differentiable function followed by linear ones
+    only. Double backward then leaves its curvature out in silence; where a loss ends in such a
+    function, ask for differences.
+
+    Each evaluation starts from the same state of torch's generators and leaves them as it found
+    them: dropout, where it is on, is part of the loss, and training is not disturbed. Neither is
+    ``.grad``. Between building and the last product the parameters must not be updated: double
+    backward raises torch's version error, and differences would measure a moving point.
+
+    Cost: on demand. On a four-block GPT-2 of width 256 a product takes 2.4 gradients by double
+    backward and 2.8 by differences, building the graph 4.5; memory, the graph of a gradient.
+    In bfloat16 products inherit the dtype's rounding: v and Hv hold 2⁻⁹ of themselves; probes of
+    ±1 are exact in it. Plain tensors of one device and one process: sharded parameters are not
+    gathered, and under data parallelism each rank sees the loss of its own batch.
+
+    Args:
+        loss: Evaluates the scalar loss, on the same batch at every call.
+        parameters: By name, each once; all must require a gradient.
+        method: ``auto`` tries double backward, and where torch refuses it logs a warning and takes
+            differences.
+
+    Raises:
+        ConfigurationError: no parameters, one that is given twice or requires no gradient, a loss
+            that is no scalar, or one with reentrant checkpointing.
+        RuntimeError: torch's own, where ``double_backward`` was asked for and is not to be had.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> Hessian(lambda: (w**3).sum(), {"w": w}).product(torch.tensor([1.0, 1.0])).tolist()
+    [6.0, 12.0]
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[], Tensor],
+        parameters: Mapping[str, Tensor],
+        *,
+        method: HessianMethod = "auto",
+    ) -> None:
+        _require_leaves(parameters)
+        self._loss = loss
+        self._tensors = tuple(parameters.values())
+        self.names = tuple(parameters)
+        self.sizes = tuple(tensor.numel() for tensor in self._tensors)
+        self.size = sum(self.sizes)
+        self.device = self._tensors[0].device
+        is_double = any(tensor.dtype == torch.float64 for tensor in self._tensors)
+        self.dtype = torch.float64 if is_double else torch.float32
+        self._gradients: tuple[Tensor, ...] = ()
+        self.method = method
+        if method != "differences":
+            self._differentiate_twice()
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return Hv.
+
+        Args:
+            vector: (n,), the parameters flattened and joined in order, of `dtype`: float32, or
+                float64 where a parameter is.
+
+        Returns:
+            (n,), of the same dtype; NaN and inf where derivatives are.
+        """
+        if self.method == "differences":
+            return self._difference(vector)
+        return self._double_backward(vector)
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the part of each parameter, (numel,), by name."""
+        return dict(zip(self.names, self._parts(vector), strict=True))
+
+    def _differentiate_twice(self) -> None:
+        try:
+            with _same_randomness(self.device), sdpa_kernel(SDPBackend.MATH):
+                self._gradients = torch.autograd.grad(
+                    self._evaluate(),
+                    self._tensors,
+                    create_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            _require_derivatives(self._gradients)
+            # Compiled code refuses in the first product, not before.
+            self._double_backward(torch.zeros(self.size, dtype=self.dtype, device=self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.method == "double_backward":
+                raise
+            logger.warning(
+                "Hessian–vector products are differences of gradients: torch refuses to "
+                "differentiate this loss twice (%s).",
+                str(error).partition("\n")[0],
+            )
+            self._gradients, self.method = (), "differences"
+        else:
+            self.method = "double_backward"
+
+    def _evaluate(self) -> Tensor:
+        with torch.enable_grad():
+            loss = self._loss()
+        if loss.numel() != 1 or not loss.requires_grad:
+            raise ConfigurationError(
+                f"You gave a loss of shape {tuple(loss.shape)} that "
+                f"{'has' if loss.requires_grad else 'lacks'} a gradient; "
+                "return one number that depends on the parameters."
+            )
+        if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+            raise ConfigurationError(
+                "You gave a loss with reentrant activation checkpointing, which hides parameters "
+                "from autograd.grad: their curvature would read 0. Give use_reentrant=False, or "
+                "switch checkpointing off."
+            )
+        return loss.squeeze() if loss.ndim else loss
+
+    def _double_backward(self, vector: Tensor) -> Tensor:
+        parts = self._parts(vector.to(self.dtype))
+        # A loss that is linear in a parameter leaves a gradient without a graph: its rows are zero.
+        held = [(g, v) for g, v in zip(self._gradients, parts, strict=True) if g.requires_grad]
+        if not held:
+            return torch.zeros_like(vector)
+        found = torch.autograd.grad(
+            [g for g, _ in held],
+            self._tensors,
+            grad_outputs=[v.view_as(g).to(g) for g, v in held],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return self._join(found)
+
+    @torch.no_grad()
+    def _difference(self, vector: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(vector)
+        norms = torch.stack([torch.linalg.vector_norm(t.to(self.dtype)) for t in self._tensors])
+        theta = torch.linalg.vector_norm(norms)
+        epsilon = max(torch.finfo(tensor.dtype).eps for tensor in self._tensors)
+        rms = theta / self.size**0.5
+        step = _STEP_RATIO * epsilon ** (1 / 3) * torch.where(rms > 0, rms, 1.0)
+        step = step / torch.where(length > 0, length, 1.0)
+        rise = self._gradient_at(vector * step) - self._gradient_at(vector * -step)
+        product: Tensor = rise / (2 * step)
+        return product
+
+    def _gradient_at(self, displacement: Tensor) -> Tensor:
+        saved = [tensor.detach().clone() for tensor in self._tensors]
+        try:
+            for tensor, part in zip(self._tensors, self._parts(displacement), strict=True):
+                # Through .data: what is put back bit for bit needs no new version, which would
+                # break the graphs of others.
+                tensor.data.copy_(tensor.to(self.dtype) + part.view_as(tensor))
+            with _same_randomness(self.device):
+                found = torch.autograd.grad(
+                    self._evaluate(), self._tensors, allow_unused=True, materialize_grads=True
+                )
+        finally:
+            for tensor, before in zip(self._tensors, saved, strict=True):
+                tensor.data.copy_(before)
+        return self._join(found)
+
+    def _parts(self, vector: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(vector, list(self.sizes))
+
+    def _join(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([tensor.detach().reshape(-1).to(self.dtype) for tensor in tensors])
+
+
+def _require_derivatives(gradients: Iterable[Tensor]) -> None:
+    """Raise `RuntimeError` where a gradient's graph holds one of torch's nodes that only raise.
+
+    Asked for certain inputs, autograd prunes the node of a once-differentiable function, for no
+    input lies behind it, and would return zeros.
+    """
+    if any(node.name() in _DEAD_ENDS for node in _nodes(gradients)):
+        raise RuntimeError("a function in it has no second derivative")
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
+    """Yield every node of the tensors' graph once."""
+    seen = set()
+    ahead = [tensor.grad_fn for tensor in tensors]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [following for following, _ in node.next_functions]
+
+
+def _require_leaves(parameters: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        raise ConfigurationError("You gave no parameters; name at least one.")
+    seen: dict[int, str] = {}
+    for name, tensor in parameters.items():
+        if not tensor.requires_grad:
+            raise ConfigurationError(
+                f"You gave {name!r}, which requires no gradient; leave it out or unfreeze it."
+            )
+        if id(tensor) in seen:
+            raise ConfigurationError(
+                f"You gave one tensor as {seen[id(tensor)]!r} and as {name!r}; name a tied "
+                "parameter once, or its curvature counts twice."
+            )
+        seen[id(tensor)] = name
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEstimate:
+    """A mean over probes; unbiased, in units of loss / parameter²."""
+
+    mean: float
+    """NaN where a product was not finite."""
+    standard_error: float
+    """Sample standard deviation / √probes; NaN for one probe, which cannot know it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HessianTrace:
+    """tr H, and the trace of every parameter's own block on its diagonal; the parts add up."""
+
+    total: TraceEstimate
+    by_parameter: dict[str, TraceEstimate]
+    num_products: int
+    """Hessian–vector products spent: one a probe."""
+
+
+def hessian_trace(hessian: Hessian, *, num_probes: int = 32, seed: int = 0) -> HessianTrace:
+    """Estimate tr H = E[vᵀHv] with v_i = ±1 (Hutchinson 1989; PyHessian, arXiv 1912.07145).
+
+    One probe serves all parameters: tr H_pp = E[v_pᵀ(Hv)_p], for v_p and the rest of v are
+    independent. Its variance is Σ_{i≠j∈p} 2 H_ij² + Σ_{i∈p, j∉p} H_ij²; probing each parameter
+    alone would save the second sum and cost a product a parameter. A diagonal H has no error.
+
+    Cost: on demand. One Hessian–vector product a probe and one device-to-host read at the end.
+
+    Args:
+        hessian: Of the loss.
+        num_probes: The standard error falls with its root.
+        seed: Of the probes; the host's generator, so the same on every device.
+
+    Raises:
+        ConfigurationError: num_probes below 1.
+
+    >>> w = torch.nn.Parameter(torch.ones(3))
+    >>> hessian_trace(Hessian(lambda: (w**2).sum(), {"w": w})).total.mean
+    6.0
+    """
+    if num_probes < 1:
+        raise ConfigurationError(f"You gave num_probes={num_probes}; give 1 or more.")
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(num_probes):
+        v = rademacher(hessian, generator)
+        parts = hessian.split(v * hessian.product(v))
+        rows.append(torch.stack([part.sum() for part in parts.values()]))
+    samples = torch.stack(rows).cpu().double()  # the only read
+    return HessianTrace(
+        total=_estimate(samples.sum(dim=1)),
+        by_parameter={name: _estimate(samples[:, i]) for i, name in enumerate(hessian.names)},
+        num_products=num_probes,
+    )
+
+
+def rademacher(hessian: Hessian, generator: torch.Generator) -> Tensor:
+    """Return a probe (n,) of independent ±1, drawn on the host."""
+    signs = torch.randint(0, 2, (hessian.size,), generator=generator, dtype=torch.int8)
+    return signs.to(hessian.device).to(hessian.dtype) * 2 - 1
+
+
+def _estimate(samples: Tensor) -> TraceEstimate:
+    num = samples.numel()
+    error = float(samples.std()) / num**0.5 if num > 1 else float("nan")
+    return TraceEstimate(mean=float(samples.mean()), standard_error=error)
+
+
+# In ε of the largest Ritz value, times √n: a remainder below it is rounding, not a direction.
+_ROUNDING = 10
+_BLOCK_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tridiagonal:
+    """T = QᵀHQ on the Krylov space of a start vector, and what is left outside: HQ = QT + r eᵀ."""
+
+    diagonal: Tensor
+    """(k,), float64 on the host."""
+    off_diagonal: Tensor
+    """(k − 1,), float64 on the host; 0 where a new start vector took over."""
+    remainder: float
+    """‖r‖; 0 where the space is invariant, NaN where a product was not finite."""
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Return the Ritz values (k,), ascending, and T's eigenvectors (k, k) in columns."""
+        matrix = torch.diag(self.diagonal)
+        matrix += torch.diag(self.off_diagonal, 1) + torch.diag(self.off_diagonal, -1)
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+
+
+@dataclass(frozen=True, slots=True)
+class ExtremeEigenvalues:
+    """Both ends of a Hessian's spectrum, in units of loss / parameter²."""
+
+    largest: tuple[float, ...]
+    """λ₁ ≥ λ₂ ≥ …; estimates from below. NaN where a product was not finite."""
+    smallest: tuple[float, ...]
+    """λ_n ≤ λ_{n−1} ≤ …, the most negative first; estimates from above."""
+    largest_residuals: tuple[float, ...]
+    """‖Hy − θy‖ of each: some eigenvalue lies that near. Only rounding comes on top."""
+    smallest_residuals: tuple[float, ...]
+    """The same of `smallest`."""
+    by_magnitude: tuple[float, ...]
+    """Those of both ends with the largest |λ|, signed: what power iteration finds, and so what
+    PyHessian's ``eigenvalues`` returns. Its first is negative where |λ_n| > λ₁."""
+    num_products: int
+    """Hessian–vector products spent."""
+
+
+def lanczos(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    num_steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    is_done: Callable[[Tridiagonal], bool] | None = None,
+) -> Tridiagonal:
+    """Tridiagonalise a symmetric map on a Krylov space (Golub & Van Loan, section 10.1).
+
+    Each new vector is made orthogonal to all before it, twice, so that no eigenvalue comes back as
+    a ghost. It keeps one vector of n entries a step, and reads two numbers a step from the device.
+
+    Args:
+        product: v ↦ Hv, (n,) to (n,), of a symmetric H.
+        start: (n,), float32 or float64, not zero.
+        num_steps: At most; never more than n.
+        generator: On the host. Where the space turns out to be invariant, a new start vector is
+            drawn from it, which finds eigenvalues again that are multiple. None: stop there.
+        is_done: Asked after every step whether this will do.
+
+    Returns:
+        T; cut short, its remainder NaN, at the first product that is not finite.
+    """
+    n = start.numel()
+    num_steps = min(num_steps, n)
+    basis = _Basis(start)
+    v = basis.add(start)
+    alphas: list[float] = []
+    betas: list[float] = []
+    rounding = _ROUNDING * math.sqrt(n) * torch.finfo(start.dtype).eps
+    largest = 0.0
+    while True:
+        image = product(v)
+        alpha = torch.dot(image, v)
+        rest = basis.project_out(image)
+        host = torch.stack([alpha, torch.linalg.vector_norm(rest)]).tolist()  # the only read
+        alphas.append(host[0])
+        beta = host[1]
+        largest = max(largest, abs(host[0]), beta)
+        found = Tridiagonal(
+            torch.tensor(alphas, dtype=torch.float64),
+            torch.tensor(betas, dtype=torch.float64),
+            beta,
+        )
+        if not math.isfinite(host[0] + beta):
+            return Tridiagonal(found.diagonal, found.off_diagonal, math.nan)
+        if beta <= rounding * largest:
+            found = Tridiagonal(found.diagonal, found.off_diagonal, 0.0)
+            if generator is None or len(alphas) == num_steps:
+                return found
+            rest = basis.project_out(torch.randn(n, generator=generator).to(start))
+            beta = 0.0
+        elif len(alphas) == num_steps or (is_done is not None and is_done(found)):
+            return found
+        betas.append(beta)
+        v = basis.add(rest)
+
+
+def hessian_eigenvalues(
+    hessian: Hessian,
+    *,
+    num_eigenvalues: int = 1,
+    num_steps: int = 100,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> ExtremeEigenvalues:
+    """Return the algebraically largest and smallest eigenvalues.
+
+    Lanczos finds both ends of the spectrum in the same space, and clustered ones sooner than power
+    iteration with deflation. It stops when every residual is at most tolerance · max |θ|. From one
+    start vector an eigenvalue of exact multiplicity shows once, unless so few are distinct that the
+    space is exhausted before.
+
+    Cost: on demand. One Hessian–vector product a step, and memory for one more vector as long as
+    all parameters together, in float32: 0.5 GB a step for 124M. Three eigenvalues at either end of
+    a fresh GPT-2 of 3.3M parameters took 48 steps.
+
+    Args:
+        hessian: Of the loss.
+        num_eigenvalues: How many at each end; fewer where there are fewer.
+        num_steps: The most products to spend. Reached first, the residuals say how far it came.
+        tolerance: Relative to the largest magnitude.
+        seed: Of the start vector; the host's generator, so the same on every device.
+
+    Raises:
+        ConfigurationError: num_eigenvalues or num_steps below 1, or fewer steps than eigenvalues.
+
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> found = hessian_eigenvalues(Hessian(lambda: w[0] ** 2 - 3 * w[1] ** 2, {"w": w}))
+    >>> round(found.largest[0], 4), round(found.smallest[0], 4)
+    (2.0, -6.0)
+    """
+    if not 1 <= num_eigenvalues <= num_steps:
+        raise ConfigurationError(
+            f"You gave num_eigenvalues={num_eigenvalues}, num_steps={num_steps}; give 1 or more "
+            "eigenvalues, and at least as many steps."
+        )
+    wanted = min(num_eigenvalues, hessian.size)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(hessian.size, generator=generator).to(hessian.device, hessian.dtype)
+
+    def is_done(found: Tridiagonal) -> bool:
+        if found.diagonal.numel() < 2 * wanted:
+            return False
+        values, residuals = _ritz_residuals(found)
+        ends = torch.cat([residuals[:wanted], residuals[-wanted:]])
+        return bool((ends <= tolerance * values.abs().max()).all())
+
+    found = lanczos(hessian.product, start, num_steps, generator=generator, is_done=is_done)
+    num_products = found.diagonal.numel()
+    if math.isnan(found.remainder):
+        broken = (math.nan,) * wanted
+        return ExtremeEigenvalues(broken, broken, broken, broken, broken, num_products)
+    values, residuals = _ritz_residuals(found)
+    ends = values if values.numel() < 2 * wanted else torch.cat([values[:wanted], values[-wanted:]])
+    return ExtremeEigenvalues(
+        largest=tuple(values.flip(0)[:wanted].tolist()),
+        smallest=tuple(values[:wanted].tolist()),
+        largest_residuals=tuple(residuals.flip(0)[:wanted].tolist()),
+        smallest_residuals=tuple(residuals[:wanted].tolist()),
+        by_magnitude=tuple(sorted(ends.tolist(), key=abs, reverse=True)[:wanted]),
+        num_products=num_products,
+    )
+
+
+def _ritz_residuals(found: Tridiagonal) -> tuple[Tensor, Tensor]:
+    """‖Hy − θy‖ = ‖r‖ |s_k| for the Ritz vector y = Qs (Parlett, section 13.2)."""
+    values, vectors = found.ritz()
+    return values, found.remainder * vectors[-1].abs()
+
+
+class _Basis:
+    """Orthonormal vectors in blocks that are allocated as they fill: most runs stop early."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._blocks: list[Tensor] = []
+        self._num_vectors = 0
+
+    def add(self, vector: Tensor) -> Tensor:
+        """Normalise a vector that is orthogonal to all before, keep it and return it."""
+        place = self._num_vectors % _BLOCK_SIZE
+        if place == 0:
+            self._blocks.append(self._like.new_zeros(_BLOCK_SIZE, self._like.numel()))
+        kept = self._blocks[-1][place]
+        kept.copy_(vector / torch.linalg.vector_norm(vector))
+        self._num_vectors += 1
+        return kept
+
+    def project_out(self, vector: Tensor) -> Tensor:
+        """Return what of a vector is orthogonal to all that are kept."""
+        for _ in range(2):  # twice is enough (Parlett, section 6.9)
+            for block in self._blocks:
+                vector = vector - block.mT @ (block @ vector)
+        return vector
+
+
+# [ours] A hundredth of the range: narrower and the nodes of one probe show as teeth.
+_WIDTH_RATIO = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralDensity:
+    """The eigenvalues' distribution as point masses: the mean over probes of Gauss quadratures."""
+
+    nodes: Tensor
+    """(N,), float64 on the host, ascending, in units of loss / parameter²; a NaN where a product
+    was not finite."""
+    weights: Tensor
+    """(N,), float64, ≥ 0, of sum 1: the share of all directions that each node stands for."""
+    num_products: int
+    """Hessian–vector products spent."""
+
+    def mean_of_power(self, power: int) -> float:
+        """Return Σ w θ^p, an estimate of tr(H^p) / n."""
+        return float((self.weights * self.nodes**power).sum())
+
+    def share_below(self, level: float) -> float:
+        """Return the mass below a level; at 0, the share of directions of negative curvature."""
+        if not bool(self.nodes.isfinite().all()):
+            return math.nan
+        return float(self.weights[self.nodes < level].sum())
+
+    def smoothed(self, grid: Tensor, *, width: float | None = None) -> Tensor:
+        """Return Σ w N(x; θ, width²), which integrates to 1.
+
+        Args:
+            grid: (g,), where to evaluate, any real floating dtype.
+            width: Standard deviation of the Gaussian, in the units of the nodes. None: a hundredth
+                of their range. PyHessian's variance is proportional to the range, so its plots
+                change shape with the loss's unit; this one does not.
+
+        Returns:
+            (g,), float64.
+        """
+        if width is None:
+            extent = float(self.nodes[-1] - self.nodes[0])
+            scale = max(abs(float(self.nodes[0])), abs(float(self.nodes[-1])), 1e-30)
+            width = _WIDTH_RATIO * (extent if extent > 0 else scale)
+        elif width <= 0:
+            raise ConfigurationError(f"You gave width={width}; give a positive one, or None.")
+        z = (grid.double().unsqueeze(-1) - self.nodes) / width
+        bells = torch.exp(-0.5 * z.square()) / (width * math.sqrt(2 * math.pi))
+        return bells @ self.weights
+
+
+def hessian_density(
+    hessian: Hessian, *, num_probes: int = 8, num_steps: int = 64, seed: int = 0
+) -> SpectralDensity:
+    """Estimate the density of H's eigenvalues (Ghorbani, Krishnan & Xiao 2019, arXiv 1901.10159).
+
+    Per probe v: Lanczos from v gives T = SΘSᵀ; its Ritz values θ_j with weights s_{1j}² are the
+    nodes and weights of the Gauss quadrature for v's spectral measure (Golub & Meurant 2010,
+    section 3), exact for every vᵀH^p v / n with p ≤ 2·steps − 1. Probes are ±1, of length √n
+    exactly, where the paper's are normal and normalised. Between probes the mean is unbiased; nodes
+    far inside a continuous bulk are no eigenvalues.
+
+    Cost: on demand. num_probes × num_steps Hessian–vector products; memory for num_steps vectors
+    as long as all parameters together, in float32.
+
+    Args:
+        hessian: Of the loss.
+        num_probes: More for less scatter.
+        num_steps: More for finer resolution; never more than there are parameters.
+        seed: Of the probes; the host's generator, so the same on every device.
+
+    Raises:
+        ConfigurationError: num_probes or num_steps below 1.
+
+    >>> w = torch.nn.Parameter(torch.ones(4))
+    >>> density = hessian_density(Hessian(lambda: (w**2).sum(), {"w": w}), num_probes=1)
+    >>> density.nodes.tolist(), density.weights.tolist()
+    ([2.0], [1.0])
+    """
+    if num_probes < 1 or num_steps < 1:
+        raise ConfigurationError(
+            f"You gave num_probes={num_probes}, num_steps={num_steps}; give 1 or more of each."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    nodes, weights, num_products = [], [], 0
+    for _ in range(num_probes):
+        found = lanczos(hessian.product, rademacher(hessian, generator), num_steps)
+        num_products += found.diagonal.numel()
+        if math.isnan(found.remainder):
+            nodes.append(torch.full((1,), math.nan, dtype=torch.float64))
+            weights.append(torch.ones(1, dtype=torch.float64))
+            break
+        values, vectors = found.ritz()
+        nodes.append(values)
+        weights.append(vectors[0].square())
+    order = torch.cat(nodes).sort()  # torch sorts NaN last
+    return SpectralDensity(
+        nodes=order.values,
+        weights=torch.cat(weights)[order.indices] / len(nodes),
+        num_products=num_products,
+    )

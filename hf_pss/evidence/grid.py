@@ -1,0 +1,279 @@
+"""The grid of a sweep: from a YAML file to cells, each of which determines one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hf_pss.config import PSSConfig
+from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.baselines import OPTIMIZERS
+from hf_pss.evidence.guards.base import Guard
+from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.processes import versions
+from hf_pss.evidence.recipes import RECIPES, Recipe
+from hf_pss.evidence.rows import Row
+
+__all__ = ["Cell", "read_grid"]
+
+_BLOCK: dict[str, Any] = {
+    "recipes": None,
+    "optimizers": ("adamw",),
+    "learning_rates": None,
+    "guards": None,
+    "seeds": (0,),
+    "changes": {},
+    "probes_every_steps": 0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run: all that determines it, and nothing else."""
+
+    recipe_name: str
+    recipe: Recipe
+    optimizer: str
+    learning_rate: float
+    guard_name: str
+    pss: PSSConfig | None = None
+    """PSS with options of the grid's own; None is the table's guard of that name."""
+    seed: int
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What the grid changed of the recipe; `recipe` has them already."""
+    probes_every_steps: int = 0
+    """Rhythm at which early-warning readings are kept; 0 keeps none."""
+
+    @property
+    def guard(self) -> Guard:
+        """The guard: of the table, or PSS as the grid wants it."""
+        if self.pss is None:
+            return _of_the_table(self.guard_name)
+        return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
+
+    @property
+    def guard_id(self) -> str:
+        """A hash of the guard's options."""
+        return _hash([self.guard.pss.to_dict(), self.guard.max_grad_norm])
+
+    @property
+    def id(self) -> str:
+        """A hash of what determines the run; a guard counts with its name and PSS options."""
+        told = ("description", "explosion")  # what is said of a run does not change it
+        parts = [
+            {k: v for k, v in self.recipe.to_dict().items() if k not in told},
+            self.optimizer,
+            self.learning_rate,
+            [self.guard_name, self.guard.pss.to_dict(), self.guard.max_grad_norm],
+            self.seed,
+            self.probes_every_steps,
+        ]
+        return _hash([self.recipe_name, *parts])
+
+    def new_row(self, **measured: Any) -> Row:
+        """Return the row of this run, with what has been measured of it."""
+        about: dict[str, Any] = {
+            "id": self.id,
+            "recipe": self.recipe_name,
+            "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "guard": self.guard_name,
+            "guard_id": self.guard_id,
+            "changes": dict(self.changes),
+            "seed": self.seed,
+            "num_steps": self.recipe.training.num_steps,
+            "versions": versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return Row(**about, **measured)
+
+    def check(self) -> None:
+        """Refuse a combination that cannot be run, before anything is.
+
+        Raises:
+            ConfigurationError: It says why.
+        """
+        guard, recipe = self.guard, self.recipe
+        if guard.optimizer is not None and (
+            self.optimizer != "adamw" or recipe.matrix_lr_ratio != 1.0
+        ):
+            raise ConfigurationError(
+                f"The guard {self.guard_name} is an optimizer in AdamW's place, with one learning "
+                f"rate for all; the cell {self} asks for another."
+            )
+        if guard.needs_fault and recipe.fault is None:
+            raise ConfigurationError(
+                f"{self.guard_name} treats a run after its fault; {self.recipe_name} has none."
+            )
+        if recipe.on_gpu and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"The recipe {self.recipe_name} needs a CUDA device; there is none here."
+            )
+
+    def __str__(self) -> str:
+        parts = (self.recipe_name, self.optimizer, f"{self.learning_rate:g}", self.guard_name)
+        return f"{' · '.join(parts)} · seed {self.seed}"
+
+
+def read_grid(path: Path) -> list[Cell]:
+    """Return the cells of a YAML file: one mapping, or a list of mappings, each a full product.
+
+    Cells that two blocks share are run once. Seeds are the outer loop, so that a sweep that was
+    ended early has compared everything on fewer seeds.
+
+    Raises:
+        ConfigurationError: The file cannot be read, a key or a name is unknown, or a value is
+            missing or out of range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"The grid {path} cannot be read: {error}.") from error
+    blocks = content if isinstance(content, list) else [content]
+    cells: dict[str, Cell] = {}
+    for block in blocks:
+        cells.update((cell.id, cell) for cell in _cells(block))
+    if not cells:
+        raise ConfigurationError(f"The grid {path} holds no run.")
+    meant: dict[str, str] = {}
+    for cell in cells.values():
+        if meant.setdefault(cell.guard_name, cell.guard_id) != cell.guard_id:
+            raise ConfigurationError(
+                f"The grid {path} gives the name {cell.guard_name!r} to two sets of options; a "
+                "table could not tell them apart."
+            )
+    return sorted(cells.values(), key=lambda cell: cell.seed)
+
+
+def _cells(block: Any) -> Iterator[Cell]:
+    found = _checked(block)
+    guards = [_named(entry) for entry in _list(found, "guards")]
+    recipes = [(name, _recipe(name)) for name in _list(found, "recipes")]
+    axes = (
+        _seeds(found["seeds"]),
+        recipes,
+        _list(found, "optimizers"),
+        [_number(rate) for rate in _list(found, "learning_rates")],
+        guards,
+    )
+    for seed, (name, recipe), optimizer, rate, (guard_name, pss) in product(*axes):
+        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
+            raise ConfigurationError(
+                f"The grid asks for the optimizer {optimizer!r}; choose of {', '.join(OPTIMIZERS)}."
+            )
+        cell = Cell(
+            recipe_name=name,
+            recipe=recipe.with_changes({**found["changes"], "learning_rate": rate}),
+            changes=found["changes"],
+            optimizer=optimizer,
+            learning_rate=rate,
+            guard_name=guard_name,
+            pss=pss,
+            seed=seed,
+            probes_every_steps=_count(found["probes_every_steps"]),
+        )
+        if not 0 < rate < math.inf:
+            raise ConfigurationError(f"A learning rate is above 0 and finite, not {rate!r}.")
+        yield cell
+
+
+def _checked(block: Any) -> dict[str, Any]:
+    if not isinstance(block, dict):
+        raise ConfigurationError(f"A block of a grid is a mapping; this one is {block!r}.")
+    if unknown := sorted(map(str, set(block) - set(_BLOCK))):
+        raise ConfigurationError(
+            f"A grid has no key {', '.join(unknown)}; it has {', '.join(_BLOCK)}."
+        )
+    found = {**_BLOCK, **block}
+    if missing := [key for key, value in found.items() if value is None]:
+        raise ConfigurationError(f"The grid lacks {', '.join(missing)}.")
+    changes = found["changes"]
+    if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
+        raise ConfigurationError("`changes` of a grid is a mapping from fields to values.")
+    if "learning_rate" in changes:
+        raise ConfigurationError("Learning rates are an axis: write them as `learning_rates`.")
+    return found
+
+
+def _list(found: Mapping[str, Any], key: str) -> list[Any]:
+    value = found[key]
+    if isinstance(value, (list, tuple)) and value:
+        return list(value)
+    raise ConfigurationError(f"`{key}` of a grid is a list; you gave {value!r}.")
+
+
+def _seeds(value: Any) -> list[int]:
+    """Return seeds 0 … n−1 for a number n, or those listed."""
+    seeds = list(range(value)) if _is_count(value) else value
+    if not isinstance(seeds, (list, tuple)) or not seeds or not all(map(_is_count, seeds)):
+        raise ConfigurationError(
+            f"`seeds` of a grid is how many, or a list of whole numbers; you gave {value!r}."
+        )
+    return list(seeds)
+
+
+def _number(value: Any) -> float:
+    # YAML takes 1e-3, without a dot, for a word.
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"A number is wanted in the grid, not {value!r}.") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _count(value: Any) -> int:
+    if not _is_count(value):
+        raise ConfigurationError(f"A count is wanted in the grid, not {value!r}.")
+    return int(value)
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _recipe(name: Any) -> Recipe:
+    if not isinstance(name, str) or name not in RECIPES:
+        raise ConfigurationError(
+            f"The grid asks for the recipe {name!r}; choose one of {', '.join(RECIPES)}."
+        )
+    return RECIPES[name]
+
+
+def _named(entry: Any) -> tuple[str, PSSConfig | None]:
+    """Return a guard of the table, or PSS with options of the grid's own.
+
+    The latter is a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
+    """
+    if isinstance(entry, str):
+        _of_the_table(entry)
+        return entry, None
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ConfigurationError(f"A guard is a name or a mapping with a name, not {entry!r}.")
+    if entry["name"] in GUARDS:
+        raise ConfigurationError(
+            f"{entry['name']!r} is a guard of the table; give yours another name."
+        )
+    options = {k: v for k, v in entry.items() if k not in ("name", "preset")}
+    return entry["name"], PSSConfig.preset(entry.get("preset", "paper"), **options)
+
+
+def _of_the_table(name: str) -> Guard:
+    if name not in GUARDS:
+        raise ConfigurationError(
+            f"The grid asks for the guard {name!r}; choose one of {', '.join(GUARDS)}, or give "
+            "PSS options of your own: {name: ..., preset: floor, floor_ratio: 0.5}."
+        )
+    return GUARDS[name]

@@ -1,0 +1,195 @@
+"""The report: one self-contained page, and its figures beside it as PNG."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from hf_pss.evidence import report_plots as plots
+from hf_pss.evidence.report_records import Event, RunDirectory, TrainingRun, load_run_directory
+from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
+from hf_pss.view import canvas
+from hf_pss.view import text_table as text
+from hf_pss.view.heat_map import OUTSIDE_BLOCKS, noise_levels, row_of, stable_rank_figure
+from hf_pss.view.html_page import MISSING_EXTRA
+
+try:
+    import jinja2
+except ImportError as error:
+    raise ImportError(MISSING_EXTRA) from error
+
+__all__ = ["write_report"]
+
+# A floor may act at every check: the page shows the first ones, the run's own file has all.
+_MOST_LINES = 40
+_MOST_DETAILED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryLine:
+    """A line of the summary table: one seed, or the mean over a guard's seeds."""
+
+    guard: str
+    colour: str
+    seed: str
+    result: Result
+    is_mean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EventLine:
+    """A line of the table of events: one intervention, or a row of events that are alike."""
+
+    first: Event
+    last_step: int
+    num_events: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventList:
+    """The events of one run, as far as the page shows them."""
+
+    title: str
+    path: str
+    shown: tuple[EventLine, ...]
+    detailed: tuple[Event, ...]
+    num_lines: int
+    num_interventions: int
+    num_others: int
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write ``report.html`` and ``figures/*.png``.
+
+    Args:
+        run_dir: a run directory; also of a run that was interrupted, or still goes on.
+        out: the page to write, or a folder for it; None is ``run_dir/report.html``.
+
+    Returns:
+        The page's path. It needs no other file and no network.
+
+    Raises:
+        ConfigurationError: `run_dir` holds no run.
+    """
+    directory = load_run_directory(run_dir)
+    page = run_dir / "report.html" if out is None else out
+    if page.is_dir():
+        page = page / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    html = _render(directory, _draw(directory, page.parent / "figures"))
+    # Replaced whole: a page that is open in a browser is never read half-written.
+    scratch = page.with_name(f".{page.name}.{os.getpid()}")
+    scratch.write_text(html, encoding="utf-8")
+    scratch.replace(page)
+    return page
+
+
+def _draw(directory: RunDirectory, folder: Path) -> dict[str, str]:
+    """Save each figure as PNG, and return it as a data URI for the page."""
+    with canvas.style():
+        figures = {
+            "loss": plots.loss_figure(directory),
+            "gradient_norm": plots.gradient_figure(directory),
+            "stable_rank": stable_rank_figure(directory),
+        }
+        uris = {}
+        for name, figure in figures.items():
+            if figure is not None:
+                canvas.save_png(figure, folder / f"{name}.png")
+                encoded = base64.b64encode(canvas.to_svg(figure)).decode("ascii")
+                uris[name] = f"data:image/svg+xml;base64,{encoded}"
+    return uris
+
+
+def _render(directory: RunDirectory, figures: Mapping[str, str]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_pss.evidence", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        name: getattr(text, name)
+        for name in ("fixed", "significant", "count", "percent", "duration")
+    }
+    return environment.get_template("template.html.j2").render(
+        directory=directory,
+        sentences=headline(directory),
+        lines=list(_summary_lines(directory)),
+        figures=figures,
+        noise=noise_levels(directory),
+        roles=_roles(directory),
+        events=[_event_list(run) for run in directory.runs if run.events],
+        methods=[_method(directory, guard) for guard in directory.guards],
+        label=label,
+        outcome=outcome,
+        short_name=_short_name,
+    )
+
+
+def _summary_lines(directory: RunDirectory) -> Iterator[SummaryLine]:
+    for guard in directory.guards:
+        runs, tint = directory.of(guard), canvas.colour(directory, guard)
+        results = [result(run) for run in runs]
+        for run, one in zip(runs, results, strict=True):
+            yield SummaryLine(label(guard), tint, str(run.seed), one, is_mean=False)
+        if len(runs) > 1:
+            yield SummaryLine(label(guard), tint, "mean", mean_result(results), is_mean=True)
+
+
+def _short_name(name: str) -> str:
+    row = row_of(name)
+    return row.role if row.block == OUTSIDE_BLOCKS else f"block {row.block} {row.role}"
+
+
+def _roles(directory: RunDirectory) -> list[str]:
+    names = [name for run in directory.runs for name in run.stable_ranks.names]
+    return sorted({row_of(name).role for name in names})
+
+
+def _event_list(run: TrainingRun) -> EventList:
+    event_lines = tuple(_event_lines(run.events))
+    return EventList(
+        title=f"{label(run.guard)}, seed {run.seed}",
+        path=f"{run.guard}/seed-{run.seed}/pss_events.jsonl",
+        shown=event_lines[:_MOST_LINES],
+        detailed=run.interventions[:_MOST_DETAILED],
+        num_lines=len(event_lines),
+        num_interventions=len(run.interventions),
+        num_others=len(run.events) - len(run.interventions),
+    )
+
+
+def _event_lines(events: Sequence[Event]) -> Iterator[EventLine]:
+    """One line for each intervention; neighbours that nothing was done about share one."""
+
+    def likeness(numbered: tuple[int, Event]) -> tuple[object, ...]:
+        index, event = numbered
+        alone = index if event.is_intervention else None
+        return alone, event.kind, event.detector, event.answer
+
+    for _, group in groupby(enumerate(events), key=likeness):
+        alike = [event for _, event in group]
+        yield EventLine(alike[0], alike[-1].step, len(alike))
+
+
+def _method(directory: RunDirectory, guard: str) -> tuple[str, str]:
+    """What a guard did, as far as its own files tell: detector, threshold, smoothing."""
+    events = [event for run in directory.of(guard) for event in run.interventions]
+    if not events:
+        return label(guard), "did not change a single weight."
+    kinds = sorted({(event.detector, event.smoothing) for event in events})
+    named = "; ".join(f"detector {detector}, smoothing {phi}" for detector, phi in kinds)
+    thresholds = np.array([event.threshold for event in events])
+    thresholds = thresholds[np.isfinite(thresholds)]
+    if len(thresholds):
+        low, high = (text.significant(float(edge)) for edge in (thresholds.min(), thresholds.max()))
+        named += f"; threshold {low}" if low == high else f"; thresholds between {low} and {high}"
+    return label(guard), f"{named}."

@@ -1,0 +1,349 @@
+"""The pictures of a sweep.
+
+Every live metric of a family of runs against the loss: one figure, a panel a metric.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from hf_pss.evidence.early_warnings import Record, departure_step, record_of
+from hf_pss.evidence.rows import Row
+from hf_pss.evidence.statistics import (
+    Setting,
+    compare_at_best,
+    final_loss,
+    losses_by_rate,
+    settings_of,
+)
+from hf_pss.evidence.twin_band import Family, shared_metrics
+from hf_pss.view.canvas import new_figure, save_png, style, to_svg, use_log_scale
+
+__all__ = [
+    "plot_all",
+    "plot_curves",
+    "plot_family",
+    "plot_learning_rates",
+    "plot_metrics",
+    "plot_paired",
+]
+
+_GREY = "#555555"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513", "#000000")
+_SMOOTHED_STEPS = 25
+
+Plot = Callable[[Sequence[Row], Setting, str], Figure]
+
+
+def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]:
+    """Draw every picture that the rows give something for; return the files, PNG and SVG.
+
+    Args:
+        rows: Of any recipes; each recipe and optimizer has its own pictures.
+        folder: Where they go.
+        reference: The guard drawn in grey, and compared with.
+    """
+    files: list[Path] = []
+    for setting in settings_of(rows):
+        here = [row for row in rows if Setting.of(row) == setting]
+        plots: dict[str, Plot] = {"curves": plot_curves}
+        if len({row.learning_rate for row in here}) > 1:
+            plots["learning-rates"] = plot_learning_rates
+        if any(row.guard == reference for row in here) and len({row.guard for row in here}) > 1:
+            plots["paired"] = plot_paired
+        for name, plot in plots.items():
+            with style():
+                figure = plot(here, setting, reference)
+                stem = folder / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', str(setting))}-{name}"
+                save_png(figure, stem.with_suffix(".png"))
+                stem.with_suffix(".svg").write_bytes(to_svg(figure))
+            files += [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    return files
+
+
+def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+    """Final validation loss against learning rate: median over seeds, band from best to worst."""
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    guards = _guards(rows, reference)
+    ends = []
+    for guard in guards:
+        losses = losses_by_rate(rows, setting, guard)
+        rates = list(losses)
+        medians = [median(by_seed.values()) for by_seed in losses.values()]
+        lows, highs = (
+            [pick(by_seed.values()) for by_seed in losses.values()] for pick in (min, max)
+        )
+        colour = _colour(guard, guards, reference)
+        axes.fill_between(rates, lows, highs, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(rates, medians, color=colour, marker="o", markersize=3.5)
+        best = int(np.argmin(medians))
+        axes.plot(rates[best], medians[best], color=colour, marker="*", markersize=11)
+        ends.append((medians[-1], rates[-1], guard, colour))
+    _label_ends(axes, ends)
+    entropy = rows[0].unigram_entropy
+    axes.axhline(entropy, color="#999999", linestyle=":", linewidth=1)
+    axes.annotate(
+        "knows token frequencies only",
+        (0.01, entropy),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 3),
+        textcoords="offset points",
+        color="#777777",
+        fontsize=8,
+    )
+    axes.set_xscale("log")
+    tried = sorted({row.learning_rate for row in rows})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("final validation loss, nats a token")
+    counts = {len(by) for g in guards for by in losses_by_rate(rows, setting, g).values()}
+    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    axes.set_title(f"{setting}\nmedian of {seeds} seeds, band from best to worst, ★ best rate")
+    return figure
+
+
+def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+    """Training loss of every run, a panel a learning rate, a colour a guard."""
+    rates = sorted({row.learning_rate for row in rows})
+    shown = rates if len(rates) <= 3 else [rates[0], rates[len(rates) // 2], rates[-1]]
+    guards = _guards(rows, reference)
+    figure = new_figure(3.6 * len(shown) + 1.6, 3.4)
+    panels = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+    for axes, rate in zip(panels, shown, strict=True):
+        ends = []
+        for guard in guards:
+            runs = [row for row in rows if row.guard == guard and row.learning_rate == rate]
+            colour = _colour(guard, guards, reference)
+            curves = [_smoothed(row.losses) for row in runs]
+            for curve in curves:
+                axes.plot(curve, color=colour, linewidth=0.6, alpha=0.35)
+            if curves:
+                length = min(len(curve) for curve in curves)
+                middle = np.median([curve[:length] for curve in curves], axis=0)
+                axes.plot(middle, color=colour, linewidth=1.6)
+                # A run that ended in NaN is named where it was last finite.
+                known = middle[np.isfinite(middle)]
+                if known.size:
+                    ends.append((float(known[-1]), float(length), guard, colour))
+        axes.set_title(f"learning rate {rate:g}")
+        axes.set_xlabel("step")
+        if axes is panels[-1]:
+            _label_ends(axes, ends)
+    panels[0].set_ylabel(f"training loss, mean of {_SMOOTHED_STEPS} steps")
+    figure.suptitle(str(setting), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+    """Each guard at its own best rate less the reference at its own: seeds, mean, 95 % interval."""
+    found = [
+        comparison
+        for guard in _guards(rows, reference)
+        if guard != reference
+        and (comparison := compare_at_best(rows, setting, guard, reference)) is not None
+    ]
+    found.sort(key=lambda comparison: comparison.mean, reverse=True)
+    figure = new_figure(6.4, 1.2 + 0.28 * len(found))
+    axes = figure.subplots()
+    for height, comparison in enumerate(found):
+        colour = "#0072B2" if comparison.mean < 0 else "#D55E00"
+        axes.plot(comparison.differences, [height] * len(comparison.differences), "|", color=colour)
+        if comparison.interval:
+            axes.plot(comparison.interval, [height, height], color=colour, linewidth=2.5, alpha=0.5)
+        axes.plot(comparison.mean, height, "o", color=colour, markersize=5)
+    axes.axvline(0.0, color="#999999", linewidth=1)
+    axes.set_yticks(
+        range(len(found)),
+        [f"{c.guard}, {c.learning_rates[0]:g}  [{len(c.differences)}]" for c in found],
+    )
+    rate = found[0].learning_rates[1] if found else float("nan")
+    axes.set_xlabel(f"validation loss less that of {reference} at {rate:g}, nats")
+    axes.set_title(f"{setting}\neach at its best rate [seeds]; bar: 95 % interval of the mean")
+    return figure
+
+
+def _guards(rows: Sequence[Row], reference: str) -> list[str]:
+    """The guards in the order of their best loss, so that labels meet their lines."""
+    best = {row.guard: min(final_loss(r) for r in rows if r.guard == row.guard) for row in rows}
+    return sorted(best, key=lambda guard: (guard != reference, best[guard]))
+
+
+def _colour(guard: str, guards: Sequence[str], reference: str) -> str:
+    others = [name for name in guards if name != reference]
+    return _GREY if guard == reference else _COLOURS[others.index(guard) % len(_COLOURS)]
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each name beside the end of its line, apart from its neighbours."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    at = -np.inf
+    for value, x, name, colour in sorted(ends):
+        at = max(value, at + gap)
+        axes.annotate(
+            name,
+            (x, value),
+            xytext=(1.02, at),
+            textcoords=axes.get_yaxis_transform(),
+            color=colour,
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _smoothed(losses: Sequence[float | None]) -> np.ndarray:
+    values = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
+    means = np.full_like(values, np.nan)
+    for end in range(len(values)):
+        window = values[max(0, end - _SMOOTHED_STEPS + 1) : end + 1]
+        if np.isfinite(window).any():
+            means[end] = np.nanmean(window)
+    return means
+
+
+_COLUMNS = 5
+_GREY, _BLUE, _RED, _ORANGE = "#777777", "#0072B2", "#D55E00", "#E69F00"
+_WIDE = 5.0  # what spans more than this factor is drawn on a logarithmic axis
+_METRIC_WINDOW = 9
+_DPI = 72  # twenty panels in less than 300 kB
+
+
+def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
+    """Draw each family; return the files, PNG."""
+    files = []
+    for family in families:
+        # A row of another machine may hold any name, of a file elsewhere too.
+        path = folder / f"metrics-{re.sub(r'[^A-Za-z0-9_.]+', '-', family.recipe)}.png"
+        with style(), mpl.rc_context({"savefig.dpi": _DPI}):
+            save_png(plot_family(family), path)
+        files.append(path)
+    return files
+
+
+def plot_family(family: Family) -> Figure:
+    """One panel a metric: twins blue, exploded runs red, survivors orange; the loss grey.
+
+    Bands reach from the smallest to the largest series of the metric, lines are its median over
+    matrices or its only series; both are medians over seeds. The loss is that of the first run that
+    exploded (else of the first survivor), without a scale: the first panel has one. Lines mark the
+    departure of its loss, dashed, and its explosion, or else the first step of its fault.
+    """
+    shown = (family.exploded or family.survivors)[0]
+    metrics = shared_metrics((*family.twins, shown))
+    num_rows = -(-len(metrics) // _COLUMNS)
+    figure = new_figure(2.5 * _COLUMNS, 1.65 * num_rows + 0.5)
+    panels = figure.subplots(num_rows, _COLUMNS, sharex=True, squeeze=False).flat
+    for axes, (metric, series) in zip(panels, metrics.items(), strict=False):
+        if metric != "loss":
+            _draw_loss(axes, shown)
+        groups = ((family.twins, _BLUE), (family.survivors, _ORANGE), (family.exploded, _RED))
+        drawn = [_draw(axes, rows, series, hue) for rows, hue in groups]
+        _scale(axes, min(low for low, _ in drawn), max(high for _, high in drawn))
+        _mark(axes, shown)
+        axes.set_title(metric, fontsize=8.5)
+        axes.tick_params(labelsize=7)
+    for axes in list(figure.axes)[len(metrics) : num_rows * _COLUMNS]:
+        axes.set_axis_off()
+    figure.suptitle(_title(family, shown), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> tuple[float, float]:
+    """Draw one group; return the smallest and the largest value drawn, inf and −inf for none."""
+    found = {name: [r for row in rows if (r := record_of(row, name))] for name in series}
+    # Of runs that ended early, or read at another rhythm, there is nothing at some of them.
+    steps = np.array(sorted({s for records in found.values() for r in records for s in r.steps}))
+    curves = [
+        _over(np.array([_on(steps, r, name) for r in records]), np.nanmedian)
+        for name, records in found.items()
+        if records
+    ]
+    stacked = np.array(curves)
+    if not np.isfinite(stacked).any():
+        return math.inf, -math.inf
+    if len(curves) > 1:
+        low, high = _over(stacked, np.nanmin), _over(stacked, np.nanmax)
+        axes.fill_between(steps, low, high, color=hue, alpha=0.18, linewidth=0)
+    axes.plot(steps, _over(stacked, np.nanmedian), color=hue, linewidth=1.1)
+    return float(np.nanmin(stacked)), float(np.nanmax(stacked))
+
+
+def _on(steps: np.ndarray, record: Record, name: str) -> np.ndarray:
+    """Return a record's values at these steps, ascending; NaN where it has none."""
+    values = np.full(len(steps), math.nan)
+    own = _smooth(record.values) if name == "loss" else np.array(record.values, dtype=float)
+    values[np.searchsorted(steps, record.steps)] = own
+    return values
+
+
+def _scale(axes: Axes, low: float, high: float) -> None:
+    if low > 0 and high > _WIDE * low:
+        use_log_scale(axes)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _smooth(values: Sequence[float | None]) -> np.ndarray:
+    """Centred medians, which take batch noise out; NaN where the loss has none."""
+    known = np.array([math.nan if v is None else v for v in values])
+    half = _METRIC_WINDOW // 2
+    windows = (known[max(0, i - half) : i + half + 1] for i in range(len(known)))
+    return np.array(
+        [
+            math.nan if math.isnan(v) else np.nanmedian(w)
+            for v, w in zip(known, windows, strict=True)
+        ]
+    )
+
+
+def _over(values: np.ndarray, take: Callable[..., np.ndarray]) -> np.ndarray:
+    """Reduce the first axis, passing over NaN; NaN where there is nothing else."""
+    told = np.full(values.shape[1], np.nan)
+    known = np.isfinite(values).any(axis=0)
+    told[known] = take(np.where(np.isfinite(values), values, np.nan)[:, known], axis=0)
+    return told
+
+
+def _draw_loss(axes: Axes, row: Row) -> None:
+    beside = axes.twinx()
+    losses = _smooth(row.losses)
+    beside.plot(np.arange(1, len(losses) + 1), losses, color=_GREY, linewidth=0.8, alpha=0.6)
+    beside.set_yticks([])
+    beside.grid(visible=False)
+    beside.set_zorder(axes.get_zorder() - 1)
+    axes.patch.set_visible(False)
+
+
+def _mark(axes: Axes, row: Row) -> None:
+    if row.explosion_step is not None:
+        departure = departure_step(row.losses, row.explosion_step)
+        axes.axvline(departure, color="black", linestyle="--", linewidth=0.8)
+        axes.axvline(row.explosion_step, color="black", linewidth=0.8)
+    elif "fault_start" in row.extra:
+        axes.axvline(row.extra["fault_start"], color="black", linewidth=0.8)
+
+
+def _title(family: Family, shown: Row) -> str:
+    def told(rows: Sequence[Row], what: str) -> str:
+        rates = sorted({row.learning_rate for row in rows})
+        return f"{len(rows)} {what} at {', '.join(f'{rate:g}' for rate in rates)}"
+
+    parts = [told(family.twins, "twins (blue)")] if family.twins else ["no healthy twin"]
+    if family.exploded:
+        parts.append(told(family.exploded, "exploded (red)"))
+    if family.survivors:
+        parts.append(told(family.survivors, "neither (orange)"))
+    return f"{family.recipe}: {'; '.join(parts)}; grey: loss of seed {shown.seed}"

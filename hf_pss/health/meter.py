@@ -1,0 +1,386 @@
+"""RepresentationMeter: the hidden states of ordinary training forwards, at sampled steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.health.capture import Capture, QuietHooks
+from hf_pss.health.representations import (
+    TokenMask,
+    attention_logit_bound,
+    collapse_measures,
+    log_det_bounds,
+    token_cosine,
+)
+from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
+from hf_pss.models.batching import raise_together
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import Selection, canonical_name
+from hf_pss.models.selection.heads import AttentionHeads, HeadRows, find_heads
+
+__all__ = ["RepresentationMeter", "WatchAttention", "blocks_of"]
+
+logger = logging.getLogger(__name__)
+
+StopAttention: TypeAlias = Callable[[], tuple[Mapping[str, Tensor], float]]
+"""Stops to measure attention logits, and gives the largest of each head by the attention's name,
+(heads,), of this rank, and the seconds that they took."""
+WatchAttention: TypeAlias = Callable[[], StopAttention]
+"""Starts to measure attention logits; returns what stops."""
+
+# Of a block over all micro-batches, and of a layer's inputs in each, a rank [ours].
+_MAX_TOKENS, _MAX_SIGNS = 256, 1024
+_OF_BLOCKS = (
+    "token_cosine",
+    "gram_log_det",
+    "gram_log_det_lower",
+    "gram_log_det_upper",
+    "token_mean_share",
+    "token_top_share",
+    "token_centred_top_share",
+    "token_effective_rank",
+)
+_DIVERSITY, _NORM, _LOGIT = "sign_diversity", "largest_input", "attention_logit_max"
+_MAXIMA = {_NORM, _LOGIT}
+# Where modules of transformers have what multiplies q·k.
+_SCALES = ("scaling", "softmax_scale", "inv_norm_factor", "scale")
+_MOST_NAMES = 3
+_BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
+
+
+class RepresentationMeter:
+    """Listens to one training step, and measures what passed.
+
+    Of each block a uniform sample of at most 256 of its output tokens a rank, masked ones left out
+    where the model is given a 2-D ``attention_mask`` of their shape (an encoder-decoder's is of the
+    encoder); of each linear layer how at most 1,024 inputs of a micro-batch stand to v₁; of each
+    attention whose scale is known the longest input, for the bound. Hooks are there between `arm`
+    and `read`, see `QuietHooks`: the model's output is the same to the bit. A model that was
+    compiled before they came runs none of them. Where nobody reads, as after a step that raised,
+    they are gone with the first forward pass after trained weights were written in place.
+
+    Cost: full, for sampled steps. One device-to-host read, and one of the mask a micro-batch.
+
+    Args:
+        model: Wrapped or not.
+        selection: Its matrices. Where there are adapters, queries and keys are more than what the
+            weights give, and logits are not bounded.
+        backend: How parameters are stored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        backend: Backend,
+    ) -> None:
+        self._model, self._backend = model, backend
+        self._watch: WatchAttention | None = None
+        self._modules = {
+            canonical_name(name): module
+            for name, module in model.named_modules(remove_duplicate=False)
+        }
+        names = blocks_of(selection)
+        self._blocks = tuple(name for name in names if name in self._modules)
+        self._layers: dict[str, list[str]] = {}
+        for view in selection.matrices:
+            layer, _, leaf = view.parameter_name.rpartition(".")
+            if len(view.shape) == 2 and leaf == "weight" and layer in self._modules:
+                self._layers.setdefault(layer, []).append(view.name)
+        self._attentions: Sequence[AttentionHeads] = find_heads(model)[0]
+        scales = {a.name: _scale_of(a.module) for a in self._attentions}
+        # With adapters queries and keys are more than what the weights give.
+        self._scales = {
+            name: scale
+            for name, scale in scales.items()
+            if scale is not None and not selection.adapters
+        }
+        self._has_two_sequences = any(
+            getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+            for module in model.modules()
+        )
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._told: set[str] = set()
+        self._stop: StopAttention | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the last step."""
+        self._is_armed = False
+        self._hooks = QuietHooks(self._model)
+        self._capture = Capture(self._blocks, max_tokens=_MAX_TOKENS, seed=0, choose=self._counting)
+        self._mask: TokenMask | None = None
+        self._num_writes: int | None = None
+        self._unmasked: list[str] = []
+        self._alignments: dict[str, list[Tensor]] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._logits: Mapping[str, Tensor] = {}
+        self._logit_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the hooks of the last armed step, and on its attention logits."""
+        return self._hooks.seconds + self._logit_seconds
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether there is a step to read."""
+        return self._is_armed
+
+    def watch_attention(self, watch: WatchAttention) -> None:
+        """Measure attention logits, too, which are only bounded without this."""
+        self._watch = watch
+        if self._hooks and self._stop is None:
+            self._stop = watch()
+
+    def arm(self, directions: Mapping[str, Tensor]) -> None:
+        """Listen from now on, to one step.
+
+        Args:
+            directions: v₁ of the matrices by name, (n,); those without one have no diversity.
+        """
+        self.disarm()
+        self._begin()
+        self._is_armed = True
+        self._hooks.listen()
+        self._hooks.before(self._model, self._see_batch)
+        for name in self._blocks:
+            self._hooks.after(self._modules[name], self._capture.listen(name))
+        for layer, names in self._layers.items():
+            known = [name for name in names if name in directions]
+            if known:
+                v = torch.stack([directions[name] for name in known], dim=-1)
+                self._hooks.before(self._modules[layer], self._see_signs(layer, known, v))
+        for attention in self._attentions:
+            if attention.name not in self._scales:
+                continue
+            linears = {id(rows.linear): rows.linear for rows in (attention.query, attention.key)}
+            for linear in linears.values():
+                self._hooks.before(linear, self._see_norm(attention.name))
+        if self._watch is not None:
+            self._stop = self._watch()
+
+    def disarm(self) -> None:
+        """Stop listening, with nothing to read."""
+        self._is_armed = False
+        self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        self._hooks.remove()
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            self._logits, self._logit_seconds = stop()
+
+    def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
+        """Stop listening; return each metric by block, matrix or attention; all ranks must call.
+
+        Means over ranks, each of its own sample; of logits the largest. What was not applied is
+        left out, and what holds NaN is NaN.
+
+        Args:
+            parameters: By canonical name, for the bound.
+
+        Raises:
+            ConfigurationError: The hooks of no rank saw anything.
+            ElsewhereError: A hook has failed on another rank; where it did, its error is raised.
+        """
+        error = None
+        own: dict[tuple[str, str], Tensor] = {}
+        try:
+            self.disarm()
+            if self._hooks.error is not None:
+                raise self._hooks.error
+            own = self._measured()
+        except Exception as caught:  # told to all before it is raised
+            error = caught
+        self._tell_unmasked()
+        joined = self._joined(own, error)
+        norms = joined.pop(_NORM, {})
+        if bounds := self._bounds(norms, parameters):
+            joined["attention_logit_bound"] = bounds
+        return joined
+
+    # ---- the hooks ----
+
+    def _see_batch(self, module: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
+        # Of the first pass, not of `arm`: schedule-free optimizers swap weights in between.
+        num_writes = sum(parameter._version for parameter in self._trained)
+        if self._num_writes is None:
+            self._num_writes = num_writes
+        if num_writes != self._num_writes:
+            self._listen_no_more()
+            return
+        mask = named.get("attention_mask")
+        is_usual = isinstance(mask, Tensor) and mask.ndim == 2
+        self._mask = TokenMask(mask) if is_usual else None  # type: ignore[arg-type]
+
+    def _counting(self, name: str, hidden: Tensor) -> Tensor:
+        """Return the positions that count of a module's hidden states, on the host."""
+        mask = self._mask
+        if mask is not None:
+            is_its_own = not self._has_two_sequences or _is_of_encoder(name)
+            if is_its_own and mask.fits(hidden):
+                return mask.positions
+            if mask.hides_some and name in self._blocks and name not in self._told:
+                self._told.add(name)
+                self._unmasked.append(name)
+        return torch.arange(hidden.shape[:-1].numel())
+
+    def _see_signs(self, layer: str, names: Sequence[str], v: Tensor) -> Callable[..., None]:
+        def see(module: nn.Module, inputs: Any, named: Any) -> None:
+            x = inputs[0].detach()
+            positions = self._counting(layer, x)
+            x = x.reshape(-1, x.shape[-1])
+            if len(positions) == 0:
+                return
+            chosen = positions[:: -(-len(positions) // _MAX_SIGNS)].to(x.device)
+            for name, cosines in zip(names, spectral_alignment(x[chosen], v).mT, strict=True):
+                self._alignments.setdefault(name, []).append(cosines)
+
+        return see
+
+    def _see_norm(self, name: str) -> Callable[..., None]:
+        def see(module: nn.Module, inputs: Any, named: Any) -> None:
+            x = inputs[0].detach()
+            norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()
+            before = self._norms.get(name)
+            self._norms[name] = norm if before is None else torch.maximum(before, norm)
+
+        return see
+
+    # ---- the numbers ----
+
+    def _tell_unmasked(self) -> None:
+        if self._unmasked:
+            hidden = len(self._unmasked) - _MOST_NAMES
+            logger.warning(
+                "The model's attention_mask is not of the tokens of %s%s: all of them count in "
+                "health metrics, padding too.",
+                ", ".join(self._unmasked[:_MOST_NAMES]),
+                f" and {hidden} more blocks" if hidden > 0 else "",
+            )
+
+    def _measured(self) -> dict[tuple[str, str], Tensor]:
+        """Return this rank's numbers by metric and name, on the device."""
+        found: dict[tuple[str, str], Tensor] = {}
+        num_seen = self._capture.num_seen
+        for name, tokens in self._capture.samples.items():
+            if num_seen[name] == 0:
+                continue
+            volume = log_det_bounds(tokens, num_seen[name])
+            shares = collapse_measures(tokens)
+            numbers = (
+                token_cosine(tokens),
+                volume.sample,
+                volume.lower,
+                volume.upper,
+                shares.mean_share,
+                shares.top_share,
+                shares.centred_top_share,
+                shares.effective_rank,
+            )
+            found |= {(m, name): x for m, x in zip(_OF_BLOCKS, numbers, strict=True)}
+        for name, cosines in self._alignments.items():
+            found[_DIVERSITY, name] = sign_diversity(torch.cat(cosines))
+        found |= {(_NORM, name): norm for name, norm in self._norms.items()}
+        found |= {(_LOGIT, name): heads.amax() for name, heads in self._logits.items()}
+        return found
+
+    def _joined(
+        self, own: Mapping[tuple[str, str], Tensor], error: Exception | None
+    ) -> dict[str, dict[str, float]]:
+        """Tell all ranks every rank's numbers: a place for each, whatever this one has seen."""
+        attentions = [attention.name for attention in self._attentions]
+        keys = [(metric, name) for metric in _OF_BLOCKS for name in self._blocks]
+        keys += [(_DIVERSITY, name) for names in self._layers.values() for name in names]
+        keys += [(metric, name) for metric in (_NORM, _LOGIT) for name in attentions]
+        device = next(self._model.parameters()).device
+        has_failed = torch.tensor(error is not None, dtype=torch.float64)
+        # No metric that is a mean can be inf, and no maximum −inf: that is, not seen.
+        unseen = {True: torch.tensor(-math.inf), False: torch.tensor(math.inf)}
+        numbers = [own.get(key, unseen[key[0] in _MAXIMA]) for key in keys]
+        row = torch.stack([x.detach().to(device).double() for x in (has_failed, *numbers)])
+        table = row.new_zeros(self._backend.world_size, len(row))
+        table[self._backend.rank] = row
+        told = torch.tensor(self._backend.tell(table.flatten()), dtype=torch.float64)
+        flags, *columns = told.view_as(table).mT
+        if flags.any():
+            raise_together(error)
+        joined: dict[str, dict[str, float]] = {}
+        for (metric, name), column in zip(keys, columns, strict=True):
+            seen = column[column != (-math.inf if metric in _MAXIMA else math.inf)]
+            if len(seen):
+                number = seen.amax() if metric in _MAXIMA else seen.mean()
+                joined.setdefault(metric, {})[name] = float(number)
+        if not joined:
+            raise ConfigurationError(
+                "nothing was seen of a training step, as where the model was compiled, or called "
+                "in evaluation mode; with pss_health=standard there are no hooks"
+            )
+        return joined
+
+    def _bounds(
+        self, norms: Mapping[str, float], parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, float]:
+        """Bound the logits of each attention whose inputs were seen; every rank alike."""
+        found = {}
+        for attention in self._attentions:
+            if attention.name not in norms:
+                continue
+            heads = attention.heads
+            (query, query_bias), (key, key_bias) = (
+                self._projection(rows, parameters) for rows in (attention.query, attention.key)
+            )
+            found[attention.name] = attention_logit_bound(
+                query,
+                key,
+                norms[attention.name],
+                num_heads=heads.num_heads,
+                num_key_heads=heads.num_key_heads,
+                query_bias=query_bias,
+                key_bias=key_bias,
+                scale=self._scales[attention.name],
+            ).amax()
+        numbers = torch.stack(list(found.values())).tolist() if found else []
+        return dict(zip(found, numbers, strict=True))
+
+    def _projection(
+        self, rows: HeadRows, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[Tensor, Tensor | None]:
+        name = rows.view.parameter_name
+        weight = rows.view.read(self._backend.full(parameters[name]))
+        bias = parameters.get(f"{name.removesuffix('weight')}bias")
+        if bias is None:
+            return weight, None
+        whole = self._backend.full(bias)
+        return weight, whole[rows.stored_rows(whole.device)]
+
+
+def _scale_of(attention: nn.Module) -> float | None:
+    """Return what multiplies q·k; None where no number says it (GPT-Neo has none, and no scale)."""
+    values = (getattr(attention, name, None) for name in _SCALES)
+    # Not bool, which is an int.
+    numbers = (v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return next((float(v) for v in numbers), None)
+
+
+def _is_of_encoder(name: str) -> bool:
+    """Tell by the outermost name: a decoder may be a model that calls its own blocks an encoder."""
+    parts = (part for part in name.split(".") if part in ("encoder", "decoder"))
+    return next(parts, None) == "encoder"
+
+
+def blocks_of(selection: Selection) -> tuple[str, ...]:
+    """Return the names of the blocks that hold matrices; of adapters, up to the first number."""
+    found = [view.block for view in selection.matrices]
+    adapted = (_BLOCK.match(view.name) for view in selection.adapters)
+    found += [match.group() for match in adapted if match is not None]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,342 @@
+"""Which tokens of a batch count, and for whose hidden states a mask says so.
+
+Mean pairwise cosine of tokens: 1 when all of them point one way.
+
+The largest attention logit that a head's weights allow.
+
+Collapse of tokens without classes: how much of them is their mean, and one direction.
+
+Log-determinant of the Gram matrix of tokens, and what a sample of them proves about all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.linalg import effective_rank, spectral_norm
+from hf_pss.linalg.scaling import compute_dtype, unit_scaled
+
+__all__ = [
+    "DEFAULT_RIDGE",
+    "CollapseMeasures",
+    "LogDetBounds",
+    "TokenMask",
+    "attention_logit_bound",
+    "collapse_measures",
+    "gram_log_det",
+    "log_det_bounds",
+    "token_cosine",
+    "unit_tokens",
+]
+
+
+class TokenMask:
+    """A mask's positions on the host: one device-to-host read when it is made, none afterwards.
+
+    Args:
+        mask: (batch, tokens), nonzero where a token counts.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.positions = mask.reshape(-1).cpu().nonzero().flatten()
+        """Of the tokens that count, in a batch whose rows follow each other; int64."""
+        self.shape = tuple(mask.shape)
+
+    @property
+    def hides_some(self) -> bool:
+        """Whether there is a token that does not count."""
+        return len(self.positions) < math.prod(self.shape)
+
+    def fits(self, hidden: Tensor) -> bool:
+        """Tell whether hidden states (batch, tokens, d), or (batch · tokens, d), are of its shape.
+
+        Those of a picture, of another sequence, or behind virtual tokens are not, even where they
+        are as many.
+        """
+        return hidden.shape[:-1] in (self.shape, (math.prod(self.shape),))
+
+
+def token_cosine(tokens: Tensor) -> Tensor:
+    """Return the mean of cos(x_i, x_j) over all pairs i ≠ j, exactly and without an n × n matrix.
+
+    (‖Σ x̂‖² − Σ ‖x̂‖²) / n(n − 1), with x̂ = x/‖x‖. Representations collapse where it nears 0.9 in
+    deep layers (arXiv 2602.01308). Its least value is −1/(n − 1); independent random directions of
+    d dimensions give 0, with a standard deviation of about √(2/d)/n.
+
+    Args:
+        tokens: (..., n, d), any real floating dtype.
+
+    Returns:
+        (...), float32, or float64 for float64; NaN for fewer than two tokens, or where one holds
+        NaN or inf. A token of zeros has cosine 0 with every other.
+
+    >>> token_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).item()
+    0.3333333432674408
+    """
+    n = tokens.shape[-2]
+    x = unit_tokens(tokens)
+    if n < 2:
+        return x.new_full(x.shape[:-2], torch.nan)
+    total = x.sum(dim=-2).square().sum(dim=-1)
+    own = x.square().sum(dim=(-2, -1))
+    return ((total - own) / (n * (n - 1))).clamp(-1.0, 1.0)
+
+
+def unit_tokens(tokens: Tensor) -> Tensor:
+    """Return x/‖x‖ of each token (..., n, d): zero for zero, NaN for one that holds NaN or inf."""
+    x = tokens.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.shape[-1] == 0:
+        return x
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)  # squares neither overflow nor vanish
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1.0)
+
+
+def attention_logit_bound(
+    query: Tensor,
+    key: Tensor,
+    max_norm: Tensor | float,
+    *,
+    num_heads: int,
+    num_key_heads: int | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Bound |q·k|/√d_h of each head by ‖W_q‖₂ ‖W_k‖₂ max‖x‖² / √d_h.
+
+    Cauchy–Schwarz, with ‖Wx + b‖ ≤ ‖W‖₂‖x‖ + ‖b‖ for either side. Rotary embeddings are rotations
+    and change no norm, so it holds with them; it does not where queries and keys are normalised
+    after the projection, or a position bias is added. It grows before the logits do: a logit above
+    100 is what QK-Clip answers (arXiv 2507.20534), a bound above it only allows one.
+
+    Cost: exact spectral norms of num_heads + num_key_heads matrices d_h × n, 40 ms for twelve and
+    twelve of 64×768 on one CPU thread.
+
+    Args:
+        query: (num_heads · d_h, n), outputs in rows, heads one after the other; any real floating
+            dtype.
+        key: (num_key_heads · d_h, n).
+        max_norm: The largest ‖x‖₂ of what the projections are applied to; () or a number.
+        num_heads: Of the queries.
+        num_key_heads: Of the keys, where heads share them, in groups of neighbours. None: as many.
+        query_bias: (num_heads · d_h,).
+        key_bias: (num_key_heads · d_h,).
+        scale: What multiplies q·k. None: 1/√d_h.
+
+    Returns:
+        (num_heads,), float32, or float64 for float64; NaN for a head that holds NaN or inf.
+
+    Raises:
+        ConfigurationError: rows that heads do not divide, or heads that key heads do not.
+
+    >>> eye = torch.eye(4)
+    >>> attention_logit_bound(2 * eye, eye, 3.0, num_heads=1).item()  # 2 · 1 · 9 / √4
+    9.0
+    """
+    num_key_heads = num_heads if num_key_heads is None else num_key_heads
+    rows = query.shape[0]
+    if (
+        num_heads < 1
+        or num_key_heads < 1
+        or rows % num_heads
+        or num_heads % num_key_heads
+        or key.shape[0] != rows // num_heads * num_key_heads
+    ):
+        raise ConfigurationError(
+            f"You gave {rows} rows of queries in {num_heads} heads and {key.shape[0]} rows of keys "
+            f"in {num_key_heads}; all heads must have as many rows, and key heads divide heads."
+        )
+    width = rows // num_heads
+    scale = 1 / math.sqrt(width) if scale is None else abs(scale)
+    q = _largest_output(query, query_bias, max_norm, width)
+    k = _largest_output(key, key_bias, max_norm, width)
+    bound: Tensor = scale * q * k.repeat_interleave(num_heads // num_key_heads)
+    return bound
+
+
+def _largest_output(
+    weight: Tensor, bias: Tensor | None, max_norm: Tensor | float, width: int
+) -> Tensor:
+    heads = weight.detach().reshape(-1, width, weight.shape[-1])
+    norm: Tensor = spectral_norm(heads) * max_norm
+    if bias is not None:
+        shift = bias.detach().to(norm.dtype).reshape(-1, width)
+        norm = norm + torch.linalg.vector_norm(shift, dim=-1)
+    return norm
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseMeasures:
+    """Shares in [0, 1] and a rank, each (...), float32, or float64 for float64; no units.
+
+    A sample of zeros gives 0 throughout; NaN for no tokens, or where one holds NaN or inf.
+    """
+
+    mean_share: Tensor
+    """n‖μ‖² / Σ‖x_i‖²: 1 when all tokens are equal. One minus it is the within-class variability of
+    neural collapse (Papyan, Han & Donoho 2020, NC1) with all tokens as one class, over the whole
+    energy [ours]."""
+    top_share: Tensor
+    """σ₁²/Σσ² of the tokens, one over their stable rank; never below `mean_share`."""
+    centred_top_share: Tensor
+    """The same of x_i − μ: a second direction behind the mean. 0 where nothing is left."""
+    effective_rank: Tensor
+    """exp(−Σ p_i ln p_i), p_i = σ_i/Σσ (Roy & Vetterli 2007), of the tokens as they are; at most
+    min(n, d), so comparable at one sample size only."""
+
+
+def collapse_measures(tokens: Tensor) -> CollapseMeasures:
+    """Measure a sample of tokens.
+
+    Neural collapse is stated for class means; a language model has no classes to take them of, so
+    these look at the sample as one cloud.
+
+    Cost: the singular values of three n × d matrices, 53 ms at 256×768 on one CPU thread.
+
+    Args:
+        tokens: (..., n, d), any real floating dtype.
+
+    >>> measures = collapse_measures(torch.tensor([[3.0, 1.0], [3.0, -1.0]]))
+    >>> round(measures.mean_share.item(), 4), round(measures.top_share.item(), 4)
+    (0.9, 0.9)
+    """
+    if 0 in tokens.shape[-2:]:
+        nothing = torch.full(tokens.shape[:-2], torch.nan, dtype=compute_dtype(tokens))
+        nothing = nothing.to(tokens.device)
+        return CollapseMeasures(nothing, nothing, nothing, nothing)
+    scaled = unit_scaled(tokens)
+    x = scaled.matrix
+    mean = x.mean(dim=-2, keepdim=True)
+    energy = x.square().sum(dim=(-2, -1))
+    mean_share = x.shape[-2] * mean.square().sum(dim=(-2, -1)) / _positive(energy)
+    spread = x - mean
+    # What rounding leaves of equal tokens is no direction.
+    noise = torch.finfo(x.dtype).eps ** 2 * x.shape[-2] * energy
+    left = torch.where(spread.square().sum(dim=(-2, -1)) > noise, 1.0, 0.0)
+    mean_share, top_share, centred = (
+        torch.where(scaled.finite, share, torch.nan)
+        for share in (mean_share.clamp_max(1.0), _top_share(x), left * _top_share(spread))
+    )
+    return CollapseMeasures(mean_share, top_share, centred, effective_rank(tokens))
+
+
+def _top_share(x: Tensor) -> Tensor:
+    squares = torch.linalg.svdvals(x).square()
+    share: Tensor = squares[..., 0] / _positive(squares.sum(dim=-1))
+    return share
+
+
+def _positive(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 1.0)
+
+
+# [ours] A direction below a thousandth of one token's energy counts as lost.
+DEFAULT_RIDGE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class LogDetBounds:
+    """L = log det(X̂X̂ᵀ + εI) of a sample, and an interval that holds that of all N tokens.
+
+    All (...), float32 or float64, in nats.
+    """
+
+    sample: Tensor
+    """L of the sample's n tokens."""
+    lower: Tensor
+    """L of all N tokens is not below it, whatever the others are (none of them zero)."""
+    upper: Tensor
+    """L of all N tokens is not above it, whatever the others are."""
+
+
+def gram_log_det(tokens: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
+    """Return log det(X̂X̂ᵀ + εI), the log-volume that the normalised tokens span.
+
+    The quantity that arXiv 2601.03385 tracks over time; tokens of unit length and the ridge ε,
+    without which more tokens than dimensions give −∞, are [ours]. It lies between
+    n log ε + log(1 + n/ε), all tokens on one line, and n log(1 + ε), all orthogonal. It is not
+    comparable between numbers of tokens or ridges.
+
+    Cost: the singular values of an n × d matrix, 17 ms at 256×768 on one CPU thread; squaring it
+    first would lose those below 3e-4.
+
+    Args:
+        tokens: (..., n, d), any real floating dtype.
+        ridge: ε > 0, against a token's own 1.
+
+    Returns:
+        (...), float32, or float64 for float64; NaN for no tokens, or where one holds NaN or inf.
+
+    >>> round(gram_log_det(torch.eye(3), ridge=1.0).item(), 4)  # 3 log 2
+    2.0794
+    """
+    return log_det_bounds(tokens, tokens.shape[-2], ridge=ridge).sample
+
+
+def log_det_bounds(
+    tokens: Tensor, num_tokens: int, *, ridge: float = DEFAULT_RIDGE
+) -> LogDetBounds:
+    """Bound L of N tokens by n of them, deterministically: no assumption on how they were drawn.
+
+    [ours], for the published bounds are not public; proofs in docs/theory_health.md. With
+    a₁ ≥ … ≥ a_d the eigenvalues of X̂ᵀX̂ + εI of the sample, and k = N − n,
+
+    - lower: L_n + k log ε + log(1 + k/a₁): the others all along the sample's first direction;
+    - upper: L_n + k log ε + Σ_i log max(w/a_i, 1) over the min(k, d) smallest, with w such that
+      Σ_i max(w − a_i, 0) = k: the others where the sample is weakest.
+
+    Either is attained, so no better bound can be had of the sample's spectrum. The interval is
+    narrow where the sample is most of all tokens; else it is as wide as what it cannot know.
+
+    Args:
+        tokens: (..., n, d), any real floating dtype: the sample.
+        num_tokens: N ≥ n.
+        ridge: as in `gram_log_det`.
+
+    Raises:
+        ConfigurationError: ridge not above 0, or N < n.
+
+    >>> bounds = log_det_bounds(torch.eye(2), 4, ridge=1.0)  # two more tokens
+    >>> round(bounds.lower.exp().item(), 4), round(bounds.upper.exp().item(), 4)
+    (8.0, 9.0)
+    """
+    n, d = tokens.shape[-2:]
+    if not ridge > 0 or num_tokens < n:
+        raise ConfigurationError(
+            f"You gave ridge={ridge}, num_tokens={num_tokens} with a sample of {n}; give a ridge "
+            "above 0 and at least as many tokens as the sample has."
+        )
+    x = unit_tokens(tokens)
+    if n == 0 or d == 0:
+        nothing = x.new_full(x.shape[:-2], torch.nan)
+        return LogDetBounds(nothing, nothing, nothing)
+    finite = x.isfinite().all(dim=-1).all(dim=-1)
+    x = torch.where(finite[..., None, None], x, 0.0)
+    energy = torch.linalg.svdvals(x).square()
+    # Of the d eigenvalues of A, those beyond min(n, d) are ε.
+    a = torch.nn.functional.pad(energy, (0, d - energy.shape[-1])) + ridge
+    k = num_tokens - n
+    sample = n * math.log(ridge) + (a / ridge).log().sum(dim=-1)
+    beyond = sample + k * math.log(ridge)
+    lower = beyond + torch.log1p(k / a[..., 0])
+    upper = beyond + _flooding(a.flip(-1)[..., : min(k, d)], k)
+    upper = torch.maximum(upper, lower)  # rounding must not cross them
+    return LogDetBounds(*(torch.where(finite, v, torch.nan) for v in (sample, lower, upper)))
+
+
+def _flooding(rising: Tensor, amount: int) -> Tensor:
+    """Return Σ log max(w/a_i, 1), Σ max(w − a_i, 0) = amount, for a (..., j) in ascending order."""
+    count = torch.arange(1, rising.shape[-1] + 1, device=rising.device, dtype=rising.dtype)
+    levels = (rising.cumsum(dim=-1) + amount) / count
+    # With the j lowest flooded the level must not lie below the j-th; the last such j is right.
+    num_flooded = (levels >= rising).sum(dim=-1, keepdim=True)
+    level = levels.gather(-1, (num_flooded - 1).clamp_min(0)) if amount else levels
+    return (level / rising).clamp_min(1.0).log().sum(dim=-1)

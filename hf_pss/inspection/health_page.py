@@ -1,0 +1,333 @@
+"""The pictures of an inspection: a map of blocks × kinds, and spectra beside those of noise.
+
+An inspection as one page that needs no other file, no network and no script.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import secrets
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from hf_pss.inspection.compare import MatrixChange
+from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
+from hf_pss.inspection.measure import MatrixHealth, spectrum_of
+from hf_pss.inspection.verdicts import JudgedMatrix
+from hf_pss.records.strict_json import visible
+from hf_pss.view import canvas
+from hf_pss.view import text_table as text
+from hf_pss.view.html_page import MISSING_EXTRA
+
+__all__ = [
+    "map_figure",
+    "noise_quantiles",
+    "render_page",
+    "series_figure",
+    "spectra_figure",
+    "write_page",
+]
+
+# A drawn label longer than this pushes the map off the page.
+_LONGEST_LABEL = 40
+_QUANTILES = 400
+# Beyond, float64 has no room left for an axis around σ₁.
+_LEAST_SIGMA, _MOST_SIGMA = 1e-300, 1e300
+
+
+def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
+    """Draw stable rank over that of noise: rows are blocks, columns kinds.
+
+    Experts of a block share a cell, which shows the lowest; a cross marks NaN, inf or zero.
+
+    Returns:
+        None where no block is numbered, or no value is positive.
+    """
+    cells, bad = _cells(matrices)
+    if not cells:
+        return None
+    rows = sorted({row for row, _ in cells})
+    kinds = list(dict.fromkeys(kind for _, kind in sorted(cells, key=lambda cell: cell[1])))
+    values = np.full((len(rows), len(kinds)), np.nan)
+    for (row, kind), value in cells.items():
+        values[rows.index(row), kinds.index(kind)] = value
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return None
+    # At least a decade, so that noise among noise does not look dramatic.
+    low, high = min(float(positive.min()), 0.1), max(float(positive.max()), 1.0)
+    height = float(np.clip(0.17 * len(rows) + 2.4, 3.2, 16.0))
+    figure = canvas.new_figure(float(np.clip(0.5 * len(kinds) + 3, 6, 14)), height)
+    axes = figure.subplots()
+    image = axes.pcolormesh(
+        np.arange(len(kinds) + 1),
+        np.arange(len(rows) + 1),
+        np.ma.masked_invalid(np.where(values > 0, values, np.nan)),
+        norm=LogNorm(vmin=low, vmax=high),
+        cmap="viridis",
+    )
+    for row, kind in bad:
+        place = (kinds.index(kind) + 0.5, rows.index(row) + 0.5)
+        axes.plot(*place, marker="x", color="#D55E00", ms=7, mew=2)
+    axes.set_facecolor("#eeeeee")
+    axes.grid(visible=False)
+    axes.set_ylim(len(rows), 0)
+    labels = [_short(kind) for kind in kinds]
+    axes.set_xticks(np.arange(len(kinds)) + 0.5, labels, rotation=45, ha="right")
+    step = max(1, len(rows) // 40)
+    names = [f"{_short(stack)} {block}".strip() for stack, block in rows]
+    axes.set_yticks(np.arange(len(rows))[::step] + 0.5, names[::step])
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
+    bar.ax.set_ylabel("stable rank / that of noise")
+    _plain_numbers(bar.ax.yaxis)
+    return figure
+
+
+def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> Figure | None:
+    """Draw singular values over their place, each beside noise of its shape and ‖W‖_F.
+
+    The shaded band is what i.i.d. noise fills: σ from |√m − √n| to √m + √n in units of
+    ‖W‖_F/√(mn) (Marchenko & Pastur 1967; Bai & Yin 1993); the dashed line is its expected spectrum.
+    """
+    drawn = [
+        (health, np.array(sigma))
+        for health, sigma in spectra
+        if sigma and _LEAST_SIGMA < sigma[0] < _MOST_SIGMA
+    ]
+    if not drawn:
+        return None
+    columns = min(3, len(drawn))
+    num_rows = math.ceil(len(drawn) / columns)
+    figure = canvas.new_figure(4.2 * columns, 2.9 * num_rows)
+    panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for axes, (health, sigma) in zip(panels, drawn, strict=False):
+        m, n = health.shape
+        unit = health.frobenius / math.sqrt(m * n)
+        share = (np.arange(len(sigma)) + 0.5) / len(sigma)
+        low, high = (unit * abs(math.sqrt(m) + sign * math.sqrt(n)) for sign in (-1, 1))
+        axes.axhspan(low, high, color="#56B4E9", alpha=0.15, lw=0)
+        axes.plot(share, unit * noise_quantiles(m, n, share), "--", color="#0072B2", label="noise")
+        axes.plot(share, np.where(sigma > 0, sigma, np.nan), color="#D55E00", label="matrix")
+        canvas.use_log_scale(axes)
+        _plain_numbers(axes.yaxis)
+        axes.set_ylim(max(float(sigma[-1]), 1e-4 * float(sigma[0])) / 1.5, 1.5 * sigma[0])
+        axes.set_title(f"{_short(health.name)}\n{m}×{n}", fontsize=8)
+        axes.set_xlabel("place, as a share of all")
+        axes.set_ylabel("σ")
+    panels[0].legend()
+    for axes in panels[len(drawn) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
+    """Draw stable ranks and σ₁ over the steps, or over the order where the names hold none.
+
+    Returns:
+        None where a panel would have no positive number to show.
+    """
+    steps = [row.step for row in rows if row.step is not None]
+    places = steps if len(set(steps)) == len(rows) else list(range(1, len(rows) + 1))
+    panels = (
+        ("stable rank", {"median": "median_stable_rank", "lowest": "lowest_stable_rank"}),
+        ("σ₁", {"largest": "largest_sigma1", "median": "median_sigma1"}),
+    )
+    figure = canvas.new_figure(8.4, 2.9)
+    for axes, (title, lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        for label, field in lines.items():
+            values = np.array([float(getattr(row, field)) for row in rows])
+            drawn = (values > _LEAST_SIGMA) & (values < _MOST_SIGMA)
+            if not drawn.any():
+                return None
+            axes.plot(places, np.where(drawn, values, np.nan), marker="o", ms=4, label=label)
+        canvas.use_log_scale(axes)
+        _plain_numbers(axes.yaxis)
+        axes.set_ylabel(title)
+        axes.set_xlabel("step" if places is steps else "checkpoint")
+        axes.legend()
+    return figure
+
+
+def noise_quantiles(m: int, n: int, share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the singular values of large m×n noise of unit variance, largest first.
+
+    The quantile function of Marchenko & Pastur's law, summed up numerically in σ: its density is
+    √((b² − σ²)(σ² − a²)) / (π σ min(m, n)) between a = |√m − √n| and b = √m + √n.
+
+    Args:
+        m: Rows.
+        n: Columns.
+        share: (k,), places in [0, 1], 0 the largest.
+    """
+    a, b = abs(math.sqrt(m) - math.sqrt(n)), math.sqrt(m) + math.sqrt(n)
+    # Midpoints: at a = 0 the density is 0/0, and nowhere else is there a singularity.
+    edges = np.linspace(a, b, _QUANTILES + 1)
+    middle = (edges[1:] + edges[:-1]) / 2
+    density = np.sqrt((b**2 - middle**2) * (middle**2 - a**2)) / middle
+    above = np.append(0.0, np.cumsum(density[::-1]))
+    found: npt.NDArray[np.float64] = np.interp(share, above / above[-1], edges[::-1])
+    return found
+
+
+def _cells(
+    matrices: Sequence[JudgedMatrix],
+) -> tuple[dict[tuple[tuple[str, int], str], float], set[tuple[tuple[str, int], str]]]:
+    found: defaultdict[tuple[tuple[str, int], str], list[float]] = defaultdict(list)
+    bad = set()
+    for one in matrices:
+        place = one.health.place
+        if place.block is None:
+            continue
+        cell = ((place.stack, place.block), place.kind)
+        found[cell].append(one.health.stable_rank / one.health.noise)
+        if not one.health.stable_rank > 0:
+            bad.add(cell)
+    stacks = {stack for (stack, _), _ in found}
+    named = stacks if len(stacks) > 1 else set()
+    lowest = {
+        cell: min((v for v in values if v > 0), default=math.nan) for cell, values in found.items()
+    }
+
+    def renamed(cell: tuple[tuple[str, int], str]) -> tuple[tuple[str, int], str]:
+        (stack, block), kind = cell
+        return ((stack if stack in named else "", block), kind)
+
+    return {renamed(cell): v for cell, v in lowest.items()}, {renamed(cell) for cell in bad}
+
+
+def _plain_numbers(axis: Axis) -> None:
+    # The style parses no math, for names hold dollars and underscores; 10^x would show as markup.
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(name: str) -> str:
+    text = visible(name)
+    return text if len(text) <= _LONGEST_LABEL else "…" + text[-_LONGEST_LABEL:]
+
+
+try:
+    import jinja2
+except ImportError as error:
+    raise ImportError(MISSING_EXTRA) from error
+
+
+_MOST_SPECTRA = 6
+# Decomposed for the page alone: 4096 × 4096, half a minute.
+_MOST_DECOMPOSED = 2**24
+# A model of experts has tens of thousands of matrices; --json has them all.
+_MOST_LINES = 1000
+
+
+def render_page(
+    inspection: Inspection,
+    *,
+    other: Inspection | None = None,
+    changes: Sequence[MatrixChange] = (),
+    rows: Sequence[SeriesRow] = (),
+) -> str:
+    """Return HTML: a map of the stable ranks, the spectra of the worst matrices, and all numbers.
+
+    Cost: beyond drawing, one exact decomposition for each of the six worst finite matrices of at
+    most 2^24 numbers, unless the inspection was exact.
+
+    Args:
+        inspection: What was found.
+        other: What it was compared with, on the same page.
+        changes: From `inspection` to `other`.
+        rows: Of a series that `inspection` begins and `other` ends.
+
+    Raises:
+        StateError: A file has become shorter since it was inspected.
+        OSError: A file can no longer be read.
+    """
+    with canvas.style():
+        series = _drawn({"series": series_figure(rows)}) if rows else {}
+    sections = [_section(one) for one in (inspection, other) if one is not None]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_pss.inspection", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "significant": text.significant,
+        "count": text.count,
+        "percent": text.percent,
+        "visible": visible,
+    }
+    return environment.get_template("page.html.j2").render(
+        sections=sections,
+        rows=rows,
+        series=series,
+        changes=changes[:_MOST_LINES],
+        num_changes=len(changes),
+        most_lines=_MOST_LINES,
+        nan=math.nan,
+    )
+
+
+def write_page(out: Path, html: str) -> None:
+    """Write a page whole or not at all: one that is open in a browser is never half-written.
+
+    Raises:
+        OSError: It cannot be written. Nothing is left of it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".hf-pss-{secrets.token_hex(8)}.html")
+    stream = scratch.open("x", encoding="utf-8")  # "x": never over, or through a link to, anything
+    try:
+        with stream:
+            stream.write(html)
+        scratch.replace(out)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _section(inspection: Inspection) -> Mapping[str, object]:
+    shown = list(_spectra(inspection.matrices))
+    with canvas.style():
+        drawn = _drawn({"map": map_figure(inspection.matrices), "spectra": spectra_figure(shown)})
+    return {
+        "inspection": inspection,
+        "lines": inspection.matrices[:_MOST_LINES],
+        "figures": drawn,
+        "num_too_large": sum(_is_too_large(one) for one in inspection.matrices[:_MOST_SPECTRA]),
+    }
+
+
+def _drawn(figures: Mapping[str, Figure | None]) -> Mapping[str, str]:
+    return {
+        name: "data:image/svg+xml;base64," + base64.b64encode(canvas.to_svg(figure)).decode("ascii")
+        for name, figure in figures.items()
+        if figure is not None
+    }
+
+
+def _spectra(
+    matrices: Sequence[JudgedMatrix],
+) -> Iterator[tuple[MatrixHealth, Sequence[float]]]:
+    sound = [one for one in matrices if one.health.frobenius > 0 and not _is_too_large(one)]
+    for one in sound[:_MOST_SPECTRA]:
+        health = one.health
+        sigma = health.spectrum or spectrum_of(health.source, health.expert)
+        if sigma is not None:
+            yield health, sigma
+
+
+def _is_too_large(one: JudgedMatrix) -> bool:
+    m, n = one.health.shape
+    return one.health.spectrum is None and m * n > _MOST_DECOMPOSED

@@ -1,0 +1,172 @@
+"""An inspection as tables for a terminal: what is ill, in few lines, and what was not looked at."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hf_pss.inspection.compare import MatrixChange
+from hf_pss.inspection.matrices import SMALL
+from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
+from hf_pss.inspection.verdicts import JudgedMatrix
+from hf_pss.records.strict_json import visible
+from hf_pss.view.text_table import significant
+
+__all__ = ["render_changes", "render_inspection", "render_series"]
+
+_STYLES = {"non_finite": "bold red", "zero": "red"}
+_MOST_UNREAD = 3
+_MOST_FINDINGS = 2
+
+
+def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableType:
+    """Put the worst matrices first, with the reason.
+
+    Args:
+        inspection: What was found.
+        num_lines: The most matrices to show.
+    """
+    return Group(*_summary(inspection), *_worst(inspection, num_lines), *_notes(inspection))
+
+
+def render_changes(changes: Sequence[MatrixChange], *, num_lines: int) -> RenderableType:
+    """Put the matrices that moved most first, before → after."""
+    table = _table("matrix", "σ₁", "stable rank", "‖ΔW‖/‖W‖")
+    prefix = _common_prefix([change.name for change in changes])
+    for change in changes[:num_lines]:
+        table.add_row(
+            Text(_short(change.name, prefix)),
+            _arrow(change, "sigma1"),
+            _arrow(change, "stable_rank"),
+            significant(change.relative_change),
+        )
+    hidden = len(changes) - num_lines
+    more = [Text(f"{hidden:,} more; --lines shows them.", style="dim")] if hidden > 0 else []
+    return Group(Text("Compared, what moved most first:"), table, *more)
+
+
+def render_series(rows: Sequence[SeriesRow]) -> RenderableType:
+    """Put a line for each checkpoint, in the order given."""
+    table = _table("checkpoint", "stable rank", "lowest", "σ₁", "largest", "not finite", "findings")
+    for row in rows:
+        ranks = (row.median_stable_rank, row.lowest_stable_rank)
+        numbers = map(significant, (*ranks, row.median_sigma1, row.largest_sigma1))
+        counts = (f"{row.num_nonfinite:,}", f"{row.num_findings:,}")
+        style = "bold red" if row.num_nonfinite else ""
+        table.add_row(Text(visible(row.path.name)), *numbers, *counts, style=style)
+    return Group(Text("Over the checkpoints; stable rank and σ₁ are medians:"), table)
+
+
+def _summary(inspection: Inspection) -> Iterator[Text]:
+    checkpoint = inspection.checkpoint
+    kind = f"{visible(checkpoint.model_type)}, " if checkpoint.model_type else ""
+    yield Text(
+        f"{visible(checkpoint.path)}: {kind}{len(inspection.matrices):,} matrices in "
+        f"{len(checkpoint.tensors):,} tensors, {checkpoint.num_bytes / 2**20:,.1f} MiB"
+    )
+    bad = sum(one.health.num_nonfinite > 0 for one in inspection.matrices)
+    if inspection.is_finite:
+        yield Text(f"Every number that was read is finite. Findings: {inspection.num_findings}.")
+    else:
+        yield Text(
+            f"NOT FINITE: NaN or inf in {_counted(bad, 'matrix', 'matrices')} and "
+            f"{_counted(len(inspection.bad_others), 'other tensor', 'other tensors')}. "
+            f"Findings: {inspection.num_findings}.",
+            style="bold red",
+        )
+    for entry, num_bad in inspection.bad_others:
+        yield Text(
+            f"  {visible(entry.name)}: {num_bad:,} of {math.prod(entry.shape):,} numbers",
+            style="red",
+        )
+
+
+def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
+    if not inspection.matrices:
+        return
+    table = _table("matrix", "shape", "σ₁", "stable rank", "of noise")
+    table.add_column("why", overflow="fold", ratio=1)
+    prefix = _common_prefix([one.health.name for one in inspection.matrices])
+    for one in inspection.matrices[:num_lines]:
+        health = one.health
+        table.add_row(
+            Text(_short(health.name, prefix)),
+            "×".join(map(str, health.shape)),
+            significant(health.sigma1),
+            significant(health.stable_rank),
+            _percent(health.stable_rank / health.noise),
+            Text(
+                _why(one), style=_STYLES.get(one.findings[0].kind, "yellow") if one.findings else ""
+            ),
+        )
+    yield table
+    hidden = len(inspection.matrices) - num_lines
+    if hidden > 0:
+        yield Text(f"{hidden:,} more; --lines shows them, --json has all.", style="dim")
+
+
+def _notes(inspection: Inspection) -> Iterator[Text]:
+    reasons = Counter(reason for _, reason in inspection.unread)
+    for reason, count in reasons.most_common(_MOST_UNREAD):
+        yield Text(f"Not looked at: {count:,} tensors ({reason}).", style="yellow")
+    searched = Counter(reason for _, reason in inspection.others if reason != SMALL)
+    for reason, count in searched.most_common(_MOST_UNREAD):
+        what = _counted(count, "tensor", "tensors")
+        yield Text(f"Searched for NaN and inf only: {what} ({reason}).", style="dim")
+    notes = Counter(one.health.source.note for one in inspection.matrices if one.health.source.note)
+    for note, count in notes.items():
+        yield Text(f"{count:,} matrices: {note}.", style="dim")
+
+
+def _why(one: JudgedMatrix) -> str:
+    shown = [finding.text for finding in one.findings[:_MOST_FINDINGS]]
+    hidden = len(one.findings) - len(shown)
+    return "; ".join([*shown, *([f"{hidden} more"] if hidden else [])])
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """What every name begins with, in whole parts; what numbers the blocks stays with its number.
+
+    >>> _common_prefix(["transformer.h.0.w", "transformer.h.1.w"])
+    'transformer.'
+    """
+    if len(names) < 2:
+        return ""
+    split = [name.split(".")[:-1] for name in (min(names), max(names))]  # the two least alike
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(*split, strict=False))
+    common = [part for part, _ in pairs]
+    numbered = any(name.split(".")[len(common)].isdigit() for name in names)
+    return "".join(f"{part}." for part in (common[:-1] if numbered else common))
+
+
+def _short(name: str, prefix: str) -> str:
+    return visible(name.removeprefix(prefix).replace(".weight", ""))
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _arrow(change: MatrixChange, what: str) -> str:
+    sides = (change.before, change.after)
+    return " → ".join(
+        "missing" if side is None else significant(float(getattr(side, what))) for side in sides
+    )
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio:.2%}" if math.isfinite(ratio) else "–"

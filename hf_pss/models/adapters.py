@@ -1,0 +1,264 @@
+"""LoRA adapters: the spectrum of each product s·B·A, read off its factors and smoothed in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.nn import functional
+
+from hf_pss.linalg import (
+    SmoothingFunction,
+    SmoothingStatus,
+    product_triplets,
+    quick_stable_rank,
+    smooth_product,
+)
+from hf_pss.models.anchors import NUM_RECORDED
+from hf_pss.models.batching import measure_each, raise_together
+from hf_pss.models.distributed import Backend
+from hf_pss.models.selection import AdapterView, MatrixView
+from hf_pss.models.smoother import FAILED, NON_FINITE, RAISED, STATUS_NAMES
+from hf_pss.records.events import MatrixChange
+
+__all__ = [
+    "AdapterSpectrum",
+    "frozen_collapses",
+    "measure_adapter_spectra",
+    "measure_adapters",
+    "smooth_adapters_",
+]
+
+_COLLAPSED = 2.0
+# Elements of factors in one batched call.
+_MAX_ELEMENTS = 2**24
+
+
+@torch.no_grad()
+def measure_adapters(
+    views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
+) -> dict[str, float]:
+    """Return the stable rank of each product by name; see `measure_adapter_spectra`."""
+    found = measure_adapter_spectra(views, parameters, backend)
+    return {name: one.stable_rank for name, one in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpectrum:
+    """Numbers of one product s·B·A: 0 where B or s is zero, NaN where it is broken."""
+
+    sigma: float
+    """σ₁, exact."""
+    frobenius: float
+    stable_rank: float
+    leading: tuple[float, ...] = ()
+    """The leading singular values, as many as the record of healthy values keeps."""
+
+
+@torch.no_grad()
+def measure_adapter_spectra(
+    views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
+) -> dict[str, AdapterSpectrum]:
+    """Return σ₁, ‖s·B·A‖_F and the stable rank of each product by name.
+
+    Every rank measures all of them: the factors are small. One device-to-host read.
+
+    Args:
+        views: What to read.
+        parameters: The model's parameters by canonical name.
+        backend: How parameters are stored.
+    """
+    alike: dict[tuple[object, ...], list[_Factors]] = {}
+    for factors in _factors(views, parameters, backend.full):
+        left, right = factors.left, factors.right
+        key = (left.shape[1:], right.shape[1:], left.dtype, left.device)
+        alike.setdefault(key, []).append(factors)
+    names: list[str] = []
+    numbers: list[Tensor] = []
+    for group in alike.values():
+        left = torch.cat([factors.left for factors in group])
+        right = torch.cat([factors.right for factors in group])
+        size = max(1, _MAX_ELEMENTS // (left[0].numel() + right[0].numel()))
+        pairs = zip(torch.split(left, size), torch.split(right, size), strict=True)
+        sigma = torch.cat([product_triplets(b, a).sigma for b, a in pairs])
+        # s changes no stable rank, unless it is zero.
+        own = [view for factors in group for view in factors.views]
+        on = torch.tensor([view.scaling != 0 for view in own], device=left.device)
+        names += [view.name for view in own]
+        scaling = sigma.new_tensor([abs(view.scaling) for view in own])
+        norm = torch.linalg.vector_norm(sigma, dim=-1) * scaling
+        values = (sigma * scaling.unsqueeze(-1))[:, :NUM_RECORDED]
+        values = functional.pad(values, (0, NUM_RECORDED - values.shape[-1]))
+        scalars = torch.stack([sigma[:, 0] * scaling, norm, _stable_rank(sigma) * on], -1)
+        numbers.append(torch.cat([scalars, values], dim=-1))
+    if not numbers:
+        return {}
+    told = iter(backend.agree(torch.cat([n.to(numbers[0].device) for n in numbers]).flatten()))
+    rows = zip(*[told] * (3 + NUM_RECORDED), strict=True)
+    by_name = {
+        name: AdapterSpectrum(sigma, frobenius, rank, leading=tuple(leading))
+        for name, (sigma, frobenius, rank, *leading) in zip(names, rows, strict=True)
+    }
+    return {view.name: by_name[view.name] for view in views}
+
+
+@torch.no_grad()
+def smooth_adapters_(
+    views: Sequence[AdapterView],
+    parameters: Mapping[str, nn.Parameter],
+    backend: Backend,
+    phi_for: Callable[[Sequence[str]], SmoothingFunction],
+    *,
+    names: Collection[str] | None = None,
+    max_rank: int,
+    keep_frobenius: bool = False,
+    before_write: Callable[[Collection[str]], None] | None = None,
+) -> tuple[MatrixChange, ...]:
+    """Smooth the dominant singular values of products, in place, by an edit of both factors.
+
+    The first rank decides and sends: factors are small, and replicas stay equal bit for bit. They
+    are read and written as the optimizer updates them, in fp32 under ZeRO.
+
+    Args:
+        views: The selected products.
+        parameters: The model's parameters by canonical name; factors change in place.
+        backend: How parameters are stored.
+        phi_for: As in `hf_pss.models.smoother.smooth_matrices_`.
+        names: Only these products; all when None.
+        max_rank: At most so many singular values of a product move.
+        keep_frobenius: Rescale each smoothed product to the Frobenius norm it had.
+        before_write: As in `hf_pss.models.smoother.smooth_matrices_`.
+
+    Raises:
+        ElsewhereError: The first rank has failed; it raises the error itself.
+    """
+    changes = []
+    wanted = [view for view in views if names is None or view.name in names]
+    for factors in _factors(wanted, parameters, backend.master):
+        # What rank 0 found: a status, k, and σ₁ and the stable rank before and after.
+        numbers = factors.left.new_zeros(len(factors.views), 6, dtype=torch.float64)
+        error: Exception | None = None
+        if backend.rank == 0:
+            options = {"max_rank": max_rank, "keep_frobenius": keep_frobenius}
+            try:
+                phi = phi_for([view.name for view in factors.views])
+                factors, found = _smoothed(factors, phi, **options)
+                numbers.copy_(found)
+            except Exception as caught:
+                error = caught
+                numbers[:, 0] = RAISED
+        backend.send_(numbers, 0)
+        rows = numbers.tolist()
+        if rows[0][0] == RAISED:
+            raise_together(error)
+        if any(row[0] == SmoothingStatus.SMOOTHED for row in rows):
+            if before_write is not None:
+                before_write((factors.views[0].left_name, factors.views[0].right_name))
+            _write_(factors, parameters, backend)
+        for view, row in zip(factors.views, rows, strict=True):
+            status, rest = int(row[0]), () if row[0] >= NON_FINITE else (int(row[1]), *row[2:])
+            changes.append(MatrixChange(view.name, view.shape, STATUS_NAMES[status], *rest))
+    return tuple(changes)
+
+
+def _smoothed(factors: _Factors, phi: SmoothingFunction, **options: Any) -> tuple[_Factors, Tensor]:
+    """Return the factors after smoothing, and what is sent of each product: (b, 6)."""
+    left, right = factors.left, factors.right
+    try:
+        found = smooth_product(left, right, phi, scaling=factors.views[0].scaling, **options)
+    except LinAlgError:
+        numbers = left.new_zeros(len(left), 6, dtype=torch.float64)
+        numbers[:, 0] = FAILED
+        return factors, numbers
+    finite = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
+    before, after = found.sigma_before, found.sigma_after
+    columns = (
+        torch.where(finite, found.status, NON_FINITE),
+        found.rank,
+        before[:, 0],
+        after.amax(dim=-1),
+        _stable_rank(before),
+        _stable_rank(after),
+    )
+    smoothed = replace(factors, left=found.left, right=found.right)
+    return smoothed, torch.stack([column.double() for column in columns], dim=-1)
+
+
+@torch.no_grad()
+def frozen_collapses(
+    views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
+) -> dict[str, float]:
+    """Return the stable ranks below 2 of the frozen weights that the adapters are added to.
+
+    A direction of W₀ outside the span of B cannot be removed by s·B·A: whoever has such a base is
+    told, and nothing is attempted. Quantised bases, integers or packed, are passed over.
+    """
+    bases: dict[str, MatrixView] = {}
+    for view in views:
+        base = parameters.get(view.base_name) if view.base_name is not None else None
+        if base is None or not base.is_floating_point() or view.base_name is None:
+            continue
+        shape = tuple(getattr(base, "ds_shape", base.shape))
+        # Either way round: the rank is the same. A packed base has another shape.
+        if shape[-2:] in (view.shape, view.shape[::-1]) and len(shape) in (2, 3):
+            name = view.base_name
+            bases[name] = MatrixView(name, name, "mlp", "", shape, False, None, "frozen base")
+    ranks = measure_each(list(bases.values()), parameters, backend, quick_stable_rank)
+    return {name: rank for name, rank in ranks.items() if 0 < rank < _COLLAPSED}
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The factors of products that share their parameters: the experts of one adapter, or one."""
+
+    views: tuple[AdapterView, ...]
+    left: Tensor
+    """(len(views), m, r): B, a copy."""
+    right: Tensor
+    """(len(views), r, n): A, a copy."""
+
+
+def _factors(
+    views: Sequence[AdapterView],
+    parameters: Mapping[str, nn.Parameter],
+    read: Callable[[Tensor], Tensor],
+) -> Iterator[_Factors]:
+    """Yield the factors of all products, whole, on every rank."""
+    for _, group in itertools.groupby(views, key=lambda view: (view.left_name, view.right_name)):
+        own = tuple(group)
+        experts = [view.expert for view in own]
+        left = _left(own[0], read(parameters[own[0].left_name]))
+        right = _right(own[0], read(parameters[own[0].right_name]))
+        yield _Factors(own, left[experts], right[experts])
+
+
+def _left(view: AdapterView, whole: Tensor) -> Tensor:
+    # PEFT keeps the experts of B innermost, and those of A outermost.
+    return torch.unflatten(whole, 1, (-1, view.num_experts)).permute(2, 0, 1)
+
+
+def _right(view: AdapterView, whole: Tensor) -> Tensor:
+    return torch.unflatten(whole, 0, (view.num_experts, -1))
+
+
+def _write_(factors: _Factors, parameters: Mapping[str, nn.Parameter], backend: Backend) -> None:
+    view, experts = factors.views[0], [view.expert for view in factors.views]
+    for name, new, place in (
+        (view.left_name, factors.left, _left),
+        (view.right_name, factors.right, _right),
+    ):
+        new = new.contiguous()
+        backend.send_(new, 0)
+        whole = backend.master(parameters[name]).clone()
+        place(view, whole)[experts] = new
+        backend.write_back_(parameters[name], whole)
+
+
+def _stable_rank(sigma: Tensor) -> Tensor:
+    top = sigma.amax(dim=-1, keepdim=True)
+    return (sigma / torch.where(top == 0, 1.0, top)).square().sum(dim=-1)

@@ -1,0 +1,217 @@
+"""FSDP2 and HSDP: parameters are DTensors, split along their first dimension."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.models.distributed.backend import (
+    Part,
+    mean_over_ranks,
+    moment_of,
+    sum_over_ranks,
+    to_owner,
+)
+
+__all__ = ["Sharded", "gathered", "reshard", "shard_group", "shard_ranks"]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor as a plain one: a DTensor, such as FSDP2's gradient norm, is made whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 leaves gathered after a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:
+    """Return the ranks that a parameter is split over; None where it is replicated everywhere.
+
+    Raises:
+        ConfigurationError: It is split in another way than FSDP2 and HSDP do.
+    """
+    dimension = _split_dimension(name, parameter)
+    if dimension is None:
+        return None
+    group: dist.ProcessGroup = parameter.device_mesh.get_group(dimension)
+    return group
+
+
+def shard_ranks(name: str, parameter: DTensor) -> tuple[tuple[int, ...], ...]:
+    """Return the global ranks that a parameter is split over, a row for each replica.
+
+    Nothing where it is replicated everywhere.
+
+    Raises:
+        ConfigurationError: As `shard_group`.
+    """
+    dimension = _split_dimension(name, parameter)
+    if dimension is None:
+        return ()
+    mesh = parameter.device_mesh
+    ranks = mesh.mesh.movedim(dimension, -1).reshape(-1, mesh.size(dimension))
+    return tuple(map(tuple, ranks.tolist()))
+
+
+def _split_dimension(name: str, parameter: DTensor) -> int | None:
+    """Return the dimension of the device mesh that the parameter's rows are split over."""
+    split = [i for i, placement in enumerate(parameter.placements) if placement != Replicate()]
+    if not split:
+        return None
+    if len(split) > 1 or parameter.placements[split[0]] != Shard(0):
+        raise ConfigurationError(
+            f"{name} is split as {parameter.placements}; hf_pss knows FSDP2 and HSDP, which split "
+            "the first dimension over one dimension of the device mesh. Leave tensor parallelism "
+            "off, or exclude such matrices."
+        )
+    return split[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """Every rank keeps some rows of each parameter; a whole matrix is seen by its owner only.
+
+    Under HSDP all ranks of all replicas share the work out: a matrix has one owner, whose replica
+    gives it its rows, and which tells everybody. So replicas stay equal bit for bit. FSDP2 shows
+    plain tensors in place of shards for a while after an evaluation; all of this is used after an
+    update, when they are shards again, and each tensor is asked what it is.
+    """
+
+    replicas: tuple[tuple[int, ...], ...]
+    """Global ranks: a row for each replica, one under FSDP2, in the order of the shards."""
+    group: dist.ProcessGroup
+    """The ranks of this rank's row."""
+    is_shared: ClassVar[bool] = True
+    can_hold_back: ClassVar[bool] = True
+
+    def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank, counted row by row."""
+        return self._ranks.index(dist.get_rank())
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of all replicas."""
+        return len(self._ranks)
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        return tuple(rank for row in self.replicas for rank in row)
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """Gather the parameter on every rank."""
+        return gathered(parameter.detach())
+
+    def keep(self, parameter: Tensor) -> Tensor:
+        """Return a copy of this rank's rows."""
+        return _part(parameter.detach()).tensor.clone()
+
+    def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
+        """Copy them back."""
+        _part(parameter.detach()).tensor.copy_(kept)
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """Gather the parameter on every rank: there is no other."""
+        return self.full(parameter)
+
+    def write_back_(self, parameter: Tensor, full: Tensor) -> None:
+        """Keep this rank's rows."""
+        with torch.no_grad():
+            if isinstance(parameter, DTensor):
+                full = distribute_tensor(
+                    full.to(parameter.dtype), parameter.device_mesh, parameter.placements
+                )
+            parameter.copy_(full)
+
+    def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
+        """Gather what the shards have of these rows, at the owner only."""
+        stored = parameter.detach()
+        first, last = (0, len(stored)) if rows is None else (rows.start, rows.stop)
+        if not isinstance(stored, DTensor) or Shard(0) not in stored.placements:
+            whole = stored.to_local() if isinstance(stored, DTensor) else stored
+            return whole[first:last] if owner == self.rank else None
+        num_shards = len(self.replicas[0])
+        if owner // num_shards != self.rank // num_shards:
+            return None  # another replica has the same rows
+        size = -(-len(stored) // num_shards)  # as torch.chunk: the last shards may be short
+        ends = [max(first, min(last, size * shard)) for shard in range(num_shards + 1)]
+        lengths = [after - before for before, after in itertools.pairwise(ends)]
+        shard = self.rank % num_shards
+        at = ends[shard] - size * shard
+        return to_owner(
+            stored.to_local()[at : at + lengths[shard]], lengths, owner % num_shards, self.group
+        )
+
+    @contextmanager
+    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
+        """Give this rank's rows."""
+        yield _part(parameter.detach())
+
+    @contextmanager
+    def moment_part(
+        self,
+        optimizer: Optimizer,
+        parameter: Tensor,
+        names: Sequence[str],
+        rows: slice | None = None,
+    ) -> Iterator[Part | None]:
+        """Give this rank's rows of the moment."""
+        moment = moment_of(optimizer, parameter, names)
+        yield _part(moment) if moment is not None else None
+
+    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
+        """Give this rank's rows."""
+        return self.part(parameter)
+
+    def look_at_moment(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> AbstractContextManager[Part | None]:
+        """Give this rank's rows of the moment."""
+        return self.moment_part(optimizer, parameter, names)
+
+    def send_(self, tensor: Tensor, owner: int) -> None:
+        """Broadcast to all replicas."""
+        dist.broadcast(tensor, self._ranks[owner])
+
+    def total_(self, tensor: Tensor) -> None:
+        """Add up over the shards; the mean of the replicas' sums, so that all get the same bits."""
+        dist.all_reduce(tensor)
+        if len(self.replicas) > 1:
+            tensor /= len(self.replicas)
+
+    def tell(self, values: Tensor) -> list[float]:
+        """Add up over all ranks: each number is one rank's, and 0 on all others."""
+        return sum_over_ranks(values)
+
+    def agree(self, values: Tensor) -> list[float]:
+        """Return the mean over all ranks of the run, see `Replicated.agree`."""
+        return mean_over_ranks(values)
+
+
+def _part(tensor: Tensor) -> Part:
+    if not isinstance(tensor, DTensor):
+        return Part(tensor)
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Part(tensor.to_local(), offset[0])

@@ -1,0 +1,285 @@
+"""Work on a list of tensors: one process does all of it, several ranks a share each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_pss.models.distributed.sharded import shard_group
+
+__all__ = [
+    "Alone",
+    "Answer",
+    "Compute",
+    "Ranks",
+    "Replicas",
+    "Shards",
+    "Sharing",
+    "local",
+    "owners_of",
+    "shards_of",
+]
+
+
+Ranks: TypeAlias = dist.ProcessGroup
+"""Those that a parameter is split over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a tensor becomes, and what is to be remembered of it."""
+
+    tensor: Tensor
+    """Of the shape that was asked about: all of it, or this rank's rows."""
+    state: dict[str, Tensor]
+    """Small, and known to all ranks."""
+
+
+Compute: TypeAlias = Callable[[Mapping[int, Tensor]], dict[int, Answer]]
+"""From whole tensors, by their place in the list of parameters, to answers."""
+
+
+class Sharing(Protocol):
+    """How work on one tensor for each parameter, laid out like it, is divided over ranks."""
+
+    @property
+    def num_shares(self) -> int:
+        """Over how many ranks a tensor's rows are spread; 1 where each has them all."""
+
+    def compute(
+        self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
+    ) -> list[Answer]:
+        """Return what all tensors become: this rank's rows of each, states in full.
+
+        Collective: every rank has the same parameters, in the same order.
+
+        Args:
+            params: The parameters; DTensors where they are sharded.
+            tensors: This rank's rows of each.
+            compute: Called once, with those of which this rank is the owner.
+        """
+
+
+class Alone:
+    """One process: it owns everything."""
+
+    num_shares = 1
+
+    def compute(
+        self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
+    ) -> list[Answer]:
+        """Compute everything here."""
+        found = compute(dict(enumerate(tensors)))
+        return [found[i] for i in range(len(params))]
+
+
+class Replicas:
+    """DDP: every rank has every tensor, computes its share and tells the others.
+
+    All apply what one rank computed, so replicas stay equal bit for bit.
+    """
+
+    num_shares = 1
+
+    def __init__(self, group: Ranks | None = None) -> None:
+        self._group = group
+        self._told = _Told(group)
+
+    def compute(
+        self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
+    ) -> list[Answer]:
+        """Compute the share of this rank, and gather the others'."""
+        owners = _owners(params, dist.get_world_size(self._group))
+        rank = dist.get_rank(self._group)
+        found = compute({i: m for i, m in enumerate(tensors) if owners[i] == rank})
+        flat = [found[i].tensor.flatten() for i in range(len(params)) if owners[i] == rank]
+        sizes = [m.numel() for m in tensors]
+        gathered = _all_gather(_joined(flat, tensors), owners, sizes, self._group)
+        answers = [values.view_as(m) for values, m in zip(gathered, tensors, strict=True)]
+        states = self._told.everywhere(params, found, owners, tensors[0])
+        return [Answer(d, s) for d, s in zip(answers, states, strict=True)]
+
+
+class Shards:
+    """FSDP2 and HSDP: one rank gathers a tensor, computes, and sends each its rows back.
+
+    Two all-to-alls a step, each of as many bytes as this rank keeps of the tensors.
+    """
+
+    def __init__(self, group: Ranks) -> None:
+        self._group = group
+        self._told = _Told(group)
+
+    @property
+    def num_shares(self) -> int:
+        """The number of ranks."""
+        return dist.get_world_size(self._group)
+
+    def compute(
+        self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
+    ) -> list[Answer]:
+        """Gather, compute, send back."""
+        rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        owners = _owners(params, world_size)
+        places = [[i for i, owner in enumerate(owners) if owner == r] for r in range(world_size)]
+        mine = places[rank]
+
+        def part(place: int, holder: int) -> slice:
+            rows = -(-params[place].shape[0] // world_size)  # as torch.chunk
+            return slice(holder * rows, (holder + 1) * rows)
+
+        def count(place: int, holder: int) -> int:
+            shape = params[place].shape
+            return len(range(*part(place, holder).indices(shape[0]))) * prod(shape[1:])
+
+        received = self._exchange(
+            [[tensors[i].flatten() for i in theirs] for theirs in places],
+            [[count(i, r) for i in mine] for r in range(world_size)],
+            like=tensors[0],
+        )
+        whole = {
+            place: torch.cat([pieces[n] for pieces in received]).view(params[place].shape)
+            for n, place in enumerate(mine)
+        }
+        found = compute(whole)
+        returned = self._exchange(
+            [[found[i].tensor[part(i, r)].flatten() for i in mine] for r in range(world_size)],
+            [[tensors[i].numel() for i in theirs] for theirs in places],
+            like=tensors[0],
+        )
+        answers = {
+            place: values.view_as(tensors[place])
+            for theirs, pieces in zip(places, returned, strict=True)
+            for place, values in zip(theirs, pieces, strict=True)
+        }
+        states = self._told.everywhere(params, found, owners, tensors[0])
+        return [Answer(answers[i], state) for i, state in enumerate(states)]
+
+    def _exchange(
+        self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], *, like: Tensor
+    ) -> list[list[Tensor]]:
+        """Send a list of flat tensors to each rank; return what each has sent, of these sizes."""
+        sent = _joined([tensor for theirs in outgoing for tensor in theirs], [like])
+        totals = [sum(theirs) for theirs in sizes]
+        received = like.new_empty(sum(totals))
+        dist.all_to_all_single(
+            received,
+            sent,
+            output_split_sizes=totals,
+            input_split_sizes=[sum(t.numel() for t in theirs) for theirs in outgoing],
+            group=self._group,
+        )
+        return [
+            list(chunk.split_with_sizes(list(theirs)))
+            for chunk, theirs in zip(received.split_with_sizes(totals), sizes, strict=True)
+        ]
+
+
+class _Told:
+    """What is remembered, told by each parameter's owner to all.
+
+    All ranks keep it, so that whoever saves has it, and a run may go on with other owners.
+    """
+
+    def __init__(self, group: Ranks | None) -> None:
+        self._group = group
+        self._shapes: dict[int, dict[str, torch.Size]] = {}
+
+    def everywhere(
+        self,
+        params: Sequence[Tensor],
+        found: Mapping[int, Answer],
+        owners: Sequence[int],
+        like: Tensor,
+    ) -> list[dict[str, Tensor]]:
+        """Return the states of all parameters, of which this rank has found its own."""
+        if any(id(p) not in self._shapes for p in params):
+            self._learn(params, found)
+        shapes = [self._shapes[id(p)] for p in params]
+        sizes = [sum(map(prod, own.values())) for own in shapes]
+        if not any(sizes):
+            return [{} for _ in params]
+        flat = [found[i].state[name].flatten().float() for i in sorted(found) for name in shapes[i]]
+        values = _all_gather(_joined(flat, [like.float()]), owners, sizes, self._group)
+        return [_unpacked(value, own) for value, own in zip(values, shapes, strict=True)]
+
+    def _learn(self, params: Sequence[Tensor], found: Mapping[int, Answer]) -> None:
+        """Learn what is remembered of each parameter, once: only its owner knows at first."""
+        mine = {i: {n: tuple(v.shape) for n, v in m.state.items()} for i, m in found.items()}
+        told: list[dict[int, dict[str, tuple[int, ...]]] | None]
+        told = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, mine, group=self._group)
+        for theirs in told:
+            for i, shapes in (theirs or {}).items():
+                self._shapes[id(params[i])] = {n: torch.Size(s) for n, s in shapes.items()}
+
+
+def _owners(params: Sequence[Tensor], world_size: int) -> list[int]:
+    return owners_of([prod(p.shape) * min(p.shape[-2:]) for p in params], world_size)
+
+
+def owners_of(costs: Sequence[int], world_size: int) -> list[int]:
+    """Return the owner of each task: the dearest goes to whoever has least to do so far.
+
+    Every rank computes the same; among equals the given order holds.
+    """
+    loads, owners = [0] * world_size, [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner = loads.index(min(loads))
+        owners[place] = owner
+        loads[owner] += costs[place]
+    return owners
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's rows of a tensor, as a plain one that shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards_of(parameter: Tensor) -> Ranks | None:
+    """Return the ranks that a parameter is split over; None where it is whole on each.
+
+    Raises:
+        ConfigurationError: It is split in another way than FSDP2 and HSDP do.
+    """
+    return shard_group("A parameter", parameter) if isinstance(parameter, DTensor) else None
+
+
+def _unpacked(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    pieces = flat.split_with_sizes([prod(shape) for shape in shapes.values()])
+    named = zip(shapes.items(), pieces, strict=True)
+    # A copy: a view would keep, and save, all that was gathered.
+    return {name: piece.view(shape).clone() for (name, shape), piece in named}
+
+
+def _joined(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors)) if tensors else like[0].new_empty(0)
+
+
+def _all_gather(
+    mine: Tensor, owners: Sequence[int], sizes: Sequence[int], group: Ranks | None
+) -> list[Tensor]:
+    """Return what the owners hold, in the parameters' order, from each one's flat tensor of it."""
+    world_size = dist.get_world_size(group)
+    totals = [
+        sum(size for size, o in zip(sizes, owners, strict=True) if o == r)
+        for r in range(world_size)
+    ]
+    longest = max(totals)
+    padded = mine.new_zeros(longest)
+    padded[: mine.numel()] = mine
+    everything = mine.new_empty(world_size * longest)
+    dist.all_gather_into_tensor(everything, padded, group=group)
+    places = [r * longest for r in range(world_size)]
+    found = []
+    for size, owner in zip(sizes, owners, strict=True):
+        found.append(everything[places[owner] : places[owner] + size])
+        places[owner] += size
+    return found

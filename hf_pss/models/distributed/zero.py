@@ -1,0 +1,302 @@
+"""DeepSpeed ZeRO 1, 2 and 3: an fp32 master split over the ranks, and a copy for the forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_pss.models.distributed.backend import Part, Replicated, to_owner
+
+__all__ = ["Zero", "is_zero"]
+
+
+def is_zero(parameter: Tensor) -> bool:
+    """Tell whether DeepSpeed holds a parameter's fp32 master: marked by it, at any stage."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+@dataclass(frozen=True, slots=True)
+class Zero(Replicated):
+    """Reads the copy for the forward; writes the fp32 master and that copy.
+
+    Written to the copy alone, the next step would undo an edit; to the master alone, the next
+    forward would not see it. The copy is whole on every rank under stages 1 and 2; under stage 3 an
+    owner collects what it reads. The master is a flat array that the ranks have pieces of, which
+    end anywhere: the rows that an edit touches are assembled on all ranks, and each keeps its own.
+
+    DeepSpeed applies the update inside ``backward``: gradients are gone and the update has happened
+    before anybody can judge its norm. It drops those that are not finite by itself.
+    """
+
+    can_hold_back: ClassVar[bool] = False
+
+    def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Tell what DeepSpeed has done before anybody can look."""
+        told = (
+            "Under DeepSpeed an update has happened before its gradient norm is known: PSS holds "
+            "none back. DeepSpeed discards one whose gradient is not finite by itself; where it is "
+            "set not to (bf16 with check_grad_overflow: false), such a step ends the run.",
+        )
+        if not any(getattr(parameter, "use_muon", False) for parameter in parameters.values()):
+            return told
+        return (
+            *told,
+            "DeepSpeed's own Muon reports the norm of the orthogonalised update, which hardly ever "
+            "changes: gradient-norm detectors are blind here; use stable_rank_floor.",
+        )
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """Return the parameter as the forward sees it."""
+        if not _is_split(parameter):
+            return parameter.detach()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def write_back_(self, parameter: Tensor, full: Tensor) -> None:
+        """Write master and copy."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if is_zero(parameter):
+            safe_set_full_fp32_param(parameter, full.float())
+        # Rank 0's value goes to all where the copy is split, too.
+        source = 0 if hasattr(parameter, "ds_id") else None
+        with GatheredParameters([parameter], modifier_rank=source), torch.no_grad():
+            parameter.copy_(full.to(parameter.dtype))
+
+    def keep(self, parameter: Tensor) -> Tensor:
+        """Return a copy of this rank's piece of the fp32 master."""
+        if not _has_master(parameter):
+            return self.full(parameter).clone()
+        return _piece(parameter, None)[0].clone()
+
+    def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
+        """Copy it back, and make the copy for the forward from all ranks' pieces."""
+        if not _has_master(parameter):
+            self.write_back_(parameter, kept)
+            return
+        piece, _, _ = _piece(parameter, None)
+        piece.copy_(kept)
+        _store(parameter, None, piece)
+        with self.part(parameter):
+            pass  # `part` writes the master into the copy as it closes
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """Return the fp32 master; the copy where there is none (frozen under stage 3)."""
+        if not _has_master(parameter):
+            return self.full(parameter)
+        return _Opened.of(parameter, None, None).tensor
+
+    def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
+        """Gather these rows of the copy under stage 3; they are there under the others."""
+        rows = rows or slice(0, _stored_shape(parameter)[0])
+        if not _is_split(parameter):
+            return parameter.detach()[rows] if owner == self.rank else None
+        if not _has_plain_pieces(parameter):
+            whole = self.full(parameter)
+            return whole[rows] if owner == self.rank else None
+        stored: Any = parameter
+        piece, group = stored.ds_tensor, stored.ds_process_group
+        shape = _stored_shape(parameter)
+        width = shape[1:].numel()
+        first, last, size = rows.start * width, rows.stop * width, len(piece)
+        count, shard = dist.get_world_size(group), dist.get_rank(group)
+        ends = [max(first, min(last, size * number)) for number in range(count + 1)]
+        lengths = [after - before for before, after in itertools.pairwise(ends)]
+        at = ends[shard] - size * shard
+        mine = piece[at : at + lengths[shard]].to(parameter.device)
+        found = to_owner(mine, lengths, dist.get_group_rank(group, owner), group)
+        return None if found is None else found.view(-1, *shape[1:])
+
+    @contextmanager
+    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
+        """Give these rows of the fp32 master, and write them and the copy's at the end."""
+        if not _has_master(parameter):
+            whole = self.full(parameter).clone()
+            yield Part(whole)
+            self.write_back_(parameter, whole)
+            return
+        opened = _Opened.of(parameter, None, rows)
+        yield Part(opened.tensor, opened.rows.start)
+        opened.close_()
+        stored: Any = parameter
+        if hasattr(parameter, "ds_id") and not _has_plain_pieces(parameter):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                parameter[opened.rows].copy_(opened.tensor)
+            return
+        if hasattr(parameter, "ds_id"):  # where the copy is whole for now, this outlasts it
+            opened.write_piece_(stored.ds_tensor)
+        if not _is_split(parameter):
+            parameter.detach()[opened.rows].copy_(opened.tensor)
+
+    @contextmanager
+    def moment_part(
+        self,
+        optimizer: Optimizer,
+        parameter: Tensor,
+        names: Sequence[str],
+        rows: slice | None = None,
+    ) -> Iterator[Part | None]:
+        """Give these rows of the moment, and write them back at the end."""
+        opened = self._opened_moment(parameter, names, rows)
+        if opened is None:
+            yield None
+            return
+        yield Part(opened.tensor, opened.rows.start)
+        opened.close_()
+
+    @contextmanager
+    def look(self, parameter: Tensor) -> Iterator[Part]:
+        """Give the whole copy; under stage 3 it is gathered, one parameter at a time."""
+        yield Part(self.full(parameter))
+
+    @contextmanager
+    def look_at_moment(
+        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
+    ) -> Iterator[Part | None]:
+        """Assemble the whole moment on every rank, in fp32, and write nothing back."""
+        opened = self._opened_moment(parameter, names, None)
+        yield None if opened is None else Part(opened.tensor)
+
+    def _opened_moment(
+        self, parameter: Tensor, names: Sequence[str], rows: slice | None
+    ) -> _Opened | None:
+        for name in self._kept_states(parameter, names):
+            try:
+                return _Opened.of(parameter, name, rows)
+            except KeyError:  # stage 3; on all ranks alike
+                continue
+        return None
+
+    def _kept_states(self, parameter: Tensor, names: Sequence[str]) -> list[str]:
+        """Return the states that can be asked for.
+
+        Under stages 1 and 2 a rank that holds nothing of the parameter knows none, and would wait
+        for those that do: the ranks tell each other first.
+        """
+        if hasattr(parameter, "ds_id"):
+            return list(names)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        keys = mapping.get_optim_state_keys() if mapping is not None else ()
+        has = torch.tensor([float(name in keys) for name in names], device=parameter.device)
+        return [name for name, count in zip(names, self.tell(has), strict=True) if count]
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Rows of an fp32 master, or of an optimizer's state, assembled on all ranks."""
+
+    parameter: Any
+    name: str | None
+    """Of the state; None for the master itself."""
+    rows: slice
+    tensor: Tensor
+    """(rows, ...), fp32."""
+    piece: Tensor
+    """What this rank keeps of the flattened parameter; may be empty."""
+    start: int
+    """Where that begins, in elements."""
+
+    @classmethod
+    def of(cls, parameter: Any, name: str | None, rows: slice | None) -> _Opened:
+        shape = _stored_shape(parameter)
+        rows = rows or slice(0, shape[0])
+        piece, start, group = _piece(parameter, name)
+        tensor = torch.zeros(
+            rows.stop - rows.start, *shape[1:], dtype=torch.float32, device=parameter.device
+        )
+        opened = cls(parameter, name, rows, tensor, piece, start)
+        mine, here = opened._overlap(piece)
+        here.copy_(mine)
+        dist.all_reduce(tensor, group=group)
+        return opened
+
+    def close_(self) -> None:
+        """Keep this rank's piece of what the rows have become."""
+        self.write_piece_(self.piece)
+        _store(self.parameter, self.name, self.piece)
+
+    def write_piece_(self, piece: Tensor) -> None:
+        """Overwrite what a tensor laid out like this rank's piece has of the rows."""
+        mine, here = self._overlap(piece)
+        with torch.no_grad():
+            mine.copy_(here)
+
+    def _overlap(self, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same elements in the piece and in the rows, both to be written."""
+        flat = self.tensor.view(-1)
+        offset = self.rows.start * _stored_shape(self.parameter)[1:].numel()
+        first = max(self.start, offset)
+        last = max(first, min(self.start + len(piece), offset + len(flat)))
+        return (
+            piece[first - self.start : last - self.start],
+            flat[first - offset : last - offset],
+        )
+
+
+def _piece(parameter: Any, name: str | None) -> tuple[Tensor, int, Any]:
+    """Return this rank's flat piece of a master or state, where it begins, and whose ranks'."""
+    if not hasattr(parameter, "ds_id"):
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return parameter.new_empty(0), 0, parameter._dp_group
+        start = mapping.lp_fragment_address.start
+        return mapping.get_hp_fragment(name).detach(), start, parameter._dp_group
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    group = parameter.ds_process_group
+    piece = (
+        safe_get_local_fp32_param(parameter)
+        if name is None
+        else safe_get_local_optimizer_state(parameter, name)
+    ).detach()
+    return piece, len(piece) * dist.get_rank(group), group
+
+
+def _store(parameter: Any, name: str | None, piece: Tensor) -> None:
+    """Store a piece that `_piece` gave and that has changed: under stage 3 it may be a copy."""
+    if not hasattr(parameter, "ds_id"):
+        return
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    if name is None:
+        safe_set_local_fp32_param(parameter, piece)
+    else:
+        safe_set_local_optimizer_state(parameter, piece, name)
+
+
+def _has_master(parameter: Tensor) -> bool:
+    return is_zero(parameter) and parameter.requires_grad
+
+
+def _stored_shape(parameter: Tensor) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _is_split(parameter: Tensor) -> bool:
+    """Tell whether the copy for the forward is split now: under stage 3 small ones are whole."""
+    status = getattr(parameter, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"
+
+
+def _has_plain_pieces(parameter: Any) -> bool:
+    """Tell whether all ranks have a piece of the copy each: neither swapped nor quantised."""
+    piece = parameter.ds_tensor
+    return (
+        dist.get_world_size(parameter.ds_process_group) == dist.get_world_size()
+        and piece.status.name == "AVAILABLE"
+        and not hasattr(piece, "ds_quant_scale")
+        and getattr(parameter, "ds_secondary_tensor", None) is None
+    )

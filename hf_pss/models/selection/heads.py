@@ -1,0 +1,231 @@
+"""How the output rows of query, key and value projections are divided among attention heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.models.selection.by_name import matrices_of, role_of
+from hf_pss.models.selection.layouts import class_names, looks_fused
+from hf_pss.models.selection.survey import Site, is_linear, survey
+from hf_pss.models.selection.views import MatrixView
+
+__all__ = [
+    "AttentionHeads",
+    "HeadRows",
+    "Heads",
+    "find_heads",
+    "head_rows",
+    "heads_of",
+    "is_of_heads",
+]
+
+# Names of projections that are not fused, and which one it is.
+_PROJECTIONS: Mapping[str, str] = {
+    **dict.fromkeys(("q_proj", "query", "q_lin", "q", "wq", "query_proj", "q_attn", "to_q"), "q"),
+    **dict.fromkeys(("k_proj", "key", "k_lin", "k", "wk", "key_proj", "to_k"), "k"),
+    **dict.fromkeys(("v_proj", "value", "v_lin", "v", "wv", "value_proj", "to_v"), "v"),
+    "q_b_proj": "q",
+}
+_HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+_LATENT_HEAD_DIM = "qk_head_dim"
+_VALUE_HEAD_DIM = "v_head_dim"
+_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+# Parameters beside the projections that leave queries and keys alone: what is added to logits.
+_HARMLESS = frozenset({"sinks", "relative_position_bias_table"})
+_CROSS = re.compile(r"cross_?att|encoder_att|encdecatt", re.IGNORECASE)
+_NORM = re.compile(r"^(?:q|k|qk|query|key)_?(?:layer)?_?norms?$|^[qk]_b_norm$")
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How many heads an attention module has, and how wide they are."""
+
+    num_heads: int
+    num_key_heads: int
+    """Fewer than heads where neighbours share them."""
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """The output rows of one projection inside the linear layer that holds it."""
+
+    linear: nn.Module
+    view: MatrixView
+
+    def stored_rows(self, device: torch.device) -> Tensor:
+        """Return the stored output row of each row of the projection, head after head."""
+        row = torch.arange(self.view.shape[-2], device=device)
+        if self.view.rows is None:
+            return row
+        size, period = self.view.rows.size, self.view.rows.period
+        return row // size * period + self.view.rows.start + row % size
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionHeads:
+    """An attention module whose queries and keys are linear in weights that are known."""
+
+    name: str
+    module: nn.Module
+    heads: Heads
+    query: HeadRows
+    key: HeadRows
+    is_cross_attention: bool = False
+    """Whether keys are of another sequence than queries, as attribute, class and names tell."""
+
+
+def heads_of(owner: nn.Module) -> Heads | None:
+    """Return the heads of an attention module, read from its attributes and its configuration.
+
+    Args:
+        owner: The module whose forward uses the projections.
+    """
+    num_heads, num_key_heads, head_dim = _numbers_of(owner)
+    if num_heads is None or num_key_heads is None or head_dim is None:
+        return None
+    return Heads(num_heads, num_key_heads, head_dim) if num_heads % num_key_heads == 0 else None
+
+
+def head_rows(site: Site, views: Sequence[MatrixView]) -> tuple[int, ...] | None:
+    """Return the output rows of one head, for each view of a parameter; None where unknown.
+
+    The views are those of one parameter. What has no heads, such as an output projection, the
+    compressed keys of latent attention or an MLP, is unknown, too.
+
+    Args:
+        site: Of the parameter.
+        views: All that it holds.
+    """
+    if len(site.shape) != 2 or role_of(site) != "attention":
+        return None
+    found = [_rows_of_a_head(site, view) for view in views]
+    known = tuple(rows for rows in found if rows is not None)
+    return known if len(known) == len(views) else None
+
+
+def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
+    """Tell by its names whether a parameter is likely to hold what is divided among heads."""
+    if role_of(site) != "attention":
+        return False
+    labels = {_label(site, view) for view in views}
+    is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
+    return is_unknown or not labels.isdisjoint(("q", "k", "v", "k_nope"))
+
+
+def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
+    """Return the attention modules with known heads, and of all others, by name, why not.
+
+    Modules of one class are told apart by their parameters: what holds a projection named or split
+    as query or key is an attention module.
+
+    Args:
+        model: Any module, wrapped or not.
+    """
+    owners: dict[int, tuple[str, nn.Module, dict[str, HeadRows], list[Site]]] = {}
+    for site in survey(model):
+        if site.tied_to is not None or role_of(site) != "attention" or len(site.shape) != 2:
+            continue
+        name = site.name.rpartition(".")[0].removesuffix(".base_layer")  # peft's, one level deeper
+        name = name.rpartition(".")[0] if site.own_name == "weight" else name
+        *_, rows, sites = owners.setdefault(id(site.owner), (name, site.owner, {}, []))
+        sites.append(site)
+        if is_linear(site.module):
+            for view in matrices_of(site, None):
+                rows.setdefault(_label(site, view), HeadRows(site.module, view))
+    found, reasons = [], {}
+    for name, owner, rows, sites in owners.values():
+        if not any(_is_of_queries(site) for site in sites):
+            continue
+        reason = _why_unknown(owner, rows)
+        heads = heads_of(owner)
+        if reason is None and heads is not None:
+            is_cross = _is_cross_attention(name, owner)
+            found.append(AttentionHeads(name, owner, heads, rows["q"], rows["k"], is_cross))
+        else:
+            reasons[name] = reason or "its heads are not known"
+    return found, reasons
+
+
+def _numbers_of(owner: nn.Module) -> tuple[int | None, int | None, int | None]:
+    """Return the number of heads, that of key heads, and the width of a head, as far as known."""
+    config = getattr(owner, "config", None)
+    num_heads = _first(owner, _NUM_HEADS) or _first(config, ("num_attention_heads",))
+    num_key_heads = _first(owner, _NUM_KEY_HEADS) or _first(config, _NUM_KEY_HEADS[:1])
+    head_dim = _first(owner, _HEAD_DIM) or _first(config, _HEAD_DIM[:1])
+    return num_heads, num_heads if num_key_heads is None else num_key_heads, head_dim
+
+
+def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
+    """Return why the logits of a module are no known function of two known projections."""
+    norms = [name for name, child in owner.named_children() if _NORM.match(name)]
+    if norms:
+        return f"{norms[0]} normalises what a projection gives, so its scale changes no logit"
+    holders = (owner, getattr(owner, "config", None))  # DBRX has it on the module alone
+    if any(getattr(holder, "clip_qkv", None) is not None for holder in holders):
+        return "clip_qkv cuts off what a projection gives, so logits do not scale with weights"
+    heads = heads_of(owner)
+    if heads is None or not {"q", "k"} <= rows.keys():
+        return "its projections or heads are not known"
+    own = (name for name, _ in owner.named_parameters(recurse=False) if name not in _HARMLESS)
+    if (name := next(own, None)) is not None:
+        return f"it holds {name}, which may change queries or keys after their projection"
+    wanted = {"q": heads.num_heads * heads.head_dim, "k": heads.num_key_heads * heads.head_dim}
+    for label, num_rows in wanted.items():
+        if rows[label].view.shape[-2] != num_rows:
+            return f"{label} has {rows[label].view.shape[-2]} rows where its heads have {num_rows}"
+    return None
+
+
+def _is_cross_attention(name: str, owner: nn.Module) -> bool:
+    told = getattr(owner, "is_cross_attention", None)
+    if isinstance(told, bool):
+        return told
+    return any(_CROSS.search(word) for word in (name, *class_names(owner)))
+
+
+def _is_of_queries(site: Site) -> bool:
+    views = matrices_of(site, None)
+    is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
+    return is_unknown or any(_label(site, view) == "q" for view in views)
+
+
+def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
+    label = _label(site, view)
+    num_rows = view.shape[-2]
+    if label == "k_nope" or (label == "v" and site.leaf == "kv_b_proj"):
+        return view.rows.size if view.rows is not None else None  # one run a head
+    if label not in ("q", "k", "v", "gate"):
+        return None
+    # Latent attention has as many keys as heads, whatever its configuration says.
+    num_heads, num_key_heads, head_dim = _numbers_of(site.owner)
+    special = {"q": (_LATENT_HEAD_DIM,), "v": (_VALUE_HEAD_DIM,)}.get(label, ())
+    width = _first(site.owner, special) or head_dim
+    count = num_key_heads if label in ("k", "v") else num_heads
+    if width is None or count is None:
+        return None
+    run = num_rows if view.rows is None else view.rows.size
+    return width if num_rows == count * width and run % width == 0 else None
+
+
+def _is_part(view: MatrixView) -> bool:
+    return view.name.endswith("]")
+
+
+def _label(site: Site, view: MatrixView) -> str:
+    if _is_part(view):
+        return view.name[len(site.name) + 1 : -1]
+    return _PROJECTIONS.get(site.leaf, site.leaf)
+
+
+def _first(holder: Any, names: Sequence[str]) -> int | None:
+    values = (getattr(holder, name, None) for name in names)
+    # Not bool, which is an int, and no 0, which some configurations mean as None.
+    return next((v for v in values if type(v) is int and v > 0), None)

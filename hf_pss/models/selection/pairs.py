@@ -1,0 +1,128 @@
+"""LoRA adapters in a model: which pairs of factors are trained, and what their product is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_pss.models.selection.survey import canonical_name, stored_shape
+
+__all__ = ["AdapterView", "find_adapters"]
+
+_NESTED = re.compile(r"(?:\.base_layer)+$")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    """The product s·B·A of an adapter; holds names and numbers, never tensors.
+
+    Attributes:
+        name: The adapted module, with the adapter in brackets: ``…q_proj[default]``; one of several
+            experts has its number behind: ``…experts.down_proj[default][2]``.
+        left_name: Canonical name of B's parameter, (m, r), or (m, r·E) for E experts.
+        right_name: That of A's, (r, n), or (E·r, n).
+        base_name: That of the frozen weight that it is added to; None where it is no plain one.
+        scaling: s.
+        shape: (m, n), of the product.
+        num_experts: E; 1 for a linear map.
+        expert: Which of them.
+    """
+
+    name: str
+    left_name: str
+    right_name: str
+    base_name: str | None
+    scaling: float
+    shape: tuple[int, int]
+    num_experts: int = 1
+    expert: int = 0
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """All that a pattern may mean it by: its own name and its factors'."""
+        return self.name, self.left_name, self.right_name
+
+
+def find_adapters(model: nn.Module) -> tuple[tuple[AdapterView, ...], dict[str, str]]:
+    """Return the products of all LoRA adapters in training, and why other factors make none.
+
+    Told by their structure, as PEFT builds them: a module with `lora_A`, `lora_B` and `scaling` by
+    adapter's name.
+
+    Returns:
+        The products, in the model's order; and a reason by the canonical name of each factor that
+        belongs to none of them.
+    """
+    views: list[AdapterView] = []
+    left_out: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for adapter in _adapters_of(module):
+            factors = [f"{path}.lora_{side}.{adapter}.weight" for side in "BA"]
+            reason = _why_none(module, adapter)
+            if reason is None:
+                views += _views(path, module, adapter, *map(canonical_name, factors))
+            else:
+                left_out |= dict.fromkeys(map(canonical_name, factors), reason)
+    return tuple(views), left_out
+
+
+def _adapters_of(module: nn.Module) -> Iterator[str]:
+    lefts, rights = getattr(module, "lora_B", None), getattr(module, "lora_A", None)
+    # A tuner of another kind under the same names (AdaLoRA's factors are bare parameters) is not
+    # a product of two matrices.
+    if isinstance(lefts, nn.ModuleDict) and isinstance(rights, nn.ModuleDict):
+        yield from (adapter for adapter in lefts if adapter in rights)
+
+
+def _why_none(module: Any, adapter: str) -> str | None:
+    left, right = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+    if len(stored_shape(left)) != 2 or len(stored_shape(right)) != 2:
+        return "LoRA factor of a convolution"
+    if adapter in getattr(module, "merged_adapters", ()):
+        return "LoRA factor: merged into the base weight"
+    if adapter not in getattr(module, "active_adapters", module.lora_B):
+        return f"LoRA factor: adapter {adapter!r} is not active"
+    if not (left.requires_grad and right.requires_grad):
+        return "LoRA factor: frozen, or its partner is"
+    return None
+
+
+def _views(
+    path: str, module: Any, adapter: str, left_name: str, right_name: str
+) -> Iterator[AdapterView]:
+    num_experts = int(getattr(module, "num_experts", 1) or 1)
+    target = canonical_name(path)
+    # PEFT wraps a module once for each parameter of it that is adapted.
+    parameter: str | None = getattr(module, "parameter_name", None)
+    base_name = _base_name(path, module, parameter or "weight")
+    if parameter is not None:
+        target = f"{_NESTED.sub('', target)}.{parameter}"
+    shape = (
+        stored_shape(module.lora_B[adapter].weight)[0],
+        stored_shape(module.lora_A[adapter].weight)[1],
+    )
+    for expert in range(num_experts):
+        behind = f"[{expert}]" if num_experts > 1 else ""
+        yield AdapterView(
+            name=f"{target}[{adapter}]{behind}",
+            left_name=left_name,
+            right_name=right_name,
+            base_name=base_name,
+            scaling=float(module.scaling[adapter]),
+            shape=shape,
+            num_experts=num_experts,
+            expert=expert,
+        )
+
+
+def _base_name(path: str, module: Any, parameter: str) -> str | None:
+    """Return the name of the weight that an adapter is added to; None where it is no plain one."""
+    inner, path = getattr(module, "base_layer", None), f"{path}.base_layer"
+    while (deeper := getattr(inner, "base_layer", None)) is not None:
+        inner, path = deeper, f"{path}.base_layer"
+    is_plain = isinstance(getattr(inner, parameter, None), nn.Parameter)
+    return canonical_name(f"{path}.{parameter}") if is_plain else None

@@ -1,0 +1,220 @@
+"""Where each parameter of a model sits: canonical names, repeated blocks, the modules around it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from hf_pss.models.selection.layouts import class_names, stores_inputs_first
+
+__all__ = [
+    "Site",
+    "canonical_name",
+    "find_blocks",
+    "is_linear",
+    "named_parameters_canonical",
+    "survey",
+]
+
+# Of torch.compile, activation checkpointing and FSDP1. DDP's `module.` goes only in front: further
+# inside it may be a model's own name.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)"
+)
+_LEADING_WRAPPERS = re.compile(r"^(?:module\.)+|^module$")
+# peft keeps the layer it replaces one level deeper.
+_ADAPTED = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)$")
+
+
+@runtime_checkable
+class _HasOutputEmbeddings(Protocol):
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One parameter in its place.
+
+    Attributes:
+        name: Canonical name of the parameter.
+        shape: Full shape, also under ZeRO-3, where the parameter itself is empty between uses.
+        parameter: The parameter, to look at its flags; its values are never read.
+        module: The module that holds it.
+        owner: The module whose forward uses it: the parent of an nn.Linear, else `module`.
+        leaf: The projection's name inside `owner`: ``c_attn``, ``in_proj_weight``.
+        path: (name, module) from `module` outwards to below the block.
+        block: Name of the repeated block; None outside of all blocks.
+        tied_to: Canonical name of the same parameter met earlier.
+        shared_with: Canonical name of the same parameter outside of all blocks, if it has one.
+        is_embedding: Whether an embedding or the output head holds the parameter, tied or not.
+        vocabularies: The numbers of rows of the model's embeddings.
+        block_inputs: The numbers of inputs that the matrices of the block have.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: nn.Parameter
+    module: nn.Module
+    owner: nn.Module
+    leaf: str
+    path: tuple[tuple[str, nn.Module], ...]
+    block: str | None
+    tied_to: str | None
+    shared_with: str | None
+    is_embedding: bool
+    vocabularies: frozenset[int]
+    block_inputs: frozenset[int]
+
+    @property
+    def own_name(self) -> str:
+        """The parameter's name inside `module`."""
+        return self.name.rpartition(".")[2]
+
+
+def canonical_name(name: str) -> str:
+    """Return a module's or parameter's name without the prefixes that wrappers put into it.
+
+    Example:
+        >>> canonical_name("module._orig_mod.h.0._checkpoint_wrapped_module.mlp.weight")
+        'h.0.mlp.weight'
+    """
+    return _LEADING_WRAPPERS.sub("", _WRAPPERS.sub("", name)).rstrip(".")
+
+
+def named_parameters_canonical(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by canonical name, a tied one once, under its first name."""
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def survey(model: nn.Module) -> Iterator[Site]:
+    """Yield every parameter of a model in its place, tied ones once for each of their names."""
+    modules = {
+        canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)
+    }
+    blocks = find_blocks(modules)
+    embeddings = _embedding_rows(model)
+    vocabularies = frozenset(embeddings.values())
+    parameters = {
+        canonical_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    first_names: dict[int, str] = {}
+    outside: dict[int, str] = {}
+    inputs: defaultdict[str | None, set[int]] = defaultdict(set)
+    for name, parameter in parameters.items():
+        module_name = name.rpartition(".")[0]
+        block = _enclosing(module_name, blocks)
+        first_names.setdefault(id(parameter), name)
+        if block is None:
+            outside.setdefault(id(parameter), name)
+        if len(shape := stored_shape(parameter)) > 1:
+            inputs[block].add(shape[-2 if stores_inputs_first(modules[module_name]) else -1])
+    block_inputs = {block: frozenset(numbers) for block, numbers in inputs.items()}
+    for name, parameter in parameters.items():
+        module_name, _, own_name = name.rpartition(".")
+        block = _enclosing(module_name, blocks)
+        owner, leaf = _user(modules, module_name, own_name)
+        first = first_names[id(parameter)]
+        other = outside.get(id(parameter))
+        yield Site(
+            name=name,
+            shape=stored_shape(parameter),
+            parameter=parameter,
+            module=modules[module_name],
+            owner=owner,
+            leaf=leaf,
+            path=_path(modules, module_name, block),
+            block=block,
+            tied_to=None if first == name else first,
+            shared_with=None if other == name else other,
+            is_embedding=id(parameter) in embeddings,
+            vocabularies=vocabularies,
+            block_inputs=block_inputs.get(block, frozenset()),
+        )
+
+
+def find_blocks(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the names of the repeated blocks: the composite children of the outermost stacks.
+
+    A stack is an nn.ModuleList, or an nn.Sequential that repeats a class; a child counts where it
+    has children itself and holds a matrix. So lists of plain nn.Linear (heads) and stacks of
+    convolutions are none. A block that is used under a second name is a block there too.
+    """
+    blocks: set[str] = set()
+    for name, module in modules.items():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and _enclosing(name, blocks) is None:
+            prefix = f"{name}." if name else ""
+            blocks.update(
+                canonical_name(f"{prefix}{child_name}")
+                for child_name, child in module.named_children()
+                if _is_block(child) and _is_stacked(child, module)
+            )
+    found = {id(modules[name]) for name in blocks}
+    return {name for name, module in modules.items() if id(module) in found}
+
+
+def _is_block(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and any(map(is_linear, module.modules()))
+
+
+def _is_stacked(child: nn.Module, stack: nn.Module) -> bool:
+    if isinstance(stack, nn.ModuleList):
+        return True
+    # A SentenceTransformer is an nn.Sequential of a whole model and, maybe, several Dense layers.
+    if any(isinstance(module, _HasOutputEmbeddings) for module in stack.modules()):
+        return False
+    return sum(type(sibling) is type(child) for sibling in stack.children()) > 1
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is an nn.Linear or transformers' Conv1D, or derived from one."""
+    return isinstance(module, nn.Linear) or "Conv1D" in class_names(module)
+
+
+def _enclosing(name: str, blocks: set[str]) -> str | None:
+    """Return the block that is, or contains, the named module."""
+    while name:
+        if name in blocks:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+def _user(modules: dict[str, nn.Module], module_name: str, own_name: str) -> tuple[nn.Module, str]:
+    """Return the module whose forward uses a parameter, and the parameter's name in its code."""
+    if own_name != "weight":
+        return modules[module_name], own_name
+    parent_name, _, leaf = _ADAPTED.sub("", module_name).rpartition(".")
+    return modules[parent_name], leaf
+
+
+def _path(
+    modules: dict[str, nn.Module], module_name: str, block: str | None
+) -> tuple[tuple[str, nn.Module], ...]:
+    steps = []
+    while module_name and module_name != block:
+        parent, _, segment = module_name.rpartition(".")
+        steps.append((segment, modules[module_name]))
+        module_name = parent
+    return tuple(steps)
+
+
+def _embedding_rows(model: nn.Module) -> dict[int, int]:
+    """Return the number of rows of each embedding and output head, by the parameter's id."""
+    held = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    heads = [
+        m.get_output_embeddings() for m in model.modules() if isinstance(m, _HasOutputEmbeddings)
+    ]
+    modules = [*held, *(head for head in heads if head is not None)]
+    held_by = (p for m in modules for p in m.parameters(recurse=False))
+    return {id(p): shape[0] for p in held_by if (shape := stored_shape(p))}
+
+
+def stored_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the whole parameter's shape; under ZeRO-3 it has one of its own."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,247 @@
+"""A weight matrix as a view of a parameter: read it, write it back, show it to people."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import SelectionError
+from hf_pss.models.selection.pairs import AdapterView
+
+__all__ = ["Exclusion", "MatrixView", "Piece", "Role", "RowPattern", "Selection"]
+
+Role: TypeAlias = Literal["attention", "mlp"]
+
+_BLOCK_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class RowPattern:
+    """The output rows r with ``start <= r mod period < start + size``.
+
+    Every fused layout we know is such a pattern: one period of all rows for GPT-2's [Q|K|V], one
+    period a head for GPT-NeoX, a period of two rows for interleaved gate and up projections.
+
+    Attributes:
+        start: First row of the part within a period, in rows.
+        size: Rows of the part in each period.
+        period: Rows after which the pattern repeats; divides the number of stored output rows.
+    """
+
+    start: int
+    size: int
+    period: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a matrix that lies in some rows of the parameter that stores it.
+
+    Attributes:
+        stored: Those rows, or the expert's of them, as stored.
+        rows: Rows of the matrix that the piece covers, as an index.
+        columns: Columns of the matrix, as an index.
+        index: Where the piece lies in ``stored``.
+        transposed: Whether ``stored`` has inputs first.
+    """
+
+    stored: Tensor
+    rows: slice | Tensor
+    columns: slice | Tensor
+    index: tuple[slice | Tensor, ...]
+    transposed: bool
+
+    def read(self) -> Tensor:
+        """Return the piece, (rows, columns) of the matrix; it may share memory."""
+        found = self.stored[self.index]
+        return found.mT if self.transposed else found
+
+    def write_(self, piece: Tensor) -> None:
+        """Overwrite the piece."""
+        stored = piece.to(self.stored.dtype)
+        self.stored[self.index] = stored.mT if self.transposed else stored
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixView:
+    """One weight matrix inside a parameter; holds names and numbers, never tensors.
+
+    Sharding swaps parameter objects after the selection was made, so a view is resolved by name
+    each time: ``view.read(named_parameters_canonical(model)[view.parameter_name])``.
+
+    Attributes:
+        name: Unique; the parameter's name, with the part in brackets where a parameter holds
+            several matrices: ``transformer.h.0.attn.c_attn.weight[q]``.
+        parameter_name: Canonical name of the parameter, free of wrappers' prefixes.
+        role: What the matrix does in its block.
+        block: Name of the repeated block the matrix belongs to.
+        shape: ``(..., m, n)``, m outputs, n inputs; experts lead.
+        transposed: Whether the parameter stores (in, out), as GPT-2's Conv1D does.
+        rows: Output rows of the parameter that belong to the matrix; None for all of them.
+        reason: Why it was selected and how it was split, for people.
+    """
+
+    name: str
+    parameter_name: str
+    role: Role
+    block: str
+    shape: tuple[int, ...]
+    transposed: bool
+    rows: RowPattern | None
+    reason: str
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """Return the matrix inside a tensor laid out like the parameter.
+
+        Args:
+            parameter: The stored, full shape, any dtype: the parameter, its gradient, its momentum.
+
+        Returns:
+            (..., m, n), detached; shares the parameter's memory where the rows are evenly spaced, a
+            copy where they come in runs of several per period. Change it through `write_` only.
+
+        Raises:
+            SelectionError: The tensor is not of the parameter's full shape.
+
+        Example:
+            >>> stored = torch.arange(12.0).reshape(6, 2)  # two heads of [q|k|v], one row each
+            >>> rows = RowPattern(start=1, size=1, period=3)
+            >>> k = MatrixView("w[k]", "w", "attention", "h.0", (2, 2), False, rows, "")
+            >>> k.read(stored).tolist()
+            [[2.0, 3.0], [8.0, 9.0]]
+        """
+        part = self._part(parameter)
+        return part if self.rows is None else part.flatten(-3, -2)
+
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        """Overwrite the matrix inside a tensor laid out like the parameter, and nothing beside it.
+
+        Args:
+            parameter: The parameter's stored, full shape; written in place, outside of autograd.
+            matrix: (..., m, n) as `read` returns it; cast to the parameter's dtype and device.
+
+        Raises:
+            SelectionError: One of the tensors is not of the expected shape.
+        """
+        if tuple(matrix.shape) != self.shape:
+            raise SelectionError(
+                f"{self.name} has the shape {self.shape}, but a matrix of shape "
+                f"{tuple(matrix.shape)} was given: write one of the shape that `read` returns."
+            )
+        if self.rows is not None:
+            matrix = torch.unflatten(matrix, -2, (-1, self.rows.size))
+        with torch.no_grad():
+            self._part(parameter).copy_(matrix)
+
+    def piece(self, stored: Tensor, start: int, expert: int | None = None) -> Piece | None:
+        """Return what some rows of the stored parameter hold of the matrix; None for nothing.
+
+        Args:
+            stored: Rows ``start`` … of the parameter along its first dimension, which is the
+                experts' where there are several.
+            start: The first row's number.
+            expert: Which one, of a stack.
+        """
+        if expert is not None:
+            if not start <= expert < start + len(stored):
+                return None
+            stored, start = stored[expert - start], 0
+        if len(stored) == 0:
+            return None
+        everything = slice(None)
+        m = self.shape[-2]
+        if self.transposed:
+            columns = slice(start, start + len(stored))
+            outputs = everything if self.rows is None else self._stored_rows(m, stored.device)
+            return Piece(stored, everything, columns, (everything, outputs), True)
+        if self.rows is None:
+            rows = slice(start, start + len(stored))
+            return Piece(stored, rows, everything, (everything,), False)
+        at = self._stored_rows(m, stored.device) - start
+        held = ((at >= 0) & (at < len(stored))).nonzero().squeeze(-1)
+        return Piece(stored, held, everything, (at[held],), False) if len(held) else None
+
+    def _stored_rows(self, m: int, device: torch.device) -> Tensor:
+        """Return the stored output row of each row of the matrix, which has a pattern."""
+        assert self.rows is not None
+        row = torch.arange(m, device=device)
+        start, size, period = self.rows.start, self.rows.size, self.rows.period
+        return row // size * period + start + row % size
+
+    def _part(self, parameter: Tensor) -> Tensor:
+        """Return a view that always shares memory: (..., m, n), or (..., periods, size, n)."""
+        self._check_stored_shape(tuple(parameter.shape))
+        matrix = parameter.detach()
+        if self.transposed:
+            matrix = matrix.mT
+        if self.rows is None:
+            return matrix
+        periods = torch.unflatten(matrix, -2, (-1, self.rows.period))
+        return periods.narrow(-2, self.rows.start, self.rows.size)
+
+    def _check_stored_shape(self, given: tuple[int, ...]) -> None:
+        *experts, m, n = self.shape
+        if self.rows is not None:
+            m = m // self.rows.size * self.rows.period
+        stored = (*experts, n, m) if self.transposed else (*experts, m, n)
+        if given != stored:
+            raise SelectionError(
+                f"{self.parameter_name} was selected with the shape {stored}, but a tensor of "
+                f"shape {given} was given: pass the full parameter, gathered from its shards."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A parameter, or a part of one, that was left alone, and why."""
+
+    parameter_name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The weight matrices of a model, in its order, and every parameter that is none of them."""
+
+    matrices: tuple[MatrixView, ...]
+    exclusions: tuple[Exclusion, ...]
+    adapters: tuple[AdapterView, ...] = ()
+    """Products of LoRA factors, which are matrices that no parameter holds."""
+
+    def table(self) -> str:
+        """Return an aligned text table: name, shape, role, reason.
+
+        Exclusions that differ only in the number of their block share a line.
+        """
+        matrices = [(v.name, _dimensions(v.shape), v.role, v.reason) for v in self.matrices]
+        alike = Counter(
+            (_BLOCK_INDEX.sub("*", e.parameter_name), _dimensions(e.shape), e.reason)
+            for e in self.exclusions
+        )
+        excluded = [
+            (name, shape, "excluded", reason if count == 1 else f"{reason} (× {count})")
+            for (name, shape, reason), count in alike.items()
+        ]
+        products = [
+            (view.name, _dimensions(view.shape), "adapter", "product of LoRA's factors")
+            for view in self.adapters
+        ]
+        return _aligned([("name", "shape", "role", "reason"), *matrices, *products, *excluded])
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _aligned(lines: list[tuple[str, str, str, str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
+        for line in lines
+    )

@@ -1,0 +1,110 @@
+"""An edit of the weights is tried on a micro-batch before it is kept [ours]."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_pss.models.distributed import Backend, reshard
+from hf_pss.models.selection import named_parameters_canonical
+
+__all__ = ["EvaluateLoss", "Trial"]
+
+logger = logging.getLogger(__name__)
+
+EvaluateLoss = Callable[[], float | Tensor | None]
+"""Returns the loss of one micro-batch with the weights as they are now; None where it has none.
+
+It changes nothing, the random state included, and it gives the same loss for the same weights."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """Compares the loss before and after an edit, and takes the edit back where it does harm.
+
+    What is stored of a parameter here is kept as it was before the edit, so that an edit that is
+    taken back leaves no trace, not even of rounding. That is as much memory as the gradients of the
+    edited matrices, which a Trainer has freed at this point of a step.
+
+    All ranks must make the same calls; the losses are the means over ranks.
+    """
+
+    evaluate: EvaluateLoss
+    model: nn.Module
+    backend: Backend
+    margin_ratio: float
+    """An edit may raise the loss by so much of its absolute value."""
+    keeps_untried: bool
+    """Whether an edit is kept where there is no loss to try it on."""
+    loss_before: float | None = None
+    """None before it was measured, and where there is none."""
+    loss_after: float | None = None
+    _has_begun: bool = False
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def before_write(self, names: Collection[str]) -> None:
+        """Keep what is stored of these parameters; before the first of them, measure the loss."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.loss_before = self._loss()
+        if self.loss_before is None and self.keeps_untried:
+            return
+        parameters = named_parameters_canonical(self.model)
+        for name in sorted(set(names) - self._kept.keys()):
+            self._kept[name] = self.backend.keep(parameters[name])
+
+    def is_kept(self) -> bool:
+        """Measure the loss again, and decide; an edit that is not kept is taken back here."""
+        if not self._kept:
+            return True
+        if self.loss_before is not None:
+            self.loss_after = self._loss()
+        if self._is_no_worse():
+            return True
+        parameters = named_parameters_canonical(self.model)
+        for name, kept in self._kept.items():
+            self.backend.put_back_(parameters[name], kept)
+        return False
+
+    @property
+    def why_not(self) -> str:
+        """Why an edit was taken back."""
+        if self.loss_before is None or self.loss_after is None:
+            return "there was no loss to try it on"
+        return "it raised the loss"
+
+    def _is_no_worse(self) -> bool:
+        before, after = self.loss_before, self.loss_after
+        if before is None or after is None:
+            return self.keeps_untried
+        if not math.isfinite(before):  # nothing to compare with
+            return True
+        return after <= before + self.margin_ratio * abs(before)  # NaN is not
+
+    @torch.no_grad()
+    def _loss(self) -> float | None:
+        """Return the mean loss over ranks; None where a rank has none.
+
+        An error of a user's code ends a run of several ranks, where the others wait within the
+        forward pass. One process goes on without the trial.
+        """
+        loss: float | Tensor | None = None
+        try:
+            loss = self.evaluate()
+        except Exception as error:
+            if self.backend.is_shared:
+                raise
+            logger.warning("PSS could not compute a loss to try an intervention on: %r", error)
+        finally:
+            # What a forward pass leaves gathered would be read by the next one, edited or not.
+            reshard(self.model)
+        device = next(self.model.parameters()).device
+        value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32, device=device)
+        numbers = torch.stack([value.detach().mean(), value.new_tensor(float(loss is None))])
+        mean, num_missing = self.backend.agree(numbers)
+        return None if num_missing else mean

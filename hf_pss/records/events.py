@@ -1,0 +1,319 @@
+"""What was noticed and what was changed, as records and as strict JSON, one line each.
+
+A number that is NaN or infinite is written as null, and the record's key ``non_finite`` then says
+which: ``{"value": null, "non_finite": {"value": "inf"}}``. So every line is strict JSON, plain
+readers see null, and records still come back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.policy import Action, Decision
+from hf_pss.detection.state import (
+    JSON,
+    check_version,
+    read_integer,
+    read_list,
+    read_mapping,
+    read_number,
+    read_object,
+    read_text,
+)
+from hf_pss.errors import StateError
+
+VERSION = 1
+
+
+class EventKind(StrEnum):
+    """What was noticed."""
+
+    SPIKE = "spike"
+    DROP = "drop"
+    FLOOR = "floor"
+    NON_FINITE = "non_finite"
+    RESUME = "resume"
+    FAILURE = "failure"
+    """Interventions did not help; the decision says what became of the run."""
+    ERROR = "error"
+    """Something of PSS's own failed, a decomposition or a save; training went on."""
+
+
+_KINDS = {
+    "stable_rank_drop": EventKind.DROP,
+    "stable_rank_floor": EventKind.FLOOR,
+    "resume": EventKind.RESUME,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something noticed: a detector fired, or a number was not finite."""
+
+    step: int
+    kind: EventKind
+    detector: str
+    value: float | None
+    """The worst reading."""
+    baseline: float | None
+    threshold: float | None
+    fired: tuple[str, ...]
+    """Names of the readings that fired, the farthest over its threshold first."""
+    new_level: tuple[str, ...]
+    """Names whose baseline starts anew at this level, having fired for too long."""
+    loss: float | None
+    decision: Action
+    reason: str
+
+    @classmethod
+    def of(
+        cls, judgement: Judgement, decision: Decision, *, step: int, loss: float | None
+    ) -> Event:
+        """Put a judgement of SPIKE or NON_FINITE and the decision about it on record."""
+        if judgement.verdict is Verdict.NON_FINITE:
+            kind = EventKind.NON_FINITE
+        else:
+            kind = _KINDS.get(judgement.detector, EventKind.SPIKE)
+        return cls(
+            step=step,
+            kind=kind,
+            detector=judgement.detector,
+            value=judgement.value,
+            baseline=judgement.baseline,
+            threshold=judgement.threshold,
+            fired=judgement.fired,
+            new_level=judgement.new_level,
+            loss=loss,
+            decision=decision.action,
+            reason=decision.reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixChange:
+    """What an intervention did to one matrix, or why it left the matrix alone."""
+
+    name: str
+    shape: tuple[int, ...]
+    status: str
+    rank: int | None = None
+    """k, the number of dominant singular values."""
+    sigma_before: float | None = None
+    """σ₁."""
+    sigma_after: float | None = None
+    stable_rank_before: float | None = None
+    stable_rank_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intervention:
+    """An event that was answered by smoothing."""
+
+    event: Event
+    smoothing: str
+    seconds: float
+    loss_before: float | None = None
+    """Loss of a micro-batch right before the edit; None where the edit was not tried."""
+    loss_after: float | None = None
+    """Loss of the same micro-batch right after it; the event's decision says what came of it."""
+    matrices: tuple[MatrixChange, ...]
+
+    @property
+    def num_changed(self) -> int:
+        """How many matrices were moved, for good or until the edit was taken back."""
+        return sum(change.status in ("smoothed", "truncated") for change in self.matrices)
+
+    @property
+    def has_changed_weights(self) -> bool:
+        """Whether a matrix is another one than before."""
+        return self.num_changed > 0 and self.event.decision is not Action.UNDO
+
+
+Record: TypeAlias = Event | Intervention
+
+
+@dataclass(frozen=True, slots=True)
+class EventLog:
+    """The records of a file, in its order."""
+
+    records: tuple[Record, ...]
+    is_cut: bool
+    """Whether the last line was cut, as by a crash, and is left out."""
+    num_unreadable: int
+    """Other lines that are left out: malformed, of another version, or of an unknown kind."""
+
+
+def to_json_line(record: Record) -> str:
+    """Return the record as one line of strict JSON, without the line's end.
+
+    >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    >>> event = Event.of(spike, Decision(Action.OBSERVE, "cooldown"), step=90, loss=math.inf)
+    >>> json.loads(to_json_line(event))["loss"] is None  # strict JSON knows no infinity
+    True
+    >>> from_json_line(to_json_line(event)) == event
+    True
+    """
+    return json.dumps({"version": VERSION, **_encode(record)}, allow_nan=False)
+
+
+def from_json_line(line: str) -> Record:
+    """Return the record of a line that `to_json_line` wrote.
+
+    Raises:
+        StateError: malformed, of another version, or of an unknown kind.
+    """
+    try:
+        parsed = json.loads(line)  # a bare NaN gets through here, and no reader of a field takes it
+        check_version(parsed, VERSION, "an event")
+        return _decode(dict(parsed))
+    except (ValueError, RecursionError) as error:
+        start = line[:80] + ("…" if len(line) > 80 else "")
+        raise StateError(
+            f"You gave a line that is no event of hf_pss: {start!r}. {error}"
+        ) from error
+
+
+def read_events(path: Path) -> EventLog:
+    """Return the records of a file of events.
+
+    One line that cannot be read does not take the others with it: it is left out, and the log says
+    so.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    records: list[Record] = []
+    is_cut, num_unreadable = False, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                records.append(from_json_line(line.decode("utf-8")))
+            except ValueError:  # StateError is one, and so is what is no UTF-8
+                is_cut = not line.endswith(b"\n")
+                num_unreadable += not is_cut
+    return EventLog(tuple(records), is_cut, num_unreadable)
+
+
+def _encode(record: Record) -> dict[str, JSON]:
+    match record:
+        case Event():
+            return _encode_values(_values(record))
+        case Intervention(event=event):
+            own = {name: value for name, value in _values(record).items() if name != "event"}
+            trigger = {**_values(event), "kind": "intervention", "trigger": event.kind.value}
+            return _encode_values({**trigger, **own})
+
+
+def _values(record: Record | MatrixChange) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _encode_values(values: dict[str, Any]) -> dict[str, JSON]:
+    encoded: dict[str, JSON] = {}
+    non_finite: dict[str, JSON] = {}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            encoded[name], non_finite[name] = None, str(value)
+        elif isinstance(value, tuple):
+            encoded[name] = [
+                _encode_values(_values(item)) if isinstance(item, MatrixChange) else item
+                for item in value
+            ]
+        else:
+            encoded[name] = value
+    return {**encoded, "non_finite": non_finite} if non_finite else encoded
+
+
+def _decode(parsed: dict[str, object]) -> Record:
+    del parsed["version"]
+    if parsed.get("kind") != "intervention":
+        return Event(**_decode_values(_types(Event), parsed, "event"))
+    parsed["kind"] = parsed.pop("trigger", None)
+    for name in ("loss_before", "loss_after"):  # not in the files of the first version
+        parsed.setdefault(name, None)
+    own = {name: hint for name, hint in _types(Intervention).items() if name != "event"}
+    values = _decode_values({**_types(Event), **own}, parsed, "intervention")
+    answer = {name: values.pop(name) for name in own}
+    return Intervention(event=Event(**values), **answer)
+
+
+def _types(cls: type[Record | MatrixChange]) -> dict[str, str]:
+    return {field.name: str(field.type) for field in fields(cls)}
+
+
+def _decode_values(types: dict[str, str], value: object, what: str) -> dict[str, Any]:
+    parsed = read_mapping(value, what)
+    non_finite = _read_non_finite(parsed.pop("non_finite", {}), what)
+    found = read_object(parsed, types, what)
+    decoded: dict[str, Any] = {}
+    for name, type_name in types.items():
+        if name in non_finite and found[name] is None and "float" in type_name:
+            decoded[name] = non_finite.pop(name)
+        else:
+            decoded[name] = _READERS[type_name](found[name], f"{name!r} of {what}")
+    if non_finite:
+        raise StateError(f"'non_finite' of {what} names {sorted(non_finite)}, which it may not.")
+    return decoded
+
+
+def _read_non_finite(value: object, what: str) -> dict[str, float]:
+    words = read_mapping(value, f"'non_finite' of {what}")
+    for name, word in words.items():
+        if word not in ("nan", "inf", "-inf"):
+            raise StateError(
+                f"'non_finite' of {what} says {word!r} of {name!r}; it may say nan, inf or -inf."
+            )
+    return {name: float(str(word)) for name, word in words.items()}
+
+
+def _read_word(words: type[StrEnum]) -> Callable[[object, str], StrEnum]:
+    def read(value: object, what: str) -> StrEnum:
+        word = read_text(value, what)
+        if word not in list(words):
+            raise StateError(f"You gave {word!r} as {what}; it may be {', '.join(words)}.")
+        return words(word)
+
+    return read
+
+
+def _read_shape(value: object, what: str) -> tuple[int, ...]:
+    return tuple(read_integer(size, what) for size in read_list(value, what))
+
+
+def _read_names(value: object, what: str) -> tuple[str, ...]:
+    return tuple(read_text(name, what) for name in read_list(value, what))
+
+
+def _read_matrices(value: object, what: str) -> tuple[MatrixChange, ...]:
+    types = _types(MatrixChange)
+    return tuple(
+        MatrixChange(**_decode_values(types, item, f"{what}[{index}]"))
+        for index, item in enumerate(read_list(value, what))
+    )
+
+
+def _optional(read: Callable[[object, str], object]) -> Callable[[object, str], object]:
+    return lambda value, what: None if value is None else read(value, what)
+
+
+# Keyed by the annotation, which is a string in this file: a new field needs no second table, and
+# one of a new type fails in the first test that reads a record.
+_READERS: dict[str, Callable[[object, str], object]] = {
+    "int": read_integer,
+    "int | None": _optional(read_integer),
+    "float": read_number,
+    "float | None": _optional(read_number),
+    "str": read_text,
+    "EventKind": _read_word(EventKind),
+    "Action": _read_word(Action),
+    "tuple[int, ...]": _read_shape,
+    "tuple[str, ...]": _read_names,
+    "tuple[MatrixChange, ...]": _read_matrices,
+}

@@ -1,0 +1,1 @@
+"""A run's folder: names, limits, and how its files are read and written."""

@@ -1,0 +1,180 @@
+"""How a run of `hf-pss train` was launched: its options beside the checkpoints, and its processes.
+
+Words are taken from the file for the options listed here, and no others, and only where they print
+and do not begin with a dash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hf_pss.config import PSSConfig
+from hf_pss.errors import PSSError
+from hf_pss.records.strict_json import read_object
+from hf_pss.runs.log import History, leads_out
+
+__all__ = [
+    "LR_SCALE",
+    "MAX_OPTIONS_BYTES",
+    "OPTIONS_FILE",
+    "TRAINING_OPTIONS",
+    "Launch",
+    "num_processes",
+    "options_file",
+    "read_launch",
+    "recorded_entropy",
+]
+
+OPTIONS_FILE = "hf_pss_options.json"
+MAX_OPTIONS_BYTES = 2**20
+_MOST_ENTROPY = 20.0  # ln of five hundred million tokens
+
+_OWN_OPTIONS = (
+    *("model", "model_config", "model_overrides", "tokenizer", "vocab_size", "dtype", "dataset"),
+    *("dataset_subset", "dataset_split", "text_column", "context_length", "max_tokens"),
+    *("validation_fraction", "max_validation_blocks", "learning_rate"),
+)
+_BATCH_SIZE = "per_device_train_batch_size"
+LR_SCALE = "pss_lr_scale"
+TRAINING_OPTIONS = (
+    *("seed", "data_seed", "full_determinism", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha"),
+    *(_BATCH_SIZE, "auto_find_batch_size", "gradient_accumulation_steps"),
+    *(
+        "activation_checkpointing",
+        "gradient_checkpointing",
+        "average_tokens_across_devices",
+        "train_sampling_strategy",
+    ),
+    *("dataloader_drop_last", "ignore_data_skip", "bf16", "fp16", "tf32", "use_cpu"),
+    *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay"),
+    *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end"),
+    *("metric_for_best_model", "greater_is_better"),
+    *("pss_optim", "pss_optim_args", "pss_preset", LR_SCALE),
+    *(f"pss_{option.name}" for option in fields(PSSConfig)),
+)
+"""Of the training arguments, kept under ``training`` where they were not the defaults.
+
+Without seed, schedule and warm-up a run that goes on gets other batches, at another rate:
+scheduler.pt holds the base rate and the step, not the shape. The batch size is kept in any case:
+trainer_state.json has that of a process, which may drive several devices.
+"""
+
+_LISTS = {f"pss_{option.name}" for option in fields(PSSConfig) if isinstance(option.default, tuple)}
+_RANDOM_STATE = re.compile(r"rng_state_(\d{1,5})\.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is known of it."""
+
+    words: tuple[str, ...]
+    """Options and their values, as `hf-pss train` takes them."""
+    is_whole: bool
+    """Whether the file was written by a version that keeps all of `TRAINING_OPTIONS`."""
+    lr_scale: float | None = None
+    """Factor on the learning rate that it had."""
+
+
+def options_file(checkpoint: Path) -> Path | None:
+    """Return the file of the run's options: in a repaired copy itself, else beside a checkpoint.
+
+    A link that leads out of its folder is none.
+    """
+    folders = (checkpoint, checkpoint.parent)
+    paths = (folder / OPTIONS_FILE for folder in folders)
+    return next((p for p in paths if p.is_file() and not leads_out(p, p.parent)), None)
+
+
+def read_launch(
+    checkpoint: Path, history: History | None, *, without: Collection[str]
+) -> Launch | None:
+    """Return the launch of the run that wrote a checkpoint; None where it is not known.
+
+    Args:
+        checkpoint: The folder.
+        history: The run's log, which has the number of steps and how often they were logged.
+        without: Names of options that are given otherwise.
+    """
+    path = options_file(checkpoint)
+    kept = None if path is None else _kept_in(path)
+    if kept is None or history is None:
+        return None
+    training, paths = kept.get("training", {}), kept.get("paths", {})
+    if not isinstance(training, dict) or not isinstance(paths, dict):
+        return None
+    given = {name: paths.get(name, kept.get(name)) for name in _OWN_OPTIONS}
+    given |= {name: training.get(name) for name in TRAINING_OPTIONS if name not in without}
+    given |= {"max_steps": history.max_steps or None, "logging_steps": history.log_interval}
+    lr_scale = training.get(LR_SCALE)
+    if not (lr_scale is None or _is_factor(lr_scale)):
+        return None
+    is_whole = _BATCH_SIZE in training
+    if not is_whole:
+        given[_BATCH_SIZE] = history.batch_size or None
+    words: list[str] = []
+    for name, value in given.items():
+        if value is None or value == {}:
+            continue
+        own = _words(name, value)
+        if own is None:
+            return None
+        words += [f"--{name}", *own]
+    return Launch(tuple(words), is_whole, lr_scale)
+
+
+def num_processes(checkpoint: Path) -> int | None:
+    """Count the processes that saved their random state; None where one's is missing.
+
+    Several nodes that share no disk each hold those of their own processes alone.
+    """
+    names = (_RANDOM_STATE.fullmatch(entry.name) for entry in os.scandir(checkpoint))
+    found = {int(name[1]) for name in names if name}
+    if not found:
+        return 1
+    return len(found) if found == set(range(len(found))) else None
+
+
+def recorded_entropy(folder: Path) -> float | None:
+    """Return the unigram entropy of a run's training text in nats, where `hf-pss train` kept it."""
+    path = folder / OPTIONS_FILE
+    kept = None if leads_out(path, folder) else _kept_in(path)
+    value = None if kept is None else kept.get("unigram_entropy")
+    return value if isinstance(value, float) and 0 < value < _MOST_ENTROPY else None
+
+
+def _is_factor(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
+def _kept_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(path, max_bytes=MAX_OPTIONS_BYTES)
+    except (PSSError, OSError):
+        return None
+
+
+def _words(name: str, value: object) -> list[str] | None:
+    """The words behind an option; None for what `hf-pss train` would not have written."""
+    if isinstance(value, Mapping | bool):
+        try:
+            found = [json.dumps(value)]  # a mapping may hold null, lists and mappings
+        except RecursionError:
+            return None
+    elif isinstance(value, str | int | float):
+        found = [str(value)]
+    elif isinstance(value, list) and name in _LISTS and all(isinstance(v, str) for v in value):
+        found = value
+    else:
+        return None
+    return found if all(w.isprintable() and not w.startswith("-") for w in found) else None

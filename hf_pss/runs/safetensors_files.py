@@ -1,0 +1,530 @@
+"""The header of a safetensors file, judged in full before a byte of a tensor is read.
+
+The format (github.com/huggingface/safetensors, "Format"): eight bytes, little endian, the header's
+size; the header, one JSON object that maps a name to ``dtype``, ``shape`` and ``data_offsets``; the
+tensors' bytes, without holes.
+
+Find the weights that a path means: a file, a checkpoint's folder, the hub's cache.
+
+Read the numbers of one matrix from its file, in pieces of bounded size.
+
+Plain reads, no memory map: pages of a map count as the process's memory for as long as the file is
+open, and a file that another program cuts short ends a process that maps it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from io import FileIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.models.selection import RowPattern
+from hf_pss.records.strict_json import parse_object, read_object, visible
+
+__all__ = [
+    "DTYPE_BITS",
+    "PIECE_BYTES",
+    "READABLE",
+    "Checkpoint",
+    "MatrixReader",
+    "TensorEntry",
+    "open_checkpoint",
+    "read_header",
+    "read_pieces",
+]
+
+# The format allows 100 MB; ours is lower, for parsed JSON takes several times its size. Every one
+# of 90,000 tensors, as many as the largest models have, may take 350 bytes of it.
+MAX_HEADER_BYTES = 32 * 2**20
+_PREFIX_BYTES = 8
+_METADATA = "__metadata__"
+# Beyond both, products take hours and have more digits than Python prints. The limits are ours.
+_MOST_DIMENSIONS = 16
+_MAX_SIZE = 2**63 - 1
+_SIZES = (
+    f"shape and data_offsets are lists of at most {_MOST_DIMENSIONS} whole numbers, none negative "
+    "or above 2^63 - 1"
+)
+
+# Of safetensors 0.8: what may appear; what of it can be read here is told in `reading`.
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        **{"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64},
+        **{"U64": 64, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
+        **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+        **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file: what it is called, and where its bytes lie."""
+
+    name: str
+    dtype: str
+    """A key of `DTYPE_BITS`."""
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    """First byte, from the file's beginning."""
+    num_bytes: int
+
+
+def read_header(path: Path) -> tuple[TensorEntry, ...]:
+    """Read and judge the header of one file; cost: the header, no tensor.
+
+    Args:
+        path: A .safetensors file.
+
+    Returns:
+        Its tensors, in the order of their bytes.
+
+    Raises:
+        StateError: The file is truncated or longer than it says, the header is too large, is not
+            strict JSON or has a duplicate key, a dtype is unknown, or the tensors' bytes overlap,
+            leave holes, or do not fit dtype and shape.
+        OSError: It cannot be read.
+    """
+    what = visible(path)
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise _damaged(what, "it is no regular file")
+    with path.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        prefix = stream.read(_PREFIX_BYTES)
+        if len(prefix) < _PREFIX_BYTES:
+            raise _damaged(what, f"it ends after {size} bytes, before a header could begin")
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise _damaged(
+                what,
+                f"it announces a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are "
+                "read",
+            )
+        if _PREFIX_BYTES + header_bytes > size:
+            raise _damaged(
+                what,
+                f"truncated: its header alone needs {_PREFIX_BYTES + header_bytes} bytes, the file "
+                f"has {size}",
+            )
+        header = parse_object(stream.read(header_bytes), what=f"The header of {what}")
+    _check_metadata(what, header.pop(_METADATA, {}))
+    data_begins = _PREFIX_BYTES + header_bytes
+    entries = [_entry(path, data_begins, name, row) for name, row in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
+    _check_cover(what, entries, data_begins, size)
+    return tuple(entries)
+
+
+def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
+    what = f"{visible(path)}, tensor {visible(name)}"
+    if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(what, "an entry has dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _damaged(what, f"the dtype {visible(dtype)} is not one of safetensors'")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(what, _SIZES)
+    start, stop = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or stop - start != bits // 8:
+        raise _damaged(
+            what,
+            f"{dtype} of shape {visible(shape)} does not take the {stop - start} bytes that its "
+            "offsets span",
+        )
+    return TensorEntry(name, dtype, tuple(shape), path, data_begins + start, stop - start)
+
+
+def _are_sizes(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        return False
+    # `type`, for True is an int, too.
+    return all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
+
+
+def _check_metadata(what: str, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(what, f"{_METADATA} maps text to text")
+
+
+def _check_cover(what: str, entries: list[TensorEntry], data_begins: int, size: int) -> None:
+    reached = data_begins
+    for entry in entries:
+        if entry.offset != reached:
+            kind = "overlap" if entry.offset < reached else "leave a hole"
+            raise _damaged(what, f"its tensors' bytes {kind} before {visible(entry.name)}")
+        reached += entry.num_bytes
+    if reached > size:
+        raise _damaged(what, f"truncated: its tensors need {reached} bytes, the file has {size}")
+    if reached < size:
+        raise _damaged(what, f"it has {size - reached} bytes more than its tensors take")
+
+
+def _damaged(what: str, why: Any) -> StateError:
+    return StateError(f"{what} is damaged: {why}. Fetch or save it again.")
+
+
+_INDEX, _WEIGHTS, _CONFIG = ".safetensors.index.json", ".safetensors", "config.json"
+_PREFERRED = ("model", "adapter_model", "diffusion_pytorch_model")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# The index of a model of 90,000 tensors has 9 MB, a config a few thousand bytes.
+_MAX_INDEX_BYTES = 32 * 2**20
+_MAX_CONFIG_BYTES = 4 * 2**20
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_MAX_REF_BYTES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a checkpoint, none of them read, and its config as plain JSON."""
+
+    path: Path
+    tensors: tuple[TensorEntry, ...]
+    """In the order of files and bytes."""
+    config: Mapping[str, Any]
+    """Empty where there is none. Only numbers and ``model_type`` are ever looked at."""
+
+    @property
+    def model_type(self) -> str | None:
+        """What config.json says, as text to compare with."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(entry.num_bytes for entry in self.tensors)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Judge all headers and the index; cost: no tensor is read.
+
+    Args:
+        path: A .safetensors file; an index, *.safetensors.index.json; a folder that holds either;
+            or of the hub's cache ``models--…`` (the commit that ``refs/main`` names, or the only
+            one) and ``models--…/snapshots/<commit>``.
+
+    Raises:
+        ConfigurationError: There are no safetensors: only pickles, only checkpoints of several
+            steps, or nothing.
+        StateError: A file is damaged, or the index leads out of its folder.
+        OSError: A file cannot be read.
+    """
+    if path.is_dir():
+        return _open_folder(_commit_of(path))
+    if not path.exists():
+        raise ConfigurationError(
+            f"There is no {visible(path)}. Give a checkpoint's folder or file."
+        )
+    if path.name.endswith(_INDEX):
+        return _open_index(path)
+    if path.suffix != _WEIGHTS:
+        raise ConfigurationError(_refusal(visible(path)))
+    return _checkpoint(path, [path])
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    indices = _ordered(folder.glob(f"*{_INDEX}"))
+    weights = _ordered(folder.glob(f"*{_WEIGHTS}"))
+    whole = [path for path in weights if path.name.removesuffix(_WEIGHTS) in _PREFERRED]
+    if whole:
+        return _checkpoint(folder, [_confined(whole[0], folder)])
+    if indices:
+        return _open_index(indices[0], shown=folder)
+    if weights:
+        return _checkpoint(folder, [_confined(path, folder) for path in weights])
+    if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
+        raise ConfigurationError(_refusal(f"{visible(folder)} holds pickles only and"))
+    inside = sorted(visible(found.parent.name) for found in folder.glob(f"*/*{_WEIGHTS}"))
+    hint = f" Give one of its folders: {', '.join(dict.fromkeys(inside))}." if inside else ""
+    raise ConfigurationError(f"{visible(folder)} holds no .safetensors file.{hint}")
+
+
+def _open_index(index: Path, *, shown: Path | None = None) -> Checkpoint:
+    folder = index.parent
+    listed = read_object(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise StateError(f"{visible(index)} is damaged: weight_map maps tensors to files.")
+    shards = {name: _shard(index, name) for name in _distinct(index, listed.values())}
+    checkpoint = _checkpoint(shown or index, [shards[name] for name in sorted(shards)], folder)
+    held = {entry.name: entry.path for entry in checkpoint.tensors}
+    for tensor, shard in listed.items():
+        if held.get(tensor) != shards[shard]:
+            raise StateError(
+                f"{visible(index)} says that {visible(shard)} holds {visible(tensor)}, which it "
+                "does not: files of two checkpoints were mixed, or one is damaged."
+            )
+    return checkpoint
+
+
+def _distinct(index: Path, names: Iterable[object]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise StateError(f"{visible(index)} is damaged: {visible(name)} is no file's name.")
+        found[name] = None
+    return list(found)
+
+
+def _shard(index: Path, name: str) -> Path:
+    inner = PurePosixPath(name)
+    foreign = inner.is_absolute() or PureWindowsPath(name).anchor or "\\" in name or "\0" in name
+    if foreign or ".." in inner.parts or inner.suffix != _WEIGHTS:
+        raise StateError(
+            f"{visible(index)} names {visible(name)}; a shard is a .safetensors file inside the "
+            "checkpoint's own folder, by a relative path. It is not opened."
+        )
+    path = index.parent / inner
+    if not path.is_file():
+        raise StateError(f"{visible(index)} names {visible(name)}, which is missing.")
+    return _confined(path, index.parent)
+
+
+def _confined(path: Path, folder: Path) -> Path:
+    # In the hub's cache a snapshot's files are links to ../../blobs; no other link may lead out.
+    own = Path(os.path.realpath(folder))
+    allowed = [own]
+    if own.parent.name == "snapshots":
+        allowed.append(own.parent.parent / "blobs")
+    end = Path(os.path.realpath(path))  # `resolve` raises where links go in a circle
+    if not any(end.is_relative_to(root) for root in allowed):
+        raise StateError(
+            f"{visible(path)} is a link that leads out of its folder. It is not opened: copy the "
+            "file to where the link is."
+        )
+    return path
+
+
+def _checkpoint(path: Path, files: list[Path], folder: Path | None = None) -> Checkpoint:
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in entries:
+                raise StateError(
+                    f"{visible(entry.name)} lies in {visible(entries[entry.name].path)} and in "
+                    f"{visible(file)}: files of two checkpoints were mixed. Give one of the files."
+                )
+            entries[entry.name] = entry
+    return Checkpoint(path, tuple(entries.values()), _config(folder or files[0].parent))
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    path = folder / _CONFIG
+    if not path.is_file():
+        return {}
+    # transformers 4 writes Infinity: the time_step_limit of Mamba-2, Bamba and Falcon-H1.
+    own = _confined(path, folder)
+    return read_object(own, max_bytes=_MAX_CONFIG_BYTES, allow_nonfinite=True)
+
+
+def _commit_of(folder: Path) -> Path:
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return folder
+    commits = [path for path in sorted(snapshots.iterdir()) if path.is_dir()]
+    main = folder / "refs" / "main"
+    if main.is_file():
+        with main.open("rb") as stream:
+            name = stream.read(_MAX_REF_BYTES).decode("ascii", "replace").strip()
+        commits = [path for path in commits if path.name == name and _COMMIT.fullmatch(name)]
+    if len(commits) != 1:
+        raise ConfigurationError(
+            f"{visible(folder)} holds {len(commits)} snapshots that could be meant. Give one: "
+            f"{visible(snapshots)}/<commit>."
+        )
+    return commits[0]
+
+
+def _ordered(paths: Iterator[Path]) -> list[Path]:
+    def rank(path: Path) -> tuple[int, str]:
+        stem = path.name.split(".")[0]
+        return (_PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED), path.name)
+
+    return sorted(paths, key=rank)
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"{what} is not read: only .safetensors files are opened, for a pickle can run any "
+        "program. Convert it where you trust it: from_pretrained, then save_pretrained."
+    )
+
+
+READABLE: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+)
+
+# Of one piece in the precision that is computed with.
+PIECE_BYTES = 64 * 2**20
+# Rows are read in one go, columns a row at a time: beyond this width the columns of a basis, which
+# are as long as a row, are the greater evil. Ours.
+WIDE_RATIO = 16
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReader:
+    """Reads a matrix by the rows that its tensor is stored in.
+
+    Attributes:
+        entry: Its tensor, 2-D or 3-D, of a readable dtype.
+        stored_shape: Of one matrix as stored, before any part is taken.
+        transposed: Whether output rows are stored as columns.
+        rows: Output rows that belong to it; None for all.
+    """
+
+    entry: TensorEntry
+    stored_shape: tuple[int, int]
+    transposed: bool
+    rows: RowPattern | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed with: float64 for float64, float32 for everything narrower."""
+        return torch.float64 if self.entry.dtype == "F64" else torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix, as stored."""
+        height, width = self.stored_shape
+        if self.rows is None:
+            return height, width
+        share = Fraction(self.rows.size, self.rows.period)
+        return (height, int(width * share)) if self.transposed else (int(height * share), width)
+
+    def pieces(self, expert: int = 0) -> Iterator[Tensor]:
+        """Yield the matrix as stored, rows in order, (rows, columns) at most `PIECE_BYTES` each.
+
+        Args:
+            expert: Which of a stack.
+
+        Raises:
+            StateError: The file has become shorter since its header was read.
+        """
+        height, width = self.stored_shape
+        most = max(1, PIECE_BYTES // (width * self.dtype.itemsize))
+        with self.entry.path.open("rb", buffering=0) as stream:
+            for start, stop in self._runs(height):
+                for row in range(start, stop, most):
+                    num_rows = min(most, stop - row)
+                    stream.seek(self._offset(expert, row, 0))
+                    raw = _read(stream, num_rows * width, self.entry)
+                    yield self._columns(raw.view(num_rows, width)).to(self.dtype)
+
+    def strips(self, expert: int = 0) -> Iterator[Tensor]:
+        """Yield the columns of the matrix as stored, as rows: pieces of its transpose.
+
+        Cost: a read for every row of every piece.
+
+        Args:
+            expert: Which of a stack.
+
+        Raises:
+            StateError: The file has become shorter since its header was read.
+        """
+        height, width = self.stored_shape
+        rows = [row for run in self._runs(height) for row in range(*run)]
+        most = max(1, PIECE_BYTES // (len(rows) * self.dtype.itemsize))
+        with self.entry.path.open("rb", buffering=0) as stream:
+            for column in range(0, width, most):
+                num_columns = min(most, width - column)
+                strip = torch.empty(len(rows), num_columns, dtype=READABLE[self.entry.dtype])
+                for target, row in zip(strip, rows, strict=True):
+                    stream.seek(self._offset(expert, row, column))
+                    _fill(target, stream, self.entry)
+                yield strip.to(self.dtype).mT
+
+    def tall_pieces(
+        self, expert: int = 0, *, wide_ratio: float = WIDE_RATIO
+    ) -> tuple[Callable[[], Iterator[Tensor]], int]:
+        """Return what goes over the matrix in pieces of few columns, and how many they have.
+
+        They are `pieces`, or `strips` where it is more than `wide_ratio` times as wide as high:
+        a matrix and its transpose have the same singular values.
+        """
+        height, width = self.shape
+        # The parts of a transposed tensor are columns, and none of them is wide.
+        if width > wide_ratio * height and not (self.transposed and self.rows):
+            return partial(self.strips, expert), height
+        return partial(self.pieces, expert), width
+
+    def whole(self, expert: int = 0) -> Tensor:
+        """Return the matrix as stored, in one tensor; at its peak, one piece more than that."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        done = 0
+        for piece in self.pieces(expert):
+            whole[done : done + len(piece)] = piece
+            done += len(piece)
+        return whole
+
+    def _offset(self, expert: int, row: int, column: int) -> int:
+        height, width = self.stored_shape
+        numbers = (expert * height + row) * width + column
+        return self.entry.offset + numbers * READABLE[self.entry.dtype].itemsize
+
+    def _runs(self, height: int) -> Iterator[tuple[int, int]]:
+        if self.rows is None or self.transposed:
+            yield 0, height
+            return
+        for start in range(self.rows.start, height, self.rows.period):
+            yield start, start + self.rows.size
+
+    def _columns(self, piece: Tensor) -> Tensor:
+        if self.rows is None or not self.transposed:
+            return piece
+        start, size, period = self.rows.start, self.rows.size, self.rows.period
+        return piece.view(len(piece), -1, period)[:, :, start : start + size].flatten(1)
+
+
+def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
+    """Yield a tensor's numbers, (numbers,), in pieces; any shape, also none at all.
+
+    A piece takes `PIECE_BYTES` at most once it is float32, or is float64.
+    """
+    itemsize = READABLE[entry.dtype].itemsize
+    left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
+    with entry.path.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset)
+        while left:
+            count = min(left, most)
+            yield _read(stream, count, entry)
+            left -= count
+
+
+def _read(stream: FileIO, count: int, entry: TensorEntry) -> Tensor:
+    numbers = torch.empty(count, dtype=READABLE[entry.dtype])
+    _fill(numbers, stream, entry)
+    return numbers
+
+
+def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
+    target = numbers.view(torch.uint8).numpy().data
+    done = 0
+    while done < len(target):
+        got = stream.readinto(target[done:])
+        if not got:
+            raise StateError(
+                f"{visible(entry.path)} became shorter while it was read. Wait until it is "
+                "written in full."
+            )
+        done += got

@@ -1,0 +1,351 @@
+"""One arguments class made of several: each field keeps the default of the class that declares it.
+
+``@dataclass`` takes a field from the first base class that has it, inherited or not. In
+``class MyConfig(PSSTrainingArguments, SFTConfig)`` it takes ``logging_steps`` from the former,
+which only inherits it from TrainingArguments, and trl's own default is lost.
+
+The options of an orthogonalised optimizer, from a word, a mapping or the arguments.
+
+PSSTrainingArguments: TrainingArguments and every option of PSS as a flat ``pss_*`` argument.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, Optional, TypeAlias, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from hf_pss.config import PSSConfig
+from hf_pss.errors import ConfigurationError
+from hf_pss.optim.groups import known_options
+
+__all__ = ["QK_CLIP", "OptimizerName", "PSSTrainingArguments", "join_", "read_options"]
+
+logger = logging.getLogger(__name__)
+
+
+def join_(cls: type[Any]) -> None:
+    """Put a dataclass with the right defaults between a new class and its bases.
+
+    The class itself stays as it was written, so ``@dataclass`` may follow, or be forgotten.
+
+    Args:
+        cls: A new class with several dataclasses among its bases.
+    """
+    if "_is_joint" in vars(cls):  # the one in between
+        return
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": f"{cls.__qualname__}.bases",
+        "__doc__": f"What {cls.__name__} inherits.",
+        "__annotations__": {},
+        "_is_joint": True,
+    }
+    for name, (declared, hint) in _declared_fields(cls).items():
+        if _inherited_field(cls, name) is not declared:
+            namespace["__annotations__"][name] = hint
+            namespace[name] = copy.copy(declared)
+    joint = type(cls.__name__, cls.__bases__, namespace)
+    cls.__bases__ = (dataclass(joint),)
+
+
+def _declared_fields(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
+    """Return each field as the first class that declares it has it, and its type."""
+    found: dict[str, tuple[Field[Any], Any]] = {}
+    for base in cls.__mro__[1:]:
+        if not is_dataclass(base):
+            continue
+        own, hints = inspect.get_annotations(base), _hints(base)
+        for one in fields(base):
+            if one.name in own:
+                found.setdefault(one.name, (one, hints.get(one.name, own[one.name])))
+    return found
+
+
+def _inherited_field(cls: type[Any], name: str) -> Field[Any] | None:
+    """Return the field that ``@dataclass`` takes: of the first base class that has it."""
+    for base in cls.__mro__[1:]:
+        found: Field[Any] | None = vars(base).get("__dataclass_fields__", {}).get(name)
+        if found is not None:
+            return found
+    return None
+
+
+def _hints(base: type[Any]) -> dict[str, Any]:
+    # Resolved where they were written: in another module a name may mean nothing.
+    try:
+        return get_type_hints(base)
+    except NameError:
+        return {}
+
+
+OptimizerName = Literal["muon", "normuon", "softmuon", "softsignum", "specmuon", "spectra", "amuse"]
+Options: TypeAlias = dict[str, Any]
+
+QK_CLIP = "qk_clip"
+"""The one option that the optimizer itself does not take: it needs the attention of a model."""
+
+# What TrainingArguments has a place for is said there, once.
+_ARGUMENTS: Mapping[str, str] = {
+    "algo": "pss_optim",
+    "lr": "learning_rate",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "no_decay": "the trainer's get_decay_parameter_names",
+}
+
+
+def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
+    """Return the options of an optimizer as `hf_pss.optim.build_optimizer` takes them.
+
+    >>> read_options("muon", "momentum=0.9,scale=rms_match")
+    {'momentum': 0.9, 'scale': 'rms_match'}
+
+    Args:
+        algo: The optimizer.
+        given: ``name=value`` with commas between, JSON, or a mapping.
+
+    Raises:
+        ConfigurationError: An option that is unknown or stands elsewhere, or a value of another
+            kind than the default.
+    """
+    known = _known_options(algo)
+    options = _pairs(given) if isinstance(given, str) else dict(given or {})
+    for name in options:
+        if name in _ARGUMENTS:
+            raise ConfigurationError(
+                f"pss_optim_args has no {name}: it comes from {_ARGUMENTS[name]}."
+            )
+        if name not in known:
+            nearest = get_close_matches(name, known, n=3, cutoff=0.6)
+            asked = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+            raise ConfigurationError(
+                f"{algo} has no option {name!r}.{asked} It takes {', '.join(sorted(known))}."
+            )
+    return {name: _typed(name, value, known[name]) for name, value in options.items()}
+
+
+def _known_options(algo: str) -> Options:
+    known = {name: v for name, v in known_options(algo).items() if name not in _ARGUMENTS}
+    return known | {QK_CLIP: None}
+
+
+def _pairs(text: str) -> Options:
+    if isinstance(values := _value(text), dict):
+        return values
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ConfigurationError(
+                f"pss_optim_args takes name=value with commas between; you gave {name.strip()!r}."
+            )
+    return {name.strip(): _value(value.strip()) for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    words = {"True": True, "False": False, "None": None}
+    try:
+        return words[text] if text in words else json.loads(text)
+    except ValueError:
+        return text
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """Check a value against the kind of the default; where that is None, a number is meant."""
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _value(value)  # YAML reads 1e-3 as a word
+    if default is None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_right = value is None or is_number
+    elif isinstance(default, bool) or isinstance(value, bool):
+        is_right = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, float):
+        is_right = isinstance(value, (int, float))
+        value = float(value) if is_right else value
+    elif isinstance(default, (tuple, list)):
+        value = [value] if isinstance(value, str) else value
+        is_right = isinstance(value, (tuple, list))
+        value = tuple(value) if is_right else value
+    else:
+        is_right = isinstance(value, type(default))
+    if not is_right:
+        raise ConfigurationError(
+            f"pss_optim_args: {name} is {_kind(default)}, by default {default!r}; you gave "
+            f"{value!r}."
+        )
+    return value
+
+
+def _kind(default: Any) -> str:
+    words = {
+        type(None): "a number",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a word",
+    }
+    return words.get(type(default), "a list")
+
+
+def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
+    """Turn one option of PSSConfig into an argument whose default, None, means the preset's."""
+    shown = list(option.default) if isinstance(option.default, tuple) else option.default
+    text = f"{option.metadata['help']} Preset anchored: {shown}.".replace("%", "%%")
+    if hint is bool:
+        # Only a bool with a default is a flag that needs no value; no preset sets one.
+        own = field(default=option.default, metadata={"help": text})
+        return f"pss_{option.name}", bool, own
+    if get_origin(hint) is tuple:
+        hint = list[str]  # argparse and YAML bring lists; PSSConfig checks the words
+    elif get_origin(hint) is types.UnionType:
+        hint = get_args(hint)[0]
+    # HfArgumentParser reads Optional[...], not the | of types.
+    return f"pss_{option.name}", Optional[hint], field(default=None, metadata={"help": text})  # noqa: UP045
+
+
+_HINTS = get_type_hints(PSSConfig)
+_Options = make_dataclass(
+    "_Options", [_argument(option, _HINTS[option.name]) for option in fields(PSSConfig)]
+)
+
+
+# TrainingArguments is the last base: so its fields come first, and `("out")` is still the folder.
+@dataclass
+class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, valid-type]
+    """TrainingArguments with ``pss_preset`` and one ``pss_*`` argument for each option of PSS.
+
+    A ``pss_*`` argument that you set overrides the preset; the others, None, leave it as it is:
+
+    >>> arguments = PSSTrainingArguments(pss_preset="floor", pss_floor_ratio=0.8, use_cpu=True)
+    >>> arguments.pss_config().floor_ratio
+    0.8
+
+    ``pss_optim`` trains the weight matrices with an orthogonalised optimizer and all else with
+    AdamW; `TrainingArguments` says the rest, as it does for AdamW: ``learning_rate``,
+    ``weight_decay``, ``adam_beta1``.
+
+    >>> PSSTrainingArguments(pss_optim="muon", pss_optim_args="momentum=0.9").optimizer_options()
+    {'momentum': 0.9}
+
+    They work from the command line (``--pss_smoothing log``) and from YAML
+    (``pss_smoothing: log``) through HfArgumentParser and TrlParser.
+
+    Combined with another arguments class, in either order, each field has the default of the first
+    class in the order of inheritance that declares it: SFTConfig's own in
+    ``class MyConfig(PSSTrainingArguments, SFTConfig)``, with ``@dataclass`` or without.
+
+    Raises:
+        ConfigurationError: An option is out of range; the message says what is allowed.
+    """
+
+    # Not annotated, so that it is no field: set by the trainer that PSS is in.
+    pss_is_heard = False
+
+    pss_preset: Literal["anchored", "floor", "paper"] = field(
+        default="anchored",
+        metadata={
+            "help": "Starting point: anchored (safe for trained weights), floor (the stable-rank "
+            "floor alone) or paper (as published, for random weights)."
+        },
+    )
+
+    pss_optim: Optional[OptimizerName] = field(  # noqa: UP045 (HfArgumentParser)
+        default=None,
+        metadata={
+            "help": "Train the weight matrices with muon or one of its family, everything else "
+            "with AdamW. Default: what --optim says, for everything."
+        },
+    )
+    pss_optim_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of pss_optim: momentum=0.95,others_lr=3e-4; in YAML also a mapping. "
+            "Default: none."
+        },
+    )
+
+    pss_lr_scale: Optional[float] = field(  # noqa: UP045 (HfArgumentParser)
+        default=None,
+        metadata={
+            "help": "Factor on every learning rate that is given. A resumed run obeys it, too: its "
+            "schedule goes on from the rates of this launch, times this. Default: the rates as "
+            "they are given, and after a resume those of the checkpoint, scaled or not."
+        },
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if sum(issubclass(base, TrainingArguments) for base in cls.__bases__) > 1:
+            join_(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.pss_lr_scale
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if scale is not None and not (is_number and 0 < scale < math.inf):
+            raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
+        self.pss_config()  # refuse a bad option now, not at the first step
+        self.optimizer_options()
+
+    def pss_config(self) -> PSSConfig:
+        """Return the preset with the options that were set."""
+        given = {option.name: getattr(self, f"pss_{option.name}") for option in fields(PSSConfig)}
+        return PSSConfig.preset(
+            self.pss_preset, **{name: value for name, value in given.items() if value is not None}
+        )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the steps of warm-up, which a Trainer asks for when it builds its schedule.
+
+        A Trainer without PSS gives itself away by that: then one warning says which options have
+        no effect.
+        """
+        if not self.pss_is_heard:
+            self.pss_is_heard = True
+            self._warn_of_plain_trainer()
+        steps: int = super().get_warmup_steps(num_training_steps)
+        return steps
+
+    def _warn_of_plain_trainer(self) -> None:
+        given = [
+            f"{option.name}={getattr(self, option.name)!r}"
+            for option in fields(self)
+            if option.name.startswith("pss_") and getattr(self, option.name) != option.default
+        ]
+        if given and self.process_index == 0:
+            logger.warning(
+                "%s: without effect, because this Trainer is not a PSSTrainer. Use PSSTrainer, "
+                "class YourTrainer(PSSTrainerMixin, ...) or PSSCallback().attach(trainer).",
+                ", ".join(given),
+            )
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Return the options of ``pss_optim``, checked.
+
+        Raises:
+            ConfigurationError: An option that the optimizer has not, or none was chosen.
+        """
+        if self.pss_optim is None:
+            if self.pss_optim_args:
+                raise ConfigurationError(
+                    "pss_optim_args are the options of pss_optim: give that, too, or leave them "
+                    "out."
+                )
+            return {}
+        if self.pss_optim not in get_args(OptimizerName):
+            raise ConfigurationError(
+                f"pss_optim may be {' or '.join(get_args(OptimizerName))}; you gave "
+                f"{self.pss_optim!r}."
+            )
+        return read_options(self.pss_optim, self.pss_optim_args)

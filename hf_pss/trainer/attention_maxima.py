@@ -1,0 +1,488 @@
+"""The largest attention logit of each head, measured where transformers computes attention.
+
+The largest attention logits of a training step, for the health monitor; it ends no run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor, nn
+from transformers import AttentionInterface, TrainerCallback
+
+from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+from hf_pss.health.meter import StopAttention, WatchAttention
+from hf_pss.models.selection.heads import AttentionHeads, find_heads
+
+__all__ = ["AttentionMaxima", "MeasureAttention", "attention_watch"]
+
+logger = logging.getLogger(__name__)
+
+Attention = Callable[..., Any]
+
+# Of a block of logits: enough to keep a GPU busy; on a CPU what its cache holds.
+_MAX_ELEMENTS = 2**24
+_MAX_ELEMENTS_CPU = 2**20
+# What an additive mask has at positions that do not count: −inf, or a type's lowest number.
+_MASKED_BELOW = -1e4
+_FLASH = "flash"
+
+
+class AttentionMaxima:
+    """Measures S_h = max q·k · scaling of each attention head, of queries and keys after rotation.
+
+    Over all positions that attend to each other; masked and padded ones do not count, and a bias,
+    a soft cap or sinks that attention adds are no part of it. Cross attention is told of padded
+    keys only: there queries of padded positions count. The model's own attention is called with
+    what it was given, so that its output is the same to the bit.
+
+    Logits are computed once more, a bounded block at a time, in the type in which attention itself
+    multiplies, but float16 in float32: without its scaling q·k would overflow. They and the maxima
+    stay on the device. With `transformers.AttentionInterface` as the seam this works for eager,
+    SDPA and flash attention; under ``torch.compile`` each measurement breaks the graph. A forward
+    without gradients is no training step's and counts only with ``in_evaluation``.
+
+    Use it as a health metric, too::
+
+        from hf_pss.trainer.attention_maxima import AttentionMaxima
+
+        maxima = AttentionMaxima(model, in_evaluation=True)
+        maxima.start()
+        model(**batch)
+        largest = maxima.read()  # {"transformer.h.0.attn": tensor of (heads,)}
+        maxima.stop()
+
+    Args:
+        model: A transformers model, wrapped or not.
+        in_evaluation: Whether to measure in evaluation mode and without gradients, too.
+
+    Attributes:
+        attentions: What is measured.
+
+    Raises:
+        ConfigurationError: The heads of an attention module are not known, its queries or keys are
+            normalised, or it does not call attention through the interface.
+        IncompatibleVersionError: This release of transformers has no such interface.
+    """
+
+    attentions: tuple[AttentionHeads, ...]
+    _ADVICE = "Leave qk_clip out."
+
+    def __init__(self, model: nn.Module, *, in_evaluation: bool = False) -> None:
+        found, reasons = find_heads(model)
+        for attention in found:
+            if not _uses_interface(attention.module):
+                reasons[attention.name] = "it computes attention without the AttentionInterface"
+        if reasons or not found:
+            name, reason = next(iter(reasons.items()), ("the model", "it holds no known attention"))
+            raise ConfigurationError(
+                f"The attention logits of {name} ({_class_of(reasons, name, model)}) cannot be "
+                f"measured: {reason}. {self._ADVICE}".rstrip()
+            )
+        self.attentions = tuple(found)
+        self._in_evaluation = in_evaluation
+        self._places = WeakKeyDictionary({a.module: i for i, a in enumerate(found)})
+        self._maxima: list[Tensor | None] = [None] * len(found)
+        self._was_seen = False
+
+    def start(self) -> None:
+        """Measure from now on."""
+        _install()
+        _active.add(self)
+
+    def stop(self) -> None:
+        """Measure no longer; what was measured stays until it is taken."""
+        _active.discard(self)
+        _remove_unused()
+
+    def forget(self) -> None:
+        """Forget what was measured on this rank, as after a step that was skipped."""
+        self._maxima = [None] * len(self.attentions)
+
+    def read(self) -> Mapping[str, Tensor]:
+        """Return the maxima since the last `take` by name, (heads,), float32, of this rank."""
+        return {
+            attention.name: largest
+            for attention, largest in zip(self.attentions, self._maxima, strict=True)
+            if largest is not None
+        }
+
+    def take(self) -> Tensor:
+        """Return all maxima, over all ranks, and forget them; every rank must call.
+
+        Returns:
+            (attentions, heads), float32; −inf where nothing was seen, NaN where a rank saw one.
+
+        Raises:
+            ConfigurationError: Nothing was ever seen since `start`.
+        """
+        seen = [largest for largest in self._maxima if largest is not None]
+        # Not started yet: loading a sharded state makes a step of its own, before the first batch.
+        if not seen and not self._was_seen and self in _active:
+            raise ConfigurationError(
+                "No attention logits were seen before the first step: the model's attention does "
+                "not go through the AttentionInterface. Leave qk_clip out."
+            )
+        if seen and not self._was_seen:
+            self._was_seen = True
+            for attention, own in zip(self.attentions, self._maxima, strict=True):
+                if own is None:
+                    logger.warning("No attention logits were seen of %s.", attention.name)
+        device = seen[0].device if seen else _device_of(self.attentions[0])
+        width = max(attention.heads.num_heads for attention in self.attentions)
+        table = torch.full((len(self.attentions), width), -torch.inf, device=device)
+        for i, largest in enumerate(self._maxima):
+            if largest is not None:
+                table[i, : len(largest)] = largest
+        self.forget()
+        ranks: Tensor = gather(table[None])
+        return ranks.amax(dim=0)
+
+    def see(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, *, name: str, options: Any
+    ) -> None:
+        """Take note of one call of attention, if it is of this model.
+
+        Raises:
+            ConfigurationError: The call is of DataParallel, has other heads than the module, or has
+                a mask or packing that cannot be read.
+        """
+        # What checkpointing recomputes has gradients, and is seen then.
+        if not (self._in_evaluation or (module.training and torch.is_grad_enabled())):
+            return
+        place = self._places.get(module)
+        if place is None:
+            if getattr(module, "_is_replica", False):
+                raise ConfigurationError(
+                    "Attention logits are measured on one GPU, or under DDP (torchrun), but not in "
+                    f"the copies that DataParallel makes in each step. {self._ADVICE}".rstrip()
+                )
+            return
+        heads = self.attentions[place].heads
+        if query.shape[1] != heads.num_heads or key.shape[1] not in (
+            heads.num_key_heads,
+            heads.num_heads,
+        ):
+            raise ConfigurationError(
+                f"{self.attentions[place].name} attends with {query.shape[1]} heads and "
+                f"{key.shape[1]} of keys where {heads.num_heads} and {heads.num_key_heads} were "
+                f"expected. {self._ADVICE}".rstrip()
+            )
+        counts = _counted(
+            module,
+            query,
+            key,
+            mask,
+            name=name,
+            options=options,
+            is_cross=self.attentions[place].is_cross_attention,
+        )
+        largest = _largest_logits(query.detach(), key.detach(), counts)
+        scaling = options.get("scaling")
+        largest = largest * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        before = self._maxima[place]
+        self._maxima[place] = largest if before is None else torch.maximum(before, largest)
+
+
+class MeasureAttention(TrainerCallback):
+    """Measures while a Trainer trains, each step for itself."""
+
+    def __init__(self, maxima: AttentionMaxima) -> None:
+        self._maxima = maxima
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start, with nothing of a run that broke off."""
+        self._maxima.forget()
+        self._maxima.start()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget a step whose update a GradScaler skipped: nobody took its maxima."""
+        self._maxima.forget()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop, also where a run ends by an exception, of which callbacks are not told."""
+        self._maxima.stop()
+
+
+# ---- which positions count ----
+
+Counted = Callable[[int, int], tuple[int, Tensor | None]]
+"""From rows i … j of queries to the number of keys that they see the first of, and which of these
+count, broadcast to (batch, heads, j − i, keys); None: all."""
+
+
+def _counted(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    *,
+    name: str,
+    options: Any,
+    is_cross: bool = False,
+) -> Counted:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigurationError(
+            f"Attention logits are measured under masks that are tensors, and {name} takes a "
+            f"{type(mask).__name__}: choose sdpa or eager as attn_implementation."
+        )
+    if options.get("cu_seq_lens_q") is not None:
+        raise ConfigurationError(
+            "Attention logits cannot be told apart by the sequences that cu_seq_lens_q divides: "
+            "choose sdpa or eager as attn_implementation, or pad instead of packing."
+        )
+    if mask is not None and mask.ndim == 4:
+        return _as_masked(mask[..., :num_keys], is_cross=is_cross)
+    given = options.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if given is None else given
+    is_causal = bool(is_causal) and num_queries > 1 and name != "eager"
+    # SDPA aligns queries with the first keys, flash attention with the last.
+    shift = num_keys - num_queries if _FLASH in name else 0
+    window = options.get("sliding_window") if _FLASH in name else None
+    padding = mask[:, None, :, None].bool() if mask is not None else None
+    is_same = num_queries == num_keys and not is_cross  # query i is of the position of key i
+    sequence = _packed(query, options) if _FLASH in name and mask is None and is_same else None
+
+    def counts(i: int, j: int) -> tuple[int, Tensor | None]:
+        seen = None
+        last = min(j + shift, num_keys) if is_causal else num_keys
+        if is_causal:
+            rows = torch.arange(i, j, device=query.device)[:, None] + shift
+            columns = torch.arange(last, device=query.device)
+            seen = columns <= rows
+            if window is not None:
+                seen &= columns > rows - window
+        if sequence is not None:
+            is_together = sequence[i:j, None] == sequence[:last]
+            seen = is_together if seen is None else seen & is_together
+        if padding is not None:
+            is_real = padding[:, :, :last].mT
+            if is_same:
+                is_real = is_real & padding[:, :, i:j]
+            seen = is_real if seen is None else seen & is_real
+        return last, seen
+
+    return counts
+
+
+def _packed(query: Tensor, options: Any) -> Tensor | None:
+    """Return the sequence of each position where flash attention divides a row by positions.
+
+    transformers does so for a batch of one, without a mask: a sequence begins wherever the position
+    is the lowest. A row that is one sequence comes out as one.
+    """
+    positions: Tensor | None = options.get("position_ids")
+    if positions is None or query.shape[0] != 1:
+        return None
+    if positions.numel() != query.shape[2]:
+        raise ConfigurationError(
+            f"Attention logits cannot be told apart by position_ids of shape "
+            f"{tuple(positions.shape)} where a row has {query.shape[2]} positions: choose sdpa or "
+            "eager as attn_implementation."
+        )
+    flat = positions.flatten()
+    return (flat == flat.min()).cumsum(dim=0)
+
+
+def _as_masked(mask: Tensor, *, is_cross: bool) -> Counted:
+    """Return what a mask lets count: (batch, 1 or heads, queries or 1, keys), bool or additive.
+
+    Such a mask hides padded keys and leaves the queries at these positions in, whose outputs nobody
+    reads. Where queries and keys are of one sequence they are told by the diagonal: what is real
+    sees itself.
+    """
+    num_queries, num_keys = mask.shape[-2:]
+
+    def read(part: Tensor) -> Tensor:
+        return part if part.dtype == torch.bool else part > _MASKED_BELOW
+
+    def counts(i: int, j: int) -> tuple[int, Tensor | None]:
+        if num_queries == 1:
+            return num_keys, read(mask)
+        seen = read(mask[..., i:j, :])
+        if num_queries == num_keys and not is_cross:
+            seen = seen & seen[..., i:j].diagonal(dim1=-2, dim2=-1)[..., None]
+        return num_keys, seen
+
+    return counts
+
+
+@torch.no_grad()
+def _largest_logits(query: Tensor, key: Tensor, counts: Counted) -> Tensor:
+    """Return the largest q·k of each head, (heads,), float32, without scaling.
+
+    Args:
+        query: (batch, heads, queries, d).
+        key: (batch, key heads, keys, d).
+        counts: Which positions count.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    groups, num_keys = key.shape[1], key.shape[2]
+    dtype = _dtype_of_logits(query)
+    query, key = query.to(dtype), key.to(dtype)
+    limit = _MAX_ELEMENTS_CPU if query.is_cpu else _MAX_ELEMENTS
+    step = max(1, limit // (batch * num_heads * num_keys))
+    largest = torch.full((num_heads,), -torch.inf, device=query.device)
+    # (batch, key heads, heads of a group, queries, d)
+    shared = torch.unflatten(query, 1, (groups, -1))
+    for i in range(0, num_queries, step):
+        j = min(i + step, num_queries)
+        num_seen, is_seen = counts(i, j)
+        rows = shared[..., i:j, :].flatten(2, 3)
+        with torch.autocast(query.device.type, enabled=False):
+            logits = rows @ key[:, :, :num_seen].mT
+        logits = logits.view(batch, num_heads, j - i, num_seen)
+        if is_seen is not None:
+            logits = logits.masked_fill(~is_seen, -torch.inf)
+        largest = torch.maximum(largest, logits.amax(dim=(0, 2, 3)).float())
+    return largest
+
+
+def _dtype_of_logits(query: Tensor) -> torch.dtype:
+    """Return the type in which attention multiplies, and float32 for float16."""
+    kind = query.device.type
+    is_cast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_cast else query.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# ---- the seam ----
+
+_active: WeakSet[AttentionMaxima] = WeakSet()
+_own_get_interface: Callable[..., Attention] | None = None
+
+
+def _install() -> None:
+    """Put ourselves behind every attention that a model asks the interface for.
+
+    A name of our own in ``config._attn_implementation`` would not do: models compare that name,
+    choose masks by it and keep their eager attention to themselves.
+    """
+    global _own_get_interface
+    if _own_get_interface is not None:
+        return
+    own = getattr(AttentionInterface, "get_interface", None)
+    if own is None:
+        raise IncompatibleVersionError(
+            "This release of transformers has no AttentionInterface.get_interface, through which "
+            "qk_clip sees attention: use 5.3 or later."
+        )
+
+    def get_interface(self: Any, attn_implementation: str, default: Attention) -> Attention:
+        attention = own(self, attn_implementation, default)
+        return partial(_attend, attention, str(attn_implementation)) if _active else attention
+
+    _own_get_interface = own
+    AttentionInterface.get_interface = get_interface
+
+
+def _remove_unused() -> None:
+    global _own_get_interface
+    if not _active and _own_get_interface is not None:
+        AttentionInterface.get_interface = _own_get_interface
+        _own_get_interface = None
+
+
+def _attend(
+    attention: Attention,
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **options: Any,
+) -> Any:
+    _see(name, module, query, key, attention_mask, options)
+    return attention(module, query, key, value, attention_mask, **options)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _see(name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: Any) -> None:
+    for maxima in tuple(_active):
+        maxima.see(module, query, key, mask, name=name, options=options)
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "get_interface" in code.co_names
+
+
+def _class_of(reasons: Mapping[str, str], name: str, model: nn.Module) -> str:
+    held = {n: m for n, m in model.named_modules()}
+    return type(held.get(name, model)).__name__ if name in reasons else type(model).__name__
+
+
+def _device_of(attention: AttentionHeads) -> torch.device:
+    return next(attention.query.linear.parameters()).device
+
+
+def attention_watch(model: nn.Module) -> WatchAttention:
+    """Return what starts to measure.
+
+    Nothing is done before it is called, which only ``full`` does. Logits are computed once more
+    while it measures. What `AttentionMaxima` cannot measure, such as a model's attention that is
+    not known or a mask that it cannot read, is one warning, and there is no such number any more.
+
+    Args:
+        model: A transformers model, wrapped or not; not compiled, for each measurement would break
+            the graph.
+    """
+    has_failed = False
+
+    def fail(error: Exception) -> tuple[Mapping[str, Tensor], float]:
+        nonlocal has_failed
+        has_failed = True
+        logger.warning(
+            "The health metric attention_logit_max is not measured in this run: %s", error
+        )
+        return {}, 0.0
+
+    def start() -> StopAttention:
+        if has_failed:
+            return lambda: ({}, 0.0)
+        try:
+            maxima = _QuietMaxima(model)
+            maxima.start()
+        except Exception as error:
+            nothing = fail(error)
+            return lambda: nothing
+
+        def stop() -> tuple[Mapping[str, Tensor], float]:
+            maxima.stop()
+            return (maxima.read(), maxima.seconds) if maxima.error is None else fail(maxima.error)
+
+        return stop
+
+    return start
+
+
+class _QuietMaxima(AttentionMaxima):
+    """Keeps what `see` raises, which would go through the model's forward."""
+
+    _ADVICE = ""
+    error: Exception | None = None
+    seconds = 0.0
+
+    def see(self, *args: Any, **named: Any) -> None:
+        if self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            super().see(*args, **named)
+        except Exception as error:
+            self.error = error
+        self.seconds += time.perf_counter() - started

@@ -1,0 +1,323 @@
+"""The optimizer that ``pss_optim`` names, in a Trainer: built, announced, saved and resumed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from hf_pss.errors import ConfigurationError
+from hf_pss.models.distributed import Replicas
+from hf_pss.models.selection import canonical_name
+from hf_pss.optim import RULES, MatrixOptimizer, build_optimizer
+from hf_pss.optim.groups import AMUSE
+from hf_pss.optim.optimizer import ADAMW
+from hf_pss.optim.qk_clip import QKClip
+from hf_pss.trainer.arguments import QK_CLIP, PSSTrainingArguments
+from hf_pss.trainer.attention_maxima import AttentionMaxima, MeasureAttention
+from hf_pss.trainer.optimizer_resume import Kind, kind_of, move_to_, saved_kind
+from hf_pss.trainer.schedule_free import unwrapped
+
+__all__ = ["ChosenOptimizer", "refuse_two_optimizers"]
+
+logger = logging.getLogger(__name__)
+
+_REPLICATED = (
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+_READ_LOSSES = ("specmuon",)
+_FLAT_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+class ChosenOptimizer:
+    """Mixin, left of a Trainer class: builds what ``pss_optim`` names, and resumes by one rule.
+
+    The rule of a resume: an optimizer's state is loaded into an optimizer of the same kind. From a
+    checkpoint of another kind, AdamW's under Muon or the other way round, come weights, the
+    schedule's position and the place in the data, while momentum and second moments begin anew; a
+    warning says so, once.
+    """
+
+    _step_loss: Tensor | None = None
+    _num_steps: int | None = None
+    _qk_clip: QKClip | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave transformers' attention as it was, also after an exception."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for callback in _meters(self):
+                callback.stop()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the optimizer that was asked for, unless there is one."""
+        trainer: Any = self
+        chosen = _chosen(trainer.args)
+        if trainer.optimizer is None and chosen is not None:
+            given = next(iter((*args, *kwargs.values())), None)
+            model = trainer.model if given is None else given
+            decayed = set(map(canonical_name, trainer.get_decay_parameter_names(model)))
+            trainer.optimizer = _build(model, trainer.args, decayed=decayed)
+            if trainer.accelerator.distributed_type in _REPLICATED:
+                trainer.optimizer.share_work_(Replicas())
+            self._qk_clip = _clip_attention(trainer, model)
+            _warn_of_mismatch(trainer, model, chosen)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the optimizer how long the run is, where its rule asks."""
+        trainer: Any = self
+        if _chosen(trainer.args) is not None:
+            num_training_steps = args[0] if args else kwargs["num_training_steps"]
+            self._num_steps = num_training_steps
+            _warn_of_two_schedules(trainer)
+            _set_length_(trainer.optimizer, trainer.args, num_training_steps)
+        return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro-batch, and let the optimizer have the step's loss where its rule asks."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        if _chosen(trainer.args) in _READ_LOSSES:
+            self._step_loss = loss.mean() + (0.0 if self._step_loss is None else self._step_loss)
+            if trainer.accelerator.sync_gradients:
+                # The mean over ranks, or replicas would part; it stays on the device.
+                mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")
+                unwrapped(trainer.optimizer).loss, self._step_loss = mean, None
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with what QK-clip did since the last training log; one device read then."""
+        if self._qk_clip is not None and "loss" in logs:
+            logs.update({f"pss/{k}": value for k, value in self._qk_clip.scalars().items()})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        kinds = _other_kinds(self, checkpoint)
+        if kinds is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            if checkpoint is not None and _chosen(self.args) is not None:  # type: ignore[attr-defined]
+                _warn_of_older_options(self, checkpoint)
+                _set_total_steps_again_(self, checkpoint, self._num_steps)
+            return
+        path = Path(str(checkpoint), SCHEDULER_NAME)
+        move_to_(self.lr_scheduler, torch.load(path, map_location="cpu", weights_only=True))  # type: ignore[attr-defined]
+        theirs, ours = map(_described, kinds)
+        _warn(
+            self,
+            "%s was written by %s, and this run trains with %s: weights, the schedule's position "
+            "and the place in the data go on, the optimizer's state begins anew.",
+            checkpoint,
+            theirs,
+            ours,
+        )
+
+
+def refuse_two_optimizers(trainer: Trainer) -> None:
+    """Refuse what contradicts ``pss_optim``, before anything is trained.
+
+    Raises:
+        ConfigurationError: The trainer has another optimizer, or runs under DeepSpeed.
+    """
+    arguments = trainer.args
+    chosen = _chosen(arguments)
+    if chosen is None:
+        return
+    others = {
+        "optimizers=": trainer.optimizer is not None,
+        "optimizer_cls_and_kwargs=": trainer.optimizer_cls_and_kwargs is not None,
+        f"optim={getattr(arguments.optim, 'value', arguments.optim)}": (
+            arguments.optim != TrainingArguments.default_optim
+        ),
+        "optim_args=": arguments.optim_args is not None,
+    }
+    if given := [name for name, is_given in others.items() if is_given]:
+        raise ConfigurationError(
+            f"You chose the optimizer twice, with pss_optim={chosen} and with {given[0]}: leave "
+            "one of them out."
+        )
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigurationError(
+            f"pss_optim={chosen} needs matrices, and DeepSpeed hands an optimizer of ours flat "
+            "one-dimensional pieces. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's "
+            "own Muon, whose gradient norm is blind to spikes."
+        )
+
+
+def _chosen(arguments: Any) -> str | None:
+    return arguments.pss_optim if isinstance(arguments, PSSTrainingArguments) else None
+
+
+def _build(
+    model: nn.Module, arguments: PSSTrainingArguments, *, decayed: set[str]
+) -> MatrixOptimizer:
+    names = {canonical_name(name) for name, _ in model.named_parameters()}
+    options = arguments.optimizer_options()
+    options.pop(QK_CLIP, None)
+    # A rule may insist on it; the scheduler brings the number.
+    asks = arguments.pss_optim in RULES and "total_steps" in RULES[arguments.pss_optim].defaults
+    unknown_yet = {"total_steps": 1} if asks and "total_steps" not in options else {}
+    return build_optimizer(
+        model,
+        algo=str(arguments.pss_optim),
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        no_decay=names - decayed,
+        **unknown_yet,
+        **options,
+    )
+
+
+def _meters(trainer: Any) -> list[MeasureAttention]:
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, MeasureAttention)]
+
+
+def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
+    """Let QK-clip follow each step where it was asked for."""
+    for callback in _meters(trainer):  # of an earlier optimizer, whose model it would keep alive
+        callback.stop()
+        trainer.remove_callback(callback)
+    threshold = trainer.args.optimizer_options().get(QK_CLIP)
+    if not threshold:
+        return None
+    if trainer.args.pss_optim == AMUSE:
+        raise ConfigurationError(
+            "amuse keeps an average of past weights beside the ones it trains, and qk_clip scales "
+            "only what is trained: use another optimizer, or leave qk_clip out."
+        )
+    maxima = AttentionMaxima(model)
+    clip = QKClip(maxima.attentions, maxima.take, threshold=threshold)
+    clip.attach(trainer.optimizer)
+    trainer.add_callback(MeasureAttention(maxima))
+    if trainer.is_world_process_zero():
+        logger.info(
+            "qk_clip keeps attention logits at %g in %d modules, %s and so on.",
+            threshold,
+            len(maxima.attentions),
+            maxima.attentions[0].name,
+        )
+    return clip
+
+
+def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:
+    """Set what options of the groups would otherwise ask of the user, unless the user said it."""
+    options = arguments.optimizer_options()
+    num_warmup_steps = arguments.get_warmup_steps(num_steps)
+    # AMUSE's curve begins at its second step of warm-up.
+    wanted = {
+        "total_steps": num_steps,
+        "warmup_steps": num_warmup_steps if num_warmup_steps > 1 else 0,
+    }
+    for group in optimizer.param_groups:
+        group.update({k: v for k, v in wanted.items() if k in group and k not in options})
+
+
+def _set_total_steps_again_(trainer: Any, checkpoint: str, num_steps: int | None) -> None:
+    """Let the run's length be that of this run, which a checkpoint cannot know."""
+    wanted = trainer.args.optimizer_options().get("total_steps", num_steps)
+    for group in trainer.optimizer.param_groups:
+        before = group.get("total_steps", wanted)
+        if wanted is None or before == wanted:
+            continue
+        group["total_steps"] = wanted
+        _warn(
+            trainer,
+            "%s was written with total_steps=%s, and this run has %s: soft steps begin where this "
+            "number says.",
+            checkpoint,
+            before,
+            wanted,
+        )
+
+
+def _warn(trainer: Any, message: str, *values: Any) -> None:
+    if trainer.is_world_process_zero():
+        logger.warning(message, *values)
+
+
+def _warn_of_two_schedules(trainer: Any) -> None:
+    given = trainer.args.lr_scheduler_type
+    kind = str(getattr(given, "value", given))
+    if trainer.args.pss_optim == "amuse" and kind not in _FLAT_SCHEDULES:
+        _warn(
+            trainer,
+            "amuse averages weights instead of lowering the learning rate, and lr_scheduler_type="
+            "%s lowers it besides; choose %s.",
+            kind,
+            " or ".join(_FLAT_SCHEDULES),
+        )
+
+
+def _warn_of_mismatch(trainer: Any, model: nn.Module, chosen: str) -> None:
+    """Warn where all of a model is tuned that may have been loaded; its name does not tell."""
+    source = getattr(model, "name_or_path", "")
+    is_adapted = getattr(model, "peft_config", None) is not None
+    # A folder with a trainer's state is a run that goes on.
+    is_own_run = bool(source) and Path(source, "trainer_state.json").is_file()
+    if source and not is_adapted and not is_own_run:
+        _warn(
+            trainer,
+            "%s tunes all weights of a model that was made from %s. If these are weights that Adam "
+            "trained: full fine-tuning with Muon disrupts what they know, while LoRA with Muon "
+            "does as well as with Adam (arXiv 2605.10468), so use LoRA, or leave pss_optim out. If "
+            "only the configuration is from there, all is well.",
+            chosen,
+            source,
+        )
+
+
+def _other_kinds(trainer: Any, checkpoint: str | None) -> tuple[Kind, Kind] | None:
+    """Return the checkpoint's kind of optimizer and the trainer's where these differ."""
+    if checkpoint is None or trainer.is_deepspeed_enabled:
+        return None
+    if not Path(checkpoint, SCHEDULER_NAME).is_file():
+        return None  # nothing would be loaded
+    theirs, ours = saved_kind(Path(checkpoint)), kind_of(trainer.optimizer.param_groups)
+    if theirs is None or theirs == ours or not any((*theirs, *ours)):
+        return None  # of what knows no rules the Trainer's own loading is the judge
+    return theirs, ours
+
+
+def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
+    """Warn where options were given anew: a state brings its own."""
+    given = trainer.args.optimizer_options()
+    given.pop("total_steps", None)  # which is set again
+    given.pop(QK_CLIP, None)  # no part of a state: always this run's
+    if trainer.args.pss_lr_scale is not None:
+        given.pop("others_lr", None)  # rates are this run's, too
+    groups = trainer.optimizer.param_groups
+    for name, value in given.items():
+        if name == "others_lr":  # what the schedule starts from
+            loaded = [group.get("initial_lr") for group in groups if group["algo"] == ADAMW]
+        else:
+            loaded = [group[name] for group in groups if name in group]
+        if any(_plain(one) != _plain(value) for one in loaded):
+            _warn(
+                trainer,
+                "%s was written with %s=%s, and that goes on: %s in pss_optim_args has no effect.",
+                checkpoint,
+                name,
+                loaded[0],
+                value,
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _described(kind: Kind) -> str:
+    rules = list(dict.fromkeys(rule for rule in kind if rule is not None))
+    return f"groups of {' and '.join(rules)}" if rules else "another optimizer than ours"

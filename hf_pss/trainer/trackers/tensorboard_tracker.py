@@ -1,0 +1,101 @@
+"""TensorBoard: through the Trainer's own writer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_pss.records.messages import Alert
+from hf_pss.records.steps import HealthReading
+from hf_pss.trainer.trackers.tracker import Reporter, Snapshot, histogram_of, label_of, scalars_of
+from hf_pss.view.text_table import significant
+
+__all__ = ["TensorBoardReporter"]
+
+
+class TensorBoardReporter(Reporter):
+    """Writes into the Trainer's event file.
+
+    A second writer in the same folder would be a second file, and TensorBoard goes on to a newer
+    file for good: the Trainer's curves would stop. After the end of training the Trainer has
+    closed its writer; what is still written then begins a new file, which TensorBoard reads.
+
+    Args:
+        writer: A ``SummaryWriter``.
+        owns_writer: It is closed at the end.
+    """
+
+    name = "tensorboard"
+    max_rows = 500  # a page of text, rendered whole
+
+    def __init__(self, writer: Any, *, owns_writer: bool = False) -> None:
+        self._writer = writer
+        self._owns_writer = owns_writer
+
+    @classmethod
+    def of(
+        cls, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
+    ) -> TensorBoardReporter:
+        """Borrow the Trainer's writer, or open one in ``runs/pss`` where there is none.
+
+        Raises:
+            ImportError: tensorboard is not installed.
+        """
+        from transformers.integrations import TensorBoardCallback
+
+        for callback in callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                return cls(callback.tb_writer)
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(args.output_dir, "runs", "pss")
+        return cls(SummaryWriter(str(folder)), owns_writer=True)
+
+    def report(self, reading: HealthReading) -> None:
+        """Write scalars, NaN and inf included, and histograms."""
+        for tag, value in scalars_of(reading):
+            self._writer.add_scalar(tag, value, reading.step)
+        for matrix, values in reading.spectra.items():
+            histogram = histogram_of(values)
+            if histogram is not None:
+                self._writer.add_histogram(
+                    f"pss_spectra/{label_of(matrix)}",
+                    histogram.values,
+                    reading.step,
+                    bins=histogram.edges,
+                )
+        self._writer.flush()
+
+    def alert(self, alert: Alert) -> None:
+        """Write a text; TensorBoard knows no alerts."""
+        text = f"**{alert.level.name}** {alert.title}\n\n{alert.text}"
+        self._writer.add_text("pss/alerts", text, alert.step)
+        self._writer.flush()
+
+    def snapshot(self, snapshot: Snapshot) -> None:
+        """Write the table as text and the heat map as an image."""
+        head = f"| {' | '.join(snapshot.columns)} |\n|{' --- |' * len(snapshot.columns)}\n"
+        rows = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in snapshot.rows)
+        self._writer.add_text("pss/table", head + rows, snapshot.step)
+        if snapshot.heat_map is not None:
+            self._writer.add_image(
+                "pss/heat_map", snapshot.heat_map, snapshot.step, dataformats="HWC"
+            )
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Close a writer of our own; the Trainer closes its own."""
+        if self._owns_writer:
+            self._writer.close()
+
+
+def _cell(value: int | str | float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        finite = value - value == 0
+        return significant(value) if finite else str(value)
+    return str(value).replace("|", "\\|")

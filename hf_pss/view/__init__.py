@@ -1,0 +1,1 @@
+"""Shows things: tables, plots and pages."""

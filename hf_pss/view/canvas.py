@@ -1,0 +1,107 @@
+"""How every figure looks: one palette, one style sheet, no global state of pyplot's."""
+
+from __future__ import annotations
+
+import io
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from hf_pss.evidence.report_records import RunDirectory
+from hf_pss.view.html_page import MISSING_EXTRA
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
+except ImportError as error:
+    raise ImportError(MISSING_EXTRA) from error
+
+__all__ = [
+    "Axes",
+    "Figure",
+    "Line2D",
+    "colour",
+    "new_figure",
+    "save_png",
+    "style",
+    "to_svg",
+    "use_log_scale",
+]
+
+# Okabe and Ito's palette, without its yellow: told apart by every common kind of colour vision.
+_REFERENCE_COLOUR = "#555555"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+_STYLE = {
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "axes.labelcolor": "#333333",
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.5,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "hf_pss",
+    "text.parse_math": False,
+    "xtick.color": "#666666",
+    "xtick.labelsize": 8,
+    "ytick.color": "#666666",
+    "ytick.labelsize": 8,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """Matplotlib's settings for our figures; the caller's come back afterwards."""
+    return mpl.rc_context(_STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure outside pyplot, sizes in inches."""
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.12)
+    return figure
+
+
+def use_log_scale(axes: Axes) -> None:
+    """Let the ordinate be logarithmic, with plain numbers: the style reads no mathematics."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(_PlainFormatter())
+
+
+class _PlainFormatter(LogFormatter):
+    """Labels the ticks that it would label, as plain numbers."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def colour(directory: RunDirectory, guard: str) -> str:
+    """Grey for the reference, one colour each for the others."""
+    if guard == directory.reference:
+        return _REFERENCE_COLOUR
+    others = [other for other in directory.guards if other != directory.reference]
+    return _COLOURS[others.index(guard) % len(_COLOURS)]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def to_svg(figure: Figure) -> bytes:
+    """Render a figure as SVG, letters as outlines, so that it looks alike everywhere."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
