@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hf_pss.trainer.callback import PSSCallback as PSSCallback
     from hf_pss.trainer.pss_trainer import PSSTrainer as PSSTrainer
     from hf_pss.trainer.pss_trainer import PSSTrainerMixin as PSSTrainerMixin
+    from hf_pss.trainer.recovery import RecoveryConfig as RecoveryConfig
+    from hf_pss.trainer.rollback import RollbackMixin as RollbackMixin
+    from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin as SafeCheckpointsMixin
 
 # Name to module. Imported at first use: torch and transformers take seconds.
 _PUBLIC = {
@@ -38,6 +41,9 @@ _PUBLIC = {
     "PSSCallback": "trainer.callback",
     "PSSTrainer": "trainer.pss_trainer",
     "PSSTrainerMixin": "trainer.pss_trainer",
+    "RecoveryConfig": "trainer.recovery",
+    "RollbackMixin": "trainer.rollback",
+    "SafeCheckpointsMixin": "trainer.safe_checkpoints",
     "select_matrices": "models.selection",
 }
 __all__ = sorted(_PUBLIC)

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_pss import PSSConfig, PSSTrainer, PSSTrainingArguments
+from hf_pss import PSSCallback, PSSConfig, PSSTrainer, PSSTrainingArguments, RecoveryConfig
 
 VOCABULARY = 48
 LENGTH = 12
@@ -160,12 +160,14 @@ def make_trainer(
     model_name: str = "gpt2",
     rows: list[dict[str, Tensor]] | None = None,
     eval_rows: list[dict[str, Tensor]] | None = None,
+    recovery: RecoveryConfig | None = None,
     **options: Any,
 ) -> Trainer:
     """Return a plain Trainer without ``pss``, a PSSTrainer with it; same seed, same data."""
     set_seed(7)
     cls = trainer_class or (Trainer if pss is None else PSSTrainer)
-    extra = {} if pss is None else {"pss_config": pss}
+    extra: dict[str, Any] = {} if pss is None else {"pss_config": pss}
+    extra |= {} if recovery is None else {"recovery": recovery}
     return cls(
         model=model if model is not None else MODELS[model_name](),
         args=arguments(folder, **options),
@@ -183,7 +185,7 @@ def train(folder: Path, pss: PSSConfig | None = None, *, resume: Any = None, **o
 
 
 def controller_of(trainer: Trainer) -> Any:
-    return trainer._listener().controller
+    return PSSCallback.of(trainer).controller
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ __all__ = [
     "AlertLevel",
     "Alerts",
     "alert_of",
+    "describe",
     "describe_nonfinite",
     "describe_stop",
     "is_worth_a_line",
@@ -317,3 +318,26 @@ def is_worth_a_line(streak: int) -> bool:
 
 def _in_matrix(event: Event) -> str:
     return f", first in {', '.join(event.fired)}" if event.fired not in ((), (GLOBAL,)) else ""
+
+
+def describe(intervention: Intervention) -> str:
+    """Return one line for people: what was noticed, and what was done."""
+    return (
+        f"PSS, step {intervention.event.step}: {_noticed(intervention.event)}; "
+        f"{describe_answer(intervention)}"
+    )
+
+
+def _noticed(event: Event) -> str:
+    if event.kind is EventKind.RESUME:
+        return "resumed from a checkpoint, smoothing as asked for"
+    value, baseline, threshold = event.value or 0.0, event.baseline, event.threshold or 0.0
+    if event.kind is EventKind.FLOOR:
+        return f"stable rank {value:.3g} below its floor of {threshold:.3g}"
+    name = event.detector.removesuffix("_ratio").replace("_", " ")
+    if not baseline:
+        return f"{name} {value:.3g} against a threshold of {threshold:.3g}"
+    return (
+        f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
+        f"(limit {threshold / baseline:.2g} ×)"
+    )

@@ -27,6 +27,7 @@ from transformers import TrainingArguments
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.groups import known_options
+from hf_pss.trainer.recovery import RecoveryConfig
 
 __all__ = ["QK_CLIP", "OptimizerName", "PSSTrainingArguments", "join_", "read_options"]
 
@@ -201,7 +202,7 @@ def _kind(default: Any) -> str:
 def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
     """Turn one option of PSSConfig into an argument whose default, None, means the preset's."""
     shown = list(option.default) if isinstance(option.default, tuple) else option.default
-    text = f"{option.metadata['help']} Preset anchored: {shown}.".replace("%", "%%")
+    text = f"{option.metadata['help']} Default: {shown}.".replace("%", "%%")
     if hint is bool:
         # Only a bool with a default is a flag that needs no value; no preset sets one.
         own = field(default=option.default, metadata={"help": text})
@@ -214,9 +215,13 @@ def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
     return f"pss_{option.name}", Optional[hint], field(default=None, metadata={"help": text})  # noqa: UP045
 
 
-_HINTS = get_type_hints(PSSConfig)
 _Options = make_dataclass(
-    "_Options", [_argument(option, _HINTS[option.name]) for option in fields(PSSConfig)]
+    "_Options",
+    [
+        _argument(option, get_type_hints(options)[option.name])
+        for options in (PSSConfig, RecoveryConfig)
+        for option in fields(options)
+    ],
 )
 
 
@@ -296,14 +301,20 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         if scale is not None and not (is_number and 0 < scale < math.inf):
             raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
         self.pss_config()  # refuse a bad option now, not at the first step
+        self.recovery_config()
         self.optimizer_options()
 
     def pss_config(self) -> PSSConfig:
         """Return the preset with the options that were set."""
-        given = {option.name: getattr(self, f"pss_{option.name}") for option in fields(PSSConfig)}
-        return PSSConfig.preset(
-            self.pss_preset, **{name: value for name, value in given.items() if value is not None}
-        )
+        return PSSConfig.preset(self.pss_preset, **self._given(PSSConfig))
+
+    def recovery_config(self) -> RecoveryConfig:
+        """Return the options of checkpoints and rollback, with defaults for those not set."""
+        return RecoveryConfig(**self._given(RecoveryConfig))
+
+    def _given(self, options: type[Any]) -> dict[str, Any]:
+        given = {option.name: getattr(self, f"pss_{option.name}") for option in fields(options)}
+        return {name: value for name, value in given.items() if value is not None}
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Return the steps of warm-up, which a Trainer asks for when it builds its schedule.

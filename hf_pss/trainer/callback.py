@@ -1,109 +1,105 @@
-"""PSSCallback: PSS at the right moments of a Trainer's step; it decides nothing itself."""
+"""PSSCallback: it calls the controller at the right moments of a Trainer's step."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from transformers import (
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from hf_pss.config import PSSConfig
 from hf_pss.controller import PSSController, StepReport
+from hf_pss.detection import Verdict
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.models.batching import matrix_names
-from hf_pss.records.events import Event, EventKind, Intervention, Record
-from hf_pss.records.messages import describe_answer
-from hf_pss.records.steps import HealthReading
-from hf_pss.runs.records_files import (
-    EVENTS_FILE,
-    HEALTH_FILE,
-    JsonLines,
-    health_line,
-    log_scalars,
-    reading_line,
-)
+from hf_pss.records.events import EventKind, Intervention, Record
+from hf_pss.runs.records_files import log_scalars
 from hf_pss.trainer.arguments import PSSTrainingArguments
 from hf_pss.trainer.attention_maxima import attention_watch
-from hf_pss.trainer.hooks import StepListener, hook
-from hf_pss.trainer.schedule_free import ScheduleFreeCallback
-from hf_pss.trainer.trackers import Reporters, reporters_for, summary_table
+from hf_pss.trainer.batch_loss import BatchLoss
+from hf_pss.trainer.optimizers import OptimizerMixin
+from hf_pss.trainer.recorder import RunRecorder
+from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
+from hf_pss.trainer.rollback import RollbackMixin
+from hf_pss.trainer.seams import refuse_backends, trainer_of, wrapped
 
 __all__ = ["PSSCallback"]
 
 logger = logging.getLogger(__name__)
 
+_NO_TRAINER = (
+    "PSSCallback cannot find the Trainer that calls it. Pass it to the Trainer, in "
+    "callbacks=[PSSCallback()] or with PSSCallback().attach(trainer). In a training loop of your "
+    "own, use PSSController."
+)
+# Interventions that are upkeep, not an answer to a spike.
+_UPKEEP = (EventKind.FLOOR, EventKind.RESUME)
 
-class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
-    """Parametric Singularity Smoothing as a callback, for trainers that are not `PSSTrainer`.
 
-    The gradient norm before clipping is no callback's argument, so the callback is attached
-    instead of passed in ``callbacks=``:
+@dataclass(slots=True)
+class StepReadings:
+    """What the Trainer gives in one optimizer step, before its update."""
+
+    device_loss: Tensor | None = None
+    """Sum over the micro-batches so far, a scalar on its device."""
+    loss: float | None = None
+    """The same on the host, once the gradient norm is known."""
+    grad_norm: float | None = None
+    """Global gradient norm before clipping."""
+    has_norm: bool = False
+    update_is_discarded: bool = False
+    """DeepSpeed has skipped the update already."""
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss; of a loss per device the mean, as the Trainer logs it."""
+        loss = torch.as_tensor(loss).detach()
+        loss = loss.float().mean() if loss.dim() else loss
+        self.device_loss = loss if self.device_loss is None else self.device_loss + loss
+
+
+class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
+    """Parametric Singularity Smoothing for a Trainer of any class.
 
     ```python
-    trainer = SFTTrainer(...)
-    PSSCallback().attach(trainer)
+    trainer = SFTTrainer(..., callbacks=[PSSCallback()])
     trainer.train()
     ```
+
+    The trainer keeps its class, its way of saving and its signal handlers. `PSSTrainer` adds safe
+    checkpoints, rollback and ``pss_optim``.
 
     Args:
         config: The options. None takes them from `PSSTrainingArguments` where the trainer has
             these, and the preset ``anchored`` otherwise.
+
+    Raises:
+        ConfigurationError: The trainer has another PSSCallback, runs on a backend that PSS cannot
+            work with, or has ``pss_*`` arguments that need `PSSTrainer`.
     """
 
-    goes_back = False
-    """Whether the next training goes on with this one, from an older checkpoint."""
-    repairs = True
-    """Whether what it loads is what ``smooth_on_resume`` is meant for."""
     announces = True
-    """Whether to say at the start what PSS watches; what it does not is said in any case."""
+    """Whether to log at the start what PSS watches. Warnings are logged in any case."""
 
     def __init__(self, config: PSSConfig | None = None) -> None:
         self.config = config
         self.controller: PSSController | None = None
         self.report: StepReport | None = None
-        self._grad_norm: float | None = None
-        self._device_loss: Tensor | None = None
-        self._loss: float | None = None
-        self._norm_is_new = False
-        self._scaler_is_active = self._update_is_discarded = False
-        self._floor_has_acted = False
+        self.batch_loss: BatchLoss | None = None
+        self._readings = StepReadings()
+        self._recorder: RunRecorder | None = None
+        self._wrappers = ExitStack()
         self._smoothed_in: str | None = None
-        """The run's folder, once it was smoothed on its resume: what is saved there is so."""
-        self._speaks = True
-        self._events: JsonLines | None = None
-        self._health: JsonLines | None = None
-        # Where there is something to tell, and on the first process only.
-        self._tracker_args: TrainingArguments | None = None
-        self._reporters: Reporters | None = None
-        self._first_reading: HealthReading | None = None
-        self._last_reading: HealthReading | None = None
-
-    @property
-    def health_summary(self) -> str | None:
-        """The matrices that look ill at the end of the last run, the worst first, and why.
-
-        None where ``health`` is off, or the run ended before a reading.
-        """
-        if self._first_reading is None or self._last_reading is None:
-            return None
-        return summary_table(self._first_reading, self._last_reading)
-
-    @property
-    def readings(self) -> tuple[float | None, float | None]:
-        """This step's loss, and its gradient norm before clipping, once they are on the host."""
-        return self._loss, self._grad_norm
+        """The run's folder, once ``smooth_on_resume`` has smoothed the weights for it."""
+        self._is_rollback, self._may_repair = False, True
 
     @classmethod
     def of(cls, trainer: Trainer) -> PSSCallback:
@@ -112,58 +108,88 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         Raises:
             ConfigurationError: It has none.
         """
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, PSSCallback):
-                return callback
-        raise ConfigurationError("This trainer has no PSSCallback: attach one to it.")
+        found = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
+        if found is None:
+            raise ConfigurationError("This trainer has no PSSCallback: attach one to it.")
+        return found
 
     def attach(self, trainer: Trainer) -> PSSCallback:
-        """Add this callback to a trainer of any class, and let it hear norms and losses.
+        """Add this callback to a trainer that exists already.
 
         Raises:
-            ConfigurationError: The trainer has a PSSCallback already.
-            IncompatibleVersionError: This release of transformers lacks a method that PSS needs.
+            ConfigurationError: As for the class.
         """
-        hook(trainer, self)
+        self._join(trainer)
+        trainer.add_callback(self)
         return self
 
-    # ---- what StepHooks hands over ----
+    def config_for(self, args: TrainingArguments) -> PSSConfig:
+        """Return the options that apply to a trainer: the callback's own, or its arguments'.
 
-    def see_loss(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss to this step's; it stays on the device."""
-        loss = torch.as_tensor(loss).detach()
-        if loss.dim():  # logged as its mean
-            loss = loss.float().mean()
-        self._device_loss = loss if self._device_loss is None else self._device_loss + loss
-
-    def before_clipping(self) -> None:
-        """Note which gradients are finite while they can still be told apart."""
-        if self.controller is not None:
-            self.controller.inspect_gradients()
-
-    def see_grad_norm(
-        self,
-        norm: Tensor | float | None,
-        *,
-        scaler_is_active: bool,
-        update_is_discarded: bool = False,
-    ) -> float | None:
-        """Bring this step's norm and loss to the host.
-
-        The one device-to-host read of PSS in a step without an event. The Trainer gets the float
-        and needs no read of its own when it logs the norm.
+        Raises:
+            ConfigurationError: Both were given, and they differ.
         """
-        if self.controller is not None:
-            self._grad_norm, self._loss = self.controller.to_host(norm, self._device_loss)
-        self._device_loss = None
-        self._norm_is_new, self._scaler_is_active = True, scaler_is_active
-        self._update_is_discarded = update_is_discarded
-        return self._grad_norm
+        from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
+        if self.config is None:
+            return from_args
+        if from_args not in (PSSConfig(), self.config):
+            raise ConfigurationError(
+                "You gave PSS options twice, in PSSTrainingArguments and as a PSSConfig, and they "
+                "differ. Give them once."
+            )
+        return self.config
 
-    def extend_logs(self, logs: dict[str, float]) -> None:
-        """Add this step's ``pss/…`` numbers."""
-        if self.report is not None:
-            logs.update(log_scalars(self.report.scalars))
+    @property
+    def readings(self) -> tuple[float | None, float | None]:
+        """This step's loss, and its gradient norm before clipping, once they are on the host."""
+        return self._readings.loss, self._readings.grad_norm
+
+    @property
+    def health_summary(self) -> str | None:
+        """The matrices that look ill at the end of the last run, the worst first, and why.
+
+        None where ``health`` is off, or the run ended before a reading.
+        """
+        return self._recorder.health_summary if self._recorder is not None else None
+
+    @property
+    def last_health(self) -> Any:
+        """The last `HealthReading`; None where there is none."""
+        return self._recorder.last_reading if self._recorder is not None else None
+
+    # ---- joining a trainer ----
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Join the trainer that was built with this callback."""
+        if (trainer := trainer_of(self)) is not None:
+            self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
+        for other in trainer.callback_handler.callbacks:
+            if isinstance(other, PSSCallback) and other is not self:
+                raise ConfigurationError(
+                    "This trainer has a PSSCallback already; one trainer takes one. Give "
+                    "PSSTrainer its options through pss_config or PSSTrainingArguments."
+                )
+        refuse_backends(trainer)
+        if isinstance(trainer.args, PSSTrainingArguments):
+            _refuse_unread_arguments(trainer)
+            trainer.args.pss_is_heard = True
+        trainer.pss_callback = self
+
+    def _original(self, trainer: Trainer) -> PSSCallback:
+        """Return the callback that the user gave.
+
+        With ``restore_callback_states_from_checkpoint`` the Trainer replaces callbacks by new ones,
+        which lack the user's options. PSS restores its state in place, so the original comes back.
+        """
+        original: PSSCallback = vars(trainer).get("pss_callback", self)
+        if original is not self:
+            callbacks = trainer.callback_handler.callbacks
+            callbacks[next(i for i, one in enumerate(callbacks) if one is self)] = original
+        return original
 
     # ---- the Trainer's events ----
 
@@ -176,84 +202,59 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Build the controller on the prepared model, and continue where a checkpoint left off."""
-        if model is None:
-            raise ConfigurationError("PSSCallback needs the model in on_train_begin; got none.")
-        self.stop_listening()  # to a run that something ended within a step
-        self.batch_loss = None  # its batch, and its model, may be another run's
-        if not self.goes_back:  # whose trackers' runs go on
-            self._reporters = None
-        self._grad_norm = self._device_loss = self._loss = self.report = None
-        self._norm_is_new = self._floor_has_acted = False
-        self._first_reading = self._last_reading = None
-        self._speaks = state.is_world_process_zero
-        # Accelerate wraps the optimizer; its state is the inner one's.
-        self.controller = PSSController(
+        """Build the controller on the prepared model, and restore its state from a checkpoint."""
+        trainer = trainer_of(self)
+        if trainer is None or model is None:
+            raise ConfigurationError(_NO_TRAINER)
+        original = self._original(trainer)
+        original._join(trainer)
+        original._begin(trainer, model, optimizer)
+
+    def _begin(self, trainer: Trainer, model: nn.Module, optimizer: Any) -> None:
+        args, state = trainer.args, trainer.state
+        self.abort_step()  # an exception may have ended the last run within a step
+        self._readings, self.report = StepReadings(), None
+        self.controller = controller = PSSController(
             model,
             self.config_for(args),
+            # Accelerate wraps the optimizer; its state is the inner one's.
             optimizer=getattr(optimizer, "optimizer", optimizer),
             evaluate_loss=self._evaluate_loss,
             speaks=False,
         )
-        self.tries_interventions = self.controller.tries_interventions
-        if self._speaks and not self.goes_back:
-            self._announce(self.controller, args)
-        if self.controller.health is not None and not args.torch_compile:
-            self.controller.health.watch_attention(attention_watch(model))
-        smoothed_in = _attribute(state, type(self).__name__, "smoothed_in")
-        self._smoothed_in = smoothed_in if isinstance(smoothed_in, str) else None
-        self._resume(state)
-        # The Trainer saves into this entry and fails where a resumed file lacks it.
+        # Its batch and its model belong to the last run.
+        self.batch_loss = BatchLoss(trainer) if controller.tries_interventions else None
+        if self._recorder is not None and self._is_rollback:
+            self._recorder.restart(resumed_step=state.global_step)
+        else:
+            self._recorder = RunRecorder(
+                args,
+                trainer.callback_handler,
+                is_first_process=state.is_world_process_zero,
+                resumed_step=state.global_step,
+            )
+        if state.is_world_process_zero and not self._is_rollback:
+            self._announce(controller, args)
+        if controller.health is not None and not args.torch_compile:
+            controller.health.watch_attention(attention_watch(model))
+        self._wrap(trainer)
+        self._resume(controller, state)
+        # The Trainer saves into this entry and fails if a resumed file lacks it.
         state.stateful_callbacks[type(self).__name__] = self.state()
-        is_plain = self.controller.health is None and self.controller.config.health_every_steps > 0
-        wants_health = state.global_step == 0 and is_plain
-        first_health = self.controller.stable_ranks() if wants_health else None  # on every rank
+        is_plain = controller.health is None and controller.config.health_every_steps > 0
+        if state.global_step == 0 and is_plain:
+            ranks = controller.stable_ranks()  # on every rank
+            self._recorder.write_stable_ranks(0, ranks)
+        if state.global_step > 0 and controller.config.smooth_on_resume:
+            self._smooth_once(controller, args.output_dir)
         if state.is_world_process_zero:
-            folder, step = Path(args.output_dir), state.global_step
-            self._events = JsonLines(folder / EVENTS_FILE, resumed_step=step)
-            self._health = JsonLines(folder / HEALTH_FILE, resumed_step=step)
-            if first_health is not None:
-                self._health.write([health_line(step, first_health)])
-            self._tracker_args = args
-        if state.global_step > 0 and self.controller.config.smooth_on_resume:
-            self._smooth_once(self.controller, args.output_dir)
-        if self._speaks:
-            logger.info("PSS watches these matrices:\n%s", self.controller.selection.table())
+            logger.info("PSS watches these matrices:\n%s", controller.selection.table())
 
-    def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
-        """Say in one line the preset, what is watched, what is not, and where to change it."""
-        config, selection = controller.config, controller.selection
-        counts = [
-            f"{count} {one if count == 1 else many}"
-            for count, one, many in (
-                (len(matrix_names(selection.matrices)), "matrix", "matrices"),
-                (len(selection.adapters), "LoRA product", "LoRA products"),
-            )
-            if count
-        ]
-        # Arguments that say the same as the config are what the user wrote.
-        in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
-        caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
-        watched = (
-            f"PSS: {config.describe()}, {' and '.join(counts) or 'no matrix'} watched "
-            f"({', '.join(config.detectors) or 'non-finite steps only'})."
-        )
-        options = "PSSTrainingArguments" if in_args else "PSSConfig or PSSTrainingArguments"
-        told = [watched, caution, f"Options: {options}."] if self.announces else [caution]
-        if any(told):  # as a warning, because an ordinary script shows no less
-            logger.warning("%s", " ".join(part for part in told if part))
-
-    def _smooth_once(self, controller: PSSController, output_dir: str) -> None:
-        own = [os.path.abspath(output_dir)]
-        broadcast_object_list(own)  # smoothing is done by all ranks, or by none
-        is_done, self._smoothed_in = self._smoothed_in == own[0], own[0]
-        if self.repairs and not is_done:
-            self.write_records([controller.smooth_now()])
-        elif self.repairs and self._speaks:
-            logger.warning(
-                "smooth_on_resume: this run was smoothed when it was first resumed, and goes on. "
-                "To smooth once more, let it write to another output_dir."
-            )
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the readings of a step."""
+        self._readings = StepReadings()
 
     def on_pre_optimizer_step(
         self,
@@ -263,43 +264,34 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Judge the gradient; drop it where the update must not happen."""
-        controller = self._ready()
+        """Judge the gradient, and drop it where the update must not happen."""
+        controller, readings = self.controller, self._readings
+        if controller is None or not readings.has_norm:
+            raise ConfigurationError(
+                "PSSCallback received no gradient norm in this step: this Trainer does not clip "
+                "through Accelerator.clip_grad_norm_. Let its _clip_grad_norm call that."
+            )
         try:
             apply_update = controller.before_update(
-                self._grad_norm,
-                self._loss,
-                loss_scaled=self._scaler_is_active,
-                discarded=self._update_is_discarded,
+                readings.grad_norm,
+                readings.loss,
+                loss_scaled=_is_scaled(self._trainer),
+                discarded=readings.update_is_discarded,
             )
         except NonFiniteError:
             self.write_records(controller.pending_records)
             raise
-        finally:
-            self._norm_is_new = False
         if not apply_update and model is not None:
             for parameter in model.parameters():
                 parameter.grad = None  # optimizers pass over parameters without a gradient
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judge the weights and smooth: before this step is logged, evaluated or saved."""
-        if self.controller is not None:
-            self._after_update(self.controller)
-        super().on_step_end(args, state, control, optimizer)
-
-    def _evaluate_loss(self) -> Tensor | None:
-        if self.batch_loss is None or self.controller is None:
-            return None
-        return self.batch_loss(is_sound=not self.controller.is_in_trouble)
-
-    def _after_update(self, controller: PSSController) -> None:
+        """Judge the weights and smooth them, before this step is logged, evaluated or saved."""
+        controller, recorder = self.controller, self._recorder
+        if controller is None or recorder is None:
+            return
         try:
             self.report = report = controller.after_update()
         except NonFiniteError:
@@ -308,74 +300,116 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         if self.batch_loss is not None:
             self.batch_loss.end_step(is_sound=not report.is_in_trouble)
         self.write_records(report.records)
-        if self._health is not None and report.stable_ranks is not None:
-            self._health.write([health_line(report.step, report.stable_ranks)])
+        if report.stable_ranks is not None:
+            recorder.write_stable_ranks(report.step, report.stable_ranks)
         if report.health is not None:
-            self._first_reading = self._first_reading or report.health
-            self._last_reading = report.health
-            if self._health is not None:
-                self._health.write([reading_line(report.health)])
-            if (reporters := self._ready_reporters()) is not None:
-                reporters.report(report.health)
+            recorder.write_reading(report.health)
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what a run that is resumed from this checkpoint does not know."""
+        """Forget the batch that a run resumed from this checkpoint will not have."""
         if self.batch_loss is not None:
             self.batch_loss.forget()
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the averaged weights in the model, and `end`."""
-        super().on_train_end(args, state, control, optimizer)
+        """Log a summary, finish the trackers and unwrap the trainer."""
         self.batch_loss = None
-        self.end()
+        self.close()
 
-    def stop_listening(self) -> None:
-        """Take away the hooks that a step which did not end has left in the model."""
+    # ---- the three wrapped methods ----
+
+    def _wrap(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._wrappers.close()
+        self._wrappers.enter_context(wrapped(trainer, "training_step", self._around_training_step))
+        self._wrappers.enter_context(wrapped(trainer, "log", self._around_log))
+        self._wrappers.enter_context(
+            wrapped(trainer.accelerator, "clip_grad_norm_", self._around_clipping)
+        )
+
+    def _around_training_step(self, training_step: Any, *args: Any, **kwargs: Any) -> Tensor:
+        listening = self.batch_loss.listening() if self.batch_loss is not None else nullcontext()
+        with listening:
+            loss: Tensor = training_step(*args, **kwargs)
+        self._readings.add_loss(loss)
+        return loss
+
+    def _around_clipping(self, clip_grad_norm_: Any, *args: Any, **kwargs: Any) -> Any:
+        """Bring this step's norm and loss to the host: PSS's one read in a step without an event.
+
+        The Trainer gets the norm as a tensor on the CPU, and needs no read of its own to log it.
+        """
+        controller, readings = self.controller, self._readings
+        if controller is None:
+            return clip_grad_norm_(*args, **kwargs)
+        controller.inspect_gradients()  # after clipping, one NaN makes every gradient NaN
+        norm = clip_grad_norm_(*args, **kwargs)
+        if self._trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # Before 0.19, DeepSpeed returns -1 for a norm that is not finite.
+            norm = math.inf if norm is not None and norm < 0 else norm
+            readings.update_is_discarded = not self._trainer.model_wrapped.was_step_applied()
+        readings.grad_norm, readings.loss = controller.to_host(norm, readings.device_loss)
+        readings.has_norm = True
+        if isinstance(norm, Tensor) and readings.grad_norm is not None:
+            return torch.tensor(readings.grad_norm, dtype=norm.dtype)
+        return norm
+
+    def _around_log(self, log: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.report is not None and "loss" in logs:
+            logs.update(log_scalars(self.report.scalars))
+        log(logs, *args, **kwargs)
+
+    def _evaluate_loss(self) -> Tensor | None:
+        if self.batch_loss is None or self.controller is None:
+            return None
+        return self.batch_loss(is_sound=not self.controller.is_in_trouble)
+
+    # ---- what recovery reads (TrainingMonitor) ----
+
+    @property
+    def step(self) -> int:
+        """The number of the optimizer step in progress."""
+        return self.controller.step_number if self.controller is not None else 0
+
+    def outcome(self) -> StepOutcome | None:
+        """Return the last step's loss, whether it was finite, and whether PSS intervened."""
+        if self.report is None:
+            return None
+        answers = [
+            record
+            for record in self.report.records
+            if isinstance(record, Intervention) and record.event.kind not in _UPKEEP
+        ]
+        return StepOutcome(
+            loss=self._readings.loss,
+            is_finite=self.report.verdict is not Verdict.NON_FINITE,
+            has_intervened=bool(answers),
+            has_changed_weights=any(answer.has_changed_weights for answer in answers),
+        )
+
+    def write_records(self, records: Sequence[Record]) -> None:
+        """Append records to the events file; log interventions and alert the trackers."""
+        if self._recorder is not None:
+            self._recorder.write_records(records)
+
+    def before_training(self, *, is_rollback: bool, may_repair: bool) -> None:
+        """Continue the trackers' runs after a rollback; smooth only the user's own checkpoint."""
+        self._is_rollback, self._may_repair = is_rollback, may_repair
+
+    def abort_step(self) -> None:
+        """Remove the hooks that a step which did not end has left in the model."""
         if self.controller is not None and self.controller.health is not None:
             self.controller.health.stop()
 
-    def end(self) -> None:
-        """Say in one line what PSS did, and in a table which matrices look ill; finish trackers.
-
-        `on_train_end` does it, and where an error of PSS ends the run, `Survival`.
-        """
-        self.stop_listening()
-        if self._speaks:
-            self._tell_health()
-        if self._reporters is not None:
-            self._reporters.finish()
-        self._reporters = self._tracker_args = None
-        if self.report is not None:
-            numbers = self.report.scalars
-            if self._speaks:
-                logger.info(
-                    "PSS: %d interventions, %d non-finite steps, %.2f s.",
-                    numbers["interventions"],
-                    numbers["nonfinite_steps"],
-                    numbers["seconds"],
-                )
-
-    def _tell_health(self) -> None:
-        try:
-            summary = self.health_summary
-        except Exception as error:  # numbers that it has no words for: never the run's end
-            logger.warning("PSS has no summary of the model's health: %s", error)
-            return
-        if summary is not None:
-            logger.info("%s", summary)
+    def close(self) -> None:
+        """Log a summary, finish the trackers and unwrap the trainer."""
+        self.abort_step()
+        self._wrappers.close()
+        if self._recorder is not None:
+            self._recorder.close(self.report)
 
     # ---- the checkpoint ----
 
@@ -391,131 +425,113 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             attributes["smoothed_in"] = self._smoothed_in
         return {"args": {}, "attributes": attributes}
 
-    def _resume(self, state: TrainerState) -> None:
-        controller = self._ready(check_norm=False)
+    def _resume(self, controller: PSSController, state: TrainerState) -> None:
+        saved = _saved_attributes(state, type(self).__name__)
+        smoothed_in = saved.get("smoothed_in") if saved is not None else None
+        self._smoothed_in = smoothed_in if isinstance(smoothed_in, str) else None
         if state.global_step == 0:
             return
         try:
-            controller.load_state_dict(_saved_state(state, type(self).__name__))
-            if controller.step_number != state.global_step:
-                raise StateError(
-                    f"The PSS state is of step {controller.step_number}: steps after it were "
-                    "trained without PSS."
-                )
+            self._restore(controller, saved, state.global_step)
         except StateError as error:
-            if self._speaks:
+            if state.is_world_process_zero:
                 logger.warning(
                     "PSS starts with a fresh baseline at step %d. %s", state.global_step, error
                 )
             controller.reset(step_number=state.global_step)
-        else:
-            self._resume_health(controller, state)
-
-    def _resume_health(self, controller: PSSController, state: TrainerState) -> None:
-        found = _attribute(state, type(self).__name__, "health_state")
-        if controller.health is None or found is None:  # written by a run that measured none
             return
-        try:
-            controller.health.restore(found)
-        except StateError as error:
-            if self._speaks:
-                logger.warning("The health metrics' windows begin anew. %s", error)
+        if controller.health is not None and saved is not None and "health_state" in saved:
+            try:
+                controller.health.restore(saved["health_state"])
+            except StateError as error:
+                if state.is_world_process_zero:
+                    logger.warning("The health metrics start with empty windows. %s", error)
 
-    # ---- inside ----
-
-    def _ready_reporters(self) -> Reporters | None:
-        """Return the trackers' reporters, made once: by then the trackers have opened their runs.
-
-        None on all but the first process.
-        """
-        if self._reporters is None and self._tracker_args is not None:
-            fellows = self.handler.callbacks if self.handler is not None else ()
-            self._reporters = reporters_for(self._tracker_args, fellows)
-        return self._reporters
-
-    def config_for(self, args: TrainingArguments) -> PSSConfig:
-        """Return the options that hold for a trainer: one's own, or those of its arguments.
-
-        Raises:
-            ConfigurationError: Both were given, and they differ.
-        """
-        from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
-        if self.config is None:
-            return from_args
-        if from_args not in (PSSConfig(), self.config):
-            raise ConfigurationError(
-                "You gave PSS options twice, in PSSTrainingArguments and as a PSSConfig, and they "
-                "differ. Give them once."
+    def _restore(
+        self, controller: PSSController, saved: dict[str, Any] | None, global_step: int
+    ) -> None:
+        if saved is None:
+            raise StateError("The checkpoint holds no PSS state: it was written without PSS.")
+        if "saved_state" not in saved:
+            raise StateError("The checkpoint's PSS state is damaged.")
+        own = saved["saved_state"]
+        if self._is_rollback and isinstance(own, dict) and "step" in own:
+            own["step"] = global_step  # the steps between were skipped, not trained
+        controller.load_state_dict(own)
+        if controller.step_number != global_step:
+            raise StateError(
+                f"The PSS state is of step {controller.step_number}: later steps were trained "
+                "without PSS."
             )
-        return self.config
 
-    def _ready(self, *, check_norm: bool = True) -> PSSController:
-        if self.controller is None or (check_norm and not self._norm_is_new):
-            raise ConfigurationError(
-                "PSSCallback does not hear this trainer's gradient norms. Use "
-                "PSSCallback(...).attach(trainer) instead of callbacks=[...], or PSSTrainer."
+    def _smooth_once(self, controller: PSSController, output_dir: str) -> None:
+        own = [os.path.abspath(output_dir)]
+        broadcast_object_list(own)  # all ranks smooth, or none
+        is_done, self._smoothed_in = self._smoothed_in == own[0], own[0]
+        if self._may_repair and not is_done:
+            self.write_records([controller.smooth_now()])
+        elif self._may_repair and self._recorder is not None and self._recorder.is_first_process:
+            logger.warning(
+                "smooth_on_resume: the weights were smoothed when this run was first resumed. They "
+                "are not smoothed again. To smooth once more, choose another output_dir."
             )
-        return self.controller
 
-    def write_records(self, records: Sequence[Record]) -> None:
-        """Put records into the events file, and tell the trackers and the log of them."""
-        for record in records:
-            if isinstance(record, Intervention) and self._speaks:
-                logger.log(self._level_of(record), "%s", describe(record))
-        if self._events is not None:
-            self._events.write_records(records)
-        if records and (reporters := self._ready_reporters()) is not None:
-            for record in records:
-                reporters.alert(record)
-
-    def _level_of(self, record: Intervention) -> int:
-        """Every spike is news; the floor is upkeep and acts often: its first act is news.
-
-        An alarm that left sound weights alone is none.
-        """
-        if not record.num_changed:
-            return logging.INFO
-        if record.event.kind is not EventKind.FLOOR:  # a repair on resume is news, too
-            return logging.WARNING
-        is_first, self._floor_has_acted = not self._floor_has_acted, True
-        return logging.WARNING if is_first else logging.INFO
-
-
-def describe(intervention: Intervention) -> str:
-    """Return one line for people: what was noticed, and what was done."""
-    return (
-        f"PSS, step {intervention.event.step}: {_noticed(intervention.event)}; "
-        f"{describe_answer(intervention)} More in {EVENTS_FILE}."
-    )
+    def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
+        """Log in one line the preset, the watched matrices, and where to change the options."""
+        config, selection = controller.config, controller.selection
+        counts = [
+            f"{count} {one if count == 1 else many}"
+            for count, one, many in (
+                (len(matrix_names(selection.matrices)), "matrix", "matrices"),
+                (len(selection.adapters), "LoRA product", "LoRA products"),
+            )
+            if count
+        ]
+        # Where the arguments equal the config, the user has written the arguments.
+        in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
+        caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
+        watched = (
+            f"PSS: {config.describe()}, {' and '.join(counts) or 'no matrix'} watched "
+            f"({', '.join(config.detectors) or 'non-finite steps only'})."
+        )
+        options = "PSSTrainingArguments" if in_args else "PSSConfig or PSSTrainingArguments"
+        parts = [watched, caution, f"Options: {options}."] if self.announces else [caution]
+        if any(parts):  # a warning, because an ordinary script shows nothing below that level
+            logger.warning("%s", " ".join(part for part in parts if part))
 
 
-def _noticed(event: Event) -> str:
-    if event.kind is EventKind.RESUME:
-        return "resumed from a checkpoint, smoothing as asked for"
-    value, baseline, threshold = event.value or 0.0, event.baseline, event.threshold or 0.0
-    if event.kind is EventKind.FLOOR:
-        return f"stable rank {value:.3g} below its floor of {threshold:.3g}"
-    name = event.detector.removesuffix("_ratio").replace("_", " ")
-    if not baseline:
-        return f"{name} {value:.3g} against a threshold of {threshold:.3g}"
-    return (
-        f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
-        f"(limit {threshold / baseline:.2g} ×)"
-    )
+def _refuse_unread_arguments(trainer: Trainer) -> None:
+    """Refuse arguments that only the mixins of `PSSTrainer` read, on a trainer without these."""
+    args = trainer.args
+    options = {spec.name: getattr(args, spec.name) for spec in fields(args)}
+    given = []
+    if not isinstance(trainer, OptimizerMixin):
+        given += [n for n in ("pss_optim", "pss_lr_scale") if options[n] is not None]
+    if not isinstance(trainer, RollbackMixin):
+        unset = RecoveryConfig().to_dict()
+        given += [f"pss_{n}" for n, v in unset.items() if options[f"pss_{n}"] not in (None, v)]
+    if given:
+        name = type(trainer).__name__
+        raise ConfigurationError(
+            f"{' and '.join(given)} need more than a callback. Use PSSTrainer, or class "
+            f"My{name}(PSSTrainerMixin, {name}), or leave the option out."
+        )
 
 
-def _attribute(state: TrainerState, name: str, attribute: str) -> Any:
-    """Return what a callback has saved; None where there is nothing."""
-    saved = state.stateful_callbacks.get(name)
-    attributes = saved.get("attributes") if isinstance(saved, dict) else None
-    return attributes.get(attribute) if isinstance(attributes, dict) else None
+def _is_scaled(trainer: Trainer) -> bool:
+    """Whether losses are scaled, so that gradients overflow now and then by design."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        return True
+    # DeepSpeed scales fp16 losses itself.
+    is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    return bool(is_deepspeed and trainer.args.fp16)
 
 
-def _saved_state(state: TrainerState, name: str) -> Any:
+def _saved_attributes(state: TrainerState, name: str) -> dict[str, Any] | None:
+    """Return what a callback has saved in trainer_state.json; None where there is nothing."""
     saved = state.stateful_callbacks.get(name)
     if saved is None:
-        raise StateError("The checkpoint holds no PSS state: it was written without PSS.")
-    try:
-        return saved["attributes"]["saved_state"]
-    except (KeyError, TypeError) as error:
-        raise StateError("The checkpoint's PSS state is damaged.") from error
+        return None
+    attributes = saved.get("attributes") if isinstance(saved, dict) else None
+    return attributes if isinstance(attributes, dict) else {}

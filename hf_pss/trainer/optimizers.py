@@ -22,9 +22,10 @@ from hf_pss.optim.qk_clip import QKClip
 from hf_pss.trainer.arguments import QK_CLIP, PSSTrainingArguments
 from hf_pss.trainer.attention_maxima import AttentionMaxima, MeasureAttention
 from hf_pss.trainer.optimizer_resume import Kind, kind_of, move_to_, saved_kind
+from hf_pss.trainer.rates import refuse_own_schedule, scale_of, schedule_in, set_base_rates_
 from hf_pss.trainer.schedule_free import unwrapped
 
-__all__ = ["ChosenOptimizer", "refuse_two_optimizers"]
+__all__ = ["OptimizerMixin", "refuse_two_optimizers"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ _READ_LOSSES = ("specmuon",)
 _FLAT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
-class ChosenOptimizer:
-    """Mixin, left of a Trainer class: builds what ``pss_optim`` names, and resumes by one rule.
+class OptimizerMixin:
+    """Mixin, left of a Trainer class: ``pss_optim`` and ``pss_lr_scale``. It does not need PSS.
+
+    It builds the optimizer that ``pss_optim`` names, and multiplies the schedule's rates by
+    ``pss_lr_scale``.
 
     The rule of a resume: an optimizer's state is loaded into an optimizer of the same kind. From a
     checkpoint of another kind, AdamW's under Muon or the other way round, come weights, the
@@ -50,9 +54,18 @@ class ChosenOptimizer:
     _step_loss: Tensor | None = None
     _num_steps: int | None = None
     _qk_clip: QKClip | None = None
+    _given_rates: list[float] | None = None
+    """Base rates of the schedule as it was built, one for each parameter group."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and leave transformers' attention as it was, also after an exception."""
+        """Train, and restore transformers' attention functions, also after an exception.
+
+        Raises:
+            ConfigurationError: ``pss_lr_scale`` was given, and the schedule cannot be scaled.
+        """
+        refuse_own_schedule(self)
+        # One list, because DeepSpeed lets a shallow copy of the trainer build the schedule.
+        self._given_rates = []
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -75,14 +88,45 @@ class ChosenOptimizer:
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell the optimizer how long the run is, where its rule asks."""
+        """Build the schedule and scale it; set the run's length where the optimizer's rule asks."""
         trainer: Any = self
         if _chosen(trainer.args) is not None:
             num_training_steps = args[0] if args else kwargs["num_training_steps"]
             self._num_steps = num_training_steps
             _warn_of_two_schedules(trainer)
             _set_length_(trainer.optimizer, trainer.args, num_training_steps)
-        return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        scheduler = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        if (scale := scale_of(self)) is not None:
+            given = self._given_rates = [] if self._given_rates is None else self._given_rates
+            given[:] = map(float, schedule_in(scheduler).base_lrs)
+            set_base_rates_(scheduler, [rate * scale for rate in given])
+        return scheduler
+
+    def rescale_rates_(self, checkpoint: str) -> None:
+        """Let a resumed schedule have this run's rates, times ``pss_lr_scale``.
+
+        Without a ``pss_lr_scale`` the rates are the checkpoint's, as in a plain Trainer. With the
+        same factor in every resume it is applied once, not once a resume.
+        """
+        trainer: Any = self
+        scale, given = scale_of(self), self._given_rates
+        if scale is None or given is None:
+            return
+        wanted = [rate * scale for rate in given]
+        loaded = set_base_rates_(trainer.lr_scheduler, wanted)
+        for group, rate in zip(trainer.optimizer.param_groups, given, strict=True):
+            group["initial_lr"] = rate  # from which a second train() builds its schedule
+        if loaded != wanted:
+            shown = [", ".join(f"{x:.3g}" for x in dict.fromkeys(r)) for r in (wanted, loaded)]
+            _warn(
+                self,
+                "pss_lr_scale=%g: the schedule continues from a base rate of %s. The checkpoint %s "
+                "has %s.",
+                scale,
+                shown[0],
+                checkpoint,
+                shown[1],
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch, and let the optimizer have the step's loss where its rule asks."""

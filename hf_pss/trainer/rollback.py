@@ -1,4 +1,4 @@
-"""What becomes of a run in which smoothing does not help: back to a healthy checkpoint, or stop."""
+"""RollbackMixin: a run that fails returns to its last healthy checkpoint, or stops."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from typing import Any
 
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from hf_pss.config import PSSConfig
-from hf_pss.detection import Verdict
 from hf_pss.detection.policy import Action, Failure, FailureWatch
 from hf_pss.errors import NonFiniteError, TrainingFailedError
-from hf_pss.records.events import Event, EventKind, Intervention
+from hf_pss.records.events import Event, EventKind
 from hf_pss.runs.rotation import ABANDONED, Lineage, abandon
-from hf_pss.trainer.rates import ScaledRates
-from hf_pss.trainer.safe_checkpoints import SafeCheckpoints
+from hf_pss.trainer.recovery import TrainingMonitor
+from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
 
-__all__ = ["Survival"]
+__all__ = ["RollbackMixin"]
 
 logger = logging.getLogger(__name__)
 
-_UPKEEP = (EventKind.FLOOR, EventKind.RESUME)
 
+class RollbackMixin(SafeCheckpointsMixin):
+    """Mixin, left of a Trainer class: safe checkpoints, and ``on_failure`` of `RecoveryConfig`.
 
-class Survival(ScaledRates, SafeCheckpoints):
-    """Mixin, left of a Trainer class: safe checkpoints, and ``on_failure``.
+    A failure is noticed by the `TrainingMonitor` among the trainer's callbacks, such as
+    `PSSCallback`; and, with or without one, when a state that is to be saved is not finite.
 
     ``rollback`` ends the Trainer's loop and calls its own ``train(resume_from_checkpoint=...)``:
     weights, optimizer, schedule and random state are the checkpoint's. Steps count on from the
@@ -69,17 +68,16 @@ class Survival(ScaledRates, SafeCheckpoints):
         self._last_target = self._skip_to = None
         self._lineage, self._is_to_be_settled = Lineage(), False
         self._say_where_there_is_no_way_back(resume_from_checkpoint)
-        trainer: Any = self
         try:
             return self._train_and_go_back(resume_from_checkpoint, *args, **kwargs)
         except (NonFiniteError, TrainingFailedError):
-            if (listener := trainer._listener()) is not None:
-                listener.end()
+            if (monitor := self._monitor()) is not None:
+                monitor.close()
             raise
 
     def _train_and_go_back(self, resume: Any, *args: Any, **kwargs: Any) -> Any:
         num_rollbacks = 0
-        self._tell_listener(goes_back=False, repairs=True)
+        self._prepare_monitor(is_rollback=False, may_repair=True)
         while True:
             self._begin_watch()
             cause: NonFiniteError | None = None
@@ -96,10 +94,13 @@ class Survival(ScaledRates, SafeCheckpoints):
             resume = self._way_back(failure, cause, num_rollbacks)
             num_rollbacks += 1
 
-    def _tell_listener(self, *, goes_back: bool, repairs: bool) -> None:
-        trainer: Any = self
-        if (listener := trainer._listener()) is not None:
-            listener.goes_back, listener.repairs = goes_back, repairs
+    def _monitor(self) -> TrainingMonitor | None:
+        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
+        return next((one for one in callbacks if isinstance(one, TrainingMonitor)), None)
+
+    def _prepare_monitor(self, *, is_rollback: bool, may_repair: bool) -> None:
+        if (monitor := self._monitor()) is not None:
+            monitor.before_training(is_rollback=is_rollback, may_repair=may_repair)
 
     def _clean_up_(self) -> None:
         """Take away what the Trainer's loop takes away at its end only (transformers 5.23)."""
@@ -112,14 +113,14 @@ class Survival(ScaledRates, SafeCheckpoints):
             with suppress(AssertionError):  # no loss was scaled yet
                 # The scale stays. What was unscaled in the last step would be refused in the next.
                 scaler.update(new_scale=scaler.get_scale())
-        if (listener := trainer._listener()) is not None:
-            listener.stop_listening()
+        if (monitor := self._monitor()) is not None:
+            monitor.abort_step()
 
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+    def _end_early(self, trial: Any) -> TrainOutput | None:
         if self._failure is None:
             self._settle(trial)
-            return super()._finalize_training(trial, *args, **kwargs)
-        # Not the end: nobody is told so, no best model is loaded, no checkpoint removed.
+            return None
+        # The run continues: no callback sees an end, no best model is loaded, nothing is removed.
         trainer: Any = self
         trainer._finish_current_push()
         self._clean_up_()
@@ -127,7 +128,8 @@ class Survival(ScaledRates, SafeCheckpoints):
 
     # ---- noticing ----
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _after_step(self) -> None:
+        super()._after_step()
         trainer: Any = self
         if self._failure_watch is not None and trainer.state.global_step != self._seen_step:
             self._seen_step = trainer.state.global_step
@@ -135,28 +137,22 @@ class Survival(ScaledRates, SafeCheckpoints):
         if self._failure is not None:
             trainer.control.should_training_stop = True
             trainer.control.should_save = trainer.control.should_evaluate = False
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _look_for_failure(self, watch: FailureWatch) -> None:
         trainer: Any = self
-        listener = trainer._listener()
-        if listener is None or listener.report is None:
+        monitor = self._monitor()
+        outcome = monitor.outcome() if monitor is not None else None
+        if outcome is None:
             return
-        answers = [
-            record
-            for record in listener.report.records
-            if isinstance(record, Intervention) and record.event.kind not in _UPKEEP
-        ]
-        loss, _ = listener.readings
-        if listener.report.verdict is not Verdict.NON_FINITE:
+        if outcome.is_finite:
             self._nonfinite_since = None
         elif self._nonfinite_since is None:
             self._nonfinite_since = trainer.state.global_step
         failure = watch.see(
             trainer.state.global_step,
-            loss=loss,
-            has_intervened=bool(answers),
-            has_changed_weights=any(answer.has_changed_weights for answer in answers),
+            loss=outcome.loss,
+            has_intervened=outcome.has_intervened,
+            has_changed_weights=outcome.has_changed_weights,
         )
         if failure is None:
             return
@@ -175,7 +171,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         return self._target(failure) is not None
 
     def _begin_watch(self) -> None:
-        config = self._config()
+        config = self.recovery_config()
         self._failure, self._nonfinite_since, self._seen_step = None, None, -1
         self._failure_watch = (
             None
@@ -192,22 +188,21 @@ class Survival(ScaledRates, SafeCheckpoints):
         Raises:
             NonFiniteError: The error, where there is no going back.
         """
-        trainer: Any = self
-        listener = trainer._listener()
-        if self._mode() != "rollback" or listener is None or listener.controller is None:
+        monitor = self._monitor()
+        if self._mode() != "rollback" or monitor is None:
             raise error
         if self._backend_of_no_return() is not None:
             raise error
-        step = listener.controller.step_number
+        step = monitor.step
         onset = min(step, self._onset_step() or step)
         failure = Failure(onset, step, "the run was to stop at a step that was not finite")
         if self._target(failure) is None:
             raise error
         return failure
 
-    def _refuse_to_save(self, broken: str) -> None:
-        """Put on record that a state was not finite; only an older one mends it."""
-        super()._refuse_to_save(broken)
+    def _on_save_refused(self, broken: str) -> None:
+        """Record that a state was not finite; only an older checkpoint mends that."""
+        super()._on_save_refused(broken)
         trainer: Any = self
         step = trainer.state.global_step
         why = f"{broken} is not finite"
@@ -226,8 +221,8 @@ class Survival(ScaledRates, SafeCheckpoints):
             self._failure = failure
             trainer.control.should_training_stop = True
 
-    def _note_failed_save(self, folder: Path, error: Exception) -> None:
-        super()._note_failed_save(folder, error)
+    def _on_save_failed(self, folder: Path, error: Exception) -> None:
+        super()._on_save_failed(folder, error)
         trainer: Any = self
         step = trainer.state.global_step
         why = f"{folder.name} could not be written: {error}"
@@ -244,7 +239,7 @@ class Survival(ScaledRates, SafeCheckpoints):
             TrainingFailedError: There is no way back, or none is wanted.
         """
         trainer: Any = self
-        mode, most = self._mode(), self._config().max_rollbacks
+        mode, most = self._mode(), self.recovery_config().max_rollbacks
         target, backend = self._target(failure), self._backend_of_no_return()
         if mode == "stop" or backend or target is None or num_rollbacks >= most:
             why = f"{failure.reason}"
@@ -271,7 +266,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         is_the_source = Path(path) == self._lineage.source
         self._abandon_after(step)
         self._last_target, self._skip_to, self._is_to_be_settled = step, skip_to, True
-        self._tell_listener(goes_back=True, repairs=is_the_source)
+        self._prepare_monitor(is_rollback=True, may_repair=is_the_source)
         return path
 
     def _target(self, failure: Failure) -> tuple[int, str] | None:
@@ -297,12 +292,11 @@ class Survival(ScaledRates, SafeCheckpoints):
         steps_per_epoch = int(args[1] if len(args) > 1 else kwargs["num_update_steps_per_epoch"])
         state, step = trainer.state, self._skip_to
         state.global_step, state.epoch = step, step / steps_per_epoch
-        _count_on_(state.stateful_callbacks.get(type(trainer._listener()).__name__), step)
         in_epoch = 0 if trainer.args.ignore_data_skip else step % steps_per_epoch
         return step // steps_per_epoch, in_epoch * trainer.args.gradient_accumulation_steps
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+    def _after_loading(self, checkpoint: str | None) -> None:
+        super()._after_loading(checkpoint)
         if self._skip_to is None or self._last_target is None:
             self._lineage = Lineage.of(Path(checkpoint) if checkpoint is not None else None)
             return
@@ -314,9 +308,9 @@ class Survival(ScaledRates, SafeCheckpoints):
             for _ in range(self._skip_to - self._last_target):
                 scheduler.step()
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self._settle(kwargs.get("trial"))
-        super()._run_epoch(*args, **kwargs)
+    def _before_epoch(self, trial: Any) -> None:
+        super()._before_epoch(trial)
+        self._settle(trial)
 
     def _settle(self, trial: Any) -> None:
         """Save, once, where the run goes on after going back: nothing of it is in a file yet."""
@@ -336,9 +330,9 @@ class Survival(ScaledRates, SafeCheckpoints):
 
     # ---- the run's own checkpoints ----
 
-    def _publish(self, staged: Path, run_dir: str) -> None:
-        super()._publish(staged, run_dir)
-        self._lineage = self._lineage.with_saved(Path(run_dir, staged.name))
+    def _on_saved(self, folder: Path) -> None:
+        super()._on_saved(folder)
+        self._lineage = self._lineage.with_saved(folder)
 
     def _onset_step(self) -> int | None:
         """Return when what is under watch began; None in a run that is well."""
@@ -393,11 +387,10 @@ class Survival(ScaledRates, SafeCheckpoints):
             decision=decision,
             reason=reason,
         )
-        listener = trainer._listener()
-        if listener is not None:
-            listener.write_records([event])
+        if (monitor := self._monitor()) is not None:
+            monitor.write_records([event])
         if kind is EventKind.FAILURE and trainer.is_world_process_zero():
-            logger.warning("PSS, step %d, %s: %s.", failure.step, decision.value, reason)
+            logger.warning("Step %d, %s: %s.", failure.step, decision.value, reason)
 
     def _say_where_there_is_no_way_back(self, resume: Any) -> None:
         trainer: Any = self
@@ -425,24 +418,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         return "FSDP" if trainer.is_fsdp_enabled else None
 
     def _mode(self) -> str:
-        return self._config().on_failure
-
-    def _config(self) -> PSSConfig:
-        trainer: Any = self
-        listener = trainer._listener()
-        config = listener.config_for(trainer.args) if listener is not None else None
-        return config if isinstance(config, PSSConfig) else PSSConfig()  # others are refused later
-
-    def _accepts_fresh_state(self) -> bool:
-        return self._config().missing_state == "fresh"
-
-
-def _count_on_(saved: Any, step: int) -> None:
-    """Let the state that PSS saved be of this step: the steps between were not trained at all."""
-    try:
-        saved["attributes"]["saved_state"]["step"] = step
-    except (KeyError, TypeError):
-        return  # the callback will say so
+        return self.recovery_config().on_failure
 
 
 def _advice(target: tuple[int, str] | None) -> str:

@@ -23,11 +23,11 @@ from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import checkpoints_by_step, examine, unfit_state, write_marker
 from hf_pss.runs.durable import STAGING, move_into_place, sync_tree
 from hf_pss.runs.rotation import claim_, rotate, supersede_later_
+from hf_pss.trainer.recovery import RecoveryArguments, RecoveryConfig
 from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_
-from hf_pss.trainer.schedule_free import schedule_free
 from hf_pss.trainer.stop_signals import StopWish, leave
 
-__all__ = ["SafeCheckpoints", "first_nonfinite"]
+__all__ = ["SafeCheckpointsMixin", "first_nonfinite"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ class _NotSavedError(Exception):
     """Ends the Trainer's `_maybe_log_save_evaluate` where there is no save to tell others of."""
 
 
-class SafeCheckpoints:
-    """Mixin, left of a Trainer class: a checkpoint is there in full, finite, or not there.
+class SafeCheckpointsMixin:
+    """Mixin, left of a Trainer class: every checkpoint is complete and finite, or does not exist.
 
     - A save goes into a folder beside its target, is brought to the disk, gets its marker, and only
       then its name. What fails on the way is a warning: the run and its older checkpoints go on.
@@ -125,6 +125,8 @@ class SafeCheckpoints:
       ``save_strategy`` is ``no``. Nothing is evaluated or removed on the way out.
     """
 
+    recovery: RecoveryConfig | None = None
+    """The options; None takes them from the training arguments, or their defaults."""
     _staging: Path | None = None
     _wish: StopWish | None = None
     _agreed_signum = 0
@@ -133,6 +135,49 @@ class SafeCheckpoints:
     _is_in_step = False
     _num_failed_saves = 0
     _last_saved_step: int | None = None
+
+    def __init__(self, *args: Any, recovery: RecoveryConfig | None = None, **kwargs: Any) -> None:
+        self.recovery = recovery
+        super().__init__(*args, **kwargs)
+
+    def recovery_config(self) -> RecoveryConfig:
+        """Return the options that apply: the trainer's own, or those of its arguments."""
+        if self.recovery is not None:
+            return self.recovery
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        is_ours = isinstance(arguments, RecoveryArguments)
+        return arguments.recovery_config() if is_ours else RecoveryConfig()
+
+    # ---- for subclasses ----
+
+    def _after_loading(self, checkpoint: str | None) -> None:
+        """Weights, optimizer and schedule are in place; None for a run from its start."""
+
+    def _before_epoch(self, trial: Any) -> None:
+        """An epoch is about to begin."""
+
+    def _after_step(self) -> None:
+        """All callbacks have seen the end of a step, or of an epoch."""
+
+    def _before_saving(self) -> None:
+        """Whether this step is logged, evaluated and saved is decided; nothing of it has begun."""
+
+    def _end_early(self, trial: Any) -> Any:
+        """Return what train() returns where this end is not the run's end; None where it is."""
+        return None
+
+    def _on_saved(self, folder: Path) -> None:
+        """A checkpoint has its name."""
+
+    def _on_save_refused(self, broken: str) -> None:
+        """A state was not finite and was not saved."""
+
+    def _on_save_failed(self, folder: Path, error: Exception) -> None:
+        """A checkpoint could not be written."""
+
+    def _wanted_checkpoints(self) -> set[str]:
+        """Return names that rotation keeps for a reason of its own."""
+        return set()
 
     # ---- resuming ----
 
@@ -152,7 +197,7 @@ class SafeCheckpoints:
         self._wait()
         resume = self._agreed(
             lambda: checkpoint_to_resume(
-                resume_from_checkpoint, run_dir, accepts_fresh=self._accepts_fresh_state()
+                resume_from_checkpoint, run_dir, accepts_fresh=self._accepts_fresh()
             )
         )
         if resume is not None and trainer.args.should_save:
@@ -185,6 +230,7 @@ class SafeCheckpoints:
             )
         else:  # where one of the two is missing the Trainer would load neither
             load_what_is_there_(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint), missing)
+        self._after_loading(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         args = self.args  # type: ignore[attr-defined]
@@ -194,16 +240,16 @@ class SafeCheckpoints:
 
     def _missing_state(self, checkpoint: str | None) -> frozenset[str]:
         """Return the files that are to begin anew, as asked for; without that they are an error."""
-        if checkpoint is None or not self._accepts_fresh_state():
+        if checkpoint is None or not self._accepts_fresh():
             return frozenset()
         return frozenset(unfit_state(Path(checkpoint)))
 
-    def _accepts_fresh_state(self) -> bool:
-        """Whether a checkpoint without optimizer or schedule may be resumed all the same."""
-        return False
+    def _accepts_fresh(self) -> bool:
+        return self.recovery_config().missing_state == "fresh"
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
+        self._before_epoch(kwargs.get("trial"))
         if 0 < trainer.state.max_steps <= trainer.state.global_step:
             # Resumed at its end: the Trainer would take one step more (transformers 5.23).
             trainer.control.should_training_stop = True
@@ -214,15 +260,15 @@ class SafeCheckpoints:
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
+        self._after_step()
         control, state = trainer.control, trainer.state
         if self._is_to_stop():
             control.should_save = control.should_training_stop = True
-            if (switched := schedule_free(trainer.optimizer)) is not None:
-                switched.eval()  # as before each save: its callback could not know of this one
         elif self._agreed_signum:
             control.should_save = False  # the epoch's end: the step is saved
         if self._agreed_signum:
             control.should_evaluate = False  # what time is left is for the save
+        self._before_saving()
         is_refused = False
         if control.should_save and (broken := self._broken()) is not None:
             control.should_save, is_refused = False, True
@@ -256,14 +302,16 @@ class SafeCheckpoints:
         mine = torch.tensor([signum], device=trainer.args.device)
         return int(trainer.accelerator.gather(mine).max())
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        if (result := self._end_early(trial)) is not None:
+            return result
         state = self.state  # type: ignore[attr-defined]
         best = state.best_model_checkpoint
         if self._agreed_signum:
             # With a limit of one the Trainer would load the best and remove all others: also what
             # the signal has just saved.
             state.best_model_checkpoint = None
-        result = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        result = super()._finalize_training(trial, *args, **kwargs)  # type: ignore[misc]
         state.best_model_checkpoint = best
         return result
 
@@ -337,6 +385,7 @@ class SafeCheckpoints:
         before = trainer.state.best_model_checkpoint
         _point_at_best_(trainer.state, run_dir)
         if not trainer.args.should_save:
+            self._on_saved(Path(run_dir, staged.name))
             return
         if trainer.state.best_model_checkpoint != before:
             trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
@@ -344,6 +393,7 @@ class SafeCheckpoints:
         write_marker(staged, step=trainer.state.global_step)
         sync_tree(staged.parent)
         move_into_place(staged, Path(run_dir, staged.name))
+        self._on_saved(Path(run_dir, staged.name))
 
     def _broken(self) -> str | None:
         """Name what is not finite in the present state; None, on all ranks, where it may be saved.
@@ -372,6 +422,7 @@ class SafeCheckpoints:
                 trainer.state.global_step,
                 broken,
             )
+        self._on_save_refused(broken)
 
     def _note_failed_save(self, folder: Path, error: Exception) -> None:
         self._num_failed_saves += 1
@@ -386,6 +437,7 @@ class SafeCheckpoints:
             error,
             f"That is {self._num_failed_saves} in a row, {since}. " if is_alarming else "",
         )
+        self._on_save_failed(folder, error)
 
     def _rotate(self, run_dir: Path, *, just_saved: str) -> None:
         """Remove what `save_total_limit` allows; never what was just saved, nor the best."""
@@ -394,10 +446,6 @@ class SafeCheckpoints:
         kept = {just_saved, *self._wanted_checkpoints(), Path(best).name if best else just_saved}
         rotate(run_dir, limit=trainer.args.save_total_limit, step=step, kept=kept)
         supersede_later_(run_dir, step=step)
-
-    def _wanted_checkpoints(self) -> set[str]:
-        """Return names that rotation keeps for a reason of its own."""
-        return set()
 
     # ---- ranks ----
 

@@ -1,4 +1,6 @@
-"""Weights that a checkpoint keeps under other names than the model has in memory.
+"""Faults of transformers that would harm a run, mended where the Trainer loads weights.
+
+Weights that a checkpoint keeps under other names than the model has in memory.
 
 transformers writes the experts of Mixtral, Qwen-MoE and others one by one, as their first
 publishers did, and stacks them when it loads; `Trainer` resumes by plain `load_state_dict`, warns
@@ -11,15 +13,25 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-__all__ = ["load_renamed_"]
+__all__ = ["TransformersFixesMixin", "load_renamed_"]
 
 logger = logging.getLogger(__name__)
+
+
+class TransformersFixesMixin:
+    """Mixin, left of a Trainer class: loads renamed weights of the best checkpoint, too."""
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        trainer: Any = self
+        load_renamed_(trainer.model, Path(trainer.state.best_model_checkpoint))
 
 
 def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:

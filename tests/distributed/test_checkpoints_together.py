@@ -70,8 +70,8 @@ def test_one_rank_that_is_to_stop_stops_all_of_them_saved(tmp_path: Path) -> Non
 def test_ddp_goes_back_in_the_same_processes_and_fsdp2_ends_with_the_error(
     backend: str, tmp_path: Path
 ) -> None:
-    options = {"on_nonfinite": "stop", "on_failure": "rollback"}
-    run = launch(backend, tmp_path, options=options, fault="nan")
+    options, recovery = {"on_nonfinite": "stop"}, {"on_failure": "rollback"}
+    run = launch(backend, tmp_path, options=options, recovery=recovery, fault="nan")
     events = read_events(tmp_path / "pss_events.jsonl").records
     if backend == "ddp":
         assert [rank["error"] for rank in run.ranks] == [None, None], run.errors[-3000:]

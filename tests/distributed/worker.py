@@ -16,7 +16,7 @@ from cpu_shims import enable_deepspeed_on_cpu, enable_fsdp2_on_cpu
 from helpers import controller_of, make_trainer, token_rows
 from shards_worker import MAX_ELEMENTS, MOMENTS, build
 
-from hf_pss import PSSConfig, PSSTrainer
+from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.models import batching as stacks
 from hf_pss.models.distributed import gathered, local
 from hf_pss.trainer.schedule_free import unwrapped
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("backend")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--options", type=json.loads, default={})
+    parser.add_argument("--recovery", type=json.loads, default={})
     parser.add_argument("--trainer", type=json.loads, default={})
     parser.add_argument("--fault", default="none")
     parser.add_argument("--resume", default=None)
@@ -127,6 +128,7 @@ def main() -> None:
     trainer = make_trainer(
         given.folder,
         PSSConfig.preset(**{"name": "paper", **given.options}),
+        recovery=RecoveryConfig(**given.recovery),
         trainer_class=FaultyTrainer,
         model_name=given.model,
         model=build(given.model) if given.model in MOMENTS else None,

@@ -16,7 +16,7 @@ from helpers import events_of, make_trainer
 from injectors import DECOMPOSITIONS, FAULTS, SKIPPED, Injector
 from torch import nn
 
-from hf_pss import PSSConfig, PSSTrainer
+from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.runs.checkpoint import checkpoints_by_step, examine
 from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardReporter
 
@@ -27,9 +27,9 @@ CONFIG = PSSConfig.preset(
     threshold_ratio=3.0,
     calibration_steps=2,
     cooldown_steps=0,
-    on_failure="rollback",
     max_nonfinite_streak=3,
 )
+RECOVERY = RecoveryConfig(on_failure="rollback")
 # What its event is; a clock that jumps is nobody's business, flipped labels may pass unnoticed.
 SEEN_AS = {
     **dict.fromkeys(SKIPPED, ("non_finite", "skip_update")),
@@ -55,7 +55,7 @@ def is_finite(model: nn.Module) -> bool:
 def test_a_run_survives_each_fault_and_accounts_for_it(
     fault: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tmp_path, CONFIG, **OPTIONS)
+    trainer = make_trainer(tmp_path, CONFIG, recovery=RECOVERY, **OPTIONS)
     injector = Injector(trainer, {step: fault}, monkeypatch)
     trainer.train()
     assert injector.done == [(step, fault)]
@@ -141,10 +141,10 @@ def test_clocks_that_go_back_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 8, "save_steps": 2, "save_total_limit": 2}
-    sound = make_trainer(tmp_path / "sound", CONFIG, **options)
+    sound = make_trainer(tmp_path / "sound", CONFIG, recovery=RECOVERY, **options)
     sound.train()
     with monkeypatch.context() as patch:
-        trainer = make_trainer(tmp_path / "shifted", CONFIG, **options)
+        trainer = make_trainer(tmp_path / "shifted", CONFIG, recovery=RECOVERY, **options)
         injector = Injector(trainer, {3: "clock jumps", 6: "clock jumps"}, patch)
         trainer.train()
     assert [name for _, name in injector.done] == ["clock jumps"] * 2

@@ -14,7 +14,7 @@ from injectors import FAULTS, LASTING, SKIPPED, Injector
 from torch.utils.data import Subset
 from transformers import Trainer, set_seed
 
-from hf_pss import PSSConfig
+from hf_pss import PSSConfig, RecoveryConfig
 from hf_pss.evidence.corpus import Corpus, build_corpus
 from hf_pss.evidence.demo_recipe import DemoRecipe
 
@@ -44,10 +44,9 @@ CONFIG = PSSConfig.preset(
     # The norms of small models jump by themselves, by three and more.
     threshold_ratio=10.0,
     calibration_steps=20,
-    on_failure="rollback",
     max_nonfinite_streak=3,
-    max_rollbacks=1000,
 )
+RECOVERY = RecoveryConfig(on_failure="rollback", max_rollbacks=1000)
 # A clock that jumps has no effect, and flipped labels none that a norm would show.
 ACCOUNTED = (*SKIPPED, *LASTING, "spike", "full disk", "NaN buffer")
 
@@ -68,7 +67,13 @@ def soaked(folder: Path, corpus: Corpus) -> Trainer:
     set_seed(SEED)
     evaluated = Subset(corpus.validation, range(RECIPE.num_eval_blocks))
     return make_trainer(
-        folder, CONFIG, model=RECIPE.model(), rows=corpus.train, eval_rows=evaluated, **OPTIONS
+        folder,
+        CONFIG,
+        recovery=RECOVERY,
+        model=RECIPE.model(),
+        rows=corpus.train,
+        eval_rows=evaluated,
+        **OPTIONS,
     )
 
 

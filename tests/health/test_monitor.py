@@ -210,7 +210,7 @@ def test_spike_scores_survive_a_resume(tmp_path: Path) -> None:
     saved = state["stateful_callbacks"]["PSSCallback"]["attributes"]["health_state"]
     assert saved["spikes"]["loss"]["num_steps"] == 4
     trainer = train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
-    monitor = trainer._listener().controller.health
+    monitor = PSSCallback.of(trainer).controller.health
     assert monitor.state()["spikes"]["loss"]["num_steps"] == 8
 
 

@@ -13,7 +13,7 @@ from helpers import gpt2, make_trainer, train
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from hf_pss import PSSConfig
+from hf_pss import PSSCallback, PSSConfig
 from hf_pss.trainer import attention_maxima as module
 from hf_pss.trainer.attention_maxima import AttentionMaxima, attention_watch
 
@@ -36,7 +36,7 @@ def test_only_full_asks_and_no_error_ends_a_run(
     trainer = train(tmp_path, config, save_strategy="no")
     told = [r for r in caplog.records if "a release of tomorrow" in r.getMessage()]
     assert len(told) == (health == "full")
-    matrices = trainer._listener()._last_reading.matrices
+    matrices = PSSCallback.of(trainer).last_health.matrices
     assert "attention_logit_max" not in matrices
     assert ("token_cosine" in matrices) == (health == "full")
 
@@ -78,5 +78,5 @@ def test_the_seconds_of_logits_are_healths(tmp_path: Path, monkeypatch: pytest.M
     config = PSSConfig.preset("paper", health="full", health_every_steps=2)
     trainer = make_trainer(tmp_path, config, max_steps=4, save_strategy="no")
     trainer.train()
-    assert trainer._listener().controller.health.seconds > 2 * DELAY_SECONDS
-    assert trainer._listener()._last_reading.matrices["attention_logit_max"]
+    assert PSSCallback.of(trainer).controller.health.seconds > 2 * DELAY_SECONDS
+    assert PSSCallback.of(trainer).last_health.matrices["attention_logit_max"]

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from transformers import AttentionInterface, Trainer, TrainerCallback
 
-from hf_pss import NonFiniteError, PSSConfig
+from hf_pss import NonFiniteError, PSSCallback, PSSConfig, RecoveryConfig
 from hf_pss.errors import TrainingFailedError
 
 STEP = 9
 OPTIONS: dict[str, Any] = {"max_steps": 14, "save_steps": 2}
-BACK: dict[str, Any] = {"on_failure": "rollback", "max_nonfinite_streak": 3}
+BACK: dict[str, Any] = {"max_nonfinite_streak": 3}
+ROLLBACK = RecoveryConfig(on_failure="rollback", failure_window_steps=4, max_failed_interventions=2)
 SHARP: dict[str, Any] = {
     "threshold_ratio": 3.0,
     "calibration_steps": 2,
     "cooldown_steps": 0,
-    "on_failure": "rollback",
-    "failure_window_steps": 4,
-    "max_failed_interventions": 2,
 }
 
 
@@ -72,7 +71,11 @@ def texts(folder: Path) -> dict[str, list[str]]:
 def test_going_back_is_no_end_to_anybody(tmp_path: Path) -> None:
     """Trackers stay open and hear of it; the alert was never sent once they were finished."""
     trainer = make_trainer(
-        tmp_path, PSSConfig.preset("paper", **SHARP), report_to="tensorboard", **OPTIONS
+        tmp_path,
+        PSSConfig.preset("paper", **SHARP),
+        recovery=ROLLBACK,
+        report_to="tensorboard",
+        **OPTIONS,
     )
     scale(trainer, 100.0, steps=range(STEP, STEP + 3))
     ends = Ends()
@@ -95,7 +98,9 @@ def _restored_state() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_restored_state")
 def test_a_loss_scaler_is_ready_for_the_step_after_going_back(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig.preset("paper", **BACK), **OPTIONS)
+    trainer = make_trainer(
+        tmp_path, PSSConfig.preset("paper", **BACK), recovery=ROLLBACK, **OPTIONS
+    )
     trainer.accelerator.state._mixed_precision = "fp16"
     trainer.accelerator.native_amp = True
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -109,10 +114,9 @@ def test_a_loss_scaler_is_ready_for_the_step_after_going_back(tmp_path: Path) ->
 
 @pytest.mark.parametrize("on_failure", ["smooth", "rollback"])
 def test_no_hook_outlives_a_run_that_pss_ends(on_failure: str, tmp_path: Path) -> None:
-    config = PSSConfig.preset(
-        "paper", **{**BACK, "on_failure": on_failure}, health="full", health_every_steps=STEP + 2
-    )
-    trainer = make_trainer(tmp_path, config, neftune_noise_alpha=5.0, **OPTIONS)
+    config = PSSConfig.preset("paper", **BACK, health="full", health_every_steps=STEP + 2)
+    recovery = replace(ROLLBACK, on_failure=on_failure)
+    trainer = make_trainer(tmp_path, config, recovery=recovery, neftune_noise_alpha=5.0, **OPTIONS)
     scale(trainer, math.nan, steps=range(STEP, STEP + 3))
     attention = AttentionInterface.get_interface
     if on_failure == "smooth":
@@ -156,7 +160,7 @@ def test_a_run_that_pss_stops_is_told_and_finished_as_any_other(
         trainer.train()
     told = [record.message for record in caplog.records]
     assert sum(text.startswith("PSS: 0 interventions") for text in told) == 1
-    listener: Any = trainer._listener()
+    listener: Any = PSSCallback.of(trainer)
     assert listener.health_summary in told
     assert any("table" in tag for tag in texts(tmp_path))
     # And the next session has trackers of its own.
@@ -171,7 +175,10 @@ def test_a_run_that_has_failed_is_told_and_finished_once(
 ) -> None:
     caplog.set_level(logging.INFO, "hf_pss")
     trainer = make_trainer(
-        tmp_path, PSSConfig.preset("paper", **{**SHARP, "on_failure": "stop"}), **OPTIONS
+        tmp_path,
+        PSSConfig.preset("paper", **SHARP),
+        recovery=replace(ROLLBACK, on_failure="stop"),
+        **OPTIONS,
     )
     scale(trainer, 100.0, steps=range(STEP, STEP + 3))
     with pytest.raises(TrainingFailedError):

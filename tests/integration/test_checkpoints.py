@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_pss import PSSConfig, PSSTrainer
+from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import MARKER, examine, read_marker, write_marker
 from hf_pss.runs.durable import STAGING
@@ -467,7 +467,9 @@ def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_p
     intact.train(resume_from_checkpoint=str(folder))
     damage(folder)
     trainer = make_trainer(
-        copied_run.parent / "out", PSSConfig.preset("paper", missing_state="fresh")
+        copied_run.parent / "out",
+        PSSConfig.preset("paper"),
+        recovery=RecoveryConfig(missing_state="fresh"),
     )
     trainer.add_callback(rates := Rates())
     trainer.train(resume_from_checkpoint=str(folder))
@@ -481,7 +483,9 @@ def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_p
 def test_asked_for_a_random_state_that_was_cut_begins_anew(copied_run: Path) -> None:
     cut_random_state(copied_run / "checkpoint-4")
     trainer = make_trainer(
-        copied_run.parent / "out", PSSConfig.preset("paper", missing_state="fresh")
+        copied_run.parent / "out",
+        PSSConfig.preset("paper"),
+        recovery=RecoveryConfig(missing_state="fresh"),
     )
     trainer.train(resume_from_checkpoint=str(copied_run / "checkpoint-4"))
     assert trainer.state.global_step == MAX_STEPS
@@ -494,7 +498,9 @@ def test_an_optimizer_of_fsdp2_is_not_dropped_for_want_of_a_schedule(copied_run:
     shutil.copy(folder / "optimizer.pt", folder / "pytorch_model_fsdp.bin")
     (folder / "optimizer.pt").rename(folder / "optimizer.bin")
     trainer = make_trainer(
-        copied_run.parent / "out", PSSConfig.preset("paper", missing_state="fresh")
+        copied_run.parent / "out",
+        PSSConfig.preset("paper"),
+        recovery=RecoveryConfig(missing_state="fresh"),
     )
     with pytest.raises(StateError, match=r"optimizer's state without scheduler.pt"):
         trainer._load_optimizer_and_scheduler(str(folder))

@@ -18,7 +18,7 @@ from helpers import (
 )
 from torch import nn
 
-from hf_pss import PSSConfig, PSSTrainingArguments
+from hf_pss import PSSConfig, PSSTrainingArguments, RecoveryConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.rates import set_base_rates_
 
@@ -92,11 +92,13 @@ def test_groups_with_rates_of_their_own_keep_their_ratio(
 
 
 def test_a_rollback_goes_on_at_the_scaled_rate(tmp_path: Path) -> None:
-    config = PSSConfig.preset("paper", on_nonfinite="stop", on_failure="rollback")
+    config = PSSConfig.preset("paper", on_nonfinite="stop")
     options = {**STEPS, "pss_lr_scale": 0.25}
     plain = make_trainer(tmp_path / "plain", PSSConfig.preset("paper"), **options)
     plain.train()
-    trainer = make_trainer(tmp_path / "run", config, **options)
+    trainer = make_trainer(
+        tmp_path / "run", config, recovery=RecoveryConfig(on_failure="rollback"), **options
+    )
     broken = {5}
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import pytest
 from helpers import EAGER, events_of, make_trainer, steps_of, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_pss import PSSConfig
+from hf_pss import PSSCallback, PSSConfig
 from hf_pss.records.events import Intervention, read_events
 from hf_pss.runs.records_files import REPORTED, JsonLines, health_line, log_scalars
 
@@ -166,7 +166,7 @@ def test_health_is_written_at_its_rhythm_with_the_start(tmp_path: Path) -> None:
     trainer = train(tmp_path, config, save_steps=4)
     rows = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 3, 6]
-    names = {view.name for view in trainer._listener().controller.selection.matrices}
+    names = {view.name for view in PSSCallback.of(trainer).controller.selection.matrices}
     assert all(set(row["stable_rank"]) == names for row in rows)
     train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))
     again = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SchedulerType, Trainer, TrainerCallback
 
-from hf_pss import NonFiniteError, PSSConfig, PSSTrainer
+from hf_pss import NonFiniteError, PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.errors import TrainingFailedError
 from hf_pss.runs.checkpoint import checkpoints_by_step, examine
 
@@ -38,8 +37,8 @@ QUICK = {"on_failure": "rollback", "failure_window_steps": 4, "max_failed_interv
 def surviving(
     folder: Path, pss: PSSConfig, *, survival: dict[str, Any] | None = None, **more: Any
 ) -> Trainer:
-    config = replace(pss, **{**QUICK, **(survival or {})})
-    return make_trainer(folder, config, **{**STEPS, **more})
+    recovery = RecoveryConfig(**{**QUICK, **(survival or {})})
+    return make_trainer(folder, pss, recovery=recovery, **{**STEPS, **more})
 
 
 class Seen(TrainerCallback):

@@ -255,7 +255,7 @@ def test_a_run_that_goes_back_does_not_begin_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_steps=1)
-    trainer._listener().goes_back = True
+    PSSCallback.of(trainer).goes_back = True
     trainer._tell_listener = lambda **_: None
     trainer.train()
     assert said(caplog) == []
@@ -359,7 +359,7 @@ class Inside(Trainer):
 @pytest.mark.parametrize("shape", [(), (1,), (2,)])
 def test_a_loss_of_any_shape_is_its_mean(shape: tuple[int, ...], tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, PSSConfig())
-    listener = trainer._listener()
+    listener = PSSCallback.of(trainer)
     for _ in range(2):
         listener.see_loss(torch.full(shape, 3.0))
     assert listener._device_loss.shape == ()

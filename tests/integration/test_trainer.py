@@ -27,7 +27,7 @@ from helpers import (
     weights_of,
 )
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_pss import (
     ConfigurationError,
@@ -39,7 +39,10 @@ from hf_pss import (
     PSSTrainerMixin,
     PSSTrainingArguments,
 )
-from hf_pss.trainer.hooks import StepHooks, StepListener, check_seams, refuse_backends
+from hf_pss.trainer.optimizers import OptimizerMixin
+from hf_pss.trainer.rollback import RollbackMixin
+from hf_pss.trainer.seams import PRIVATE_METHODS, check_methods, refuse_backends
+from hf_pss.trainer.transformers_fixes import TransformersFixesMixin
 
 
 class Weighted(Trainer):
@@ -100,12 +103,39 @@ def test_attach_returns_the_callback(tmp_path: Path) -> None:
     assert callback in trainer.callback_handler.callbacks
 
 
-def test_a_callback_that_was_not_attached_says_so_at_the_first_step(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(PSSCallback())
-    with pytest.raises(ConfigurationError, match=r"attach\(trainer\)"):
+def test_a_callback_among_the_arguments_equals_pss_trainer(tmp_path: Path) -> None:
+    model, args = gpt2(), make_trainer(tmp_path / "callback").args
+    del model
+    runs = []
+    for name in ("callback", "late", "trainer"):
+        if name == "trainer":
+            trainer = make_trainer(tmp_path / name, EAGER)
+        else:
+            trainer = make_trainer(tmp_path / name)
+            callback = PSSCallback(EAGER)
+            if name == "late":
+                trainer.add_callback(callback)
+            else:
+                set_seed(7)
+                trainer = Trainer(
+                    model=gpt2(),
+                    args=args,
+                    train_dataset=trainer.train_dataset,
+                    callbacks=[callback],
+                )
         trainer.train()
-    assert trainer.state.global_step == 0
+        assert type(trainer) is (PSSTrainer if name == "trainer" else Trainer)
+        runs.append((history(trainer), weights_of(trainer.model), events_of(tmp_path / name)))
+    assert runs[0][2]
+    for other in runs[1:]:
+        assert list(differences(runs[0][:2], other[:2])) == []
+        assert steps_of(runs[0][2]) == steps_of(other[2])
+
+
+def test_a_callback_without_a_trainer_says_what_to_do(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"callbacks=\[PSSCallback\(\)\]"):
+        PSSCallback().on_train_begin(trainer.args, trainer.state, trainer.control, trainer.model)
 
 
 def test_a_second_callback_is_refused(tmp_path: Path) -> None:
@@ -121,7 +151,7 @@ def test_pss_trainer_takes_a_callback_of_its_own(tmp_path: Path) -> None:
     args = make_trainer(tmp_path).args
     model = make_trainer(tmp_path).model
     trainer = PSSTrainer(model=model, args=args, callbacks=[PSSCallback(EAGER)])
-    listeners = [c for c in trainer.callback_handler.callbacks if isinstance(c, StepListener)]
+    listeners = [c for c in trainer.callback_handler.callbacks if isinstance(c, PSSCallback)]
     assert [c.config for c in listeners] == [EAGER]
     with pytest.raises(ConfigurationError, match="both pss_config and a PSSCallback"):
         PSSTrainer(model=model, args=args, callbacks=[PSSCallback()], pss_config=EAGER)
@@ -131,43 +161,48 @@ def test_pss_trainer_takes_a_callback_of_its_own(tmp_path: Path) -> None:
 
 
 class OtherSignature(Trainer):
-    """As if a later release took the norm another way."""
+    """As if a later release named no checkpoint to load the random state from."""
 
-    def _get_grad_norm(self, model: Any) -> Any:
-        return super()._get_grad_norm(model)
+    def _load_rng_state(self) -> None:
+        return None
 
 
 class OtherSignaturePSS(PSSTrainerMixin, OtherSignature):
     """The same with PSS mixed in."""
 
 
-def test_the_seams_are_there() -> None:
-    check_seams(Trainer)
-    check_seams(PSSTrainer)
-    check_seams(WeightedPSS)
+def test_the_private_methods_are_there() -> None:
+    for cls in (Trainer, PSSTrainer, WeightedPSS):
+        check_methods(cls, (RollbackMixin, OptimizerMixin, TransformersFixesMixin))
+
+
+def test_no_other_private_method_of_trainer_is_overridden() -> None:
+    ours = [cls for cls in PSSTrainer.__mro__ if cls.__module__.startswith("hf_pss")]
+    overridden = {
+        name
+        for cls in ours
+        for name in vars(cls)
+        if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)
+    }
+    assert overridden == set(PRIVATE_METHODS)
+    assert len(overridden) <= 10
 
 
 def test_another_signature_is_refused_with_the_versions(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, trainer_class=OtherSignature)
     message = (
-        rf"OtherSignature\._get_grad_norm takes \(self, model\).*{transformers.__version__} calls "
-        r"it with \(self, model, grad_norm\): let OtherSignature"
+        rf"OtherSignature\._load_rng_state takes \(self\).*{transformers.__version__} calls "
+        r"it with \(self, checkpoint\): let OtherSignature"
     )
-    with pytest.raises(IncompatibleVersionError, match=message):
-        PSSCallback().attach(trainer)
     with pytest.raises(IncompatibleVersionError, match=message):
         make_trainer(tmp_path, EAGER, trainer_class=OtherSignaturePSS)
 
 
-@pytest.mark.parametrize("name", ["_clip_grad_norm", "_get_grad_norm"])
+@pytest.mark.parametrize("name", ["_save_checkpoint", "_run_epoch"])
 def test_a_missing_seam_is_refused_with_the_versions(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tmp_path)
     monkeypatch.delattr(Trainer, name)
     message = rf"{name} does not exist.*transformers {transformers.__version__}"
-    with pytest.raises(IncompatibleVersionError, match=message):
-        PSSCallback().attach(trainer)
     with pytest.raises(IncompatibleVersionError, match=message):
         make_trainer(tmp_path, EAGER)
 
@@ -175,10 +210,9 @@ def test_a_missing_seam_is_refused_with_the_versions(
 def test_another_release_is_told_from_a_class_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(Trainer, "_get_grad_norm", OtherSignature._get_grad_norm)
+    monkeypatch.setattr(Trainer, "_load_rng_state", OtherSignature._load_rng_state)
     with pytest.raises(IncompatibleVersionError, match="install one that hf_pss was made for"):
-        PSSCallback().attach(trainer)
+        make_trainer(tmp_path, EAGER)
 
 
 def test_the_mixin_to_the_right_of_a_trainer_is_an_error_when_the_class_is_made() -> None:
@@ -336,26 +370,18 @@ class OldEngine:
 
 
 @pytest.mark.parametrize("steps", [True, False])
-def test_a_masked_norm_of_deepspeed_is_inf(steps: bool) -> None:
-    heard: list[Any] = []
-
-    class Listener(PSSCallback):
-        def see_grad_norm(self, norm: Any, **options: Any) -> float | None:
-            heard.append((norm, options))
-            return None
-
-    class Behind:
-        accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-        args = SimpleNamespace(fp16=False)
-        callback_handler = SimpleNamespace(callbacks=[Listener()])
-
-        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            return grad_norm
-
-    class Hooked(StepHooks, Behind):
-        pass
-
-    for norm in (2.0, -1.0):
-        Hooked()._get_grad_norm(OldEngine(steps=steps), grad_norm=norm)
-    said = {"scaler_is_active": False, "update_is_discarded": not steps}
-    assert heard == [(2.0, said), (math.inf, said)]
+def test_a_masked_norm_of_deepspeed_is_inf(steps: bool, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EAGER)
+    callback = PSSCallback.of(trainer)
+    trainer.train()
+    state = trainer.accelerator.state
+    trainer.model_wrapped = OldEngine(steps=steps)
+    callback._trainer, state.distributed_type = trainer, DistributedType.DEEPSPEED
+    try:
+        for norm, expected in ((2.0, 2.0), (-1.0, math.inf)):
+            callback.on_step_begin(trainer.args, trainer.state, trainer.control)
+            callback._around_clipping(lambda norm=norm: norm)
+            readings = callback._readings
+            assert (readings.grad_norm, readings.update_is_discarded) == (expected, not steps)
+    finally:
+        state.distributed_type = DistributedType.NO

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_pss import PSSConfig
+from hf_pss import PSSCallback, PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.meter import blocks_of
 from hf_pss.health.representations import attention_logit_bound, token_cosine
@@ -169,7 +169,7 @@ def test_a_hook_that_raises_leaves_the_model_alone_and_is_one_warning(
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len([x for x in warned if "representations failed: _LinAlgError" in x]) == 1
     assert hooks_of(trainer.model) == 0
-    reading = trainer._listener()._last_reading
+    reading = PSSCallback.of(trainer).last_health
     assert "token_cosine" not in reading.matrices
     assert "effective_rank" in reading.matrices
 
@@ -189,7 +189,7 @@ def test_a_run_with_hooks_is_the_run_without(tmp_path: Path, build: Any) -> None
     assert [x["loss"] for x in history(plain) if "loss" in x] == [
         x["loss"] for x in history(seen) if "loss" in x
     ]
-    matrices = seen._listener()._last_reading.matrices
+    matrices = PSSCallback.of(seen).last_health.matrices
     logits, bounds = matrices["attention_logit_max"], matrices["attention_logit_bound"]
     assert logits.keys() == bounds.keys()
     assert all(logits[name] <= bounds[name] for name in logits)

@@ -1,0 +1,126 @@
+"""What PSS did and measured, written to the run's folder, to its trackers and to the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from hf_pss.records.events import EventKind, Intervention, Record
+from hf_pss.records.messages import describe
+from hf_pss.records.steps import HealthReading, StepReport
+from hf_pss.runs.records_files import (
+    EVENTS_FILE,
+    HEALTH_FILE,
+    JsonLines,
+    health_line,
+    reading_line,
+)
+from hf_pss.trainer.trackers import Reporters, reporters_for, summary_table
+
+__all__ = ["RunRecorder"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecorder:
+    """Writes events and health readings of one training.
+
+    Every rank has one. Only the first process writes and logs.
+
+    Args:
+        args: The Trainer's; ``output_dir`` is the run's folder.
+        handler: The Trainer's callbacks, among them its trackers. They open their runs before the
+            first step, so they are looked up at the first record.
+        resumed_step: Lines of later steps are moved out of the files; 0 for a new run.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        handler: CallbackHandler,
+        *,
+        is_first_process: bool,
+        resumed_step: int,
+    ) -> None:
+        self._args, self._handler, self.is_first_process = args, handler, is_first_process
+        self._trackers: Reporters | None = None
+        self.restart(resumed_step=resumed_step)
+
+    def restart(self, *, resumed_step: int) -> None:
+        """Begin again at an earlier step; the trackers' runs stay open."""
+        self._first: HealthReading | None = None
+        self.last_reading: HealthReading | None = None
+        self._floor_has_acted = False
+        if self.is_first_process:
+            folder = Path(self._args.output_dir)
+            self._events = JsonLines(folder / EVENTS_FILE, resumed_step=resumed_step)
+            self._health = JsonLines(folder / HEALTH_FILE, resumed_step=resumed_step)
+
+    @property
+    def health_summary(self) -> str | None:
+        """Matrices that look ill at the last reading, the worst first; None without a reading."""
+        if self._first is None or self.last_reading is None:
+            return None
+        return summary_table(self._first, self.last_reading)
+
+    def write_records(self, records: Sequence[Record]) -> None:
+        """Append records to the events file; log interventions and alert the trackers."""
+        if not (records and self.is_first_process):
+            return
+        for record in records:
+            if isinstance(record, Intervention):
+                words = f"{describe(record)} More in {EVENTS_FILE}."
+                logger.log(self._level_of(record), "%s", words)
+        self._events.write_records(records)
+        for record in records:
+            self._open_trackers().alert(record)
+
+    def write_stable_ranks(self, step: int, ranks: Mapping[str, float]) -> None:
+        """Append every matrix's stable rank to the health file."""
+        if self.is_first_process:
+            self._health.write([health_line(step, ranks)])
+
+    def write_reading(self, reading: HealthReading) -> None:
+        """Append a health reading to the health file and send it to the trackers."""
+        self._first = self._first or reading
+        self.last_reading = reading
+        if self.is_first_process:
+            self._health.write([reading_line(reading)])
+            self._open_trackers().report(reading)
+
+    def close(self, report: StepReport | None) -> None:
+        """Log a summary and finish the trackers."""
+        if not self.is_first_process:
+            return
+        try:
+            if (summary := self.health_summary) is not None:
+                logger.info("%s", summary)
+        except Exception as error:  # a summary must not end a run
+            logger.warning("PSS cannot summarize the model's health: %s", error)
+        if self._trackers is not None:
+            self._trackers.finish()
+        if report is not None:
+            logger.info(
+                "PSS: %d interventions, %d non-finite steps, %.2f s.",
+                report.scalars["interventions"],
+                report.scalars["nonfinite_steps"],
+                report.scalars["seconds"],
+            )
+
+    def _open_trackers(self) -> Reporters:
+        if self._trackers is None:
+            self._trackers = reporters_for(self._args, self._handler.callbacks)
+        return self._trackers
+
+    def _level_of(self, record: Intervention) -> int:
+        """Return WARNING for a spike and for the floor's first act, INFO for the rest."""
+        if not record.num_changed:
+            return logging.INFO
+        if record.event.kind is not EventKind.FLOOR:
+            return logging.WARNING
+        is_first, self._floor_has_acted = not self._floor_has_acted, True
+        return logging.WARNING if is_first else logging.INFO

@@ -1,0 +1,107 @@
+"""The options of recovery, and the interface through which it hears of a training's steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from hf_pss.config import Options, option
+from hf_pss.records.events import Record
+
+__all__ = ["RecoveryArguments", "RecoveryConfig", "StepOutcome", "TrainingMonitor"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryConfig(Options):
+    """Options of `SafeCheckpointsMixin` and `RollbackMixin`. They do not depend on PSS.
+
+    >>> RecoveryConfig(on_failure="rollback").max_rollbacks
+    3
+
+    Raises:
+        ConfigurationError: An option is out of its range.
+    """
+
+    # By caution: a rollback changes which batches a run is trained on.
+    on_failure: Literal["smooth", "rollback", "stop"] = option(
+        "smooth",
+        "If interventions fail repeatedly, smooth: continue to smooth; rollback: return to the "
+        "last healthy checkpoint and skip the batches after it (one process and DDP); stop: stop "
+        "with an error.",
+    )
+    # Not measured.
+    failure_window_steps: int = option(
+        50,
+        "An intervention has failed if another one follows within this many steps, or if the loss "
+        "has not returned to its level after them.",
+        minimum=1,
+    )
+    # Not measured.
+    max_failed_interventions: int = option(
+        3, "This many failed interventions in a row are a failure.", minimum=1
+    )
+    # Not measured.
+    max_rollbacks: int = option(
+        3, "Roll back at most this many times in one call of train(), then stop.", minimum=1
+    )
+    missing_state: Literal["refuse", "fresh"] = option(
+        "refuse",
+        "If optimizer.pt or scheduler.pt of a checkpoint is missing or unreadable, refuse: do not "
+        "resume; fresh: resume and start that part from its initial state.",
+    )
+
+
+@runtime_checkable
+class RecoveryArguments(Protocol):
+    """Training arguments that carry the options of recovery, as `PSSTrainingArguments` do."""
+
+    def recovery_config(self) -> RecoveryConfig:
+        """Return the options."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """The outcome of one optimizer step, as `RollbackMixin` judges it."""
+
+    loss: float | None
+    is_finite: bool
+    has_intervened: bool
+    """Whether the monitor answered a spike or a drop in this step."""
+    has_changed_weights: bool
+    """Whether that answer changed a weight."""
+
+
+class TrainingMonitor(ABC):
+    """A callback that judges each step for `RollbackMixin`. A Trainer takes at most one."""
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """The number of the optimizer step in progress, counted from 1; 0 before the first."""
+
+    @abstractmethod
+    def outcome(self) -> StepOutcome | None:
+        """Return the outcome of the last step; None before the first."""
+
+    @abstractmethod
+    def write_records(self, records: Sequence[Record]) -> None:
+        """Add records of the recovery to the monitor's own."""
+
+    @abstractmethod
+    def before_training(self, *, is_rollback: bool, may_repair: bool) -> None:
+        """Prepare for the Trainer's next ``on_train_begin``.
+
+        Args:
+            is_rollback: The training continues an earlier one from an older checkpoint.
+            may_repair: The checkpoint is the one that the user asked to resume from.
+        """
+
+    @abstractmethod
+    def abort_step(self) -> None:
+        """Clean up after a step that an exception has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish: an error ends the training without ``on_train_end``."""

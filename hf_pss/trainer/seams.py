@@ -1,0 +1,167 @@
+"""How PSS reads the loss and the unclipped gradient norm of a Trainer, which no callback is given.
+
+`PSSCallback` wraps three public methods on the instances, while a training runs:
+
+- ``Trainer.training_step`` returns the loss of each micro-batch.
+- ``Accelerator.clip_grad_norm_`` returns the norm before clipping. The Trainer calls it once a
+  step on every backend, also with ``max_grad_norm=0``.
+- ``Trainer.log`` takes the numbers that PSS adds.
+
+The trainer keeps its class. The private methods that the mixins override are in `PRIVATE_METHODS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+
+import transformers
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainerCallback
+
+from hf_pss.errors import ConfigurationError, IncompatibleVersionError
+
+__all__ = ["PRIVATE_METHODS", "check_methods", "refuse_backends", "trainer_of", "wrapped"]
+
+PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = MappingProxyType(
+    {
+        "_save_checkpoint": ("safe_checkpoints", ("self", "model", "trial"), 2),
+        "_get_output_dir": ("safe_checkpoints", ("self", "trial"), 1),
+        "_maybe_log_save_evaluate": ("safe_checkpoints", ("self",), None),
+        "_finalize_training": ("safe_checkpoints", ("self", "trial"), None),
+        "_push_from_checkpoint": ("safe_checkpoints", ("self", "checkpoint_folder"), 1),
+        "_load_rng_state": ("safe_checkpoints", ("self", "checkpoint"), 1),
+        "_run_epoch": ("safe_checkpoints", ("self",), None),
+        "_load_optimizer_and_scheduler": (
+            "safe_checkpoints, optimizers",
+            ("self", "checkpoint"),
+            1,
+        ),
+        "_init_training_state": ("rollback", ("self", "num_update_steps_per_epoch"), None),
+        "_load_best_model": ("transformers_fixes", ("self",), 0),
+    }
+)
+"""The private methods of Trainer that the mixins override: by name the module that does, the
+parameters that it relies on, and how many arguments the Trainer passes by position (None where a
+subclass's override cannot be told apart). Checked with transformers 5.3, 5.17, 5.23 and 5.24."""
+
+
+@contextmanager
+def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Call ``around(method, *args, **kwargs)`` in place of an instance's method, in a ``with``.
+
+    Args:
+        owner: The instance. Its class stays as it is.
+        name: A method of it.
+        around: Takes the method and its arguments, and returns the result.
+    """
+    method, is_open = getattr(owner, name), True
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs) if is_open else method(*args, **kwargs)
+
+    before = vars(owner).get(name)
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        is_open = False
+        if vars(owner).get(name) is not call:
+            pass  # another package has wrapped it since: from now on this wrapper passes through
+        elif before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def trainer_of(callback: TrainerCallback) -> Trainer | None:
+    """Return the Trainer that is calling a callback; None outside of such a call.
+
+    A callback is given no reference to its Trainer, so it is looked up among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            handler = getattr(caller, "callback_handler", None)
+            if handler is not None and any(one is callback for one in handler.callbacks):
+                return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def refuse_backends(trainer: Trainer) -> None:
+    """Refuse the backends whose weights PSS cannot read or write, before the training begins.
+
+    Raises:
+        ConfigurationError: The trainer runs under FSDP1, Megatron-LM, or DeepSpeed without ZeRO.
+    """
+    kind = trainer.accelerator.distributed_type
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_fsdp1 = kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 2) == 1
+    if is_fsdp1 or kind == DistributedType.MEGATRON_LM:
+        raise ConfigurationError(
+            f"This trainer runs under {'FSDP1' if is_fsdp1 else kind.value}, which flattens weight "
+            "matrices. Use DDP, FSDP2 (fsdp_config: {version: 2}) or DeepSpeed ZeRO."
+        )
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 0:
+        raise ConfigurationError(
+            "This trainer runs under DeepSpeed with ZeRO stage 0, where PSS cannot reach the "
+            "weights that the optimizer updates. Use stage 1, 2 or 3, or DDP."
+        )
+
+
+def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> None:
+    """Check that a Trainer class has the private methods that the mixins override.
+
+    Args:
+        trainer_class: The class of a trainer, with or without the mixins.
+        mixins: The mixins; the check looks at the classes behind them.
+
+    Raises:
+        IncompatibleVersionError: transformers has no such method, or its method takes other
+            arguments; or a class between overrides it so that the Trainer's call would fail.
+    """
+    of_mixins = {cls for mixin in mixins for cls in mixin.__mro__}
+    behind = [c for c in trainer_class.__mro__ if c not in of_mixins and not issubclass(c, mixins)]
+    for name, (_, wanted, num_by_position) in PRIVATE_METHODS.items():
+        own = getattr(Trainer, name, None)
+        found = inspect.signature(own).parameters if own is not None else {}
+        # Other packages patch Trainer with wrappers that take any arguments.
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
+        if own is None or not (takes_any or set(wanted) <= set(found)):
+            has = f"takes ({', '.join(found)})" if own is not None else "does not exist"
+            raise IncompatibleVersionError(
+                f"Trainer.{name} {has}, but hf_pss {version('hf-pss')} needs it with "
+                f"({', '.join(wanted)}). You have transformers {transformers.__version__}; "
+                "install one that hf_pss was made for (5.3 or newer; tested with 5.23)."
+            )
+        owner = next((cls for cls in behind if name in vars(cls)), Trainer)
+        if owner is Trainer or num_by_position is None:
+            continue
+        if not _takes(getattr(owner, name), num_by_position):
+            takes = ", ".join(inspect.signature(getattr(owner, name)).parameters)
+            raise IncompatibleVersionError(
+                f"{owner.__module__}.{owner.__name__}.{name} takes ({takes}), and the Trainer of "
+                f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}): let "
+                f"{owner.__name__}.{name} take these."
+            )
+
+
+def _takes(method: Any, num_by_position: int) -> bool:
+    """Tell whether an unbound method can be called with so many arguments after ``self``."""
+    try:
+        inspect.signature(method).bind(*[None] * (1 + num_by_position))
+    except ValueError:  # written in C: it has no signature to check
+        return True
+    except TypeError:
+        return not inspect.isroutine(method)
+    return True
