@@ -301,7 +301,11 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         if scale is not None and not (is_number and 0 < scale < math.inf):
             raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
         self.pss_config()  # refuse a bad option now, not at the first step
-        self.recovery_config()
+        if self.pss_config().observe_only and self.recovery_config().on_failure != "smooth":
+            raise ConfigurationError(
+                "pss_observe_only leaves the run as it is, and pss_on_failure="
+                f"{self.pss_on_failure!r} changes it: leave one of them out."
+            )
         self.optimizer_options()
 
     def pss_config(self) -> PSSConfig:

@@ -73,6 +73,11 @@ class PSSTrainerMixin(RollbackMixin, OptimizerMixin, TransformersFixesMixin):
             )
         trainer.add_callback(BackToTraining())
 
+    def _is_on(self) -> bool:
+        # An observed run saves and stops as the plain Trainer's does.
+        trainer: Any = self
+        return not PSSCallback.of(trainer).config_for(trainer.args).observe_only
+
     def _after_loading(self, checkpoint: str | None) -> None:
         trainer: Any = self
         if checkpoint is not None:

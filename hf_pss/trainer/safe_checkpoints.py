@@ -150,6 +150,10 @@ class SafeCheckpointsMixin:
 
     # ---- for subclasses ----
 
+    def _is_on(self) -> bool:
+        """Whether this mixin does anything: otherwise every method is the Trainer's own."""
+        return True
+
     def _after_loading(self, checkpoint: str | None) -> None:
         """Weights, optimizer and schedule are in place; None for a run from its start."""
 
@@ -191,6 +195,9 @@ class SafeCheckpointsMixin:
             SystemExit: After a SIGTERM, likewise, with 143.
         """
         trainer: Any = self
+        if not self._is_on():
+            given = (resume_from_checkpoint, *args) if resume_from_checkpoint or args else ()
+            return super().train(*given, **kwargs)  # type: ignore[misc]
         run_dir = Path(trainer.args.output_dir)
         if trainer.args.should_save:
             _tidy(run_dir)
@@ -250,7 +257,7 @@ class SafeCheckpointsMixin:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         self._before_epoch(kwargs.get("trial"))
-        if 0 < trainer.state.max_steps <= trainer.state.global_step:
+        if self._is_on() and 0 < trainer.state.max_steps <= trainer.state.global_step:
             # Resumed at its end: the Trainer would take one step more (transformers 5.23).
             trainer.control.should_training_stop = True
             return
@@ -269,6 +276,9 @@ class SafeCheckpointsMixin:
         if self._agreed_signum:
             control.should_evaluate = False  # what time is left is for the save
         self._before_saving()
+        if not self._is_on():
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+            return
         is_refused = False
         if control.should_save and (broken := self._broken()) is not None:
             control.should_save, is_refused = False, True
@@ -330,6 +340,9 @@ class SafeCheckpointsMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
+        if not self._is_on():
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            return
         if (broken := self._broken()) is not None:
             self._refuse_to_save(broken)
             self._leave_unsaved()

@@ -29,6 +29,7 @@ from hf_pss import (
     PSSConfig,
     PSSTrainer,
     PSSTrainingArguments,
+    RecoveryConfig,
 )
 
 OPTIONS = {
@@ -77,7 +78,8 @@ def folder(tmp_path: Path) -> str:
 def test_every_option_has_its_argument() -> None:
     names = {spec.name for spec in dataclasses.fields(PSSTrainingArguments)}
     own = {name for name in names if name.startswith("pss_")}
-    options = {f"pss_{spec.name}" for spec in dataclasses.fields(PSSConfig)}
+    groups = (PSSConfig, RecoveryConfig)
+    options = {f"pss_{spec.name}" for group in groups for spec in dataclasses.fields(group)}
     assert own == options | {"pss_preset", "pss_optim", "pss_optim_args", "pss_lr_scale"}
     assert get_args(get_type_hints(PSSTrainingArguments)["pss_preset"]) == tuple(PRESETS)
 
@@ -263,7 +265,8 @@ def test_where_pss_is_at_work_nothing_is_said_of_a_plain_trainer(
     is_attached: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cls = Trainer if is_attached else PSSTrainer
-    options = {"pss_optim": "muon", "max_steps": 1, "save_strategy": "no"}
+    own = {"pss_floor_ratio": 0.9} if is_attached else {"pss_optim": "muon"}
+    options = {**own, "max_steps": 1, "save_strategy": "no"}
     trainer = make_trainer(tmp_path, trainer_class=cls, **options)
     if is_attached:
         PSSCallback().attach(trainer)

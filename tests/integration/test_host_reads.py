@@ -37,12 +37,17 @@ class HostReads(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self._on_host: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A device object is where a tensor lives already, here always the CPU; the word is meant.
         to_host = func is Tensor.to and any(isinstance(x, str) and x == "cpu" for x in args[1:])
-        self.count += func in _READS or to_host
-        return func(*args, **(kwargs or {}))
+        made_on_host = args and any(args[0] is tensor for tensor in self._on_host)
+        self.count += (func in _READS or to_host) and not made_on_host
+        result = func(*args, **(kwargs or {}))
+        if func is torch.tensor and "device" not in (kwargs or {}):
+            self._on_host = [*self._on_host[-8:], result]  # reading it makes no GPU's host wait
+        return result
 
 
 class CountSteps(TrainerCallback):

@@ -20,7 +20,6 @@ from helpers import (
     history,
     llama,
     make_trainer,
-    run_differences,
     steps_of,
     token_rows,
     train,
@@ -49,6 +48,7 @@ from hf_pss.optim import RULES, build_optimizer, matrix_groups
 from hf_pss.optim.layout import matrices_of
 from hf_pss.trainer.arguments import OptimizerName, read_options
 from hf_pss.trainer.optimizer_resume import saved_kind
+from hf_pss.trainer.optimizers import refuse_two_optimizers
 
 HALF = MAX_STEPS // 2
 NAMES = get_args(OptimizerName)
@@ -193,12 +193,11 @@ def test_each_optimizer_trains(name: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_an_attached_callback_builds_it_as_well(tmp_path: Path) -> None:
+def test_a_callback_alone_refuses_it_and_names_the_mixin(tmp_path: Path) -> None:
     plain = make_trainer(tmp_path / "a", cls=PSSTrainingArguments, pss_optim="muon")
     assert type(plain) is Trainer
-    PSSCallback().attach(plain)
-    plain.train()
-    assert run_differences(plain, trained(tmp_path / "b")) == []
+    with pytest.raises(ConfigurationError, match=r"pss_optim need.*\(PSSTrainerMixin, Trainer\)"):
+        PSSCallback().attach(plain)
 
 
 def test_a_plain_trainer_takes_the_factory(tmp_path: Path) -> None:
@@ -266,19 +265,16 @@ def test_two_optimizers_in_the_trainer_are_refused(tmp_path: Path) -> None:
     factory = (torch.optim.SGD, {"lr": 0.1})
     with pytest.raises(ConfigurationError, match="optimizer_cls_and_kwargs="):
         PSSTrainer(model=model, args=args, optimizer_cls_and_kwargs=factory)
-    trainer = Trainer(model=model, args=args, optimizers=(own, None))
-    with pytest.raises(ConfigurationError, match="optimizers="):
-        PSSCallback().attach(trainer)
 
 
 def test_deepspeed_is_refused_with_what_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tmp_path, cls=PSSTrainingArguments, pss_optim="muon")
+    trainer = chosen(tmp_path)
     kind = property(lambda self: DistributedType.DEEPSPEED)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
     with pytest.raises(ConfigurationError, match=r"flat.*FSDP2"):
-        PSSCallback().attach(trainer)
+        refuse_two_optimizers(trainer)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -602,15 +598,14 @@ def test_other_peoples_optimizers_are_loaded_by_the_trainer(tmp_path: Path) -> N
     assert resume_differences(whole, resumed) == []
 
 
-def test_a_plain_trainer_goes_on_from_a_hybrid_checkpoint_by_attaching(tmp_path: Path) -> None:
+def test_pss_trainer_resumes_from_the_checkpoint_of_another_optimizer(tmp_path: Path) -> None:
     trained(tmp_path / "first", save_steps=HALF)
     checkpoint = str(tmp_path / "first" / f"checkpoint-{HALF}")
     with pytest.raises(ValueError, match="different number of parameter groups"):
         make_trainer(tmp_path / "bare").train(resume_from_checkpoint=checkpoint)
-    attached = make_trainer(tmp_path / "attached")
-    PSSCallback().attach(attached)
-    attached.train(resume_from_checkpoint=checkpoint)
-    assert attached.state.global_step == MAX_STEPS
+    resumed = make_trainer(tmp_path / "resumed", PSSConfig())
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == MAX_STEPS
 
 
 def test_plain_arguments_choose_nothing(tmp_path: Path) -> None:
