@@ -91,7 +91,7 @@ _SPIKES = _NORMS | _OWN
 
 @dataclass(frozen=True, slots=True)
 class PSSConfig(Options):
-    """Options of Parametric Singularity Smoothing; plain values, so that they survive CLI and YAML.
+    """Options of Parametric Singularity Smoothing: plain values, for the command line and YAML.
 
     Start from a preset and change what you need:
 
@@ -102,10 +102,10 @@ class PSSConfig(Options):
         ConfigurationError: An option is out of its range, or two of them contradict each other.
     """
 
-    # docs/evidence, headline: the floor is what helps from random weights.
+    # docs/evidence, headline: from random weights the floor helps.
     detectors: tuple[DetectorName, ...] = option(
         ("grad_norm_ratio", "stable_rank_floor"),
-        "What is watched; any of them may fire. An empty list only guards against "
+        "Detectors that watch the run. Any of them may fire. An empty list only guards against "
         "non-finite steps.",
     )
     # The paper's. docs/evidence, variants: 1.5 is within the scatter.
@@ -123,39 +123,40 @@ class PSSConfig(Options):
         at_most=1.0,
         read_by=_SPIKES,
     )
-    # Not measured: long enough for a first average, short of the end of a warm-up.
+    # Not measured: long enough for a first average, shorter than a usual warm-up.
     calibration_steps: int = option(
         20,
-        "Accepted values that a baseline must have seen before its detector may fire.",
+        "A detector may fire after its baseline has learned from this many accepted values.",
         minimum=1,
         read_by=_SPIKES,
     )
     # Not measured.
     patience_steps: int = option(
         50,
-        "After so many firings in a row the new level is accepted and learned afresh.",
+        "After this many firings in a row the detector accepts the new level as its baseline.",
         minimum=1,
         read_by=_SPIKES,
     )
     # docs/evidence, variants: 0.8 is as good, 0.5 is worse by 0.11.
     floor_ratio: float = option(
         1.0,
-        "Stable-rank floor (rho) in units of i.i.d. noise of the same shape, "
-        "mn/(sqrt(m)+sqrt(n))^2; half of it where the weights look trained.",
+        "Stable-rank floor (rho) in units of the stable rank of i.i.d. noise of the same shape, "
+        "mn/(sqrt(m)+sqrt(n))^2. It is halved if the weights look trained.",
         above=0.0,
         read_by=_FLOOR,
     )
-    # By reason: pretrained weights lie below noise, and are not to be changed at the start.
+    # Not measured: pretrained weights lie below noise, and PSS must not change them at the start.
     floor_reference: Literal["start", "noise"] = option(
         "start",
-        "start: no floor lies above rho times the matrix's own stable rank when PSS "
-        "began (safe for pretrained weights); noise: the shape alone decides.",
+        "start: the floor is at most rho times the matrix's own stable rank at the start (safe for "
+        "pretrained weights). noise: the floor depends on the shape alone.",
         read_by=_FLOOR,
     )
     # Not measured apart: docs/evidence, variants, has it at this value only.
     stable_rank_drop: float = option(
         0.5,
-        "stable_rank_drop fires below (1 - this) times the matrix's own moving average.",
+        "stable_rank_drop fires if a matrix's stable rank falls below (1 - this) times its moving "
+        "average.",
         above=0.0,
         at_most=0.99,
         read_by=frozenset({"stable_rank_drop"}),
@@ -163,134 +164,133 @@ class PSSConfig(Options):
     # docs/evidence, early warnings: 1.3 warned before 4 of 4 explosions, and never on healthy runs.
     spectral_norm_ratio: float = option(
         1.3,
-        "spectral_norm_ratio fires above this many times the moving average of a "
-        "matrix's own spectral norm: for Muon, whose gradients hardly spike.",
+        "spectral_norm_ratio fires above this many times the moving average of the matrix's "
+        "spectral norm. It suits Muon, where gradient norms rarely spike.",
         above=1.0,
         read_by=frozenset({"spectral_norm_ratio"}),
     )
     # docs/evidence, variants: 10 is worse by 0.11; 2 better by 0.08, at twice the cost.
     check_every_steps: int = option(
         5,
-        "Rhythm of the detectors that look at weights (stable_rank_…, "
-        "spectral_norm_ratio), in optimizer steps.",
+        "Interval of the detectors that read weights (stable_rank_…, spectral_norm_ratio), in "
+        "optimizer steps.",
         minimum=1,
         read_by=_FLOOR | _OWN,
     )
     # docs/evidence, variants: no other function is better in all seeds.
     smoothing: SmoothingName = option(
         "clip",
-        "Map on the dominant singular values when a norm or a stable-rank drop fires; "
-        "the floor always caps at the level that restores it.",
+        "Smoothing function for the dominant singular values when a norm or a stable-rank drop "
+        "fires. The floor always caps them at the level that restores it.",
         read_by=_SPIKES,
     )
     # docs/experiments.md, harm to trained weights.
     anchor: Literal["healthy", "off"] = option(
         "healthy",
-        "healthy: smoothing lowers no leading singular value below what the matrix had "
-        "when it was last known to be healthy, so that a sound matrix is left alone; off: as "
-        "published.",
+        "healthy: smoothing lowers no leading singular value below its last healthy value, so a "
+        "healthy matrix does not change. off: as published.",
         read_by=_SPIKES,
     )
     # docs/experiments.md, harm to trained weights.
     trial: Literal["off", "spikes", "all"] = option(
         "spikes",
-        "Try an intervention before it is kept: compute the loss of one micro-batch "
-        "before and after it, and take it back if the loss rises. spikes: all but those of the "
-        "stable-rank floor, which acts often; all: those, too; off: none.",
+        "Compute the loss of one micro-batch before and after an intervention, and undo the "
+        "intervention if the loss rises. spikes: for all interventions but those of the "
+        "stable-rank floor, which acts often. all: for those, too. off: never.",
     )
     # docs/experiments.md, harm to trained weights.
     trial_margin_ratio: float = option(
         0.002,
-        "An intervention that is tried may raise the loss by this share of it, and is "
-        "taken back if it raises it by more.",
+        "A trial undoes an intervention that raises the loss by more than this share of it.",
         above=0.0,
     )
     # By cost; docs/experiments.md: at width 64 eight do what 32 do.
     max_rank: int = option(
         32,
-        "At most so many leading singular values of a matrix move in one intervention.",
+        "An intervention changes at most this many leading singular values of a matrix.",
         minimum=1,
     )
     # docs/evidence, variants: true is worse.
     keep_frobenius: bool = option(
         False,
-        "Rescale a smoothed matrix to the Frobenius norm it had.",
+        "Rescale a smoothed matrix to its Frobenius norm before smoothing.",
     )
     # docs/evidence, variants: the others are within the scatter, or worse.
     moments: Literal["keep", "reset", "project"] = option(
         "keep",
-        "The optimizer's first moment of a smoothed matrix: keep it, set it to zero "
-        "(reset), or take out of it what would grow the lowered values again (project).",
+        "The optimizer's first moment of a smoothed matrix. keep: unchanged. reset: set to zero. "
+        "project: remove the part that would raise the lowered singular values again.",
     )
     # docs/evidence, variants: `fired` is worse by far.
     scope: Literal["all", "fired"] = option(
         "all",
-        "Smooth all selected matrices, or those whose own reading fired (a detector "
-        "that reads one number for the whole model always means all).",
+        "all: smooth all selected matrices. fired: only those whose own value fired. A detector of "
+        "one number for the whole model always smooths all.",
         read_by=_OWN | {"matrix_grad_norm_ratio"},
     )
     # As published. docs/evidence, variants: within the scatter; docs/experiments.md, LoRA: skip
     # is better without clipping.
     spike_update: Literal["apply", "skip"] = option(
         "apply",
-        "On a gradient spike: let the optimizer step first and smooth after it, or smooth instead.",
+        "On a gradient spike, apply: take the optimizer step and smooth after it. skip: smooth and "
+        "skip the step.",
         read_by=frozenset({"grad_norm_ratio", "matrix_grad_norm_ratio"}),
     )
     # Not measured.
     cooldown_steps: int = option(
         10,
-        "Steps after an intervention during which norms and drops cause no other.",
+        "For this many steps after an intervention, norms and drops do not cause another one.",
         minimum=0,
         read_by=_SPIKES,
     )
     max_interventions: int | None = option(
         None,
-        "Budget of interventions for the whole run; none by default.",
+        "Limit on the interventions of a run. By default there is none.",
         minimum=0,
     )
     on_nonfinite: Literal["skip", "stop"] = option(
         "skip",
-        "A step whose gradient holds NaN or inf: skip its update, or stop before it with an error.",
+        "If a gradient holds NaN or inf, skip: skip the update. stop: stop before it, with an "
+        "error.",
     )
     max_nonfinite_streak: int = option(
         100,
-        "Stop after so many non-finite steps in a row: such a run learns nothing.",
+        "Stop after this many non-finite steps in a row, because such a run learns nothing.",
         minimum=1,
     )
     roles: tuple[Role, ...] = option(
         ("attention", "mlp"),
-        "Which weight matrices are watched and smoothed.",
+        "The weight matrices that PSS watches and smooths.",
     )
     include: tuple[str, ...] = option(
         (),
-        "Regular expressions on parameter names: matrices to add to the selection.",
+        "Regular expressions for names of parameters to add to the selection.",
     )
     exclude: tuple[str, ...] = option(
         (),
-        "Regular expressions on parameter names: matrices to leave out.",
+        "Regular expressions for names of parameters to leave out.",
     )
     smooth_on_resume: bool = option(
         False,
-        "Smooth once, right after a checkpoint was loaded: to repair a run that has "
-        "failed. What it saves is not smoothed again where it is resumed into the same "
-        "output_dir. With the floor detector up to the floors (set floor_reference=noise, for "
-        "the weights are damaged already), otherwise with `smoothing`.",
+        "Smooth once, directly after a checkpoint is loaded, to repair a failed run. Later resumes "
+        "into the same output_dir do not smooth again. With the floor detector the weights are "
+        "raised to the floors (set floor_reference=noise, because the weights are damaged), "
+        "otherwise `smoothing` is applied.",
     )
     observe_only: bool = option(
         False,
-        "Notice and report, but never touch a weight or an update.",
+        "Detect and report events, but never change a weight, an update or the way of saving.",
     )
     health_every_steps: int = option(
         0,
-        "Write every matrix's stable rank, or all that `health` measures, to "
-        "pss_health.jsonl at this rhythm; 0 is never, or with `health` every 10 steps (full: "
-        "every 100).",
+        "Write the stable rank of every matrix, or all metrics of `health`, to pss_health.jsonl "
+        "every so many steps. 0: never, or with `health` every 10 steps (full: every 100).",
         minimum=0,
     )
     health: Literal["off", "light", "standard", "full"] = option(
         "off",
-        "Measure the model's health: light (norms and stable ranks), standard (updates "
-        "and the optimizer too) or full (whole spectra too). It decides nothing.",
+        "Metrics of the model's health: light (norms and stable ranks), standard (also updates and "
+        "the optimizer) or full (also whole spectra). They do not influence PSS.",
     )
 
     def __post_init__(self) -> None:
@@ -302,8 +302,8 @@ class PSSConfig(Options):
         _check_patterns("exclude", self.exclude)
         if self.observe_only and self.smooth_on_resume:
             raise ConfigurationError(
-                "observe_only touches no weight, and smooth_on_resume smooths them all: set one of "
-                "them to false."
+                "observe_only changes no weight, and smooth_on_resume changes all: set one of them "
+                "to false."
             )
 
     @classmethod
@@ -345,11 +345,11 @@ class PSSConfig(Options):
 
     @property
     def reacts_to_spikes(self) -> bool:
-        """Whether some detector calls for smoothing; the stable-rank floor calls for a cap."""
+        """Whether a detector answers with smoothing; the stable-rank floor only caps."""
         return not _SPIKES.isdisjoint(self.detectors)
 
     def describe(self) -> str:
-        """Name the preset with the fewest other options, and these.
+        """Return the nearest preset and the options that differ from it.
 
         >>> PSSConfig.preset("paper", threshold_ratio=3.0).describe()
         'preset paper with threshold_ratio=3.0'
@@ -373,12 +373,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
-"""Named starting points; the options' own defaults are those of ``anchored``."""
+"""Named starting points. The defaults of `PSSConfig` are those of ``anchored``."""
 
 
 @cache
 def _warn_once(message: str) -> None:
-    # A Trainer asks for its arguments' configuration more than once.
+    # A Trainer reads its arguments' configuration more than once.
     logger.warning("%s", message)
 
 
@@ -419,7 +419,7 @@ def _check_patterns(name: str, patterns: tuple[str, ...]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigurationError(
-                f"{name} holds {pattern!r}, which is no regular expression: {error}."
+                f"{name} holds {pattern!r}, which is not a regular expression: {error}."
             ) from error
 
 

@@ -1,4 +1,6 @@
-"""One arguments class made of several: each field keeps the default of the class that declares it.
+"""PSSTrainingArguments: an argument for each option, also joined with other arguments classes.
+
+In a joined class each field keeps the default of the class that declares it.
 
 ``@dataclass`` takes a field from the first base class that has it, inherited or not. In
 ``class MyConfig(PSSTrainingArguments, SFTConfig)`` it takes ``logging_steps`` from the former,
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 def join_(cls: type[Any]) -> None:
     """Put a dataclass with the right defaults between a new class and its bases.
 
-    The class itself stays as it was written, so ``@dataclass`` may follow, or be forgotten.
+    The class itself is unchanged, so it works with ``@dataclass`` and without.
 
     Args:
         cls: A new class with several dataclasses among its bases.
@@ -82,7 +84,7 @@ def _inherited_field(cls: type[Any], name: str) -> Field[Any] | None:
 
 
 def _hints(base: type[Any]) -> dict[str, Any]:
-    # Resolved where they were written: in another module a name may mean nothing.
+    # Hints are resolved in the module of their class.
     try:
         return get_type_hints(base)
     except NameError:
@@ -93,9 +95,9 @@ OptimizerName = Literal["muon", "normuon", "softmuon", "softsignum", "specmuon",
 Options: TypeAlias = dict[str, Any]
 
 QK_CLIP = "qk_clip"
-"""The one option that the optimizer itself does not take: it needs the attention of a model."""
+"""An option that the optimizer does not take, because it needs the attention of a model."""
 
-# What TrainingArguments has a place for is said there, once.
+# Options that TrainingArguments already has.
 _ARGUMENTS: Mapping[str, str] = {
     "algo": "pss_optim",
     "lr": "learning_rate",
@@ -118,7 +120,7 @@ def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
         given: ``name=value`` with commas between, JSON, or a mapping.
 
     Raises:
-        ConfigurationError: An option that is unknown or stands elsewhere, or a value of another
+        ConfigurationError: An option is unknown or belongs elsewhere, or a value is of another
             kind than the default.
     """
     known = _known_options(algo)
@@ -251,10 +253,10 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     ``class MyConfig(PSSTrainingArguments, SFTConfig)``, with ``@dataclass`` or without.
 
     Raises:
-        ConfigurationError: An option is out of range; the message says what is allowed.
+        ConfigurationError: An option is out of range; the message lists the allowed values.
     """
 
-    # Not annotated, so that it is no field: set by the trainer that PSS is in.
+    # Without an annotation it is not a field. PSSCallback sets it.
     pss_is_heard = False
 
     pss_preset: Literal["anchored", "floor", "paper"] = field(
@@ -268,8 +270,8 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     pss_optim: Optional[OptimizerName] = field(  # noqa: UP045 (HfArgumentParser)
         default=None,
         metadata={
-            "help": "Train the weight matrices with muon or one of its family, everything else "
-            "with AdamW. Default: what --optim says, for everything."
+            "help": "Train the weight matrices with muon or one of its family, and everything else "
+            "with AdamW. Default: --optim for everything."
         },
     )
     pss_optim_args: dict[str, Any] | str | None = field(
@@ -283,9 +285,9 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     pss_lr_scale: Optional[float] = field(  # noqa: UP045 (HfArgumentParser)
         default=None,
         metadata={
-            "help": "Factor on every learning rate that is given. A resumed run obeys it, too: its "
-            "schedule goes on from the rates of this launch, times this. Default: the rates as "
-            "they are given, and after a resume those of the checkpoint, scaled or not."
+            "help": "Multiply all learning rates by this factor, also in a resumed run: its "
+            "schedule continues from this launch's rates times the factor. Default: the given "
+            "rates, and after a resume those of the checkpoint."
         },
     )
 
@@ -321,10 +323,9 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         return {name: value for name, value in given.items() if value is not None}
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Return the steps of warm-up, which a Trainer asks for when it builds its schedule.
+        """Return the steps of warm-up. A Trainer calls this when it builds its schedule.
 
-        A Trainer without PSS gives itself away by that: then one warning says which options have
-        no effect.
+        A Trainer without PSS is detected here, with one warning about options without effect.
         """
         if not self.pss_is_heard:
             self.pss_is_heard = True
@@ -349,7 +350,7 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         """Return the options of ``pss_optim``, checked.
 
         Raises:
-            ConfigurationError: An option that the optimizer has not, or none was chosen.
+            ConfigurationError: The optimizer has no such option, or none was chosen.
         """
         if self.pss_optim is None:
             if self.pss_optim_args:

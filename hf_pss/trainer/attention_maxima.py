@@ -1,7 +1,4 @@
-"""The largest attention logit of each head, measured where transformers computes attention.
-
-The largest attention logits of a training step, for the health monitor; it ends no run.
-"""
+"""The largest attention logit of each head, measured where transformers computes attention."""
 
 from __future__ import annotations
 
@@ -39,16 +36,16 @@ _FLASH = "flash"
 class AttentionMaxima:
     """Measures S_h = max q·k · scaling of each attention head, of queries and keys after rotation.
 
-    Over all positions that attend to each other; masked and padded ones do not count, and a bias,
-    a soft cap or sinks that attention adds are no part of it. Cross attention is told of padded
-    keys only: there queries of padded positions count. The model's own attention is called with
-    what it was given, so that its output is the same to the bit.
+    The maximum is over all positions that attend to each other, without masked and padded ones.
+    It excludes a bias, a soft cap or sinks that attention adds. In cross attention only padded keys
+    are known, so queries at padded positions count. The model's own attention gets its arguments
+    unchanged, so its output is the same to the bit.
 
-    Logits are computed once more, a bounded block at a time, in the type in which attention itself
-    multiplies, but float16 in float32: without its scaling q·k would overflow. They and the maxima
-    stay on the device. With `transformers.AttentionInterface` as the seam this works for eager,
-    SDPA and flash attention; under ``torch.compile`` each measurement breaks the graph. A forward
-    without gradients is no training step's and counts only with ``in_evaluation``.
+    The logits are computed again, a bounded block at a time, in attention's own dtype; float16 uses
+    float32, because the unscaled q·k would overflow. Logits and maxima stay on the device. The
+    class hooks into `transformers.AttentionInterface`, so it works for eager, SDPA and flash
+    attention. Under ``torch.compile`` each measurement breaks the graph. A forward pass without
+    gradients counts only with ``in_evaluation``.
 
     Use it as a health metric, too::
 
@@ -65,7 +62,7 @@ class AttentionMaxima:
         in_evaluation: Whether to measure in evaluation mode and without gradients, too.
 
     Attributes:
-        attentions: What is measured.
+        attentions: The measured attention modules.
 
     Raises:
         ConfigurationError: The heads of an attention module are not known, its queries or keys are
@@ -99,12 +96,12 @@ class AttentionMaxima:
         _active.add(self)
 
     def stop(self) -> None:
-        """Measure no longer; what was measured stays until it is taken."""
+        """Stop measuring. The maxima stay until they are taken."""
         _active.discard(self)
         _remove_unused()
 
     def forget(self) -> None:
-        """Forget what was measured on this rank, as after a step that was skipped."""
+        """Forget this rank's maxima, as after a skipped step."""
         self._maxima = [None] * len(self.attentions)
 
     def read(self) -> Mapping[str, Tensor]:
@@ -149,13 +146,13 @@ class AttentionMaxima:
     def see(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, *, name: str, options: Any
     ) -> None:
-        """Take note of one call of attention, if it is of this model.
+        """Measure one call of attention, if it belongs to this model.
 
         Raises:
             ConfigurationError: The call is of DataParallel, has other heads than the module, or has
                 a mask or packing that cannot be read.
         """
-        # What checkpointing recomputes has gradients, and is seen then.
+        # Gradient checkpointing recomputes the forward pass with gradients, and counts then.
         if not (self._in_evaluation or (module.training and torch.is_grad_enabled())):
             return
         place = self._places.get(module)
@@ -199,12 +196,12 @@ class MeasureAttention(TrainerCallback):
         self._maxima = maxima
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start, with nothing of a run that broke off."""
+        """Start without maxima of an aborted run."""
         self._maxima.forget()
         self._maxima.start()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget a step whose update a GradScaler skipped: nobody took its maxima."""
+        """Forget a step whose update a GradScaler skipped, because its maxima were not taken."""
         self._maxima.forget()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -212,7 +209,7 @@ class MeasureAttention(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Stop, also where a run ends by an exception, of which callbacks are not told."""
+        """Stop, also after an exception, when the Trainer calls no callback."""
         self._maxima.stop()
 
 
@@ -300,9 +297,8 @@ def _packed(query: Tensor, options: Any) -> Tensor | None:
 def _as_masked(mask: Tensor, *, is_cross: bool) -> Counted:
     """Return what a mask lets count: (batch, 1 or heads, queries or 1, keys), bool or additive.
 
-    Such a mask hides padded keys and leaves the queries at these positions in, whose outputs nobody
-    reads. Where queries and keys are of one sequence they are told by the diagonal: what is real
-    sees itself.
+    Such a mask hides padded keys but not the queries at the same positions. In self-attention these
+    queries are found on the diagonal, where only real positions see themselves.
     """
     num_queries, num_keys = mask.shape[-2:]
 
@@ -366,10 +362,10 @@ _own_get_interface: Callable[..., Attention] | None = None
 
 
 def _install() -> None:
-    """Put ourselves behind every attention that a model asks the interface for.
+    """Wrap every attention function that a model gets from the interface.
 
-    A name of our own in ``config._attn_implementation`` would not do: models compare that name,
-    choose masks by it and keep their eager attention to themselves.
+    Another name in ``config._attn_implementation`` would not work: models compare that name, choose
+    masks by it and do not register their eager attention.
     """
     global _own_get_interface
     if _own_get_interface is not None:

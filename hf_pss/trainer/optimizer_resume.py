@@ -1,4 +1,4 @@
-"""A checkpoint whose optimizer is of another kind: what is taken from it, and what is not."""
+"""Resume from the checkpoint of another kind of optimizer: compare kinds, move the schedule."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from hf_pss.optim.layout import is_by_head
 __all__ = ["Kind", "kind_of", "move_to_", "saved_kind"]
 
 Kind: TypeAlias = tuple[str | None, ...]
-"""What moves each parameter group, how many parameters, and in how many parts; None where no rules
-are known."""
+"""For each parameter group its rule, its number of parameters and of parts; None without a rule."""
 
 # Of accelerate and transformers: one process and DDP; FSDP2 with full, with sharded state.
 _WHOLE = ("optimizer.pt", "optimizer.bin")
@@ -40,7 +39,7 @@ def _kind_of_group(group: Mapping[str, Any]) -> str | None:
     if algo is None:
         return None
     name = f"schedule-free {algo}" if "train_mode" in group else algo
-    # What a rule remembers is of matrices; a sharded checkpoint loses the empty tuple of one.
+    # A rule's state is per matrix. A sharded checkpoint loses the empty tuple of a vector.
     layouts = [layout for layout in group.get("layouts") or () if len(layout) > 1]
     num_parts = sum(len(parts) for _, parts in layouts)
     how = " by head" if any(map(is_by_head, layouts)) else ""
@@ -49,10 +48,10 @@ def _kind_of_group(group: Mapping[str, Any]) -> str | None:
 
 
 def saved_kind(checkpoint: Path) -> Kind | None:
-    """Return the kind of the optimizer that a checkpoint was written by; None if it holds none."""
+    """Return the kind of optimizer that wrote a checkpoint; None if it holds no state."""
     for name in _WHOLE:
         if (checkpoint / name).is_file():
-            # Mapped, so that the state itself is not read twice.
+            # Memory-mapped: only the groups are read.
             state = torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
             return kind_of(state["param_groups"])
     if (checkpoint / _SHARDED / ".metadata").is_file():
@@ -61,15 +60,15 @@ def saved_kind(checkpoint: Path) -> Kind | None:
 
 
 def move_to_(scheduler: Any, saved: Mapping[str, Any]) -> None:
-    """Put a schedule where another one was; the rates stay those of its own optimizer.
+    """Move a schedule to the step of a saved one; the rates stay those of its own optimizer.
 
     Args:
-        scheduler: Fresh, at step 0.
-        saved: The state dict of the other one, over other parameter groups.
+        scheduler: A new one, at step 0.
+        saved: The state dict of a schedule over other parameter groups.
     """
     state = {key: value for key, value in saved.items() if key not in _BY_GROUP}
     scheduler.__dict__.update(state)
-    if isinstance(scheduler, LambdaLR):  # all of transformers' but two
+    if isinstance(scheduler, LambdaLR):  # all schedules of transformers but two
         step = scheduler.last_epoch
         pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         rates = [base * curve(step) for base, curve in pairs]
@@ -85,8 +84,8 @@ def _sharded_kind(folder: Path) -> Kind:
     groups: list[dict[str, Any]] = [{} for _ in range(1 + max((i for i, _ in found), default=-1))]
     for i, name in found:
         if name in _TELLING:
-            groups[i][name] = None  # to be filled
-    with warnings.catch_warnings():  # of no_dist, which is meant: each rank reads a few words
+            groups[i][name] = None  # load() fills it
+    with warnings.catch_warnings():  # about no_dist, which is intended: each rank reads little
         warnings.simplefilter("ignore", UserWarning)
         load({"optimizer": {"param_groups": groups}}, storage_reader=reader, no_dist=True)
     return kind_of(groups)

@@ -45,10 +45,9 @@ class OptimizerMixin:
     It builds the optimizer that ``pss_optim`` names, and multiplies the schedule's rates by
     ``pss_lr_scale``.
 
-    The rule of a resume: an optimizer's state is loaded into an optimizer of the same kind. From a
-    checkpoint of another kind, AdamW's under Muon or the other way round, come weights, the
-    schedule's position and the place in the data, while momentum and second moments begin anew; a
-    warning says so, once.
+    An optimizer's state is loaded only into an optimizer of the same kind. From a checkpoint of
+    another kind (AdamW's under Muon, or the reverse) a resume takes the weights, the schedule's
+    position and the position in the data. Momentum and second moments start fresh, with a warning.
     """
 
     _step_loss: Tensor | None = None
@@ -73,7 +72,7 @@ class OptimizerMixin:
                 callback.stop()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the optimizer that was asked for, unless there is one."""
+        """Build the optimizer that ``pss_optim`` names, unless the trainer has one."""
         trainer: Any = self
         chosen = _chosen(trainer.args)
         if trainer.optimizer is None and chosen is not None:
@@ -129,19 +128,19 @@ class OptimizerMixin:
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a micro-batch, and let the optimizer have the step's loss where its rule asks."""
+        """Run a micro-batch, and give the optimizer the step's loss if its rule reads it."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
         if _chosen(trainer.args) in _READ_LOSSES:
             self._step_loss = loss.mean() + (0.0 if self._step_loss is None else self._step_loss)
             if trainer.accelerator.sync_gradients:
-                # The mean over ranks, or replicas would part; it stays on the device.
+                # The mean over ranks, because replicas must stay equal. It stays on the device.
                 mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")
                 unwrapped(trainer.optimizer).loss, self._step_loss = mean, None
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with what QK-clip did since the last training log; one device read then."""
+        """Log, with QK-clip's numbers since the last training log; one device read."""
         if self._qk_clip is not None and "loss" in logs:
             logs.update({f"pss/{k}": value for k, value in self._qk_clip.scalars().items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -160,7 +159,7 @@ class OptimizerMixin:
         _warn(
             self,
             "%s was written by %s, and this run trains with %s: weights, the schedule's position "
-            "and the place in the data go on, the optimizer's state begins anew.",
+            "and the position in the data are loaded, the optimizer's state starts fresh.",
             checkpoint,
             theirs,
             ours,
@@ -168,7 +167,7 @@ class OptimizerMixin:
 
 
 def refuse_two_optimizers(trainer: Trainer) -> None:
-    """Refuse what contradicts ``pss_optim``, before anything is trained.
+    """Refuse options that contradict ``pss_optim``, before the training begins.
 
     Raises:
         ConfigurationError: The trainer has another optimizer, or runs under DeepSpeed.
@@ -194,7 +193,7 @@ def refuse_two_optimizers(trainer: Trainer) -> None:
         raise ConfigurationError(
             f"pss_optim={chosen} needs matrices, and DeepSpeed hands an optimizer of ours flat "
             "one-dimensional pieces. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's "
-            "own Muon, whose gradient norm is blind to spikes."
+            "own Muon, whose reported gradient norm shows no spikes."
         )
 
 
@@ -208,7 +207,7 @@ def _build(
     names = {canonical_name(name) for name, _ in model.named_parameters()}
     options = arguments.optimizer_options()
     options.pop(QK_CLIP, None)
-    # A rule may insist on it; the scheduler brings the number.
+    # A rule may require it. create_scheduler sets the number.
     asks = arguments.pss_optim in RULES and "total_steps" in RULES[arguments.pss_optim].defaults
     unknown_yet = {"total_steps": 1} if asks and "total_steps" not in options else {}
     return build_optimizer(
@@ -229,8 +228,8 @@ def _meters(trainer: Any) -> list[MeasureAttention]:
 
 
 def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
-    """Let QK-clip follow each step where it was asked for."""
-    for callback in _meters(trainer):  # of an earlier optimizer, whose model it would keep alive
+    """Attach QK-clip to the optimizer if ``qk_clip`` was given."""
+    for callback in _meters(trainer):  # an earlier one would keep its model alive
         callback.stop()
         trainer.remove_callback(callback)
     threshold = trainer.args.optimizer_options().get(QK_CLIP)
@@ -256,10 +255,10 @@ def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
 
 
 def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:
-    """Set what options of the groups would otherwise ask of the user, unless the user said it."""
+    """Set the run's length in the parameter groups, unless the user gave it."""
     options = arguments.optimizer_options()
     num_warmup_steps = arguments.get_warmup_steps(num_steps)
-    # AMUSE's curve begins at its second step of warm-up.
+    # AMUSE's curve starts at the second step of warm-up.
     wanted = {
         "total_steps": num_steps,
         "warmup_steps": num_warmup_steps if num_warmup_steps > 1 else 0,
@@ -269,7 +268,7 @@ def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int
 
 
 def _set_total_steps_again_(trainer: Any, checkpoint: str, num_steps: int | None) -> None:
-    """Let the run's length be that of this run, which a checkpoint cannot know."""
+    """Set this run's length again, after a checkpoint has set its own."""
     wanted = trainer.args.optimizer_options().get("total_steps", num_steps)
     for group in trainer.optimizer.param_groups:
         before = group.get("total_steps", wanted)
@@ -278,8 +277,8 @@ def _set_total_steps_again_(trainer: Any, checkpoint: str, num_steps: int | None
         group["total_steps"] = wanted
         _warn(
             trainer,
-            "%s was written with total_steps=%s, and this run has %s: soft steps begin where this "
-            "number says.",
+            "%s was written with total_steps=%s, and this run has %s, which decides where the soft "
+            "steps begin.",
             checkpoint,
             before,
             wanted,
@@ -297,26 +296,26 @@ def _warn_of_two_schedules(trainer: Any) -> None:
     if trainer.args.pss_optim == "amuse" and kind not in _FLAT_SCHEDULES:
         _warn(
             trainer,
-            "amuse averages weights instead of lowering the learning rate, and lr_scheduler_type="
-            "%s lowers it besides; choose %s.",
+            "amuse averages weights instead of lowering the learning rate, but lr_scheduler_type="
+            "%s lowers it, too; choose %s.",
             kind,
             " or ".join(_FLAT_SCHEDULES),
         )
 
 
 def _warn_of_mismatch(trainer: Any, model: nn.Module, chosen: str) -> None:
-    """Warn where all of a model is tuned that may have been loaded; its name does not tell."""
+    """Warn if all weights of a model that may be pretrained are tuned."""
     source = getattr(model, "name_or_path", "")
     is_adapted = getattr(model, "peft_config", None) is not None
-    # A folder with a trainer's state is a run that goes on.
+    # A folder with a trainer's state is a run of our own.
     is_own_run = bool(source) and Path(source, "trainer_state.json").is_file()
     if source and not is_adapted and not is_own_run:
         _warn(
             trainer,
-            "%s tunes all weights of a model that was made from %s. If these are weights that Adam "
-            "trained: full fine-tuning with Muon disrupts what they know, while LoRA with Muon "
-            "does as well as with Adam (arXiv 2605.10468), so use LoRA, or leave pss_optim out. If "
-            "only the configuration is from there, all is well.",
+            "%s tunes all weights of a model that was made from %s. If Adam has trained these "
+            "weights, use LoRA or leave pss_optim out: full fine-tuning with Muon damages them, "
+            "while LoRA with Muon does as well as with Adam (arXiv 2605.10468). If only the "
+            "configuration is from there, ignore this.",
             chosen,
             source,
         )
@@ -327,30 +326,30 @@ def _other_kinds(trainer: Any, checkpoint: str | None) -> tuple[Kind, Kind] | No
     if checkpoint is None or trainer.is_deepspeed_enabled:
         return None
     if not Path(checkpoint, SCHEDULER_NAME).is_file():
-        return None  # nothing would be loaded
+        return None  # the Trainer loads nothing then
     theirs, ours = saved_kind(Path(checkpoint)), kind_of(trainer.optimizer.param_groups)
     if theirs is None or theirs == ours or not any((*theirs, *ours)):
-        return None  # of what knows no rules the Trainer's own loading is the judge
+        return None  # without rules the Trainer's own check decides
     return theirs, ours
 
 
 def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
-    """Warn where options were given anew: a state brings its own."""
+    """Warn if an option differs from the loaded state, which replaces it."""
     given = trainer.args.optimizer_options()
-    given.pop("total_steps", None)  # which is set again
-    given.pop(QK_CLIP, None)  # no part of a state: always this run's
+    given.pop("total_steps", None)  # `_set_total_steps_again_` sets it
+    given.pop(QK_CLIP, None)  # not part of a state
     if trainer.args.pss_lr_scale is not None:
-        given.pop("others_lr", None)  # rates are this run's, too
+        given.pop("others_lr", None)  # it scales this run's rates
     groups = trainer.optimizer.param_groups
     for name, value in given.items():
-        if name == "others_lr":  # what the schedule starts from
+        if name == "others_lr":  # the schedule starts from it
             loaded = [group.get("initial_lr") for group in groups if group["algo"] == ADAMW]
         else:
             loaded = [group[name] for group in groups if name in group]
         if any(_plain(one) != _plain(value) for one in loaded):
             _warn(
                 trainer,
-                "%s was written with %s=%s, and that goes on: %s in pss_optim_args has no effect.",
+                "%s was written with %s=%s, which stays in effect: %s in pss_optim_args has none.",
                 checkpoint,
                 name,
                 loaded[0],
@@ -364,4 +363,4 @@ def _plain(value: Any) -> Any:
 
 def _described(kind: Kind) -> str:
     rules = list(dict.fromkeys(rule for rule in kind if rule is not None))
-    return f"groups of {' and '.join(rules)}" if rules else "another optimizer than ours"
+    return f"groups of {' and '.join(rules)}" if rules else "an optimizer of another package"

@@ -15,7 +15,7 @@ __all__ = ["refuse_own_schedule", "scale_of", "schedule_in", "set_base_rates_"]
 
 
 def set_base_rates_(scheduler: Any, rates: Sequence[float]) -> list[float]:
-    """Let a schedule go on from other base rates, at the same place of its course.
+    """Give a schedule other base rates, and keep its position.
 
     Args:
         scheduler: A `LambdaLR`, as transformers builds them, or Accelerate's wrapper around one.

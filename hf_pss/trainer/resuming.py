@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what is said where there is none."""
+"""Choose the checkpoint that a run resumes from, and load an incomplete one on request."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ __all__ = ["checkpoint_to_resume", "load_what_is_there_", "newest_whole"]
 logger = logging.getLogger(__name__)
 
 _CHOICES = (
-    "The Trainer would begin the optimizer and the learning rate's schedule anew without a word. "
-    "Choose: another checkpoint; the missing file, from a backup; or missing_state='fresh' "
-    "(--pss_missing_state fresh) to go on from its weights with whatever of the two is readable."
+    "The Trainer would silently start the optimizer and the learning-rate schedule from their "
+    "initial state. Choose another checkpoint, restore the missing file from a backup, or use "
+    "missing_state='fresh' (--pss_missing_state fresh) to load the weights and the readable rest."
 )
 
 
 def checkpoint_to_resume(
     wanted: str | Path | bool | None, run_dir: Path, *, accepts_fresh: bool = False
 ) -> str | None:
-    """Return the folder to resume from; None where nothing is to be resumed.
+    """Return the folder to resume from; None if the run is not resumed.
 
     Args:
         wanted: As `Trainer.train` takes it: a folder, or True for the newest that is whole.
         run_dir: Where True looks.
-        accepts_fresh: Take one without the optimizer's or the schedule's state all the same.
+        accepts_fresh: Also accept a checkpoint without the optimizer's or the schedule's state.
 
     Raises:
-        StateError: There is none, or the one that was named is not whole.
+        StateError: There is no checkpoint, or the one that was named is incomplete.
     """
     if wanted is None or wanted is False:
         return None
@@ -53,72 +53,77 @@ def checkpoint_to_resume(
         if found.problem is not None:
             raise StateError(
                 f"Can't find a valid checkpoint at {wanted}: {found.problem}. Name another "
-                "checkpoint, or let resume_from_checkpoint=True find the newest that is valid."
+                "checkpoint, or use resume_from_checkpoint=True, which takes the newest valid one."
             )
         if found.lacks and not accepts_fresh:
-            raise StateError(f"{wanted} is not whole: {found.why_not}. {_CHOICES}")
+            raise StateError(f"{wanted} is incomplete: {found.why_not}. {_CHOICES}")
     if found.lacks:
-        logger.warning("%s: %s, and begins anew, as asked for.", found.path, found.why_not)
+        logger.warning(
+            "%s: %s. As requested, that part starts from its initial state.",
+            found.path,
+            found.why_not,
+        )
     if not found.is_marked:
         logger.warning(
-            "%s has no marker of PSS: a plain Trainer wrote it. Its files are readable and its "
-            "safetensors finite, as far as can be told without opening a pickle.",
+            "%s has no marker of PSS, so a plain Trainer wrote it. Its files are readable and its "
+            "safetensors are finite. Its pickles were not opened.",
             found.path,
         )
     return str(wanted if wanted is not True else found.path)
 
 
 def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
-    """Return the newest checkpoint to go on from, and log which newer ones were passed over.
+    """Return the newest checkpoint to resume from, and log which newer ones were skipped.
 
     Args:
         run_dir: Holds ``checkpoint-N`` folders.
         accepts_fresh: Also take one that lacks the optimizer's or the schedule's state.
 
     Raises:
-        StateError: There is none.
+        StateError: No checkpoint qualifies.
     """
     passed: list[Examination] = []
     for folder in reversed(checkpoints_by_step(run_dir)):
         found = examine(folder) if not is_superseded(folder) else _of_an_earlier_run(folder)
         if found.is_whole or (accepts_fresh and found.problem is None):
             for one in passed:
-                logger.warning("%s is passed over: %s.", one.path, one.why_not)
+                logger.warning("Skipping %s: %s.", one.path, one.why_not)
             return found
         passed.append(found)
     if not passed:
         raise StateError(f"No valid checkpoint found in output directory ({run_dir}).")
     listed = "; ".join(f"{one.path.name}: {one.why_not}" for one in passed)
-    advice = _CHOICES if any(one.problem is None for one in passed) else "Begin the run anew."
+    advice = _CHOICES if any(one.problem is None for one in passed) else "Start the run again."
     raise StateError(
         f"No valid checkpoint found in output directory ({run_dir}): {listed}. {advice}"
     )
 
 
 def _of_an_earlier_run(folder: Path) -> Examination:
-    why = "of an earlier run than the last one that saved here; name it to go on from it"
+    why = "an earlier run wrote it, and a later run has saved here; to resume it, pass its path"
     return Examination(folder, step_by_name(folder) or 0, is_marked=False, problem=why)
 
 
 def load_what_is_there_(
     optimizer: Any, scheduler: Any, checkpoint: Path, missing: Collection[str]
 ) -> None:
-    """Load what is readable of an optimizer's and a schedule's state; the rest begins anew.
+    """Load the readable part of an optimizer's and a schedule's state, and keep the rest fresh.
 
-    A schedule that is a function of the step, as most are, is put where the step says.
+    A schedule without a saved state moves to the checkpoint's step, because most schedules are
+    functions of the step.
 
     Args:
-        optimizer: As the Trainer has prepared it; not sharded, where its state is to be loaded.
-        scheduler: Fresh.
+        optimizer: As the Trainer has prepared it; not sharded if its state is loaded.
+        scheduler: In its initial state.
         checkpoint: The folder.
-        missing: Names of the files that are not there, or not readable.
+        missing: Names of the files that are missing or unreadable.
     """
     if "optimizer.pt" not in missing and (checkpoint / "optimizer.pt").is_file():
         optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
     if "scheduler.pt" not in missing:
         scheduler.load_state_dict(_load(checkpoint / "scheduler.pt"))
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate  # which the optimizer's state would have brought
+            group["lr"] = rate  # the optimizer's state would have set it
     else:
         step = recorded_step(checkpoint)
         move_to_(scheduler, {"last_epoch": step, "_step_count": step + 1})

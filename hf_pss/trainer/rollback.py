@@ -30,19 +30,19 @@ class RollbackMixin(SafeCheckpointsMixin):
     A failure is noticed by the `TrainingMonitor` among the trainer's callbacks, such as
     `PSSCallback`; and, with or without one, when a state that is to be saved is not finite.
 
-    ``rollback`` ends the Trainer's loop and calls its own ``train(resume_from_checkpoint=...)``:
-    weights, optimizer, schedule and random state are the checkpoint's. Steps count on from the
-    failure: the step number, the place in the data and the schedule move past the batches that led
-    there, so that a later resume, which reads all three from the step, is exact. The run takes so
-    many updates less. It costs a resume, loading and fast-forwarding the data, and a save: where it
-    goes on is saved at once, so that a crash does not undo it. To the other callbacks it is no end.
+    ``rollback`` ends the Trainer's loop and calls ``train(resume_from_checkpoint=...)`` again.
+    Weights, optimizer, schedule and random state are the checkpoint's. The step number, the
+    position in the data and the schedule move past the failed batches, so the run takes fewer
+    updates. A later resume reads all three from the step number, so it is exact. The new state is
+    saved at once. A rollback costs one resume, including the fast-forward through the data, and one
+    save. Callbacks get no ``on_train_end`` for it.
 
-    It goes back to its own checkpoints only: what it was resumed from, older ones beside that, and
-    what it has saved since. What else lies in the folder is another run's.
+    The run returns to its own checkpoints only: the one that it was resumed from, older ones beside
+    that, and those that it has saved. Other checkpoints in the folder belong to other runs.
 
-    An `IterableDataset` that is shorter than the run is read in several passes, of which the
-    Trainer keeps no count: after going back, as after any resume, the rest of one pass is passed
-    over, and the next one begins at its first row.
+    The Trainer does not count the passes through an `IterableDataset` that is shorter than the
+    run. After a rollback, as after any resume, the rest of the current pass is skipped, and the
+    next pass starts at the first row.
     """
 
     _failure: Failure | None = None
@@ -55,19 +55,18 @@ class RollbackMixin(SafeCheckpointsMixin):
     _is_to_be_settled = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; go back and on where interventions fail, if that was asked for.
+        """Train; roll back where interventions fail and ``on_failure`` is ``rollback``.
 
         Raises:
-            TrainingFailedError: Interventions failed, and ``on_failure`` is ``stop``, or
-                ``rollback`` after ``max_rollbacks`` of these, or under FSDP or DeepSpeed, where a
-                second train() cannot shard a second time. What was saved since they began to fail
-                is out of a resume's sight.
-            NonFiniteError: As before, where ``on_failure`` is ``smooth`` or there is no checkpoint
-                to go back to.
+            TrainingFailedError: Interventions failed, and ``on_failure`` is ``stop``; or it is
+                ``rollback`` and ``max_rollbacks`` were used up; or it is ``rollback`` under FSDP or
+                DeepSpeed, where a second train() cannot shard the model again. Checkpoints that
+                were saved after the failure began are moved aside, where no resume finds them.
+            NonFiniteError: ``on_failure`` is ``smooth``, or there is no checkpoint to return to.
         """
         self._last_target = self._skip_to = None
         self._lineage, self._is_to_be_settled = Lineage(), False
-        self._say_where_there_is_no_way_back(resume_from_checkpoint)
+        self._warn_if_impossible(resume_from_checkpoint)
         try:
             return self._train_and_go_back(resume_from_checkpoint, *args, **kwargs)
         except (NonFiniteError, TrainingFailedError):
@@ -103,15 +102,15 @@ class RollbackMixin(SafeCheckpointsMixin):
             monitor.before_training(is_rollback=is_rollback, may_repair=may_repair)
 
     def _clean_up_(self) -> None:
-        """Take away what the Trainer's loop takes away at its end only (transformers 5.23)."""
+        """Undo what the Trainer's loop undoes only at its regular end (transformers 5.23)."""
         trainer: Any = self
         trainer.is_in_train = False
         if (handle := getattr(trainer, "neftune_hook_handle", None)) is not None:
             handle.remove()
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():
-            with suppress(AssertionError):  # no loss was scaled yet
-                # The scale stays. What was unscaled in the last step would be refused in the next.
+            with suppress(AssertionError):  # raised if no loss was scaled yet
+                # Keep the scale, and forget that this step was unscaled: else the next one fails.
                 scaler.update(new_scale=scaler.get_scale())
         if (monitor := self._monitor()) is not None:
             monitor.abort_step()
@@ -126,7 +125,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._clean_up_()
         return TrainOutput(trainer.state.global_step, math.nan, {})
 
-    # ---- noticing ----
+    # ---- detecting a failure ----
 
     def _after_step(self) -> None:
         super()._after_step()
@@ -159,12 +158,12 @@ class RollbackMixin(SafeCheckpointsMixin):
         if self._ends_the_loop(failure):
             self._failure = failure
         else:
-            self._record(failure, Action.OBSERVE, "there is no whole checkpoint to go back to")
+            self._record(failure, Action.OBSERVE, "there is no complete checkpoint to return to")
 
     def _ends_the_loop(self, failure: Failure) -> bool:
-        """Whether to stop or to go back; smoothing goes on where going back was asked for in vain.
+        """Return whether this failure ends the loop. Without a checkpoint smoothing continues.
 
-        Where a backend cannot go back, the error names what a new process can go back to.
+        Where the backend cannot roll back, the run stops, and the error names the checkpoint.
         """
         if self._mode() == "stop" or self._backend_of_no_return() is not None:
             return True
@@ -183,10 +182,10 @@ class RollbackMixin(SafeCheckpointsMixin):
         )
 
     def _nonfinite_failure(self, error: NonFiniteError) -> Failure:
-        """Return the failure that a stop of the policy is; or raise it, where that is the answer.
+        """Turn the policy's stop into a failure to roll back from, or raise it again.
 
         Raises:
-            NonFiniteError: The error, where there is no going back.
+            NonFiniteError: The error, if a rollback is not possible.
         """
         monitor = self._monitor()
         if self._mode() != "rollback" or monitor is None:
@@ -195,7 +194,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             raise error
         step = monitor.step
         onset = min(step, self._onset_step() or step)
-        failure = Failure(onset, step, "the run was to stop at a step that was not finite")
+        failure = Failure(onset, step, "the run stopped at a step that was not finite")
         if self._target(failure) is None:
             raise error
         return failure
@@ -233,10 +232,10 @@ class RollbackMixin(SafeCheckpointsMixin):
     # ---- going back ----
 
     def _way_back(self, failure: Failure, cause: Exception | None, num_rollbacks: int) -> str:
-        """Return the checkpoint to go on from, everything prepared.
+        """Prepare a rollback, and return the checkpoint to resume from.
 
         Raises:
-            TrainingFailedError: There is no way back, or none is wanted.
+            TrainingFailedError: A rollback is impossible or not wanted.
         """
         trainer: Any = self
         mode, most = self._mode(), self.recovery_config().max_rollbacks
@@ -245,14 +244,14 @@ class RollbackMixin(SafeCheckpointsMixin):
             why = f"{failure.reason}"
             if mode == "rollback":
                 why += (
-                    f"; there is no going back under {backend}"
+                    f"; a rollback is not possible under {backend}"
                     if backend
                     else f", after {num_rollbacks} of at most {most} rollbacks"
                 )
             self._record(failure, Action.STOP, why)
             abandoned = self._abandon_after(target[0]) if target is not None else ""
             raise TrainingFailedError(
-                f"Stopped at step {failure.step}: {why}. Nothing was saved since it was noticed; "
+                f"Stopped at step {failure.step}: {why}. Nothing was saved after that; "
                 f"{_advice(target)}{abandoned}"
             ) from cause
         step, path = target
@@ -270,14 +269,14 @@ class RollbackMixin(SafeCheckpointsMixin):
         return path
 
     def _target(self, failure: Failure) -> tuple[int, str] | None:
-        """Return step and path of the newest whole checkpoint before the onset."""
+        """Return step and path of the newest complete checkpoint before the onset."""
 
         def look() -> tuple[int, str] | None:
             found = self._lineage.newest_before(failure.onset_step)
             if found is None:
                 return None
             if found.step in (self._last_target, self._skip_to):
-                # What it led to has failed: farther back, where there is something.
+                # The last rollback went there and failed again: take an older one if there is.
                 found = self._lineage.newest_before(self._last_target or 0) or found
             return found.step, str(found.path)
 
@@ -302,9 +301,9 @@ class RollbackMixin(SafeCheckpointsMixin):
             return
         scheduler = self.lr_scheduler  # type: ignore[attr-defined]
         if "metrics" in inspect.signature(scheduler.step).parameters:
-            return  # it goes by evaluations
+            return  # ReduceLROnPlateau counts evaluations, not steps
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of steps without an update, which are meant
+            warnings.simplefilter("ignore")  # about steps without an update, which are intended
             for _ in range(self._skip_to - self._last_target):
                 scheduler.step()
 
@@ -313,14 +312,14 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._settle(trial)
 
     def _settle(self, trial: Any) -> None:
-        """Save, once, where the run goes on after going back: nothing of it is in a file yet."""
+        """Save once after a rollback: the state at the new step is in no file yet."""
         trainer: Any = self
         if not self._is_to_be_settled:
             return
         self._is_to_be_settled = False
         if trainer.args.save_strategy == SaveStrategy.NO:
             return
-        # As it will be after the fast-forward, where the Trainer loads it once more.
+        # The Trainer loads this random state again after the fast-forward.
         trainer._load_rng_state(str(self._lineage.folders[-1]))
         before = self._lineage
         trainer._save_checkpoint(trainer.model_wrapped, trial)
@@ -335,15 +334,17 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._lineage = self._lineage.with_saved(folder)
 
     def _onset_step(self) -> int | None:
-        """Return when what is under watch began; None in a run that is well."""
+        """Return the step at which a suspected failure began; None in a healthy run."""
         watched = self._failure_watch.onset_step if self._failure_watch is not None else None
         began = [step for step in (watched, self._nonfinite_since) if step is not None]
         return min(began, default=None)
 
     def _wanted_checkpoints(self) -> set[str]:
-        """Keep the one to go back to while something is under watch."""
+        """Keep the checkpoint to return to while a failure is suspected."""
         trainer: Any = self
-        if trainer.state.global_step == self._skip_to:  # a copy of an older one pushes none out
+        if (
+            trainer.state.global_step == self._skip_to
+        ):  # the save after a rollback removes no older one
             return self._lineage.names
         onset = self._onset_step()
         if self._failure_watch is None or onset is None:
@@ -352,16 +353,16 @@ class RollbackMixin(SafeCheckpointsMixin):
         return set() if before is None else {before}
 
     def _abandon_after(self, step: int) -> str:
-        """Take this run's later checkpoints out of sight, and return the sentence for it."""
+        """Move this run's later checkpoints aside, and return a sentence about it."""
         trainer: Any = self
         run_dir = Path(trainer.args.output_dir)
         before, self._lineage = self._lineage, self._lineage.up_to(step)
         later = [path for path in before.folders if path not in self._lineage.folders]
         has_moved = trainer.args.should_save and abandon(run_dir, later)
         self._wait()
-        return f" What was saved after it lies in {run_dir / ABANDONED}." if has_moved else ""
+        return f" Later checkpoints were moved to {run_dir / ABANDONED}." if has_moved else ""
 
-    # ---- saying so ----
+    # ---- records ----
 
     def _record(
         self,
@@ -392,26 +393,26 @@ class RollbackMixin(SafeCheckpointsMixin):
         if kind is EventKind.FAILURE and trainer.is_world_process_zero():
             logger.warning("Step %d, %s: %s.", failure.step, decision.value, reason)
 
-    def _say_where_there_is_no_way_back(self, resume: Any) -> None:
+    def _warn_if_impossible(self, resume: Any) -> None:
         trainer: Any = self
         if self._mode() != "rollback" or not trainer.is_world_process_zero():
             return
         if (backend := self._backend_of_no_return()) is not None:
             logger.warning(
-                "on_failure='rollback' cannot go back under %s, where a second train() cannot "
-                "shard a second time: a failure is an error that names the checkpoint, as with "
-                "'stop'. Resume from that in a new process.",
+                "on_failure='rollback' is not possible under %s, where a second train() cannot "
+                "shard the model again. A failure stops the run, as with 'stop', and names the "
+                "checkpoint. Resume from that in a new process.",
                 backend,
             )
         elif not resume and (saves := _why_nothing_to_go_back_to(trainer.args)) is not None:
             logger.warning(
-                "on_failure='rollback' can never go back in this run: %s. Smoothing goes on where "
-                "interventions fail.",
+                "on_failure='rollback' has no effect in this run: %s. If interventions fail, "
+                "smoothing continues.",
                 saves,
             )
 
     def _backend_of_no_return(self) -> str | None:
-        """Name what cannot train twice in one process; None where nothing is in the way."""
+        """Return the backend that cannot train twice in one process; None if there is none."""
         trainer: Any = self
         if trainer.is_deepspeed_enabled:
             return "DeepSpeed"
@@ -423,10 +424,10 @@ class RollbackMixin(SafeCheckpointsMixin):
 
 def _advice(target: tuple[int, str] | None) -> str:
     if target is None:
-        return "there is no checkpoint from before: begin anew, with a lower learning rate."
+        return "there is no earlier checkpoint: start again with a lower learning rate."
     return (
-        f"resume from {target[1]}, the last from before, with a lower learning rate or behind "
-        "these batches."
+        f"resume from {target[1]}, the last earlier one, with a lower learning rate or after these "
+        "batches."
     )
 
 
@@ -434,5 +435,5 @@ def _why_nothing_to_go_back_to(args: Any) -> str | None:
     if args.save_strategy == SaveStrategy.NO:
         return "save_strategy='no' saves nothing"
     if args.save_only_model:
-        return "save_only_model=True saves no optimizer, and without it no checkpoint is whole"
+        return "save_only_model=True saves no optimizer, so no checkpoint is complete"
     return None

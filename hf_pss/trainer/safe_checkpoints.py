@@ -1,7 +1,4 @@
-"""Whether what would be saved is finite: found out on the device, one read back.
-
-Checkpoints of a Trainer that are written whole or not at all, and resumed only when whole.
-"""
+"""SafeCheckpointsMixin: a Trainer's checkpoints are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from hf_pss.runs.durable import STAGING, move_into_place, sync_tree
 from hf_pss.runs.rotation import claim_, rotate, supersede_later_
 from hf_pss.trainer.recovery import RecoveryArguments, RecoveryConfig
 from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_
-from hf_pss.trainer.stop_signals import StopWish, leave
+from hf_pss.trainer.stop_signals import DelayedSignals, leave
 
 __all__ = ["SafeCheckpointsMixin", "first_nonfinite"]
 
@@ -36,14 +33,14 @@ logger = logging.getLogger(__name__)
 def first_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
     """Return the name of the first tensor that holds NaN or inf; None where all are finite.
 
-    Trained weights and the optimizer's state must be finite. Buffers that are saved may hold inf,
-    as masks do, but no NaN. Frozen weights are as they were loaded and are not read.
+    Trained weights and the optimizer's state must be finite. Saved buffers may hold inf, as masks
+    do, but not NaN. Frozen weights have not changed since they were loaded, so they are not read.
 
-    Cost: one read of weights and state by the device, one of a bool each by the host.
+    Cost: the device reads weights and state once, and the host reads one bool for each tensor.
 
     Args:
-        model: What is trained; of a sharded one, what this rank keeps.
-        optimizer: Wrapped or not; None where its state is not saved.
+        model: The model in training. On a sharded model only this rank's part is read.
+        optimizer: Wrapped or not; None if its state is not saved.
     """
     named = list(_tensors(model, optimizer))
     if not named:
@@ -57,7 +54,7 @@ def first_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    """Return max |x| as float32; NaN where there is one. No copy of the tensor is made."""
+    """Return max |x| as float32, or NaN if there is one, without a copy of the tensor."""
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
     largest: Tensor = torch.linalg.vector_norm(tensor, torch.inf).float()
@@ -65,12 +62,12 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield names, tensors, and whether these may hold inf."""
+    """Yield each tensor with its name and whether it may hold inf."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
         if parameter.requires_grad:
-            # DeepSpeed ZeRO-3 leaves an empty shell and keeps its share here.
+            # DeepSpeed ZeRO-3 empties the parameter and keeps this rank's part in ds_tensor.
             yield from _readable(name, getattr(parameter, "ds_tensor", parameter), may_be_inf=False)
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
@@ -79,13 +76,13 @@ def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor, bo
     for parameter, state in _state_of(optimizer).items():
         owner = names.get(id(parameter), "a parameter")
         for name, value in state.items():
-            # Those without a dimension are counters.
+            # Scalars are step counters.
             if isinstance(value, Tensor) and value.dim() > 0:
                 yield from _readable(f"{name} of {owner}", value, may_be_inf=False)
 
 
 def _state_of(optimizer: Any) -> dict[Any, dict[str, Any]]:
-    """Return the state of the innermost optimizer: Accelerate's and DeepSpeed's wrap it."""
+    """Return the state of the optimizer inside Accelerate's and DeepSpeed's wrappers."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     state: dict[Any, dict[str, Any]] = getattr(optimizer, "state", {})
@@ -93,42 +90,56 @@ def _state_of(optimizer: Any) -> dict[Any, dict[str, Any]]:
 
 
 def _readable(name: str, tensor: Any, *, may_be_inf: bool) -> Iterator[tuple[str, Tensor, bool]]:
-    local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor: no collective, this rank's own
-    # Eight-bit floats are quantised storage, which nothing trains directly.
+    local = getattr(
+        tensor, "_local_tensor", tensor
+    )  # a DTensor: this rank's part, without a collective
+    # Eight-bit floats store quantised weights. They are not trained directly.
     if local.is_floating_point() and local.element_size() > 1:
         yield name, local.detach(), may_be_inf
 
 
-# Of several ranks one alone may have been told to stop, and asking the others costs a collective.
+# One rank alone may receive the signal. The ranks agree by a collective, so not in each step.
 _AGREE_EVERY_STEPS = 5
-# One save may fail for want of space that others free again; this many in a row are no accident.
+# A full disk may have space again at the next save. This many failures in a row are an error.
 _ALARMING_FAILURES = 3
 
 
 class _NotSavedError(Exception):
-    """Ends the Trainer's `_maybe_log_save_evaluate` where there is no save to tell others of."""
+    """Leaves the Trainer's `_maybe_log_save_evaluate` before it calls ``on_save``."""
 
 
 class SafeCheckpointsMixin:
     """Mixin, left of a Trainer class: every checkpoint is complete and finite, or does not exist.
 
-    - A save goes into a folder beside its target, is brought to the disk, gets its marker, and only
-      then its name. What fails on the way is a warning: the run and its older checkpoints go on.
-    - Weights or optimizer state that are not finite are not saved. Under another name they would
-      take space and nobody could go on from them.
-    - Nobody is told (`on_save`) of a save that did not happen, nor is its step the best.
-    - `save_total_limit` removes by step number, never by the clock, and never what was just saved.
-      What another run has left behind of later steps goes first, and is not resumed.
-    - ``resume_from_checkpoint=True`` takes the newest whole one. One that was named and is not
-      whole is refused.
-    - SIGTERM and SIGINT save at the end of the step and leave with 128 + n, unless
-      ``save_strategy`` is ``no``. Nothing is evaluated or removed on the way out.
+    - A save is written to a staging folder, flushed to the disk and marked as complete. Only then
+      it gets its name. If writing fails, the mixin logs a warning and training continues with the
+      older checkpoints.
+    - Weights or optimizer state that are not finite are not saved.
+    - If a save did not happen, ``on_save`` is not called and its step does not become the best.
+    - `save_total_limit` removes checkpoints by step number, not by time, and never the newest one.
+      Checkpoints that an earlier run left with later step numbers are removed first and are not
+      resumed.
+    - ``resume_from_checkpoint=True`` takes the newest complete checkpoint. A checkpoint that you
+      name is refused if it is incomplete.
+    - After SIGTERM or SIGINT the trainer saves at the end of the step and exits with 128 + n,
+      unless ``save_strategy`` is ``no``. It skips evaluation and removes nothing.
+
+    The mixin does not need PSS::
+
+        class SafeTrainer(SafeCheckpointsMixin, Trainer):
+            pass
+
+    Args:
+        args: Whatever the Trainer takes.
+        recovery: The options. None takes them from the training arguments where these have them,
+            and the defaults otherwise.
+        kwargs: Whatever the Trainer takes.
     """
 
     recovery: RecoveryConfig | None = None
     """The options; None takes them from the training arguments, or their defaults."""
     _staging: Path | None = None
-    _wish: StopWish | None = None
+    _signals: DelayedSignals | None = None
     _agreed_signum = 0
     _finite_step: int | None = None
     _held_back_push: str | None = None
@@ -186,13 +197,13 @@ class SafeCheckpointsMixin:
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; a checkpoint is judged before anything of it is loaded.
+        """Train; a checkpoint is checked before any of it is loaded.
 
         Raises:
-            StateError: There is no checkpoint to go on from, or the one that was named lacks
-                something; the message says what the choices are.
+            StateError: There is no checkpoint to resume from, or the one that you named is
+                incomplete. The message lists the choices.
             KeyboardInterrupt: After a SIGINT, once the step is saved.
-            SystemExit: After a SIGTERM, likewise, with 143.
+            SystemExit: After a SIGTERM, once the step is saved, with code 143.
         """
         trainer: Any = self
         if not self._is_on():
@@ -212,13 +223,13 @@ class SafeCheckpointsMixin:
         self._finite_step, self._agreed_signum = None, 0
         self._last_saved_step, self._num_failed_saves = None, 0
         try:
-            with StopWish(_heeded(trainer.args)) as self._wish:
-                # Somebody's override of train() may take nothing.
+            with DelayedSignals(_signals_to_delay(trainer.args)) as self._signals:
+                # An override of train() may take no arguments.
                 given = (resume, *args) if resume is not None or args else ()
                 result = super().train(*given, **kwargs)  # type: ignore[misc]
-                signum = self._agreed_signum or self._agree_on(self._wish.signum)
+                signum = self._agreed_signum or self._agree_on(self._signals.signum)
         finally:
-            self._wish = None
+            self._signals = None
         if signum:
             leave(signum)
         return result
@@ -231,22 +242,22 @@ class SafeCheckpointsMixin:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         elif has_optimizer and not Path(checkpoint, "optimizer.pt").is_file():
             raise StateError(
-                f"{checkpoint} has an FSDP optimizer's state without scheduler.pt, which can only "
-                "be loaded together. Name another checkpoint; or move optimizer.bin (optimizer_0) "
-                "away, and missing_state='fresh' begins both anew."
+                f"{checkpoint} has an FSDP optimizer's state without scheduler.pt, and the Trainer "
+                "loads both or none. Name another checkpoint, or move optimizer.bin (optimizer_0) "
+                "away and use missing_state='fresh', which starts both from their initial state."
             )
-        else:  # where one of the two is missing the Trainer would load neither
+        else:  # the Trainer loads neither if one of the two is missing
             load_what_is_there_(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint), missing)
         self._after_loading(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         args = self.args  # type: ignore[attr-defined]
         own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-        if own not in self._missing_state(checkpoint):  # it was said when the resume began
+        if own not in self._missing_state(checkpoint):  # logged when the resume began
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _missing_state(self, checkpoint: str | None) -> frozenset[str]:
-        """Return the files that are to begin anew, as asked for; without that they are an error."""
+        """Return the files whose state starts fresh because the user asked for that."""
         if checkpoint is None or not self._accepts_fresh():
             return frozenset()
         return frozenset(unfit_state(Path(checkpoint)))
@@ -258,7 +269,7 @@ class SafeCheckpointsMixin:
         trainer: Any = self
         self._before_epoch(kwargs.get("trial"))
         if self._is_on() and 0 < trainer.state.max_steps <= trainer.state.global_step:
-            # Resumed at its end: the Trainer would take one step more (transformers 5.23).
+            # A run resumed at its last step: the Trainer would take one more (transformers 5.23).
             trainer.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
@@ -272,9 +283,9 @@ class SafeCheckpointsMixin:
         if self._is_to_stop():
             control.should_save = control.should_training_stop = True
         elif self._agreed_signum:
-            control.should_save = False  # the epoch's end: the step is saved
+            control.should_save = False  # at the epoch's end, when the step is saved already
         if self._agreed_signum:
-            control.should_evaluate = False  # what time is left is for the save
+            control.should_evaluate = False  # a signal leaves time for the save only
         self._before_saving()
         if not self._is_on():
             super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
@@ -291,21 +302,21 @@ class SafeCheckpointsMixin:
             control.should_save, is_refused = False, True
         finally:
             self._is_in_step = False
-        if is_refused:  # what is not there is not the best
+        if is_refused:  # a checkpoint that was not saved must not become best_model_checkpoint
             state.best_metric, state.best_global_step = best
 
     def _is_to_stop(self) -> bool:
         state = self.state  # type: ignore[attr-defined]
-        if self._wish is None or self._agreed_signum:
+        if self._signals is None or self._agreed_signum:
             return False
         is_between = state.global_step % _AGREE_EVERY_STEPS and state.global_step < state.max_steps
         if is_between and self.args.world_size > 1:  # type: ignore[attr-defined]
             return False
-        self._agreed_signum = self._agree_on(self._wish.signum)
+        self._agreed_signum = self._agree_on(self._signals.signum)
         return self._agreed_signum != 0
 
     def _agree_on(self, signum: int) -> int:
-        """Return the signal that any rank was sent; 0 for none. Every rank must ask."""
+        """Return the signal that any rank has received; 0 for none. Every rank must call this."""
         trainer: Any = self
         if trainer.args.world_size <= 1:
             return signum
@@ -318,8 +329,8 @@ class SafeCheckpointsMixin:
         state = self.state  # type: ignore[attr-defined]
         best = state.best_model_checkpoint
         if self._agreed_signum:
-            # With a limit of one the Trainer would load the best and remove all others: also what
-            # the signal has just saved.
+            # With save_total_limit=1 the Trainer would load the best checkpoint and remove all
+            # others, among them the one that was saved after the signal.
             state.best_model_checkpoint = None
         result = super()._finalize_training(trial, *args, **kwargs)  # type: ignore[misc]
         state.best_model_checkpoint = best
@@ -328,14 +339,14 @@ class SafeCheckpointsMixin:
     # ---- saving ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Of every method of the Trainer that `_save_checkpoint` calls this one alone says where.
+        # `_save_checkpoint` asks this method alone for its folder.
         own: str = super()._get_output_dir(trial)  # type: ignore[misc]
         return own if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-        else:  # an upload in the background would read what is about to be renamed
+        else:  # a background upload would read a folder that is about to be renamed
             self._held_back_push = Path(checkpoint_folder).name
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -362,9 +373,9 @@ class SafeCheckpointsMixin:
             self._publish(staging / name, run_dir)
         except (OSError, SafetensorError, RuntimeError) as error:
             if trainer.args.world_size > 1 or not _is_of_the_disk(error):
-                raise  # other ranks wait in the middle of this: they end together
-            shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the space
-            trainer.state.best_model_checkpoint = best  # the Trainer has named the staging folder
+                raise  # other ranks wait inside the save, so all end together
+            shutil.rmtree(staging, ignore_errors=True)  # free the space
+            trainer.state.best_model_checkpoint = best  # the Trainer has set the staging folder
             self._note_failed_save(Path(run_dir, name), error)
             self._leave_unsaved()
             return
@@ -372,7 +383,7 @@ class SafeCheckpointsMixin:
             self._staging = None
         self._wait()
         if trainer.args.local_process_index == 0 and (staging / name).is_dir():
-            # A node with a disk of its own: its ranks' random states lie there, nothing else.
+            # On a node with its own disk this folder holds only its ranks' random states.
             move_into_place(staging / name, Path(run_dir, name))
         self._last_saved_step, self._num_failed_saves = trainer.state.global_step, 0
         self._push_held_back(Path(run_dir))
@@ -386,10 +397,10 @@ class SafeCheckpointsMixin:
         try:
             super()._push_from_checkpoint(str(folder))  # type: ignore[misc]
         except (OSError, SafetensorError) as error:
-            logger.warning("%s is saved, and could not be prepared for the Hub: %s.", folder, error)
+            logger.warning("%s is saved, but could not be prepared for the Hub: %s.", folder, error)
 
     def _leave_unsaved(self) -> None:
-        """Keep the Trainer from telling its callbacks of a save, where it would."""
+        """Keep the Trainer from calling ``on_save`` for a save that did not happen."""
         if self._is_in_step:
             raise _NotSavedError
 
@@ -409,9 +420,9 @@ class SafeCheckpointsMixin:
         self._on_saved(Path(run_dir, staged.name))
 
     def _broken(self) -> str | None:
-        """Name what is not finite in the present state; None, on all ranks, where it may be saved.
+        """Return the name of a tensor that is not finite; None, on all ranks, if there is none.
 
-        Asked twice in a step, it looks once.
+        The state is read once a step.
         """
         trainer: Any = self
         step = trainer.state.global_step
@@ -422,7 +433,7 @@ class SafeCheckpointsMixin:
         if trainer.args.world_size > 1:
             mine = torch.tensor([float(broken is not None)], device=trainer.args.device)
             if bool(trainer.accelerator.gather(mine).max() > 0):
-                return broken or "what another rank holds"
+                return broken or "a tensor of another rank"
         if broken is None:
             self._finite_step = step
         return broken
@@ -431,7 +442,7 @@ class SafeCheckpointsMixin:
         trainer: Any = self
         if trainer.is_world_process_zero():
             logger.warning(
-                "Step %d is not saved: %s is not finite. Earlier checkpoints are as they were.",
+                "Step %d is not saved: %s is not finite. Earlier checkpoints are unchanged.",
                 trainer.state.global_step,
                 broken,
             )
@@ -444,8 +455,7 @@ class SafeCheckpointsMixin:
         since = f"no save since step {last}" if last is not None else "no save in this run so far"
         logger.log(
             logging.ERROR if is_alarming else logging.WARNING,
-            "%s could not be written: %s. %sTraining goes on; earlier checkpoints are as they "
-            "were.",
+            "%s could not be written: %s. %sTraining continues; earlier checkpoints are unchanged.",
             folder,
             error,
             f"That is {self._num_failed_saves} in a row, {since}. " if is_alarming else "",
@@ -453,7 +463,7 @@ class SafeCheckpointsMixin:
         self._on_save_failed(folder, error)
 
     def _rotate(self, run_dir: Path, *, just_saved: str) -> None:
-        """Remove what `save_total_limit` allows; never what was just saved, nor the best."""
+        """Apply `save_total_limit`, but keep the newest and the best checkpoint."""
         trainer: Any = self
         best, step = trainer.state.best_model_checkpoint, trainer.state.global_step
         kept = {just_saved, *self._wanted_checkpoints(), Path(best).name if best else just_saved}
@@ -468,7 +478,7 @@ class SafeCheckpointsMixin:
             trainer.accelerator.wait_for_everyone()
 
     def _agreed(self, decide: Any) -> Any:
-        """Return what the first rank decides, or raise on every rank what it raises there."""
+        """Return the first rank's decision on every rank, or raise its error on every rank."""
         trainer: Any = self
         if trainer.args.world_size <= 1:
             return decide()
@@ -478,7 +488,7 @@ class SafeCheckpointsMixin:
         if trainer.args.process_index == 0:
             try:
                 outcome = [decide()]
-            except Exception as error:  # for the others
+            except Exception as error:  # raised on every rank below
                 outcome = [error]
         broadcast_object_list(outcome)
         if isinstance(outcome[0], Exception):
@@ -487,7 +497,7 @@ class SafeCheckpointsMixin:
 
 
 def _point_at_best_(state: TrainerState, run_dir: str) -> None:
-    """Name the best checkpoint as the Trainer does, which has looked in the staging folder."""
+    """Set ``best_model_checkpoint``; the Trainer looked for it in the staging folder."""
     if not state.best_global_step:
         return
     best = os.path.join(run_dir, f"checkpoint-{state.best_global_step}")
@@ -496,7 +506,7 @@ def _point_at_best_(state: TrainerState, run_dir: str) -> None:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Tell whether a write failed; torch says so with a RuntimeError of its archive writer."""
+    """Return whether a write failed; torch's archive writer raises RuntimeError for that."""
     if isinstance(error, RuntimeError):
         return any(
             word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")
@@ -504,18 +514,18 @@ def _is_of_the_disk(error: Exception) -> bool:
     return True
 
 
-def _heeded(arguments: Any) -> tuple[signal.Signals, ...]:
-    """Return the signals that save: none where nothing is saved, and not what others heed."""
+def _signals_to_delay(arguments: Any) -> tuple[signal.Signals, ...]:
+    """Return the signals that cause a save: none without saves, nor those of transformers."""
     strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
     if strategy == "no":
         return ()
-    if getattr(arguments, "enable_jit_checkpoint", False):  # transformers' own, for SIGTERM
+    if getattr(arguments, "enable_jit_checkpoint", False):  # transformers itself handles SIGTERM
         return (signal.SIGINT,)
     return (signal.SIGTERM, signal.SIGINT)
 
 
 def _tidy(run_dir: Path) -> None:
-    """Finish or remove what a killed process left behind in the middle of a save."""
+    """Finish or remove a save that a killed process has left in the staging folder."""
     staging = run_dir / STAGING
     if not staging.is_dir():
         return
@@ -523,10 +533,10 @@ def _tidy(run_dir: Path) -> None:
         for staged in checkpoints_by_step(staging):
             found = examine(staged)
             if found.is_marked and found.problem is None:
-                logger.warning("%s was saved in full before a crash; it is kept.", staged.name)
+                logger.warning("%s was complete when the process died; it is kept.", staged.name)
                 move_into_place(staged, run_dir / staged.name)
                 return
-        logger.warning("Removing %s: a crash ended the save that wrote it.", staging)
+        logger.warning("Removing %s: the process died while it wrote this save.", staging)
         shutil.rmtree(staging)
     except OSError as error:
         logger.warning("Cannot tidy %s: %s.", staging, error)

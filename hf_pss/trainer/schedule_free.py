@@ -55,7 +55,7 @@ class BackToTraining(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Go back to training before the Trainer's own `training_step` does."""
+        """Return to the training sequence before the Trainer's `training_step` does."""
         if (switched := schedule_free(optimizer)) is not None:
             _forget_gathered_(model)
             switched.train()
@@ -76,14 +76,16 @@ class BackToTraining(TrainerCallback):
 class ScheduleFreeCallback(BackToTraining):
     """Puts the averaged weights into the model before they are saved, and at the end.
 
-    The Trainer itself calls ``optimizer.train()`` in each training step and ``optimizer.eval()``
-    before each evaluation, but not before a save: its checkpoints hold the point of the next
-    gradient, unless an evaluation came just before. It also loads the best checkpoint into whatever
-    sequence the parameters hold, which must be the averaged one by then. And FSDP2's root would use
-    what was gathered for an evaluation, the averaged weights, for the next gradient.
+    The Trainer calls ``optimizer.train()`` in each training step and ``optimizer.eval()`` before
+    each evaluation, but not before a save. Without this callback
 
-    Add it last: it sees a save that another callback has asked for only if that was before. Any
-    optimizer with ``train`` and ``eval`` is switched; with others it does nothing.
+    - checkpoints hold the training sequence, unless an evaluation came directly before;
+    - the best checkpoint is loaded into the training sequence;
+    - FSDP2's root module uses the averaged weights, gathered for an evaluation, for the next
+      gradient.
+
+    Add it last, because it sees only the saves that earlier callbacks have requested. It switches
+    any optimizer with ``train`` and ``eval`` and does nothing with others.
     """
 
     def on_step_end(
@@ -94,7 +96,7 @@ class ScheduleFreeCallback(BackToTraining):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Leave training where the weights are to be used before the next step."""
+        """Switch to the averaged weights if they are used before the next step."""
         leave_training(optimizer, control)
 
     def on_epoch_end(
@@ -105,12 +107,12 @@ class ScheduleFreeCallback(BackToTraining):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Do the same where an epoch's end asks for it."""
+        """Do the same at the end of an epoch."""
         leave_training(optimizer, control)
 
 
 def _forget_gathered_(model: nn.Module | None) -> None:
-    """Let FSDP2 gather anew: after an evaluation the root keeps its parameters as they were."""
+    """Let FSDP2 gather again: after an evaluation its root module keeps the gathered weights."""
     for module in model.modules() if model is not None else ():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop at the end of the step: saved first, then 128 + n."""
+"""Delay SIGTERM and SIGINT to the end of a step, so that it can be saved; exit with 128 + n."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-__all__ = ["StopWish", "leave"]
+__all__ = ["DelayedSignals", "leave"]
 
 logger = logging.getLogger(__name__)
 
-_WISHES = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopWish:
-    """Holds the first of these signals back while the block runs, and remembers it.
+class DelayedSignals:
+    """Delays the first of these signals while the block runs, and records it.
 
-    The second of the same kind does what it always did: a Ctrl-C that cannot wait is not lost.
-    Signals that are ignored stay ignored (nohup), and outside of the main thread, where Python
-    handles none, nothing is done.
+    A second signal of the same kind has its usual effect, so a second Ctrl-C stops at once. Ignored
+    signals stay ignored (nohup). Outside of the main thread Python handles no signals, and the
+    class does nothing.
 
-    Children that are forked meanwhile inherit the handler. They have no step to end: SIGTERM does
-    with them what it always did. Their first SIGINT, which a terminal sends to all of a group, is
-    held back without a word, so that a loader's workers live until the step is saved.
+    Forked children inherit the handler. SIGTERM has its usual effect on them. Their first SIGINT,
+    which a terminal sends to the whole group, is delayed silently, so that the workers of a data
+    loader live until the step is saved.
 
     Args:
-        heeds: The signals to hold back; by default SIGTERM and SIGINT.
+        signals: The signals to delay; by default SIGTERM and SIGINT.
     """
 
-    def __init__(self, heeds: tuple[signal.Signals, ...] = _WISHES) -> None:
+    def __init__(self, signals: tuple[signal.Signals, ...] = _SIGNALS) -> None:
         self.signum = 0
-        self._heeds = heeds
+        self._signals = signals
         self._before: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
 
     def __enter__(self) -> Self:
-        """Begin to hold them back."""
+        """Begin to delay them."""
         if threading.current_thread() is threading.main_thread():
-            for one in self._heeds:
+            for one in self._signals:
                 before = signal.getsignal(one)
                 if before not in (None, signal.SIG_IGN):
                     self._before[one] = before
@@ -54,7 +54,7 @@ class StopWish:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Put the handlers back that were there."""
+        """Restore the previous handlers."""
         for one, before in self._before.items():
             signal.signal(one, before)
         self._before.clear()
@@ -67,18 +67,18 @@ class StopWish:
                 os.kill(os.getpid(), signum)
             return
         self.signum = self.signum or signum
-        with suppress(RuntimeError):  # the signal may have come while a line was being written
+        with suppress(RuntimeError):  # the signal may have interrupted a log call
             logger.warning(
-                "%s: saving at the end of this step, then leaving. Once more: leaving at once.",
+                "%s: saving at the end of this step, then exiting. Send it again to exit at once.",
                 one.name,
             )
 
 
 def leave(signum: int) -> NoReturn:
-    """End as programs end that a signal ends: with 128 + signum.
+    """Exit as after a signal, with code 128 + signum.
 
     Raises:
-        KeyboardInterrupt: For SIGINT: what handles a Ctrl-C, as `hf-pss` does, handles this.
+        KeyboardInterrupt: For SIGINT, so that handlers of Ctrl-C see it.
         SystemExit: For any other.
     """
     if signum == signal.SIGINT:

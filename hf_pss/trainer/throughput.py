@@ -139,7 +139,7 @@ class Stopwatch:
         self._step_ended = self._clock()
 
     def leave_out(self) -> None:
-        """Take what has passed since the step ended, or since the last call, out of the window."""
+        """Exclude the time since the step ended, or since the last call, from the window."""
         now = self._clock()
         self._window_began += now - self._step_ended
         self._step_ended = now
@@ -155,7 +155,7 @@ class Stopwatch:
         now = self._clock()
         seconds, tokens = now - self._window_began, self._tokens
         self._window_began, self._tokens = now, 0
-        # An evaluation or a save may follow this reading; it is no part of the next window.
+        # An evaluation or a save after this reading does not belong to the next window.
         self._step_ended = now
         numbers = {}
         if seconds > 0 and tokens > 0:
@@ -166,7 +166,7 @@ class Stopwatch:
 
 
 class _Times(TrainerCallback):
-    """Tells the stopwatch when steps begin and end, and what is not training."""
+    """Starts and stops the stopwatch, and excludes evaluations and saves."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch

@@ -2,10 +2,9 @@
 
 Weights that a checkpoint keeps under other names than the model has in memory.
 
-transformers writes the experts of Mixtral, Qwen-MoE and others one by one, as their first
-publishers did, and stacks them when it loads; `Trainer` resumes by plain `load_state_dict`, warns
-of missing keys and leaves those weights as they were (5.23). Training goes on with experts that are
-not the run's.
+transformers saves the experts of Mixtral, Qwen-MoE and others one by one and stacks them when
+`from_pretrained` loads them. `Trainer` resumes with `load_state_dict`, warns about missing keys and
+leaves the experts as they were (5.23). The run would continue with wrong experts.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ class TransformersFixesMixin:
 
 
 def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
-    """Give a model the weights that plain loading by name has passed over.
+    """Load the weights that loading by name has skipped.
 
-    They are read as `from_pretrained` reads them, which knows the other names; the model is in
-    memory twice while that lasts.
+    `from_pretrained` maps the names, so a second copy of the model is in memory for a while.
 
     Args:
         model: Anything but a `PreTrainedModel` is left alone, and so is one in shards: these are

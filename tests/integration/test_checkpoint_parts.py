@@ -15,7 +15,7 @@ import pytest
 from hf_pss.runs import checkpoint as marker
 from hf_pss.runs.checkpoint import Marker, changed_files
 from hf_pss.runs.durable import sync_tree
-from hf_pss.trainer.stop_signals import StopWish
+from hf_pss.trainer.stop_signals import DelayedSignals
 
 NOBODY = 65534
 
@@ -80,7 +80,7 @@ def test_json_of_any_length_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_forked_child_ends_at_its_first_sigterm() -> None:
-    with StopWish() as wish:
+    with DelayedSignals() as wish:
         assert exit_of_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM
         assert wish.signum == 0
 
@@ -97,7 +97,7 @@ def test_a_forked_child_waits_for_its_second_ctrl_c(caplog: pytest.LogCaptureFix
         except KeyboardInterrupt:
             os._exit(7)
 
-    with StopWish():
+    with DelayedSignals():
         assert exit_of_child(told) == 7
     os.close(write)
     assert os.read(read, 9) == b"0"
