@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from scripts import RECIPES, load_script
+from small_library import use_small_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -40,15 +41,10 @@ NUM_DOCUMENTS = 400
 TIMEOUT_SECONDS = 200
 
 
-@pytest.fixture(scope="session")
-def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("corpus")
-
-
 @pytest.fixture(autouse=True)
-def _away_from_home(tmp_path: Path, corpus_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_PSS_CACHE", str(corpus_cache))
+    use_small_library(monkeypatch)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -205,9 +201,10 @@ def test_the_command_line_and_the_script_train_the_same_run() -> None:
     assert losses("script") == losses("command")
 
 
-def test_the_script_runs_as_the_card_says(corpus_cache: Path) -> None:
+def test_the_script_runs_as_the_card_says(tmp_path: Path) -> None:
     words = [sys.executable, "recipes/pretrain_gpt2.py", *FIVE_STEPS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_PSS_CACHE": str(corpus_cache)}
+    # The whole library, which a process of its own reads.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_PSS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [*words, "--output_dir", str(Path.cwd() / "out")],
         cwd=ROOT,
