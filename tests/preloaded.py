@@ -374,15 +374,16 @@ def _become(request: Mapping[str, Any], files: Sequence[int]) -> None:
 
 
 def _run(request: Mapping[str, Any]) -> None:
-    words = request["words"]
+    words, path = request["words"], request["path"]
+    path += [folder for folder in sys.path if folder not in path]
     words = words[1:] if words[0] == "-u" else words
     if words[0] == "-m":
-        sys.path[:] = [request["cwd"], *request["path"]]
+        sys.path[:] = [request["cwd"], *path]
         sys.argv[:] = words[1:]
         sys.modules.pop(words[1], None)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.path[:] = [str(Path(words[0]).resolve().parent), *request["path"]]
+        sys.path[:] = [str(Path(words[0]).resolve().parent), *path]
         sys.argv[:] = words
         runpy.run_path(words[0], run_name="__main__")
 
