@@ -25,12 +25,22 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-__all__ = ["PATIENCE_SECONDS", "Process", "Ranks", "as_python", "start", "start_ranks"]
+__all__ = [
+    "PATIENCE_SECONDS",
+    "Process",
+    "Ranks",
+    "as_python",
+    "children_of",
+    "is_running",
+    "start",
+    "start_ranks",
+    "wait_until",
+]
 
 # Far more than anything needs: who waits longer does not wait for a slow machine.
 PATIENCE_SECONDS = 240.0
@@ -213,6 +223,29 @@ def as_python() -> str:
     ``torchrun`` calls what the variable PYTHON_EXEC names.
     """
     return os.path.join(_server(), _PYTHON)
+
+
+def wait_until(is_true: Callable[[], bool], complaint: str) -> None:
+    """Wait for something that will come, however slow the machine is."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_true():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.02)
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the processes that this one has started and not waited for (Linux)."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8")
+    return [int(word) for word in found.split()]
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process that has not ended yet (Linux)."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1]
+    except OSError:
+        return False
+    return state.split()[0] != "Z"
 
 
 def _read(file: IO[bytes]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preloaded import PATIENCE_SECONDS, start
+from preloaded import children_of, is_running, start, wait_until
 from rich.console import Console
 from small_library import small_library, use_small_library
 from sweep_cells import GRID, cell, ids, rows_in
@@ -39,26 +37,6 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def wait_until(is_true: Callable[[], bool], complaint: str) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not is_true():
-        assert time.monotonic() < end, complaint
-        time.sleep(0.02)
-
-
-def children(parent: int) -> list[int]:
-    found = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8")
-    return [int(word) for word in found.split()]
-
-
-def is_running(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1]
-    except OSError:
-        return False
-    return state.split()[0] != "Z"
-
-
 def test_a_grid_is_run_once(tmp_path: Path, grid: Path) -> None:
     """Four cells on two processes; the same rows as in one process; then nothing is left to do."""
     cells = read_grid(grid)
@@ -82,7 +60,7 @@ def test_a_killed_sweep_goes_on_and_leaves_no_orphan(tmp_path: Path, grid: Path)
     with start(PROGRAM, grid, path.parent, small_library(), held) as process:
         wait_until(lambda: path.exists() and b"\n" in path.read_bytes(), "no row came")
         assert process.poll() is None, process.errors
-        workers = children(process.pid)
+        workers = children_of(process.pid)
         assert workers
         process.kill()
         process.wait()
