@@ -16,7 +16,7 @@ from wandb.proto import wandb_internal_pb2
 _BLOCK = 32768
 # ':W&B', magic and version; also the size of a chunk's header.
 _HEADER = 7
-_SECONDS = 60.0
+_SECONDS = 240.0
 
 
 @dataclass(frozen=True, slots=True)

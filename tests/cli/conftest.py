@@ -6,20 +6,16 @@ import datasets
 import huggingface_hub
 import pytest
 from commandline import PROSE, SHORT, TINY, Run
+from small_library import use_small_library
 from typer.testing import CliRunner
 
 from hf_pss.cli.app import app
 
 
-@pytest.fixture(scope="session")
-def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("corpus")
-
-
 @pytest.fixture(autouse=True)
-def _away_from_home(tmp_path: Path, corpus_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_PSS_CACHE", str(corpus_cache))
+    use_small_library(monkeypatch)
     monkeypatch.delenv("HF_PSS_DEBUG", raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commandline import Run
+from preloaded import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_interrupted_demo_reports_what_there_is(tmp_path: Path) -> None:
         while demo.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
             time.sleep(0.1)
         demo.send_signal(signal.SIGINT)
-        printed, complaints = demo.communicate(timeout=60)
+        printed, complaints = demo.communicate(timeout=PATIENCE_SECONDS)
     finally:
         demo.kill()
     assert demo.returncode == 130, complaints

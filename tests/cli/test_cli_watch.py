@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commandline import Run
+from preloaded import PATIENCE_SECONDS
 
 from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
@@ -19,7 +20,6 @@ from hf_pss.runs.records_files import health_line
 
 EVIL = "h.0\x1b[2J[red].weight"
 PROGRAM = [sys.executable, "-c", "from hf_pss.cli.app import main; main()"]
-SECONDS = 30.0
 
 
 def intervention(step: int) -> Intervention:
@@ -113,7 +113,7 @@ def test_lines_come_while_the_run_goes_on(live: Path) -> None:
         assert "Step 9" in process.stdout.readline()
         end(live)
         rest = process.stdout.read()
-        assert process.wait(SECONDS) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     assert rest.endswith("The run has ended.\n")
 
 
@@ -129,12 +129,12 @@ def test_interrupted(on_screen: bool, live: Path) -> None:
     ) as process:
         os.close(slave)
         shown = b""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         source = master if on_screen or process.stdout is None else process.stdout.fileno()
         while b"Step 7" not in shown and time.monotonic() < deadline:
             shown += os.read(source, 4096)
         process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=SECONDS)
+        _, complaint = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 130
     os.close(master)
     assert b"Step 7" in shown

@@ -6,15 +6,16 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from preloaded import Process, children_of, is_running, start, wait_until
 from rich.console import Console
+from small_library import corpus_cache, small_library, use_small_library
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence import demo_worker as worker
@@ -37,6 +38,21 @@ TINY = DemoRecipe(
 )
 
 
+ENDLESS = replace(TINY, num_steps=100_000)
+PROGRAM = Path(__file__).with_name("demo_process.py")
+
+
+@pytest.fixture(autouse=True)
+def _corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_library(monkeypatch)
+
+
+def start_demo(recipe: DemoRecipe, out: Path, *real: str, **options: Any) -> Process:
+    environment = {**os.environ, "HF_PSS_CACHE": str(corpus_cache()), "COLUMNS": "200"}
+    words = (out, small_library(), json.dumps(recipe.to_dict()), json.dumps(options))
+    return start(PROGRAM, *words, *real, env=environment)
+
+
 def _read_lines(path: Path) -> list[dict[str, float | None]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -44,8 +60,9 @@ def _read_lines(path: Path) -> list[dict[str, float | None]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    console = Console(file=io.StringIO())
-    assert run_demo(TINY, out, guards=("plain", "paper"), console=console) == "finished"
+    with start_demo(TINY, out, guards=("plain", "paper")) as demo:
+        printed, errors = demo.communicate()
+    assert printed.endswith("finished"), errors
     return out
 
 
@@ -104,10 +121,10 @@ def test_refuses(options: dict[str, object], word: str, tmp_path: Path) -> None:
 
 def test_a_failing_run_says_why(tmp_path: Path) -> None:
     recipe = replace(TINY, adam_beta2=2.0)  # AdamW refuses it
-    shown = io.StringIO()
-    status = run_demo(recipe, tmp_path, guards=("plain",), console=Console(file=shown, width=200))
-    assert status == "failed"
-    assert "train.log ends with" in shown.getvalue()
+    with start_demo(recipe, tmp_path, guards=("plain",)) as demo:
+        shown, errors = demo.communicate()
+    assert shown.endswith("failed"), errors
+    assert "train.log ends with" in shown
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
@@ -119,8 +136,9 @@ def test_nothing_of_an_earlier_demo_is_left(tmp_path: Path) -> None:
     (tmp_path / "report.html").touch()
     (tmp_path / "paper" / "seed-0" / "notes.txt").touch()
     recipe = replace(TINY, adam_beta2=2.0)  # fails before it has written anything
-    console = Console(file=io.StringIO())
-    assert run_demo(recipe, tmp_path, guards=("plain",), console=console) == "failed"
+    with start_demo(recipe, tmp_path, guards=("plain",)) as demo:
+        shown, errors = demo.communicate()
+    assert shown.endswith("failed"), errors
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
     assert {x for x in left if not x.startswith(("other/", "plain/seed-x"))} == {
         "run.json",
@@ -184,43 +202,6 @@ def test_under_nohup_a_hangup_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def _processes_of(out: Path) -> list[int]:
-    words = ["ps", "-eww", "-o", "pid,args"]  # -ww: a line that is cut would hide the folder
-    listed = subprocess.run(words, capture_output=True, text=True, check=True)
-    lines = [
-        x
-        for x in listed.stdout.splitlines()
-        if str(out) in x and "hf_pss.evidence.demo_worker" in x
-    ]
-    return [int(line.split()[0]) for line in lines]
-
-
-def _wait_for(condition: object, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():  # type: ignore[operator]
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def _start_endless_demo(out: Path) -> subprocess.Popen[str]:
-    script = (
-        "import sys; from pathlib import Path; from dataclasses import replace\n"
-        "from tests.demo.test_runner import TINY; from hf_pss.evidence.demo import run_demo\n"
-        f"print(run_demo(replace(TINY, num_steps=100_000), Path({str(out)!r}),"
-        " guards=('plain',)))"
-    )
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     "how",
     [
@@ -230,31 +211,35 @@ def _start_endless_demo(out: Path) -> subprocess.Popen[str]:
         signal.SIGKILL,
     ],
 )
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Path) -> None:
-    demo = _start_endless_demo(tmp_path)
     metrics = tmp_path / "plain" / "seed-0" / "metrics.jsonl"
-    try:
-        assert _wait_for(lambda: metrics.exists() and metrics.stat().st_size > 4000, 90)
+    with start_demo(ENDLESS, tmp_path, guards=("plain",)) as demo:
+        wait_until(
+            lambda: demo.poll() is not None or (metrics.exists() and metrics.stat().st_size > 4000),
+            "the run did not begin",
+        )
+        assert demo.poll() is None, demo.errors
+        runs = children_of(demo.pid)
+        assert len(runs) == 1
         demo.send_signal(how)
-        said, _ = demo.communicate(timeout=20)
-    finally:
-        demo.kill()
-    # Even a killed demo leaves none: a run ends itself when its parent is gone.
-    assert _wait_for(lambda: not _processes_of(tmp_path), 15)
+        said, _ = demo.communicate()
+        # Even a killed demo leaves none: a run ends itself when its parent is gone.
+        wait_until(lambda: not any(map(is_running, runs)), "a run outlived its demo")
     if how is not signal.SIGKILL:
-        assert said.strip().endswith("interrupted")
+        assert said.endswith("interrupted")
         assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
     page = write_report(tmp_path).read_text()
     assert "<html" in page
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_demo_killed_as_its_run_starts_leaves_no_orphan(tmp_path: Path) -> None:
     """A run that is still importing has not asked yet who its parent is."""
-    demo = _start_endless_demo(tmp_path)
-    try:
-        assert _wait_for(lambda: _processes_of(tmp_path), 90)
-    finally:
+    with start_demo(ENDLESS, tmp_path, "real", guards=("plain",)) as demo:
+        wait_until(lambda: bool(children_of(demo.pid)), "the run did not begin")
+        runs = children_of(demo.pid)
         demo.kill()
-        demo.communicate()
-    assert _wait_for(lambda: not _processes_of(tmp_path), 60)
+        demo.wait()
+        wait_until(lambda: not any(map(is_running, runs)), "a run outlived its demo")
     assert not (tmp_path / "plain" / "seed-0" / "metrics.jsonl").exists()

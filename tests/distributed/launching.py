@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from helpers import events_of
+from preloaded import start, start_ranks
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -52,29 +53,50 @@ def environment(backend: str) -> dict[str, str]:
     }
 
 
-def launch(backend: str, folder: Path, *, num_ranks: int = 2, **options: Any) -> Run:
-    """Run the worker; `options` are its flags, mappings as JSON."""
+def launch(
+    backend: str, folder: Path, *, num_ranks: int = 2, torchrun: bool = False, **options: Any
+) -> Run:
+    """Run the worker; `options` are its flags, mappings as JSON; see `launch_ranks`."""
     flags = []
     for name, value in options.items():
         flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     num_ranks = num_ranks if backend != "one" else 0
-    return launch_ranks(WORKER.name, folder, backend, *flags, num_ranks=num_ranks)
+    return launch_ranks(
+        WORKER.name, folder, backend, *flags, num_ranks=num_ranks, torchrun=torchrun
+    )
 
 
-def launch_ranks(worker: str, folder: Path, first: str, *flags: str, num_ranks: int) -> Run:
-    """Run a script of this folder, ``worker first folder flags…``; 0 ranks: no launcher."""
+def launch_ranks(
+    worker: str, folder: Path, first: str, *flags: str, num_ranks: int, torchrun: bool = False
+) -> Run:
+    """Run a script of this folder, ``worker first folder flags…``; 0 ranks: one process, alone.
+
+    Args:
+        torchrun: Whether torchrun starts the ranks, which costs many seconds more.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    words = [str(HERE / worker), first, str(folder), *flags]
+    if torchrun:
+        returncode, errors = _under_torchrun(words, first, num_ranks)
+    else:
+        started = (
+            start_ranks(num_ranks, *words, env=environment(first))
+            if num_ranks
+            else start(*words, env=environment(first))
+        )
+        with started as process:
+            _, errors = process.communicate(TIMEOUT_SECONDS)
+            returncode = process.returncode
+    files = sorted(folder.glob("rank*.json"))
+    ranks = tuple(json.loads(file.read_text()) for file in files)
+    return Run(folder, returncode, errors, ranks)
+
+
+def _under_torchrun(words: list[str], backend: str, num_ranks: int) -> tuple[int, str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            *(launcher if num_ranks else []),
-            str(HERE / worker),
-            first,
-            str(folder),
-            *flags,
-        ],
-        env=environment(first),
+        [sys.executable, *launcher, *words],
+        env=environment(backend),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -83,6 +105,4 @@ def launch_ranks(worker: str, folder: Path, first: str, *flags: str, num_ranks: 
         _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     finally:
         process.terminate()  # and with it its ranks; a kill would leave them behind
-    files = sorted(folder.glob("rank*.json"))
-    ranks = tuple(json.loads(file.read_text()) for file in files)
-    return Run(folder, process.returncode, errors, ranks)
+    return process.returncode, errors

@@ -172,7 +172,7 @@ def test_a_nan_that_stops_a_run_under_deepspeed_has_touched_no_weight(
 
 def test_a_rank_that_dies_leaves_nobody_hanging(backend: str, tmp_path: Path) -> None:
     """Rank 0 ends, with an error or by the launcher, long before the test gives up."""
-    run = launch(backend, tmp_path, options=SPIKY, fault="kill")
+    run = launch(backend, tmp_path, options=SPIKY, fault="kill", torchrun=backend == "ddp")
     assert run.returncode != 0
     assert "SIGKILL" in run.errors or "-9" in run.errors
     finished = [rank for rank in run.ranks if rank["error"] is None]

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import events_of, steps_of
 from launching import TIMEOUT_SECONDS, WORKER, environment
+from preloaded import as_python, start
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -36,8 +38,8 @@ OPTIONS = json.dumps(
 
 
 def launcher(name: str, *flags: str) -> list[str]:
+    """Return what ``python`` is given."""
     return [
-        sys.executable,
         "-m",
         "accelerate.commands.launch",
         "--config_file",
@@ -56,6 +58,11 @@ def free_port() -> int:
 
 def three_steps(backend: str, folder: Path) -> list[str]:
     return [backend, str(folder), "--options", OPTIONS, "--trainer", '{"max_steps": 3}']
+
+
+def preloaded_ranks(backend: str) -> dict[str, str]:
+    """Return the environment of a launcher whose ranks are to have all imports done."""
+    return {**environment(backend), "PYTHON_EXEC": as_python()}
 
 
 def outcomes(folder: Path) -> list[dict[str, object]]:
@@ -78,14 +85,21 @@ def test_it_starts_its_ranks(name: str, tmp_path: Path) -> None:
         pytest.skip("deepspeed is not installed; `make test` installs it")
     backend, expected = BACKENDS[name]
     port = ("--main_process_port", str(free_port())) if name != "single" else ()
-    finished = subprocess.run(
-        [*launcher(name, *port), *three_steps(backend, tmp_path)],
-        env=environment(backend),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    words = [*launcher(name, *port), *three_steps(backend, tmp_path)]
+    if name == "ddp":  # the program itself, nothing preloaded
+        done = subprocess.run(
+            [sys.executable, *words],
+            env=environment(backend),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+        returncode, errors = done.returncode, done.stderr
+    else:
+        with start(*words, env=preloaded_ranks(backend)) as process:
+            _, errors = process.communicate(TIMEOUT_SECONDS)
+            returncode = process.wait()
+    assert returncode == 0, errors[-3000:]
     found = outcomes(tmp_path)
     assert len(found) == (1 if name == "single" else 2)
     assert {one["backend"] for one in found} == {expected}
@@ -97,25 +111,14 @@ def test_it_starts_its_ranks(name: str, tmp_path: Path) -> None:
 def test_two_nodes_meet_and_agree(tmp_path: Path) -> None:
     """Two launchers on the loopback, one rank each; they meet by torchrun's rendezvous."""
     port = str(free_port())
-    nodes = [
-        subprocess.Popen(
-            [
-                *launcher("two_nodes", "--machine_rank", str(rank), "--main_process_port", port),
-                *three_steps("ddp", tmp_path),
-            ],
-            env=environment("ddp"),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [node.communicate(timeout=TIMEOUT_SECONDS)[1] for node in nodes]
-    finally:
-        for node in nodes:
-            node.terminate()
-    assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:]
+    with ExitStack() as stack:
+        nodes = []
+        for rank in range(2):
+            flags = ("--machine_rank", str(rank), "--main_process_port", port)
+            words = [*launcher("two_nodes", *flags), *three_steps("ddp", tmp_path)]
+            nodes.append(stack.enter_context(start(*words, env=preloaded_ranks("ddp"))))
+        errors = [node.communicate(TIMEOUT_SECONDS)[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:]
     one, other = outcomes(tmp_path)
     assert one["digest"] == other["digest"]
     assert one["history"] == other["history"]

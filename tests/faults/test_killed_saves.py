@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import PATIENCE_SECONDS, start
 
 HERE = Path(__file__).parent
 SEED = 7
 NUM_KILLS = 200
 
 
-def run_worker(out: Path, *words: str, timeout_seconds: float = 240) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "kill_worker.py"), str(out), *words],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_worker(
+    out: Path, *words: str, timeout_seconds: float = PATIENCE_SECONDS
+) -> list[dict[str, Any]]:
+    with start(HERE / "kill_worker.py", out, *words) as worker:
+        _, errors = worker.communicate(timeout_seconds)
+        assert worker.returncode == 0, errors[-3000:]
     found: list[dict[str, Any]] = json.loads((out / "result.json").read_text())
     return found
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded import start_ranks
 
 WORKER = Path(__file__).with_name("sharded_health_worker.py")
-TIMEOUT_SECONDS = 150
 # Relative; of alignments, which may be near 0, absolute. Matrices are gathered bit for bit, sums
 # over shards are not; nor are products whose batch another shape of stack has changed.
 TOLERANCE = 6e-7  # 2.1e-7
@@ -21,22 +18,9 @@ FOLLOWED_TOLERANCE = 1e-3  # 3.5e-4
 
 @pytest.mark.slow
 def test_shards_and_replicas_are_measured_as_the_whole(tmp_path: Path) -> None:
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=3", str(WORKER), str(tmp_path)),
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    with start_ranks(3, WORKER, tmp_path) as group:
+        _, errors = group.communicate()
+        assert group.returncode == 0, errors
     ranks = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank*.json"))]
     assert len(ranks) == 3
     for rank in ranks:

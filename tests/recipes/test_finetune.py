@@ -4,8 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +17,7 @@ import trl
 from helpers import events_of
 from helpers import train as train_tiny
 from peft import AutoPeftModelForCausalLM
+from preloaded import as_python, start
 from scripts import RECIPES, load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template
@@ -33,7 +32,6 @@ make_model = load_script("llm_tiny_cpu/make_model")
 TINY = RECIPES / "llm_tiny_cpu"
 KINDS = ("full", "lora")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-TIMEOUT_SECONDS = 200
 
 PAIRS = [{"prompt": f"Say {i}.", "completion": f"Here it is: {i}."} for i in range(12)]
 
@@ -369,13 +367,10 @@ def test_the_card_s_launch_runs_as_it_stands(tmp_path: Path) -> None:
     assert words[0] == "accelerate"
     # The launcher's own options stand before the script; port 0 lets it choose.
     words[2:2] = ["--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words[2:], "--max_steps", "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "conversations, 16 a step" in done.stdout  # 8 on each of two processes
+    env = {**os.environ, "PYTHON_EXEC": as_python(), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    program = ("-m", "accelerate.commands.launch", *words[2:], "--max_steps", "2")
+    with start(*program, env=env) as process:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert "conversations, 16 a step" in out  # 8 on each of two processes
     AutoPeftModelForCausalLM.from_pretrained("runs/llm_tiny_cpu/lora")

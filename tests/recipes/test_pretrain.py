@@ -12,7 +12,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from preloaded import PATIENCE_SECONDS, as_python, start
 from scripts import RECIPES, load_script
+from small_library import use_small_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -37,18 +39,12 @@ SMALL = (
     *("--max_validation_blocks", "4", "--vocab_size", "300", "--disable_tqdm"),
 )
 NUM_DOCUMENTS = 400
-TIMEOUT_SECONDS = 200
-
-
-@pytest.fixture(scope="session")
-def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("corpus")
 
 
 @pytest.fixture(autouse=True)
-def _away_from_home(tmp_path: Path, corpus_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_PSS_CACHE", str(corpus_cache))
+    use_small_library(monkeypatch)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -205,16 +201,17 @@ def test_the_command_line_and_the_script_train_the_same_run() -> None:
     assert losses("script") == losses("command")
 
 
-def test_the_script_runs_as_the_card_says(corpus_cache: Path) -> None:
+def test_the_script_runs_as_the_card_says(tmp_path: Path) -> None:
     words = [sys.executable, "recipes/pretrain_gpt2.py", *FIVE_STEPS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_PSS_CACHE": str(corpus_cache)}
+    # The whole library, which a process of its own reads.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_PSS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [*words, "--output_dir", str(Path.cwd() / "out")],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_SECONDS,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert "gpt2, 535,168 parameters; 1,024 tokens a step" in done.stdout
@@ -270,18 +267,10 @@ def test_two_ranks_read_one_stream_and_no_block_twice(
     worker = Path(__file__).parent / "pretrain_worker.py"
     # Two ranks take 4 sequences of 32 tokens at once: 512 are two micro-batches each.
     words = [*stream, "--max_steps", "3", "--tokens_per_step", "512", "--shuffle_buffer", "1"]
-    process = subprocess.Popen(
-        [sys.executable, *accelerate, str(worker), str(tmp_path), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    finally:
-        process.terminate()
-    assert process.returncode == 0, errors
+    env = {**os.environ, "PYTHON_EXEC": as_python()}
+    with start(*accelerate, worker, tmp_path, *words, env=env) as process:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
     assert "512 tokens a step: 2 × 4 sequences of 32, on 2 processes" in out
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     blocks = [tuple(block) for rank in ranks for block in rank["blocks"]]

@@ -1,11 +1,9 @@
-"""Cells that train in a second, and the one corpus that all of them share."""
+"""Cells that train in a second."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,6 @@ guards: [none, clip]
 seeds: 2
 changes: {TINY}
 """
-
-_CACHE = tempfile.TemporaryDirectory(prefix="hf_pss-tests-corpus-")
-
-
-@cache
-def corpus_cache() -> Path:
-    """Where the sweep's tests keep the corpus: made once a session, by whoever comes first."""
-    return Path(_CACHE.name)
 
 
 def cell(guard: str = "none", *, fault: Fault | None = None, seed: int = 0, **more: Any) -> Cell:

@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from sweep_cells import TINY, cell, corpus_cache
+from small_library import use_small_library
+from sweep_cells import TINY, cell
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
@@ -21,7 +22,7 @@ EAGER = PSSConfig.preset("floor", floor_ratio=1.0, floor_reference="noise", chec
 
 @pytest.fixture(autouse=True)
 def _corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_PSS_CACHE", str(corpus_cache()))
+    use_small_library(monkeypatch)
 
 
 def curve(row: Row) -> tuple[object, ...]:
