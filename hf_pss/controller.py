@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
-from hf_pss.detection.policy import Action, Decision, History, Policy
+from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
 from hf_pss.detection.state import (
     JSON,
     check_version,
@@ -273,7 +273,7 @@ class PSSController:
                 self._decide(step, judgement)
         answers = [
             self._smooth(*answer, is_floor=answer[1].detector == "stable_rank_floor")
-            for answer in step.answers
+            for answer in step.to_smooth
         ]
         step.records += answers
         self._give_back(step, answers)
@@ -376,7 +376,9 @@ class PSSController:
         found = read_object(state, tuple(self.state_dict()), what=what)
         step_number = read_integer(found["step"], what=f"'step' of {what}")
         seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
-        history = History.from_state_dict(read_mapping(found["history"], what="the history"))
+        history = InterventionHistory.from_state_dict(
+            read_mapping(found["history"], what="the history")
+        )
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
@@ -391,7 +393,7 @@ class PSSController:
         self._watch.reset()
         if self._anchors is not None:
             self._anchors = Anchors(self._anchors.healthy)
-        self._history, self.step_number, self.seconds = History(), step_number, 0.0
+        self._history, self.step_number, self.seconds = InterventionHistory(), step_number, 0.0
         self._listen()
 
     # ---- inside ----
@@ -473,7 +475,7 @@ class PSSController:
                 ),
             )
         if decision.action is Action.ACT:
-            step.answers.append((event, judgement))
+            step.to_smooth.append((event, judgement))
         else:
             step.records.append(event)
         if decision.action is Action.STOP:

@@ -23,8 +23,8 @@ from hf_pss.config import PSSConfig
 from hf_pss.controller import PSSController, StepReport
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.models.batching import matrix_names
-from hf_pss.records.events import Event, EventKind, Intervention, Record
-from hf_pss.records.messages import describe_answer
+from hf_pss.records.events import EventKind, Intervention, Record
+from hf_pss.records.messages import intervention_line
 from hf_pss.records.steps import HealthReading
 from hf_pss.runs.records_files import (
     EVENTS_FILE,
@@ -461,7 +461,9 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         """Put records into the events file, and tell the trackers and the log of them."""
         for record in records:
             if isinstance(record, Intervention) and self._speaks:
-                logger.log(self._level_of(record), "%s", describe(record))
+                logger.log(
+                    self._level_of(record), "%s", intervention_line(record, file_name=EVENTS_FILE)
+                )
         if self._events is not None:
             self._events.write_records(records)
         if records and (reporters := self._ready_reporters()) is not None:
@@ -479,29 +481,6 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
             return logging.WARNING
         is_first, self._floor_has_acted = not self._floor_has_acted, True
         return logging.WARNING if is_first else logging.INFO
-
-
-def describe(intervention: Intervention) -> str:
-    """Return one line for people: what was noticed, and what was done."""
-    return (
-        f"PSS, step {intervention.event.step}: {_noticed(intervention.event)}; "
-        f"{describe_answer(intervention)} More in {EVENTS_FILE}."
-    )
-
-
-def _noticed(event: Event) -> str:
-    if event.kind is EventKind.RESUME:
-        return "resumed from a checkpoint, smoothing as asked for"
-    value, baseline, threshold = event.value or 0.0, event.baseline, event.threshold or 0.0
-    if event.kind is EventKind.FLOOR:
-        return f"stable rank {value:.3g} below its floor of {threshold:.3g}"
-    name = event.detector.removesuffix("_ratio").replace("_", " ")
-    if not baseline:
-        return f"{name} {value:.3g} against a threshold of {threshold:.3g}"
-    return (
-        f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
-        f"(limit {threshold / baseline:.2g} ×)"
-    )
 
 
 def _attribute(state: TrainerState, name: str, attribute: str) -> Any:

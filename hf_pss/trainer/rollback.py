@@ -14,7 +14,8 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_pss.config import PSSConfig
 from hf_pss.detection import Verdict
-from hf_pss.detection.policy import Action, Failure, FailureWatch
+from hf_pss.detection.failures import FailedInterventions, TrainingFailure
+from hf_pss.detection.policy import Action
 from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.records.events import Event, EventKind, Intervention
 from hf_pss.runs.rotation import ABANDONED, Lineage, abandon
@@ -46,8 +47,8 @@ class Survival(ScaledRates, SafeCheckpoints):
     over, and the next one begins at its first row.
     """
 
-    _failure: Failure | None = None
-    _failure_watch: FailureWatch | None = None
+    _failure: TrainingFailure | None = None
+    _failure_watch: FailedInterventions | None = None
     _nonfinite_since: int | None = None
     _seen_step = -1
     _skip_to: int | None = None
@@ -137,7 +138,7 @@ class Survival(ScaledRates, SafeCheckpoints):
             trainer.control.should_save = trainer.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _look_for_failure(self, watch: FailureWatch) -> None:
+    def _look_for_failure(self, watch: FailedInterventions) -> None:
         trainer: Any = self
         listener = trainer._listener()
         if listener is None or listener.report is None:
@@ -152,7 +153,7 @@ class Survival(ScaledRates, SafeCheckpoints):
             self._nonfinite_since = None
         elif self._nonfinite_since is None:
             self._nonfinite_since = trainer.state.global_step
-        failure = watch.see(
+        failure = watch.update(
             trainer.state.global_step,
             loss=loss,
             has_intervened=bool(answers),
@@ -165,7 +166,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         else:
             self._record(failure, Action.OBSERVE, "there is no whole checkpoint to go back to")
 
-    def _ends_the_loop(self, failure: Failure) -> bool:
+    def _ends_the_loop(self, failure: TrainingFailure) -> bool:
         """Whether to stop or to go back; smoothing goes on where going back was asked for in vain.
 
         Where a backend cannot go back, the error names what a new process can go back to.
@@ -180,13 +181,13 @@ class Survival(ScaledRates, SafeCheckpoints):
         self._failure_watch = (
             None
             if config.on_failure == "smooth"
-            else FailureWatch(
+            else FailedInterventions(
                 window_steps=config.failure_window_steps,
                 max_failed=config.max_failed_interventions,
             )
         )
 
-    def _nonfinite_failure(self, error: NonFiniteError) -> Failure:
+    def _nonfinite_failure(self, error: NonFiniteError) -> TrainingFailure:
         """Return the failure that a stop of the policy is; or raise it, where that is the answer.
 
         Raises:
@@ -200,7 +201,7 @@ class Survival(ScaledRates, SafeCheckpoints):
             raise error
         step = listener.controller.step_number
         onset = min(step, self._onset_step() or step)
-        failure = Failure(onset, step, "the run was to stop at a step that was not finite")
+        failure = TrainingFailure(onset, step, "the run was to stop at a step that was not finite")
         if self._target(failure) is None:
             raise error
         return failure
@@ -212,7 +213,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         step = trainer.state.global_step
         why = f"{broken} is not finite"
         self._record(
-            Failure(step, step, why),
+            TrainingFailure(step, step, why),
             Action.OBSERVE,
             "not saved",
             kind=EventKind.NON_FINITE,
@@ -221,7 +222,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         )
         if self._mode() != "rollback" or self._failure is not None:
             return
-        failure = Failure(self._nonfinite_since or step, step, why)
+        failure = TrainingFailure(self._nonfinite_since or step, step, why)
         if self._ends_the_loop(failure):
             self._failure = failure
             trainer.control.should_training_stop = True
@@ -232,12 +233,18 @@ class Survival(ScaledRates, SafeCheckpoints):
         step = trainer.state.global_step
         why = f"{folder.name} could not be written: {error}"
         self._record(
-            Failure(step, step, why), Action.OBSERVE, why, kind=EventKind.ERROR, detector="save"
+            TrainingFailure(step, step, why),
+            Action.OBSERVE,
+            why,
+            kind=EventKind.ERROR,
+            detector="save",
         )
 
     # ---- going back ----
 
-    def _way_back(self, failure: Failure, cause: Exception | None, num_rollbacks: int) -> str:
+    def _way_back(
+        self, failure: TrainingFailure, cause: Exception | None, num_rollbacks: int
+    ) -> str:
         """Return the checkpoint to go on from, everything prepared.
 
         Raises:
@@ -274,7 +281,7 @@ class Survival(ScaledRates, SafeCheckpoints):
         self._tell_listener(goes_back=True, repairs=is_the_source)
         return path
 
-    def _target(self, failure: Failure) -> tuple[int, str] | None:
+    def _target(self, failure: TrainingFailure) -> tuple[int, str] | None:
         """Return step and path of the newest whole checkpoint before the onset."""
 
         def look() -> tuple[int, str] | None:
@@ -371,7 +378,7 @@ class Survival(ScaledRates, SafeCheckpoints):
 
     def _record(
         self,
-        failure: Failure,
+        failure: TrainingFailure,
         decision: Action,
         reason: str,
         *,
