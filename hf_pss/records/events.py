@@ -302,8 +302,8 @@ def _optional(read: Callable[[object, str], object]) -> Callable[[object, str], 
     return lambda value, what: None if value is None else read(value, what)
 
 
-# Keyed by the annotation, which is a string in this file, so that a new field needs no second table.
-# A field of a new type fails in the first test that reads a record.
+# Keyed by the annotation, which is a string in this file, so a new field needs no second table. A
+# field of a new type fails in the first test that reads a record.
 _READERS: dict[str, Callable[[object, str], object]] = {
     "int": read_integer,
     "int | None": _optional(read_integer),
