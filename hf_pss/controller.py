@@ -143,7 +143,7 @@ class PSSController:
             grad_norm_preclip: Global ℓ₂ norm of the gradient before clipping, as
                 ``clip_grad_norm_`` returns it; after loss-scale unscaling, over all ranks.
             update: Applies the optimizer's step; not called when the step is to be skipped.
-            loss: This step's loss, for the record of events.
+            loss: This step's loss, which events record.
 
         Raises:
             NonFiniteError: The step is not finite and the policy stops the run before its update.

@@ -48,8 +48,8 @@ class Detector(Protocol):
         """Judge the readings of one step, then learn from them.
 
         Raises:
-            ConfigurationError: There is no reading, one is negative, or the detector cannot judge
-                one of them.
+            ConfigurationError: Readings are missing or negative, or the detector cannot judge one
+                of them.
         """
 
     def state_dict(self) -> dict[str, JSON]:
@@ -390,7 +390,7 @@ def make_detector(name: str, config: PSSConfig, floors: Floors) -> Detector:
     'grad_norm'
 
     Raises:
-        ConfigurationError: There is no such detector, or it cannot use these floors.
+        ConfigurationError: The name is unknown, or the detector cannot use these floors.
     """
     if name not in DETECTORS:
         raise ConfigurationError(

@@ -10,8 +10,6 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["FailedInterventions", "TrainingFailure"]
-
 
 @dataclass(frozen=True, slots=True)
 class TrainingFailure:
@@ -106,6 +104,6 @@ class FailedInterventions:
 
     def _has_recovered(self) -> bool:
         if self._level is None or not self._losses:
-            return True  # There is no earlier loss to compare with.
+            return True  # An earlier loss to compare with is missing.
         recent = [*self._losses][-self._window_steps :]
         return median(recent) <= self._level + self._RISE_NATS

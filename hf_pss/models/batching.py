@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self, TypeAlias
 
@@ -257,75 +256,55 @@ def measure_rows(
         backend: The storage of the parameters.
         measure: Maps a stack (b, m, n) to numbers of shape (b, width).
         width: How many numbers for each matrix.
+
+    Raises:
+        DecompositionError: Decompositions have failed on some ranks, and no other error.
+        ElsewhereError: Another rank had an error, which that rank raises itself.
     """
-    numbers = _SharedNumbers(parameters, backend, width)
+    names: list[str] = []
+    numbers: list[Tensor] = []
+    error: Exception | None = None
     for one_round in assign_rounds(views, parameters, backend.world_size):
         stack, found = read_round(one_round, parameters, backend), None
         if stack is not None:
-            with numbers.deferring_errors():
+            try:
                 found = measure(stack.matrices)
-        numbers.add(one_round, found)
-    rows = numbers.result()
-    return {name: rows[name] for name in matrix_names(views)}
+            except Exception as caught:
+                # Raised at once, it would leave the other ranks waiting in a collective call. So
+                # this rank continues with them to the end, where all raise.
+                if error is None or isinstance(error, LinAlgError):
+                    error = caught
+        for owner, refs in enumerate(one_round):
+            names += [ref.name for ref in refs]
+            zeros = torch.zeros(len(refs) * width)
+            is_here = owner == backend.rank and found is not None
+            numbers.append(found.flatten() if is_here and found is not None else zeros)
+    if not names:
+        return {}
+    device = next(iter(parameters.values())).device
+    rows = zip(*[iter(_summed(numbers, error, device, backend))] * width, strict=True)
+    by_name = dict(zip(names, rows, strict=True))
+    return {name: by_name[name] for name in matrix_names(views)}
 
 
 class DecompositionError(LinAlgError):  # type: ignore[misc]
     """A decomposition has failed on some rank. Every rank raises this, so training can continue."""
 
 
-class _SharedNumbers:
-    """Numbers by matrix, each found by one rank, and the first error of this rank.
-
-    A rank that raised at once would leave the others waiting in a collective call. Instead it
-    continues with them to the end, where all ranks raise.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], backend: Backend, width: int) -> None:
-        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
-        self._backend = backend
-        self._width = width
-        self._names: list[str] = []
-        self._numbers: list[Tensor] = []
-        self._error: Exception | None = None
-
-    @contextmanager
-    def deferring_errors(self) -> Iterator[None]:
-        """Keep an error of this block until `result`."""
-        try:
-            yield
-        except Exception as error:
-            if self._error is None or isinstance(self._error, LinAlgError):
-                self._error = error
-
-    def add(self, one_round: Round, own: Tensor | None) -> None:
-        """Take this rank's numbers of a round, (matrices, width); None where it has none."""
-        for owner, refs in enumerate(one_round):
-            self._names += [ref.name for ref in refs]
-            is_own = owner == self._backend.rank and own is not None
-            zeros = torch.zeros(len(refs) * self._width)
-            self._numbers.append(own.flatten() if is_own and own is not None else zeros)
-
-    def result(self) -> dict[str, tuple[float, ...]]:
-        """Return all numbers by name, on every rank; one device-to-host read.
-
-        Raises:
-            DecompositionError: Decompositions have failed on some ranks, and no other error.
-            ElsewhereError: Another rank had an error, which that rank raises itself.
-        """
-        if not self._names:
-            return {}
-        has_failed = isinstance(self._error, LinAlgError)
-        has_error = self._error is not None and not has_failed
-        flags = torch.tensor([float(has_failed), float(has_error)])
-        every = [number.to(self._device) for number in (*self._numbers, flags)]
-        *numbers, num_failed, num_errors = self._backend.sum_to_host(torch.cat(every))
-        if num_errors:
-            raise_together(self._error)
-        if num_failed:
-            why = self._error or "a decomposition has failed on another rank"
-            raise DecompositionError(str(why)) from self._error
-        rows = zip(*[iter(numbers)] * self._width, strict=True)
-        return dict(zip(self._names, rows, strict=True))
+def _summed(
+    numbers: Sequence[Tensor], error: Exception | None, device: torch.device, backend: Backend
+) -> list[float]:
+    """Return the sum of all ranks' numbers, or raise on all ranks if one had an error."""
+    has_failed = isinstance(error, LinAlgError)
+    flags = torch.tensor([float(has_failed), float(error is not None and not has_failed)])
+    every = torch.cat([number.to(device) for number in (*numbers, flags)])
+    *host, num_failed, num_errors = backend.sum_to_host(every)
+    if num_errors:
+        raise_together(error)
+    if num_failed:
+        why = error or "a decomposition has failed on another rank"
+        raise DecompositionError(str(why)) from error
+    return host
 
 
 def raise_together(error: Exception | None) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from hf_pss.models.optimizer_state import (
     edit_schedule_free_,
     is_schedule_free,
 )
-from hf_pss.models.smoother import Edit, smooth_matrices_
+from hf_pss.models.smoother import Edit, PhiFor, smooth_matrices_
 from hf_pss.models.trial import EvaluateLoss, Trial
-from hf_pss.records.events import Event, EventKind, Intervention
+from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange
 
 logger = logging.getLogger(__name__)
 
@@ -72,38 +72,20 @@ class ModelSmoother:
             anchors: The record of healthy values; None for no limits.
         """
         started = time.perf_counter()
-
-        def floor_cap(names: Sequence[str]) -> SmoothingFunction:
-            return StableRankCap(torch.tensor([floors[name] for name in names]))
-
-        def smoothing_function(names: Sequence[str]) -> SmoothingFunction:
-            phi = SMOOTHING_FUNCTIONS[self._config.smoothing]()
-            return phi if anchors is None else Anchored(phi, anchors.levels(names))
-
         trial = self._trial(event, is_floor=is_floor, is_anchored=anchors is not None)
-        edits: list[Edit] = []
-        options: dict[str, Any] = {
-            "names": self._names_to_smooth(judgement, is_floor=is_floor),
-            "max_rank": self._config.max_rank,
-            "keep_frobenius": self._config.keep_frobenius,
-            "before_write": None if trial is None else trial.before_write,
-        }
-        parameters = self._measurements.parameters()
-        changes = smooth_matrices_(
-            self._measurements.selection.matrices,
-            parameters,
-            self._measurements.backend,
-            floor_cap if is_floor else smoothing_function,
-            and_then=edits.extend if self._has_state_to_edit() else None,
-            **options,
-        )
-        # Adapters have no floor. A repair that a person asked for smooths them all the same.
         is_repair = event.kind is EventKind.RESUME and self._config.reacts_to_spikes
-        views = self._measurements.selection.adapters
-        if views and (is_repair or not is_floor):
-            self._check_base(parameters)
-            backend = self._measurements.backend
-            changes += smooth_adapters_(views, parameters, backend, smoothing_function, **options)
+        edits: list[Edit] = []
+        parameters = self._measurements.parameters()
+        changes = self._smooth_weights_(
+            parameters,
+            floor_cap=_floor_cap(floors) if is_floor else None,
+            phi_for=self._smoothing_function(anchors),
+            # Adapters have no floor. A repair that a person asked for smooths them all the same.
+            includes_adapters=is_repair or not is_floor,
+            names=self._names_to_smooth(judgement, is_floor=is_floor),
+            before_write=None if trial is None else trial.before_write,
+            and_then=edits.extend if self._has_state_to_edit() else None,
+        )
         if trial is not None and not trial.is_kept():
             event = replace(event, decision=Action.UNDO, reason=trial.why_not)
         elif self._optimizer is not None and edits:
@@ -116,6 +98,38 @@ class ModelSmoother:
             loss_after=None if trial is None else trial.loss_after,
             matrices=changes,
         )
+
+    def _smooth_weights_(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        floor_cap: PhiFor | None,
+        phi_for: PhiFor,
+        includes_adapters: bool,
+        and_then: Callable[[Sequence[Edit]], None] | None,
+        **options: Any,
+    ) -> tuple[MatrixChange, ...]:
+        """Smooth whole matrices by the floor's cap or by φ, and LoRA products by φ."""
+        options |= {
+            "max_rank": self._config.max_rank,
+            "keep_frobenius": self._config.keep_frobenius,
+        }
+        selection, backend = self._measurements.selection, self._measurements.backend
+        matrices, adapters = selection.matrices, selection.adapters
+        changes = smooth_matrices_(
+            matrices, parameters, backend, floor_cap or phi_for, and_then=and_then, **options
+        )
+        if adapters and includes_adapters:
+            self._check_base(parameters)
+            changes += smooth_adapters_(adapters, parameters, backend, phi_for, **options)
+        return changes
+
+    def _smoothing_function(self, anchors: Anchors | None) -> PhiFor:
+        def phi_for(names: Sequence[str]) -> SmoothingFunction:
+            phi = SMOOTHING_FUNCTIONS[self._config.smoothing]()
+            return phi if anchors is None else Anchored(phi, anchors.levels(names))
+
+        return phi_for
 
     def _trial(self, event: Event, *, is_floor: bool, is_anchored: bool) -> Trial | None:
         """Return a trial for one intervention; None where none is wanted or possible."""
@@ -178,3 +192,7 @@ class ModelSmoother:
                 type(optimizer).__name__,
                 " or ".join(FIRST_MOMENTS),
             )
+
+
+def _floor_cap(floors: Mapping[str, float]) -> PhiFor:
+    return lambda names: StableRankCap(torch.tensor([floors[name] for name in names]))

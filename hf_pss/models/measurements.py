@@ -275,7 +275,11 @@ class Measurements:
         On several ranks the result is the mean over ranks, of floats too: every rank must call.
         """
         if self.backend.is_shared:
-            values = tuple(self._on_device(v) if isinstance(v, float) else v for v in values)
+            device = next(iter(self.model.parameters())).device
+            values = tuple(
+                torch.tensor(v, dtype=torch.float64, device=device) if isinstance(v, float) else v
+                for v in values
+            )
         tensors = [gathered(v.detach()).reshape(()) for v in values if isinstance(v, Tensor)]
         host: Iterator[float] = iter(())
         if tensors:
@@ -360,10 +364,6 @@ class Measurements:
 
     def _products(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, AdapterSpectrum]:
         return measure_adapter_spectra(self._adapters, parameters, self.backend)
-
-    def _on_device(self, number: float) -> Tensor:
-        device = next(iter(self.model.parameters())).device
-        return torch.tensor(number, dtype=torch.float64, device=device)
 
 
 def _quick_spectral_norm(matrices: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from hf_pss.models.selection import named_parameters_canonical
 logger = logging.getLogger(__name__)
 
 EvaluateLoss = Callable[[], float | Tensor | None]
-"""Returns the loss of one micro-batch with the current weights; None where there is no loss.
+"""Returns the loss of one micro-batch with the current weights, or None.
 
 It changes nothing, the random state included, and returns the same loss for the same weights."""
 
@@ -38,9 +38,9 @@ class Trial:
     margin_ratio: float
     """An edit may raise the loss by this share of its absolute value."""
     keeps_untried: bool
-    """Whether to keep an edit where there is no loss to try it on."""
+    """Whether to keep an edit that cannot be tried because the loss is None."""
     loss_before: float | None = None
-    """None until it is measured, and where there is no loss."""
+    """None until it is measured, and where `evaluate` returns None."""
     loss_after: float | None = None
     _has_begun: bool = False
     _kept: dict[str, Tensor] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Trial:
 
     @torch.no_grad()
     def _loss(self) -> float | None:
-        """Return the mean loss over ranks; None where a rank has none.
+        """Return the mean loss over ranks; None if that of a rank is None.
 
         An error of a user's code ends a run of several ranks, because the others wait within the
         forward pass. A single process continues without the trial.

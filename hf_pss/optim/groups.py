@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -154,7 +153,6 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
     names = ("include", "exclude", "no_decay", "others_lr", "per_head")
     grouping = {name: options.pop(name) for name in names if name in options}
     optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
-    check_groups(optimizer, model)
     if backend_for({}).rank == 0:  # the first rank of the run, for any storage of parameters
         logger.info("%s", describe_groups(optimizer))
     return optimizer
@@ -178,21 +176,6 @@ def known_options(algo: str) -> dict[str, Any]:
 
 def _kind_and_rule(algo: str) -> tuple[type[MatrixOptimizer], str]:
     return (Amuse, "muon") if algo == AMUSE else (MatrixOptimizer, algo)
-
-
-def check_groups(optimizer: MatrixOptimizer, model: nn.Module) -> None:
-    """Check that each trainable parameter is in exactly one group.
-
-    Raises:
-        ConfigurationError: A parameter is in no group, or in two; the message names it.
-    """
-    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    for name, parameter in named_parameters_canonical(model).items():
-        if parameter.requires_grad and counts[id(parameter)] != 1:
-            raise ConfigurationError(
-                f"{name} is in {counts[id(parameter)]} parameter groups; each trainable parameter "
-                "belongs to one."
-            )
 
 
 def describe_groups(optimizer: MatrixOptimizer) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -160,7 +160,12 @@ def to_json_line(record: Record) -> str:
     >>> from_json_line(to_json_line(event)) == event
     True
     """
-    return json.dumps({"version": VERSION, **_encode(record)}, allow_nan=False)
+    values = asdict(record)
+    if isinstance(record, Intervention):
+        event = values.pop("event")
+        values["matrices"] = [_encode(change) for change in values["matrices"]]
+        values = {**event, "kind": "intervention", "trigger": event["kind"], **values}
+    return json.dumps({"version": VERSION, **_encode(values)}, allow_nan=False)
 
 
 def from_json_line(line: str) -> Record:
@@ -200,33 +205,14 @@ def read_events(path: Path) -> EventLog:
     return EventLog(tuple(records), is_cut, num_unreadable)
 
 
-def _encode(record: Record) -> dict[str, JSON]:
-    match record:
-        case Event():
-            return _encode_values(_values(record))
-        case Intervention(event=event):
-            own = {name: value for name, value in _values(record).items() if name != "event"}
-            trigger = {**_values(event), "kind": "intervention", "trigger": event.kind.value}
-            return _encode_values({**trigger, **own})
-
-
-def _values(record: Record | MatrixChange) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
-
-
-def _encode_values(values: dict[str, Any]) -> dict[str, JSON]:
-    encoded: dict[str, JSON] = {}
-    non_finite: dict[str, JSON] = {}
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            encoded[name], non_finite[name] = None, str(value)
-        elif isinstance(value, tuple):
-            encoded[name] = [
-                _encode_values(_values(item)) if isinstance(item, MatrixChange) else item
-                for item in value
-            ]
-        else:
-            encoded[name] = value
+def _encode(values: dict[str, Any]) -> dict[str, JSON]:
+    """Replace numbers that are not finite by null, and name them in ``non_finite``."""
+    non_finite: dict[str, JSON] = {
+        name: str(value)
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    encoded: dict[str, JSON] = {n: None if n in non_finite else v for n, v in values.items()}
     return {**encoded, "non_finite": non_finite} if non_finite else encoded
 
 

@@ -14,19 +14,6 @@ from hf_pss.detection import GLOBAL
 from hf_pss.detection.policy import Action
 from hf_pss.records.events import Event, EventKind, Intervention, Record
 
-__all__ = [
-    "Alert",
-    "AlertLevel",
-    "Alerts",
-    "alert_of",
-    "describe_event",
-    "describe_intervention",
-    "describe_nonfinite",
-    "describe_stop",
-    "intervention_line",
-    "is_worth_a_line",
-]
-
 _MAX_NAMES = 3
 
 _KIND = {
@@ -93,7 +80,7 @@ _ADVICE_OBSERVED = {
 
 
 def describe_event(event: Event) -> str:
-    """Return in a few words what was noticed, with its numbers and the first matrices."""
+    """Return a short description of an event, with its numbers and the first matrices."""
     name = event.detector.removesuffix("_ratio").replace("_", " ")
     if event.kind is EventKind.RESUME:
         return "resumed from a checkpoint, smoothing as requested"
@@ -133,7 +120,7 @@ def describe_intervention(record: Intervention) -> str:
 
 
 def intervention_line(record: Intervention, *, file_name: str) -> str:
-    """Return one line for a terminal: what was noticed, what was done, and where to read more."""
+    """Return one line for a terminal: the event, the intervention, and a file with details."""
     return (
         f"PSS, step {record.event.step}: {describe_event(record.event)}; "
         f"{describe_intervention(record)} More in {file_name}."

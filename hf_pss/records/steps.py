@@ -10,8 +10,6 @@ from hf_pss.detection import Judgement, Verdict, worst
 from hf_pss.detection.policy import InterventionHistory
 from hf_pss.records.events import Event, Record
 
-__all__ = ["HealthReading", "Step", "StepReport"]
-
 
 @dataclass(frozen=True, slots=True)
 class HealthReading:
