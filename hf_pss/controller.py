@@ -1,13 +1,13 @@
-"""PSSController: watch, decide and smooth behind one `step`, for any training loop."""
+"""PSSController: measure, judge, decide and smooth in one `step`, for any training loop."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
 from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
-from hf_pss.detection.policy import Action, Decision, History, Policy
+from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
 from hf_pss.detection.state import (
     JSON,
     check_version,
@@ -27,32 +27,25 @@ from hf_pss.detection.state import (
 )
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.health.monitor import HealthMonitor
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, SmoothingFunction, StableRankCap
 from hf_pss.linalg.smoothing import looks_trained
-from hf_pss.models.adapters import frozen_collapses, smooth_adapters_
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
 from hf_pss.models.distributed import Backend
-from hf_pss.models.measurements import Gauges
-from hf_pss.models.optimizer_state import (
-    FIRST_MOMENTS,
-    edit_first_moments_,
-    edit_iterates_,
-    has_iterates,
-)
+from hf_pss.models.intervention import ModelSmoother
+from hf_pss.models.measurements import Measurements
 from hf_pss.models.selection import Selection
-from hf_pss.models.smoother import Edit, smooth_matrices_
-from hf_pss.models.trial import EvaluateLoss, Trial
-from hf_pss.models.triggers import Watch
-from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange, Record
+from hf_pss.models.trial import EvaluateLoss
+from hf_pss.models.triggers import Triggers
+from hf_pss.records.events import Event, EventKind, Intervention, Record
 from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line
-from hf_pss.records.steps import Step, StepReport
+from hf_pss.records.steps import HealthReading, Step, StepReport
 
 __all__ = ["PSSController", "StepReport"]
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 2
+_FLOOR = "stable_rank_floor"
 
 T = TypeVar("T")
 
@@ -70,19 +63,20 @@ class PSSController:
     >>> pss.step(grad_norm, update=optimizer.step).verdict.value
     'calibrating'
 
-    A loop that cannot hand its update over calls `before_update` and `after_update` around it.
+    A loop that cannot pass its update as a function calls `before_update` and `after_update` around
+    it. ``smooth_on_resume`` needs a call of `smooth_now` after `load_state_dict`.
 
     Args:
         model: The model being trained, wrapped or not. Parameters are looked up by name at every
             use, so wrappers may swap them.
         config: The options; the preset ``anchored`` when None.
-        backend: How parameters are stored; found from the parameters when None.
+        backend: The storage of the parameters; found from the parameters when None.
         optimizer: Needed where ``moments`` is not ``keep``: its state is edited in place.
         evaluate_loss: Computes the loss of one micro-batch, always the same one within a step, with
-            the weights as they are now. An intervention that raises it is taken back (option
-            ``trial``). It may change nothing, the random state included. Without it interventions
-            are not tried, and the controller says so once.
-        speaks: Whether to warn where there is nothing to watch; `caution` has the sentence.
+            the current weights. An intervention that raises it is taken back (option ``trial``). It
+            may change nothing, the random state included. Without it interventions are not tried,
+            and the controller warns once.
+        speaks: Whether to warn of options without effect in this loop; see `caution`.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.
@@ -102,42 +96,36 @@ class PSSController:
     ) -> None:
         self.config = config if config is not None else PSSConfig()
         self._optimizer = optimizer
-        self._evaluate_loss = evaluate_loss
-        self._gauges = Gauges(model, self.config, backend)
+        self._measurements = Measurements(model, self.config, backend)
         if self.config.moments != "keep" and optimizer is None:
             raise ConfigurationError(
                 f"moments={self.config.moments!r} edits the optimizer's state; give the controller "
                 "its optimizer: PSSController(model, config, optimizer=optimizer)."
             )
         on_nonfinite = self._check_backend()
-        self._watch = Watch(self._gauges, self.config)
-        self._anchors = self._first_anchors()
-        self._caution_about_trained_weights()
+        self._triggers = Triggers(self._measurements, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
-            # Whoever only observes spends no budget and starts no cooldown.
+            # A controller that only observes spends no budget and starts no cooldown.
             max_interventions=0 if self._only_observes else self.config.max_interventions,
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
         )
-        is_first = self._gauges.backend.rank == 0
-        if self.tries_interventions and evaluate_loss is None and is_first:
-            logger.warning(
-                "PSS cannot try interventions before it keeps them, because it was given no "
-                "evaluate_loss. Pass one to PSSController, or set trial='off'."
+        self._smoother = ModelSmoother(self._measurements, self.config, optimizer, evaluate_loss)
+        self._anchors = self._first_anchors()
+        self.health: HealthMonitor | None = None
+        """Measures health beside PSS, with its own clock; None where ``health`` is off."""
+        if self.config.health != "off":
+            self.health = HealthMonitor(
+                self.selection,
+                self._measurements.backend,
+                self.config.health,
+                every_steps=self.config.health_every_steps,
+                model=model,
             )
-        self.health = self._make_monitor()
-        """Measures at the side of all this, with its own clock; None where ``health`` is off."""
         self._current: Step | None = None
-        self._has_told_of_moments = self._has_looked_at_base = self._has_loaded = False
-        if self.selection.adapters and self.config.moments != "keep":
-            logger.warning(
-                "moments=%r: the first moments of LoRA factors are kept; only those of whole "
-                "matrices are edited.",
-                self.config.moments,
-            )
-        if speaks and self._gauges.backend.rank == 0 and (caution := self._gauges.caution()):
-            logger.warning("%s", caution)
+        self._has_loaded = False
+        self._warn(self._cautions(has_trial=evaluate_loss is not None, speaks=speaks))
         self.reset()
 
     # ---- one step ----
@@ -149,16 +137,16 @@ class PSSController:
         update: Callable[[], object],
         loss: float | Tensor | None = None,
     ) -> StepReport:
-        """Judge the gradient, apply the update unless it would do harm, smooth if need be.
+        """Judge the gradient, apply the update unless it would do harm, and smooth if needed.
 
         Args:
             grad_norm_preclip: Global ℓ₂ norm of the gradient before clipping, as
                 ``clip_grad_norm_`` returns it; after loss-scale unscaling, over all ranks.
             update: Applies the optimizer's step; not called when the step is to be skipped.
-            loss: This step's loss, for the record of events.
+            loss: This step's loss, which events record.
 
         Raises:
-            NonFiniteError: The step is not finite and the policy says to stop; nothing was updated.
+            NonFiniteError: The step is not finite and the policy stops the run before its update.
             ConfigurationError: ``update`` cannot be called.
         """
         if not callable(update):
@@ -172,17 +160,17 @@ class PSSController:
 
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
         """Return numbers as host floats: all tensors among them in one device-to-host read."""
-        return self._gauges.to_host(*values)
+        return self._measurements.to_host(*values)
 
     def inspect_gradients(self) -> None:
-        """Before clipping: note which gradients are finite, so that an error can name the first.
+        """Before clipping: record which gradients are finite, so that an error can name the first.
 
-        Optional. One pass over the gradients, nothing read back; only in runs that stop at a
-        non-finite step or have had one, so that a healthy run pays nothing.
+        Optional. One pass over the gradients without a device-to-host read. It happens only in runs
+        that stop at a non-finite step or have had one, so it costs a healthy run nothing.
         """
         if self.config.on_nonfinite == "stop" or self._history.num_nonfinite_steps > 0:
             started = time.perf_counter()
-            self._gauges.inspect_gradients()
+            self._measurements.inspect_gradients()
             self.seconds += time.perf_counter() - started
 
     def before_update(
@@ -193,18 +181,18 @@ class PSSController:
         loss_scaled: bool = False,
         discarded: bool = False,
     ) -> bool:
-        """Judge the gradient of this step and tell whether its update may be applied.
+        """Judge the gradient of this step and return whether its update may be applied.
 
         Args:
-            grad_norm_preclip: Global norm before clipping; None where the loop has none to give.
+            grad_norm_preclip: Global norm before clipping; None if the loop has none.
             loss: This step's loss.
-            loss_scaled: A GradScaler is active: it skips overflown gradients by itself, so the
-                answer to these is True, and only a long streak of them stops the run.
-            discarded: The update has been dropped already, as DeepSpeed does by itself where the
-                gradient is not finite: there is nothing left to hold back.
+            loss_scaled: A GradScaler is active. It skips overflown gradients itself, so the result
+                is True for these, and only a long streak of them stops the run.
+            discarded: Another library has dropped the update already, as DeepSpeed does where the
+                gradient is not finite.
 
         Raises:
-            NonFiniteError: The policy says to stop. No weight was touched.
+            NonFiniteError: The policy stops the run. No weight was touched.
         """
         started = time.perf_counter()
         self.step_number += 1
@@ -212,153 +200,142 @@ class PSSController:
             self.step_number,
             loss,
             grad_norm_preclip,
-            not discarded,
-            discarded,
+            update_applied=not discarded,
+            is_discarded=discarded,
             last_intervention_step=self._history.last_intervention_step,
         )
         has_overflown = (
             loss_scaled and grad_norm_preclip is not None and not math.isfinite(grad_norm_preclip)
         )
-        for judgement in self._watch.judge_gradient(grad_norm_preclip, loss):
+        for judgement in self._triggers.judge_gradient(grad_norm_preclip, loss):
             action = self._decide(step, judgement, has_overflown=has_overflown)
             skips_spike = action is Action.ACT and self.config.spike_update == "skip"
             if has_overflown or skips_spike or action is Action.SKIP_UPDATE:
                 step.update_applied = False
-        self._gauges.forget_gradients()
+        self._measurements.forget_gradients()
         if self.health is not None:
-            started += self._look_before(self.health, grad_norm_preclip)
-        if step.update_applied and self._watch.reads(Quantity.UPDATE_NORM):
-            self._gauges.start_update()
+            before = self.health.seconds
+            parameters = self._measurements.parameters()
+            self.health.before_update(self.step_number, parameters, grad_norm_preclip)
+            started += self.health.seconds - before  # counted by health, not by this controller
+        if step.update_applied and self._triggers.reads(Quantity.UPDATE_NORM):
+            self._measurements.start_update()
         self.seconds += time.perf_counter() - started
         return step.update_applied or has_overflown or discarded
 
     @torch.no_grad()
     def after_update(self) -> StepReport:
-        """Judge the weights, carry the interventions of this step out, and report.
+        """Judge the weights, carry out the interventions of this step, and report.
 
         Raises:
-            NonFiniteError: The weights themselves are not finite and the policy says to stop.
+            NonFiniteError: The weights themselves are not finite and the policy stops the run.
         """
         step = self._current if self._current is not None else Step(self.step_number)
         step.is_after_update = True
-        is_due = step.is_due(self.config.check_every_steps)
-        ranks_are_due = is_due and self._watch.reads(Quantity.STABLE_RANK)
-        norms_are_due = is_due and self._watch.reads(Quantity.SPECTRAL_NORM)
-        health_is_due = self.health is None and step.is_due(self.config.health_every_steps)
-        # Before any smoothing: health shows what the optimizer left, not what we made of it. A
-        # reading for the report alone is no cost of PSS.
-        health = self._measured(step, self.stable_ranks) if health_is_due else None
-        reading = None
+        # Health is measured before any smoothing, so that it shows the optimizer's result. A
+        # reading for the report alone does not count as a cost of PSS.
+        stable_ranks, reading = None, None
         if self.health is not None:
-            reading = self.health.after_update(
-                step.number,
-                self._gauges.parameters(),
-                optimizer=self._optimizer,
-                loss=step.loss,
-                grad_norm_preclip=step.grad_norm_preclip,
-            )
+            reading = self._read_health(self.health, step)
+        elif step.is_due(self.config.health_every_steps):
+            stable_ranks = self._measured(step, self.stable_ranks)
         started = time.perf_counter()
-        ranks = health
-        if ranks_are_due and ranks is None:
-            ranks = self._measured(step, self.stable_ranks)
-        if step.update_applied:
-            for judgement in self._watch.judge_update():
-                self._decide(step, judgement)
-        if ranks_are_due and ranks is not None:
-            for judgement in self._watch.judge_stable_ranks(ranks):
-                self._decide(step, judgement)
-        norms = self._measured(step, self._gauges.spectral_norms) if norms_are_due else None
-        if norms is not None:
-            for judgement in self._watch.judge_spectral_norms(norms):
-                self._decide(step, judgement)
-        answers = [
-            self._smooth(*answer, is_floor=answer[1].detector == "stable_rank_floor")
-            for answer in step.answers
+        for judgement in self._judge_weights(step, stable_ranks):
+            self._decide(step, judgement)
+        interventions = [
+            self._smooth(event, judgement, is_floor=judgement.detector == _FLOOR)
+            for event, judgement in step.to_smooth
         ]
-        step.records += answers
-        self._give_back(step, answers)
+        step.records += interventions
+        self._refund(step, interventions)
         self._follow_health(step)
         self._current = None
         self.seconds += time.perf_counter() - started
-        self._listen()
+        self._prepare_health()
         return step.report(
             self._history,
             seconds=self.seconds,
-            stable_ranks=health,
+            stable_ranks=stable_ranks,
             health=reading,
             health_seconds=None if self.health is None else self.health.seconds,
         )
 
     @property
     def tries_interventions(self) -> bool:
-        """Whether the options ask for trials, and something may have to be tried."""
+        """Whether the options ask for trials, and an intervention can occur."""
         config = self.config
         is_reached = config.reacts_to_spikes or (config.trial == "all" and bool(config.detectors))
         return config.trial != "off" and is_reached and not self._only_observes
 
     @property
     def is_in_trouble(self) -> bool:
-        """Whether the step under way has spiked or was not finite."""
+        """Whether the step in progress has spiked or was not finite."""
         return self._current is not None and self._current.is_in_trouble
 
     @property
     def selection(self) -> Selection:
-        """Which matrices are watched, and why everything else is left alone."""
-        return self._gauges.selection
+        """The watched matrices, and the reason why each other parameter is left alone."""
+        return self._measurements.selection
 
     def caution(self, spelling: str = "PSSConfig({})") -> str | None:
-        """Say what of the options finds nothing to watch in this model; None where all do.
+        """Return a warning about options that find no matrix in this model; None without any.
 
         Args:
-            spelling: How the caller spells an option; the braces stand for ``name=value``.
+            spelling: The caller's notation of an option; the braces stand for ``name=value``.
         """
-        return self._gauges.caution(spelling)
+        return self._measurements.caution(spelling)
 
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each selected 2-D matrix by name; NaN where one is broken.
 
         All ranks of a distributed run must call it together.
         """
-        return self._gauges.stable_ranks()
+        return self._measurements.stable_ranks()
 
     @property
     def pending_records(self) -> tuple[Record, ...]:
-        """Records of a step that an error ended before it could be reported."""
+        """Records of a step that an error ended before its report."""
         return tuple(self._current.records) if self._current is not None else ()
 
     @torch.no_grad()
     def smooth_now(self) -> Intervention:
-        """Smooth all selected matrices without waiting for a detector: to repair a run that died.
+        """Smooth all selected matrices at once, to repair a run that failed.
 
-        With the detector ``stable_rank_floor`` each matrix is brought up to its floor, otherwise
-        the smoothing function is applied; ``moments`` says what becomes of the first moments. It
-        counts against no budget and starts no cooldown. With an ``anchor`` nothing is lowered below
-        the record of healthy values, which is that of a loaded state, or of the weights that the
-        controller was built with.
+        With the detector ``stable_rank_floor`` each matrix is raised to its floor, otherwise the
+        smoothing function is applied; ``moments`` says how the first moments change. It does not
+        count against a budget or start a cooldown. With an ``anchor`` nothing is lowered below the
+        record of healthy values. That record comes from a loaded state, or else from the weights
+        that the controller was built with.
         """
         judgement = Judgement(Verdict.SPIKE, "resume", (GLOBAL,))
-        decision = Decision(Action.ACT, "asked for")
+        decision = Decision(Action.ACT, "requested")
         event = Event.of(judgement, decision, step=self.step_number, loss=None)
-        has_floor = "stable_rank_floor" in self.config.detectors
-        if not self._has_loaded and self._refers_to_start and self._gauges.backend.rank == 0:
-            logger.warning(
-                "The repair has nothing to refer to: no record of healthy weights was loaded, so "
-                "what the model was built with counts as healthy. If it is damaged, set "
-                "floor_reference='noise' or anchor='off'."
+        refers_to_start = (
+            self.config.floor_reference == "start"
+            if self._triggers.has_floors
+            else self._anchors is not None
+        )
+        if not self._has_loaded and refers_to_start:
+            self._warn(
+                [
+                    "The repair has no record of healthy weights, so the weights that the "
+                    "controller was built with count as healthy. If they are damaged, set "
+                    "floor_reference='noise' or anchor='off'."
+                ]
             )
-        return self._smooth(event, judgement, is_floor=has_floor)
+        return self._smooth(event, judgement, is_floor=_FLOOR in self.config.detectors)
 
-    # ---- what survives a checkpoint ----
+    # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, JSON]:
-        """Return all that later steps depend on, as plain strict JSON."""
+        """Return everything that later steps depend on, as plain strict JSON."""
         return {
             "version": _VERSION,
             "step": self.step_number,
             "seconds": self.seconds,
             "history": self._history.state_dict(),
             "anchors": None if self._anchors is None else self._anchors.state_dict(),
-            **self._watch.state_dict(),
+            **self._triggers.state_dict(),
         }
 
     def load_state_dict(self, state: object) -> None:
@@ -368,83 +345,128 @@ class PSSController:
             state: Parsed JSON, not trusted.
 
         Raises:
-            StateError: Truncated, damaged, of another version, of another model or of other
-                detectors; the controller is as it was.
+            StateError: The state is truncated, damaged, of another version, of another model or of
+                other detectors. The controller is then unchanged.
         """
         what = "the PSS state"
         check_version(state, _VERSION, what=what)
         found = read_object(state, tuple(self.state_dict()), what=what)
         step_number = read_integer(found["step"], what=f"'step' of {what}")
         seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
-        history = History.from_state_dict(read_mapping(found["history"], what="the history"))
+        saved_history = read_mapping(found["history"], what="the history")
+        history = InterventionHistory.from_state_dict(saved_history)
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
-        noticed = {key: found[key] for key in self._watch.state_dict()}
-        self._watch.load_state_dict(noticed)  # the last that may refuse
+        # The last statement that may raise.
+        self._triggers.load_state_dict({key: found[key] for key in self._triggers.state_dict()})
         self._history, self.step_number, self.seconds = history, step_number, seconds
         self._anchors, self._has_loaded = anchors, True
-        self._listen()
+        self._prepare_health()
 
     def reset(self, *, step_number: int = 0) -> None:
         """Forget everything but floors and healthy values, and count on from the given step."""
-        self._watch.reset()
+        self._triggers.reset()
         if self._anchors is not None:
             self._anchors = Anchors(self._anchors.healthy)
-        self._history, self.step_number, self.seconds = History(), step_number, 0.0
-        self._listen()
+        self._history, self.step_number, self.seconds = InterventionHistory(), step_number, 0.0
+        self._prepare_health()
 
-    # ---- inside ----
+    # ---- options ----
 
-    def _make_monitor(self) -> HealthMonitor | None:
-        if self.config.health == "off":
-            return None
-        return HealthMonitor(
-            self.selection,
-            self._gauges.backend,
-            self.config.health,
-            every_steps=self.config.health_every_steps,
-            model=self._gauges.model,
-        )
-
-    def _listen(self) -> None:
-        """Let health listen to the step that begins now, where it samples that one."""
-        if self.health is not None:
-            self.health.before_step(self.step_number + 1, self._gauges.parameters())
-
-    def _look_before(self, health: HealthMonitor, grad_norm_preclip: float | None) -> float:
-        """Return the seconds it took: they are health's, not this controller's."""
-        before = health.seconds
-        health.before_update(self.step_number, self._gauges.parameters(), grad_norm_preclip)
-        return health.seconds - before
+    @property
+    def _only_observes(self) -> bool:
+        has_nothing = not self.selection.matrices and not self.selection.adapters
+        return self.config.observe_only or (has_nothing and self.config.spike_update != "skip")
 
     def _check_backend(self) -> Literal["skip", "stop"]:
-        """Refuse what the backend cannot do, announce what it does, and return what NaN leads to.
+        """Refuse options that the backend cannot honour; return the response to a NaN.
 
         Raises:
             ConfigurationError: An option needs gradients that are gone, or an update held back.
         """
-        backend = self._gauges.backend
-        for sentence in backend.cautions(self._gauges.parameters()):
+        backend = self._measurements.backend
+        for sentence in backend.cautions(self._measurements.parameters()):
             logger.warning("%s", sentence)
         if backend.can_hold_back:
             return self.config.on_nonfinite
-        needs_gradients = {"matrix_grad_norm_ratio", "update_norm_ratio"} & {*self.config.detectors}
-        if needs_gradients or self.config.spike_update == "skip":
-            named = [*sorted(needs_gradients)]
-            named += ["spike_update='skip'"] if self.config.spike_update == "skip" else []
+        too_late = sorted(
+            {"matrix_grad_norm_ratio", "update_norm_ratio"} & {*self.config.detectors}
+        )
+        if self.config.spike_update == "skip":
+            too_late.append("spike_update='skip'")
+        if too_late:
             raise ConfigurationError(
-                f"{' and '.join(named)} cannot be had under DeepSpeed, which has applied the "
-                "update, and dropped the gradients, before anybody can look at them. Use "
+                f"{' and '.join(too_late)} cannot work under DeepSpeed, which has applied the "
+                "update, and dropped the gradients, before PSS can look at them. Use "
                 "grad_norm_ratio or stable_rank_floor, with spike_update='apply'."
             )
         return "stop"
 
+    def _cautions(self, *, has_trial: bool, speaks: bool) -> Iterator[str]:
+        """Yield warnings about options that have no effect, or a dangerous one, in this run."""
+        config = self.config
+        acts_on_spikes = config.reacts_to_spikes and not config.observe_only
+        if config.anchor == config.trial == "off" and acts_on_spikes:
+            # Measured only where it matters; collective, so every rank takes this branch.
+            if looks_trained(self._measurements.shapes, self.stable_ranks()):
+                yield (
+                    "These weights look trained, and without an anchor one false alarm can destroy "
+                    "what they have learned: use the preset anchored for fine-tuning."
+                )
+        if self.tries_interventions and not has_trial:
+            yield (
+                "PSS cannot try interventions before it keeps them, because it was given no "
+                "evaluate_loss. Pass one to PSSController, or set trial='off'."
+            )
+        if self.selection.adapters and config.moments != "keep":
+            yield (
+                f"moments={config.moments!r}: the first moments of LoRA factors are kept; only "
+                "those of whole matrices are edited."
+            )
+        if speaks and config.smooth_on_resume:
+            yield (
+                "smooth_on_resume has no effect in a training loop of your own: call smooth_now() "
+                "once after load_state_dict()."
+            )
+        if speaks and (caution := self.caution()):
+            yield caution
+
+    def _warn(self, sentences: Iterable[str]) -> None:
+        """Log warnings on the first rank; iterate on all, because a warning may be collective."""
+        for sentence in sentences:
+            if self._measurements.backend.rank == 0:
+                logger.warning("%s", sentence)
+
+    # ---- one step, in detail ----
+
+    def _judge_weights(
+        self, step: Step, stable_ranks: Mapping[str, float] | None
+    ) -> Iterator[Judgement]:
+        """Yield the judgements of an update and, at their interval, of the weights."""
+        is_due = step.is_due(self.config.check_every_steps)
+        reads_ranks = is_due and self._triggers.reads(Quantity.STABLE_RANK)
+        if reads_ranks and stable_ranks is None:
+            stable_ranks = self._measured(step, self.stable_ranks)
+        if step.update_applied:
+            yield from self._triggers.judge_update()
+        if reads_ranks and stable_ranks is not None:
+            yield from self._triggers.judge_weights(Quantity.STABLE_RANK, stable_ranks)
+        if is_due and self._triggers.reads(Quantity.SPECTRAL_NORM):
+            norms = self._measured(step, self._measurements.spectral_norms)
+            if norms is not None:
+                yield from self._triggers.judge_weights(Quantity.SPECTRAL_NORM, norms)
+
     def _decide(self, step: Step, judgement: Judgement, *, has_overflown: bool = False) -> Action:
-        """Put a judgement through the policy, on record, and into the step's plan."""
-        # A loss scaler overflows now and then by design and skips those steps itself.
-        policy = replace(self._policy, on_nonfinite="skip") if has_overflown else self._policy
-        if step.is_discarded and not has_overflown:  # as asked for, whatever the backend can do
+        """Ask the policy about a judgement, and record the decision in the step.
+
+        Raises:
+            NonFiniteError: The policy stops the run.
+        """
+        policy = self._policy
+        if has_overflown:  # A loss scaler overflows by design and skips those steps itself.
+            policy = replace(policy, on_nonfinite="skip")
+        elif step.is_discarded:  # No update is left to hold back, so the option applies as given.
             policy = replace(policy, on_nonfinite=self.config.on_nonfinite)
         decision, self._history = policy.decide(
             judgement,
@@ -460,40 +482,40 @@ class PSSController:
         elif self._only_observes and judgement.verdict is Verdict.SPIKE:
             decision = Decision(Action.OBSERVE, "there is nothing to smooth")
         event = Event.of(judgement, decision, step=step.number, loss=step.loss)
-        is_nonfinite = judgement.verdict is Verdict.NON_FINITE
-        if is_nonfinite and is_worth_a_line(self._history.nonfinite_streak):
-            logger.log(
-                logging.INFO if has_overflown else logging.WARNING,
-                "%s",
-                describe_nonfinite(
-                    event,
-                    self._history.num_nonfinite_steps,
-                    has_overflown=has_overflown,
-                    is_discarded=step.is_discarded,
-                ),
-            )
+        if judgement.verdict is Verdict.NON_FINITE:
+            self._log_nonfinite(step, event, has_overflown=has_overflown)
         if decision.action is Action.ACT:
-            step.answers.append((event, judgement))
+            step.to_smooth.append((event, judgement))
         else:
             step.records.append(event)
         if decision.action is Action.STOP:
-            can_hold_back = self._gauges.backend.can_hold_back or step.is_discarded
-            has_happened = step.is_after_update or not can_hold_back
-            raise NonFiniteError(describe_stop(event, is_after_update=has_happened))
+            can_hold_back = self._measurements.backend.can_hold_back or step.is_discarded
+            is_after_update = step.is_after_update or not can_hold_back
+            raise NonFiniteError(describe_stop(event, is_after_update=is_after_update))
         return decision.action
 
-    def _measured(self, step: Step, measure: Callable[[], dict[str, T]]) -> dict[str, T] | None:
-        """Return what is measured; None, on record, where a decomposition does not converge.
+    def _log_nonfinite(self, step: Step, event: Event, *, has_overflown: bool) -> None:
+        if is_worth_a_line(self._history.nonfinite_streak):
+            line = describe_nonfinite(
+                event,
+                self._history.num_nonfinite_steps,
+                has_overflown=has_overflown,
+                is_discarded=step.is_discarded,
+            )
+            logger.log(logging.INFO if has_overflown else logging.WARNING, "%s", line)
 
-        Where ranks share the work they go on together, or stop: one alone cannot go on.
+    def _measured(self, step: Step, measure: Callable[[], dict[str, T]]) -> dict[str, T] | None:
+        """Return a measurement; None, with an event, if a decomposition does not converge.
+
+        Ranks that share work either all continue or all stop.
         """
         try:
             return measure()
         except LinAlgError as error:
-            if self._gauges.backend.is_shared and not isinstance(error, DecompositionError):
+            if self._measurements.backend.is_shared and not isinstance(error, DecompositionError):
                 raise
             logger.warning(
-                "PSS, step %d: the weights could not be judged, %s. Training goes on.",
+                "PSS, step %d: the weights could not be judged, %s. Training continues.",
                 step.number,
                 error,
             )
@@ -502,11 +524,6 @@ class PSSController:
                     step=step.number,
                     kind=EventKind.ERROR,
                     detector="decomposition",
-                    value=None,
-                    baseline=None,
-                    threshold=None,
-                    fired=(),
-                    new_level=(),
                     loss=step.loss,
                     decision=Action.OBSERVE,
                     reason=str(error),
@@ -514,172 +531,58 @@ class PSSController:
             )
             return None
 
-    def _first_anchors(self) -> Anchors | None:
-        """Return the record of healthy values that begins with the weights as they are now."""
-        config = self.config
-        if config.anchor == "off" or config.observe_only or not config.reacts_to_spikes:
-            return None
-        return Anchors(self._gauges.leading_values())
+    def _smooth(self, event: Event, judgement: Judgement, *, is_floor: bool) -> Intervention:
+        return self._smoother.smooth_(
+            event,
+            judgement,
+            is_floor=is_floor,
+            floors=self._triggers.floors,
+            anchors=self._anchors,
+        )
 
-    def _give_back(self, step: Step, answers: Sequence[Intervention]) -> None:
-        """Let answers that changed no weight cost neither budget nor a cooldown."""
-        if not answers:
-            return
-        history = self._history
-        idle = sum(not answer.has_changed_weights for answer in answers)
-        spiked = [a for a in answers if a.event.kind is not EventKind.FLOOR]
-        last = history.last_intervention_step
-        if spiked and not any(answer.has_changed_weights for answer in spiked):
+    def _refund(self, step: Step, interventions: Sequence[Intervention]) -> None:
+        """Return budget and cooldown of interventions that changed no weight."""
+        idle = sum(not each.has_changed_weights for each in interventions)
+        on_spikes = [each for each in interventions if each.event.kind is not EventKind.FLOOR]
+        last = self._history.last_intervention_step
+        if on_spikes and not any(each.has_changed_weights for each in on_spikes):
             last = step.last_intervention_step
         self._history = replace(
-            history,
-            num_interventions=history.num_interventions - idle,
+            self._history,
+            num_interventions=self._history.num_interventions - idle,
             last_intervention_step=last,
         )
 
+    # ---- health ----
+
+    def _first_anchors(self) -> Anchors | None:
+        """Return the record of healthy values, which starts with the current weights."""
+        config = self.config
+        if config.anchor == "off" or config.observe_only or not config.reacts_to_spikes:
+            return None
+        return Anchors(self._measurements.leading_values())
+
     def _follow_health(self, step: Step) -> None:
-        """Keep the record of healthy values up to date."""
+        """Update the record of healthy values."""
         if self._anchors is None:
             return
         if step.is_in_trouble:
             self._anchors.note_trouble(step.number)
         if self._anchors.is_due(step.number):
-            values = self._measured(step, self._gauges.leading_values)
+            values = self._measured(step, self._measurements.leading_values)
             if values is not None:
                 self._anchors.update(step.number, values)
 
-    def _caution_about_trained_weights(self) -> None:
-        config = self.config
-        if config.anchor != "off" or config.trial != "off":
-            return
-        if config.observe_only or not config.reacts_to_spikes:
-            return
-        is_trained = looks_trained(self._gauges.shapes, self._gauges.stable_ranks())
-        if is_trained and self._gauges.backend.rank == 0:
-            logger.warning(
-                "These weights look trained, and without an anchor one false alarm can destroy "
-                "what they know: use the preset anchored for fine-tuning."
-            )
-
-    def _smooth(self, event: Event, judgement: Judgement, *, is_floor: bool) -> Intervention:
-        started = time.perf_counter()
-        trial = self._trial(event, is_floor=is_floor)
-        edits: list[Edit] = []
-        options: dict[str, Any] = {
-            "names": self._names_to_smooth(judgement, is_floor=is_floor),
-            "max_rank": self.config.max_rank,
-            "keep_frobenius": self.config.keep_frobenius,
-            "before_write": None if trial is None else trial.before_write,
-        }
-        parameters, backend = self._gauges.parameters(), self._gauges.backend
-        phi_for = self._floor_cap if is_floor else self._smoothing_function
-        changes = smooth_matrices_(
-            self.selection.matrices,
-            parameters,
-            backend,
-            phi_for,
-            and_then=edits.extend if self._has_state_to_edit() else None,
-            **options,
-        )
-        # The floor knows no adapters. Where a person asks for a repair, they are smoothed.
-        if not is_floor or (event.kind is EventKind.RESUME and self.config.reacts_to_spikes):
-            changes += self._smooth_adapters(parameters, self._smoothing_function, options)
-        if trial is not None and not trial.is_kept():
-            event = replace(event, decision=Action.UNDO, reason=trial.why_not)
-        else:
-            self._edit_optimizer(edits)
-        return Intervention(
-            event=event,
-            smoothing="stable_rank_cap" if is_floor else self.config.smoothing,
-            seconds=time.perf_counter() - started,
-            loss_before=None if trial is None else trial.loss_before,
-            loss_after=None if trial is None else trial.loss_after,
-            matrices=changes,
+    def _read_health(self, health: HealthMonitor, step: Step) -> HealthReading | None:
+        return health.after_update(
+            step.number,
+            self._measurements.parameters(),
+            optimizer=self._optimizer,
+            loss=step.loss,
+            grad_norm_preclip=step.grad_norm_preclip,
         )
 
-    def _trial(self, event: Event, *, is_floor: bool) -> Trial | None:
-        """Return a trial for one intervention; None where none is wanted or possible."""
-        wanted = self.config.trial == "all" or (self.config.trial == "spikes" and not is_floor)
-        if not wanted or self._evaluate_loss is None:
-            return None
-        return Trial(
-            self._evaluate_loss,
-            self._gauges.model,
-            self._gauges.backend,
-            self.config.trial_margin_ratio,
-            # With an anchor an edit is safe by construction, and a person knows what he asks for.
-            keeps_untried=self._anchors is not None or event.kind is EventKind.RESUME,
-        )
-
-    def _names_to_smooth(self, judgement: Judgement, *, is_floor: bool) -> frozenset[str] | None:
-        """Return the matrices that an intervention may change; None for all."""
-        if GLOBAL in judgement.fired:
-            return None
-        return frozenset(judgement.fired) if is_floor or self.config.scope == "fired" else None
-
-    def _smooth_adapters(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        phi_for: Callable[[Sequence[str]], SmoothingFunction],
-        options: Mapping[str, Any],
-    ) -> tuple[MatrixChange, ...]:
-        views, backend = self.selection.adapters, self._gauges.backend
-        if not views:
-            return ()
-        if not self._has_looked_at_base:
-            self._has_looked_at_base = True
-            if collapsed := frozen_collapses(views, parameters, backend):
-                worst = min(collapsed, key=collapsed.__getitem__)
-                logger.warning(
-                    "%d of the frozen base weights have a stable rank below 2 (%s: %.3g). An "
-                    "adapter cannot remove a direction of its base: repair the base model itself.",
-                    len(collapsed),
-                    worst,
-                    collapsed[worst],
-                )
-        return smooth_adapters_(views, parameters, backend, phi_for, **options)
-
-    @property
-    def _only_observes(self) -> bool:
-        has_nothing = not self.selection.matrices and not self.selection.adapters
-        return self.config.observe_only or (has_nothing and self.config.spike_update != "skip")
-
-    @property
-    def _refers_to_start(self) -> bool:
-        has_floor = self._watch.has_floors
-        return self.config.floor_reference == "start" if has_floor else self._anchors is not None
-
-    def _has_state_to_edit(self) -> bool:
-        optimizer = self._optimizer
-        return self.config.moments != "keep" or (optimizer is not None and has_iterates(optimizer))
-
-    def _edit_optimizer(self, edits: Sequence[Edit]) -> None:
-        if self._optimizer is None or not edits:
-            return
-        parameters, backend = self._gauges.parameters(), self._gauges.backend
-        edit_iterates_(self._optimizer, edits, parameters, backend)
-        if self.config.moments == "keep":
-            return
-        num_edited = edit_first_moments_(
-            self.config.moments,
-            self._optimizer,
-            edits,
-            parameters,
-            backend,
-        )
-        if not num_edited and not self._has_told_of_moments:
-            self._has_told_of_moments = True
-            logger.warning(
-                "moments=%r: %s keeps no first moment of the smoothed matrices (%s); nothing was "
-                "done to its state.",
-                self.config.moments,
-                type(self._optimizer).__name__,
-                " or ".join(FIRST_MOMENTS),
-            )
-
-    def _smoothing_function(self, names: Sequence[str]) -> SmoothingFunction:
-        phi = SMOOTHING_FUNCTIONS[self.config.smoothing]()
-        return phi if self._anchors is None else Anchored(phi, self._anchors.levels(names))
-
-    def _floor_cap(self, names: Sequence[str]) -> SmoothingFunction:
-        return StableRankCap(torch.tensor([self._watch.floors[name] for name in names]))
+    def _prepare_health(self) -> None:
+        """Install the hooks of the health metrics if they sample the next step."""
+        if self.health is not None:
+            self.health.before_step(self.step_number + 1, self._measurements.parameters())

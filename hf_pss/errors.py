@@ -1,17 +1,4 @@
-"""Errors of hf_pss: every one is a `PSSError` and also the builtin error a caller would expect."""
-
-from __future__ import annotations
-
-__all__ = [
-    "ConfigurationError",
-    "ElsewhereError",
-    "IncompatibleVersionError",
-    "NonFiniteError",
-    "PSSError",
-    "SelectionError",
-    "StateError",
-    "TrainingFailedError",
-]
+"""Errors of hf_pss. Each one is a `PSSError` and also the builtin error that a caller expects."""
 
 
 class PSSError(Exception):
@@ -19,19 +6,19 @@ class PSSError(Exception):
 
 
 class ConfigurationError(PSSError, ValueError):
-    """An option, or a combination of options, has no meaning; the message says what is allowed."""
+    """An option, or a combination of options, is invalid; the message names valid ones."""
 
 
 class ElsewhereError(PSSError, RuntimeError):
-    """Another rank of a distributed run has failed; this one ends with it instead of waiting."""
+    """Another rank of a distributed run has failed, so this one stops instead of waiting for it."""
 
 
 class SelectionError(PSSError, ValueError):
-    """A pattern matches no weight matrix, or a model holds none to watch."""
+    """A pattern matches no weight matrix, or a model has no matrix to watch."""
 
 
 class NonFiniteError(PSSError, ArithmeticError):
-    """A gradient, loss or matrix holds NaN or inf where only finite numbers have a meaning."""
+    """A gradient, loss or matrix holds NaN or inf where only finite numbers are valid."""
 
 
 class StateError(PSSError, ValueError):
@@ -39,8 +26,8 @@ class StateError(PSSError, ValueError):
 
 
 class TrainingFailedError(PSSError, RuntimeError):
-    """Interventions did not help, and the run was to stop then, or cannot go back any further."""
+    """Interventions did not help, and the run stops, as configured or for lack of a checkpoint."""
 
 
 class IncompatibleVersionError(PSSError, RuntimeError):
-    """A private seam of transformers that hf_pss stands on has moved."""
+    """A private method of transformers that hf_pss depends on has changed."""

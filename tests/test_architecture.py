@@ -63,7 +63,6 @@ UPWARDS = {
 SHARED_NAMES = {
     "Comparison",
     "Event",
-    "Failure",
     "History",
     "MatrixChange",
     "Summary",

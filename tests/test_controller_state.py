@@ -123,8 +123,9 @@ def test_other_detectors_start_afresh_and_shared_ones_go_on(
     fresh_floors = both.state_dict()["starting_ranks"]
     both.load_state_dict(saved)
     after = both.state_dict()
-    assert "watched by grad_norm_ratio, this run is by grad_norm_ratio, stable_rank_floor" in (
-        caplog.text
+    assert (
+        "detectors are grad_norm_ratio, those of this run grad_norm_ratio, stable_rank_floor"
+        in (caplog.text)
     )
     assert (after["step"], after["history"]) == (3, saved["history"])
     shared = "grad_norm_ratio"
@@ -180,7 +181,7 @@ def test_the_floors_of_a_resumed_run_refer_to_what_this_run_says(first: str) -> 
         PSSController(loop.model, PSSConfig.preset("floor", floor_reference=second)) for _ in "ab"
     )
     resumed.load_state_dict(saved)
-    assert resumed._watch.floors == fresh._watch.floors
+    assert resumed._triggers.floors == fresh._triggers.floors
 
 
 def test_a_repeated_detector_is_a_damaged_state() -> None:

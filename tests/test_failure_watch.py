@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 import pytest
 
-from hf_pss.detection.policy import Failure, FailureWatch
+from hf_pss.detection.failures import FailedInterventions, TrainingFailure
 
 
 def failures(
     losses: Iterable[float | None], interventions: set[int], *, window: int = 10, most: int = 2
 ) -> list[tuple[int, int]]:
-    watch = FailureWatch(window_steps=window, max_failed=most)
+    counter = FailedInterventions(window_steps=window, max_failed=most)
     seen = [
-        watch.see(step, loss=loss, has_intervened=step in interventions)
+        counter.update(step, loss=loss, has_intervened=step in interventions)
         for step, loss in enumerate(losses, start=1)
     ]
     return [(one.onset_step, one.step) for one in seen if one is not None]
@@ -48,19 +48,21 @@ def test_losses_that_are_none_do_not_count(loss: float | None) -> None:
 
 
 def test_at_the_very_beginning_there_is_nothing_to_compare_with() -> None:
-    watch = FailureWatch(window_steps=2, max_failed=1)
-    assert watch.see(1, loss=9.0, has_intervened=True) is None
-    failure = watch.see(2, loss=9.0, has_intervened=True)
-    assert failure == Failure(1, 2, "1 interventions in a row failed since step 1", None, 9.0)
+    counter = FailedInterventions(window_steps=2, max_failed=1)
+    assert counter.update(1, loss=9.0, has_intervened=True) is None
+    failure = counter.update(2, loss=9.0, has_intervened=True)
+    assert failure == TrainingFailure(
+        1, 2, "1 interventions in a row failed since step 1", None, 9.0
+    )
 
 
 def test_answers_that_change_no_weight_fail_only_where_the_loss_is_not_back() -> None:
     """Noisy batches of a sound fine-tuning raise alarms that leave the weights alone."""
 
     def failed(losses: list[float], *, changed: bool) -> list[int]:
-        watch = FailureWatch(window_steps=10, max_failed=2)
+        counter = FailedInterventions(window_steps=10, max_failed=2)
         found = (
-            watch.see(step, loss=loss, has_intervened=step >= 30, has_changed_weights=changed)
+            counter.update(step, loss=loss, has_intervened=step >= 30, has_changed_weights=changed)
             for step, loss in enumerate(losses, start=1)
         )
         return [failure.step for failure in found if failure is not None]

@@ -114,7 +114,7 @@ def test_matrices_have_the_stable_rank_that_the_record_says(kind: str, width: in
         assert rank_of(before[change.name]) < change.stable_rank_after
         # A small matrix is brought all the way up.
         if change.status == "smoothed" and min(change.shape) <= 128:
-            floor = pss._watch.floors[change.name]
+            floor = pss._triggers.floors[change.name]
             assert rank_of(sigma) == pytest.approx(floor, rel=1e-3)
 
 
@@ -137,7 +137,7 @@ def test_trained_weights_have_half_their_own_stable_rank_as_a_floor() -> None:
 def test_fresh_weights_do_not_look_trained_and_trained_ones_do(kind: str) -> None:
     model = build(kind, 64)
     pss = PSSController(model, PSSConfig.preset("floor"))
-    shapes = pss._gauges.shapes
+    shapes = pss._measurements.shapes
     assert not looks_trained(shapes, pss.stable_ranks())
     train_(model, 60)
     assert looks_trained(shapes, pss.stable_ranks())

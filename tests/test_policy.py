@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_pss import PSSConfig
 from hf_pss.detection import Judgement, Verdict
-from hf_pss.detection.policy import Action, Decision, History, Policy
+from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
 from hf_pss.errors import StateError
 
 SPIKE = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
@@ -34,8 +34,10 @@ def policy_of(**options: Any) -> Policy:
     )
 
 
-def run(policy: Policy, *steps: tuple[int, Judgement]) -> tuple[list[Decision], History]:
-    history = History()
+def run(
+    policy: Policy, *steps: tuple[int, Judgement]
+) -> tuple[list[Decision], InterventionHistory]:
+    history = InterventionHistory()
     decisions = []
     for step, judgement in steps:
         decision, history = policy.decide(judgement, step=step, history=history)
@@ -53,13 +55,13 @@ def test_nothing_noticed_continues_and_is_not_remembered() -> None:
         Decision(Action.CONTINUE, "calibrating"),
         Decision(Action.CONTINUE, "normal"),
     ]
-    assert history == History()
+    assert history == InterventionHistory()
 
 
 def test_spike_acts_and_is_remembered() -> None:
     decisions, history = run(policy_of(), (7, SPIKE))
     assert decisions == [Decision(Action.ACT, "grad_norm_ratio")]
-    assert history == History(last_intervention_step=7, num_interventions=1)
+    assert history == InterventionHistory(last_intervention_step=7, num_interventions=1)
 
 
 def test_cooldown_holds_for_its_steps_and_ends() -> None:
@@ -112,7 +114,9 @@ def test_after_the_update_nothing_is_left_to_skip_but_a_run_still_stops(
     options: dict[str, Any],
 ) -> None:
     def decide(policy: Policy) -> Decision:
-        return policy.decide(NON_FINITE, step=1, history=History(), is_after_update=True)[0]
+        return policy.decide(
+            NON_FINITE, step=1, history=InterventionHistory(), is_after_update=True
+        )[0]
 
     assert decide(policy_of()) == Decision(Action.OBSERVE, "after the update")
     assert decide(policy_of(**options)).action is Action.STOP
@@ -174,17 +178,20 @@ def test_never_more_than_the_budget_nor_closer_than_the_cooldown(
 
 
 def test_decide_is_pure() -> None:
-    policy, history = policy_of(), History(num_interventions=4, last_intervention_step=2)
+    policy, history = (
+        policy_of(),
+        InterventionHistory(num_interventions=4, last_intervention_step=2),
+    )
     first = policy.decide(SPIKE, step=50, history=history)
     assert policy.decide(SPIKE, step=50, history=history) == first
-    assert history == History(num_interventions=4, last_intervention_step=2)
+    assert history == InterventionHistory(num_interventions=4, last_intervention_step=2)
 
 
 @pytest.mark.parametrize(
     "history",
     [
-        History(),
-        History(
+        InterventionHistory(),
+        InterventionHistory(
             last_intervention_step=40,
             num_interventions=3,
             num_nonfinite_steps=9,
@@ -193,9 +200,9 @@ def test_decide_is_pure() -> None:
         ),
     ],
 )
-def test_history_comes_back_through_json(history: History) -> None:
+def test_history_comes_back_through_json(history: InterventionHistory) -> None:
     saved = json.dumps(history.state_dict(), allow_nan=False)
-    assert History.from_state_dict(json.loads(saved)) == history
+    assert InterventionHistory.from_state_dict(json.loads(saved)) == history
 
 
 @pytest.mark.parametrize(
@@ -214,11 +221,11 @@ def test_history_comes_back_through_json(history: History) -> None:
 )
 def test_damaged_history_is_refused(damage: dict[str, Any], message: str) -> None:
     with pytest.raises(StateError, match=message):
-        History.from_state_dict({**History().state_dict(), **damage})
+        InterventionHistory.from_state_dict({**InterventionHistory().state_dict(), **damage})
 
 
-@pytest.mark.parametrize("key", sorted(History().state_dict()))
+@pytest.mark.parametrize("key", sorted(InterventionHistory().state_dict()))
 def test_truncated_history_is_refused(key: str) -> None:
-    state = {k: v for k, v in History().state_dict().items() if k != key}
+    state = {k: v for k, v in InterventionHistory().state_dict().items() if k != key}
     with pytest.raises(StateError, match=key):
-        History.from_state_dict(state)
+        InterventionHistory.from_state_dict(state)

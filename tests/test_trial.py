@@ -226,7 +226,7 @@ def test_a_record_that_cannot_be_measured_does_not_end_the_run(
     def fail() -> dict[str, list[float]]:
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(pss._gauges, "leading_values", fail)
+    monkeypatch.setattr(pss._measurements, "leading_values", fail)
     for _ in range(100):
         report = pss.step(1.0, update=lambda: None)
     assert [record.detector for record in report.records] == ["decomposition"]

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_pss.detection.policy import Action, History
+from hf_pss.detection.policy import Action, InterventionHistory
 from hf_pss.records.events import Event, EventKind, read_events
 from hf_pss.runs.records_files import EVENTS_FILE
 from hf_pss.trainer.callback import PSSCallback
@@ -185,7 +185,7 @@ def _closing_streak(trainer: Trainer) -> int:
     controller = _callback(trainer).controller
     if controller is None:
         return 0
-    history = History.from_state_dict(controller.state_dict()["history"])
+    history = InterventionHistory.from_state_dict(controller.state_dict()["history"])
     is_last = history.last_nonfinite_step == controller.step_number
     return history.nonfinite_streak if is_last else 0
 

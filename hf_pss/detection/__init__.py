@@ -1,7 +1,5 @@
 """Decide from plain numbers whether training is in trouble; no tensor, no model, no optimizer."""
 
-from __future__ import annotations
-
 from hf_pss.detection.baseline import Baseline as Baseline
 from hf_pss.detection.detectors import DETECTORS as DETECTORS
 from hf_pss.detection.detectors import AnyOf as AnyOf

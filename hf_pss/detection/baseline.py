@@ -1,4 +1,4 @@
-"""The running baseline that a reading is compared with."""
+"""The running baseline that a detector compares readings with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hf_pss.detection.state import JSON, read_integer, read_number, read_object
 from hf_pss.errors import ConfigurationError
 
-# Below the smallest normal float64 a quotient has no digits left, and 0 has no scale at all.
+# A quotient by a denormal float64 has lost its digits, and one by 0 is undefined.
 _SMALLEST_LEVEL = sys.float_info.min
 
 
@@ -17,18 +17,18 @@ class Baseline:
     """Exponential moving average of accepted finite values >= 0, with a calibration phase.
 
     ``b_1 = g_1`` and ``b_t = (1 - alpha) b_{t-1} + alpha g_t`` over the accepted values (the
-    average is the paper's, arXiv 2602.01308; alpha and all that follows is ours). Starting at the
-    first value leaves no bias towards zero, so there is none to divide out; what is left is the
-    weight of the first value, ``(1 - alpha)^(t-1)``, and the calibration phase waits for it to
-    fade: 0.14 after 20 values at alpha = 0.1.
+    average is the paper's, arXiv 2602.01308; alpha and the rules below are ours). The average
+    starts at the first value, so it has no bias towards zero to correct. Only the weight of that
+    first value remains, ``(1 - alpha)^(t-1)``, and the calibration phase waits until it has faded:
+    0.14 after 20 values at alpha = 0.1.
 
     Three rules keep the average from doing harm:
 
-    - A level of 0 (or denormal) has no scale: nothing is compared with it, and the next value
-      starts the baseline anew instead of being averaged into it.
-    - A refused value, one that fired, is not learned.
-    - `patience_steps` refusals in a row are no spike but a new level: the baseline starts anew
-      there and calibrates again. Otherwise one lasting rise would fire for ever.
+    - A level of 0 (or denormal) has no scale. Nothing is compared with it, and the next value
+      restarts the baseline instead of being averaged into it.
+    - A value that fired is refused: the baseline does not learn it.
+    - After `patience_steps` refusals in a row the baseline restarts at the new level and calibrates
+      again. Otherwise one lasting rise would fire at every later step.
 
     >>> baseline = Baseline(alpha=0.5, calibration_steps=2, patience_steps=10)
     >>> baseline.accept(1.0)
@@ -71,13 +71,13 @@ class Baseline:
             self._start_at(value)
             return
         mixed = (1 - self.alpha) * self.level + self.alpha * value
-        # Rounding can lift the mixture above both of its parts: at 1.8e308 that would be inf.
+        # Rounding can lift the mean above both of its parts, which near 1.8e308 would give inf.
         self.level = min(mixed, max(self.level, value))
         self.num_accepted += 1
         self.num_refused = 0
 
     def refuse(self, value: float) -> bool:
-        """Do not learn `value`; return True if patience ends and the baseline starts anew at it."""
+        """Do not learn `value`; return True if patience ends and the baseline restarts at it."""
         self.num_refused += 1
         if self.num_refused < self.patience_steps:
             return False
@@ -85,7 +85,7 @@ class Baseline:
         return True
 
     def state(self) -> dict[str, JSON]:
-        """Return what was learned, as one part of a detector's versioned state."""
+        """Return the learned numbers, as one part of a detector's versioned state."""
         return {
             "level": self.level,
             "num_accepted": self.num_accepted,
@@ -96,13 +96,12 @@ class Baseline:
         """Return a baseline with these settings and the given state.
 
         Raises:
-            StateError: `state` is not what `state()` returns.
+            StateError: `state` does not have the form that `state()` returns.
         """
         fields = read_object(state, ("level", "num_accepted", "num_refused"), what)
-        level = read_number(fields["level"], minimum=0.0, what=f"'level' of {what}")
         return replace(
             self,
-            level=level,
+            level=read_number(fields["level"], minimum=0.0, what=f"'level' of {what}"),
             num_accepted=read_integer(
                 fields["num_accepted"], minimum=1, what=f"'num_accepted' of {what}"
             ),

@@ -1,4 +1,4 @@
-"""The words between detectors and the rest: what is measured, what is concluded."""
+"""The vocabulary that detectors share with their callers: quantities, readings and verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GLOBAL = "global"
 
 
 class Quantity(StrEnum):
-    """What a detector reads."""
+    """A quantity that a detector can read."""
 
     GRAD_NORM = "grad_norm"
     MATRIX_GRAD_NORM = "matrix_grad_norm"
@@ -24,7 +24,7 @@ class Quantity(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What a detector concludes, the least grave first."""
+    """The conclusion of a detector, the least severe first."""
 
     CALIBRATING = "calibrating"
     NORMAL = "normal"
@@ -34,10 +34,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What one detector says about one set of readings.
+    """The conclusion of one detector about one set of readings.
 
-    `value`, `baseline` and `threshold` are those of the worst reading, the one farthest over its
-    threshold; while everything is still calibrating, those of the first name in sorted order.
+    `value`, `baseline` and `threshold` belong to the worst reading, the one farthest over its
+    threshold; while everything is still calibrating, to the first name in sorted order.
     """
 
     verdict: Verdict
@@ -50,14 +50,14 @@ class Judgement:
     threshold: float | None = None
     """The number at which the reading would fire; None while nothing may fire."""
     new_level: tuple[str, ...] = ()
-    """Names whose baseline gave up after firing for too long and now starts anew at this value."""
+    """Names that fired for too long, whose baseline therefore restarts at this value."""
 
 
-_GRAVITY = {verdict: gravity for gravity, verdict in enumerate(Verdict)}
+_SEVERITY = {verdict: severity for severity, verdict in enumerate(Verdict)}
 
 
 def worst(judgements: Sequence[Judgement]) -> Judgement:
-    """Return the judgement with the gravest verdict; among equals, the first.
+    """Return the judgement with the most severe verdict; among equals, the first.
 
     >>> calm = Judgement(Verdict.NORMAL, "a")
     >>> worst([calm, Judgement(Verdict.SPIKE, "b"), Judgement(Verdict.SPIKE, "c")]).detector
@@ -66,4 +66,4 @@ def worst(judgements: Sequence[Judgement]) -> Judgement:
     Raises:
         ValueError: `judgements` is empty.
     """
-    return max(judgements, key=lambda judgement: _GRAVITY[judgement.verdict])
+    return max(judgements, key=lambda judgement: _SEVERITY[judgement.verdict])

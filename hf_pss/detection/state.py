@@ -1,4 +1,4 @@
-"""Strict reading of saved JSON: whatever is not expected raises a `StateError` that names it."""
+"""Strict readers of saved JSON: an unexpected value raises a `StateError` that names it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ _REMEDY = "Use one that this version of hf_pss wrote."
 
 
 def check_version(state: object, version: int, what: str) -> None:
-    """Refuse a state that is no JSON object, or that another version wrote.
+    """Refuse a state that is not a JSON object, or that another version wrote.
 
-    Call it before `read_object`: another version has other keys, and its number explains more.
+    Call it before `read_object`: a state of another version has other keys, and the message about
+    its version is the more helpful one.
 
     Args:
-        state: parsed JSON, not trusted.
-        version: the one version that the caller understands.
-        what: how the message names the state, as in ``"the state of detector 'grad_norm_ratio'"``.
+        state: Parsed JSON, not trusted.
+        version: The one version that the caller understands.
+        what: How the message names the state, as in ``"the state of detector 'grad_norm_ratio'"``.
 
     Raises:
-        StateError: not an object, or ``state["version"]`` is not ``version``.
+        StateError: It is not an object, or ``state["version"]`` is not ``version``.
     """
     found = _as_object(state, what).get("version")
     if type(found) is not int or found != version:
@@ -35,7 +36,7 @@ def read_object(value: object, keys: Collection[str], what: str) -> dict[str, ob
     """Return `value` as a dict that has exactly the given keys.
 
     Raises:
-        StateError: not an object, a key is missing, or a key is unknown.
+        StateError: It is not an object, a key is missing, or a key is unknown.
     """
     found = _as_object(value, what)
     if missing := sorted(set(keys) - set(found)):

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from hf_pss.detection import (
     GLOBAL,
+    Baseline,
     Detector,
     DropDetector,
     FloorDetector,
@@ -68,9 +69,7 @@ def score_table(columns: Sequence[str], lines: Iterable[Iterable[str]]) -> Table
     return table
 
 
-_ALPHA = 0.1
-_CALIBRATION_READINGS = 20
-_PATIENCE_READINGS = 50
+_BASELINE = Baseline(alpha=0.1, calibration_steps=20, patience_steps=50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +91,11 @@ class WarningRule:
 
 def _ratio(limit: float) -> Detector:
     # The quantity only routes readings in a controller; here the series is handed over directly.
-    return RatioDetector(
-        Quantity.GRAD_NORM,
-        limit,
-        alpha=_ALPHA,
-        calibration_steps=_CALIBRATION_READINGS,
-        patience_steps=_PATIENCE_READINGS,
-    )
+    return RatioDetector(Quantity.GRAD_NORM, limit, _BASELINE)
 
 
 def _drop(drop: float) -> Detector:
-    return DropDetector(
-        drop,
-        alpha=_ALPHA,
-        calibration_steps=_CALIBRATION_READINGS,
-        patience_steps=_PATIENCE_READINGS,
-    )
+    return DropDetector(drop, _BASELINE)
 
 
 def _floor(floor: float) -> Detector:

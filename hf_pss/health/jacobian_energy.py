@@ -91,7 +91,7 @@ def measure_jacobian_energies(
 
 def _gradients(stack: Stack, parameters: Mapping[str, nn.Parameter], backend: Backend) -> Tensor:
     found = []
-    for slot in stack.slots:
+    for slot in stack.refs:
         grad = parameters[slot.view.parameter_name].grad
         if grad is not None:  # `held` above has none of these
             whole = slot.view.read(backend.full(grad))

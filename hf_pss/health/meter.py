@@ -310,7 +310,7 @@ class RepresentationMeter:
         row = torch.stack([x.detach().to(device).double() for x in (has_failed, *numbers)])
         table = row.new_zeros(self._backend.world_size, len(row))
         table[self._backend.rank] = row
-        told = torch.tensor(self._backend.tell(table.flatten()), dtype=torch.float64)
+        told = torch.tensor(self._backend.sum_to_host(table.flatten()), dtype=torch.float64)
         flags, *columns = told.view_as(table).mT
         if flags.any():
             raise_together(error)

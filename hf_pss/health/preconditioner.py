@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.batching import Slot, matrix_slots
+from hf_pss.models.batching import MatrixRef, matrix_refs
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
@@ -144,14 +144,14 @@ def measure_denominators(
     found: list[tuple[str, float]] = []
     rows: list[Tensor] = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    by_parameter: dict[str, list[Slot]] = {}
-    for slot in matrix_slots(views):
+    by_parameter: dict[str, list[MatrixRef]] = {}
+    for slot in matrix_refs(views):
         by_parameter.setdefault(slot.view.parameter_name, []).append(slot)
     for name, slots in by_parameter.items():
         parameter = parameters[name]
         group = groups.get(id(parameter), optimizer.param_groups[0])
         correction = _bias_correction(optimizer, parameter, group)
-        with backend.look_at_moment(optimizer, parameter, SECOND_MOMENTS) as part:
+        with backend.read_moment(optimizer, parameter, SECOND_MOMENTS) as part:
             if part is None:
                 continue
             for slot in slots:
@@ -163,7 +163,7 @@ def measure_denominators(
         return {}
     device = rows[0].device
     told = torch.tensor(
-        backend.tell(torch.cat([row.to(device) for row in rows])), dtype=torch.float64
+        backend.sum_to_host(torch.cat([row.to(device) for row in rows])), dtype=torch.float64
     ).reshape(len(rows), -1)
     return {
         name: _ranges(row, eps, backend.world_size, trim)

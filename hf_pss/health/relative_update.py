@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import frobenius_norm
 from hf_pss.linalg.scaling import compute_dtype
-from hf_pss.models.batching import Slot, matrix_names, matrix_slots
+from hf_pss.models.batching import MatrixRef, matrix_names, matrix_refs
 from hf_pss.models.distributed import Backend, Part
 from hf_pss.models.selection import MatrixView
 
@@ -87,8 +87,8 @@ class RelativeUpdateMeter:
         before, self._before = self._before, {}
         if not before:
             return {}
-        by_parameter: dict[str, list[Slot]] = {}
-        for slot in matrix_slots(self._views):
+        by_parameter: dict[str, list[MatrixRef]] = {}
+        for slot in matrix_refs(self._views):
             by_parameter.setdefault(slot.view.parameter_name, []).append(slot)
         device = next(iter(before.values())).device
         rows: list[Tensor] = []
@@ -142,14 +142,14 @@ class ChangeRates:
         return rates
 
 
-def _squares(slots: Sequence[Slot], old: Tensor, part: Part) -> list[Tensor]:
+def _squares(slots: Sequence[MatrixRef], old: Tensor, part: Part) -> list[Tensor]:
     """Return ‖ΔW‖_F² and ‖W‖_F² of each matrix's rows that are here, (2,), float64."""
     dtype = compute_dtype(old)
     moved = part.tensor.to(dtype) - old.to(dtype)
     return [torch.stack([_square(slot, x, part.start) for x in (moved, old)]) for slot in slots]
 
 
-def _square(slot: Slot, stored: Tensor, start: int) -> Tensor:
+def _square(slot: MatrixRef, stored: Tensor, start: int) -> Tensor:
     """Return ‖·‖_F² of the rows of a matrix that are here, float64."""
     piece = slot.view.piece(stored, start, slot.expert)
     if piece is None:

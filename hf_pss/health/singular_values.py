@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_pss.linalg.scaling import unit_scaled
-from hf_pss.models.batching import matrix_shapes, raise_together, read_turn, share_out
+from hf_pss.models.batching import assign_rounds, matrix_shapes, raise_together, read_round
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
@@ -43,8 +43,8 @@ def measure_spectra(
     device = next(iter(parameters.values())).device
     own = {name: torch.zeros(k, dtype=torch.float64, device=device) for name, k in lengths.items()}
     error: Exception | None = None
-    for turn in share_out(views, parameters, backend.world_size):
-        stack = read_turn(turn, parameters, backend)
+    for turn in assign_rounds(views, parameters, backend.world_size):
+        stack = read_round(turn, parameters, backend)
         if stack is None or error is not None:
             continue
         try:
@@ -55,7 +55,7 @@ def measure_spectra(
             continue
         own |= dict(zip(stack.names, values.to(device, torch.float64), strict=True))
     flag = torch.tensor([float(error is not None)], dtype=torch.float64, device=device)
-    has_failed, *told = backend.tell(torch.cat([flag, *own.values()]))
+    has_failed, *told = backend.sum_to_host(torch.cat([flag, *own.values()]))
     if has_failed:
         raise_together(error)
     values_left = iter(told)

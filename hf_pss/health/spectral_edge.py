@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.batching import Slot, matrix_slots, raise_together, read_turn, share_out
+from hf_pss.models.batching import MatrixRef, assign_rounds, matrix_refs, raise_together, read_round
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
@@ -108,7 +108,7 @@ class SpectralEdgeMeter:
         self._views = tuple(views)
         self._backend = backend
         self._width = width
-        self._place = {slot.name: i for i, slot in enumerate(matrix_slots(self._views))}
+        self._place = {slot.name: i for i, slot in enumerate(matrix_refs(self._views))}
         self._blocks: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._last: Tensor | None = None
         self._updates: deque[Tensor] = deque(maxlen=window_size)
@@ -132,15 +132,15 @@ class SpectralEdgeMeter:
         rows = self._width**2
         told: Tensor | None = None
         error: Exception | None = None
-        for turn in share_out(self._views, parameters, self._backend.world_size):
-            stack = read_turn(turn, parameters, self._backend)
+        for turn in assign_rounds(self._views, parameters, self._backend.world_size):
+            stack = read_round(turn, parameters, self._backend)
             if stack is None:
                 continue
             if told is None:
                 told = stack.matrices.new_zeros(len(self._place), rows, dtype=torch.float64)
             at = [self._place[name] for name in stack.names]
             try:
-                seen = self._project(stack.slots, stack.matrices)
+                seen = self._project(stack.refs, stack.matrices)
             except Exception as caught:  # the others wait for this rank in the turns to come
                 error = caught
                 continue
@@ -149,12 +149,12 @@ class SpectralEdgeMeter:
             device = next(iter(parameters.values())).device
             told = torch.zeros(len(self._place), rows, dtype=torch.float64, device=device)
         flag = told.new_tensor([float(error is not None)])
-        *every, has_failed = self._backend.tell(torch.cat([told.flatten(), flag]))
+        *every, has_failed = self._backend.sum_to_host(torch.cat([told.flatten(), flag]))
         if has_failed:
             raise_together(error)
         return torch.tensor(every, dtype=torch.float64)
 
-    def _project(self, slots: Sequence[Slot], matrices: Tensor) -> Tensor:
+    def _project(self, slots: Sequence[MatrixRef], matrices: Tensor) -> Tensor:
         names = tuple(slot.name for slot in slots)
         dtype = torch.float64 if matrices.dtype == torch.float64 else torch.float32
         if names not in self._blocks:

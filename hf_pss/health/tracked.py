@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_pss.linalg import frobenius_norm, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
-from hf_pss.models.batching import Slot, matrix_slots, measure_each
+from hf_pss.models.batching import MatrixRef, matrix_refs, measure_each
 from hf_pss.models.distributed import Backend, Part, Replicated
 from hf_pss.models.selection import MatrixView
 
@@ -71,7 +71,7 @@ class TrackedSpectrum:
 class _Group:
     """Matrices whose vectors are of one length, dtype and device; k = 2."""
 
-    slots: tuple[Slot, ...]
+    slots: tuple[MatrixRef, ...]
     vectors: Tensor
     """(N, k, c), orthonormal rows: of the stored tensor's last dimension."""
     scale: Tensor
@@ -122,7 +122,7 @@ class SpectrumTracker:
         self, views: Sequence[MatrixView], backend: Backend, *, batched: bool | None = None
     ) -> None:
         self._views = tuple(views)
-        self._slots = matrix_slots(self._views)
+        self._slots = matrix_refs(self._views)
         self._backend = backend
         self._batched = batched
         self._groups: list[_Group] = []
@@ -207,7 +207,7 @@ class SpectrumTracker:
                 # Stored as inputs × outputs: what is followed is u₁, one product away.
                 v = vector.new_zeros(slot.shape[1])
                 parameter = parameters[slot.view.parameter_name]
-                with self._backend.look(parameter) as part:
+                with self._backend.read_part(parameter) as part:
                     is_whole = len(part.tensor) == parameter.shape[0]
                     stored = _stored(slot, part, is_whole=is_whole)
                     if stored is not None:
@@ -227,7 +227,7 @@ class SpectrumTracker:
     # ---- inside ----
 
     def _grouped(self, parameters: Mapping[str, nn.Parameter]) -> list[_Group]:
-        alike: dict[tuple[int, torch.dtype, torch.device], list[Slot]] = {}
+        alike: dict[tuple[int, torch.dtype, torch.device], list[MatrixRef]] = {}
         for slot in self._slots:
             parameter = parameters[slot.view.parameter_name]
             size = slot.shape[0] if slot.view.transposed else slot.shape[1]
@@ -333,7 +333,7 @@ class SpectrumTracker:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for i, slot in enumerate(group.slots):
                 parameter = parameters[slot.view.parameter_name]
-                with self._backend.look(parameter) as part:
+                with self._backend.read_part(parameter) as part:
                     stored = _stored(slot, part, is_whole=len(part.tensor) == parameter.shape[0])
                     if stored is None:
                         continue
@@ -480,7 +480,7 @@ def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
     return block
 
 
-def _stored(slot: Slot, part: Part, *, is_whole: bool) -> Tensor | None:
+def _stored(slot: MatrixRef, part: Part, *, is_whole: bool) -> Tensor | None:
     """Return what is here of a matrix as it is stored, (rows, c), sharing memory where it can."""
     if not is_whole:
         piece = slot.view.piece(part.tensor, part.start, slot.expert)

@@ -1,7 +1,5 @@
 """Numerics: norms, ranks, singular triplets, polar factors and spectral smoothing of matrices."""
 
-from __future__ import annotations
-
 from hf_pss.linalg.editing import Smoothed as Smoothed
 from hf_pss.linalg.editing import SmoothedProduct as SmoothedProduct
 from hf_pss.linalg.editing import SmoothingStatus as SmoothingStatus

@@ -1,6 +1,6 @@
 """Apply a smoothing function to the leading singular values of matrices: W* = W + U(φ(Σ) − Σ)Vᵀ.
 
-A matrix given as a product s·B·A, as LoRA has it: its triplets, and edits of both factors.
+A LoRA product s·B·A is smoothed through an edit of both factors.
 """
 
 from __future__ import annotations
@@ -17,38 +17,28 @@ from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.linalg.smoothing import SmoothingFunction, Spectrum
 from hf_pss.linalg.triplets import DEFAULT_ROUNDS, Triplets, leading_triplets
 
-__all__ = [
-    "Smoothed",
-    "SmoothedProduct",
-    "SmoothingStatus",
-    "plan_values",
-    "product_triplets",
-    "smooth_product",
-    "smooth_spectrum",
-    "status_of",
-]
-
-# To measure σ₁ after the edit, which leaves a flat top, the slowest to tell apart. On the capped
-# matrices of SmolLM2-135M 12 rounds read σ₁ low by at most 0.5 %, 8 rounds by 1.1 %.
+# Rounds to measure σ₁ after the edit. It leaves equal leading values, for which the iteration
+# converges slowest. On the capped matrices of SmolLM2-135M 12 rounds read σ₁ low by at most 0.5 %,
+# 8 rounds by 1.1 %.
 _MEASURING_ROUNDS = 12
 
 
 class SmoothingStatus(IntEnum):
-    """What happened to a matrix."""
+    """The effect of smoothing on a matrix."""
 
     UNCHANGED = 0
     """φ asks for no change above rounding: the matrix is returned bit for bit."""
     SMOOTHED = 1
     """Its leading values were moved."""
     TRUNCATED = 2
-    """Moved, but only down to the last value at hand: a larger max_rank could have gone further."""
+    """Moved, but only down to the last computed value; a larger max_rank could go further."""
     RANK_DEFICIENT = 3
-    """The reference level is zero to rounding; smoothing would erase the matrix: left alone."""
+    """Left alone, because its reference level is zero to rounding and smoothing would erase it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Smoothed:
-    """Matrices after `smooth_spectrum`, and what was done to them."""
+    """Matrices after `smooth_spectrum`, and the changes of their spectra."""
 
     weight: Tensor
     """(..., m, n), dtype of the input, new memory."""
@@ -57,13 +47,13 @@ class Smoothed:
     sigma_before: Tensor
     """(..., K), leading singular values, descending."""
     sigma_after: Tensor
-    """(..., K), what they were set to: `sigma_target` times `gain`."""
+    """(..., K), their new values: `sigma_target` times `gain`."""
     sigma_target: Tensor
     """(..., K), φ(Σ); equal to `sigma_before`, bit for bit, where a value is not moved."""
     gain: Tensor
-    """(...): factor on the whole matrix behind the edit; 1 unless ‖W‖_F is kept."""
+    """(...): factor on the whole matrix after the edit; 1 unless ‖W‖_F is kept."""
     v: Tensor
-    """(..., n, K), right singular vectors; the next call's `start`."""
+    """(..., n, K), right singular vectors; a good `start` for the next call."""
     residual: Tensor
     """(..., K), see `Triplets`."""
     rank: Tensor
@@ -71,8 +61,8 @@ class Smoothed:
     stable_rank_before: Tensor
     """(...): 0 for the zero matrix."""
     spectral_norm_after: Tensor
-    """(...): σ₁ of the edited weight, measured: above sigma_after[0] by whatever the iteration had
-    not found. From below, see `smooth_spectrum`."""
+    """(...): σ₁ of the edited weight, measured from below (see `smooth_spectrum`). It lies above
+    sigma_after[0] if the iteration missed a part of the spectrum."""
     stable_rank_after: Tensor
     """(...): of the edited weight, with that σ₁."""
     changed: Tensor
@@ -94,31 +84,30 @@ def smooth_spectrum(
     """Smooth the dominant singular values: W* = W + U_k (φ(Σ_k) − Σ_k) V_kᵀ (arXiv 2602.01308).
 
     k = ⌊SR(W)⌋, within [1, min(max_rank, r − 1)], r = min(m, n). [ours] The reference level is
-    σ_{k+1}; where it is zero to rounding (rank-deficient, zero, 1×n and n×1 matrices) the matrix is
-    left alone and its status says so. No value goes below the last one at hand, σ_{max_rank+1}: the
-    values behind it, which nobody has looked at, would lead then.
+    σ_{k+1}. A matrix whose reference level is zero to rounding (rank-deficient, zero, 1×n and n×1
+    matrices) is left alone, and its status records that. No value goes below the last computed one,
+    σ_{max_rank+1}, because the values below it, which are unknown, would then lead.
 
-    Above min(m, n) = 128 the triplets are iterated. A φ that raises no value raises no singular
-    value of W then either, to rounding (4e-9 σ₁ measured): the edit is W times a
-    contraction. But σ₁ may stay above φ's level: after `Clip` with 33 values, measured 4 % above
-    the exact σ_33 on noise at 768×768, 2 % at 256×256, 0.2 % on σ_i ∝ i^-0.15. So
-    `spectral_norm_after` is measured on the edited matrix, from below by at most 0.5 % on the
-    matrices of a pretrained LLM (SmolLM2-135M); `stable_rank_after` is above by twice that.
+    Above min(m, n) = 128 the triplets are iterated. Even then, a φ that raises no value raises no
+    singular value of W, to rounding (4e-9 σ₁ measured), because the edit is W times a contraction.
+    But σ₁ may stay above φ's level: after `Clip` with 33 values it was 4 % above the exact σ_33 on
+    noise at 768×768, 2 % at 256×256, 0.2 % on σ_i ∝ i^-0.15. So `spectral_norm_after` is measured
+    on the edited matrix, from below by at most 0.5 % on the matrices of a pretrained LLM
+    (SmolLM2-135M); `stable_rank_after` is above by twice that.
 
     Args:
         weight: (..., m, n), any real floating dtype; not changed. The edit is computed in float32
             (float64 for float64), added once and rounded once.
-        phi: the smoothing function, see `SMOOTHING_FUNCTIONS`.
-        max_rank: how many values may move; a φ of the whole spectrum has no such bound.
-        keep_frobenius: rescale each changed matrix to its ‖W‖_F.
+        phi: The smoothing function, see `SMOOTHING_FUNCTIONS`.
+        max_rank: At most so many values move; a φ of the whole spectrum has no such bound.
+        keep_frobenius: Rescale each changed matrix to its ‖W‖_F.
         start: (..., n, b), guesses for v, as in `leading_triplets`.
-        num_rounds: rounds of Krylov iteration, as in `leading_triplets`.
-        check_finite: raise on NaN and inf, at the price of one device-to-host read; a caller that
-            has looked need not look again.
+        num_rounds: Rounds of Krylov iteration, as in `leading_triplets`.
+        check_finite: Raise on NaN and inf, which costs one device-to-host read.
 
     Raises:
-        NonFiniteError: a matrix holds NaN or inf (with check_finite).
-        ConfigurationError: max_rank below 1, or what `leading_triplets` refuses.
+        NonFiniteError: A matrix holds NaN or inf (with check_finite).
+        ConfigurationError: max_rank is below 1, or `leading_triplets` refuses an argument.
 
     >>> from hf_pss.linalg import Clip
     >>> smooth_spectrum(torch.diag(torch.tensor([9.0, 2.0, 1.0])), Clip()).weight.diag().tolist()
@@ -172,12 +161,12 @@ def smooth_spectrum(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What smoothing makes of singular values; matrices come later."""
+    """The new singular values of matrices, before the matrices are edited."""
 
     after: Tensor
-    """(..., K), φ(Σ), bit for bit Σ where nothing is to change."""
+    """(..., K), φ(Σ); bit for bit Σ in an unchanged matrix."""
     gain: Tensor
-    """(...), factor on the whole matrix behind that."""
+    """(...), factor on the whole matrix after the edit."""
     rank: Tensor
     """(...) int64: k."""
     changed: Tensor
@@ -199,14 +188,16 @@ def plan_values(
 
     Args:
         sigma: (..., K), descending.
-        tail: (...), norm of what they leave.
+        tail: (...), Frobenius norm of the remaining spectrum.
         phi: The smoothing function.
-        max_rank: At most so many count as dominant.
+        max_rank: At most so many values count as dominant.
         keep_frobenius: Choose a gain that restores ‖W‖_F.
         shape: (m, n) of the matrix.
     """
     num_values = sigma.shape[-1]
-    spectrum = _spectrum(sigma, tail, max_rank, shape)
+    rank = _stable_rank(sigma, tail).floor().to(torch.int64)
+    rank = rank.clamp(1, max(1, min(max_rank, num_values - 1)))
+    spectrum = Spectrum(sigma, rank, tail, shape)
     after = phi(spectrum)
     if num_values < min(shape):
         after = torch.maximum(after, sigma[..., -1:])
@@ -222,7 +213,7 @@ def plan_values(
 
 
 def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
-    """‖W − UΣVᵀ‖_F, measured: ‖W‖_F² − Σσ² of a collapsed matrix is rounding noise."""
+    """Return ‖W − UΣVᵀ‖_F; ‖W‖_F² − Σσ² of a collapsed matrix would be only rounding."""
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
     if sigma.shape[-1] == min(weight.shape[-2:]):
         return torch.zeros_like(sigma[..., 0])
@@ -231,7 +222,7 @@ def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
 
 
 def _plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """W + L Rᵀ, (..., m, n), with no second matrix of that size in memory."""
+    """Return W + L Rᵀ, (..., m, n), without another matrix of that size in memory."""
     m, n = matrix.shape[-2:]
     flat = torch.baddbmm(
         matrix.reshape(-1, m, n),
@@ -241,14 +232,8 @@ def _plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return flat.reshape(matrix.shape)
 
 
-def _spectrum(sigma: Tensor, tail: Tensor, max_rank: int, shape: tuple[int, int]) -> Spectrum:
-    rank = _stable_rank(sigma, tail).floor().to(torch.int64)
-    at_most = max(1, min(max_rank, sigma.shape[-1] - 1))
-    return Spectrum(sigma, rank.clamp(1, at_most), tail, shape)
-
-
 def _stable_rank(values: Tensor, tail: Tensor, largest: Tensor | None = None) -> Tensor:
-    """(Σσ*² + tail²) / σ₁², which is (‖W‖_F² − Σ(σ² − σ*²)) / σ₁²; σ₁ is σ*₁ unless given."""
+    """Return (Σσ*² + tail²) / σ₁² = (‖W‖_F² − Σ(σ² − σ*²)) / σ₁²; σ₁ is σ*₁ unless given."""
     largest = values[..., :1] if largest is None else largest.unsqueeze(-1)
     unit = torch.where(largest > 0, largest, 1.0)
     ratios = torch.cat([values, tail.unsqueeze(-1)], dim=-1) / unit
@@ -265,7 +250,7 @@ def status_of(deficient: Tensor, changed: Tensor, down_to_last: Tensor) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class SmoothedProduct:
-    """Factors after `smooth_product`, and what was done to their product."""
+    """Factors after `smooth_product`, and the changes of their product's spectrum."""
 
     left: Tensor
     """(..., m, r): B*, dtype of the input."""
@@ -325,8 +310,9 @@ def smooth_product(
 
         B* = B − U diag(1 − √ρ) Uᵀ B,    A* = A − A V diag(1 − √ρ) Vᵀ
 
-    and s·B*·A* = U φ(Σ) Vᵀ, exactly. Both factors take half, in the logarithm: an edit of B alone
-    would leave A as large as it was, and B's gradient, which is proportional to A, with it.
+    and s·B*·A* = U φ(Σ) Vᵀ, exactly. Each factor takes half of the change, in the logarithm. An
+    edit of B alone would leave A, and with it B's gradient, which is proportional to A, as large as
+    before.
 
     A product that is zero (LoRA starts at B = 0), of rank one, or not finite is returned bit for
     bit.
@@ -343,15 +329,14 @@ def smooth_product(
     triplets = product_triplets(left, right, scaling)
     finite = triplets.sigma.isfinite().all(dim=-1)
     sigma = torch.where(finite.unsqueeze(-1), triplets.sigma, 0.0)
-    # All that there is of the product: nothing is left behind the values, and none is the last of
-    # those at hand.
+    # These are all singular values of the product, so there is no remaining spectrum.
     none_left = torch.zeros_like(sigma[..., 0])
     shape = (max(left.shape[-2], right.shape[-1]), sigma.shape[-1])
     plan = plan_values(
         sigma, none_left, phi, max_rank=max_rank, keep_frobenius=keep_frobenius, shape=shape
     )
     after = plan.after * plan.gain.unsqueeze(-1)
-    # What is zero stays zero.
+    # Values of zero stay zero.
     root = torch.where(sigma > 0, after / torch.where(sigma > 0, sigma, 1.0), 1.0).sqrt()
     lost = (1 - root).unsqueeze(-2)
     u, v = triplets.u, triplets.v

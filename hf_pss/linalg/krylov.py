@@ -1,4 +1,4 @@
-"""Block Krylov spaces with orthonormal bases on both sides: what quick norms and triplets share."""
+"""Block Krylov spaces with orthonormal bases on both sides, for quick norms and triplets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _SEED = 20260201
-# In ε of a column's norm: what is left of it below this is rounding.
+# In ε of a column's norm: a smaller remainder of the column is only rounding.
 _ROUNDING = 10
 
 
@@ -34,7 +34,7 @@ def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> KrylovSpace:
     Args:
         tall: (..., m, n), float32 or float64, m >= n, of unit scale.
         start: (..., n, b): X.
-        num_rounds: q; fewer are taken where the space is the whole one before.
+        num_rounds: q; fewer are taken if the space becomes complete earlier.
     """
     m, n = tall.shape[-2:]
     width = start.shape[-1]
@@ -49,15 +49,15 @@ def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> KrylovSpace:
             block = _orthonormal(block, v[..., :done], fill_v.roll(done, dims=-2))
         v[..., new], image[..., new] = block, product(tall, block)
         u[..., new] = _orthonormal(image[..., new], u[..., :done], fill_u.roll(done, dims=-2))
-        # Wᵀ of an orthonormal block, not of W V: in fp32 WᵀW would lose every direction below
-        # 3e-4 of σ₁, which is where the rest of a collapsed matrix lies.
+        # Multiply Wᵀ by an orthonormal block, not by W V. In fp32 WᵀW would lose every direction
+        # below 3e-4 of σ₁, where the rest of a collapsed matrix lies.
         if new.stop < num_blocks * width:
             block = product(tall.mT, u[..., new])
     return KrylovSpace(u=u, core=u.mT @ image, v=v)
 
 
 def cold_start(weight: Tensor, num_columns: int) -> Tensor:
-    """Return the same normal block (..., n, b) at every call, leaving torch's global RNG alone."""
+    """Return the same normal block (..., n, b) at every call, without torch's global RNG."""
     n = weight.shape[-1]
     return _normal(weight, n, min(num_columns, n)).expand(*weight.shape[:-2], -1, -1)
 
@@ -65,21 +65,21 @@ def cold_start(weight: Tensor, num_columns: int) -> Tensor:
 def _normal(weight: Tensor, num_rows: int, num_columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     block = torch.randn(num_rows, num_columns, generator=generator)
-    # A blocking copy from pageable memory would make the host wait for the device.
+    # A blocking copy from pageable memory would synchronise the host with the device.
     return block.to(weight.device, weight.dtype, non_blocking=True)
 
 
 def product(matrix: Tensor, block: Tensor) -> Tensor:
     """Return W X as (XᵀWᵀ)ᵀ.
 
-    On a CPU up to three times as fast for a narrow X, and its columns are what LAPACK wants.
+    On a CPU this is up to three times as fast for a narrow X, and gives LAPACK's column order.
     """
     return (block.mT @ matrix.mT).mT
 
 
 def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
-    # A column in the span of those before leaves but rounding: a random direction takes its place.
-    # Twice, for the first time rounding may be left within the span.
+    # Of a column in the span of the basis only rounding remains, so a random direction replaces it.
+    # The projection is repeated because the first one may leave rounding within the span.
     limit = _ROUNDING * torch.finfo(block.dtype).eps * block.norm(dim=-2)
     for _ in range(2):
         block = block - basis @ (basis.mT @ block)

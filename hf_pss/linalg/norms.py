@@ -1,4 +1,4 @@
-"""Norms of weight matrices and the ranks made of them, in exact and in quick versions."""
+"""Norms of weight matrices and ranks derived from them, in exact and in quick versions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hf_pss.linalg.scaling import UnitScaled, unit_scaled
 # blocks, plain power iteration, squaring WᵀW and eigvalsh: the smallest error at equal time.
 _BLOCK = 4
 QUICK_ROUNDS = 5
-# (λ_i/λ_1)^128 is what another eigenvalue still weighs after 6 squarings.
+# After 6 squarings another eigenvalue has the weight (λ_i/λ_1)^128.
 _NUM_SQUARINGS = 6
-# Up to here squaring WᵀW itself costs less than a Krylov space: 16 × 256×64, 1.0 ms against 2.1.
+# Up to this size squaring WᵀW costs less than a Krylov space: 16 × 256×64, 1.0 ms against 2.1.
 _SMALL = 64
 
 
@@ -47,14 +47,15 @@ def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
     Args:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
         num_rounds: q, multiplications by WᵀW; more is closer. When min(m, n) <= 64 the space is
-            the whole one, whatever q. None: the exact value by SVD, for which torch reads LAPACK's
-            verdict back from a CUDA device.
+            complete for any q. None: the exact value by SVD, which reads LAPACK's status from a
+            CUDA device.
 
     Returns:
-        (...), float32, or float64 for float64. Iterated, never above σ₁ but for rounding.
+        (...), float32, or float64 for float64. The iterated value is never above σ₁ except for
+        rounding.
 
     Raises:
-        ConfigurationError: num_rounds below 1.
+        ConfigurationError: num_rounds is below 1.
 
     >>> spectral_norm(torch.diag(torch.tensor([3.0, 2.0]))).item()
     3.0
@@ -66,12 +67,12 @@ def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
 def stable_rank(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
     """Return SR(W) = ‖W‖_F² / σ₁², in [1, min(m, n)].
 
-    The zero matrix gives 0: it has no direction to be concentrated in, and a floor
-    taken relative to it never fires.
+    The zero matrix gives 0, because it has no leading direction. A floor relative to 0 never fires.
 
     Args:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
-        num_rounds: as in `spectral_norm`; iterated, the result is never below SR but for rounding.
+        num_rounds: As in `spectral_norm`; the iterated result is never below SR except for
+            rounding.
 
     Returns:
         (...), float32, or float64 for float64.
@@ -86,10 +87,12 @@ def stable_rank(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
 
 
 def quick_stable_rank(weight: Tensor) -> Tensor:
-    """Return SR(W) from above in five rounds: cheap enough for every few steps, no host read.
+    """Return SR(W) from above in five rounds, without a device-to-host read.
+
+    It is cheap enough for a call every few steps.
 
     On i.i.d. noise, the hardest spectrum, it exceeds SR by at most 0.3 % up to min(m, n) = 64 and
-    4 % at 768×768; on a matrix whose σ₁ stands out, by rounding only.
+    4 % at 768×768; on a matrix whose σ₁ stands out, only by rounding.
 
     Args:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
@@ -156,11 +159,11 @@ def _spectral(scaled: UnitScaled, num_rounds: int | None) -> Tensor:
 
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:
-    """λ_max of a small positive semi-definite matrix by repeated squaring: eigvalsh reads back."""
+    """Return λ_max of a small positive semi-definite matrix, without the host read of eigvalsh."""
     power = _unit_trace(gram)
     for _ in range(_NUM_SQUARINGS):
         power = _unit_trace(power @ power)
-    # ⟨P, GP⟩ / ⟨P, P⟩ with P = G^64: a mean of the eigenvalues, so never above λ_max.
+    # ⟨P, GP⟩ / ⟨P, P⟩ with P = G^64 is a mean of the eigenvalues, so it is never above λ_max.
     return (power * (gram @ power)).sum(dim=(-2, -1)) / _nonzero(power.square().sum(dim=(-2, -1)))
 
 

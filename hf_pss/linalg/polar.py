@@ -1,6 +1,6 @@
-"""Polynomial schedules that drive singular values to 1: numbers, source, measured band.
+"""The polar factor UVᵀ of W = UΣVᵀ, exactly and by polynomial iteration (Newton–Schulz).
 
-The polar factor UVᵀ of W = UΣVᵀ: exactly, and by polynomial iteration (Newton–Schulz).
+The table of schedules holds coefficients, their source and the measured band of the result.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from torch import Tensor
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.scaling import compute_dtype, require_finite, require_matrix, unit_scaled
 
-__all__ = ["POLYNOMIAL_SCHEDULES", "PolynomialSchedule", "Triple", "newton_schulz", "polar_factor"]
-
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class PolynomialSchedule:
-    """Odd quintics p(x) = ax + bx³ + cx⁵, applied one after another to every singular value."""
+    """Odd quintics p(x) = ax + bx³ + cx⁵, applied in turn to every singular value."""
 
     coefficients: tuple[Triple, ...]
-    """(a, b, c) a step; a longer iteration repeats the last."""
+    """(a, b, c) for each step; a longer iteration repeats the last."""
     source: str
-    """Where the numbers come from."""
+    """The publication of the coefficients."""
     interval: tuple[float, float]
     """Singular values, relative to ‖W‖_F, for which the band holds."""
     band: tuple[float, float]
-    """Where the full schedule sends them in exact arithmetic; a test measures it."""
+    """Their range after the full schedule in exact arithmetic; a test measures it."""
 
     def steps(self, num_steps: int | None) -> tuple[Triple, ...]:
         """Return the triples of an iteration of num_steps (None: the whole schedule)."""
@@ -41,8 +39,8 @@ class PolynomialSchedule:
 
 
 def _with_safety(coefficients: tuple[Triple, ...], factor: float) -> tuple[Triple, ...]:
-    # p(x / factor): rounding may push a value above 1, where a tight polynomial would diverge. The
-    # last step needs none.
+    # Returns p(x / factor). Rounding may push a value above 1, where a tight polynomial would
+    # diverge. The last step is safe without it.
     *first, last = coefficients
     return (*((a / factor, b / factor**3, c / factor**5) for a, b, c in first), last)
 
@@ -83,8 +81,8 @@ _POLAR_EXPRESS_4 = PolynomialSchedule(
         ),
         factor=1.01,
     ),
-    source="Ours: the same algorithm, for four steps and singular values from 3e-3 on, where the "
-    "band is narrower than that of Keller's five steps",
+    source="Ours: the same algorithm, for four steps and singular values from 3e-3 on. Its band is "
+    "narrower than that of Keller's five steps",
     interval=(3e-3, 1.0),
     band=(0.7740, 1.2070),
 )
@@ -107,8 +105,8 @@ POLYNOMIAL_SCHEDULES: dict[str, PolynomialSchedule] = {
 def polar_factor(weight: Tensor) -> Tensor:
     """Return UVᵀ, the semi-orthogonal matrix nearest to W (Higham 2008, theorem 8.4).
 
-    Of a rank-deficient W it is the partial isometry U_ρV_ρᵀ of the ρ singular values above
-    σ₁·max(m, n)·ε; of the zero matrix, zero.
+    For a rank-deficient W it is the partial isometry U_ρV_ρᵀ of the ρ singular values above
+    σ₁·max(m, n)·ε; for the zero matrix it is zero.
 
     Args:
         weight: (..., m, n), any real floating dtype.
@@ -117,7 +115,7 @@ def polar_factor(weight: Tensor) -> Tensor:
         (..., m, n), float32, or float64 for float64.
 
     Raises:
-        NonFiniteError: a matrix holds NaN or inf; the check reads from the device once.
+        NonFiniteError: A matrix holds NaN or inf; the check reads from the device once.
 
     >>> polar_factor(torch.diag(torch.tensor([4.0, 0.5]))).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
@@ -140,22 +138,23 @@ def newton_schulz(
 ) -> Tensor:
     """Approximate UVᵀ by X ← X (aI + bG + cG²), G = XᵀX, from X = W / ‖W‖_F.
 
-    Only multiplications: made for the update of an optimizer. A singular value that, relative to
-    ‖W‖_F, lies in the schedule's interval ends in its band, to 1e-6 in float32; one below stays
-    below. Matrices at least twice as long as wide are iterated on in their Gram matrix.
+    It consists of multiplications only, as an optimizer's update needs it. A singular value that,
+    relative to ‖W‖_F, lies in the schedule's interval ends in its band, to 1e-6 in float32; a
+    smaller one stays below the band. Matrices at least twice as long as wide are iterated through
+    their Gram matrix.
 
     Args:
         weight: (..., m, n), any real floating dtype. A matrix with NaN or inf gives NaN; nothing is
             read back to the host.
-        schedule: a row of `POLYNOMIAL_SCHEDULES`.
-        num_steps: fewer or more steps than the schedule has; None: as many.
-        dtype: iterate in this type, for instance torch.bfloat16; None: the type of the result.
+        schedule: A row of `POLYNOMIAL_SCHEDULES`.
+        num_steps: The number of steps; None: as many as the schedule has.
+        dtype: The dtype of the iteration, such as torch.bfloat16; None: that of the result.
 
     Returns:
         (..., m, n), float32, or float64 for float64.
 
     Raises:
-        ConfigurationError: an unknown schedule, or num_steps below 1.
+        ConfigurationError: The schedule is unknown, or num_steps is below 1.
 
     >>> newton_schulz(torch.diag(torch.tensor([4.0, 0.5]))).round(decimals=4).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
@@ -164,26 +163,26 @@ def newton_schulz(
     require_matrix(weight)
     result_dtype = compute_dtype(weight)
     x = _of_unit_norm(weight.detach(), dtype or result_dtype).flatten(0, -3)
-    # Of columns side by side in memory make rows: the result then lies as the weight does.
+    # Iterate on contiguous rows; the result then has the memory layout of the weight.
     is_flipped = x.stride(-1) != 1
     x = x.mT if is_flipped else x
-    # A batch of one is slower than a matrix, on a CPU.
+    # On a CPU a batch of one is slower than a matrix.
     x = _iterate(x[0], steps)[None] if len(x) == 1 else _iterate(x, steps)
     return (x.mT if is_flipped else x).to(result_dtype).reshape(weight.shape)
 
 
 # In n³ for m = a·n, a plain step takes 2a + 1 products, a Gram form of three steps 2a + 9.
 _GRAM_ASPECT = 2
-# The Gram form needs singular values of one order, which two steps see to: from the start it would
-# diverge in bfloat16 where one direction leads by 10. The product of polynomials amplifies
-# rounding: after three steps it is applied, and the Gram matrix formed anew.
+# The Gram form needs singular values of similar size, which two plain steps ensure. Without them it
+# would diverge in bfloat16 where one direction leads by a factor of 10. The product of polynomials
+# amplifies rounding, so it is applied after three steps and the Gram matrix is computed again.
 _PLAIN_STEPS, _GRAM_STEPS = 2, 3
 
 
 def _of_unit_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return W / ‖W‖_F, at least three dimensions; NaN where W holds NaN or inf."""
     weight = weight if weight.ndim > 2 else weight[None]
-    # Not the norm of order inf, which takes as long on a CPU as a step of the iteration.
+    # The norm of order inf would take as long on a CPU as a step of the iteration.
     ends = weight.amax((-2, -1), keepdim=True), -weight.amin((-2, -1), keepdim=True)
     largest = torch.maximum(*ends).to(compute_dtype(weight))
     is_finite = largest.isfinite()
@@ -213,7 +212,7 @@ def _in_plain_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
 
 
 def _in_gram_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
-    """Iterate on R = XᵀX: R ← R P², Q ← Q P with P = aI + bR + cR², and at last X Q."""
+    """Iterate on R = XᵀX: R ← R P², Q ← Q P with P = aI + bR + cR², and return X Q."""
     gram = _gram(x)
     factors: list[Tensor] = []
     for a, b, c in steps:
@@ -236,7 +235,7 @@ def _on_the_short_side(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return (x, factor) if x.shape[-2] >= x.shape[-1] else (factor, x)
 
 
-# On a CPU, blocks below the diagonal are copied where that is less work than multiplying them.
+# On a CPU, blocks below the diagonal are copied where that is faster than multiplying.
 _STRIPED_FROM, _NUM_STRIPS = 512, 4
 
 

@@ -1,4 +1,4 @@
-"""Bring matrices to unit scale, exactly, so that squares neither overflow nor vanish."""
+"""Scale matrices to unit size, exactly, so that squares neither overflow nor vanish."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hf_pss.errors import ConfigurationError, NonFiniteError
 
-# Both 2^e and 2^-e must be normal fp32 numbers, or flushing denormals to zero would lose them.
+# Both 2^e and 2^-e must be normal fp32 numbers, because denormals may be flushed to zero.
 _MAX_EXPONENT = 126
 
 
 @dataclass(frozen=True, slots=True)
 class UnitScaled:
-    """Matrices divided by a power of two, which rounds nothing; non-finite ones become zero."""
+    """Matrices divided by a power of two, without rounding; non-finite ones become zero."""
 
     matrix: Tensor
     """(..., m, n), float32 or float64; the largest magnitude of each matrix lies in [0.5, 1),
@@ -26,10 +26,10 @@ class UnitScaled:
     """(...) bool: False where the matrix holds NaN or inf."""
 
     def restore(self, values: Tensor) -> Tensor:
-        """Return to true units what was computed of each matrix: values (...) or (..., K)."""
+        """Return results for the scaled matrices, (...) or (..., K), in the original units."""
         extra = (1,) * (values.ndim - self.scale.ndim)
         shape = (*self.scale.shape, *extra)
-        nan = torch.nan  # what was computed of a non-finite matrix means nothing
+        nan = torch.nan  # the result of a non-finite matrix
         return torch.where(self.finite.view(shape), values * self.scale.view(shape), nan)
 
 
@@ -59,7 +59,8 @@ def unit_scaled(weight: Tensor) -> UnitScaled:
         weight: (..., m, n), any real floating dtype; any batch shape, also an empty one.
 
     Raises:
-        ConfigurationError: fewer than two dimensions, no rows or no columns, or not floating.
+        ConfigurationError: The tensor has fewer than two dimensions, no rows, no columns, or a
+            dtype that is not floating.
     """
     require_matrix(weight)
     matrix = weight.detach().to(compute_dtype(weight))
@@ -77,7 +78,7 @@ def unit_scaled(weight: Tensor) -> UnitScaled:
 
 
 def require_finite(scaled: UnitScaled) -> None:
-    """Raise `NonFiniteError` that names the bad matrices; this reads from the device once."""
+    """Raise a `NonFiniteError` that names the bad matrices; one device-to-host read."""
     if bool(scaled.finite.all()):
         return
     bad = (~scaled.finite).nonzero().tolist()

@@ -1,10 +1,10 @@
-"""The smoothing functions φ: maps on the leading singular values of a matrix, and their table.
+"""The smoothing functions φ, which map the leading singular values of a matrix, and their table.
 
 [ours] The paper (arXiv 2602.01308) names its functions and gives no formula. With σ_1 ≥ … ≥ σ_k
 the k = ⌊SR⌋ dominant values and s = σ_{k+1} the reference level, every φ keeps the order and never
 raises σ_1.
 
-Where the stable-rank floor of each matrix lies, and whether weights look trained.
+The end of this module derives the stable-rank floor of each matrix.
 """
 
 from __future__ import annotations
@@ -22,37 +22,18 @@ from torch.nn import functional
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.norms import noise_stable_rank
 
-__all__ = [
-    "SMOOTHING_FUNCTIONS",
-    "Anchored",
-    "Cap",
-    "Clip",
-    "Convolution",
-    "Hammer",
-    "Log",
-    "PolarReset",
-    "SmoothingFunction",
-    "Softmax",
-    "Softplus",
-    "Spectrum",
-    "StableRankCap",
-    "floors_at",
-    "looks_trained",
-    "starting_ranks",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """What a smoothing function sees of each matrix of a batch."""
+    """The input of a smoothing function, for each matrix of a batch."""
 
     sigma: Tensor
     """(..., K), float32 or float64: the leading singular values, descending."""
     rank: Tensor
     """(...) int64: k, how many of them are dominant; k < K unless min(m, n) is 1."""
     tail: Tensor
-    """(...): Frobenius norm of the rest, ‖W‖_F² = Σσ² + tail². Kept apart, for in ‖W‖_F² the rest
-    of a collapsed matrix would drown in rounding."""
+    """(...): Frobenius norm of the rest, ‖W‖_F² = Σσ² + tail². It is stored separately, because the
+    rounding of ‖W‖_F² would exceed the rest of a collapsed matrix."""
     shape: tuple[int, int]
     """(m, n)."""
 
@@ -63,7 +44,7 @@ class Spectrum:
 
     @property
     def unit(self) -> Tensor:
-        """(..., 1): σ₁, or 1 for the zero matrix: what to divide by before squaring."""
+        """(..., 1): σ₁, or 1 for the zero matrix; divide by it before squaring."""
         return torch.where(self.sigma[..., :1] > 0, self.sigma[..., :1], 1.0)
 
     def energy(self) -> Tensor:
@@ -72,7 +53,7 @@ class Spectrum:
 
     @property
     def reference(self) -> Tensor:
-        """(..., 1): s = σ_{k+1}; zero where there is no such value."""
+        """(..., 1): s = σ_{k+1}; zero if the matrix has fewer values."""
         return functional.pad(self.sigma, (0, 1)).gather(-1, self.rank.unsqueeze(-1))
 
     @property
@@ -85,13 +66,13 @@ class Spectrum:
         return torch.arange(self.sigma.shape[-1], device=self.sigma.device)
 
     def move_dominant(self, values: Tensor) -> Tensor:
-        """Put values in place of the dominant ones, held between s and σ against rounding."""
+        """Replace the dominant values, limited to the range from s to σ against rounding."""
         held = torch.maximum(torch.minimum(values, self.sigma), self.reference)
         return torch.where(self.index() < self.rank.unsqueeze(-1), held, self.sigma)
 
 
 class SmoothingFunction(Protocol):
-    """A map φ on leading singular values, batched; pure, and ignorant of the matrix itself."""
+    """A map φ on leading singular values, batched and pure; it does not see the matrix itself."""
 
     @property
     def whole_spectrum(self) -> bool:
@@ -114,7 +95,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """φ(σ) = s (1 + ln(σ/s)): as W near s, logarithmic above; s ≤ φ(σ) ≤ σ since ln x ≤ x − 1."""
+    """φ(σ) = s (1 + ln(σ/s)): φ(σ) ≈ σ near s, logarithmic above; s ≤ φ ≤ σ as ln x ≤ x − 1."""
 
     whole_spectrum: ClassVar[bool] = False
 
@@ -132,7 +113,7 @@ class Softplus:
     """
 
     temperature: float = 1.0
-    """T in units of s; small flattens like `Clip`."""
+    """T in units of s; a small T flattens like `Clip`."""
     whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -151,9 +132,9 @@ class Softplus:
 class Convolution:
     """φ(σ)_i = mean of σ_{i−h} … σ_{i+h}, over the k dominant values and s, mirrored at both ends.
 
-    Keeps the sum of these k + 1 values; all stay between s and σ₁. That s takes part (and rises) is
-    what makes k = 1, the worst collapse, more than the identity. h is at most k: a wider
-    window would wrap around and turn the order over.
+    Keeps the sum of these k + 1 values; all stay between s and σ₁. The mean includes s, which
+    therefore rises; without it φ would be the identity for k = 1, the worst collapse. h is at most
+    k, because a wider window would wrap around and reverse the order.
     """
 
     width: int = 3
@@ -183,12 +164,12 @@ class Convolution:
 class Softmax:
     """φ(σ)_i = Σσ · softmax(σ/T)_i over the k dominant values and s.
 
-    Keeps the sum of these k + 1 values, s among them for the reason given in `Convolution`. With
+    Keeps the sum of these k + 1 values, which include s for the reason given in `Convolution`. With
     T ≥ σ₁ the ratios e^((σ_i−σ_j)/T) are at most σ_i/σ_j, so all stay between s and σ₁.
     """
 
     temperature: float = 1.0
-    """T in units of σ₁, at least 1; large makes all equal to their mean."""
+    """T in units of σ₁, at least 1; a large T makes all values equal to their mean."""
     whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -206,7 +187,7 @@ class Softmax:
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """φ(σ) = min(σ, β) for every value, dominant or not: a spectral-norm cap."""
+    """φ(σ) = min(σ, β) for every value, dominant or not: a cap on the spectral norm."""
 
     level: float = 1.0
     """β, in the units of the matrix."""
@@ -222,7 +203,7 @@ class Cap:
 
 @dataclass(frozen=True, slots=True)
 class Hammer:
-    """φ(σ₁) = σ₂, nothing else: rank one."""
+    """φ(σ₁) = σ₂ and no other change: an edit of rank one."""
 
     whole_spectrum: ClassVar[bool] = False
 
@@ -239,8 +220,8 @@ class StableRankCap:
     """φ(σ) = min(σ, c), c the largest level with ‖W*‖_F² / c² ≥ F: the stable-rank floor.
 
     With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F gives
-    c² = R_j / (F − j); j is the smallest count for which c = σ_{j+1} already satisfies it. A floor
-    that the values at hand do not reach caps all of them at the last one.
+    c² = R_j / (F − j); j is the smallest count for which c = σ_{j+1} already satisfies it. If the
+    computed values cannot reach the floor, all of them are capped at the last one.
     """
 
     floor: float | Tensor | None = None
@@ -255,7 +236,7 @@ class StableRankCap:
         """Return the new values (..., K)."""
         x = spectrum.sigma / spectrum.unit
         floor = self._floor(spectrum).expand(x.shape[:-1]).unsqueeze(-1)
-        # rest[j] = R_j / σ₁², summed from the small end: no cancellation.
+        # rest[j] = R_j / σ₁², summed from the small end to avoid cancellation.
         rest = spectrum.energy().flip(-1).cumsum(-1).flip(-1)[..., :-1]
         j = spectrum.index()
         reached = rest + j * x.square() >= floor * x.square()
@@ -272,23 +253,23 @@ class StableRankCap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Anchored:
-    """φ with limits: no value moves past what it was when the matrix was last healthy [ours].
+    """φ with limits: no value moves past its level when the matrix was last healthy [ours].
 
     With a_i the recorded leading values, σ* = min(max(φ(σ), lower), upper), where
-    lower_i = min(σ_i, (1 + t) a_i) and upper_i = max(σ_i, a_i / (1 + t)). For i > K the record
-    ends: there lower_i = min(σ_i, (1 + t) a_K) and upper_i = σ_i. A matrix whose values are within
-    t of its record is left alone, and so is one without a record (a_1 zero or NaN).
+    lower_i = min(σ_i, (1 + t) a_i) and upper_i = max(σ_i, a_i / (1 + t)). The record ends at K; for
+    i > K lower_i = min(σ_i, (1 + t) a_K) and upper_i = σ_i. A matrix whose values are within t of
+    its record is left alone, and so is one without a record (a_1 zero or NaN).
     """
 
     phi: SmoothingFunction
     record: Tensor
     """(..., K): a, descending, in the units of the matrix."""
     tolerance: float = 0.05
-    """t: growth that is not cut back."""
+    """t: the relative growth that is allowed."""
 
     @property
     def whole_spectrum(self) -> bool:
-        """As φ."""
+        """That of φ."""
         return self.phi.whole_spectrum
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
@@ -346,7 +327,8 @@ Shapes = Mapping[str, tuple[int, int]]
 # Median stable rank in units of noise: 1.03 to 1.09 for the fresh weights of seven architectures,
 # 0.34 for SmolLM2-135M (docs/experiments.md, 2026-11-30).
 _TRAINED_BELOW = 0.8
-# A trained matrix may lose so much of its stable rank in a sound fine-tuning.
+# The share of its stable rank that a trained matrix must keep. A sound fine-tuning may lose the
+# rest.
 _TRAINED_SHARE = 0.5
 
 
@@ -361,20 +343,20 @@ def starting_ranks(shapes: Shapes, measured: Mapping[str, float]) -> dict[str, f
         measured: Their stable ranks when PSS began.
     """
     noise = _of_noise(shapes)
-    # Zero (a zero-initialised projection) and NaN say nothing about a healthy level.
+    # Zero (a zero-initialised projection) and NaN are not evidence of a healthy level.
     own = {name: rank for name, rank in measured.items() if 0 < rank < noise[name]}
     return {**noise, **own}
 
 
 def looks_trained(shapes: Shapes, ranks: Mapping[str, float]) -> bool:
-    """Tell whether weights have been trained: far more singular than noise, by the median [ours].
+    """Return whether weights have been trained: far more singular than noise, by the median [ours].
 
     >>> looks_trained({"a": (64, 64), "b": (64, 64)}, {"a": 4.0, "b": 9.0})
     True
 
     Args:
         shapes: (m, n) of each matrix, by name.
-        ranks: Their stable ranks; zero, NaN and other names are passed over.
+        ranks: Their stable ranks; zero, NaN and other names are ignored.
     """
     measured = {name: ranks.get(name, 0.0) / rank for name, rank in _of_noise(shapes).items()}
     shares = [share for share in measured.values() if 0 < share < math.inf]
@@ -384,9 +366,9 @@ def looks_trained(shapes: Shapes, ranks: Mapping[str, float]) -> bool:
 def floors_at(ratio: float, shapes: Shapes, starts: Mapping[str, float]) -> dict[str, float]:
     """Return the floor of each matrix: ρ times its starting stable rank.
 
-    For weights that look trained it is ρ/2 times that: what they know lies in their leading
-    directions, so only a collapse is to be held up. Without starting ranks it is ρ times that of
-    noise.
+    For weights that look trained it is ρ/2 times that, because the leading directions of trained
+    weights hold what they learned, and only a collapse is to be stopped. Without a starting rank,
+    that of noise is used.
 
     >>> floors_at(0.5, {"fresh": (64, 64), "new": (64, 64)}, {"fresh": 15.0})
     {'fresh': 7.5, 'new': 8.0}

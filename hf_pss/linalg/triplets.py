@@ -13,17 +13,17 @@ from hf_pss.linalg.krylov import cold_start, krylov_space, product
 from hf_pss.linalg.scaling import require_finite, unit_scaled
 
 # Measured on 2026-11-21 (torch 2.13, 1 thread, k = 33, 768×768) among blocks of 8 to 41 and 2 to 16
-# rounds: 15 ms a matrix, and σ_33 of noise within 3 %, of i^-0.2 within 3e-4. Six rounds: 11 ms,
-# for 8 % and 6e-3. torch.svd_lowrank with niter=2: 6 ms, for 9 % and 6 %.
+# rounds: 15 ms a matrix, σ_33 of noise within 3 %, of i^-0.2 within 3e-4. Six rounds: 11 ms, 8 %
+# and 6e-3. torch.svd_lowrank with niter=2: 6 ms, 9 % and 6 %.
 DEFAULT_ROUNDS = 8
 _BLOCK = 16
 # For `quick_triplets`: (values, columns of the first block, multiplications by WᵀW). Small matrices
-# take subspace iteration, whose few calls are all that their time is made of.
+# take subspace iteration, because the number of calls dominates their time.
 _QUICK_SMALL, _QUICK_LARGE = (8, 8, 3), (16, 8, 4)
 _QUICK_SMALL_BELOW = 128
-# At least so many dimensions of the Krylov space for each value wanted.
+# The least number of dimensions of the Krylov space for each wanted value.
 _SPACE = 3
-# Below it, in units of σ₁, W v / σ is no unit vector to float32's precision.
+# Below it, in units of σ₁, W v / σ is not a unit vector to float32's precision.
 _NEARLY_ZERO = 1e-5
 # The whole SVD takes 1.1 ms for 128×128, an iteration 1.2.
 _EXACT_UP_TO = 128
@@ -40,10 +40,10 @@ class Triplets:
     v: Tensor
     """(..., n, k), orthonormal columns."""
     residual: Tensor
-    """(..., k): ‖Wᵀu − σv‖ / σ₁ for m >= n, ‖W v − σu‖ / σ₁ for m < n; the other one is zero to
+    """(..., k): ‖Wᵀu − σv‖ / σ₁ for m >= n, ‖W v − σu‖ / σ₁ for m < n; the other norm is zero to
     rounding by construction. 0 for the zero matrix."""
     is_exact: bool
-    """Whether they come from the whole decomposition, not from an iteration."""
+    """Whether they come from a full decomposition, not from an iteration."""
 
 
 def leading_triplets(
@@ -57,30 +57,29 @@ def leading_triplets(
     """Return the k leading singular triplets of each matrix.
 
     Rayleigh–Ritz on a block Krylov space (Musco & Musco 2015, arXiv 1504.05477, algorithm 2), see
-    `krylov_space`. Small matrices are decomposed exactly, and so are those of which the space would
-    take three quarters.
+    `krylov_space`. Small matrices are decomposed exactly, and so are matrices of which the space
+    would take three quarters.
 
-    Whatever has not converged is still consistent: no value is above the true one, U and V are
-    orthonormal, and on the longer side of W nothing is left out: WV = UΣ for m >= n, WᵀU = VΣ for
-    m < n. An edit W − U(Σ − Σ*)Vᵀ with Σ* <= Σ is thus W times a contraction: it raises no singular
-    value of W, and changes ‖W‖_F² by exactly Σ(σ*² − σ²). `residual` tells how far it is.
+    Values that have not converged are still consistent. None is above the true one, U and V are
+    orthonormal, and the equation of the longer side of W is exact: WV = UΣ for m >= n, WᵀU = VΣ for
+    m < n. So an edit W − U(Σ − Σ*)Vᵀ with Σ* <= Σ is W times a contraction: it raises no singular
+    value of W, and changes ‖W‖_F² by exactly Σ(σ*² − σ²). `residual` measures the convergence.
 
     Measured error of σ₁ and of σ_33, k = 33, as a share of each: noise at 768×768 1e-4 and 0.03,
     at 256×256 1e-6 and 0.005; σ_i ∝ i^-0.2 at 768×768 1e-6 and 4e-4.
 
     Args:
         weight: (..., m, n), any real floating dtype; computed in float32, or float64 for float64.
-        k: number of triplets; at most min(m, n) come back.
-        start: (..., n, b), guesses for v, for instance those of an earlier step; k of them are
-            used. Missing columns are filled deterministically; the global random state is never
-            touched.
-        num_rounds: multiplications by WᵀW; 0 trusts `start` as it is.
-        check_finite: raise on NaN and inf, at the price of one device-to-host read. False: such a
+        k: Number of triplets; at most min(m, n) are returned.
+        start: (..., n, b), guesses for v, such as those of an earlier step; k of them are used.
+            Missing columns are filled deterministically, without the global random state.
+        num_rounds: Multiplications by WᵀW; 0 uses `start` unchanged.
+        check_finite: Raise on NaN and inf, which costs one device-to-host read. False: such a
             matrix gives NaN values and a residual of NaN.
 
     Raises:
-        NonFiniteError: a matrix holds NaN or inf (with check_finite).
-        ConfigurationError: k < 1, a negative count, or a start of another shape.
+        NonFiniteError: A matrix holds NaN or inf (with check_finite).
+        ConfigurationError: k < 1, a count is negative, or the start has another shape.
 
     >>> leading_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0])), 2).sigma.tolist()
     [5.0, 3.0]
@@ -103,7 +102,7 @@ def leading_triplets(
     block = _block(matrix, guess, k, num_rounds)
     is_exact = size <= _EXACT_UP_TO or 4 * block.shape[-1] * (num_rounds + 1) >= 3 * size
     if is_exact:
-        # Apple's devices have no float64.
+        # Apple's GPUs have no float64.
         by_gram = matrix.dtype == torch.float32 and matrix.device.type != "mps"
         u, sigma, v = _exact_by_gram(matrix, k) if by_gram else _exact(matrix)
     else:
@@ -120,22 +119,21 @@ def quick_triplets(
 ) -> tuple[Triplets, Tensor]:
     """Return the k leading triplets, and the norm of the rest, at a fraction of an SVD's cost.
 
-    Below min(m, n) = 128 subspace iteration, above it a small Krylov space; both from a fixed
-    block, with Rayleigh–Ritz at the end. Never raises; a matrix that holds NaN or inf gives NaN
-    values. No value is above the true one, and on one side nothing is left out, WV = UΣ or
-    WᵀU = VΣ to rounding: an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a contraction,
-    whatever has not converged.
+    Below min(m, n) = 128 by subspace iteration, above it in a small Krylov space; both start from a
+    fixed block and end with Rayleigh–Ritz. Never raises; a matrix that holds NaN or inf gives NaN
+    values. No value is above the true one, and one of WV = UΣ and WᵀU = VΣ holds to rounding. So an
+    edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a contraction, converged or not.
 
-    The second result is ‖W − UΣVᵀ‖_F, (...): measured, for ‖W‖_F² − Σσ² of a collapsed matrix would
-    be rounding noise.
+    The second result is ‖W − UΣVᵀ‖_F, (...). It is measured, because ‖W‖_F² − Σσ² of a collapsed
+    matrix would be only rounding.
 
     Measured with the defaults: σ₁ low by 2 % on i.i.d. noise of 64×64 (worst 6 %), by 1.3 % on
     768×768; by 2e-6 where it stands out at 4 times the noise, by up to 0.5 % at twice.
 
     Args:
         weight: (..., m, n), any real floating dtype; computed in float32, or float64 for float64.
-        k: number of triplets; at most min(m, n) come back. 8 below 128, 16 above.
-        num_rounds: multiplications by WᵀW; 3 below 128, 4 above.
+        k: Number of triplets; at most min(m, n) are returned. 8 below 128, 16 above.
+        num_rounds: Multiplications by WᵀW; 3 below 128, 4 above.
 
     >>> quick_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0])))[0].sigma.round().tolist()
     [5.0, 3.0, 1.0]
@@ -164,12 +162,12 @@ def quick_triplets(
 
 
 def _subspace(matrix: Tensor, k: int, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, Σ, V of the projection on k columns after subspace iteration: WᵀU = VΣ."""
+    """Return U, Σ, V of the projection on k columns after subspace iteration: WᵀU = VΣ."""
     right = cold_start(matrix, k)
     for _ in range(num_rounds):
         u = torch.linalg.qr(product(matrix, torch.linalg.qr(right).Q)).Q
         right = product(matrix.mT, u)
-    # The small SVD of (n, k): of its R factor, k×k.
+    # The SVD of (n, k) is computed from its R factor, k×k.
     v, core = torch.linalg.qr(right)
     rotate_v, sigma, rotate_u = torch.linalg.svd(core)
     return u @ rotate_u.mT, sigma, v @ rotate_v
@@ -192,10 +190,10 @@ def _exact(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exact_by_gram(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k leading triplets of a float32 matrix, from the eigenvectors of WᵀW in float64.
+    """Return the k leading triplets of a float32 matrix, from eigenvectors of WᵀW in float64.
 
-    Float64 keeps every value above 1e-8 σ₁, more than float32 entries determine, in 0.4 ms for
-    64×64, where the SVD takes 0.7 (2026-11-30, torch 2.13, one thread).
+    Float64 resolves every value above 1e-8 σ₁, more than float32 entries determine. 64×64 takes
+    0.4 ms, where the SVD takes 0.7 (2026-11-30, torch 2.13, one thread).
     """
     exact = tall.double()
     squares, v = torch.linalg.eigh(exact.mT @ exact)
@@ -205,7 +203,7 @@ def _exact_by_gram(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if bool((sigma[..., -1] > _NEARLY_ZERO * sigma[..., 0]).all()):
         u = image / sigma.unsqueeze(-2)
     else:
-        # QR completes U where σ is nearly zero, and turns a column only by its sign.
+        # QR completes U where σ is nearly zero, and changes a column at most by its sign.
         u, core = torch.linalg.qr(image)
         u *= torch.where(core.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
     return u.to(tall.dtype), sigma.to(tall.dtype), v.to(tall.dtype)
@@ -215,7 +213,7 @@ def _block(tall: Tensor, guess: Tensor | None, k: int, num_rounds: int) -> Tenso
     width = max(_BLOCK, math.ceil(_SPACE * k / (num_rounds + 1)))
     if guess is None:
         return cold_start(tall, width)
-    # A guess is a hint only: one that has been spoilt must not spoil the result.
+    # A guess with NaN or inf must not spoil the result.
     guess = torch.nan_to_num(guess, nan=0.0, posinf=0.0, neginf=0.0)[..., :k]
     guess = torch.linalg.qr(guess).Q
     return torch.cat([guess, cold_start(tall, max(width, k))[..., guess.shape[-1] :]], dim=-1)

@@ -1,4 +1,4 @@
-"""LoRA adapters: the spectrum of each product s·B·A, read off its factors and smoothed in them."""
+"""LoRA adapters: the spectrum of each product s·B·A, measured and smoothed through its factors."""
 
 from __future__ import annotations
 
@@ -23,41 +23,24 @@ from hf_pss.models.anchors import NUM_RECORDED
 from hf_pss.models.batching import measure_each, raise_together
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import AdapterView, MatrixView
-from hf_pss.models.smoother import FAILED, NON_FINITE, RAISED, STATUS_NAMES
+from hf_pss.models.smoother import FAILED, NON_FINITE, RAISED, STATUS_NAMES, PhiFor
 from hf_pss.records.events import MatrixChange
-
-__all__ = [
-    "AdapterSpectrum",
-    "frozen_collapses",
-    "measure_adapter_spectra",
-    "measure_adapters",
-    "smooth_adapters_",
-]
 
 _COLLAPSED = 2.0
 # Elements of factors in one batched call.
 _MAX_ELEMENTS = 2**24
 
 
-@torch.no_grad()
-def measure_adapters(
-    views: Sequence[AdapterView], parameters: Mapping[str, nn.Parameter], backend: Backend
-) -> dict[str, float]:
-    """Return the stable rank of each product by name; see `measure_adapter_spectra`."""
-    found = measure_adapter_spectra(views, parameters, backend)
-    return {name: one.stable_rank for name, one in found.items()}
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterSpectrum:
-    """Numbers of one product s·B·A: 0 where B or s is zero, NaN where it is broken."""
+    """Numbers of one product s·B·A: 0 where B or s is zero, NaN where a factor is not finite."""
 
     sigma: float
     """σ₁, exact."""
     frobenius: float
     stable_rank: float
     leading: tuple[float, ...] = ()
-    """The leading singular values, as many as the record of healthy values keeps."""
+    """The leading singular values, as many as `Anchors` records."""
 
 
 @torch.no_grad()
@@ -66,12 +49,12 @@ def measure_adapter_spectra(
 ) -> dict[str, AdapterSpectrum]:
     """Return σ₁, ‖s·B·A‖_F and the stable rank of each product by name.
 
-    Every rank measures all of them: the factors are small. One device-to-host read.
+    Every rank measures all products, because the factors are small. One device-to-host read.
 
     Args:
-        views: What to read.
+        views: The products to read.
         parameters: The model's parameters by canonical name.
-        backend: How parameters are stored.
+        backend: The storage of the parameters.
     """
     alike: dict[tuple[object, ...], list[_Factors]] = {}
     for factors in _factors(views, parameters, backend.full):
@@ -98,8 +81,8 @@ def measure_adapter_spectra(
         numbers.append(torch.cat([scalars, values], dim=-1))
     if not numbers:
         return {}
-    told = iter(backend.agree(torch.cat([n.to(numbers[0].device) for n in numbers]).flatten()))
-    rows = zip(*[told] * (3 + NUM_RECORDED), strict=True)
+    flat = iter(backend.agree(torch.cat([n.to(numbers[0].device) for n in numbers]).flatten()))
+    rows = zip(*[flat] * (3 + NUM_RECORDED), strict=True)
     by_name = {
         name: AdapterSpectrum(sigma, frobenius, rank, leading=tuple(leading))
         for name, (sigma, frobenius, rank, *leading) in zip(names, rows, strict=True)
@@ -112,7 +95,7 @@ def smooth_adapters_(
     views: Sequence[AdapterView],
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
-    phi_for: Callable[[Sequence[str]], SmoothingFunction],
+    phi_for: PhiFor,
     *,
     names: Collection[str] | None = None,
     max_rank: int,
@@ -121,17 +104,17 @@ def smooth_adapters_(
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of products, in place, by an edit of both factors.
 
-    The first rank decides and sends: factors are small, and replicas stay equal bit for bit. They
-    are read and written as the optimizer updates them, in fp32 under ZeRO.
+    The first rank decides and sends its result, so that replicas stay equal bit for bit; the
+    factors are small. They are read and written in the optimizer's precision, fp32 under ZeRO.
 
     Args:
         views: The selected products.
         parameters: The model's parameters by canonical name; factors change in place.
-        backend: How parameters are stored.
+        backend: The storage of the parameters.
         phi_for: As in `hf_pss.models.smoother.smooth_matrices_`.
         names: Only these products; all when None.
         max_rank: At most so many singular values of a product move.
-        keep_frobenius: Rescale each smoothed product to the Frobenius norm it had.
+        keep_frobenius: Rescale each smoothed product to its previous Frobenius norm.
         before_write: As in `hf_pss.models.smoother.smooth_matrices_`.
 
     Raises:
@@ -140,7 +123,7 @@ def smooth_adapters_(
     changes = []
     wanted = [view for view in views if names is None or view.name in names]
     for factors in _factors(wanted, parameters, backend.master):
-        # What rank 0 found: a status, k, and σ₁ and the stable rank before and after.
+        # The result of rank 0: a status, k, and σ₁ and the stable rank before and after.
         numbers = factors.left.new_zeros(len(factors.views), 6, dtype=torch.float64)
         error: Exception | None = None
         if backend.rank == 0:
@@ -167,7 +150,7 @@ def smooth_adapters_(
 
 
 def _smoothed(factors: _Factors, phi: SmoothingFunction, **options: Any) -> tuple[_Factors, Tensor]:
-    """Return the factors after smoothing, and what is sent of each product: (b, 6)."""
+    """Return the factors after smoothing, and the numbers to send for each product, (b, 6)."""
     left, right = factors.left, factors.right
     try:
         found = smooth_product(left, right, phi, scaling=factors.views[0].scaling, **options)
@@ -195,8 +178,8 @@ def frozen_collapses(
 ) -> dict[str, float]:
     """Return the stable ranks below 2 of the frozen weights that the adapters are added to.
 
-    A direction of W₀ outside the span of B cannot be removed by s·B·A: whoever has such a base is
-    told, and nothing is attempted. Quantised bases, integers or packed, are passed over.
+    An edit of s·B·A cannot remove a direction of W₀ outside the span of B, so the caller warns.
+    Quantised bases, integers or packed, are skipped.
     """
     bases: dict[str, MatrixView] = {}
     for view in views:
@@ -204,7 +187,7 @@ def frozen_collapses(
         if base is None or not base.is_floating_point() or view.base_name is None:
             continue
         shape = tuple(getattr(base, "ds_shape", base.shape))
-        # Either way round: the rank is the same. A packed base has another shape.
+        # A transposed base has the same stable rank. A packed base has another shape.
         if shape[-2:] in (view.shape, view.shape[::-1]) and len(shape) in (2, 3):
             name = view.base_name
             bases[name] = MatrixView(name, name, "mlp", "", shape, False, None, "frozen base")
@@ -214,7 +197,7 @@ def frozen_collapses(
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The factors of products that share their parameters: the experts of one adapter, or one."""
+    """The factors of products that share parameters: one product, or an adapter's experts."""
 
     views: tuple[AdapterView, ...]
     left: Tensor
@@ -238,7 +221,7 @@ def _factors(
 
 
 def _left(view: AdapterView, whole: Tensor) -> Tensor:
-    # PEFT keeps the experts of B innermost, and those of A outermost.
+    # PEFT stores the experts of B innermost, and those of A outermost.
     return torch.unflatten(whole, 1, (-1, view.num_experts)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The leading singular values that each matrix had when it was last known to be healthy [ours]."""
+"""The record of each matrix's leading singular values when it was last known healthy [ours]."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ from hf_pss.detection.state import (
 from hf_pss.errors import StateError
 from hf_pss.linalg import leading_triplets
 
-__all__ = ["NUM_RECORDED", "Anchors", "leading_values"]
-
 NUM_RECORDED = 8
-"""K, how many leading values of a matrix are on record."""
-# The record is 50 to 100 steps old: older than the onset of a spike, and recent enough for a
-# network that learns.
+"""K, the number of recorded leading values of a matrix."""
+# The record is 50 to 100 steps old. So it is older than the onset of a spike, and recent enough for
+# a network that learns.
 _EVERY_STEPS = 50
 _KEYS = ("healthy", "candidate", "candidate_step", "trouble_step")
 
@@ -37,13 +35,13 @@ Values: TypeAlias = Mapping[str, Sequence[float]]
 def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
     """Return the K leading singular values of each matrix, (b, K); a small one ends in zeros.
 
-    They are found as smoothing finds them, so a matrix that has not changed has the values of its
-    record to the last bit. (Smoothing functions of the whole spectrum decompose large matrices more
+    The computation is that of smoothing, so a matrix that has not changed has the recorded values
+    to the last bit. (Smoothing functions of the whole spectrum decompose large matrices more
     exactly; the tolerance of `Anchored` covers the difference.)
 
     Args:
         matrices: (b, m, n).
-        max_rank: That of smoothing.
+        max_rank: The same as for smoothing.
     """
     num_values = min(max_rank + 1, *matrices.shape[-2:])
     sigma = leading_triplets(matrices, num_values, check_finite=False).sigma[..., :NUM_RECORDED]
@@ -51,11 +49,11 @@ def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
 
 
 class Anchors:
-    """A record that follows a healthy run, and stands still at the first sign of trouble.
+    """A record that follows a healthy run, and stops at the first sign of trouble.
 
     Every 50 steps the leading values are measured. They become the record 50 steps later, unless a
-    spike or a non-finite step has come in between. So training went on without trouble for at least
-    50 steps after the weights that the record is of.
+    spike or a non-finite step has come in between. So the recorded weights were followed by at
+    least 50 steps without trouble.
 
     >>> anchors = Anchors({"w": [4.0]})
     >>> for step in range(50, 151, 50):
@@ -64,19 +62,19 @@ class Anchors:
     {'w': [100.0]}
 
     Args:
-        start: What a run begins with.
+        start: The leading values at the start of a run.
     """
 
     def __init__(self, start: Values) -> None:
         self.healthy = start
-        """What no leading value is set below."""
+        """No leading value is set below these."""
         self._candidate = start
         self._candidate_step = 0
         self._trouble_step = -1
 
     @staticmethod
     def is_due(step: int) -> bool:
-        """Tell whether the leading values are to be measured after this step."""
+        """Return whether to measure the leading values after this step."""
         return step % _EVERY_STEPS == 0
 
     def note_trouble(self, step: int) -> None:
@@ -92,7 +90,7 @@ class Anchors:
     def levels(self, names: Sequence[str]) -> Tensor:
         """Return the record of these matrices, (len(names), K); zeros where there is none."""
         rows = [[v for v in self.healthy.get(name, ()) if v > 0] for name in names]
-        # The last value that a small matrix has stands for all that it has not.
+        # The last value of a small matrix fills the rest of its row.
         return torch.tensor(
             [row + [row[-1] if row else 0.0] * (NUM_RECORDED - len(row)) for row in rows]
         )
@@ -112,10 +110,10 @@ class Anchors:
 
         Args:
             state: Parsed JSON, not trusted.
-            names: The matrices that it must be of.
+            names: The matrices that the record must name.
 
         Raises:
-            StateError: Damaged, or of other matrices.
+            StateError: The record is damaged, or names other matrices.
         """
         what = "the record of leading singular values"
         found = read_object(state, _KEYS, what)

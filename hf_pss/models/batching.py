@@ -1,10 +1,12 @@
-"""Weight matrices in stacks of equal shape, so that a batched call serves a whole model."""
+"""Weight matrices in stacks of equal shape, so that one batched call serves many of them.
+
+Several ranks share the work: each reads and decomposes its own stacks, and sends small results.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self, TypeAlias
 
@@ -16,37 +18,16 @@ from hf_pss.errors import ElsewhereError
 from hf_pss.models.distributed import Backend, owners_of
 from hf_pss.models.selection import MatrixView
 
-__all__ = [
-    "DecompositionError",
-    "Slot",
-    "Stack",
-    "Tally",
-    "Turn",
-    "decomposition_cost",
-    "expert_rows",
-    "gather",
-    "matrix_names",
-    "matrix_shapes",
-    "matrix_slots",
-    "measure_each",
-    "measure_rows",
-    "raise_together",
-    "read_turn",
-    "share_out",
-    "stacks",
-    "write_stack_",
-]
-
-# fp32 elements in one batched call (64 MiB): bounds the extra memory of a whole-model reading. One
-# matrix that is larger has a stack for itself.
+# fp32 elements in one batched call (64 MiB): bounds the extra memory of a whole-model reading. A
+# larger matrix has a stack of its own.
 _MAX_ELEMENTS = 2**24
 # Columns of a decomposition's work: small matrices are decomposed whole, large ones iterated.
 _MAX_COLUMNS = 144
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one 2-D matrix of a stack came from: a view, and which expert of it (None: all)."""
+class MatrixRef:
+    """The origin of one 2-D matrix of a stack: a view, and which expert of it (None: all)."""
 
     name: str
     view: MatrixView
@@ -57,101 +38,115 @@ class Slot:
         """(m, n)."""
         return self.view.shape[-2], self.view.shape[-1]
 
+    def read(self, stored: Tensor, start: int = 0) -> Tensor:
+        """Return the matrix, given the rows of its parameter from ``start`` on."""
+        return self.matrix_view.read(stored if self.expert is None else stored[self.expert - start])
+
+    def write_(self, full: Tensor, matrix: Tensor) -> None:
+        """Write the matrix into its whole parameter."""
+        self.matrix_view.write_(full if self.expert is None else full[self.expert], matrix)
+
     @property
     def matrix_view(self) -> MatrixView:
         """The view of this matrix alone, inside its expert's part of the parameter."""
         return replace(self.view, shape=self.shape)
 
 
-Turn: TypeAlias = tuple[tuple[Slot, ...], ...]
-"""What each rank works on at the same time as all others: one stack's slots a rank, or none."""
+Round: TypeAlias = tuple[tuple[MatrixRef, ...], ...]
+"""The matrices that all ranks work on at the same time: one stack for each rank, or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
     """Matrices of one shape: ``matrices`` is (len(names), m, n), a copy in the stored dtype."""
 
-    slots: tuple[Slot, ...]
+    refs: tuple[MatrixRef, ...]
     matrices: Tensor
 
     @property
     def names(self) -> tuple[str, ...]:
         """The matrices' names, in the order of the stack."""
-        return tuple(slot.name for slot in self.slots)
+        return tuple(ref.name for ref in self.refs)
 
     def where(self, kept: Sequence[bool]) -> Self:
         """Return the stack of those matrices for which ``kept`` is true."""
         index = [i for i, keep in enumerate(kept) if keep]
-        return type(self)(tuple(self.slots[i] for i in index), self.matrices[index])
+        return type(self)(tuple(self.refs[i] for i in index), self.matrices[index])
 
 
-def _slots(view: MatrixView) -> list[Slot]:
-    if len(view.shape) == 2:
-        return [Slot(view.name, view, None)]
-    return [Slot(f"{view.name}[{expert}]", view, expert) for expert in range(view.shape[0])]
+def matrix_refs(views: Iterable[MatrixView]) -> tuple[MatrixRef, ...]:
+    """Return every 2-D matrix of the views, named as the view, with ``[e]`` for each expert."""
+    return tuple(
+        MatrixRef(view.name if expert is None else f"{view.name}[{expert}]", view, expert)
+        for view in views
+        for expert in ([None] if len(view.shape) == 2 else range(view.shape[0]))
+    )
 
 
-def matrix_slots(views: Sequence[MatrixView]) -> tuple[Slot, ...]:
-    """Return every 2-D matrix of the views."""
-    return tuple(slot for view in views for slot in _slots(view))
+def matrix_names(views: Iterable[MatrixView]) -> tuple[str, ...]:
+    """Return a name for each 2-D matrix; see `matrix_refs`."""
+    return tuple(ref.name for ref in matrix_refs(views))
 
 
-def matrix_names(views: Sequence[MatrixView]) -> tuple[str, ...]:
-    """Return a name for each 2-D matrix: the view's, with ``[e]`` for each expert of a stack."""
-    return tuple(slot.name for view in views for slot in _slots(view))
-
-
-def matrix_shapes(views: Sequence[MatrixView]) -> dict[str, tuple[int, int]]:
+def matrix_shapes(views: Iterable[MatrixView]) -> dict[str, tuple[int, int]]:
     """Return (m, n), outputs and inputs, for each 2-D matrix by name."""
-    return {slot.name: slot.shape for view in views for slot in _slots(view)}
+    return {ref.name: ref.shape for ref in matrix_refs(views)}
+
+
+def by_parameter(refs: Iterable[MatrixRef]) -> Iterator[tuple[str, tuple[MatrixRef, ...]]]:
+    """Yield neighbours of one parameter together, with the parameter's name."""
+    for name, group in itertools.groupby(refs, key=lambda ref: ref.view.parameter_name):
+        yield name, tuple(group)
 
 
 def decomposition_cost(shape: tuple[int, int]) -> int:
-    """Return what decomposing an m × n matrix costs, in multiplications up to one factor."""
+    """Return the cost of decomposing an m × n matrix, in multiplications up to one factor."""
     m, n = shape
     return m * n * min(m, n, _MAX_COLUMNS)
 
 
-def share_out(
+def assign_rounds(
     views: Sequence[MatrixView],
     parameters: Mapping[str, Tensor],
     world_size: int,
     *,
     names: Collection[str] | None = None,
-) -> tuple[Turn, ...]:
-    """Share the selected matrices out over ranks, by cost, in stacks of equal shape.
+) -> tuple[Round, ...]:
+    """Divide the selected matrices over ranks, by cost, in stacks of equal shape.
 
-    Every rank computes the same. All matrices of a parameter have one owner, so that it is
-    gathered once; the dearest parameter goes to whoever has least to do so far. In each turn a
-    rank has one stack. Experts come in order, with all matrices of one beside each other: a turn
-    needs few rows of their parameter.
+    Every rank computes the same division. All matrices of a parameter have one owner, so that it is
+    gathered once; the most expensive parameter goes to the least loaded rank. In each round a rank
+    has one stack. Experts come in order, with all matrices of one beside each other, so that a
+    round needs few rows of their parameter.
 
     Args:
-        views: What to read.
+        views: The views to read.
         parameters: The model's parameters by canonical name.
-        world_size: How many ranks share the work.
+        world_size: The number of ranks that share the work.
         names: Only these 2-D matrices; all when None.
     """
-    wanted = [s for v in views for s in _slots(v) if names is None or s.name in names]
-    by_parameter: dict[str, list[Slot]] = {}
-    for slot in wanted:
-        by_parameter.setdefault(slot.view.parameter_name, []).append(slot)
-    tasks = [sorted(slots, key=lambda slot: slot.expert or 0) for slots in by_parameter.values()]
-    costs = [sum(decomposition_cost(slot.shape) for slot in slots) for slots in tasks]
+    of_parameter: dict[str, list[MatrixRef]] = {}
+    for ref in matrix_refs(views):
+        if names is None or ref.name in names:
+            of_parameter.setdefault(ref.view.parameter_name, []).append(ref)
+    tasks = [sorted(refs, key=lambda ref: ref.expert or 0) for refs in of_parameter.values()]
+    costs = [sum(decomposition_cost(ref.shape) for ref in refs) for refs in tasks]
     owners = owners_of(costs, world_size)
     queues = []
     for rank in range(world_size):
-        mine = (slots for slots, owner in zip(tasks, owners, strict=True) if owner == rank)
-        queues.append(list(_chunks(itertools.chain.from_iterable(mine), parameters)))
+        own = (refs for refs, owner in zip(tasks, owners, strict=True) if owner == rank)
+        queues.append(list(_chunks(itertools.chain.from_iterable(own), parameters)))
     return tuple(itertools.zip_longest(*queues, fillvalue=()))
 
 
-def _chunks(slots: Iterable[Slot], parameters: Mapping[str, Tensor]) -> Iterator[tuple[Slot, ...]]:
-    """Group slots by shape, dtype and device, at most 64 MiB at a time."""
-    groups: dict[tuple[object, ...], list[Slot]] = {}
-    for slot in slots:
-        parameter = parameters[slot.view.parameter_name]
-        groups.setdefault((slot.shape, parameter.dtype, parameter.device), []).append(slot)
+def _chunks(
+    refs: Iterable[MatrixRef], parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[MatrixRef, ...]]:
+    """Group matrices by shape, dtype and device, at most 64 MiB at a time."""
+    groups: dict[tuple[object, ...], list[MatrixRef]] = {}
+    for ref in refs:
+        parameter = parameters[ref.view.parameter_name]
+        groups.setdefault((ref.shape, parameter.dtype, parameter.device), []).append(ref)
     for group in groups.values():
         m, n = group[0].shape
         size = max(1, _MAX_ELEMENTS // (m * n))
@@ -159,27 +154,68 @@ def _chunks(slots: Iterable[Slot], parameters: Mapping[str, Tensor]) -> Iterator
             yield tuple(group[first : first + size])
 
 
-def expert_rows(slots: Iterable[Slot]) -> slice | None:
+def expert_rows(refs: Iterable[MatrixRef]) -> slice | None:
     """Return the rows of the stored parameter that hold these experts; None where it has none."""
-    experts = [slot.expert for slot in slots]
+    experts = [ref.expert for ref in refs]
     found = [expert for expert in experts if expert is not None]
     return slice(min(found), max(found) + 1) if len(found) == len(experts) else None
 
 
-def read_turn(turn: Turn, parameters: Mapping[str, Tensor], backend: Backend) -> Stack | None:
-    """Return this rank's stack of a turn, None where it has none; collective."""
-    mine: list[Tensor] = []
-    for owner, slots in enumerate(turn):
-        for name, group in itertools.groupby(slots, key=lambda slot: slot.view.parameter_name):
-            own = tuple(group)
-            rows = expert_rows(own)
+def read_round(
+    one_round: Round, parameters: Mapping[str, Tensor], backend: Backend
+) -> Stack | None:
+    """Return this rank's stack of a round, None where it has none; collective."""
+    own: list[Tensor] = []
+    for owner, refs in enumerate(one_round):
+        for name, group in by_parameter(refs):
+            rows = expert_rows(group)
             stored = backend.collect(parameters[name], owner, rows)
             if stored is not None:
-                mine += _matrices(own, stored, 0 if rows is None else rows.start)
-    if not mine:
+                own += [ref.read(stored, 0 if rows is None else rows.start) for ref in group]
+    if not own:
         return None
-    # One large matrix is a stack for itself, and is not copied.
-    return Stack(turn[backend.rank], mine[0][None] if len(mine) == 1 else torch.stack(mine))
+    # One large matrix is a stack of its own, and is not copied.
+    return Stack(one_round[backend.rank], own[0][None] if len(own) == 1 else torch.stack(own))
+
+
+def stacks(
+    views: Sequence[MatrixView], parameters: Mapping[str, Tensor], backend: Backend
+) -> Iterator[Stack]:
+    """Yield all selected matrices on every rank, grouped by shape, at most 64 MiB at a time."""
+    for chunk in _chunks(matrix_refs(views), parameters):
+        matrices: list[Tensor] = []
+        for name, group in by_parameter(chunk):
+            full = backend.full(parameters[name])
+            matrices += [ref.read(full) for ref in group]
+        yield Stack(chunk, torch.stack(matrices))
+
+
+def write_stack_(
+    stack: Stack,
+    matrices: Tensor,
+    changed: Sequence[bool],
+    parameters: Mapping[str, Tensor],
+    backend: Backend,
+) -> None:
+    """Write the changed matrices of a stack into the model, each parameter once.
+
+    Args:
+        stack: The stack that the matrices were read into.
+        matrices: (len(stack.names), m, n), their new values.
+        changed: Which of them to write; the others keep their bits.
+        parameters: The model's parameters by canonical name.
+        backend: The storage of the parameters.
+    """
+    new = {
+        ref: matrix
+        for ref, matrix, is_new in zip(stack.refs, matrices, changed, strict=True)
+        if is_new
+    }
+    for name, group in by_parameter(new):
+        full = backend.full(parameters[name])
+        for ref in group:
+            ref.write_(full, new[ref])
+        backend.write_back_(parameters[name], full)
 
 
 def measure_each(
@@ -188,13 +224,13 @@ def measure_each(
     backend: Backend,
     measure: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """Return a number for each 2-D matrix by name, each measured by one rank and told to all.
+    """Return a number for each 2-D matrix by name; one rank measures it and sends it to all.
 
     Args:
-        views: What to read.
+        views: The views to read.
         parameters: The model's parameters by canonical name.
-        backend: How parameters are stored.
-        measure: Of a stack (b, m, n), shape (b,).
+        backend: The storage of the parameters.
+        measure: Maps a stack (b, m, n) to numbers of shape (b,).
     """
 
     def column(matrices: Tensor) -> Tensor:
@@ -212,144 +248,74 @@ def measure_rows(
     *,
     width: int,
 ) -> dict[str, tuple[float, ...]]:
-    """Return several numbers for each 2-D matrix by name; otherwise as `measure_each`.
+    """Return ``width`` numbers for each 2-D matrix by name; otherwise as `measure_each`.
 
     Args:
-        views: What to read.
+        views: The views to read.
         parameters: The model's parameters by canonical name.
-        backend: How parameters are stored.
-        measure: Of a stack (b, m, n), shape (b, width).
+        backend: The storage of the parameters.
+        measure: Maps a stack (b, m, n) to numbers of shape (b, width).
         width: How many numbers for each matrix.
+
+    Raises:
+        DecompositionError: Decompositions have failed on some ranks, and no other error.
+        ElsewhereError: Another rank had an error, which that rank raises itself.
     """
-    tally = Tally(parameters, backend, width)
-    for turn in share_out(views, parameters, backend.world_size):
-        stack, found = read_turn(turn, parameters, backend), None
+    names: list[str] = []
+    numbers: list[Tensor] = []
+    error: Exception | None = None
+    for one_round in assign_rounds(views, parameters, backend.world_size):
+        stack, found = read_round(one_round, parameters, backend), None
         if stack is not None:
-            with tally.guard():
+            try:
                 found = measure(stack.matrices)
-        tally.add(turn, found)
-    told = tally.told()
-    return {name: told[name] for name in matrix_names(views)}
+            except Exception as caught:
+                # Raised at once, it would leave the other ranks waiting in a collective call. So
+                # this rank continues with them to the end, where all raise.
+                if error is None or isinstance(error, LinAlgError):
+                    error = caught
+        for owner, refs in enumerate(one_round):
+            names += [ref.name for ref in refs]
+            zeros = torch.zeros(len(refs) * width)
+            is_here = owner == backend.rank and found is not None
+            numbers.append(found.flatten() if is_here and found is not None else zeros)
+    if not names:
+        return {}
+    device = next(iter(parameters.values())).device
+    rows = zip(*[iter(_summed(numbers, error, device, backend))] * width, strict=True)
+    by_name = dict(zip(names, rows, strict=True))
+    return {name: by_name[name] for name in matrix_names(views)}
 
 
 class DecompositionError(LinAlgError):  # type: ignore[misc]
-    """A decomposition has failed on some rank, and every rank raises this: they can go on."""
+    """A decomposition has failed on some rank. Every rank raises this, so training can continue."""
 
 
-class Tally:
-    """Numbers by matrix, each found by one rank; and the error that a rank has met meanwhile.
-
-    A rank on its own way out would leave the others waiting for it: it goes on with them to the
-    end, where all raise.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], backend: Backend, width: int) -> None:
-        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
-        self._backend = backend
-        self._width = width
-        self._names: list[str] = []
-        self._numbers: list[Tensor] = []
-        self._error: Exception | None = None
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Keep an error until all have been told."""
-        try:
-            yield
-        except Exception as error:
-            if self._error is None or isinstance(self._error, LinAlgError):
-                self._error = error
-
-    def add(self, turn: Turn, mine: Tensor | None) -> None:
-        """Take this rank's numbers of a turn, (slots, width); None where it has none."""
-        for owner, slots in enumerate(turn):
-            self._names += [slot.name for slot in slots]
-            zeros = torch.zeros(len(slots) * self._width)
-            is_mine = owner == self._backend.rank and mine is not None
-            self._numbers.append(mine.flatten() if is_mine and mine is not None else zeros)
-
-    def told(self) -> dict[str, tuple[float, ...]]:
-        """Return all numbers by name, on every rank; one device-to-host read.
-
-        Raises:
-            DecompositionError: Decompositions have failed on some ranks, and nothing worse.
-            ElsewhereError: An error was kept on another rank. Where it was, it is raised itself.
-        """
-        if not self._names:
-            return {}
-        has_failed = isinstance(self._error, LinAlgError)
-        has_error = self._error is not None and not has_failed
-        flags = torch.tensor([float(has_failed), float(has_error)])
-        every = [number.to(self._device) for number in (*self._numbers, flags)]
-        *numbers, num_failed, num_errors = self._backend.tell(torch.cat(every))
-        if num_errors:
-            raise_together(self._error)
-        if num_failed:
-            why = self._error or "a decomposition has failed on another rank"
-            raise DecompositionError(str(why)) from self._error
-        rows = zip(*[iter(numbers)] * self._width, strict=True)
-        return dict(zip(self._names, rows, strict=True))
+def _summed(
+    numbers: Sequence[Tensor], error: Exception | None, device: torch.device, backend: Backend
+) -> list[float]:
+    """Return the sum of all ranks' numbers, or raise on all ranks if one had an error."""
+    has_failed = isinstance(error, LinAlgError)
+    flags = torch.tensor([float(has_failed), float(error is not None and not has_failed)])
+    every = torch.cat([number.to(device) for number in (*numbers, flags)])
+    *host, num_failed, num_errors = backend.sum_to_host(every)
+    if num_errors:
+        raise_together(error)
+    if num_failed:
+        why = error or "a decomposition has failed on another rank"
+        raise DecompositionError(str(why)) from error
+    return host
 
 
 def raise_together(error: Exception | None) -> NoReturn:
-    """Raise this rank's own error, or, where it has none, that of a rank that others met.
+    """Raise this rank's own error, or `ElsewhereError` where another rank had one.
 
     Raises:
-        ElsewhereError: See there.
+        ElsewhereError: ``error`` is None.
     """
     if error is not None:
         raise error
     raise ElsewhereError(
-        "Another rank has failed while it looked at its matrices, and this run ends with it; its "
-        "own message, in the log of that rank, says why."
+        "Another rank has failed while it read its matrices, so this rank stops, too. The log of "
+        "that rank holds the cause."
     )
-
-
-def stacks(
-    views: Sequence[MatrixView],
-    parameters: Mapping[str, Tensor],
-    backend: Backend,
-) -> Iterator[Stack]:
-    """Yield all selected matrices on every rank, grouped by shape, at most 64 MiB at a time."""
-    slots = [slot for view in views for slot in _slots(view)]
-    for chunk in _chunks(slots, parameters):
-        yield Stack(chunk, gather(chunk, parameters, backend))
-
-
-def gather(slots: Sequence[Slot], parameters: Mapping[str, Tensor], backend: Backend) -> Tensor:
-    """Return the matrices of these slots on every rank, (len(slots), m, n), a copy."""
-    matrices: list[Tensor] = []
-    for name, group in itertools.groupby(slots, key=lambda slot: slot.view.parameter_name):
-        matrices += _matrices(group, backend.full(parameters[name]))
-    return torch.stack(matrices)
-
-
-def _matrices(slots: Iterable[Slot], stored: Tensor, start: int = 0) -> Iterator[Tensor]:
-    """Yield the matrices of slots, given the rows of their parameter from ``start`` on."""
-    for slot in slots:
-        part = stored if slot.expert is None else stored[slot.expert - start]
-        yield slot.matrix_view.read(part)
-
-
-def write_stack_(
-    stack: Stack,
-    matrices: Tensor,
-    changed: Sequence[bool],
-    parameters: Mapping[str, Tensor],
-    backend: Backend,
-) -> None:
-    """Write the changed matrices of a stack into the model, each parameter once.
-
-    Args:
-        stack: Where the matrices came from.
-        matrices: (len(stack.names), m, n), their new values.
-        changed: Which of them to write; the others keep their bits.
-        parameters: The model's parameters by canonical name.
-        backend: How parameters are stored.
-    """
-    moved = [item for item in zip(stack.slots, matrices, changed, strict=True) if item[2]]
-    for name, group in itertools.groupby(moved, key=lambda item: item[0].view.parameter_name):
-        full = backend.full(parameters[name])
-        for slot, matrix, _ in group:
-            slot.matrix_view.write_(full if slot.expert is None else full[slot.expert], matrix)
-        backend.write_back_(parameters[name], full)

@@ -1,11 +1,4 @@
-"""Gradient norms: one a parameter, to find where NaN began, and one a selected matrix.
-
-Stable rank of every selected matrix: ‖W‖_F² / σ₁² (arXiv 2602.01308).
-
-Norm of an optimizer update: ‖W_t − W_{t−1}‖ over the parameters that are watched.
-
-What the controller reads off a model: norms, stable ranks, and where NaN began.
-"""
+"""Measurements of one model for the detectors: norms, stable ranks, and the origin of NaN."""
 
 from __future__ import annotations
 
@@ -25,13 +18,12 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import quick_stable_rank, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
-from hf_pss.models.adapters import measure_adapter_spectra, measure_adapters
+from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.anchors import NUM_RECORDED, leading_values
 from hf_pss.models.batching import (
-    Slot,
-    matrix_names,
+    MatrixRef,
+    matrix_refs,
     matrix_shapes,
-    matrix_slots,
     measure_each,
     measure_rows,
 )
@@ -45,36 +37,27 @@ from hf_pss.models.selection import (
 )
 from hf_pss.models.selection.by_name import ADAPTER_FACTOR, what_to_do, why_empty
 
-__all__ = [
-    "Gauges",
-    "GradientProbe",
-    "UpdateMeter",
-    "measure_matrix_grad_norms",
-    "measure_stable_ranks",
-    "select_watched",
-]
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class GradientProbe:
-    """Norm of each parameter's gradient, left on the device until somebody asks.
+    """Norm of each parameter's gradient, on the device until `nonfinite` reads it.
 
-    Taken before clipping, since clipping by a NaN norm makes every gradient NaN and so hides the
-    parameter where it began.
+    Take it before clipping: clipping by a NaN norm makes every gradient NaN, and so hides the
+    parameter where the NaN began.
     """
 
     names: tuple[str, ...]
     norms: tuple[Tensor, ...]
-    """Of what is kept here of each gradient."""
+    """Of this rank's part of each gradient."""
 
     @classmethod
     @torch.no_grad()
     def take(cls, named_parameters: Iterable[tuple[str, nn.Parameter]], backend: Backend) -> Self:
-        """Measure the gradients that are there. Cost: one pass over them, nothing read back."""
+        """Measure all gradients. Cost: one pass over them, and no device-to-host read."""
         grads = {
-            n: _here(p.grad, backend).tensor for n, p in named_parameters if p.grad is not None
+            n: _local(p.grad, backend).tensor for n, p in named_parameters if p.grad is not None
         }
         return cls(tuple(grads), _norms(list(grads.values())))
 
@@ -102,13 +85,13 @@ def measure_matrix_grad_norms(
 ) -> dict[str, float]:
     """Return the gradient norm of each 2-D matrix by name, as it was before clipping.
 
-    Clipping and loss scaling multiply all gradients by one factor, so the norms found now are
+    Clipping and loss scaling multiply all gradients by one factor, so the current norms are
     rescaled such that their total is the norm before clipping.
 
     Args:
-        views: What to read.
+        views: The matrices to measure.
         parameters: The model's parameters by canonical name, with gradients.
-        backend: How parameters are stored.
+        backend: The storage of the parameters.
         grad_norm_preclip: The global norm before clipping, finite.
         groups: Parameters that count as one matrix, by its name.
 
@@ -120,8 +103,9 @@ def measure_matrix_grad_norms(
     both = {name: own for name, own in groups.items() if all(n in grads for n in own)}
     if not held and not both:
         return {}
-    parts = {name: _here(grad, backend) for name, grad in grads.items()}
-    norms = [_norm(slot, parts[slot.view.parameter_name]) for slot in matrix_slots(held)]
+    parts = {name: _local(grad, backend) for name, grad in grads.items()}
+    refs = matrix_refs(held)
+    norms = [_norm(ref, parts[ref.view.parameter_name]) for ref in refs]
     device = next(iter(parts.values())).tensor.device
     squares = torch.stack(
         [
@@ -133,16 +117,17 @@ def measure_matrix_grad_norms(
     backend.total_(squares)
     *host, found = backend.agree(squares.sqrt())
     factor = grad_norm_preclip / found if found else 0.0
-    return {name: n * factor for name, n in zip((*matrix_names(held), *both), host, strict=True)}
+    names = (*(ref.name for ref in refs), *both)
+    return {name: norm * factor for name, norm in zip(names, host, strict=True)}
 
 
-def _here(grad: Tensor, backend: Backend) -> Part:
-    with backend.part(grad) as part:
+def _local(tensor: Tensor, backend: Backend) -> Part:
+    with backend.part(tensor) as part:
         return part
 
 
-def _norm(slot: Slot, part: Part) -> Tensor:
-    piece = slot.view.piece(part.tensor, part.start, slot.expert)
+def _norm(ref: MatrixRef, part: Part) -> Tensor:
+    piece = ref.view.piece(part.tensor, part.start, ref.expert)
     if piece is None:
         return part.tensor.new_zeros((), dtype=torch.float32)
     norm: Tensor = torch.linalg.vector_norm(piece.read(), dtype=compute_dtype(part.tensor))
@@ -150,7 +135,7 @@ def _norm(slot: Slot, part: Part) -> Tensor:
 
 
 def _norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the norm of each, never in a half dtype: fp16's largest number is 65,504."""
+    """Return the norm of each, never in a half dtype, because fp16 ends at 65,504."""
     if not tensors:
         return ()
     dtypes = {compute_dtype(tensor) for tensor in tensors}
@@ -159,7 +144,7 @@ def _norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the square of all their numbers' norm, float64, on that device."""
+    """Return the squared norm of all their entries, float64, on that device."""
     norms = [norm.to(device, torch.float64) for norm in _norms(tensors)]
     return torch.stack(norms).square().sum()
 
@@ -174,17 +159,17 @@ def measure_stable_ranks(
     device-to-host read for the whole model.
 
     Args:
-        views: What to read.
+        views: The matrices to measure.
         parameters: The model's parameters by canonical name.
-        backend: How parameters are stored.
+        backend: The storage of the parameters.
     """
     return measure_each(views, parameters, backend, quick_stable_rank)
 
 
 class UpdateMeter:
-    """Measures one update; keeps a copy of the watched parameters while it happens.
+    """Measures one update: ‖W_t − W_{t−1}‖ over the named parameters.
 
-    Cost: the memory of one copy and three passes over it at every step.
+    Cost: the memory of one copy of them, and three passes over it at every step.
     """
 
     def __init__(self, names: Sequence[str], backend: Backend) -> None:
@@ -194,32 +179,25 @@ class UpdateMeter:
 
     @torch.no_grad()
     def start(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Remember the parameters as they are before the update."""
-        self._before = [self._here(parameters[name]).clone() for name in self.names]
+        """Copy the parameters before the update."""
+        self._before = [tensor.clone() for tensor in self._now(parameters)]
 
     @torch.no_grad()
     def stop(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Return the norm of what changed since `start`, shape (1,), and forget the copy."""
-        now = [self._here(parameters[name]) for name in self.names]
+        """Return the norm of the change since `start`, shape (1,), and drop the copy."""
         changes = [
             torch.linalg.vector_norm(after.float() - before.float())
-            for after, before in zip(now, self._before, strict=True)
+            for after, before in zip(self._now(parameters), self._before, strict=True)
         ]
         self._before = []
         device = changes[0].device
-        total = (
-            torch.stack([change.to(device) for change in changes])
-            .double()
-            .square()
-            .sum()
-            .reshape(1)
-        )
+        norms = torch.stack([change.to(device) for change in changes])
+        total = norms.double().square().sum().reshape(1)
         self._backend.total_(total)
         return total.sqrt()
 
-    def _here(self, parameter: Tensor) -> Tensor:
-        with self._backend.part(parameter) as part:
-            return part.tensor
+    def _now(self, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        return [_local(parameters[name], self._backend).tensor for name in self.names]
 
 
 _MAX_NAMED = 3
@@ -227,23 +205,25 @@ _GUARD = "The guard against steps that are not finite stays."
 _REPORTS = "Steps that are not finite are still reported; observe_only leaves them alone, too."
 
 
-class Gauges:
-    """Reads one model; decides nothing and changes nothing.
+class Measurements:
+    """Measures one model; decides nothing and changes nothing.
 
     Args:
-        model: Looked up by name at every reading, so wrappers may swap its parameters.
-        config: Which matrices to read.
-        backend: How parameters are stored; found from the parameters when None.
+        model: Its parameters are looked up by name every time, so wrappers may swap them.
+        config: Selects the matrices to measure.
+        backend: The storage of the parameters; found from the parameters when None.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.
         ConfigurationError: The model is sharded in a way that is not supported, has no weights yet,
-            or is no model.
+            or is not a model.
     """
 
     def __init__(self, model: nn.Module, config: PSSConfig, backend: Backend | None) -> None:
         _check(model, config)
-        self._model, self._config = model, config
+        self.model = model
+        """The measured model, wrapped or not."""
+        self._config = config
         self.backend = backend if backend is not None else backend_for(self.parameters())
         self.selection = select_watched(model, config)
         self.shapes = matrix_shapes(self.selection.matrices)
@@ -253,20 +233,15 @@ class Gauges:
         self._meter = UpdateMeter(sorted(watched), self.backend)
         self._probe: GradientProbe | None = None
 
-    @property
-    def model(self) -> nn.Module:
-        """What is measured, wrapped or not."""
-        return self._model
-
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's parameters by canonical name, as they are now."""
-        return named_parameters_canonical(self._model)
+        """Return the model's current parameters by canonical name."""
+        return named_parameters_canonical(self.model)
 
     def caution(self, spelling: str = "PSSConfig({})") -> str | None:
-        """Say what of the options finds nothing to watch in this model; None where all do.
+        """Return a warning about options that find no matrix in this model; None without any.
 
         Args:
-            spelling: How the caller spells an option; the braces stand for ``name=value``.
+            spelling: The caller's notation of an option; the braces stand for ``name=value``.
         """
         if needs_no_matrix(self._config):
             return None
@@ -280,13 +255,13 @@ class Gauges:
             return _floor_on_adapters(len(self._adapters), others, rest, spelling)
         if self.selection.matrices:
             return None
-        advice = what_to_do(self._model, exclude=self._config.exclude, spelling=spelling)
-        noticed = (
-            "Spikes of the gradient norm are noticed, but there is nothing to smooth. "
+        advice = what_to_do(self.model, exclude=self._config.exclude, spelling=spelling)
+        spikes = (
+            "Spikes of the gradient norm are reported, but there is nothing to smooth. "
             if "grad_norm_ratio" in others
             else ""
         )
-        return f"{why_empty(self.selection)} {noticed}{guard} {advice}"
+        return f"{why_empty(self.selection)} {spikes}{guard} {advice}"
 
     def fingerprint(self) -> str:
         """Return a short hash of the names and shapes of the watched matrices."""
@@ -297,38 +272,47 @@ class Gauges:
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
         """Return numbers as host floats: all tensors among them in one device-to-host read.
 
-        On several ranks the numbers are agreed upon, floats too: every rank must call.
+        On several ranks the result is the mean over ranks, of floats too: every rank must call.
         """
         if self.backend.is_shared:
-            values = tuple(self._on_device(v) if isinstance(v, float) else v for v in values)
+            device = next(iter(self.model.parameters())).device
+            values = tuple(
+                torch.tensor(v, dtype=torch.float64, device=device) if isinstance(v, float) else v
+                for v in values
+            )
         tensors = [gathered(v.detach()).reshape(()) for v in values if isinstance(v, Tensor)]
-        read = self._read(tensors)
-        return [next(read) if isinstance(v, Tensor) else v for v in values]
+        host: Iterator[float] = iter(())
+        if tensors:
+            is_exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+            # In a model that is spread over devices, the loss and the norm lie on different ones.
+            target = (tensors[0].device, torch.float64 if is_exact else torch.float32)
+            host = iter(self.backend.agree(torch.stack([tensor.to(*target) for tensor in tensors])))
+        return [next(host) if isinstance(v, Tensor) else v for v in values]
 
     def inspect_gradients(self) -> None:
-        """Note on the device which gradients are finite."""
-        self._probe = GradientProbe.take(self._model.named_parameters(), self.backend)
+        """Record on the device which gradients are finite."""
+        self._probe = GradientProbe.take(self.model.named_parameters(), self.backend)
 
     def first_nonfinite_gradients(self) -> tuple[str, ...]:
-        """Name the first parameters whose gradient is not finite; reads back from the device.
+        """Return the first parameters whose gradient is not finite; one device-to-host read.
 
-        Without `inspect_gradients` before clipping there may be nothing left to tell: clipping by a
-        NaN norm makes every gradient NaN. Then no name is given.
+        Empty when every gradient is NaN and `inspect_gradients` was not called before clipping,
+        because clipping by a NaN norm makes every gradient NaN.
         """
-        probe = self._probe or GradientProbe.take(self._model.named_parameters(), self.backend)
+        probe = self._probe or GradientProbe.take(self.model.named_parameters(), self.backend)
         broken = probe.nonfinite(self.backend)
         if self._probe is None and len(broken) == len(probe.names):
             return ()
         return tuple(map(canonical_name, broken[:_MAX_NAMED]))
 
     def forget_gradients(self) -> None:
-        """Drop what `inspect_gradients` noted: it is of a step that is over."""
+        """Drop the record of `inspect_gradients` at the end of its step."""
         self._probe = None
 
     def matrix_grad_norms(self, grad_norm_preclip: float) -> Readings:
-        """Return the gradient norm of each matrix before clipping; see `health.grad_norm`.
+        """Return the gradient norm of each matrix before clipping.
 
-        That of a LoRA product is the norm of both factors' gradients.
+        For a LoRA product it is the norm of both factors' gradients.
         """
         return measure_matrix_grad_norms(
             self.selection.matrices,
@@ -339,11 +323,11 @@ class Gauges:
         )
 
     def start_update(self) -> None:
-        """Remember the watched parameters as they are before the update."""
+        """Copy the watched parameters before the update."""
         self._meter.start(self.parameters())
 
     def update_norm(self) -> Readings:
-        """Return the norm of what changed since `start_update`."""
+        """Return the norm of the change since `start_update`."""
         if not self._meter.names:
             return {}
         return {GLOBAL: self.backend.agree(self._meter.stop(self.parameters()))[0]}
@@ -353,11 +337,11 @@ class Gauges:
         parameters = self.parameters()
         return {
             **measure_stable_ranks(self.selection.matrices, parameters, self.backend),
-            **measure_adapters(self._adapters, parameters, self.backend),
+            **{name: product.stable_rank for name, product in self._products(parameters).items()},
         }
 
     def spectral_norms(self) -> dict[str, float]:
-        """Return σ₁ of each matrix, LoRA products apart: those begin at zero, and only grow."""
+        """Return σ₁ of each matrix, without LoRA products: those start at zero, and only grow."""
         return measure_each(
             self.selection.matrices, self.parameters(), self.backend, _quick_spectral_norm
         )
@@ -375,21 +359,11 @@ class Gauges:
             lambda stack: leading_values(stack, self._config.max_rank),
             width=NUM_RECORDED,
         )
-        products = measure_adapter_spectra(self._adapters, parameters, self.backend)
-        rows |= {name: product.leading for name, product in products.items()}
+        rows |= {name: product.leading for name, product in self._products(parameters).items()}
         return {name: [v for v in row if v > 0] for name, row in rows.items()}
 
-    def _on_device(self, number: float) -> Tensor:
-        device = next(iter(self._model.parameters())).device
-        return torch.tensor(number, dtype=torch.float64, device=device)
-
-    def _read(self, numbers: Sequence[Tensor]) -> Iterator[float]:
-        if not numbers:
-            return iter(())
-        exact = any(number.dtype == torch.float64 for number in numbers)
-        # A model spread over devices has its loss on another one than the norm.
-        target = (numbers[0].device, torch.float64 if exact else torch.float32)
-        return iter(self.backend.agree(torch.stack([number.to(*target) for number in numbers])))
+    def _products(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, AdapterSpectrum]:
+        return measure_adapter_spectra(self._adapters, parameters, self.backend)
 
 
 def _quick_spectral_norm(matrices: Tensor) -> Tensor:
@@ -413,12 +387,12 @@ def _check(model: nn.Module, config: PSSConfig) -> None:
 
 
 def needs_no_matrix(config: PSSConfig) -> bool:
-    """Tell whether a run with these options only guards against steps that are not finite."""
+    """Return whether these options only guard against steps that are not finite."""
     return not config.detectors and not config.health_every_steps and config.health == "off"
 
 
 def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
-    """Return the matrices that a run with these options watches; there may be none.
+    """Return the matrices that these options select; there may be none.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.
@@ -433,16 +407,16 @@ def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
         may_be_empty=True,
     )
     if any(exclusion.reason == ADAPTER_FACTOR for exclusion in selection.exclusions):
-        logger.info("Some LoRA factors are left alone; the table of matrices says which.")
+        logger.info("Some LoRA factors are left alone; the table of matrices lists them.")
     return selection
 
 
 def _floor_on_adapters(num_products: int, others: Sequence[str], rest: str, spelling: str) -> str:
-    told = (
+    warning = (
         f"stable_rank_floor does not watch the {num_products} LoRA products: an adapter starts at "
         "zero and has no healthy spectrum to refer to."
     )
     if others:
-        return f"{told} {', '.join(others)} does."
+        return f"{warning} {', '.join(others)} does."
     option = spelling.format("detectors=['grad_norm_ratio']")
-    return f"{told}{rest} To watch them, choose {option}."
+    return f"{warning}{rest} To watch them, choose {option}."

@@ -1,4 +1,4 @@
-"""An edit of the weights is tried on a micro-batch before it is kept [ours]."""
+"""Try an edit of the weights on a micro-batch before it is kept [ours]."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from hf_pss.models.distributed import Backend, reshard
 from hf_pss.models.selection import named_parameters_canonical
 
-__all__ = ["EvaluateLoss", "Trial"]
-
 logger = logging.getLogger(__name__)
 
 EvaluateLoss = Callable[[], float | Tensor | None]
-"""Returns the loss of one micro-batch with the weights as they are now; None where it has none.
+"""Returns the loss of one micro-batch with the current weights, or None.
 
-It changes nothing, the random state included, and it gives the same loss for the same weights."""
+It changes nothing, the random state included, and returns the same loss for the same weights."""
 
 
 @dataclass(slots=True)
 class Trial:
-    """Compares the loss before and after an edit, and takes the edit back where it does harm.
+    """Compares the loss before and after an edit, and takes a harmful edit back.
 
-    What is stored of a parameter here is kept as it was before the edit, so that an edit that is
-    taken back leaves no trace, not even of rounding. That is as much memory as the gradients of the
+    A trial copies this rank's storage of each edited parameter, so that an edit that is taken back
+    leaves no trace, not even of rounding. The copies need as much memory as the gradients of the
     edited matrices, which a Trainer has freed at this point of a step.
 
     All ranks must make the same calls; the losses are the means over ranks.
@@ -38,17 +36,17 @@ class Trial:
     model: nn.Module
     backend: Backend
     margin_ratio: float
-    """An edit may raise the loss by so much of its absolute value."""
+    """An edit may raise the loss by this share of its absolute value."""
     keeps_untried: bool
-    """Whether an edit is kept where there is no loss to try it on."""
+    """Whether to keep an edit that cannot be tried because the loss is None."""
     loss_before: float | None = None
-    """None before it was measured, and where there is none."""
+    """None until it is measured, and where `evaluate` returns None."""
     loss_after: float | None = None
     _has_begun: bool = False
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def before_write(self, names: Collection[str]) -> None:
-        """Keep what is stored of these parameters; before the first of them, measure the loss."""
+        """Copy these parameters; at the first call, measure the loss."""
         if not self._has_begun:
             self._has_begun = True
             self.loss_before = self._loss()
@@ -59,7 +57,7 @@ class Trial:
             self._kept[name] = self.backend.keep(parameters[name])
 
     def is_kept(self) -> bool:
-        """Measure the loss again, and decide; an edit that is not kept is taken back here."""
+        """Measure the loss again; return whether the edit stays, or take it back."""
         if not self._kept:
             return True
         if self.loss_before is not None:
@@ -73,7 +71,7 @@ class Trial:
 
     @property
     def why_not(self) -> str:
-        """Why an edit was taken back."""
+        """The reason why an edit was taken back."""
         if self.loss_before is None or self.loss_after is None:
             return "there was no loss to try it on"
         return "it raised the loss"
@@ -82,16 +80,16 @@ class Trial:
         before, after = self.loss_before, self.loss_after
         if before is None or after is None:
             return self.keeps_untried
-        if not math.isfinite(before):  # nothing to compare with
+        if not math.isfinite(before):  # There is nothing to compare with.
             return True
-        return after <= before + self.margin_ratio * abs(before)  # NaN is not
+        return after <= before + self.margin_ratio * abs(before)  # False for NaN.
 
     @torch.no_grad()
     def _loss(self) -> float | None:
-        """Return the mean loss over ranks; None where a rank has none.
+        """Return the mean loss over ranks; None if that of a rank is None.
 
-        An error of a user's code ends a run of several ranks, where the others wait within the
-        forward pass. One process goes on without the trial.
+        An error of a user's code ends a run of several ranks, because the others wait within the
+        forward pass. A single process continues without the trial.
         """
         loss: float | Tensor | None = None
         try:
@@ -101,7 +99,7 @@ class Trial:
                 raise
             logger.warning("PSS could not compute a loss to try an intervention on: %r", error)
         finally:
-            # What a forward pass leaves gathered would be read by the next one, edited or not.
+            # The next forward pass would reuse gathered weights, which an edit does not reach.
             reshard(self.model)
         device = next(self.model.parameters()).device
         value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Optimizers that know of spectra: a rule moves the weight matrices, AdamW the rest."""
+"""Spectral optimizers: a rule moves the weight matrices, and AdamW all other parameters."""
 
 from hf_pss.optim.groups import build_optimizer as build_optimizer
 from hf_pss.optim.groups import describe_groups as describe_groups

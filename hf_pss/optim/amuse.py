@@ -1,4 +1,4 @@
-"""AMUSE: Muon inside schedule-free, with no learning rate to decay."""
+"""AMUSE: Muon with schedule-free averaging, which needs no decay of the learning rate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.models.distributed import local
 from hf_pss.optim.optimizer import MatrixOptimizer
 
-__all__ = ["Amuse", "interpolation"]
-
 _BASE = "z"
-"""The state's key; that of schedule-free optimizers elsewhere."""
+"""The state's key, the same as in other schedule-free optimizers."""
 
 _OWN: Mapping[str, Any] = {
     "beta1": 0.9,
@@ -26,11 +24,11 @@ _OWN: Mapping[str, Any] = {
     "lr_max": 0.0,
     "train_mode": True,
 }
-"""Entries of a group beside those of `MatrixOptimizer`: options, then where the averaging is."""
+"""Entries of a group beside those of `MatrixOptimizer`: options, then the averaging's progress."""
 
 
 def interpolation(step: int, *, beta1: float, rho: float, warmup_steps: int) -> float:
-    """Return β_t: how far the point of gradient t lies towards the average.
+    """Return β_t, the weight of the average x in the point y where gradient t is taken.
 
     β₁ until the end of warm-up, T₀, then 1 − ((T₀ − 1)/(t − 1))^ρ (1 − β₁), which tends to 1.
 
@@ -38,7 +36,7 @@ def interpolation(step: int, *, beta1: float, rho: float, warmup_steps: int) -> 
         step: t, counted from 1.
         beta1: β₁.
         rho: ρ.
-        warmup_steps: T₀; 0: β₁ throughout.
+        warmup_steps: T₀; with 0 the result is always β₁.
 
     Example:
         >>> [interpolation(t, beta1=0.9, rho=1.0, warmup_steps=3) for t in (1, 3, 5)]
@@ -53,43 +51,45 @@ def interpolation(step: int, *, beta1: float, rho: float, warmup_steps: int) -> 
 class Amuse(MatrixOptimizer):
     """Schedule-free averaging around the rules of `MatrixOptimizer` (arXiv 2605.22432).
 
-    With D the direction of a group's rule, its momentum fed by gradients taken at y:
+    With D the direction of a group's rule, whose momentum averages gradients taken at y:
 
         y_t = (1 − β_t) z_t + β_t x_t
         z_{t+1} = (1 − η λ) z_t − η D
         x_{t+1} = (1 − c) x_t + c z_{t+1}
 
     and β_t from `interpolation`. A parameter holds y while training and x after `eval`; the state
-    holds z, and x is found again as z + (y − z)/β. Evaluate and save between `eval` and `train`:
+    holds z, and x is recovered as z + (y − z)/β. Evaluate and save between `eval` and `train`;
     `ScheduleFreeCallback` does so in a Trainer.
 
     c = w_t / Σ_{i ≤ t} w_i with w_t = (the highest η so far)², the weights of Schedule-Free AdamW
     (Defazio et al. 2024, arXiv 2405.15682): 1/t at a constant rate. The paper prints 1/(t + 1),
-    which counts the starting point, too; its authors' program squares the rate of the step itself,
+    which also counts the starting point. Its authors' program squares the rate of the current step,
     which is the same as long as the rate does not decay.
 
-    Decay is of z, and groups of ``algo="adamw"`` take Schedule-Free AdamW's direction, a gradient
-    over √v̂ without a first moment, both as in the authors' program. That program makes y_{t+1} with
-    β_t and takes it apart with β_{t+1}; here both are β_{t+1}, as the paper's first line has it.
+    Weight decay acts on z, and groups of ``algo="adamw"`` take Schedule-Free AdamW's direction, a
+    gradient over √v̂ without a first moment; both as in the authors' program. That program computes
+    y_{t+1} with β_t and recovers x with β_{t+1}; here both are β_{t+1}, as in the paper's first
+    line.
 
-    x is as exact as y and z are stored. Bfloat16 parameters lose steps to rounding with every
-    optimizer; here the average, which moves by small parts, loses more: after 300 steps on noise at
-    η = 0.002, x had gone astray by 0.49 of its way, z by 0.37. Keep parameters in float32, and let
-    autocast do the rest.
+    x is as exact as the stored y and z. Every optimizer loses small steps to the rounding of
+    bfloat16 parameters, and the average, which moves by small parts, loses more: after 300 steps on
+    noise at η = 0.002, the error of x was 0.49 of the distance it moved, that of z 0.37. Keep
+    parameters in float32, and use autocast.
 
-    All parameters of a group share t. One that has no gradient in a step keeps its x and z, and its
-    y follows β (ours).
+    All parameters of a group share t. A parameter without a gradient in a step keeps its x and z,
+    and its y follows β (ours).
 
     Args:
         params: Parameter groups, each with ``algo``; see `MatrixOptimizer`.
-        beta1: β₁, in (0, 1]; at 0 y would not tell x.
+        beta1: β₁, in (0, 1]; with 0, x could not be recovered from y.
         rho: ρ, 0 or more.
-        warmup_steps: T₀, the steps over which a scheduler raises η; 0: β₁ throughout (ours), which
-            is plain schedule-free. At 1 the formula would have gradients at x from the second step.
-        options: Those of `MatrixOptimizer`. Of ``betas``, only the second has a use here.
+        warmup_steps: T₀, the steps over which a scheduler raises η. With 0, β_t is always β₁
+            (ours), which is plain schedule-free. With 1 the formula would take gradients at x from
+            the second step on.
+        options: Those of `MatrixOptimizer`. Of ``betas``, only the second is used.
 
     Raises:
-        ConfigurationError: A number out of range.
+        ConfigurationError: A number is out of range.
     """
 
     _own = _OWN
@@ -107,8 +107,8 @@ class Amuse(MatrixOptimizer):
         super().__init__(params, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its iterates start at its parameters."""
-        for name, value in self._own.items():  # a copy has its defaults, and nothing else of ours
+        """Add a group; x, y and z start at its parameters."""
+        for name, value in self._own.items():  # a copied optimizer has only these defaults
             self.defaults.setdefault(name, value)
         group = {**self.defaults, **param_group}
         beta1, rho, warmup_steps = (group[name] for name in ("beta1", "rho", "warmup_steps"))
@@ -120,7 +120,7 @@ class Amuse(MatrixOptimizer):
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state, also of an optimizer that keeps no average: one starts at the weights."""
+        """Load a state; without an average in it, the average starts at the weights."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name in _OWN:
@@ -128,12 +128,12 @@ class Amuse(MatrixOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Put y into the parameters, where gradients are taken; nothing if it is there."""
+        """Put y into the parameters, where gradients are taken, unless it is there already."""
         self._switch(is_training=True)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Put x into the parameters, to evaluate and to save; nothing if it is there."""
+        """Put x into the parameters, to evaluate and to save, unless it is there already."""
         self._switch(is_training=False)
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Amuse(MatrixOptimizer):
         """
         if not all(group["train_mode"] for group in self.param_groups):
             raise ConfigurationError(
-                "The parameters hold the averaged weights, where no gradient is to be taken: call "
+                "The parameters hold the averaged weights, where no gradient may be taken. Call "
                 "optimizer.train() after evaluating and saving, before the next forward pass."
             )
         loss = super().step(closure)
@@ -165,8 +165,8 @@ class Amuse(MatrixOptimizer):
         zs = [self._base(p) for p in params]
         self._towards_z_(params, 1.0 - 1.0 / _beta(group, 0))  # y becomes x
         super()._move_(zs, directions, group)
-        # Towards z by c, which makes the new x, and from there by 1 − β: one interpolation. A rate
-        # that was 0 so far has moved nothing, and there is nothing to average.
+        # Moving towards z by c gives the new x, and from there by 1 − β the new y; this is one
+        # interpolation. A rate that has always been 0 has moved nothing, so nothing is averaged.
         c = group["lr_max"] ** 2 / group["weight_sum"] if group["lr_max"] else 0.0
         self._towards_z_(params, 1.0 - (1.0 - c) * _beta(group, 1))
 
@@ -206,14 +206,14 @@ class Amuse(MatrixOptimizer):
 
 
 def _count_(group: dict[str, Any]) -> None:
-    """Move on what the weights of the average are made of."""
+    """Update the numbers that the weights of the average are computed from."""
     group["iteration"] += 1
     group["lr_max"] = max(group["lr_max"], float(group["lr"]))
     group["weight_sum"] += group["lr_max"] ** 2
 
 
 def _beta(group: dict[str, Any], ahead: int) -> float:
-    """Return β of the group's iteration, or of the next, whose y the parameters hold after it."""
+    """Return β ``ahead`` iterations on; between steps the parameters hold y with that of 1."""
     return interpolation(
         max(group["iteration"] + ahead, 1),
         beta1=group["beta1"],

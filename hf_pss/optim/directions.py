@@ -1,35 +1,32 @@
-"""From whole momenta to whole directions: equal shapes are stacked, a bounded number at a time."""
+"""Turn whole momenta into whole directions, in stacks of equal shape and bounded size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from hf_pss.models.distributed import Answer
+from hf_pss.models.distributed import ComputedTensor
 from hf_pss.optim.layout import Layout, runs_of
 from hf_pss.optim.update_rule import Options, Rule, State
 
-__all__ = ["Job", "directions_of"]
-
-# What a stack has at most: enough to keep a GPU busy; on a CPU, where a large matrix gains nothing
-# from company, no more than its cache holds.
+# The largest number of elements in a stack: enough to keep a GPU busy. On a CPU large matrices gain
+# nothing from batching, so a stack there fits into the cache.
 _MAX_ELEMENTS = 2**26
 _MAX_ELEMENTS_CPU = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One parameter's momentum, and what is known of it."""
+class MomentumJob:
+    """One parameter's momentum, its layout and its rule's state."""
 
     momentum: Tensor
     """Whole, laid out like the parameter."""
     layout: Layout
     state: State
-    """What the rule remembers, part by part: ``name.0``, ``name.1``, …"""
+    """The rule's state, part by part: ``name.0``, ``name.1``, …"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +37,25 @@ class _Slice:
     part: int
     momenta: Tensor
     target: Tensor
-    """(matrices, runs, rows, inputs), where the momenta have runs and rows in one."""
+    """(matrices, runs, rows, inputs); the momenta have runs and rows in one dimension."""
     state: State
 
     def __len__(self) -> int:
         return len(self.momenta)
 
 
-Stack: TypeAlias = list[_Slice]
-
-
-def directions_of(jobs: Mapping[int, Job], rule: Rule, options: Options) -> dict[int, Answer]:
+def directions_of(
+    jobs: Mapping[int, MomentumJob], rule: Rule, options: Options
+) -> dict[int, ComputedTensor]:
     """Return the rule's direction for every job, by its key.
 
     Args:
         jobs: Of any shapes, on one device.
-        rule: Which.
-        options: The group's.
+        rule: The rule.
+        options: The options of the parameter group.
     """
     directions = {key: torch.empty_like(job.momentum) for key, job in jobs.items()}
-    remembered: dict[tuple[int, str], list[Tensor]] = {}
+    new_states: dict[tuple[int, str], list[Tensor]] = {}
     for stack in _stacks(_slices(jobs, directions)):
         momenta = _joined([piece.momenta for piece in stack]).float()
         state = {name: _joined([s.state[name] for s in stack]) for name in stack[0].state}
@@ -69,19 +65,19 @@ def directions_of(jobs: Mapping[int, Job], rule: Rule, options: Options) -> dict
             piece.target.copy_(direction.reshape(piece.target.shape))
         for name, values in state.items():
             for piece, value in zip(stack, values.split_with_sizes(sizes), strict=True):
-                remembered.setdefault((piece.key, f"{name}.{piece.part}"), []).append(value)
+                new_states.setdefault((piece.key, f"{name}.{piece.part}"), []).append(value)
     states: dict[int, State] = {key: {} for key in jobs}
-    for (key, name), pieces in remembered.items():
-        # A copy: a view would keep, and save, the whole stack's memory.
+    for (key, name), pieces in new_states.items():
+        # A copy, because a view would keep and save the whole stack's memory.
         states[key][name] = torch.cat(pieces)
-    return {key: Answer(directions[key], states[key]) for key in jobs}
+    return {key: ComputedTensor(directions[key], states[key]) for key in jobs}
 
 
-def _slices(jobs: Mapping[int, Job], directions: Mapping[int, Tensor]) -> Iterator[_Slice]:
+def _slices(jobs: Mapping[int, MomentumJob], directions: Mapping[int, Tensor]) -> Iterator[_Slice]:
     for key, job in jobs.items():
         momenta, targets = (runs_of(t, job.layout) for t in (job.momentum, directions[key]))
         for part, (runs, target) in enumerate(zip(momenta, targets, strict=True)):
-            momentum = runs.flatten(1, 2)  # a copy only where a projection lies within heads
+            momentum = runs.flatten(1, 2)  # copies only where the rows lie within heads
             ending = f".{part}"
             state = {
                 name.removesuffix(ending): value
@@ -95,8 +91,8 @@ def _slices(jobs: Mapping[int, Job], directions: Mapping[int, Tensor]) -> Iterat
                 yield _Slice(key, part, momentum[here], target[here], own)
 
 
-def _stacks(slices: Iterable[_Slice]) -> Iterator[Stack]:
-    by_shape: dict[object, Stack] = {}
+def _stacks(slices: Iterable[_Slice]) -> Iterator[list[_Slice]]:
+    by_shape: dict[object, list[_Slice]] = {}
     for piece in slices:
         stack = by_shape.setdefault((piece.momenta.shape[1:], frozenset(piece.state)), [])
         num_matrices = len(piece) + sum(len(other) for other in stack)

@@ -1,10 +1,9 @@
-"""Which parameters a rule moves, how their matrices lie in them, and the optimizer of a model."""
+"""Divide a model's parameters into groups, and build its optimizer."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,14 +18,6 @@ from hf_pss.optim.amuse import Amuse
 from hf_pss.optim.layout import Layout, by_head, is_by_head, layout_of, layouts_of_factors
 from hf_pss.optim.optimizer import ADAMW, MatrixOptimizer
 from hf_pss.optim.rules import RULES
-
-__all__ = [
-    "build_optimizer",
-    "check_groups",
-    "describe_groups",
-    "known_options",
-    "matrix_groups",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +37,21 @@ def matrix_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups: weight matrices for a rule, the rest, decayed or not, for AdamW.
 
-    Matrices are those that PSS selects: what is orthogonalised and what is smoothed is the same. Of
-    a LoRA adapter each factor is a matrix (ours).
+    The matrices are those that PSS selects, so the rule moves the same matrices that PSS smooths.
+    Each factor of a LoRA adapter is a matrix (ours).
 
     Args:
         model: Its trainable parameters are grouped; frozen ones are left out.
         algo: A row of `RULES`.
-        include: As `select_matrices` takes it.
-        exclude: The same.
-        no_decay: Canonical names that are not decayed, of those that AdamW moves; None: all below
-            two dimensions.
-        others_lr: Learning rate of the rest; None: the optimizer's.
-        per_head: Whether the heads of query, key and value projections are matrices of their own,
-            where it is known how they lie. That of values, too, and of a gate beside the queries:
-            Kimi K3, arXiv 2607.24653, section 2.5, divides Q, K and V.
-        options: Of the matrices' group.
+        include: As in `select_matrices`.
+        exclude: As in `select_matrices`.
+        no_decay: Canonical names without weight decay, among the parameters that AdamW moves; None:
+            all with fewer than two dimensions.
+        others_lr: Learning rate of the other parameters; None: the optimizer's.
+        per_head: Whether each head of a query, key or value projection, and of a gate beside the
+            queries, is a matrix of its own, where its rows are known. Kimi K3, arXiv 2607.24653,
+            section 2.5, divides Q, K and V.
+        options: Options of the matrices' group.
 
     Raises:
         SelectionError: The model has no matrix that could be selected, or a pattern matches none.
@@ -100,13 +91,13 @@ def matrix_groups(
 def _layouts_by_head(
     model: nn.Module, views: Mapping[str, Sequence[MatrixView]], layouts: Mapping[str, Layout]
 ) -> dict[str, Layout]:
-    """Return the layouts of what has heads; warn of projections that are moved as before."""
+    """Return the layouts of projections with heads; warn of projections with unknown heads."""
     found, unknown = {}, []
     for site in survey(model):
         held = views.get(site.name, ()) if site.tied_to is None else ()
         rows = head_rows(site, held) if held else None
         num_rows = sum(view.shape[-2] for view in held)
-        # Of a fused projection with parts left out the layout has none: it is one matrix.
+        # A fused projection with excluded parts has a layout without parts: it is one matrix.
         is_complete = bool(held) and (held[0].rows is None or bool(layouts[site.name][1]))
         if rows is not None and is_complete:
             layout = layouts[site.name]
@@ -115,14 +106,14 @@ def _layouts_by_head(
             unknown.append(site.name)
     if unknown and found:
         logger.warning(
-            "per_head: how the heads lie in %s is not known, so %s moved as without it.",
+            "per_head: the rows of the heads in %s are not known, so %s moved as without it.",
             unknown[0],
             "it is" if len(unknown) == 1 else f"it and {len(unknown) - 1} others are",
         )
     elif not found:
         logger.warning(
-            "per_head has no effect: no selected projection of queries, keys or values has heads "
-            "that are known."
+            "per_head has no effect: no selected projection of queries, keys or values has known "
+            "heads."
         )
     return found
 
@@ -135,7 +126,7 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
     Args:
         model: The model to train.
         algo: A row of `RULES`, or ``amuse``: `Amuse` on Muon.
-        options: Of `matrix_groups`, of the rule, and of `MatrixOptimizer` or `Amuse`.
+        options: Those of `matrix_groups`, of the rule, and of `MatrixOptimizer` or `Amuse`.
 
     Raises:
         ConfigurationError: An option is unknown or out of range.
@@ -148,9 +139,9 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
     known = known_options(algo)
     if "qk_clip" in options:
         raise ConfigurationError(
-            "qk_clip is no option of an optimizer, since it has to see attention: put it into "
-            "pss_optim_args of PSSTrainingArguments, or attach hf_pss.optim.qk_clip.QKClip to the "
-            "optimizer."
+            "qk_clip is not an option of an optimizer, because it needs the attention logits. Put "
+            "it into pss_optim_args of PSSTrainingArguments, or attach "
+            "hf_pss.optim.qk_clip.QKClip to the optimizer."
         )
     if unknown := options.keys() - known.keys():
         raise ConfigurationError(
@@ -162,17 +153,16 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
     names = ("include", "exclude", "no_decay", "others_lr", "per_head")
     grouping = {name: options.pop(name) for name in names if name in options}
     optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
-    check_groups(optimizer, model)
-    if backend_for({}).rank == 0:  # of the whole run, wherever the parameters lie
+    if backend_for({}).rank == 0:  # the first rank of the run, for any storage of parameters
         logger.info("%s", describe_groups(optimizer))
     return optimizer
 
 
 def known_options(algo: str) -> dict[str, Any]:
-    """Return what `build_optimizer` takes beside the model and ``algo``, with the defaults.
+    """Return the options of `build_optimizer` beside the model and ``algo``, with their defaults.
 
     Args:
-        algo: As `build_optimizer` takes it.
+        algo: As in `build_optimizer`.
     """
     kind, rule = _kind_and_rule(algo)
     known = {
@@ -188,23 +178,8 @@ def _kind_and_rule(algo: str) -> tuple[type[MatrixOptimizer], str]:
     return (Amuse, "muon") if algo == AMUSE else (MatrixOptimizer, algo)
 
 
-def check_groups(optimizer: MatrixOptimizer, model: nn.Module) -> None:
-    """Make sure that each trainable parameter is in one group.
-
-    Raises:
-        ConfigurationError: One is in none or in two; says which.
-    """
-    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    for name, parameter in named_parameters_canonical(model).items():
-        if parameter.requires_grad and counts[id(parameter)] != 1:
-            raise ConfigurationError(
-                f"{name} is in {counts[id(parameter)]} parameter groups; each trainable parameter "
-                "belongs to one."
-            )
-
-
 def describe_groups(optimizer: MatrixOptimizer) -> str:
-    """Return a table: a line a group; of one that is moved by heads, how many parameters are."""
+    """Return a table with a line for each group, and its number of parameters moved by heads."""
     lines = [f"{'algo':<10}{'parameters':>11}{'entries':>16}{'lr':>11}{'decay':>8}"]
     for group in optimizer.param_groups:
         entries = sum(parameter.numel() for parameter in group["params"])

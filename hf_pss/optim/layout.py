@@ -1,4 +1,4 @@
-"""How a parameter holds the matrices that are moved one by one: plain values, and views by them."""
+"""The layout of separate matrices within a parameter, as plain values, and views by it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,12 @@ from torch import Tensor
 from hf_pss.models.selection import MatrixView
 from hf_pss.models.selection.pairs import AdapterView
 
-__all__ = [
-    "WHOLE",
-    "Layout",
-    "by_head",
-    "is_by_head",
-    "layout_of",
-    "layouts_of_factors",
-    "matrices_of",
-    "runs_of",
-]
-
 Part: TypeAlias = tuple[int, int, int] | tuple[int, int, int, int]
 Layout: TypeAlias = tuple[bool, tuple[Part, ...]]
-"""Whether inputs come first, and of each part's output rows (start, size, period) as `RowPattern`
-has them; a fourth number, the rows of one head, divides the runs of the part into that many
-matrices more. No part for a parameter that is one matrix. Plain values, since an optimizer's
-checkpoint is loaded without unpickling classes."""
+"""Whether inputs come first, and for each part's output rows (start, size, period) as in
+`RowPattern`. An optional fourth number, the rows of one head, makes every head a matrix of its own.
+A parameter that is one matrix has no parts. The values are plain, because an optimizer's checkpoint
+is loaded without unpickling classes."""
 
 _NUMBERS_BY_HEAD = 4
 
@@ -35,7 +24,7 @@ WHOLE: Layout = (False, ())
 
 
 def layout_of(views: Sequence[MatrixView]) -> Layout:
-    """Return how these views, all of one parameter, lie in it.
+    """Return the layout of these views, all of one parameter.
 
     A parameter whose views leave rows out counts as one matrix.
     """
@@ -49,13 +38,14 @@ def layout_of(views: Sequence[MatrixView]) -> Layout:
 def by_head(layout: Layout, *, num_rows: int, head_rows: Sequence[int]) -> Layout:
     """Return the layout in which every head is a matrix of its own.
 
-    Neighbours with heads of one size become one part, so that the heads of [q|k|v] are one stack.
+    Neighbours with heads of equal size become one part, so that the heads of [q|k|v] form one
+    stack.
 
     Args:
         layout: As `layout_of` returns it.
         num_rows: Output rows of the parameter.
-        head_rows: Rows of a head of each part, each a divisor of the part's rows in a period; of
-            the parameter itself where the layout has no parts.
+        head_rows: Rows of a head in each part, each a divisor of the part's rows in a period. A
+            layout without parts counts as one part.
 
     Example:
         >>> fused = (True, ((0, 8, 24), (8, 8, 24), (16, 8, 24)))  # GPT-2, two heads of 4
@@ -74,21 +64,21 @@ def by_head(layout: Layout, *, num_rows: int, head_rows: Sequence[int]) -> Layou
     for start, size, period, rows in joined:
         if size in (rows, period) or period == num_rows:
             divided.append((start, size, period, rows))
-        else:  # only heads at one distance from each other are one view
+        else:  # one view needs heads at equal distances
             divided += [(at, rows, period, rows) for at in range(start, start + size, rows)]
     return transposed, tuple(divided)
 
 
 def is_by_head(layout: Layout) -> bool:
-    """Tell whether `by_head` made a layout."""
+    """Return whether `by_head` made a layout."""
     return any(len(part) == _NUMBERS_BY_HEAD for part in layout[1])
 
 
 def layouts_of_factors(view: AdapterView, *, num_rows: int) -> dict[str, Layout]:
-    """Return how the factors B and A of an adapter lie in their parameters, by parameter name.
+    """Return the layouts of an adapter's factors B and A, by parameter name.
 
-    Of E experts, PEFT keeps those of A one below the other, and those of B column by column: each
-    of these is seen transposed, so that a scale takes its inputs for its outputs.
+    PEFT stores the E experts of A one below the other, and those of B column by column. Each of the
+    latter is read transposed, so that update scales swap its inputs and outputs.
 
     Args:
         view: Any product of the two.
@@ -104,14 +94,14 @@ def layouts_of_factors(view: AdapterView, *, num_rows: int) -> dict[str, Layout]
 
 
 def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
-    """Return views (matrices, runs, rows, inputs), one for each part, of what is laid out like so.
+    """Return views (matrices, runs, rows, inputs), one for each part of a tensor.
 
-    A matrix is its runs, one below the other: one run, or of a projection whose rows lie within
-    heads one a head.
+    A matrix consists of its runs, one below the other: a single run, or one run for each head if
+    its rows lie within heads.
 
     Args:
         stored: (rows, columns), or (experts, rows, columns), of the parameter's shape.
-        layout: Of the parameter.
+        layout: The parameter's layout.
     """
     transposed, parts = layout
     whole = stored if stored.ndim == 3 else stored[None]
@@ -122,19 +112,19 @@ def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
     for start, size, period, *head in parts:
         runs = torch.unflatten(whole, 1, (-1, period)).narrow(2, start, size)
         if head:
-            # A stack of experts has no heads: there is one matrix. `view` refuses to copy.
+            # Only a single matrix has heads, not a stack of experts. `view` raises if it must copy.
             runs = runs.view(-1, 1, *head, runs.shape[-1])
         found.append(runs)
     return found
 
 
 def matrices_of(stored: Tensor, layout: Layout) -> list[Tensor]:
-    """Return (matrices, outputs, inputs) for each part of what is laid out like this.
+    """Return (matrices, outputs, inputs) for each part of a tensor.
 
-    A view, but for projections whose rows come in runs within heads.
+    A view, except for projections whose rows come in runs within heads.
 
     Args:
-        stored: As `runs_of` takes it.
-        layout: The same.
+        stored: As in `runs_of`.
+        layout: The parameter's layout.
     """
     return [runs.flatten(1, 2) for runs in runs_of(stored, layout)]

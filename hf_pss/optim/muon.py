@@ -1,4 +1,4 @@
-"""Muon: the momentum's polar factor; and NorMuon, which evens out its rows."""
+"""Muon, which moves along the momentum's polar factor, and NorMuon, which equalises its rows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz
 from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
-
-__all__ = ["MUON", "NORMUON", "check_polar", "fast_dtype", "polar_direction"]
 
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -38,17 +36,17 @@ def fast_dtype(tensor: Tensor) -> torch.dtype:
     """Return bfloat16 where the device multiplies it faster than float32."""
     if not tensor.is_cpu:
         return torch.bfloat16
-    # Releases of torch that cannot say so far (2.9) take the safe one.
+    # Releases of torch without this function (up to 2.9) use float32.
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_native = known.get("avx512_bf16") or known.get("amx_bf16")
     return torch.bfloat16 if is_native else torch.float32
 
 
 def check_polar(options: Options) -> None:
-    """Check what `polar_direction` reads.
+    """Check the options of `polar_direction`.
 
     Raises:
-        ConfigurationError: A name is unknown, or there are less than one step.
+        ConfigurationError: A name is unknown, or num_steps is below 1.
     """
     for name, known in (("schedule", POLYNOMIAL_SCHEDULES), ("dtype", _DTYPES)):
         if options[name] not in known:
@@ -91,8 +89,8 @@ _POLAR = {"schedule": "polar_express_4", "num_steps": None, "dtype": "auto"}
 MUON = Rule(defaults=MappingProxyType(_POLAR), check=check_polar, direction=_muon)
 """K. Jordan et al. 2024, kellerjordan.github.io/posts/muon: D = s(m, n) · UVᵀ.
 
-``schedule``, ``num_steps``: of `newton_schulz`. ``dtype``: to iterate in; auto: bfloat16 where the
-device multiplies it faster.
+``schedule``, ``num_steps``: as in `newton_schulz`. ``dtype``: the type to iterate in; auto:
+bfloat16 where the device multiplies it faster.
 """
 
 NORMUON = Rule(
@@ -104,6 +102,6 @@ NORMUON = Rule(
 
     Ô_ij = O_ij / (√v_i + ε),   D = s(m, n) · ‖O‖_F / ‖Ô‖_F · Ô.
 
-``row_beta``: β₂; ``row_eps``: ε. The paper's own factor 0.2·√(mn) / ‖Ô‖_F is that of `rms_match`
+``row_beta``: β₂; ``row_eps``: ε. The paper's factor 0.2·√(mn) / ‖Ô‖_F equals that of `rms_match`
 where ‖O‖_F = √min(m, n).
 """

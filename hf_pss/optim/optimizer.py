@@ -1,4 +1,4 @@
-"""One optimizer for a whole model: a rule moves its weight matrices, AdamW the rest."""
+"""One optimizer for a whole model: a rule moves its weight matrices, AdamW all others."""
 
 from __future__ import annotations
 
@@ -12,40 +12,46 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.distributed import Alone, Answer, Ranks, Shards, Sharing, local, shards_of
-from hf_pss.optim.directions import Job, directions_of
+from hf_pss.models.distributed import (
+    Alone,
+    ComputedTensor,
+    Ranks,
+    Shards,
+    Sharing,
+    local,
+    shards_of,
+)
+from hf_pss.optim.directions import MomentumJob, directions_of
 from hf_pss.optim.layout import WHOLE
 from hf_pss.optim.rules import RULES
 from hf_pss.optim.update_rule import UPDATE_SCALES, State
 
-__all__ = ["ADAMW", "MatrixOptimizer"]
-
 ADAMW = "adamw"
 
-# So many elements of a rank are on their way from gradient to weight at once: what bounds a step's
-# memory, and on a CPU stays in its cache.
+# Elements that a rank takes from gradient to weight at once. This bounds the memory of a step, and
+# on a CPU keeps it in the cache.
 _AT_ONCE = 2**28
 _ON_A_CPU = 2**22
 
 
 class MatrixOptimizer(Optimizer):
-    """A rule of `RULES` on weight matrices and AdamW on the rest, a parameter group each.
+    """A rule of `RULES` for weight matrices and AdamW for the rest, one parameter group each.
 
-    With momentum M ← μ M + (1 − μ) G and, by Nesterov, U = μ M + (1 − μ) G, a matrix moves by
+    With momentum M ← μ M + (1 − μ) G and, with Nesterov, U = μ M + (1 − μ) G, a matrix moves by
 
         W ← (1 − η λ) W − η D(U),
 
-    D being the rule's direction with its update scale. A fused projection is moved part by part, a
+    where D is the rule's direction with its update scale. A fused projection moves part by part, a
     transposed (Conv1D) weight by its true outputs and inputs, a stack of experts one by one; equal
     shapes are one batched call. With ``algo="muon"``, ``schedule="keller"`` and
-    ``scale="aspect_clamped"`` that is ``torch.optim.Muon``, apart from fused projections.
+    ``scale="aspect_clamped"`` this is ``torch.optim.Muon``, apart from fused projections.
 
     `build_optimizer` makes the groups of a model. A group of ``algo="adamw"`` reads ``lr``,
-    ``betas``, ``eps`` and ``weight_decay``; one of a rule all but ``betas`` and ``eps``, the rule's
-    own options, and ``layouts``, one `Layout` a parameter.
+    ``betas``, ``eps`` and ``weight_decay``. A group of a rule reads all but ``betas`` and ``eps``,
+    the rule's own options, and ``layouts``, one `Layout` for each parameter.
 
-    Parameters may be DTensors of FSDP2 or HSDP: each matrix is gathered at one rank, which computes
-    its direction and sends the others their rows. `share_work_` divides the work of DDP likewise.
+    Parameters may be DTensors of FSDP2 or HSDP: one rank gathers each matrix, computes its
+    direction and sends the others their rows. `share_work_` divides the work of DDP likewise.
 
     Args:
         params: Parameter groups, each with ``algo``.
@@ -53,19 +59,19 @@ class MatrixOptimizer(Optimizer):
         momentum: μ.
         nesterov: See above.
         weight_decay: λ, decoupled.
-        cautious: Of matrices, decay only entries that the update moves towards zero, so that decay
-            adds to the update and never works against it (Chen et al. 2025, arXiv 2510.12402).
+        cautious: Decay only those entries of matrices that the update moves towards zero, so that
+            decay never works against the update (Chen et al. 2025, arXiv 2510.12402).
         scale: A row of `UPDATE_SCALES`.
         betas: AdamW's.
         eps: AdamW's.
 
     Attributes:
-        loss: The step's loss, for rules that read it: the closure's result, or what the training
-            loop sets before each step.
+        loss: The step's loss, for rules that read it: the closure's result, or the value that the
+            training loop sets before each step.
 
     Raises:
-        ConfigurationError: An unknown name, a number out of range, a rule's group with a parameter
-            that is no matrix, or an option that the rule does not have.
+        ConfigurationError: A name is unknown, a number is out of range, a parameter in a rule's
+            group is not a matrix, or the rule does not have an option.
     """
 
     loss: Tensor | float | None
@@ -126,38 +132,38 @@ class MatrixOptimizer(Optimizer):
             raise
 
     def share_work_(self, sharing: Sharing) -> None:
-        """Divide the directions of whole parameters, as `Replicas` does for DDP."""
+        """Divide the work on whole parameters over ranks; pass `Replicas` for DDP."""
         self._sharing[None] = sharing
 
     def _reset_sharing(self) -> None:
-        # By the ranks that parameters are split over; None: they are whole.
+        # Keyed by the ranks that parameters are split over; None for whole parameters.
         self._sharing: dict[Ranks | None, Sharing] = {None: Alone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what a copy, a pickle or a state that is loaded holds: nobody to share work with."""
+        """Restore a copy, a pickle or a loaded state; these hold no process groups."""
         super().__setstate__(state)
-        if "_sharing" not in self.__dict__:  # a state that is loaded finds one that is in use
+        if "_sharing" not in self.__dict__:  # a loaded state keeps the groups in use
             self.loss = None
             self._reset_sharing()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; what rules remember keeps its own type, whatever the parameters' is.
+        """Load a state; the rules' states keep their dtype, whatever that of the parameters is.
 
-        Where a parameter is divided into other matrices than in the saved run, by ``per_head``, its
-        momentum goes on and what a rule remembers of each matrix begins anew.
+        If ``per_head`` divides a parameter into other matrices than in the saved run, its momentum
+        continues, and the rule's state of each matrix restarts.
 
         Raises:
-            ValueError: It is of an optimizer with other groups.
+            ValueError: The state belongs to an optimizer with other groups.
         """
         models = [group["layouts"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        divided_anew: set[Tensor] = set()
-        # The model's, whatever was saved: distributed checkpoints lose tuples without entries.
+        redivided: set[Tensor] = set()
+        # Keep the model's layouts, because distributed checkpoints lose empty tuples.
         for group, layouts in zip(self.param_groups, models, strict=True):
             saved = group["layouts"] or ()
             for parameter, before, now in zip(group["params"], saved, layouts or (), strict=False):
                 if _parts(before) != _parts(now):
-                    divided_anew.add(parameter)
+                    redivided.add(parameter)
             group["layouts"] = layouts
         given = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         held = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
@@ -165,8 +171,8 @@ class MatrixOptimizer(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if not _is_of_a_rule(name):
                     continue
-                if parameter in divided_anew:
-                    del self.state[parameter][name]  # of other matrices than the model's now
+                if parameter in redivided:
+                    del self.state[parameter][name]  # it belongs to other matrices
                 else:
                     self.state[parameter][name] = value.to(parameter.device)
 
@@ -174,8 +180,8 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step and return the closure's result.
 
-        A gradient with NaN or inf makes its matrix NaN and touches no other: the step is the
-        caller's to hold back, as PSS does. Parameters without a gradient are left alone.
+        A gradient with NaN or inf makes its matrix NaN and changes no other. The caller must skip
+        such a step, as PSS does. Parameters without a gradient are left alone.
 
         Raises:
             ConfigurationError: A gradient is sparse.
@@ -188,15 +194,15 @@ class MatrixOptimizer(Optimizer):
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         if any(p.grad is not None and p.grad.is_sparse for p in params):
             raise ConfigurationError(
-                "A gradient is sparse, and there is no momentum of such: build the embedding "
-                "with sparse=False."
+                "A gradient is sparse, which momentum does not support: build the embedding with "
+                "sparse=False."
             )
         for group in self.param_groups:
             held = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             if held:
                 move = self._step_others if group["algo"] == ADAMW else self._step_matrices
                 move(group, held)
-        self.loss = None  # the next step's is another one
+        self.loss = None  # it does not hold for the next step
         return result
 
     # ---- matrices ----
@@ -224,9 +230,9 @@ class MatrixOptimizer(Optimizer):
         own = {name: value for name, value in group.items() if name != "params"}
         options = {**own, "step": step, "loss": self.loss}
 
-        def compute(whole: Mapping[int, Tensor]) -> dict[int, Answer]:
+        def compute(whole: Mapping[int, Tensor]) -> dict[int, ComputedTensor]:
             jobs = {
-                i: Job(momentum, group["layouts"][places[i]], self._rule_state(params[i]))
+                i: MomentumJob(momentum, group["layouts"][places[i]], self._rule_state(params[i]))
                 for i, momentum in whole.items()
             }
             return directions_of(jobs, RULES[group["algo"]], options)
@@ -237,7 +243,7 @@ class MatrixOptimizer(Optimizer):
         self._move_(params, [result.tensor for result in moved], group)
 
     def _updates(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Tensor]:
-        """Move the momentum on; return what to orthogonalise, this rank's rows of it."""
+        """Update the momentum, and return the input of the rule, this rank's rows of it."""
         mu = group["momentum"]
         momenta = [local(self._zeros(p, "momentum_buffer")) for p in params]
         gradients = [local(p.grad) for p in params if p.grad is not None]
@@ -264,7 +270,7 @@ class MatrixOptimizer(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_on(self, parameter: Tensor) -> int:
-        # On the host: a rule may need the number, and must not wait for the device.
+        # On the host, so that a rule that needs the number does not wait for the device.
         state = self.state[parameter]
         state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)).cpu() + 1
         return int(state["step"])
@@ -319,12 +325,12 @@ def _parts(layout: Sequence[Any]) -> list[list[int]]:
 
 
 def _is_of_a_rule(name: str) -> bool:
-    """Return whether a state belongs to a rule: those have a part's number behind a point."""
+    """Return whether a state belongs to a rule: its name ends in a point and a part's number."""
     return "." in name
 
 
 def _check(group: dict[str, Any]) -> None:
-    """Check a group's options, and give one that has none its layouts.
+    """Check a group's options, and add missing layouts.
 
     Raises:
         ConfigurationError: See `MatrixOptimizer`.

@@ -1,4 +1,4 @@
-"""QK-clip: after a step, heads whose logits grew too large have their projections scaled down."""
+"""QK-clip: after a step, scale down the projections of heads whose logits grew too large."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.models.distributed import Backend, Part, backend_for
 from hf_pss.models.selection.heads import AttentionHeads, HeadRows
 
-__all__ = ["QKClip", "clip_factors"]
-
 
 def clip_factors(maxima: Tensor, *, threshold: float, num_key_heads: int) -> tuple[Tensor, Tensor]:
-    """Return what to multiply the query and the key rows of each head by.
+    """Return the factors on the query rows and the key rows of each head.
 
-    With γ_h = min(1, τ/S_h) and a key head that the query heads of group g share:
+    With γ_h = min(1, τ/S_h), and one key head shared by the query heads of group g:
 
         c_g = √(max_{h ∈ g} γ_h) for the keys,   γ_h / c_g for the queries.
 
     q·k is linear in both, so the logits of head h are multiplied by c_g · γ_h/c_g = γ_h, and the
-    largest becomes γ_h S_h = min(S_h, τ): no head is above τ afterwards, and none is scaled by
-    more than it needs. Alone with its keys, a head has γ_h/√γ_h = √γ_h on both sides, the rule of
-    Kimi K2 (arXiv 2507.20534, section 2.1). Where one head of a group is not clipped, c_g = 1 and
-    keys and that head keep their bits, as the paper's shared rotary keys do; for groups the paper
-    has no formula, this one is ours.
+    largest becomes γ_h S_h = min(S_h, τ). So no head is above τ afterwards, and none is scaled more
+    than necessary. A head with its own keys gets γ_h/√γ_h = √γ_h on both sides, the rule of Kimi K2
+    (arXiv 2507.20534, section 2.1). If a head of a group is not clipped, c_g = 1, and the keys and
+    that head keep their bits, as the paper's shared rotary keys do. The paper has no formula for
+    groups; this one is ours.
 
     Args:
-        maxima: (h,), float32: S_h, the largest scaled logit of each head. NaN, inf and all up to
-            the threshold, −inf for a head that was not seen, give 1: what is not finite is not
-            mended by scaling.
+        maxima: (h,), float32: S_h, the largest scaled logit of each head; −inf for a head that was
+            not used. Values up to the threshold give a factor of 1, and so do NaN and inf, which
+            scaling cannot repair.
         threshold: τ.
-        num_key_heads: Of the keys; divides h, neighbours share.
+        num_key_heads: A divisor of h; neighbouring query heads share a key head.
 
     Returns:
         (h,) and (num_key_heads,), float32.
@@ -60,12 +58,12 @@ def _is_clipped(maxima: Tensor, threshold: float) -> Tensor:
 class QKClip:
     """Clips a model's heads after each step of an optimizer; biases scale with their weights.
 
-    Logits are those of the forward pass, before the step, as in the paper: the next step's may
-    lie above the threshold by what the update adds. Momentum is left as it is. A step in which no
-    parameter had a gradient clips nothing.
+    The logits are those of the forward pass before the step, as in the paper. The update itself may
+    raise the next step's logits above the threshold again. Momentum does not change. A step in
+    which no parameter had a gradient clips nothing.
 
     Cost: one multiplication of the query and key weights a step, by 1 where nothing is clipped, so
-    that the device is never read but by `scalars`. With a training loop of your own::
+    that only `scalars` reads from the device. With a training loop of your own::
 
         from hf_pss.trainer.attention_maxima import AttentionMaxima
 
@@ -74,9 +72,9 @@ class QKClip:
         maxima.start()
 
     Args:
-        attentions: Of `find_heads`.
-        take: Returns (attentions, heads), float32, the largest logits since it was last called,
-            the same on every rank, and forgets them; rows are padded behind their heads.
+        attentions: The result of `find_heads`.
+        take: Returns the largest logits since its previous call, (attentions, heads), float32, the
+            same on every rank; rows are padded behind their heads.
         threshold: τ, above 0; the paper's is 100.
 
     Raises:
@@ -101,29 +99,29 @@ class QKClip:
         self._attentions = tuple(attentions)
         self._take = take
         self._threshold = threshold
-        # Since `scalars` was read: (attentions, heads), on the device.
+        # Since the last call of `scalars`: (attentions, heads), on the device.
         self._largest: Tensor | None = None
         self._is_clipped: Tensor | None = None
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Clip after each step of this optimizer, of whatever kind."""
+        """Clip after each step of this optimizer, which may be of any class."""
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             held = (p.grad is not None for group in optimizer.param_groups for p in group["params"])
-            maxima = self._take()  # of a step that was held back they are forgotten
+            maxima = self._take()  # also drops those of a step that was held back
             if any(held):
                 self.clip_(maxima)
 
         optimizer.register_step_post_hook(after_step)
 
     def scalars(self) -> dict[str, float]:
-        """Return what was clipped since this was last asked, and forget it; {} after no step.
+        """Return the clipping since the previous call, and forget it; {} without a step.
 
         One device-to-host read; every rank has the same numbers.
 
         Returns:
             ``max_attention_logit``: the largest before clipping, NaN where one was seen;
-            ``clipped_heads``: how many heads were scaled once or more often.
+            ``clipped_heads``: how many heads were scaled at least once.
         """
         if self._largest is None or self._is_clipped is None:
             return {}
@@ -144,7 +142,7 @@ class QKClip:
         """Scale the projections of each head whose largest logit is above the threshold.
 
         Args:
-            maxima: As ``take`` returns them.
+            maxima: The result of ``take``.
         """
         self._remember(maxima)
         linears = [p.linear for a in self._attentions for p in (a.query, a.key)]
@@ -161,7 +159,7 @@ class QKClip:
 
 
 def _scale_rows_(projection: HeadRows, factors: Tensor, backend: Backend) -> None:
-    """Multiply the projection's output rows, on this rank; factors: one a row of the projection."""
+    """Multiply the projection's output rows, on this rank, by one factor for each row."""
     weight = _weight(projection.linear)
     num_rows = weight.shape[1 if projection.view.transposed else 0]
     stored = factors.new_ones(num_rows)
@@ -178,7 +176,7 @@ def _scale_rows_(projection: HeadRows, factors: Tensor, backend: Backend) -> Non
 
 
 def _own_rows(stored: Tensor, part: Part) -> Tensor:
-    """Return the factors of a part's rows, on its device: layers may lie on several."""
+    """Return the factors of a part's rows, on its device; layers may lie on several devices."""
     return stored[part.start : part.start + len(part.tensor)].to(part.tensor.device)
 
 
@@ -190,11 +188,11 @@ def _check_trained(name: str, linear: nn.Module) -> None:
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise ConfigurationError(
-            f"qk_clip scales the weights of {name}, and these are no floating-point parameter: "
+            f"qk_clip scales the weights of {name}, which are not a floating-point parameter: "
             "leave qk_clip out under quantisation."
         )
     if not weight.requires_grad:
         raise ConfigurationError(
-            f"qk_clip scales the weights of {name}, and these are frozen or under an adapter, so "
-            "that other models would change with them: leave qk_clip out."
+            f"qk_clip scales the weights of {name}, which are frozen or under an adapter. Other "
+            "models may share them: leave qk_clip out."
         )

@@ -1,4 +1,4 @@
-"""The rules by name: one row each. The contract tests take every row."""
+"""The table of rules by name. The contract tests cover every row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from hf_pss.optim.softmuon import SOFTMUON, SOFTSIGNUM
 from hf_pss.optim.specmuon import SPECMUON
 from hf_pss.optim.spectra import SPECTRA
 from hf_pss.optim.update_rule import Rule
-
-__all__ = ["RULES"]
 
 RULES: dict[str, Rule] = {
     "muon": MUON,

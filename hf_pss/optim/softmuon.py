@@ -1,4 +1,4 @@
-"""SoftMuon and SoftSignum: a hard phase, then a sign that is softer from step to step.
+"""SoftMuon and SoftSignum: a hard phase, then a sign function that softens with every step.
 
 Feoktistov et al. 2026, arXiv 2605.31371, and github.com/brain-lab-research/softsign.
 """
@@ -15,8 +15,6 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.optim.muon import MUON, check_polar, polar_direction
 from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
 
-__all__ = ["SOFTMUON", "SOFTSIGNUM", "folded_cauchy_quantile", "softened"]
-
 # The source's bounds on τ.
 _MIN_TAU, _MAX_TAU = 1.0, 1e9
 
@@ -26,11 +24,12 @@ _PHASES = {"total_steps": None, "hard_fraction": 0.9, "saturation_tolerance": 1e
 def softened(matrices: Tensor, tau: Tensor) -> Tensor:
     """Return τM(I + τ²MᵀM)^(-1/2): singular values σ → τσ / √(1 + (τσ)²).
 
-    By the eigenvalues of the smaller Gram matrix, in float64: squaring a condition number of 1e5
-    leaves 1e-6 of its precision. Measured 2.7e-8 from the SVD up to there. The upper block of the
-    polar factor of [M; I/τ] is the same without a decomposition, and on GPUs without fast float64
-    perhaps quicker; but at that condition number 12 polynomial steps were 0.07 off and 16 steps
-    2e-4, at 0.84 s for a 768×768 matrix on one CPU core against 0.16 s.
+    Computed from the eigenvalues of the smaller Gram matrix, in float64, which leaves a precision
+    of 1e-6 at a condition number of 1e5. The measured distance from the SVD is 2.7e-8 up to there.
+    The upper block of the polar factor of [M; I/τ] is the same matrix without a decomposition, and
+    may be faster on GPUs without fast float64. But at that condition number 12 polynomial steps
+    were off by 0.07 and 16 steps by 2e-4, and took 0.84 s for a 768×768 matrix on one CPU core
+    against 0.16 s.
 
     Args:
         matrices: (b, m, n), float32, finite.
@@ -47,7 +46,7 @@ def softened(matrices: Tensor, tau: Tensor) -> Tensor:
 def folded_cauchy_quantile(fraction: float, location: Tensor, width: Tensor) -> Tensor:
     """Return q with P(|X| <= q) = fraction, X Cauchy distributed.
 
-    The source solves for it by Newton's method; tan(a + b) gives q = (s² + μ²) sin πp /
+    The source uses Newton's method; the formula for tan(a + b) gives q = (s² + μ²) sin πp /
     (s cos πp + √(s² + μ² sin² πp)).
 
     Args:
@@ -92,7 +91,7 @@ def _soft_signum(momenta: Tensor, state: State, options: Options) -> tuple[Tenso
 
 
 def _soft_fraction(options: Options) -> float | None:
-    """How far the soft phase has come, in [0, 1); None: it has not begun."""
+    """Return the progress of the soft phase, in [0, 1); None before it begins."""
     total: int = options["total_steps"]
     step: int = options["step"]
     hard = round(float(options["hard_fraction"]) * total)
@@ -107,18 +106,21 @@ def _finite(momenta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _not_fitted(momenta: Tensor) -> State:
-    """What a state holds from the first step on, so that it can be told, saved and loaded."""
+    """Return the state before the fit; it has its final shape, so it can be saved and loaded."""
     zeros = momenta.new_zeros(len(momenta))
-    return {"cauchy_location": zeros, "cauchy_width": zeros - 1}  # no width is negative
+    return {
+        "cauchy_location": zeros,
+        "cauchy_width": zeros - 1,
+    }  # a negative width marks a missing fit
 
 
 def _is_to_be_fitted(state: State) -> bool:
-    # A read of the host, in the soft phase alone: the decomposition there makes one anyway.
+    # This device-to-host read happens only in the soft phase, whose decomposition needs one anyway.
     return not state or bool((state["cauchy_width"] < 0).any())
 
 
 def _completed(state: State, fitted: State) -> State:
-    """Take the fit where there was none: a matrix that comes later leaves its neighbours' alone."""
+    """Use the fit only for matrices without one, so that a later matrix changes no other."""
     if not state:
         return fitted
     is_missing = state["cauchy_width"] < 0
@@ -126,7 +128,7 @@ def _completed(state: State, fitted: State) -> State:
 
 
 def _fit(values: Tensor) -> State:
-    """Location and width of a Cauchy distribution by median and median deviation, (b,) each."""
+    """Return location and width of a Cauchy distribution, by median and median deviation, (b,)."""
     location = values.median(dim=-1).values
     width = (values - location.unsqueeze(-1)).abs().median(dim=-1).values
     return {"cauchy_location": location, "cauchy_width": width}
@@ -143,8 +145,8 @@ def _check(options: Options) -> None:
     tolerance = options["saturation_tolerance"]
     if total is None or total < 1:
         raise ConfigurationError(
-            f"You gave total_steps={total}; give the number of optimizer steps of the whole run, "
-            "for the soft phase begins at a fraction of it."
+            f"You gave total_steps={total}; give the number of optimizer steps of the whole run. "
+            "The soft phase begins at a fraction of it."
         )
     if not 0 <= hard <= 1 or not 0 < tolerance < 1:
         raise ConfigurationError(
@@ -165,19 +167,20 @@ SOFTMUON = Rule(
 )
 """Muon until step round(hard_fraction · total_steps), then s(m, n) · M(MᵀM + τ⁻²I)^(-1/2).
 
-τ = clamp(φ⁻¹(1 − ε) / q(p), 1, 1e9), φ(x) = x/√(1 + x²): p = j/T rises over the T steps of the soft
+τ = clamp(φ⁻¹(1 − ε) / q(p), 1, 1e9), φ(x) = x/√(1 + x²). p = j/T rises over the T steps of the soft
 phase, j = 0, 1, …, and q is the quantile of a folded Cauchy distribution, fitted once, at the first
-of them. ``total_steps``: of the whole run; ``saturation_tolerance``: ε; the rest is Muon's.
+of these steps. ``total_steps``: steps of the whole run; ``saturation_tolerance``: ε; the other
+options are Muon's.
 
-**Ours**: each matrix is fitted by itself, on the singular values of what is softened (the source's
-code: one fit on the gradients of all matrices of a group); a matrix that comes later is fitted when
-it comes; after the last step τ stays.
+**Ours**: each matrix has its own fit, on the singular values of its momentum (the source's code
+makes one fit on the gradients of all matrices of a group); a matrix whose first gradient comes
+later is fitted then; after the last step τ stays constant.
 """
 
 SOFTSIGNUM = Rule(defaults=MappingProxyType(_PHASES), check=_check, direction=_soft_signum)
 """The elementwise twin: sign(M), then tanh(τM), τ = clamp(artanh(1 − ε) / q(p), 1, 1e9).
 
-**Ours**: each matrix is fitted by itself, on its entries; and the factor s(m, n)/√max(m, n), which
-gives the hard phase the Frobenius norm that the scale gives Muon. With ``max_dim`` it is 1, the
-source's.
+**Ours**: each matrix has its own fit, on its entries; and the factor s(m, n)/√max(m, n), which
+gives the hard phase the Frobenius norm that the scale gives Muon. With ``max_dim`` it is 1, as in
+the source.
 """

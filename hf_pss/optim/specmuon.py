@@ -1,4 +1,4 @@
-"""SpecMuon: Muon whose leading modes are held back while the loss is above its recent level."""
+"""SpecMuon: Muon that damps the leading modes while the loss is above its recent level."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.optim.muon import MUON, check_polar, polar_direction
 from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
 
-__all__ = ["SPECMUON"]
-
 # κ: keeps √loss and its quotients finite at a loss of zero.
 _OFFSET = 1e-8
 
@@ -22,10 +20,10 @@ _OFFSET = 1e-8
 def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
     loss = options.get("loss")
     if loss is None and options["lr"] == 0:
-        loss = 1.0  # torch's distributed checkpoints make such a step to have a state to load into
+        loss = 1.0  # torch's distributed checkpoints make such a step to create the state
     if loss is None:
         raise ConfigurationError(
-            "SpecMuon holds modes back by the loss, and was given none: call step(closure) with a "
+            "SpecMuon damps modes by the loss, and was given no loss: call step(closure) with a "
             "closure that returns it, or set the optimizer's `loss` before the step."
         )
     m, n = momenta.shape[-2:]
@@ -59,9 +57,9 @@ def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, 
 
 
 def _relaxed(scalar: Tensor, dissipation: Tensor, energy: Tensor, share: float) -> Tensor:
-    """Draw r̃ towards E, as near as r² <= r̃² + ψD allows.
+    """Move r̃ towards E, as near as r² <= r̃² + ψD allows.
 
-    ξ r̃ + (1 − ξ)E with the least ξ in [0, 1] that obeys it: nothing but a minimum.
+    ξ r̃ + (1 − ξ)E with the least ξ in [0, 1] that satisfies it, which is a minimum.
     """
     return torch.minimum(energy, (scalar.square() + share * dissipation).sqrt())
 
@@ -82,18 +80,18 @@ SPECMUON = Rule(
     direction=_specmuon,
 )
 """Lu, Zhang & Lin 2026, arXiv 2602.16167: each of the k leading modes has a scalar r that follows
-E = √(loss + κ) as an energy would. With O = UVᵀ of the momentum M and σ_j of M/‖M‖_F,
+E = √(loss + κ) like an energy. With O = UVᵀ of the momentum M and σ_j of M/‖M‖_F,
 
     r̃_j = r_j / (1 + ½ η σ_j / E²),   D = s(m, n) · (O − Σ_j (1 − r̃_j/E) u_j u_jᵀ O).
 
-Before, r_j = min(E, √(r̃_j² + ψ η σ_j r̃_j² / E²)), under the root as the step before left it: the
-relaxation of Jiang, Zhang & Zhao 2022, J. Comput. Phys. 456, in closed form; at first r_j = E. So r
-never rises; while the loss falls it is E, and this is Muon but for r̃_j/r_j; where the loss lies
-above its lowest level, the leading modes are scaled by about √(lowest/loss).
+Before that, r_j = min(E, √(r̃_j² + ψ η σ_j r̃_j² / E²)), where the root takes the values of the
+previous step: the relaxation of Jiang, Zhang & Zhao 2022, J. Comput. Phys. 456, in closed form; at
+first r_j = E. So r never rises. While the loss falls, r is E and the rule is Muon times r̃_j/r_j.
+Where the loss lies above its lowest level, the leading modes are scaled by about √(lowest/loss).
 
-**Ours**, where the readings of the text that we found disagree or leave it open: momentum comes
-before the modes are found, not after; the modes beyond k are Muon's own; g² = (σ/E)², not its root;
-η is the learning rate; the loss after a step is the next step's, of another batch, so that nothing
-is computed twice; κ = 1e-8; a negative loss counts as 0. ``num_modes``: k; ``relaxation``: ψ. The
-rest is Muon's.
+**Ours**, where the text is ambiguous: momentum is applied before the modes are computed, not after;
+the modes beyond k are those of Muon; g² = (σ/E)², not its root; η is the learning rate; the loss
+after a step is the loss of the next step, on another batch, so that nothing is computed twice;
+κ = 1e-8; a negative loss counts as 0. ``num_modes``: k; ``relaxation``: ψ. The other options are
+Muon's.
 """

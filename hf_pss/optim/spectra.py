@@ -1,4 +1,4 @@
-"""Spectra: press the few spiking directions of the momentum down to the level of all others."""
+"""Spectra: reduce the few dominant directions of the momentum to the level of all others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from hf_pss.linalg import Triplets, leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.linalg.triplets import DEFAULT_ROUNDS
 from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
-
-__all__ = ["SPECTRA"]
 
 
 def _spectra(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
@@ -29,7 +27,7 @@ def _spectra(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, S
         check_finite=False,
     )
     direction = _levelled(momenta, triplets) * UPDATE_SCALES[options["scale"]](m, n)
-    # An exact decomposition needs no guess the next time.
+    # An exact decomposition needs no starting vectors in the next step.
     kept = {} if triplets.is_exact else {"right_vectors": triplets.v}
     return torch.where(finite, direction, torch.nan), kept
 
@@ -39,7 +37,7 @@ def _levelled(momenta: Tensor, triplets: Triplets) -> Tensor:
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
     m, n = momenta.shape[-2:]
     rounding = max(m, n) * torch.finfo(sigma.dtype).eps * sigma[:, :1]
-    # The rest is measured: ‖M‖² − Σσ² of a nearly deficient matrix would be rounding.
+    # Measure the rest, because ‖M‖² − Σσ² of a nearly rank-deficient matrix is only rounding.
     rest = momenta - (u * sigma.unsqueeze(-2)) @ v.mT
     norm = torch.linalg.matrix_norm(rest, keepdim=True)
     level = norm / max(1, min(m, n) - sigma.shape[-1]) ** 0.5
@@ -67,9 +65,9 @@ SPECTRA = Rule(
     S = σ_tail UVᵀ + tail,   σ_tail = ‖tail‖_F / √(min(m, n) − k),   D = s(m, n) · S / σ_tail,
 
 k = round(spike_fraction · min(m, n)), at least 1. The triplets start from the right vectors of the
-step before and take ``num_rounds`` multiplications by MᵀM; up to min(m, n) = 192 they are exact.
+previous step and take ``num_rounds`` multiplications by MᵀM; up to min(m, n) = 192 they are exact.
 
-**Ours**: the scale, for S/σ_tail has the Frobenius norm of an orthogonal matrix, as the scales
-expect; a tail of zero to rounding, and the missing one of a vector, leaves UVᵀ; the block Krylov
-space behind the triplets, where the source takes one power iteration on k vectors.
+**Ours**: the scale s, which fits because S/σ_tail has the Frobenius norm of an orthogonal matrix;
+UVᵀ alone where the tail is zero to rounding or does not exist (vectors); a block Krylov space for
+the triplets, where the source takes one power iteration on k vectors.
 """

@@ -1,8 +1,8 @@
-"""What was noticed and what was changed, as records and as strict JSON, one line each.
+"""Records of events and interventions, and their form as one line of strict JSON each.
 
-A number that is NaN or infinite is written as null, and the record's key ``non_finite`` then says
-which: ``{"value": null, "non_finite": {"value": "inf"}}``. So every line is strict JSON, plain
-readers see null, and records still come back exactly.
+A number that is NaN or infinite is written as null, and the key ``non_finite`` of the record then
+holds its value: ``{"value": null, "non_finite": {"value": "inf"}}``. So every line is strict JSON,
+other readers see null, and `from_json_line` still restores the record exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,7 +33,7 @@ VERSION = 1
 
 
 class EventKind(StrEnum):
-    """What was noticed."""
+    """The kind of an event."""
 
     SPIKE = "spike"
     DROP = "drop"
@@ -41,9 +41,9 @@ class EventKind(StrEnum):
     NON_FINITE = "non_finite"
     RESUME = "resume"
     FAILURE = "failure"
-    """Interventions did not help; the decision says what became of the run."""
+    """Interventions did not help; the decision says how the run ended or continued."""
     ERROR = "error"
-    """Something of PSS's own failed, a decomposition or a save; training went on."""
+    """An operation of PSS failed, a decomposition or a save; training continued."""
 
 
 _KINDS = {
@@ -55,20 +55,20 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something noticed: a detector fired, or a number was not finite."""
+    """A detector fired, a number was not finite, or PSS itself had a problem."""
 
     step: int
     kind: EventKind
     detector: str
-    value: float | None
+    value: float | None = None
     """The worst reading."""
-    baseline: float | None
-    threshold: float | None
-    fired: tuple[str, ...]
+    baseline: float | None = None
+    threshold: float | None = None
+    fired: tuple[str, ...] = ()
     """Names of the readings that fired, the farthest over its threshold first."""
-    new_level: tuple[str, ...]
-    """Names whose baseline starts anew at this level, having fired for too long."""
-    loss: float | None
+    new_level: tuple[str, ...] = ()
+    """Names that fired for too long, whose baseline therefore restarts at this level."""
+    loss: float | None = None
     decision: Action
     reason: str
 
@@ -76,7 +76,7 @@ class Event:
     def of(
         cls, judgement: Judgement, decision: Decision, *, step: int, loss: float | None
     ) -> Event:
-        """Put a judgement of SPIKE or NON_FINITE and the decision about it on record."""
+        """Return the event of a judgement of SPIKE or NON_FINITE and the decision about it."""
         if judgement.verdict is Verdict.NON_FINITE:
             kind = EventKind.NON_FINITE
         else:
@@ -98,7 +98,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class MatrixChange:
-    """What an intervention did to one matrix, or why it left the matrix alone."""
+    """The effect of an intervention on one matrix, or the reason why there was none."""
 
     name: str
     shape: tuple[int, ...]
@@ -122,17 +122,17 @@ class Intervention:
     loss_before: float | None = None
     """Loss of a micro-batch right before the edit; None where the edit was not tried."""
     loss_after: float | None = None
-    """Loss of the same micro-batch right after it; the event's decision says what came of it."""
+    """Loss of the same micro-batch right after it; the event's decision says if it was kept."""
     matrices: tuple[MatrixChange, ...]
 
     @property
     def num_changed(self) -> int:
-        """How many matrices were moved, for good or until the edit was taken back."""
+        """How many matrices were changed, for good or until the edit was taken back."""
         return sum(change.status in ("smoothed", "truncated") for change in self.matrices)
 
     @property
     def has_changed_weights(self) -> bool:
-        """Whether a matrix is another one than before."""
+        """Whether a matrix differs from before."""
         return self.num_changed > 0 and self.event.decision is not Action.UNDO
 
 
@@ -141,7 +141,7 @@ Record: TypeAlias = Event | Intervention
 
 @dataclass(frozen=True, slots=True)
 class EventLog:
-    """The records of a file, in its order."""
+    """The records of a file, in the order of its lines."""
 
     records: tuple[Record, ...]
     is_cut: bool
@@ -151,43 +151,47 @@ class EventLog:
 
 
 def to_json_line(record: Record) -> str:
-    """Return the record as one line of strict JSON, without the line's end.
+    """Return the record as one line of strict JSON, without a line break.
 
     >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
     >>> event = Event.of(spike, Decision(Action.OBSERVE, "cooldown"), step=90, loss=math.inf)
-    >>> json.loads(to_json_line(event))["loss"] is None  # strict JSON knows no infinity
+    >>> json.loads(to_json_line(event))["loss"] is None  # strict JSON has no infinity
     True
     >>> from_json_line(to_json_line(event)) == event
     True
     """
-    return json.dumps({"version": VERSION, **_encode(record)}, allow_nan=False)
+    values = asdict(record)
+    if isinstance(record, Intervention):
+        event = values.pop("event")
+        values["matrices"] = [_encode(change) for change in values["matrices"]]
+        values = {**event, "kind": "intervention", "trigger": event["kind"], **values}
+    return json.dumps({"version": VERSION, **_encode(values)}, allow_nan=False)
 
 
 def from_json_line(line: str) -> Record:
     """Return the record of a line that `to_json_line` wrote.
 
     Raises:
-        StateError: malformed, of another version, or of an unknown kind.
+        StateError: It is malformed, of another version, or of an unknown kind.
     """
     try:
-        parsed = json.loads(line)  # a bare NaN gets through here, and no reader of a field takes it
+        parsed = json.loads(line)  # accepts a bare NaN, which the readers of all fields refuse
         check_version(parsed, VERSION, "an event")
         return _decode(dict(parsed))
     except (ValueError, RecursionError) as error:
         start = line[:80] + ("…" if len(line) > 80 else "")
         raise StateError(
-            f"You gave a line that is no event of hf_pss: {start!r}. {error}"
+            f"You gave a line that is not an event of hf_pss: {start!r}. {error}"
         ) from error
 
 
 def read_events(path: Path) -> EventLog:
     """Return the records of a file of events.
 
-    One line that cannot be read does not take the others with it: it is left out, and the log says
-    so.
+    A line that cannot be read is left out and counted; the others are returned.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
     """
     records: list[Record] = []
     is_cut, num_unreadable = False, 0
@@ -195,39 +199,20 @@ def read_events(path: Path) -> EventLog:
         for line in file:
             try:
                 records.append(from_json_line(line.decode("utf-8")))
-            except ValueError:  # StateError is one, and so is what is no UTF-8
+            except ValueError:  # also a StateError, and bytes that are not UTF-8
                 is_cut = not line.endswith(b"\n")
                 num_unreadable += not is_cut
     return EventLog(tuple(records), is_cut, num_unreadable)
 
 
-def _encode(record: Record) -> dict[str, JSON]:
-    match record:
-        case Event():
-            return _encode_values(_values(record))
-        case Intervention(event=event):
-            own = {name: value for name, value in _values(record).items() if name != "event"}
-            trigger = {**_values(event), "kind": "intervention", "trigger": event.kind.value}
-            return _encode_values({**trigger, **own})
-
-
-def _values(record: Record | MatrixChange) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
-
-
-def _encode_values(values: dict[str, Any]) -> dict[str, JSON]:
-    encoded: dict[str, JSON] = {}
-    non_finite: dict[str, JSON] = {}
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            encoded[name], non_finite[name] = None, str(value)
-        elif isinstance(value, tuple):
-            encoded[name] = [
-                _encode_values(_values(item)) if isinstance(item, MatrixChange) else item
-                for item in value
-            ]
-        else:
-            encoded[name] = value
+def _encode(values: dict[str, Any]) -> dict[str, JSON]:
+    """Replace numbers that are not finite by null, and name them in ``non_finite``."""
+    non_finite: dict[str, JSON] = {
+        name: str(value)
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    encoded: dict[str, JSON] = {n: None if n in non_finite else v for n, v in values.items()}
     return {**encoded, "non_finite": non_finite} if non_finite else encoded
 
 
@@ -268,7 +253,7 @@ def _read_non_finite(value: object, what: str) -> dict[str, float]:
     for name, word in words.items():
         if word not in ("nan", "inf", "-inf"):
             raise StateError(
-                f"'non_finite' of {what} says {word!r} of {name!r}; it may say nan, inf or -inf."
+                f"'non_finite' of {what} holds {word!r} for {name!r}; it may hold nan, inf or -inf."
             )
     return {name: float(str(word)) for name, word in words.items()}
 
@@ -303,8 +288,8 @@ def _optional(read: Callable[[object, str], object]) -> Callable[[object, str], 
     return lambda value, what: None if value is None else read(value, what)
 
 
-# Keyed by the annotation, which is a string in this file: a new field needs no second table, and
-# one of a new type fails in the first test that reads a record.
+# Keyed by the annotation, which is a string in this file, so a new field needs no second table. A
+# field of a new type fails in the first test that reads a record.
 _READERS: dict[str, Callable[[object, str], object]] = {
     "int": read_integer,
     "int | None": _optional(read_integer),

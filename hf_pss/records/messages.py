@@ -1,9 +1,6 @@
-"""What to make of a record: in plain words what happened, what PSS did, and what to look at.
+"""All words for people about an event: log lines, alerts for trackers and errors, with advice.
 
-The words go to trackers as alerts and to the terminal. Which records are worth one, and what each
-advises, is ours.
-
-What is said of a non-finite step: the line in the log, and the error that ends a run.
+The choice of records that deserve a message, and the advice in each, are ours.
 """
 
 from __future__ import annotations
@@ -17,22 +14,121 @@ from hf_pss.detection import GLOBAL
 from hf_pss.detection.policy import Action
 from hf_pss.records.events import Event, EventKind, Intervention, Record
 
-__all__ = [
-    "Alert",
-    "AlertLevel",
-    "Alerts",
-    "alert_of",
-    "describe",
-    "describe_nonfinite",
-    "describe_stop",
-    "is_worth_a_line",
-]
+_MAX_NAMES = 3
 
-_MOST_NAMES = 3
+_KIND = {
+    EventKind.SPIKE: "spike",
+    EventKind.DROP: "rank drop",
+    EventKind.FLOOR: "rank floor",
+    EventKind.NON_FINITE: "not finite",
+    EventKind.RESUME: "resumed",
+    EventKind.FAILURE: "smoothing failed",
+    EventKind.ERROR: "an error",
+}
+_RESPONSE = {
+    Action.OBSERVE: "observed",
+    Action.SKIP_UPDATE: "update skipped",
+    Action.STOP: "stopped",
+    Action.ROLL_BACK: "rolled back",
+}
+_DONE = {
+    Action.SKIP_UPDATE: "PSS skipped this step's update and changed no weight.",
+    Action.STOP: "PSS stopped the run ({reason}).",
+    Action.ROLL_BACK: "PSS returned to an earlier checkpoint: {reason}.",
+}
+_NOTHING_DONE = "PSS changed nothing ({reason})."
+
+_ADVICE = {
+    EventKind.SPIKE: (
+        "Watch the loss over the next hundred steps. If spikes come back, lower the learning rate, "
+        "lengthen its warmup, or look at this step's batches."
+    ),
+    EventKind.DROP: (
+        "Look at the stable ranks of these matrices, and of their block, in the heat map. If they "
+        "keep falling, lower the learning rate."
+    ),
+    EventKind.FLOOR: (
+        "This is routine and needs no response. If the same matrices come back at every check, "
+        "lower their learning rate, or the floor."
+    ),
+    EventKind.NON_FINITE: (
+        "A single such step can come from its batch; several in a row come from the weights. Look "
+        "at this step's batch, lower the learning rate, or resume from a checkpoint whose loss was "
+        "finite."
+    ),
+    EventKind.RESUME: "Compare the loss of the next steps with the loss before the checkpoint.",
+    EventKind.FAILURE: (
+        "Smoothing does not solve the problem of this run. Lower the learning rate, and look at "
+        "the batches before the first intervention."
+    ),
+    EventKind.ERROR: (
+        "Training continued. Look at the log of this step. If a save failed, look at the disk's "
+        "free space and your permissions."
+    ),
+}
+_ADVICE_AFTER_STOP = (
+    "The run has ended: resume from a checkpoint whose loss was finite, at a lower learning rate."
+)
+_ADVICE_NONFINITE_OBSERVED = (
+    "Set observe_only=False to let PSS skip such an update, or stop, as on_nonfinite says."
+)
+_ADVICE_OBSERVED = {
+    "observe only": "Set observe_only=False to let PSS smooth next time.",
+    "cooldown": "If the loss does not recover, shorten cooldown_steps.",
+    "budget": "max_interventions is used up: lower the learning rate, or raise that budget.",
+}
+
+
+def describe_event(event: Event) -> str:
+    """Return a short description of an event, with its numbers and the first matrices."""
+    name = event.detector.removesuffix("_ratio").replace("_", " ")
+    if event.kind is EventKind.RESUME:
+        return "resumed from a checkpoint, smoothing as requested"
+    if _is_without_losses(event):
+        return event.reason.partition(";")[0]
+    if event.kind is EventKind.FAILURE:
+        loss, before = _number(event.loss), _number(event.baseline)
+        return f"interventions did not help, loss {loss:.3g} against {before:.3g} before"
+    if event.kind is EventKind.ERROR:
+        return f"an operation of PSS failed, {name}"
+    if event.kind is EventKind.NON_FINITE:
+        numbers = {f"{name} =": event.value, "loss": event.loss}
+        shown = (f"{label} {x:.3g}" for label, x in numbers.items() if x is not None)
+        return f"not finite ({', '.join(shown) or name}){_where(event)}"
+    value, threshold = _number(event.value), _number(event.threshold)
+    if event.kind is EventKind.FLOOR:
+        return f"stable rank {value:.3g} below its floor of {threshold:.3g}{_where(event)}"
+    if not event.baseline:
+        return f"{name} {value:.3g} against a threshold of {threshold:.3g}{_where(event)}"
+    return (
+        f"{name} {value:.3g}, {value / event.baseline:.2g} × its average of {event.baseline:.3g} "
+        f"(limit {threshold / event.baseline:.2g} ×){_where(event)}"
+    )
+
+
+def describe_intervention(record: Intervention) -> str:
+    """Return one sentence about the effect of an intervention on the weights."""
+    took, total = f"in {record.seconds:.2f} s", len(record.matrices)
+    if not record.num_changed:
+        return f"{record.smoothing} left all {total} matrices as they were, {took}."
+    effect = f"{record.smoothing} smoothed {record.num_changed} of {total} matrices {took}"
+    if record.event.decision is Action.UNDO:
+        effect += f", and it was taken back: {record.event.reason}"
+    if record.loss_before is not None and record.loss_after is not None:
+        effect += f"; the loss went from {record.loss_before:.4g} to {record.loss_after:.4g}"
+    return f"{effect}."
+
+
+def intervention_line(record: Intervention, *, file_name: str) -> str:
+    """Return one line for a terminal: the event, the intervention, and a file with details."""
+    return (
+        f"PSS, step {record.event.step}: {describe_event(record.event)}; "
+        f"{describe_intervention(record)} More in {file_name}."
+    )
 
 
 class AlertLevel(StrEnum):
-    """How much it matters; every tracker knows these three."""
+    """Importance of an alert; every tracker has these three levels."""
 
     INFO = "info"
     WARN = "warn"
@@ -46,7 +142,7 @@ class Alert:
     step: int
     level: AlertLevel
     title: str
-    """Below 64 characters, W&B's limit."""
+    """Below 64 characters, the limit of W&B."""
     happened: str
     done: str
     advice: str
@@ -57,22 +153,49 @@ class Alert:
         return f"{self.happened} {self.done} {self.advice}"
 
 
-class Alerts:
-    """Thins what comes often, so that what is rare is read.
+def alert_of(record: Record) -> Alert:
+    """Return the alert about a record.
 
-    Every intervention on a spike or a drop, every failure and every stop is told; of what may come
-    at every check (the floor's upkeep, events that were only observed, non-finite steps) the first
-    three of a kind, then the 10th, the 100th, and so on.
+    >>> from hf_pss.detection.judgement import Judgement, Verdict
+    >>> from hf_pss.detection.policy import Decision
+    >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    >>> event = Event.of(spike, Decision(Action.OBSERVE, "cooldown"), step=90, loss=4.0)
+    >>> alert_of(event).happened
+    'Step 90: grad norm 9, 9 × its average of 1 (limit 2.5 ×).'
+    """
+    if isinstance(record, Intervention):
+        event, done = record.event, f"PSS: {describe_intervention(record)}"
+        response = "taken back" if event.decision is Action.UNDO else "smoothed"
+    else:
+        event = record
+        done = _DONE.get(event.decision, _NOTHING_DONE).format(reason=event.reason)
+        response = _RESPONSE.get(event.decision, "noted")
+    kind = "training failed" if _is_without_losses(event) else _KIND[event.kind]
+    return Alert(
+        step=event.step,
+        level=_level(event),
+        title=f"PSS, step {event.step}: {kind}, {response}",
+        happened=f"Step {event.step}: {describe_event(event)}.",
+        done=done,
+        advice=_advice(event),
+    )
+
+
+class Alerts:
+    """Passes every rare record on as an alert, and frequent ones ever less often.
+
+    Every intervention on a spike or a drop, every failure and every stop becomes an alert. Records
+    that may come at every check (the floor's upkeep, events that were only observed, non-finite
+    steps) become one for the first three of a kind, then for the 10th, the 100th, and so on.
     """
 
     def __init__(self) -> None:
-        self._seen: Counter[tuple[EventKind, Action]] = Counter()
+        self._counts: Counter[tuple[EventKind, Action]] = Counter()
 
     def of(self, record: Record) -> Alert | None:
-        """Return the alert of a record, or None where it has been told often enough."""
-        event = _event_of(record)
-        key = (event.kind, event.decision)
-        self._seen[key] += 1
+        """Return the alert about a record, or None after many of the same kind."""
+        event = record.event if isinstance(record, Intervention) else record
+        self._counts[event.kind, event.decision] += 1
         is_rare = (
             event.decision in (Action.STOP, Action.ROLL_BACK)
             or event.kind is EventKind.FAILURE
@@ -82,262 +205,95 @@ class Alerts:
                 and record.num_changed > 0
             )
         )
-        return alert_of(record) if is_rare or is_worth_a_line(self._seen[key]) else None
+        is_due = is_rare or is_worth_a_line(self._counts[event.kind, event.decision])
+        return alert_of(record) if is_due else None
 
 
-def alert_of(record: Record) -> Alert:
-    """Put a record into words.
+def is_worth_a_line(count: int) -> bool:
+    """Return whether the count-th repetition is reported: 1, 2, 3, 10, 100 and so on.
 
-    >>> from hf_pss.detection.judgement import Judgement, Verdict
-    >>> from hf_pss.detection.policy import Decision
-    >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
-    >>> event = Event.of(spike, Decision(Action.OBSERVE, "cooldown"), step=90, loss=4.0)
-    >>> alert_of(event).happened
-    'Step 90: grad norm 9, 9 × its average of 1 (limit 2.5 ×).'
+    >>> [n for n in range(1, 200) if is_worth_a_line(n)]
+    [1, 2, 3, 10, 100]
     """
-    event = _event_of(record)
-    return Alert(
-        step=event.step,
-        level=_level(record),
-        title=f"PSS, step {event.step}: {_kind(event)}, {_answer(record)}",
-        happened=f"Step {event.step}: {_happened(event)}.",
-        done=_done(record),
-        advice=_advice(event),
-    )
-
-
-_KIND = {
-    EventKind.SPIKE: "spike",
-    EventKind.DROP: "rank drop",
-    EventKind.FLOOR: "rank floor",
-    EventKind.NON_FINITE: "not finite",
-    EventKind.RESUME: "resumed",
-    EventKind.FAILURE: "smoothing failed",
-    EventKind.ERROR: "an error",
-}
-
-_ADVICE = {
-    EventKind.SPIKE: (
-        "Watch the loss over the next hundred steps. If spikes come back, lower the learning rate, "
-        "lengthen its warmup, or look at this step's batches."
-    ),
-    EventKind.DROP: (
-        "Look at the stable ranks of the matrices named here, and of their block, in the heat map. "
-        "If they go on falling, lower the learning rate."
-    ),
-    EventKind.FLOOR: (
-        "Upkeep, nothing to do by itself. If the same matrices come back at every check, lower "
-        "their learning rate, or the floor."
-    ),
-    EventKind.NON_FINITE: (
-        "One alone may be a batch; several in a row are the weights. Look at this step's batch, "
-        "lower the learning rate, or go back to a checkpoint whose loss was finite."
-    ),
-    EventKind.RESUME: "Compare the loss of the next steps with the one before the checkpoint.",
-    EventKind.FAILURE: (
-        "Smoothing is no answer to what goes wrong here: lower the learning rate, and look at the "
-        "batches before the first intervention."
-    ),
-    EventKind.ERROR: (
-        "Training went on. Look at the log of this step; of a save, at the disk's space and rights."
-    ),
-}
-_STOPPED = "The run has ended: resume from a checkpoint whose loss was finite, more slowly."
-_OBSERVED_NONFINITE = (
-    "Set observe_only=False to let PSS skip such an update, or stop, as on_nonfinite says."
-)
-_OBSERVED = {
-    "observe only": "Set observe_only=False to let PSS smooth next time.",
-    "cooldown": "If the loss does not recover, shorten cooldown_steps.",
-    "budget": "max_interventions is used up: lower the learning rate, or raise that budget.",
-}
-
-
-def _event_of(record: Record) -> Event:
-    return record.event if isinstance(record, Intervention) else record
-
-
-def _level(record: Record) -> AlertLevel:
-    event = _event_of(record)
-    if event.decision is Action.STOP or event.kind is EventKind.FAILURE:
-        return AlertLevel.ERROR
-    if event.kind in (EventKind.FLOOR, EventKind.RESUME):
-        return AlertLevel.INFO
-    return AlertLevel.WARN
-
-
-def _kind(event: Event) -> str:
-    return "training failed" if _is_without_losses(event) else _KIND[event.kind]
-
-
-def _is_without_losses(event: Event) -> bool:
-    """Tell a failure that no intervention came before: a stop, or a state that was not finite."""
-    is_failure = event.kind is EventKind.FAILURE
-    return is_failure and event.loss is None and event.baseline is None
-
-
-def _happened(event: Event) -> str:
-    name = event.detector.removesuffix("_ratio").replace("_", " ")
-    if event.kind is EventKind.RESUME:
-        return "resumed from a checkpoint, smoothing as asked for"
-    if _is_without_losses(event):
-        return event.reason.partition(";")[0]
-    if event.kind is EventKind.FAILURE:
-        loss, before = _number(event.loss), _number(event.baseline)
-        return f"interventions did not help, loss {loss:.3g} against {before:.3g} before"
-    if event.kind is EventKind.ERROR:
-        return f"something of PSS's own failed, {name}"
-    if event.kind is EventKind.NON_FINITE:
-        numbers = {f"{name} =": event.value, "loss": event.loss}
-        told = (f"{what} {x:.3g}" for what, x in numbers.items() if x is not None)
-        return f"not finite ({', '.join(told) or name}){_where(event)}"
-    value, baseline, threshold = _number(event.value), event.baseline, _number(event.threshold)
-    if event.kind is EventKind.FLOOR:
-        return f"stable rank {value:.3g} below its floor of {threshold:.3g}{_where(event)}"
-    if not baseline:
-        return f"{name} {value:.3g} against a threshold of {threshold:.3g}{_where(event)}"
-    return (
-        f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
-        f"(limit {threshold / baseline:.2g} ×){_where(event)}"
-    )
-
-
-def _where(event: Event) -> str:
-    if event.fired in ((), (GLOBAL,)):
-        return ""
-    hidden = len(event.fired) - _MOST_NAMES
-    more = f" and {hidden} more" if hidden > 0 else ""
-    return f" in {', '.join(event.fired[:_MOST_NAMES])}{more}"
-
-
-def _answer(record: Record) -> str:
-    if isinstance(record, Intervention):
-        return "taken back" if record.event.decision is Action.UNDO else "smoothed"
-    return {
-        Action.OBSERVE: "observed",
-        Action.SKIP_UPDATE: "update skipped",
-        Action.STOP: "stopped",
-        Action.ROLL_BACK: "rolled back",
-    }.get(record.decision, "noted")
-
-
-def _done(record: Record) -> str:
-    if isinstance(record, Intervention):
-        return f"PSS: {describe_answer(record)}"
-    return {
-        Action.OBSERVE: f"PSS changed nothing ({record.reason}).",
-        Action.SKIP_UPDATE: "PSS skipped this step's update; no weight was touched.",
-        Action.STOP: f"PSS stopped the run ({record.reason}).",
-        Action.ROLL_BACK: f"PSS went back: {record.reason}.",
-    }.get(record.decision, f"PSS changed nothing ({record.reason}).")
-
-
-def describe_answer(record: Intervention) -> str:
-    """Say in one sentence what an intervention did to the weights."""
-    changed = record.num_changed
-    took = f"in {record.seconds:.2f} s"
-    if not changed:
-        return f"{record.smoothing} left all {len(record.matrices)} matrices as they were, {took}."
-    told = f"{record.smoothing} smoothed {changed} of {len(record.matrices)} matrices {took}"
-    losses = ""
-    if record.loss_before is not None and record.loss_after is not None:
-        losses = f"; the loss went from {record.loss_before:.4g} to {record.loss_after:.4g}"
-    if record.event.decision is Action.UNDO:
-        return f"{told}, and it was taken back: {record.event.reason}{losses}."
-    return f"{told}{losses}."
-
-
-def _advice(event: Event) -> str:
-    if event.decision is Action.STOP:
-        return _STOPPED
-    if event.decision is Action.OBSERVE and event.reason in _OBSERVED:
-        is_nonfinite = event.kind is EventKind.NON_FINITE
-        return _OBSERVED_NONFINITE if is_nonfinite else _OBSERVED[event.reason]
-    if _is_without_losses(event):
-        return _ADVICE[EventKind.NON_FINITE]
-    return _ADVICE[event.kind]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return count <= 3 or count == 10 ** round(math.log10(count))
 
 
 def describe_nonfinite(
     event: Event, num_nonfinite_steps: int, *, has_overflown: bool, is_discarded: bool = False
 ) -> str:
-    """Return the line for the log: what was not finite, where, and what became of the step."""
+    """Return the log line about a non-finite step: the number, the place, and the response."""
     if has_overflown:
-        answer = "left to the loss scaler"
+        response = "left to the loss scaler"
     elif is_discarded and event.decision is not Action.STOP:
-        answer = "its update was discarded by DeepSpeed, no weight was touched"
+        response = "its update was discarded by DeepSpeed, no weight was touched"
     elif event.decision is Action.OBSERVE:
-        answer = f"observed ({event.reason})"
+        response = f"observed ({event.reason})"
     else:
-        answer = event.decision.value.replace("_", " ")
+        response = event.decision.value.replace("_", " ")
     return (
         f"Step {event.step} is not finite ({event.detector} = {event.value}, loss {event.loss})"
-        f"{_in_matrix(event)}: {answer}. Non-finite steps so far: {num_nonfinite_steps}."
+        f"{_first_in(event)}: {response}. Non-finite steps so far: {num_nonfinite_steps}."
     )
 
 
 def describe_stop(event: Event, *, is_after_update: bool) -> str:
-    """Return the error's text: what happened when, whether weights were touched, what to do."""
-    moment = "after" if is_after_update else "before"
-    return (
-        f"Stopped {moment} the update of step {event.step}: {event.detector} = {event.value}, "
-        f"loss = {event.loss}{_in_matrix(event)} ({event.reason}). "
-        f"{_remedy(event, is_after_update=is_after_update)}"
-    )
-
-
-def _remedy(event: Event, *, is_after_update: bool) -> str:
+    """Return the text of the error that ends a run: the event, the damage, and a remedy."""
     if is_after_update:
-        return (
+        remedy = (
             "The weights are damaged: resume from an earlier checkpoint, at a lower learning rate."
         )
-    if event.loss is not None and not math.isfinite(event.loss):
-        return (
-            "No weight was touched in this step, but its loss is not finite either: its batch is "
+    elif event.loss is not None and not math.isfinite(event.loss):
+        remedy = (
+            "No weight was touched in this step, but its loss is not finite either. Its batch is "
             "broken, or an earlier update has ruined the weights. Look at the batch, or resume "
             "from a checkpoint whose loss was finite, at a lower learning rate."
         )
+    else:
+        remedy = (
+            "No weight was touched: look at this step's batch, lower the learning rate, or set "
+            "on_nonfinite='skip' to skip such steps."
+        )
+    moment = "after" if is_after_update else "before"
     return (
-        "No weight was touched: look at this step's batch, lower the learning rate, or set "
-        "on_nonfinite='skip' to pass over such steps."
+        f"Stopped {moment} the update of step {event.step}: {event.detector} = {event.value}, "
+        f"loss = {event.loss}{_first_in(event)} ({event.reason}). {remedy}"
     )
 
 
-def is_worth_a_line(streak: int) -> bool:
-    """Tell whether the n-th non-finite step in a row is said: 1, 2, 3, 10, 100 and so on.
-
-    >>> [n for n in range(1, 200) if is_worth_a_line(n)]
-    [1, 2, 3, 10, 100]
-    """
-    return streak <= 3 or streak == 10 ** round(math.log10(streak))
+def _level(event: Event) -> AlertLevel:
+    if event.decision is Action.STOP or event.kind is EventKind.FAILURE:
+        return AlertLevel.ERROR
+    is_routine = event.kind in (EventKind.FLOOR, EventKind.RESUME)
+    return AlertLevel.INFO if is_routine else AlertLevel.WARN
 
 
-def _in_matrix(event: Event) -> str:
-    return f", first in {', '.join(event.fired)}" if event.fired not in ((), (GLOBAL,)) else ""
+def _advice(event: Event) -> str:
+    if event.decision is Action.STOP:
+        return _ADVICE_AFTER_STOP
+    if event.decision is Action.OBSERVE and event.reason in _ADVICE_OBSERVED:
+        is_nonfinite = event.kind is EventKind.NON_FINITE
+        return _ADVICE_NONFINITE_OBSERVED if is_nonfinite else _ADVICE_OBSERVED[event.reason]
+    return _ADVICE[EventKind.NON_FINITE if _is_without_losses(event) else event.kind]
 
 
-def describe(intervention: Intervention) -> str:
-    """Return one line for people: what was noticed, and what was done."""
-    return (
-        f"PSS, step {intervention.event.step}: {_noticed(intervention.event)}; "
-        f"{describe_answer(intervention)}"
-    )
+def _is_without_losses(event: Event) -> bool:
+    """Return whether a run failed without an intervention: it stopped, or its state was broken."""
+    is_failure = event.kind is EventKind.FAILURE
+    return is_failure and event.loss is None and event.baseline is None
 
 
-def _noticed(event: Event) -> str:
-    if event.kind is EventKind.RESUME:
-        return "resumed from a checkpoint, smoothing as asked for"
-    value, baseline, threshold = event.value or 0.0, event.baseline, event.threshold or 0.0
-    if event.kind is EventKind.FLOOR:
-        return f"stable rank {value:.3g} below its floor of {threshold:.3g}"
-    name = event.detector.removesuffix("_ratio").replace("_", " ")
-    if not baseline:
-        return f"{name} {value:.3g} against a threshold of {threshold:.3g}"
-    return (
-        f"{name} {value:.3g}, {value / baseline:.2g} × its average of {baseline:.3g} "
-        f"(limit {threshold / baseline:.2g} ×)"
-    )
+def _where(event: Event) -> str:
+    if event.fired in ((), (GLOBAL,)):
+        return ""
+    num_hidden = len(event.fired) - _MAX_NAMES
+    more = f" and {num_hidden} more" if num_hidden > 0 else ""
+    return f" in {', '.join(event.fired[:_MAX_NAMES])}{more}"
+
+
+def _first_in(event: Event) -> str:
+    where = _where(event)
+    return f", first{where}" if where else ""
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

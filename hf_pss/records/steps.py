@@ -1,7 +1,4 @@
-"""What a look at a model's health found at one step: plain numbers, for whoever reports them.
-
-One step of training: what is collected while it is under way, and the report at its end.
-"""
+"""One training step as plain numbers: its state while it runs, its report, and a health reading."""
 
 from __future__ import annotations
 
@@ -10,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hf_pss.detection import Judgement, Verdict, worst
-from hf_pss.detection.policy import History
+from hf_pss.detection.policy import InterventionHistory
 from hf_pss.records.events import Event, Record
-
-__all__ = ["HealthReading", "Step", "StepReport"]
 
 
 @dataclass(frozen=True, slots=True)
 class HealthReading:
-    """All that was measured at one step. Numbers may be NaN or inf: a broken matrix is news."""
+    """The health metrics of one step. Numbers may be NaN or inf, which marks a broken matrix."""
 
     step: int
     """Optimizer steps done."""
@@ -33,7 +28,7 @@ class HealthReading:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What PSS saw and did in one step."""
+    """The verdict of PSS on one step, and its actions."""
 
     step: int
     verdict: Verdict
@@ -45,28 +40,28 @@ class StepReport:
     is_in_trouble: bool
     """Whether this step spiked or was not finite; a stable rank below its floor is neither."""
     stable_ranks: Mapping[str, float] | None
-    """Every matrix's stable rank, at the rhythm of ``health_every_steps``; None with ``health``."""
+    """Every matrix's stable rank every ``health_every_steps``; None with ``health``."""
     health: HealthReading | None = None
-    """What ``health`` asks for, at its rhythm: of the weights before they were smoothed."""
+    """The metrics that ``health`` asks for, of the weights before they were smoothed."""
 
 
 @dataclass(slots=True)
 class Step:
-    """The step under way: what comes before the update leaves it for what comes after."""
+    """The step in progress, from before its update until its report."""
 
     number: int
     loss: float | None = None
     grad_norm_preclip: float | None = None
     update_applied: bool = True
     is_discarded: bool = False
-    """Whether the update was dropped by others before this step was judged."""
+    """Whether another library dropped the update before this step was judged."""
     last_intervention_step: int | None = None
     """Of the detectors that share the cooldown, before this step."""
     is_after_update: bool = False
     judgements: list[Judgement] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
-    answers: list[tuple[Event, Judgement]] = field(default_factory=list)
-    """Events that must be answered by smoothing once the update is done, in this order."""
+    to_smooth: list[tuple[Event, Judgement]] = field(default_factory=list)
+    """Events to answer by smoothing once the update is done, in this order."""
 
     @property
     def is_in_trouble(self) -> bool:
@@ -78,33 +73,19 @@ class Step:
         )
 
     def is_due(self, every_steps: int) -> bool:
-        """Tell whether something of this rhythm happens now; 0 is never."""
+        """Return whether something with this interval happens now; 0 means never."""
         return every_steps > 0 and self.number % every_steps == 0
 
     def report(
         self,
-        history: History,
+        history: InterventionHistory,
         *,
         seconds: float,
         stable_ranks: Mapping[str, float] | None,
         health: HealthReading | None = None,
         health_seconds: float | None = None,
     ) -> StepReport:
-        """Return what is said of this step, given what the run remembers at its end."""
-        return StepReport(
-            step=self.number,
-            verdict=worst(self.judgements).verdict if self.judgements else Verdict.NORMAL,
-            update_applied=self.update_applied,
-            records=tuple(self.records),
-            scalars=self._scalars(history, seconds, health_seconds),
-            is_in_trouble=self.is_in_trouble,
-            stable_ranks=stable_ranks,
-            health=health,
-        )
-
-    def _scalars(
-        self, history: History, seconds: float, health_seconds: float | None
-    ) -> dict[str, float]:
+        """Return the report of this step, given the policy's history at its end."""
         numbers: dict[str, float | None] = {
             "grad_norm_preclip": self.grad_norm_preclip,
             "interventions": history.num_interventions,
@@ -114,6 +95,18 @@ class Step:
         }
         for judgement in self.judgements:
             if judgement.detector == "grad_norm_ratio":
-                numbers["baseline"] = judgement.baseline
-                numbers["threshold"] = judgement.threshold
-        return {k: float(v) for k, v in numbers.items() if v is not None and math.isfinite(v)}
+                numbers |= {"baseline": judgement.baseline, "threshold": judgement.threshold}
+        return StepReport(
+            step=self.number,
+            verdict=worst(self.judgements).verdict if self.judgements else Verdict.NORMAL,
+            update_applied=self.update_applied,
+            records=tuple(self.records),
+            scalars={
+                name: float(number)
+                for name, number in numbers.items()
+                if number is not None and math.isfinite(number)
+            },
+            is_in_trouble=self.is_in_trouble,
+            stable_ranks=stable_ranks,
+            health=health,
+        )

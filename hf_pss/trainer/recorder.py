@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from hf_pss.records.events import EventKind, Intervention, Record
-from hf_pss.records.messages import describe
+from hf_pss.records.messages import intervention_line
 from hf_pss.records.steps import HealthReading, StepReport
 from hf_pss.runs.records_files import (
     EVENTS_FILE,
@@ -73,7 +73,7 @@ class RunRecorder:
             return
         for record in records:
             if isinstance(record, Intervention):
-                words = f"{describe(record)} More in {EVENTS_FILE}."
+                words = intervention_line(record, file_name=EVENTS_FILE)
                 logger.log(self._level_of(record), "%s", words)
         self._events.write_records(records)
         for record in records:

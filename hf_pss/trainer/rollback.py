@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from hf_pss.detection.policy import Action, Failure, FailureWatch
+from hf_pss.detection.failures import FailedInterventions, TrainingFailure
+from hf_pss.detection.policy import Action
 from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.records.events import Event, EventKind
 from hf_pss.runs.rotation import ABANDONED, Lineage, abandon
@@ -45,8 +46,8 @@ class RollbackMixin(SafeCheckpointsMixin):
     next pass starts at the first row.
     """
 
-    _failure: Failure | None = None
-    _failure_watch: FailureWatch | None = None
+    _failure: TrainingFailure | None = None
+    _failure_watch: FailedInterventions | None = None
     _nonfinite_since: int | None = None
     _seen_step = -1
     _skip_to: int | None = None
@@ -137,7 +138,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             trainer.control.should_training_stop = True
             trainer.control.should_save = trainer.control.should_evaluate = False
 
-    def _look_for_failure(self, watch: FailureWatch) -> None:
+    def _look_for_failure(self, watch: FailedInterventions) -> None:
         trainer: Any = self
         monitor = self._monitor()
         outcome = monitor.outcome() if monitor is not None else None
@@ -147,7 +148,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             self._nonfinite_since = None
         elif self._nonfinite_since is None:
             self._nonfinite_since = trainer.state.global_step
-        failure = watch.see(
+        failure = watch.update(
             trainer.state.global_step,
             loss=outcome.loss,
             has_intervened=outcome.has_intervened,
@@ -160,7 +161,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         else:
             self._record(failure, Action.OBSERVE, "there is no complete checkpoint to return to")
 
-    def _ends_the_loop(self, failure: Failure) -> bool:
+    def _ends_the_loop(self, failure: TrainingFailure) -> bool:
         """Return whether this failure ends the loop. Without a checkpoint smoothing continues.
 
         Where the backend cannot roll back, the run stops, and the error names the checkpoint.
@@ -175,13 +176,13 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._failure_watch = (
             None
             if config.on_failure == "smooth"
-            else FailureWatch(
+            else FailedInterventions(
                 window_steps=config.failure_window_steps,
                 max_failed=config.max_failed_interventions,
             )
         )
 
-    def _nonfinite_failure(self, error: NonFiniteError) -> Failure:
+    def _nonfinite_failure(self, error: NonFiniteError) -> TrainingFailure:
         """Turn the policy's stop into a failure to roll back from, or raise it again.
 
         Raises:
@@ -194,7 +195,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             raise error
         step = monitor.step
         onset = min(step, self._onset_step() or step)
-        failure = Failure(onset, step, "the run stopped at a step that was not finite")
+        failure = TrainingFailure(onset, step, "the run stopped at a step that was not finite")
         if self._target(failure) is None:
             raise error
         return failure
@@ -206,7 +207,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         step = trainer.state.global_step
         why = f"{broken} is not finite"
         self._record(
-            Failure(step, step, why),
+            TrainingFailure(step, step, why),
             Action.OBSERVE,
             "not saved",
             kind=EventKind.NON_FINITE,
@@ -215,7 +216,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         )
         if self._mode() != "rollback" or self._failure is not None:
             return
-        failure = Failure(self._nonfinite_since or step, step, why)
+        failure = TrainingFailure(self._nonfinite_since or step, step, why)
         if self._ends_the_loop(failure):
             self._failure = failure
             trainer.control.should_training_stop = True
@@ -226,12 +227,18 @@ class RollbackMixin(SafeCheckpointsMixin):
         step = trainer.state.global_step
         why = f"{folder.name} could not be written: {error}"
         self._record(
-            Failure(step, step, why), Action.OBSERVE, why, kind=EventKind.ERROR, detector="save"
+            TrainingFailure(step, step, why),
+            Action.OBSERVE,
+            why,
+            kind=EventKind.ERROR,
+            detector="save",
         )
 
     # ---- going back ----
 
-    def _way_back(self, failure: Failure, cause: Exception | None, num_rollbacks: int) -> str:
+    def _way_back(
+        self, failure: TrainingFailure, cause: Exception | None, num_rollbacks: int
+    ) -> str:
         """Prepare a rollback, and return the checkpoint to resume from.
 
         Raises:
@@ -268,7 +275,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._prepare_monitor(is_rollback=True, may_repair=is_the_source)
         return path
 
-    def _target(self, failure: Failure) -> tuple[int, str] | None:
+    def _target(self, failure: TrainingFailure) -> tuple[int, str] | None:
         """Return step and path of the newest complete checkpoint before the onset."""
 
         def look() -> tuple[int, str] | None:
@@ -366,7 +373,7 @@ class RollbackMixin(SafeCheckpointsMixin):
 
     def _record(
         self,
-        failure: Failure,
+        failure: TrainingFailure,
         decision: Action,
         reason: str,
         *,

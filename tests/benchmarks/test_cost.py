@@ -156,7 +156,7 @@ def test_one_intervention_at_gpt2_124m(device: str, capsys: pytest.CaptureFixtur
     kept = statistics.median(_seconds(pss.smooth_now) for _ in range(3))
     never = controller(1e-9)
     undone = statistics.median(_seconds(never.smooth_now) for _ in range(3))
-    record = statistics.median(_seconds(pss._gauges.leading_values) for _ in range(3))
+    record = statistics.median(_seconds(pss._measurements.leading_values) for _ in range(3))
     where = f"GPT-2 124M, {device}, {torch.get_num_threads()} threads"
     _show(capsys, f"{where}: a training step of 8 × 256 takes {seconds:.2f} s")
     _show(capsys, f"{where}: one intervention takes {ratio:.2f} × that")

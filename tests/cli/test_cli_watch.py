@@ -61,7 +61,7 @@ def test_once(run: Run, live: Path) -> None:
     assert "1 event, 1 intervention:" in text
     assert "Step 7: stable rank drop 2, 0.25 × its average of 8" in text
     assert "clip smoothed 1 of 1 matrices" in text
-    assert "go on falling, lower the learning rate" in text  # the advice
+    assert "keep falling, lower the learning rate" in text  # the advice
     worst = text.index("h.0\\x1b[2J[red] 1.25 8")
     assert worst < text.index("h.0.w 5")
     assert "5 more; --lines shows them." in text

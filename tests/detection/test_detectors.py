@@ -7,6 +7,7 @@ import pytest
 from hf_pss import PSSConfig
 from hf_pss.detection import (
     AnyOf,
+    Baseline,
     Detector,
     DropDetector,
     FloorDetector,
@@ -23,13 +24,11 @@ from hf_pss.errors import ConfigurationError, StateError
 def ratio(
     quantity: Quantity = Quantity.GRAD_NORM, *, calibration_steps: int = 3, patience_steps: int = 5
 ) -> RatioDetector:
-    return RatioDetector(
-        quantity, 2.5, alpha=0.1, calibration_steps=calibration_steps, patience_steps=patience_steps
-    )
+    return RatioDetector(quantity, 2.5, Baseline(0.1, calibration_steps, patience_steps))
 
 
 def drop() -> DropDetector:
-    return DropDetector(0.5, alpha=0.1, calibration_steps=3, patience_steps=5)
+    return DropDetector(0.5, Baseline(0.1, 3, 5))
 
 
 def feed(detector: Detector, *values: float) -> list[Judgement]:

@@ -24,10 +24,10 @@ from hf_pss.linalg import Clip
 from hf_pss.models import batching as stacks
 from hf_pss.models.batching import (
     DecompositionError,
+    assign_rounds,
     decomposition_cost,
     matrix_names,
     measure_each,
-    share_out,
 )
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.measurements import measure_stable_ranks
@@ -84,7 +84,7 @@ def on_meta(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_planned_shares_are_alike_at_real_sizes(on_meta: nn.Module, world_size: int) -> None:
     views = select_matrices(on_meta).matrices
-    turns = share_out(views, named_parameters_canonical(on_meta), world_size)
+    turns = assign_rounds(views, named_parameters_canonical(on_meta), world_size)
     load = [0] * world_size
     names = []
     for turn in turns:
@@ -166,7 +166,7 @@ class WithAnother(Simulated):
     flag: float = 0.0
     failed: float = 0.0
 
-    def tell(self, values: Tensor) -> list[float]:
+    def sum_to_host(self, values: Tensor) -> list[float]:
         *numbers, failed, own = values.tolist()
         return [*numbers, failed + self.failed, own + self.flag]
 
@@ -175,7 +175,7 @@ def test_who_fails_on_the_way_goes_on_to_where_all_raise() -> None:
     torch.manual_seed(0)
     model = gpt2(num_layers=2, width=32)
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
-    turns = share_out(views, parameters, 2)
+    turns = assign_rounds(views, parameters, 2)
     backend, calls = WithAnother(0, 2), []
 
     def measure(matrices: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def test_an_edit_of_shards_is_judged_and_taken_back(
         PSSConfig.preset("paper", trial="spikes"),
         evaluate_loss=lambda: loss_of(model, ROWS),
     )
-    assert type(pss._gauges.backend).__name__ == "Sharded"
+    assert type(pss._measurements.backend).__name__ == "Sharded"
     record = pss.smooth_now()
     assert record.event.decision is Action.UNDO
     assert record.loss_before is not None

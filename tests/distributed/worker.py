@@ -143,10 +143,10 @@ def main() -> None:
         error = f"{type(caught).__name__}: {caught}"
     controller = controller_of(trainer)
     state = controller.state_dict()
-    backend = controller._gauges.backend
+    backend = controller._measurements.backend
     weights = {
         name: backend.full(parameter).float().cpu()
-        for name, parameter in controller._gauges.parameters().items()
+        for name, parameter in controller._measurements.parameters().items()
     }
     rank = os.environ.get("RANK", "0")
     torch.save(weights, given.folder / f"weights-{rank}.pt")

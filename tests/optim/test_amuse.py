@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hf_pss import PSSConfig, PSSController
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import newton_schulz
-from hf_pss.models.optimizer_state import has_iterates
+from hf_pss.models.optimizer_state import is_schedule_free
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.amuse import Amuse, interpolation
 from hf_pss.optim.update_rule import UPDATE_SCALES
@@ -267,7 +267,7 @@ def test_all_iterates_get_the_edit_of_the_weights(moments: Any, way: str) -> Non
     torch.manual_seed(0)
     model = gpt2()
     optimizer = build_optimizer(model, algo="amuse", lr=0.05, beta1=0.7)
-    assert has_iterates(optimizer)
+    assert is_schedule_free(optimizer)
     floor = {
         "detectors": ("stable_rank_floor",),
         "floor_ratio": 3.0,

@@ -1,7 +1,8 @@
-"""Where parameters live: the one place that knows DDP, DTensor and ZeRO.
+"""Storage of parameters over ranks: the only package that handles DDP, DTensor and ZeRO.
 
-Layer 3 sees a `Backend`: it reads whole parameters, or the part of one that is kept here, sends
-small results from the rank that computed them to all others, and makes every rank decide alike.
+The rest of the package uses a `Backend`. It reads whole parameters, or the part of one that this
+rank stores, sends small results from the rank that computed them to all others, and makes every
+rank decide alike.
 """
 
 from hf_pss.models.distributed.backend import Backend as Backend
@@ -13,7 +14,7 @@ from hf_pss.models.distributed.sharded import Sharded as Sharded
 from hf_pss.models.distributed.sharded import gathered as gathered
 from hf_pss.models.distributed.sharded import reshard as reshard
 from hf_pss.models.distributed.sharing import Alone as Alone
-from hf_pss.models.distributed.sharing import Answer as Answer
+from hf_pss.models.distributed.sharing import ComputedTensor as ComputedTensor
 from hf_pss.models.distributed.sharing import Ranks as Ranks
 from hf_pss.models.distributed.sharing import Replicas as Replicas
 from hf_pss.models.distributed.sharing import Shards as Shards

@@ -1,18 +1,17 @@
-"""What smoothing must know of how a model is spread over ranks; one process, and replicas."""
+"""The interface to a model that is spread over ranks; one process, and DDP's replicas."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-
-__all__ = ["Backend", "OneProcess", "Part", "Replicated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,55 +23,64 @@ class Part:
     start: int = 0
 
 
-class Backend(Protocol):
-    """How a model is spread over devices and ranks.
+class Backend(ABC):
+    """The storage of a model's parameters over devices and ranks.
 
-    Every method but `part` of a backend without shards is collective: all ranks call it, in the
-    same order. The ranks that share out work are numbered 0 … ``world_size − 1``.
+    Every method is collective (all ranks call it, in the same order), except `part` where every
+    rank holds whole parameters. The ranks that share work are numbered 0 … ``world_size − 1``.
     """
 
-    can_hold_back: ClassVar[bool]
-    """Whether an update has not happened yet when its gradient norm is known."""
+    is_shared: ClassVar[bool] = False
+    """Whether several ranks train the model together."""
+    can_hold_back: ClassVar[bool] = True
+    """Whether the gradient norm is known before the update happens."""
 
     def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return what the user should be told of this backend, a sentence each."""
+        """Return warnings about this backend for the user, a sentence each."""
+        return ()
 
     @property
-    def is_shared(self) -> bool:
-        """Whether several ranks train the model together."""
-
-    @property
+    @abstractmethod
     def rank(self) -> int:
-        """This rank, among those that share out the work."""
+        """This rank, among those that share work."""
 
     @property
+    @abstractmethod
     def world_size(self) -> int:
-        """How many share out the work."""
+        """The number of ranks that share work."""
 
+    @abstractmethod
     def full(self, parameter: Tensor) -> Tensor:
-        """Return the whole parameter on every rank, detached; writing into it changes nothing."""
+        """Return the whole parameter on every rank, detached, for reading only."""
 
+    @abstractmethod
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Make ``full``, the same on every rank, the value of the parameter everywhere."""
 
+    @abstractmethod
     def keep(self, parameter: Tensor) -> Tensor:
-        """Return a copy of what is stored here of a parameter, for `put_back_`."""
+        """Return a copy of this rank's storage of a parameter, for `put_back_`."""
 
+    @abstractmethod
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
-        """Make the parameter, bit for bit, what it was when `keep` was called on every rank."""
+        """Restore the parameter, bit for bit, as it was when `keep` was called on every rank."""
 
     def master(self, parameter: Tensor) -> Tensor:
-        """Return the same of what the optimizer updates, which may be more precise."""
+        """Return `full` of the copy that the optimizer updates, which may be more precise."""
+        return self.full(parameter)
 
+    @abstractmethod
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Return rows ``start:stop`` (None: all) at the owner, to be read; None at all others."""
+        """Return rows ``start:stop`` (None: all) at the owner, for reading; None elsewhere."""
 
+    @abstractmethod
     def part(self, parameter: Tensor, rows: slice | None = None) -> AbstractContextManager[Part]:
-        """Give what is kept here of a parameter, to be changed in place until the block ends.
+        """Give this rank's part of a parameter, to be changed in place until the block ends.
 
         Changes outside of the rows may be lost.
         """
 
+    @abstractmethod
     def moment_part(
         self,
         optimizer: Optimizer,
@@ -80,43 +88,45 @@ class Backend(Protocol):
         names: Sequence[str],
         rows: slice | None = None,
     ) -> AbstractContextManager[Part | None]:
-        """Give the same of the first of these optimizer states that the parameter has, or None."""
+        """Give `part` of the first of these optimizer states that the parameter has, or None."""
 
-    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
-        """Give what is kept here of a parameter, as the forward sees it, to be read only."""
+    def read_part(self, parameter: Tensor) -> AbstractContextManager[Part]:
+        """Give this rank's part of a parameter, as the forward pass uses it, for reading only."""
+        return self.part(parameter)
 
-    def look_at_moment(
+    def read_moment(
         self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
     ) -> AbstractContextManager[Part | None]:
-        """Give the same of the first of these optimizer states that the parameter has, or None."""
+        """Give `read_part` of the first of these optimizer states that it has, or None."""
+        return self.moment_part(optimizer, parameter, names)
 
+    @abstractmethod
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite a tensor, everywhere, with the owner's."""
+        """Overwrite a tensor on every rank with the owner's."""
 
+    @abstractmethod
     def total_(self, tensor: Tensor) -> None:
-        """Add up, in place, what the ranks hold of a sum over `part` or `look`."""
+        """Add up, in place, the ranks' shares of a sum over `part` or `read_part`."""
 
-    def tell(self, values: Tensor) -> list[float]:
-        """Return numbers, shape (k,), of which each rank knows its own and holds 0 for others'."""
+    @abstractmethod
+    def sum_to_host(self, values: Tensor) -> list[float]:
+        """Return the sum of device numbers, shape (k,), over all ranks, as host floats.
 
+        Each number belongs to one rank; all others hold 0 in its place.
+        """
+
+    @abstractmethod
     def agree(self, values: Tensor) -> list[float]:
         """Return device numbers, shape (k,), as host floats that are the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
-class OneProcess:
-    """The identity: every parameter is whole and here, and there is nobody to agree with."""
-
-    is_shared: ClassVar[bool] = False
-    can_hold_back: ClassVar[bool] = True
-
-    def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
+class OneProcess(Backend):
+    """One process: every parameter is whole and local, and nothing is communicated."""
 
     @property
     def rank(self) -> int:
-        """The only one."""
+        """The only rank."""
         return 0
 
     @property
@@ -135,10 +145,6 @@ class OneProcess:
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
         """Copy it back."""
         parameter.detach().copy_(kept)
-
-    def master(self, parameter: Tensor) -> Tensor:
-        """Return the parameter itself, detached: the same memory."""
-        return parameter.detach()
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Copy ``full`` into the parameter, unless it is the parameter's own memory."""
@@ -168,23 +174,13 @@ class OneProcess:
         moment = moment_of(optimizer, parameter, names)
         yield Part(moment) if moment is not None else None
 
-    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
-        """Give the whole parameter."""
-        return self.part(parameter)
-
-    def look_at_moment(
-        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
-    ) -> AbstractContextManager[Part | None]:
-        """Give the whole moment."""
-        return self.moment_part(optimizer, parameter, names)
-
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Do nothing."""
 
     def total_(self, tensor: Tensor) -> None:
         """Do nothing: a part is the whole."""
 
-    def tell(self, values: Tensor) -> list[float]:
+    def sum_to_host(self, values: Tensor) -> list[float]:
         """Return the numbers."""
         return self.agree(values)
 
@@ -194,16 +190,31 @@ class OneProcess:
         return host
 
 
-@dataclass(frozen=True, slots=True)
-class Replicated(OneProcess):
-    """DDP: every rank holds every parameter, and all get the same edit.
-
-    Gradients and weights are bit-identical on all ranks, losses are not: a NaN on one rank must not
-    make that rank alone skip an update. Each matrix is decomposed by one rank; all apply what it
-    sends, by the same operations, so replicas stay equal bit for bit.
-    """
+class ManyRanks(Backend):
+    """Numbers that several ranks reduce to the same host floats."""
 
     is_shared: ClassVar[bool] = True
+
+    def sum_to_host(self, values: Tensor) -> list[float]:
+        """Add up over all ranks of the run, in float64."""
+        return _all_reduced(values)
+
+    def agree(self, values: Tensor) -> list[float]:
+        """Return the mean over all ranks of the run, so that NaN on one is NaN on all.
+
+        In float64 the mean of equal float32 numbers is that number, bit for bit.
+        """
+        return _all_reduced(values, divisor=dist.get_world_size())
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated(ManyRanks, OneProcess):
+    """DDP: every rank holds every parameter, and all make the same edit.
+
+    Gradients and weights are bit-identical on all ranks, but losses are not: a NaN on one rank must
+    not make that rank alone skip an update. One rank decomposes each matrix and sends the result;
+    all apply it by the same operations, so replicas stay equal bit for bit.
+    """
 
     @property
     def rank(self) -> int:
@@ -219,44 +230,24 @@ class Replicated(OneProcess):
         """Broadcast."""
         dist.broadcast(tensor, owner)
 
-    def tell(self, values: Tensor) -> list[float]:
-        """Add up over the ranks: each number is one rank's, and 0 on all others."""
-        return sum_over_ranks(values)
 
-    def agree(self, values: Tensor) -> list[float]:
-        """Return the mean over ranks, so that NaN on one is NaN on all; every rank must call.
-
-        In float64 the mean of equal float32 numbers is that number, bit for bit.
-        """
-        return mean_over_ranks(values)
-
-
-def sum_over_ranks(values: Tensor) -> list[float]:
-    """Return the sum over all ranks of the run, in float64."""
+def _all_reduced(values: Tensor, divisor: int = 1) -> list[float]:
     total = values.double()
     dist.all_reduce(total)
-    host: list[float] = total.tolist()
-    return host
-
-
-def mean_over_ranks(values: Tensor) -> list[float]:
-    """Return the mean over all ranks of the run, in float64."""
-    total = values.double()
-    dist.all_reduce(total)
-    host: list[float] = (total / dist.get_world_size()).tolist()
+    host: list[float] = (total / divisor).tolist()
     return host
 
 
 def to_owner(
     piece: Tensor, lengths: Sequence[int], owner: int, group: dist.ProcessGroup | None
 ) -> Tensor | None:
-    """Put the ranks' pieces one behind the other at the owner, and return None elsewhere.
+    """Concatenate the ranks' pieces at the owner, and return None elsewhere.
 
-    Nothing but the pieces travels, and nobody else needs memory for them.
+    Only the pieces are transferred, and only the owner needs memory for them.
 
     Args:
         piece: (lengths[rank], ...), this rank's.
-        lengths: Of every rank's piece, in the group's order; 0 for nothing.
+        lengths: Length of every rank's piece, in the group's order; 0 for none.
         owner: Its rank within the group.
         group: All ranks of it must call.
     """

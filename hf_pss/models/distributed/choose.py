@@ -1,4 +1,4 @@
-"""Which backend fits a model, told by its parameters."""
+"""Choose the backend of a model from the type of its parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from hf_pss.models.distributed.backend import Backend, OneProcess, Replicated
 from hf_pss.models.distributed.sharded import Sharded, shard_group, shard_ranks
 from hf_pss.models.distributed.zero import Zero, is_zero
 
-__all__ = ["backend_for"]
-
 
 def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
     """Return the backend that fits how these parameters are stored.
@@ -24,28 +22,28 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
         parameters: The model's parameters by name, as the training loop holds them.
 
     Raises:
-        ConfigurationError: They are split in a way that hf_pss does not know (FSDP1, tensor
+        ConfigurationError: They are split in a way that hf_pss does not support (FSDP1, tensor
             parallelism).
     """
     if not dist.is_available() or not dist.is_initialized():
         return OneProcess()
     layouts, group = set(), None
     for name, parameter in parameters.items():
-        # FSDP1 marks what it has flattened, also where it shows the original parameters.
+        # FSDP1 marks flattened parameters, even where it exposes the original ones.
         if isinstance(parameter, FlatParameter) or hasattr(parameter, "_fsdp_flattened"):
             raise ConfigurationError(
                 f"{name} belongs to FSDP1, which flattens matrices; use FSDP2 "
                 "(fsdp_config: {version: 2})."
             )
         if isinstance(parameter, DTensor):
-            # Two meshes over the same ranks have groups of their own: the ranks tell.
+            # Two meshes over the same ranks have different groups, so compare the ranks.
             layouts.add(shard_ranks(name, parameter))
             group = group or shard_group(name, parameter)
     layouts.discard(())
     if len(layouts) > 1:
         raise ConfigurationError(
-            "The model's parameters are split over different groups of ranks; hf_pss shares its "
-            "work out over one. Shard all of them over the same device mesh."
+            "The model's parameters are split over different groups of ranks; hf_pss divides its "
+            "work over one. Shard all of them over the same device mesh."
         )
     if group is not None:
         (replicas,) = layouts

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,24 +16,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.distributed.backend import (
-    Part,
-    mean_over_ranks,
-    moment_of,
-    sum_over_ranks,
-    to_owner,
-)
-
-__all__ = ["Sharded", "gathered", "reshard", "shard_group", "shard_ranks"]
+from hf_pss.models.distributed.backend import ManyRanks, Part, moment_of, to_owner
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor as a plain one: a DTensor, such as FSDP2's gradient norm, is made whole."""
+    """Return a plain tensor; a DTensor, such as FSDP2's gradient norm, is gathered."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 leaves gathered after a forward pass that no backward pass follows."""
+    """Free the weights that FSDP2 keeps gathered after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -56,7 +47,7 @@ def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:
 def shard_ranks(name: str, parameter: DTensor) -> tuple[tuple[int, ...], ...]:
     """Return the global ranks that a parameter is split over, a row for each replica.
 
-    Nothing where it is replicated everywhere.
+    Empty where it is replicated everywhere.
 
     Raises:
         ConfigurationError: As `shard_group`.
@@ -76,33 +67,27 @@ def _split_dimension(name: str, parameter: DTensor) -> int | None:
         return None
     if len(split) > 1 or parameter.placements[split[0]] != Shard(0):
         raise ConfigurationError(
-            f"{name} is split as {parameter.placements}; hf_pss knows FSDP2 and HSDP, which split "
-            "the first dimension over one dimension of the device mesh. Leave tensor parallelism "
-            "off, or exclude such matrices."
+            f"{name} is split as {parameter.placements}; hf_pss supports FSDP2 and HSDP, "
+            "which split the first dimension over one dimension of the device mesh. Leave tensor "
+            "parallelism off, or exclude such matrices."
         )
     return split[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Sharded:
-    """Every rank keeps some rows of each parameter; a whole matrix is seen by its owner only.
+class Sharded(ManyRanks):
+    """Every rank stores some rows of each parameter; only its owner sees a whole matrix.
 
-    Under HSDP all ranks of all replicas share the work out: a matrix has one owner, whose replica
-    gives it its rows, and which tells everybody. So replicas stay equal bit for bit. FSDP2 shows
-    plain tensors in place of shards for a while after an evaluation; all of this is used after an
-    update, when they are shards again, and each tensor is asked what it is.
+    Under HSDP all ranks of all replicas share the work. A matrix has one owner, which gathers the
+    rows from its own replica and sends the result to every rank, so replicas stay equal bit for
+    bit. After an evaluation FSDP2 temporarily replaces shards by plain tensors. These methods run
+    after an update, when the shards are back, and they check the type of each tensor anyway.
     """
 
     replicas: tuple[tuple[int, ...], ...]
     """Global ranks: a row for each replica, one under FSDP2, in the order of the shards."""
     group: dist.ProcessGroup
     """The ranks of this rank's row."""
-    is_shared: ClassVar[bool] = True
-    can_hold_back: ClassVar[bool] = True
-
-    def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
 
     @property
     def rank(self) -> int:
@@ -130,10 +115,6 @@ class Sharded:
         """Copy them back."""
         _part(parameter.detach()).tensor.copy_(kept)
 
-    def master(self, parameter: Tensor) -> Tensor:
-        """Gather the parameter on every rank: there is no other."""
-        return self.full(parameter)
-
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Keep this rank's rows."""
         with torch.no_grad():
@@ -144,7 +125,7 @@ class Sharded:
             parameter.copy_(full)
 
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Gather what the shards have of these rows, at the owner only."""
+        """Gather the shards of these rows, at the owner only."""
         stored = parameter.detach()
         first, last = (0, len(stored)) if rows is None else (rows.start, rows.stop)
         if not isinstance(stored, DTensor) or Shard(0) not in stored.placements:
@@ -179,33 +160,15 @@ class Sharded:
         moment = moment_of(optimizer, parameter, names)
         yield _part(moment) if moment is not None else None
 
-    def look(self, parameter: Tensor) -> AbstractContextManager[Part]:
-        """Give this rank's rows."""
-        return self.part(parameter)
-
-    def look_at_moment(
-        self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
-    ) -> AbstractContextManager[Part | None]:
-        """Give this rank's rows of the moment."""
-        return self.moment_part(optimizer, parameter, names)
-
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Broadcast to all replicas."""
         dist.broadcast(tensor, self._ranks[owner])
 
     def total_(self, tensor: Tensor) -> None:
-        """Add up over the shards; the mean of the replicas' sums, so that all get the same bits."""
+        """Add up over shards and average over replicas, so that all ranks get the same bits."""
         dist.all_reduce(tensor)
         if len(self.replicas) > 1:
             tensor /= len(self.replicas)
-
-    def tell(self, values: Tensor) -> list[float]:
-        """Add up over all ranks: each number is one rank's, and 0 on all others."""
-        return sum_over_ranks(values)
-
-    def agree(self, values: Tensor) -> list[float]:
-        """Return the mean over all ranks of the run, see `Replicated.agree`."""
-        return mean_over_ranks(values)
 
 
 def _part(tensor: Tensor) -> Part:

@@ -1,4 +1,4 @@
-"""Work on a list of tensors: one process does all of it, several ranks a share each."""
+"""Division of work on a list of tensors over ranks; one process does all of it."""
 
 from __future__ import annotations
 
@@ -14,56 +14,42 @@ from torch.distributed.tensor import DTensor
 
 from hf_pss.models.distributed.sharded import shard_group
 
-__all__ = [
-    "Alone",
-    "Answer",
-    "Compute",
-    "Ranks",
-    "Replicas",
-    "Shards",
-    "Sharing",
-    "local",
-    "owners_of",
-    "shards_of",
-]
-
-
 Ranks: TypeAlias = dist.ProcessGroup
-"""Those that a parameter is split over."""
+"""The ranks that a parameter is split over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a tensor becomes, and what is to be remembered of it."""
+class ComputedTensor:
+    """The result of one tensor's work, and the state to keep for the next step."""
 
     tensor: Tensor
-    """Of the shape that was asked about: all of it, or this rank's rows."""
+    """Of the given tensor's shape: all of it, or this rank's rows."""
     state: dict[str, Tensor]
-    """Small, and known to all ranks."""
+    """Small, and stored on all ranks."""
 
 
-Compute: TypeAlias = Callable[[Mapping[int, Tensor]], dict[int, Answer]]
-"""From whole tensors, by their place in the list of parameters, to answers."""
+Compute: TypeAlias = Callable[[Mapping[int, Tensor]], dict[int, ComputedTensor]]
+"""Maps whole tensors, by their place in the list of parameters, to their results."""
 
 
 class Sharing(Protocol):
-    """How work on one tensor for each parameter, laid out like it, is divided over ranks."""
+    """Divides work on one tensor for each parameter, laid out like it, over ranks."""
 
     @property
     def num_shares(self) -> int:
-        """Over how many ranks a tensor's rows are spread; 1 where each has them all."""
+        """The number of ranks that a tensor's rows are spread over; 1 where each has all rows."""
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
-    ) -> list[Answer]:
-        """Return what all tensors become: this rank's rows of each, states in full.
+    ) -> list[ComputedTensor]:
+        """Return the results of all tensors: this rank's rows of each, states in full.
 
         Collective: every rank has the same parameters, in the same order.
 
         Args:
             params: The parameters; DTensors where they are sharded.
             tensors: This rank's rows of each.
-            compute: Called once, with those of which this rank is the owner.
+            compute: Called once, with the tensors that this rank owns.
         """
 
 
@@ -74,27 +60,27 @@ class Alone:
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
-    ) -> list[Answer]:
+    ) -> list[ComputedTensor]:
         """Compute everything here."""
         found = compute(dict(enumerate(tensors)))
         return [found[i] for i in range(len(params))]
 
 
 class Replicas:
-    """DDP: every rank has every tensor, computes its share and tells the others.
+    """DDP: every rank has every tensor, computes its share and sends it to the others.
 
-    All apply what one rank computed, so replicas stay equal bit for bit.
+    All apply the result of one rank, so replicas stay equal bit for bit.
     """
 
     num_shares = 1
 
     def __init__(self, group: Ranks | None = None) -> None:
         self._group = group
-        self._told = _Told(group)
+        self._states = _StateExchange(group)
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
-    ) -> list[Answer]:
+    ) -> list[ComputedTensor]:
         """Compute the share of this rank, and gather the others'."""
         owners = _owners(params, dist.get_world_size(self._group))
         rank = dist.get_rank(self._group)
@@ -103,19 +89,19 @@ class Replicas:
         sizes = [m.numel() for m in tensors]
         gathered = _all_gather(_joined(flat, tensors), owners, sizes, self._group)
         answers = [values.view_as(m) for values, m in zip(gathered, tensors, strict=True)]
-        states = self._told.everywhere(params, found, owners, tensors[0])
-        return [Answer(d, s) for d, s in zip(answers, states, strict=True)]
+        states = self._states.gather(params, found, owners, tensors[0])
+        return [ComputedTensor(d, s) for d, s in zip(answers, states, strict=True)]
 
 
 class Shards:
-    """FSDP2 and HSDP: one rank gathers a tensor, computes, and sends each its rows back.
+    """FSDP2 and HSDP: one rank gathers a tensor, computes, and returns to each rank its rows.
 
-    Two all-to-alls a step, each of as many bytes as this rank keeps of the tensors.
+    Two all-to-alls a step, each of as many bytes as this rank stores of the tensors.
     """
 
     def __init__(self, group: Ranks) -> None:
         self._group = group
-        self._told = _Told(group)
+        self._states = _StateExchange(group)
 
     @property
     def num_shares(self) -> int:
@@ -124,7 +110,7 @@ class Shards:
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
-    ) -> list[Answer]:
+    ) -> list[ComputedTensor]:
         """Gather, compute, send back."""
         rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
         owners = _owners(params, world_size)
@@ -159,13 +145,13 @@ class Shards:
             for theirs, pieces in zip(places, returned, strict=True)
             for place, values in zip(theirs, pieces, strict=True)
         }
-        states = self._told.everywhere(params, found, owners, tensors[0])
-        return [Answer(answers[i], state) for i, state in enumerate(states)]
+        states = self._states.gather(params, found, owners, tensors[0])
+        return [ComputedTensor(answers[i], state) for i, state in enumerate(states)]
 
     def _exchange(
         self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], *, like: Tensor
     ) -> list[list[Tensor]]:
-        """Send a list of flat tensors to each rank; return what each has sent, of these sizes."""
+        """Send a list of flat tensors to each rank; return those received, of these sizes."""
         sent = _joined([tensor for theirs in outgoing for tensor in theirs], [like])
         totals = [sum(theirs) for theirs in sizes]
         received = like.new_empty(sum(totals))
@@ -182,24 +168,25 @@ class Shards:
         ]
 
 
-class _Told:
-    """What is remembered, told by each parameter's owner to all.
+class _StateExchange:
+    """Sends the state of each parameter from its owner to all ranks.
 
-    All ranks keep it, so that whoever saves has it, and a run may go on with other owners.
+    Every rank stores all states, so that any rank can save them and a run can resume with other
+    owners.
     """
 
     def __init__(self, group: Ranks | None) -> None:
         self._group = group
         self._shapes: dict[int, dict[str, torch.Size]] = {}
 
-    def everywhere(
+    def gather(
         self,
         params: Sequence[Tensor],
-        found: Mapping[int, Answer],
+        found: Mapping[int, ComputedTensor],
         owners: Sequence[int],
         like: Tensor,
     ) -> list[dict[str, Tensor]]:
-        """Return the states of all parameters, of which this rank has found its own."""
+        """Return the states of all parameters, given those that this rank computed."""
         if any(id(p) not in self._shapes for p in params):
             self._learn(params, found)
         shapes = [self._shapes[id(p)] for p in params]
@@ -210,13 +197,13 @@ class _Told:
         values = _all_gather(_joined(flat, [like.float()]), owners, sizes, self._group)
         return [_unpacked(value, own) for value, own in zip(values, shapes, strict=True)]
 
-    def _learn(self, params: Sequence[Tensor], found: Mapping[int, Answer]) -> None:
-        """Learn what is remembered of each parameter, once: only its owner knows at first."""
+    def _learn(self, params: Sequence[Tensor], found: Mapping[int, ComputedTensor]) -> None:
+        """Exchange the shapes of each parameter's state, once: at first only its owner has them."""
         mine = {i: {n: tuple(v.shape) for n, v in m.state.items()} for i, m in found.items()}
-        told: list[dict[int, dict[str, tuple[int, ...]]] | None]
-        told = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(told, mine, group=self._group)
-        for theirs in told:
+        every: list[dict[int, dict[str, tuple[int, ...]]] | None]
+        every = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(every, mine, group=self._group)
+        for theirs in every:
             for i, shapes in (theirs or {}).items():
                 self._shapes[id(params[i])] = {n: torch.Size(s) for n, s in shapes.items()}
 
@@ -226,9 +213,9 @@ def _owners(params: Sequence[Tensor], world_size: int) -> list[int]:
 
 
 def owners_of(costs: Sequence[int], world_size: int) -> list[int]:
-    """Return the owner of each task: the dearest goes to whoever has least to do so far.
+    """Return the owner of each task; the most expensive task goes to the least loaded rank.
 
-    Every rank computes the same; among equals the given order holds.
+    Every rank computes the same list; tasks of equal cost keep their order.
     """
     loads, owners = [0] * world_size, [0] * len(costs)
     for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -255,7 +242,7 @@ def shards_of(parameter: Tensor) -> Ranks | None:
 def _unpacked(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     pieces = flat.split_with_sizes([prod(shape) for shape in shapes.values()])
     named = zip(shapes.items(), pieces, strict=True)
-    # A copy: a view would keep, and save, all that was gathered.
+    # A copy, because a view would keep and save the whole gathered buffer.
     return {name: piece.view(shape).clone() for (name, shape), piece in named}
 
 
@@ -266,7 +253,7 @@ def _joined(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
 def _all_gather(
     mine: Tensor, owners: Sequence[int], sizes: Sequence[int], group: Ranks | None
 ) -> list[Tensor]:
-    """Return what the owners hold, in the parameters' order, from each one's flat tensor of it."""
+    """Return the owners' tensors, in the parameters' order, from each owner's flat buffer."""
     world_size = dist.get_world_size(group)
     totals = [
         sum(size for size, o in zip(sizes, owners, strict=True) if o == r)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3: an fp32 master split over the ranks, and a copy for the forward."""
+"""DeepSpeed ZeRO 1, 2 and 3: a split fp32 master, and a copy for the forward pass."""
 
 from __future__ import annotations
 
@@ -15,46 +15,45 @@ from torch.optim import Optimizer
 
 from hf_pss.models.distributed.backend import Part, Replicated, to_owner
 
-__all__ = ["Zero", "is_zero"]
-
 
 def is_zero(parameter: Tensor) -> bool:
-    """Tell whether DeepSpeed holds a parameter's fp32 master: marked by it, at any stage."""
+    """Return whether DeepSpeed holds a parameter's fp32 master; it marks those, at any stage."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 @dataclass(frozen=True, slots=True)
 class Zero(Replicated):
-    """Reads the copy for the forward; writes the fp32 master and that copy.
+    """Reads the copy for the forward pass; writes the fp32 master and that copy.
 
-    Written to the copy alone, the next step would undo an edit; to the master alone, the next
-    forward would not see it. The copy is whole on every rank under stages 1 and 2; under stage 3 an
-    owner collects what it reads. The master is a flat array that the ranks have pieces of, which
-    end anywhere: the rows that an edit touches are assembled on all ranks, and each keeps its own.
+    The next step would undo an edit of the copy alone, and the next forward pass would not see an
+    edit of the master alone. The copy is whole on every rank under stages 1 and 2; under stage 3
+    the owner gathers the rows that it reads. The master is a flat array, of which each rank stores
+    a piece that may end in the middle of a row. The rows that an edit touches are assembled on all
+    ranks, and each rank then stores its own piece.
 
-    DeepSpeed applies the update inside ``backward``: gradients are gone and the update has happened
-    before anybody can judge its norm. It drops those that are not finite by itself.
+    DeepSpeed applies the update inside ``backward``: when its norm is known, the gradients are gone
+    and the update has happened. DeepSpeed itself drops an update that is not finite.
     """
 
     can_hold_back: ClassVar[bool] = False
 
     def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Tell what DeepSpeed has done before anybody can look."""
-        told = (
-            "Under DeepSpeed an update has happened before its gradient norm is known: PSS holds "
-            "none back. DeepSpeed discards one whose gradient is not finite by itself; where it is "
-            "set not to (bf16 with check_grad_overflow: false), such a step ends the run.",
+        """Return warnings about DeepSpeed's early update, and about its own Muon."""
+        early = (
+            "DeepSpeed applies an update before its gradient norm is known, so PSS cannot hold one "
+            "back. DeepSpeed itself discards an update whose gradient is not finite. If you "
+            "disabled that (bf16 with check_grad_overflow: false), such a step ends the run.",
         )
         if not any(getattr(parameter, "use_muon", False) for parameter in parameters.values()):
-            return told
+            return early
         return (
-            *told,
+            *early,
             "DeepSpeed's own Muon reports the norm of the orthogonalised update, which hardly ever "
             "changes: gradient-norm detectors are blind here; use stable_rank_floor.",
         )
 
     def full(self, parameter: Tensor) -> Tensor:
-        """Return the parameter as the forward sees it."""
+        """Return the parameter as the forward pass uses it."""
         if not _is_split(parameter):
             return parameter.detach()
         from deepspeed.runtime.zero import GatheredParameters
@@ -63,13 +62,13 @@ class Zero(Replicated):
             return parameter.detach().clone()
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
-        """Write master and copy."""
+        """Write the master and the copy."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param
 
         if is_zero(parameter):
             safe_set_full_fp32_param(parameter, full.float())
-        # Rank 0's value goes to all where the copy is split, too.
+        # Where the copy is split too, all ranks receive rank 0's value.
         source = 0 if hasattr(parameter, "ds_id") else None
         with GatheredParameters([parameter], modifier_rank=source), torch.no_grad():
             parameter.copy_(full.to(parameter.dtype))
@@ -81,7 +80,7 @@ class Zero(Replicated):
         return _piece(parameter, None)[0].clone()
 
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
-        """Copy it back, and make the copy for the forward from all ranks' pieces."""
+        """Copy it back, and rebuild the copy for the forward pass from all ranks' pieces."""
         if not _has_master(parameter):
             self.write_back_(parameter, kept)
             return
@@ -98,7 +97,7 @@ class Zero(Replicated):
         return _Opened.of(parameter, None, None).tensor
 
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Gather these rows of the copy under stage 3; they are there under the others."""
+        """Gather these rows of the copy under stage 3; under the others they are local."""
         rows = rows or slice(0, _stored_shape(parameter)[0])
         if not _is_split(parameter):
             return parameter.detach()[rows] if owner == self.rank else None
@@ -120,7 +119,7 @@ class Zero(Replicated):
 
     @contextmanager
     def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
-        """Give these rows of the fp32 master, and write them and the copy's at the end."""
+        """Give these rows of the fp32 master; at the end write them and those of the copy."""
         if not _has_master(parameter):
             whole = self.full(parameter).clone()
             yield Part(whole)
@@ -136,7 +135,7 @@ class Zero(Replicated):
             with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 parameter[opened.rows].copy_(opened.tensor)
             return
-        if hasattr(parameter, "ds_id"):  # where the copy is whole for now, this outlasts it
+        if hasattr(parameter, "ds_id"):  # this piece outlasts a copy that is whole only for now
             opened.write_piece_(stored.ds_tensor)
         if not _is_split(parameter):
             parameter.detach()[opened.rows].copy_(opened.tensor)
@@ -158,12 +157,12 @@ class Zero(Replicated):
         opened.close_()
 
     @contextmanager
-    def look(self, parameter: Tensor) -> Iterator[Part]:
+    def read_part(self, parameter: Tensor) -> Iterator[Part]:
         """Give the whole copy; under stage 3 it is gathered, one parameter at a time."""
         yield Part(self.full(parameter))
 
     @contextmanager
-    def look_at_moment(
+    def read_moment(
         self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
     ) -> Iterator[Part | None]:
         """Assemble the whole moment on every rank, in fp32, and write nothing back."""
@@ -181,17 +180,17 @@ class Zero(Replicated):
         return None
 
     def _kept_states(self, parameter: Tensor, names: Sequence[str]) -> list[str]:
-        """Return the states that can be asked for.
+        """Return the names of the states that exist.
 
-        Under stages 1 and 2 a rank that holds nothing of the parameter knows none, and would wait
-        for those that do: the ranks tell each other first.
+        Under stages 1 and 2 a rank that stores nothing of the parameter has none of its states, and
+        would leave the other ranks waiting. So the ranks exchange the names first.
         """
         if hasattr(parameter, "ds_id"):
             return list(names)
         mapping = getattr(parameter, "_hp_mapping", None)
         keys = mapping.get_optim_state_keys() if mapping is not None else ()
         has = torch.tensor([float(name in keys) for name in names], device=parameter.device)
-        return [name for name, count in zip(names, self.tell(has), strict=True) if count]
+        return [name for name, count in zip(names, self.sum_to_host(has), strict=True) if count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +204,9 @@ class _Opened:
     tensor: Tensor
     """(rows, ...), fp32."""
     piece: Tensor
-    """What this rank keeps of the flattened parameter; may be empty."""
+    """This rank's piece of the flattened parameter; may be empty."""
     start: int
-    """Where that begins, in elements."""
+    """Offset of that piece, in elements."""
 
     @classmethod
     def of(cls, parameter: Any, name: str | None, rows: slice | None) -> _Opened:
@@ -224,18 +223,18 @@ class _Opened:
         return opened
 
     def close_(self) -> None:
-        """Keep this rank's piece of what the rows have become."""
+        """Store this rank's piece of the changed rows."""
         self.write_piece_(self.piece)
         _store(self.parameter, self.name, self.piece)
 
     def write_piece_(self, piece: Tensor) -> None:
-        """Overwrite what a tensor laid out like this rank's piece has of the rows."""
+        """Overwrite the rows within a tensor that is laid out like this rank's piece."""
         mine, here = self._overlap(piece)
         with torch.no_grad():
             mine.copy_(here)
 
     def _overlap(self, piece: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same elements in the piece and in the rows, both to be written."""
+        """Return writable views of the common elements, in the piece and in the rows."""
         flat = self.tensor.view(-1)
         offset = self.rows.start * _stored_shape(self.parameter)[1:].numel()
         first = max(self.start, offset)
@@ -247,7 +246,7 @@ class _Opened:
 
 
 def _piece(parameter: Any, name: str | None) -> tuple[Tensor, int, Any]:
-    """Return this rank's flat piece of a master or state, where it begins, and whose ranks'."""
+    """Return this rank's flat piece of a master or state, its offset, and the ranks' group."""
     if not hasattr(parameter, "ds_id"):
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -266,7 +265,7 @@ def _piece(parameter: Any, name: str | None) -> tuple[Tensor, int, Any]:
 
 
 def _store(parameter: Any, name: str | None, piece: Tensor) -> None:
-    """Store a piece that `_piece` gave and that has changed: under stage 3 it may be a copy."""
+    """Store a changed piece from `_piece`, which under stage 3 may be a copy."""
     if not hasattr(parameter, "ds_id"):
         return
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -286,13 +285,13 @@ def _stored_shape(parameter: Tensor) -> torch.Size:
 
 
 def _is_split(parameter: Tensor) -> bool:
-    """Tell whether the copy for the forward is split now: under stage 3 small ones are whole."""
+    """Return whether the copy is split now; under stage 3 small parameters are whole."""
     status = getattr(parameter, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
 
 
 def _has_plain_pieces(parameter: Any) -> bool:
-    """Tell whether all ranks have a piece of the copy each: neither swapped nor quantised."""
+    """Return whether each rank stores a piece of the copy that is not swapped or quantised."""
     piece = parameter.ds_tensor
     return (
         dist.get_world_size(parameter.ds_process_group) == dist.get_world_size()

@@ -1,0 +1,109 @@
+"""Recognise a run that interventions do not help, from plain losses and step numbers.
+
+This module does not depend on PSS: it needs the step at which somebody intervened, and the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFailure:
+    """Interventions that did not help, or another reason why a run cannot continue."""
+
+    onset_step: int
+    """The step at which the trouble began; the run was healthy well before it."""
+    step: int
+    """The step at which the failure was found."""
+    reason: str
+    loss_before: float | None = None
+    loss: float | None = None
+
+
+class FailedInterventions:
+    """Counts interventions in a row that have failed, and reports when there are too many.
+
+    The rules are ours. An intervention has failed
+
+    - when another one that changes a weight follows within ``window_steps``, or
+    - when the loss has not recovered at the end of that window: the median of the last 25 steps is
+      more than 0.5 nats above the median before the first intervention (the rise that
+      `hf-pss sweep` calls an explosion). It fails once more with every further window that ends
+      without recovery.
+
+    ``max_failed`` of these in a row are a failure; a window that ends well resets the count. The
+    upkeep of the stable-rank floor does not count. A resumed run starts with a count of zero.
+
+    >>> failed = FailedInterventions(window_steps=10, max_failed=2)
+    >>> found = [failed.update(s, loss=4.0, has_intervened=s in (5, 12, 19)) for s in range(1, 20)]
+    >>> found[-1].onset_step, found[-1].reason
+    (5, '2 interventions in a row failed since step 5')
+
+    Args:
+        window_steps: Steps within which an intervention has to help.
+        max_failed: Failed interventions in a row that are reported as a failure.
+    """
+
+    _LOSS_STEPS = 25
+    _RISE_NATS = 0.5
+
+    def __init__(self, *, window_steps: int, max_failed: int) -> None:
+        self._window_steps, self._max_failed = window_steps, max_failed
+        self._losses: deque[float] = deque(maxlen=self._LOSS_STEPS)
+        self._level: float | None = None
+        self._window_end = self._num_failed = 0
+        self.onset_step: int | None = None
+        """The first intervention whose outcome is still open; None in a healthy run."""
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        has_intervened: bool,
+        has_changed_weights: bool = True,
+    ) -> TrainingFailure | None:
+        """Take one step's numbers, and return the failure that it completes.
+
+        Args:
+            step: The step's number.
+            loss: The step's loss.
+            has_intervened: Whether a spike or a drop was answered in this step.
+            has_changed_weights: Whether that changed a weight. PSS leaves sound weights alone. A
+                second spike then proves nothing about smoothing, but the loss still counts.
+        """
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+        if has_intervened and self.onset_step is None:
+            self.onset_step, self._num_failed = step, 0
+            self._level = median([*self._losses][:-1]) if len(self._losses) > 1 else None
+            self._window_end = step + self._window_steps
+        elif self.onset_step is not None and (
+            (has_intervened and has_changed_weights) or step >= self._window_end
+        ):
+            if not (has_intervened and has_changed_weights) and self._has_recovered():
+                self.onset_step = None
+                return None
+            self._num_failed += 1
+            self._window_end = step + self._window_steps
+        if self.onset_step is None or self._num_failed < self._max_failed:
+            return None
+        failure = TrainingFailure(
+            self.onset_step,
+            step,
+            f"{self._num_failed} interventions in a row failed since step {self.onset_step}",
+            self._level,
+            loss,
+        )
+        self.onset_step = None
+        return failure
+
+    def _has_recovered(self) -> bool:
+        if self._level is None or not self._losses:
+            return True  # An earlier loss to compare with is missing.
+        recent = [*self._losses][-self._window_steps :]
+        return median(recent) <= self._level + self._RISE_NATS
