@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from hf_pss.inspection.compare import MatrixChange
-from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
+from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.inspection.measure import MatrixHealth
-from hf_pss.inspection.verdicts import JudgedMatrix
 
 __all__ = ["SCHEMA_VERSION", "as_json", "write_json"]
 

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from hf_pss.inspection.compare import MatrixChange
 from hf_pss.inspection.matrices import SMALL
-from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
-from hf_pss.inspection.verdicts import JudgedMatrix
+from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.records.strict_json import visible
 from hf_pss.view.text_table import significant
 

@@ -38,7 +38,7 @@ from hf_pss.trainer.arguments import PSSTrainingArguments
 from hf_pss.trainer.attention_maxima import attention_watch
 from hf_pss.trainer.hooks import StepListener, hook
 from hf_pss.trainer.schedule_free import ScheduleFreeCallback
-from hf_pss.trainer.trackers import Reporters, reporters_for, summary_table
+from hf_pss.trainer.trackers import Trackers, summary_table, trackers_for
 
 __all__ = ["PSSCallback"]
 
@@ -86,7 +86,7 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
         self._health: JsonLines | None = None
         # Where there is something to tell, and on the first process only.
         self._tracker_args: TrainingArguments | None = None
-        self._reporters: Reporters | None = None
+        self._reporters: Trackers | None = None
         self._first_reading: HealthReading | None = None
         self._last_reading: HealthReading | None = None
 
@@ -423,14 +423,14 @@ class PSSCallback(ScheduleFreeCallback, ExportableState, StepListener):
 
     # ---- inside ----
 
-    def _ready_reporters(self) -> Reporters | None:
+    def _ready_reporters(self) -> Trackers | None:
         """Return the trackers' reporters, made once: by then the trackers have opened their runs.
 
         None on all but the first process.
         """
         if self._reporters is None and self._tracker_args is not None:
             fellows = self.handler.callbacks if self.handler is not None else ()
-            self._reporters = reporters_for(self._tracker_args, fellows)
+            self._reporters = trackers_for(self._tracker_args, fellows)
         return self._reporters
 
     def config_for(self, args: TrainingArguments) -> PSSConfig:
