@@ -51,13 +51,7 @@ HUGGING_FACE_AND_TRACKERS = {
 # The one room that knows how a model is spread over devices.
 KNOWS_DISTRIBUTED = "hf_pss.models.distributed"
 # To be mended: these arrows point upwards today.
-UPWARDS = {
-    ("hf_pss.trainer.trackers.stable_rank_image", "hf_pss.evidence.report_records"),
-    ("hf_pss.trainer.trackers.summary", "hf_pss.inspection.verdicts"),
-    ("hf_pss.view.canvas", "hf_pss.evidence.report_records"),
-    ("hf_pss.view.heat_map", "hf_pss.evidence.report_records"),
-    ("hf_pss.view.heat_map", "hf_pss.evidence.report_results"),
-}
+UPWARDS: set[tuple[str, str]] = set()
 
 # To be mended: these classes share a name today.
 SHARED_NAMES = {

@@ -16,7 +16,7 @@ from hf_pss.cli.terminal import check_output
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 
 if TYPE_CHECKING:
-    from hf_pss.inspection.compare import MatrixChange
+    from hf_pss.inspection.compare import ChangedMatrix
     from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
 
 __all__ = ["health"]
@@ -110,7 +110,7 @@ def health(
 def _show(
     first: Inspection,
     other: Inspection | None,
-    changes: tuple[MatrixChange, ...],
+    changes: tuple[ChangedMatrix, ...],
     rows: tuple[SeriesRow, ...],
     *,
     num_lines: int,

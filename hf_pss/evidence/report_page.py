@@ -16,7 +16,7 @@ from hf_pss.evidence.report_records import Event, RunDirectory, TrainingRun, loa
 from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
 from hf_pss.view import canvas
 from hf_pss.view import text_table as text
-from hf_pss.view.heat_map import OUTSIDE_BLOCKS, noise_levels, row_of, stable_rank_figure
+from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
 from hf_pss.view.html_page import MISSING_EXTRA
 
 try:
@@ -96,7 +96,7 @@ def _draw(directory: RunDirectory, folder: Path) -> dict[str, str]:
         figures = {
             "loss": plots.loss_figure(directory),
             "gradient_norm": plots.gradient_figure(directory),
-            "stable_rank": stable_rank_figure(directory),
+            "stable_rank": plots.stable_rank_figure(directory),
         }
         uris = {}
         for name, figure in figures.items():
@@ -124,7 +124,7 @@ def _render(directory: RunDirectory, figures: Mapping[str, str]) -> str:
         sentences=headline(directory),
         lines=list(_summary_lines(directory)),
         figures=figures,
-        noise=noise_levels(directory),
+        noise=plots.noise_levels(directory),
         roles=_roles(directory),
         events=[_event_list(run) for run in directory.runs if run.events],
         methods=[_method(directory, guard) for guard in directory.guards],
@@ -136,7 +136,10 @@ def _render(directory: RunDirectory, figures: Mapping[str, str]) -> str:
 
 def _summary_lines(directory: RunDirectory) -> Iterator[SummaryLine]:
     for guard in directory.guards:
-        runs, tint = directory.of(guard), canvas.colour(directory, guard)
+        runs, tint = (
+            directory.of(guard),
+            plots.colour_of(directory, guard),
+        )
         results = [result(run) for run in runs]
         for run, one in zip(runs, results, strict=True):
             yield SummaryLine(label(guard), tint, str(run.seed), one, is_mean=False)

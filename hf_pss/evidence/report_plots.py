@@ -26,8 +26,17 @@ from hf_pss.view.canvas import (
     style,
     use_log_scale,
 )
+from hf_pss.view.heat_map import HeatMapPanel, heat_map_figure
 
-__all__ = ["gradient_figure", "headline_plot", "loss_figure", "moving_average"]
+__all__ = [
+    "colour_of",
+    "gradient_figure",
+    "headline_plot",
+    "loss_figure",
+    "moving_average",
+    "noise_levels",
+    "stable_rank_figure",
+]
 
 # 1/40 of the run takes the noise of single batches and leaves a spike of ten steps visible.
 _SMOOTHING_FRACTION = 1 / 40
@@ -63,7 +72,7 @@ def loss_figure(directory: RunDirectory) -> Figure:
     figure = new_figure(10, 3.9)
     validation, training = figure.subplots(1, 2)
     for run in directory.runs:
-        tint = colour(directory, run.guard)
+        tint = colour_of(directory, run.guard)
         validation.plot(run.eval_loss.steps, run.eval_loss.values, color=tint, marker="o", ms=2.5)
         _plot_training_loss(training, run, tint)
     limit = _loss_limit(directory)
@@ -82,7 +91,7 @@ def gradient_figure(directory: RunDirectory) -> Figure:
     panels = figure.subplots(1, len(directory.guards), sharex=True, sharey=True, squeeze=False)[0]
     for axes, guard in zip(panels, directory.guards, strict=True):
         run = directory.of(guard)[0]
-        _plot_gradient(axes, run, colour(directory, guard))
+        _plot_gradient(axes, run, colour_of(directory, guard))
         _finish(axes, f"{label(guard)}, seed {run.seed}")
     norms = [directory.of(guard)[0].grad_norm_preclip.finite for guard in directory.guards]
     _scale_norms(panels[0], np.concatenate(norms))
@@ -111,7 +120,7 @@ def headline_plot(run_dir: Path, out_png: Path) -> None:
         figure = new_figure(11, 3.8)
         left, right = figure.subplots(1, 2)
         for guard in directory.guards:
-            runs, tint = directory.of(guard), colour(directory, guard)
+            runs, tint = directory.of(guard), colour_of(directory, guard)
             _plot_mean_and_range(left, [run.eval_loss for run in runs], tint)
             _plot_mean_and_range(right, [_mean_stable_rank(run) for run in runs], tint)
         _finish(left, f"Validation loss{_seed_note(directory)}")
@@ -219,7 +228,7 @@ def _mark_nonfinite(axes: Axes, directory: RunDirectory) -> None:
                 steps,
                 np.full(len(steps), 0.985),
                 "x",
-                color=colour(directory, run.guard),
+                color=colour_of(directory, run.guard),
                 ms=4,
                 transform=axes.get_xaxis_transform(),
             )
@@ -227,7 +236,13 @@ def _mark_nonfinite(axes: Axes, directory: RunDirectory) -> None:
 
 def _legend(figure: Figure, directory: RunDirectory) -> None:
     handles = [
-        Line2D([], [], color=colour(directory, guard), lw=2, label=label(guard))
+        Line2D(
+            [],
+            [],
+            color=colour_of(directory, guard),
+            lw=2,
+            label=label(guard),
+        )
         for guard in directory.guards
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=4)
@@ -254,3 +269,35 @@ def _note(axes: Axes, text: str, *, height: float) -> None:
 def _seed_note(directory: RunDirectory) -> str:
     count = len(directory.seeds)
     return ", one seed" if count == 1 else f", mean and range of {count} seeds"
+
+
+def colour_of(directory: RunDirectory, guard: str) -> str:
+    """Return the colour of a guard in all figures."""
+    return colour(guard, directory.guards, directory.reference)
+
+
+def stable_rank_figure(directory: RunDirectory) -> Figure | None:
+    """Draw the stable ranks of each guard's first seed; None where no run has recorded one."""
+    panels = [
+        HeatMapPanel(
+            title=f"{label(guard)}, seed {run.seed}",
+            steps=run.stable_ranks.steps,
+            names=run.stable_ranks.names,
+            values=run.stable_ranks.values,
+        )
+        for guard in directory.guards
+        for run in directory.of(guard)[:1]
+    ]
+    return heat_map_figure(panels, noise=noise_levels(directory))
+
+
+def noise_levels(directory: RunDirectory) -> dict[str, float]:
+    """Return the stable rank of i.i.d. noise, mn/(√m + √n)², for each shape in the events."""
+    shapes = {
+        tuple(sorted(matrix.shape))
+        for run in directory.runs
+        for event in run.interventions
+        for matrix in event.matrices
+        if len(matrix.shape) == 2 and min(matrix.shape) > 0
+    }
+    return {f"{m}×{n}": m * n / (m**0.5 + n**0.5) ** 2 for m, n in sorted(shapes)}

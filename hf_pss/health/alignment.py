@@ -1,18 +1,15 @@
-"""Alignment of neighbours: does a matrix amplify the direction that the one before writes?
-
-Size of the commutator of the Hessian and Adam's preconditioner, on sampled directions.
-"""
+"""Alignment of neighbours: whether a matrix amplifies the direction that the one before writes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hf_pss.errors import ConfigurationError, SelectionError
+from hf_pss.errors import SelectionError
 from hf_pss.linalg import leading_triplets
 from hf_pss.models.batching import matrix_names, raise_together, stacks
 from hf_pss.models.distributed import Backend
@@ -20,7 +17,6 @@ from hf_pss.models.selection import MatrixView
 
 __all__ = [
     "Neighbours",
-    "commutator_size",
     "measure_alignments",
     "neighbour_alignment",
     "residual_neighbours",
@@ -37,18 +33,17 @@ class Neighbours(NamedTuple):
 def neighbour_alignment(writer: Tensor, reader: Tensor) -> Tensor:
     """Return |v₁(W_{l+1})ᵀ u₁(W_l)|, in [0, 1].
 
-    The cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians: it sees
-    neither what lies between the two matrices (norms, activations, the residual stream) nor any
-    but their first directions. For independent random directions of n dimensions its mean is
-    √(2/πn). Where σ₁ = σ₂ the first direction is any of a plane, and the number means nothing.
+    The cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians. It
+    ignores norms, activations and the residual stream between the two matrices, and all directions
+    but the first. For independent random directions of n dimensions its mean is √(2/πn). If
+    σ₁ = σ₂, the first direction is any in a plane, and the number has no meaning.
 
     Args:
         writer: (..., m, n), W_l, any real floating dtype.
         reader: (..., k, m), W_{l+1}.
 
     Returns:
-        (...), float32, or float64 where both are: 0 where one is zero, NaN where one holds NaN or
-        inf.
+        (...), float32, or float64 if both are: 0 if one is zero, NaN if one holds NaN or inf.
 
     >>> a = torch.outer(torch.tensor([0.6, 0.8]), torch.tensor([1.0, 0.0, 0.0]))
     >>> round(neighbour_alignment(a, torch.tensor([[1.0, 0.0]])).item(), 6)
@@ -60,13 +55,14 @@ def neighbour_alignment(writer: Tensor, reader: Tensor) -> Tensor:
 
 
 def residual_neighbours(views: Sequence[MatrixView]) -> tuple[Neighbours, ...]:
-    """Return who writes into the residual stream and who reads it next, by the model's order.
+    """Return the pairs of writer and next reader of the residual stream, in the model's order.
 
-    [ours] A sublayer is a run of matrices of one block and one role; the last of a run writes what
-    all of the next run but its last read. So of an attention output and the up projections after
-    it, and of a down projection and the q, k, v after it. Pairs whose shapes do not fit, and stacks
-    of experts, are left out. Attention and MLP that stand in parallel count in the order in which
-    the model lists them; two attentions of one block, as in a T5 decoder, count as one.
+    [ours] A sublayer is a run of matrices of one block and one role. The last matrix of a run
+    writes, and all matrices of the next run but its last read. Examples are an attention output
+    with the up projections after it, and a down projection with the q, k, v after it. Pairs whose
+    shapes do not fit, and stacks of experts, are left out. Attention and MLP in parallel count in
+    the order in which the model lists them. Two attentions of one block, as in a T5 decoder, count
+    as one.
 
     >>> def view(name, role, m, n):
     ...     return MatrixView(name, name, role, "h.0", (m, n), False, None, "")
@@ -94,26 +90,26 @@ def measure_alignments(
 ) -> dict[Neighbours, float]:
     """Return the alignment of each pair of neighbours.
 
-    Cost: full, for sampled steps. The first triplet of each matrix that occurs, whole decomposition
-    up to a side of 128; one batched call a shape, and one device-to-host read. Every rank measures
-    all.
+    Cost: full, for sampled steps. The first triplet of each matrix in a pair, by a whole
+    decomposition up to a side of 128; one batched call a shape, and one device-to-host read. Every
+    rank measures all.
 
     Args:
-        views: Where the matrices are.
+        views: The matrices to read.
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
-        neighbours: The pairs; None: those of `residual_neighbours`.
+        neighbours: The pairs; None takes those of `residual_neighbours`.
 
     Raises:
         SelectionError: A pair names a matrix that no view holds.
-        ElsewhereError: A decomposition has failed on another rank; there its error is raised.
+        ElsewhereError: A decomposition has failed on another rank, which raises its error.
     """
     pairs = residual_neighbours(views) if neighbours is None else tuple(neighbours)
     wanted = {name for pair in pairs for name in pair}
     if missing := sorted(wanted.difference(matrix_names(views))):
         raise SelectionError(
-            f"You gave neighbours with {missing[0]!r}, which is none of the {len(views)} views; "
-            "give names of 2-D matrices as a MatrixView has them."
+            f"You gave neighbours with {missing[0]!r}, but none of the {len(views)} views has "
+            "that name; give names of 2-D matrices as a MatrixView has them."
         )
     first: dict[str, tuple[Tensor, Tensor]] = {}
     held = [view for view in views if wanted.intersection(matrix_names([view]))]
@@ -121,7 +117,7 @@ def measure_alignments(
     for stack in stacks(held, parameters, backend):
         try:
             u, v = _first(stack.matrices)
-        except Exception as caught:  # the others wait for this rank in what is gathered next
+        except Exception as caught:  # the other ranks wait for this one in the next gather
             error = caught
             continue
         first |= {name: (u[i], v[i]) for i, name in enumerate(stack.names)}
@@ -133,14 +129,14 @@ def measure_alignments(
     if error is None:
         for i, pair in enumerate(pairs):
             table[i] = _cosine(first[pair.writer][0].float(), first[pair.reader][1].float())
-    *told, has_failed = backend.agree(table)
+    *cosines, has_failed = backend.agree(table)
     if has_failed:
         raise_together(error)
-    return dict(zip(pairs, told, strict=True))
+    return dict(zip(pairs, cosines, strict=True))
 
 
 def _first(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u₁ (..., m) and v₁ (..., n): zero for the zero matrix, NaN for a broken one."""
+    """Return u₁ (..., m) and v₁ (..., n): zero for the zero matrix, NaN where it is not finite."""
     triplets = leading_triplets(weight, 1, check_finite=False)
     sigma = triplets.sigma
     held = torch.where(sigma > 0, 1.0, sigma)  # torch's sign of NaN would be 0
@@ -149,54 +145,3 @@ def _first(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosine(u: Tensor, v: Tensor) -> Tensor:
     return (u * v.to(u.device)).sum(dim=-1).abs().clamp_max(1.0)
-
-
-def commutator_size(
-    product: Callable[[Sequence[Tensor]], Sequence[Tensor]],
-    denominator: Sequence[Tensor],
-    *,
-    num_directions: int = 1,
-    seed: int = 0,
-) -> Tensor:
-    """Return √(mean ‖[H, M]z‖²), z random signs over √n, M = diag(1/d): ≈ ‖[H, M]‖_F/√n.
-
-    The commutator is what makes Adam's update operator non-normal (arXiv 2605.23476); sampling its
-    Frobenius norm by Hutchinson's directions is ours. 0 where M is a multiple of the identity.
-
-    Cost: full. Two Hessian–vector products a direction; nothing is read back.
-
-    Args:
-        product: Hz for z given as tensors of the parameters' shapes.
-        denominator: d = √v̂ + ε by parameter.
-        num_directions: At least 1; the error falls with its root.
-        seed: Of the directions; the global random state is not touched.
-
-    Returns:
-        Scalar, in the units of H/d; NaN where something is not finite.
-
-    Raises:
-        ConfigurationError: Fewer than one direction, or no parameter.
-
-    >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    >>> d = torch.tensor([1.0, 2.0])
-    >>> round(commutator_size(lambda z: [h @ z[0]], [d]).item(), 6)  # [H, M] = ±½ off the diagonal
-    0.5
-    """
-    if num_directions < 1 or not denominator:
-        raise ConfigurationError(
-            f"You gave num_directions={num_directions} and {len(denominator)} parameters; give at "
-            "least one of each."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    num_weights = sum(d.numel() for d in denominator)
-    total = denominator[0].new_zeros(())
-    for _ in range(num_directions):
-        z = [
-            (torch.randint(0, 2, d.shape, generator=generator) * 2 - 1).to(d) / num_weights**0.5
-            for d in denominator
-        ]
-        after = product([a / d for a, d in zip(z, denominator, strict=True)])
-        before = [b / d for b, d in zip(product(z), denominator, strict=True)]
-        for a, b in zip(after, before, strict=True):
-            total = total + (a - b).square().sum().to(total)
-    return (total / num_directions).sqrt()

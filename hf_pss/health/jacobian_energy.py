@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_pss.linalg import leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
-from hf_pss.models.batching import Stack, stacks
+from hf_pss.models.batching import gather, stacks
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
@@ -23,9 +23,9 @@ _ROUNDING = 1e-5
 def jacobian_energy(weight: Tensor, grad: Tensor, *, max_rank: int = DEFAULT_MAX_RANK) -> Tensor:
     """Return SJE(W) = Σ_{i ≤ k} (u_iᵀ G v_i)² / ‖G‖_F², k = ⌊SR(W)⌋, in [0, 1].
 
-    The quantity is of arXiv 2602.01308; projecting on pairs (u_i, v_i), and the cap on k, are
-    ours. A factor on G, such as clipping's, does not change it. On a gradient of i.i.d. noise its
-    mean is k / mn. The cap makes it a lower bound where SR(W) is above.
+    The quantity comes from arXiv 2602.01308. The projection on pairs (u_i, v_i) and the cap on k
+    are ours. A factor on G, such as that of clipping, does not change it. On a gradient of i.i.d.
+    noise its mean is k / mn. If SR(W) exceeds the cap, the result is a lower bound.
 
     Args:
         weight: (..., m, n), any real floating dtype.
@@ -33,7 +33,7 @@ def jacobian_energy(weight: Tensor, grad: Tensor, *, max_rank: int = DEFAULT_MAX
         max_rank: The largest k.
 
     Returns:
-        (...), float32, or float64 for a float64 weight: 0 for a zero weight or gradient, NaN where
+        (...), float32, or float64 for a float64 weight: 0 for a zero weight or gradient, NaN if
         either holds NaN or inf.
 
     >>> jacobian_energy(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2)).item()
@@ -64,36 +64,28 @@ def measure_jacobian_energies(
 ) -> dict[str, float]:
     """Return the stable Jacobian energy of each 2-D matrix by name, before or after clipping.
 
-    Cost: high, for sampled steps. A singular value decomposition of each matrix, whole up to a
+    Cost: full, for sampled steps. A singular value decomposition of each matrix, whole up to a
     side of 128; one batched call a shape, and one device-to-host read.
 
     Args:
-        views: What to read.
+        views: The matrices to read.
         parameters: The model's parameters by canonical name, with gradients.
         backend: How parameters are stored.
         max_rank: The largest number of dominant directions.
 
     Returns:
-        Names to shares; matrices without a gradient are left out; NaN where one is broken.
+        Shares by name. Matrices without a gradient are left out; a share is NaN if its matrix or
+        gradient is not finite.
     """
-    held = [view for view in views if parameters[view.parameter_name].grad is not None]
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    held = [view for view in views if view.parameter_name in grads]
     names: list[str] = []
     shares = []
     for stack in stacks(held, parameters, backend):
         names += stack.names
-        grads = _gradients(stack, parameters, backend)
-        shares.append(jacobian_energy(stack.matrices, grads, max_rank=max_rank))
+        grad = gather(stack.refs, grads, backend)
+        shares.append(jacobian_energy(stack.matrices, grad, max_rank=max_rank))
     if not shares:
         return {}
     device = shares[0].device
     return dict(zip(names, backend.agree(torch.cat([s.to(device) for s in shares])), strict=True))
-
-
-def _gradients(stack: Stack, parameters: Mapping[str, nn.Parameter], backend: Backend) -> Tensor:
-    found = []
-    for slot in stack.refs:
-        grad = parameters[slot.view.parameter_name].grad
-        if grad is not None:  # `held` above has none of these
-            whole = slot.view.read(backend.full(grad))
-            found.append(whole if slot.expert is None else whole[slot.expert])
-    return torch.stack(found)

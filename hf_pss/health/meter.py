@@ -1,4 +1,4 @@
-"""RepresentationMeter: the hidden states of ordinary training forwards, at sampled steps."""
+"""Metrics of the hidden states in ordinary training forwards, at sampled steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.capture import Capture, QuietHooks
+from hf_pss.health.capture import Capture, ForwardHooks
 from hf_pss.health.representations import (
     TokenMask,
     attention_logit_bound,
@@ -31,12 +31,12 @@ __all__ = ["RepresentationMeter", "WatchAttention", "blocks_of"]
 logger = logging.getLogger(__name__)
 
 StopAttention: TypeAlias = Callable[[], tuple[Mapping[str, Tensor], float]]
-"""Stops to measure attention logits, and gives the largest of each head by the attention's name,
-(heads,), of this rank, and the seconds that they took."""
+"""Ends the measurement of attention logits. Returns this rank's largest logit of each head, shape
+(heads,), by the attention's name, and the seconds spent."""
 WatchAttention: TypeAlias = Callable[[], StopAttention]
-"""Starts to measure attention logits; returns what stops."""
+"""Starts the measurement of attention logits, and returns the function that ends it."""
 
-# Of a block over all micro-batches, and of a layer's inputs in each, a rank [ours].
+# Tokens of a block over all micro-batches, and inputs of a layer in each, for each rank [ours].
 _MAX_TOKENS, _MAX_SIGNS = 256, 1024
 _OF_BLOCKS = (
     "token_cosine",
@@ -50,29 +50,31 @@ _OF_BLOCKS = (
 )
 _DIVERSITY, _NORM, _LOGIT = "sign_diversity", "largest_input", "attention_logit_max"
 _MAXIMA = {_NORM, _LOGIT}
-# Where modules of transformers have what multiplies q·k.
+# Attributes of transformers' modules that hold the factor on q·k.
 _SCALES = ("scaling", "softmax_scale", "inv_norm_factor", "scale")
 _MOST_NAMES = 3
 _BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
 
 
 class RepresentationMeter:
-    """Listens to one training step, and measures what passed.
+    """Observes one training step with hooks, and measures three things on each rank.
 
-    Of each block a uniform sample of at most 256 of its output tokens a rank, masked ones left out
-    where the model is given a 2-D ``attention_mask`` of their shape (an encoder-decoder's is of the
-    encoder); of each linear layer how at most 1,024 inputs of a micro-batch stand to v₁; of each
-    attention whose scale is known the longest input, for the bound. Hooks are there between `arm`
-    and `read`, see `QuietHooks`: the model's output is the same to the bit. A model that was
-    compiled before they came runs none of them. Where nobody reads, as after a step that raised,
-    they are gone with the first forward pass after trained weights were written in place.
+    - Of each block, a uniform sample of at most 256 output tokens. If the model gets a 2-D
+      ``attention_mask`` of their shape, masked tokens are left out. (The mask of an encoder-decoder
+      belongs to the encoder.)
+    - Of each linear layer, the alignment of at most 1,024 inputs a micro-batch with v₁.
+    - Of each attention with a known scale, the longest input, for the bound of its logits.
+
+    The hooks exist between `arm` and `read`, see `ForwardHooks`, and leave the model's output the
+    same to the bit. A model that was compiled before `arm` runs none of them. If `read` never
+    comes, as after a step that raised, the first forward pass after an update removes them.
 
     Cost: full, for sampled steps. One device-to-host read, and one of the mask a micro-batch.
 
     Args:
         model: Wrapped or not.
-        selection: Its matrices. Where there are adapters, queries and keys are more than what the
-            weights give, and logits are not bounded.
+        selection: The model's matrices. With adapters, logits are not bounded, because the weights
+            alone do not give queries and keys.
         backend: How parameters are stored.
     """
 
@@ -97,7 +99,7 @@ class RepresentationMeter:
                 self._layers.setdefault(layer, []).append(view.name)
         self._attentions: Sequence[AttentionHeads] = find_heads(model)[0]
         scales = {a.name: _scale_of(a.module) for a in self._attentions}
-        # With adapters queries and keys are more than what the weights give.
+        # With adapters the weights alone do not give queries and keys.
         self._scales = {
             name: scale
             for name, scale in scales.items()
@@ -108,14 +110,14 @@ class RepresentationMeter:
             for module in model.modules()
         )
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._told: set[str] = set()
+        self._has_warned: set[str] = set()
         self._stop: StopAttention | None = None
         self._begin()
 
     def _begin(self) -> None:
-        """Forget the last step."""
+        """Drop the state of the last step."""
         self._is_armed = False
-        self._hooks = QuietHooks(self._model)
+        self._hooks = ForwardHooks(self._model)
         self._capture = Capture(self._blocks, max_tokens=_MAX_TOKENS, seed=0, choose=self._counting)
         self._mask: TokenMask | None = None
         self._num_writes: int | None = None
@@ -127,25 +129,25 @@ class RepresentationMeter:
 
     @property
     def seconds(self) -> float:
-        """Spent in the hooks of the last armed step, and on its attention logits."""
+        """Time spent in the hooks of the last armed step, and on its attention logits."""
         return self._hooks.seconds + self._logit_seconds
 
     @property
     def is_armed(self) -> bool:
-        """Whether there is a step to read."""
+        """Whether a step has begun that `read` can end."""
         return self._is_armed
 
     def watch_attention(self, watch: WatchAttention) -> None:
-        """Measure attention logits, too, which are only bounded without this."""
+        """Measure attention logits as well. Without it they are only bounded."""
         self._watch = watch
         if self._hooks and self._stop is None:
             self._stop = watch()
 
     def arm(self, directions: Mapping[str, Tensor]) -> None:
-        """Listen from now on, to one step.
+        """Register the hooks for one step.
 
         Args:
-            directions: v₁ of the matrices by name, (n,); those without one have no diversity.
+            directions: v₁ of the matrices by name, (n,). Others get no sign diversity.
         """
         self.disarm()
         self._begin()
@@ -169,28 +171,28 @@ class RepresentationMeter:
             self._stop = self._watch()
 
     def disarm(self) -> None:
-        """Stop listening, with nothing to read."""
+        """Remove the hooks without a reading."""
         self._is_armed = False
-        self._listen_no_more()
+        self._remove_hooks()
 
-    def _listen_no_more(self) -> None:
+    def _remove_hooks(self) -> None:
         self._hooks.remove()
         stop, self._stop = self._stop, None
         if stop is not None:
             self._logits, self._logit_seconds = stop()
 
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
-        """Stop listening; return each metric by block, matrix or attention; all ranks must call.
+        """Remove the hooks, and return each metric by block, matrix or attention.
 
-        Means over ranks, each of its own sample; of logits the largest. What was not applied is
-        left out, and what holds NaN is NaN.
+        All ranks must call it. Metrics are means over the ranks' samples; logits are maxima. Blocks
+        that were not applied are left out. A sample with NaN gives NaN.
 
         Args:
-            parameters: By canonical name, for the bound.
+            parameters: Parameters by canonical name, for the bound.
 
         Raises:
-            ConfigurationError: The hooks of no rank saw anything.
-            ElsewhereError: A hook has failed on another rank; where it did, its error is raised.
+            ConfigurationError: No hook ran on any rank.
+            ElsewhereError: A hook has failed on another rank, which raises its error.
         """
         error = None
         own: dict[tuple[str, str], Tensor] = {}
@@ -199,9 +201,9 @@ class RepresentationMeter:
             if self._hooks.error is not None:
                 raise self._hooks.error
             own = self._measured()
-        except Exception as caught:  # told to all before it is raised
+        except Exception as caught:  # raised after the exchange with the other ranks
             error = caught
-        self._tell_unmasked()
+        self._warn_unmasked()
         joined = self._joined(own, error)
         norms = joined.pop(_NORM, {})
         if bounds := self._bounds(norms, parameters):
@@ -211,26 +213,26 @@ class RepresentationMeter:
     # ---- the hooks ----
 
     def _see_batch(self, module: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
-        # Of the first pass, not of `arm`: schedule-free optimizers swap weights in between.
+        # Count from the first pass, because schedule-free optimizers swap weights after `arm`.
         num_writes = sum(parameter._version for parameter in self._trained)
         if self._num_writes is None:
             self._num_writes = num_writes
         if num_writes != self._num_writes:
-            self._listen_no_more()
+            self._remove_hooks()
             return
         mask = named.get("attention_mask")
         is_usual = isinstance(mask, Tensor) and mask.ndim == 2
         self._mask = TokenMask(mask) if is_usual else None  # type: ignore[arg-type]
 
     def _counting(self, name: str, hidden: Tensor) -> Tensor:
-        """Return the positions that count of a module's hidden states, on the host."""
+        """Return the positions of the tokens that count, on the host."""
         mask = self._mask
         if mask is not None:
             is_its_own = not self._has_two_sequences or _is_of_encoder(name)
             if is_its_own and mask.fits(hidden):
                 return mask.positions
-            if mask.hides_some and name in self._blocks and name not in self._told:
-                self._told.add(name)
+            if mask.hides_some and name in self._blocks and name not in self._has_warned:
+                self._has_warned.add(name)
                 self._unmasked.append(name)
         return torch.arange(hidden.shape[:-1].numel())
 
@@ -258,11 +260,11 @@ class RepresentationMeter:
 
     # ---- the numbers ----
 
-    def _tell_unmasked(self) -> None:
+    def _warn_unmasked(self) -> None:
         if self._unmasked:
             hidden = len(self._unmasked) - _MOST_NAMES
             logger.warning(
-                "The model's attention_mask is not of the tokens of %s%s: all of them count in "
+                "The model's attention_mask does not fit the tokens of %s%s: all of them count in "
                 "health metrics, padding too.",
                 ", ".join(self._unmasked[:_MOST_NAMES]),
                 f" and {hidden} more blocks" if hidden > 0 else "",
@@ -297,21 +299,24 @@ class RepresentationMeter:
     def _joined(
         self, own: Mapping[tuple[str, str], Tensor], error: Exception | None
     ) -> dict[str, dict[str, float]]:
-        """Tell all ranks every rank's numbers: a place for each, whatever this one has seen."""
+        """Exchange the numbers with all ranks, and combine them.
+
+        The layout depends on the model alone, not on this rank's sample.
+        """
         attentions = [attention.name for attention in self._attentions]
         keys = [(metric, name) for metric in _OF_BLOCKS for name in self._blocks]
         keys += [(_DIVERSITY, name) for names in self._layers.values() for name in names]
         keys += [(metric, name) for metric in (_NORM, _LOGIT) for name in attentions]
         device = next(self._model.parameters()).device
         has_failed = torch.tensor(error is not None, dtype=torch.float64)
-        # No metric that is a mean can be inf, and no maximum −inf: that is, not seen.
+        # A mean is never inf and a maximum never −inf, so these values stand for "not seen".
         unseen = {True: torch.tensor(-math.inf), False: torch.tensor(math.inf)}
         numbers = [own.get(key, unseen[key[0] in _MAXIMA]) for key in keys]
         row = torch.stack([x.detach().to(device).double() for x in (has_failed, *numbers)])
         table = row.new_zeros(self._backend.world_size, len(row))
         table[self._backend.rank] = row
-        told = torch.tensor(self._backend.sum_to_host(table.flatten()), dtype=torch.float64)
-        flags, *columns = told.view_as(table).mT
+        every = torch.tensor(self._backend.sum_to_host(table.flatten()), dtype=torch.float64)
+        flags, *columns = every.view_as(table).mT
         if flags.any():
             raise_together(error)
         joined: dict[str, dict[str, float]] = {}
@@ -322,15 +327,15 @@ class RepresentationMeter:
                 joined.setdefault(metric, {})[name] = float(number)
         if not joined:
             raise ConfigurationError(
-                "nothing was seen of a training step, as where the model was compiled, or called "
-                "in evaluation mode; with pss_health=standard there are no hooks"
+                "no hook ran in a training step; the model may be compiled, or called in "
+                "evaluation mode. pss_health=standard uses no hooks"
             )
         return joined
 
     def _bounds(
         self, norms: Mapping[str, float], parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, float]:
-        """Bound the logits of each attention whose inputs were seen; every rank alike."""
+        """Return a bound of the logits of each attention with known inputs, equal on all ranks."""
         found = {}
         for attention in self._attentions:
             if attention.name not in norms:
@@ -365,7 +370,7 @@ class RepresentationMeter:
 
 
 def _scale_of(attention: nn.Module) -> float | None:
-    """Return what multiplies q·k; None where no number says it (GPT-Neo has none, and no scale)."""
+    """Return the factor on q·k; None without such an attribute (GPT-Neo does not scale)."""
     values = (getattr(attention, name, None) for name in _SCALES)
     # Not bool, which is an int.
     numbers = (v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
@@ -373,13 +378,16 @@ def _scale_of(attention: nn.Module) -> float | None:
 
 
 def _is_of_encoder(name: str) -> bool:
-    """Tell by the outermost name: a decoder may be a model that calls its own blocks an encoder."""
+    """Return whether a block belongs to the encoder, judged by the outermost name.
+
+    A decoder may be a model that calls its own blocks an encoder.
+    """
     parts = (part for part in name.split(".") if part in ("encoder", "decoder"))
     return next(parts, None) == "encoder"
 
 
 def blocks_of(selection: Selection) -> tuple[str, ...]:
-    """Return the names of the blocks that hold matrices; of adapters, up to the first number."""
+    """Return the names of the blocks with matrices; those of adapters end at the first number."""
     found = [view.block for view in selection.matrices]
     adapted = (_BLOCK.match(view.name) for view in selection.adapters)
     found += [match.group() for match in adapted if match is not None]

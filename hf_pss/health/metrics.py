@@ -1,4 +1,4 @@
-"""The table of health metrics: what each is called, its unit, its source and its cost."""
+"""The table of health metrics: name, unit, source and cost of each."""
 
 from __future__ import annotations
 
@@ -10,127 +10,101 @@ from typing import Literal, TypeAlias
 __all__ = ["METRICS", "PRESETS", "Cost", "Level", "Metric", "metrics_of"]
 
 Cost: TypeAlias = Literal["light", "standard", "full"]
-"""For every step, for every few, or for sampled ones; docs/health.md has the measured times."""
+"""For every step, for every few steps, or for sampled steps. docs/health.md has the times."""
 
 Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer", "representations"]
-"""What a metric is read from."""
+"""The tensors that a metric reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the table; the code is in the module of `hf_pss` that `module` names."""
+    """One row of the table."""
 
     name: str
-    """Unique: the last part of a scalar's name where it is reported."""
+    """Unique; the last part of a scalar's name in reports."""
     level: Level
     unit: str
     """"1" for a number without unit; "weight" and "gradient" for the units of those."""
     cost: Cost
     module: str
-    """Below `hf_pss`."""
+    """Of the code, below `hf_pss`."""
     source: str
-    """Where the formula was published, or the formula where it is a textbook's; "ours" where it was
-    not."""
+    """Publication of the formula, or a textbook's formula itself; "ours" for our own."""
     in_runs: bool = True
-    """Whether `HealthMonitor` measures it; the others are called on demand."""
+    """Whether `HealthMonitor` measures it. You call the others yourself."""
 
 
-_ROWS = (
-    Metric("spectral_norm", "weights", "weight", "light", "health.tracked", "Golub & Van Loan"),
-    Metric("stable_rank", "weights", "1", "light", "health.tracked", "arXiv 2602.01308"),
-    Metric("frobenius_norm", "weights", "weight", "light", "health.tracked", "‖W‖_F"),
-    Metric("change_rate", "weights", "1/step", "light", "health.relative_update", "ours"),
-    Metric(
-        "low_rank_distance",
-        "weights",
-        "1",
-        "full",
-        "health.low_rank_distance",
-        "Eckart & Young 1936; arXiv 2402.03991; relative: ours",
+_LOW_RANK = "Eckart & Young 1936; arXiv 2402.03991; relative: ours"
+_MEASUREMENTS = "models.measurements"
+_OPERATOR = "update_operator"
+_TOKENS = "representations"
+# By level: name, unit, cost, module below `hf_pss.health` unless it has a dot, source.
+_ROWS: Mapping[Level, tuple[tuple[str, str, Cost, str, str], ...]] = {
+    "weights": (
+        ("spectral_norm", "weight", "light", "tracked", "Golub & Van Loan"),
+        ("stable_rank", "1", "light", "tracked", "arXiv 2602.01308"),
+        ("frobenius_norm", "weight", "light", "tracked", "‖W‖_F"),
+        ("change_rate", "1/step", "light", "relative_update", "ours"),
+        ("low_rank_distance", "1", "full", "spectra", _LOW_RANK),
+        ("effective_rank", "1", "full", "spectra", "Roy & Vetterli 2007"),
+        ("neighbour_alignment", "1", "full", "alignment", "arXiv 2602.01734"),
     ),
-    Metric(
-        "effective_rank", "weights", "1", "full", "health.singular_values", "Roy & Vetterli 2007"
+    "gradients": (
+        ("grad_norm", "gradient", "light", _MEASUREMENTS, "‖G‖_F"),
+        ("spike_score", "1", "light", "spike_score", "OLMo-core; NaN: ours"),
+        ("jacobian_energy", "1", "full", "jacobian_energy", "arXiv 2602.01308; projection: ours"),
     ),
-    Metric("neighbour_alignment", "weights", "1", "full", "health.alignment", "arXiv 2602.01734"),
-    Metric("grad_norm", "gradients", "gradient", "light", "models.measurements", "‖G‖_F"),
-    Metric("spike_score", "gradients", "1", "light", "health.spike_score", "OLMo-core; NaN: ours"),
-    Metric(
-        "jacobian_energy",
-        "gradients",
-        "1",
-        "full",
-        "health.jacobian_energy",
-        "arXiv 2602.01308; projection: ours",
-        in_runs=False,
+    "updates": (
+        ("update_norm", "weight", "standard", _MEASUREMENTS, "‖ΔW‖_F"),
+        (
+            "relative_update",
+            "1/step",
+            "standard",
+            "relative_update",
+            "arXiv 1708.03888, 1904.00962",
+        ),
+        ("spectral_edge", "1", "standard", "spectral_edge", "arXiv 2603.28964; projections: ours"),
     ),
-    Metric(
-        "update_norm",
-        "updates",
-        "weight",
-        "standard",
-        "models.measurements",
-        "‖ΔW‖_F",
-        in_runs=False,
+    "optimizer": (
+        ("sqrt_condition", "1", "standard", _OPERATOR, "arXiv 2605.23476; trimmed: ours"),
+        ("exceptional_distance", "1", "light", _OPERATOR, "arXiv 2605.23476; relative: ours"),
+        (
+            "commutator_size",
+            "hessian/gradient",
+            "full",
+            _OPERATOR,
+            "arXiv 2605.23476; sampling: ours",
+        ),
     ),
-    Metric(
-        "relative_update",
-        "updates",
-        "1/step",
-        "standard",
-        "health.relative_update",
-        "arXiv 1708.03888, 1904.00962",
+    "representations": (
+        ("token_cosine", "1", "full", _TOKENS, "arXiv 2602.01308"),
+        ("gram_log_det", "nat", "full", _TOKENS, "arXiv 2601.03385; bounds: ours"),
+        ("token_mean_share", "1", "full", _TOKENS, "Papyan et al. 2020, NC1; ours"),
+        ("token_top_share", "1", "full", _TOKENS, "one over the stable rank"),
+        ("token_centred_top_share", "1", "full", _TOKENS, "ours"),
+        ("token_effective_rank", "1", "full", _TOKENS, "Roy & Vetterli 2007"),
+        ("sign_diversity", "1", "full", "sign_diversity", "arXiv 2510.04202; the number: ours"),
+        ("attention_logit_bound", "1", "full", _TOKENS, "Cauchy–Schwarz"),
+        ("attention_logit_max", "1", "full", "meter", "arXiv 2507.20534"),
     ),
-    Metric(
-        "spectral_edge",
-        "updates",
-        "1",
-        "standard",
-        "health.spectral_edge",
-        "arXiv 2603.28964; projections: ours",
-    ),
-    Metric(
-        "sqrt_condition",
-        "optimizer",
-        "1",
-        "standard",
-        "health.preconditioner",
-        "arXiv 2605.23476; trimmed: ours",
-    ),
-    Metric(
-        "exceptional_distance",
-        "optimizer",
-        "1",
-        "light",
-        "health.relative_update",
-        "arXiv 2605.23476; relative: ours",
-        in_runs=False,
-    ),
-    Metric(
-        "commutator_size",
-        "optimizer",
-        "hessian/gradient",
-        "full",
-        "health.alignment",
-        "arXiv 2605.23476; sampling: ours",
-        in_runs=False,
-    ),
-    *(
-        Metric(name, "representations", unit, "full", f"health.{module}", source)
-        for name, unit, module, source in (
-            ("token_cosine", "1", "representations", "arXiv 2602.01308"),
-            ("gram_log_det", "nat", "representations", "arXiv 2601.03385; bounds: ours"),
-            ("token_mean_share", "1", "representations", "Papyan et al. 2020, NC1; ours"),
-            ("token_top_share", "1", "representations", "one over the stable rank"),
-            ("token_centred_top_share", "1", "representations", "ours"),
-            ("token_effective_rank", "1", "representations", "Roy & Vetterli 2007"),
-            ("sign_diversity", "1", "sign_diversity", "arXiv 2510.04202; the number: ours"),
-            ("attention_logit_bound", "1", "representations", "Cauchy–Schwarz"),
-            ("attention_logit_max", "1", "meter", "arXiv 2507.20534"),
+}
+_ON_DEMAND = {"jacobian_energy", "update_norm", "exceptional_distance", "commutator_size"}
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        name: Metric(
+            name=name,
+            level=level,
+            unit=unit,
+            cost=cost,
+            module=module if "." in module else f"health.{module}",
+            source=source,
+            in_runs=name not in _ON_DEMAND,
         )
-    ),
+        for level, rows in _ROWS.items()
+        for name, unit, cost, module, source in rows
+    }
 )
-
-METRICS: Mapping[str, Metric] = MappingProxyType({row.name: row for row in _ROWS})
 """Every metric by name, read-only."""
 
 _ORDER: tuple[Cost, ...] = ("light", "standard", "full")
@@ -143,8 +117,8 @@ def metrics_of(cost: Cost) -> tuple[str, ...]:
     (('spectral_norm', 'stable_rank'), False)
     """
     allowed = _ORDER[: _ORDER.index(cost) + 1]
-    return tuple(row.name for row in _ROWS if row.in_runs and row.cost in allowed)
+    return tuple(row.name for row in METRICS.values() if row.in_runs and row.cost in allowed)
 
 
 PRESETS: Mapping[Cost, tuple[str, ...]] = MappingProxyType({c: metrics_of(c) for c in _ORDER})
-"""Names by preset: each holds the one before it."""
+"""Names by preset; each preset contains the one before it."""

@@ -1,4 +1,4 @@
-"""HealthMonitor: a preset's metrics at the right moments of a step; it never ends a run."""
+"""The metrics of a preset, each measured at its moment of a training step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from torch.optim import Optimizer
 from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.alignment import measure_alignments
-from hf_pss.health.low_rank_distance import measure_low_rank_distances
 from hf_pss.health.meter import RepresentationMeter, WatchAttention
 from hf_pss.health.metrics import Cost
-from hf_pss.health.preconditioner import has_moved, measure_denominators, whole_model
 from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
-from hf_pss.health.singular_values import effective_rank_of, measure_spectra
+from hf_pss.health.spectra import (
+    effective_rank_of,
+    measure_low_rank_distances,
+    measure_spectra,
+)
 from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spike_score import SpikeScore
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
+from hf_pss.health.update_operator import ConditionAlarm, measure_denominators, whole_model
 from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.distributed import Backend
 from hf_pss.models.measurements import measure_matrix_grad_norms
@@ -36,14 +39,12 @@ __all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVERY_STEPS: Mapping[Cost, int] = {"light": 10, "standard": 10, "full": 100}
-"""Rhythm of readings where none was given [ours]."""
+"""Default number of steps between readings [ours]."""
 
 _VERSION = 1
 _WHAT = "the state of the health monitor"
-# Readings before the preconditioner's bound has a past, and the weight of the newest [ours].
-_CALIBRATION_READINGS, _ALPHA = 10, 0.1
 _LOW_RANK = 8
-# The end at which a matrix is the worst; the largest for all others.
+# Metrics whose smallest value is the worst. Of all others the largest is.
 _SMALLEST_IS_WORST = {
     "stable_rank",
     "effective_rank",
@@ -57,23 +58,23 @@ _SMALLEST_IS_WORST = {
 
 
 class HealthMonitor:
-    """Measures one model while it trains; changes nothing and decides nothing.
+    """Measures one model while it trains, and changes nothing.
 
-    At every step: the tracker's refresh, the spike scores, and nothing else. At the steps of the
-    rhythm it reads all that the preset holds; docs/health.md has the measured shares of a step.
-    Whatever a metric raises is one warning that names it. `registry.PRESETS` has the metrics of
-    each preset; where an update cannot be held back, those of gradients and of one update are left
+    Every step refreshes the tracker of σ₁ and updates the spike scores. Every ``every_steps``-th
+    step measures the whole preset, see `hf_pss.health.metrics.PRESETS`; docs/health.md has the
+    share of a step that this takes. An error of a metric becomes one warning that names the metric.
+    If the backend cannot hold an update back, metrics of gradients and of single updates are left
     out, with one warning.
 
     Args:
-        selection: What to measure; of LoRA products σ₁, ‖W‖_F and the stable rank only.
+        selection: The matrices. Of LoRA products only σ₁, ‖W‖_F and the stable rank are measured.
         backend: How parameters are stored. All ranks must make every call.
         preset: ``light``, ``standard`` or ``full``.
-        every_steps: Rhythm of readings; 0: that of `DEFAULT_EVERY_STEPS`.
-        model: What `full` listens to, at the steps of the rhythm; without it, no representations.
+        every_steps: Steps between readings; 0 takes `DEFAULT_EVERY_STEPS`.
+        model: The model whose hidden states `full` measures; None leaves them out.
 
     Raises:
-        ConfigurationError: A rhythm below 0, or no such preset.
+        ConfigurationError: The number of steps is below 0, or the preset unknown.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class HealthMonitor:
             )
         self.every_steps = every_steps or DEFAULT_EVERY_STEPS[preset]
         self.seconds = 0.0
-        """Spent here since the start of the run, or since it was resumed."""
+        """Time spent in this object since the start of the run, or since its resumption."""
         self._views, self._adapters = selection.matrices, selection.adapters
         self._backend = backend
         self._is_standard, self._is_full = preset != "light", preset == "full"
@@ -102,29 +103,29 @@ class HealthMonitor:
         followed = ["spectral_norm", "frobenius_norm", *(["effective_rank"] * self._is_full)]
         self._rates = {name: ChangeRates() for name in followed}
         self._spikes = {name: SpikeScore() for name in ("loss", "grad_norm")}
-        self._reference, self._num_references = 0.0, 0
+        self._condition_alarm = ConditionAlarm()
         self._has_warned: set[str] = set()
         self._step_is_due = False
         self._grad_norms: dict[str, float] = {}
         self._representations: RepresentationMeter | None = None
         if not backend.can_hold_back and backend.rank == 0:
             logger.warning(
-                "The health metrics grad_norm and relative_update are left out: under DeepSpeed an "
-                "update has been applied, and its gradients dropped, before anybody can look."
+                "The health metrics grad_norm and relative_update are left out: DeepSpeed applies "
+                "an update and drops its gradients before PSS can read them."
             )
-        is_empty = not selection.matrices and not selection.adapters  # no block to listen to
+        is_empty = not selection.matrices and not selection.adapters  # then there is no block
         if self._is_full and model is not None and not is_empty:
             with self._guard("representations"):
                 self._representations = RepresentationMeter(model, selection, backend)
 
     def watch_attention(self, watch: WatchAttention) -> None:
-        """Measure the largest attention logits with this, too, at steps that `full` samples."""
+        """Also measure the largest attention logits, by this function, at steps of `full`."""
         if self._representations is not None:
             with self._guard("attention_logit_max"):
                 self._representations.watch_attention(watch)
 
     def before_step(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Listen to the forward passes of a step that `full` samples; else there is no hook.
+        """Register the hooks of `full` for the forward passes of a step that is due.
 
         Args:
             step: Number of the step that begins.
@@ -139,27 +140,27 @@ class HealthMonitor:
                 self._representations.disarm()
 
     def stop(self) -> None:
-        """Take hooks away that a run's end has left without a step."""
+        """Remove hooks that are left at the end of a run."""
         if self._representations is not None:
             with self._guard("representations"):
                 self._representations.disarm()
 
     def is_due(self, step: int) -> bool:
-        """Tell whether there will be a reading of this step."""
+        """Return whether this step gets a reading."""
         return step % self.every_steps == 0
 
     def before_update(
         self, step: int, parameters: Mapping[str, nn.Parameter], grad_norm_preclip: float | None
     ) -> None:
-        """Look at gradients, which may be clipped, and remember the weights, if a reading is due.
+        """Measure gradients, clipped or not, and copy the weights, if a reading is due.
 
-        Nothing where the backend cannot hold an update back: it has happened by now.
+        If the backend cannot hold an update back, the update is over, and this does nothing.
 
         Args:
             step: Number of the step that ends with this update.
             parameters: The model's parameters by canonical name, with gradients.
-            grad_norm_preclip: Global norm before clipping; without a finite one the matrices'
-                gradient norms are left out.
+            grad_norm_preclip: Global norm before clipping. Without a finite one the gradient norms
+                of matrices are left out.
         """
         self._grad_norms = {}
         self._step_is_due = self.is_due(step) and self._backend.can_hold_back
@@ -189,14 +190,14 @@ class HealthMonitor:
         loss: float | None = None,
         grad_norm_preclip: float | None = None,
     ) -> HealthReading | None:
-        """Follow the weights, and return a reading where one is due.
+        """Follow the weights, and return a reading if one is due.
 
         Args:
             step: As in `before_update`.
-            parameters: As there.
-            optimizer: Holds the second moments; without it the preconditioner is left out.
-            loss: Of this step, the same on all ranks or not.
-            grad_norm_preclip: As there.
+            parameters: As in `before_update`.
+            optimizer: Holds the second moments; None leaves the preconditioner out.
+            loss: Loss of this step; ranks may have different ones.
+            grad_norm_preclip: As in `before_update`.
         """
         with self._clock():
             for name, value in (("loss", loss), ("grad_norm", grad_norm_preclip)):
@@ -212,23 +213,24 @@ class HealthMonitor:
         return reading
 
     def state(self) -> dict[str, JSON]:
-        """Return what is small of the windows, as strict JSON: spike scores and the reference.
+        """Return the spike scores and the reference of the preconditioner, as strict JSON.
 
-        The tracker's vectors, the rates' last values and the spectral edge's updates are not part
-        of it: the first begin with a cold start, the others with no number.
+        The tracker's vectors, the last values of rates and the updates of the spectral edge are not
+        saved. After a resume the tracker makes a cold start, and the others have no number at
+        first.
         """
         return {
             "version": _VERSION,
             "spikes": {name: score.state() for name, score in self._spikes.items()},
-            "reference": self._reference,
-            "num_references": self._num_references,
+            "reference": self._condition_alarm.reference,
+            "num_references": self._condition_alarm.num_readings,
         }
 
     def restore(self, state: object) -> None:
-        """Go on from a saved state.
+        """Restore a saved state.
 
         Raises:
-            StateError: It is no such state; windows begin anew.
+            StateError: The state is damaged or of another kind. The windows are empty.
         """
         check_version(state, _VERSION, _WHAT)
         found = read_object(state, ("version", "spikes", "reference", "num_references"), _WHAT)
@@ -241,7 +243,8 @@ class HealthMonitor:
         except StateError:
             self._spikes = {name: SpikeScore() for name in self._spikes}
             raise
-        self._reference, self._num_references = reference, num_references
+        self._condition_alarm.reference = reference
+        self._condition_alarm.num_readings = num_references
 
     # ---- inside ----
 
@@ -275,18 +278,18 @@ class HealthMonitor:
         self, parameters: Mapping[str, nn.Parameter], scalars: dict[str, float]
     ) -> dict[str, dict[str, float]]:
         found = self._tracker.read(parameters)
-        if found:  # what has no residual was measured apart, or is broken
+        if found:  # a residual of NaN means "measured apart" or "not finite"
             stale = [one for one in found.values() if one.is_stale and not math.isnan(one.residual)]
             scalars["spectral_norm/num_stale"] = float(len(stale))
         products = measure_adapter_spectra(self._adapters, parameters, self._backend)
         both: dict[str, TrackedSpectrum | AdapterSpectrum] = {**found, **products}
-        told = {
+        measured = {
             "spectral_norm": {name: one.sigma for name, one in both.items()},
             "stable_rank": {name: one.stable_rank for name, one in both.items()},
             "frobenius_norm": {name: one.frobenius for name, one in both.items()},
             "spectral_norm_residual": {name: one.residual for name, one in found.items()},
         }
-        return {name: values for name, values in told.items() if values}
+        return {name: values for name, values in measured.items() if values}
 
     def _read_standard(
         self,
@@ -320,34 +323,25 @@ class HealthMonitor:
             self._compare(both.trimmed_sqrt_condition)
 
     def _compare(self, condition: float) -> None:
-        """Warn where the preconditioner has moved by an order of magnitude from its past.
-
-        The past begins anew then: the next warning is for the next such move, ten readings later
-        at the soonest. Rank 0 speaks; all of them know the same.
-        """
-        speaks = self._backend.rank == 0
-        if not math.isfinite(condition):
-            if speaks and "non-finite condition" not in self._has_warned:
-                self._has_warned.add("non-finite condition")
-                logger.warning(
-                    "Adam's preconditioner has no condition: √κ(M), trimmed, is %s, for a second "
-                    "moment is NaN, inf or, with eps=0, zero. Such readings are passed over.",
-                    condition,
-                )
+        """Warn on rank 0 if the preconditioner has moved by an order of magnitude."""
+        is_finite = math.isfinite(condition)
+        before = self._condition_alarm.update(condition) if is_finite else None
+        if self._backend.rank != 0:
             return
-        is_calibrated = self._num_references >= _CALIBRATION_READINGS
-        if is_calibrated and has_moved(self._reference, condition):
-            if speaks:
-                logger.warning(
-                    "Adam's preconditioner has moved by an order of magnitude: √κ(M), trimmed, is "
-                    "%.3g against %.3g before. See sqrt_condition in docs/health.md.",
-                    condition,
-                    self._reference,
-                )
-            self._num_references = 0
-        old = condition if self._num_references == 0 else self._reference
-        self._reference = old + _ALPHA * (condition - old)
-        self._num_references += 1
+        if not is_finite and "non-finite condition" not in self._has_warned:
+            self._has_warned.add("non-finite condition")
+            logger.warning(
+                "Adam's preconditioner has no condition number: √κ(M), trimmed, is %s. A second "
+                "moment is NaN, inf or, with eps=0, zero. PSS ignores such readings.",
+                condition,
+            )
+        if before is not None:
+            logger.warning(
+                "Adam's preconditioner has moved by an order of magnitude: √κ(M), trimmed, is "
+                "%.3g against %.3g before. See sqrt_condition in docs/health.md.",
+                condition,
+                before,
+            )
 
     def _read_full(
         self,
@@ -379,9 +373,9 @@ class HealthMonitor:
         try:
             matrices |= meter.read(parameters)
         except Exception as error:
-            # Its hooks are in the model: they do not come again.
+            # Its hooks run inside the model, so they are not tried again.
             self._representations = None
-            self._warn("representations", error, "It is measured no more in this run.")
+            self._warn("representations", error, "PSS does not measure it again in this run.")
         self.seconds += meter.seconds
 
     @contextmanager
@@ -394,18 +388,18 @@ class HealthMonitor:
 
     @contextmanager
     def _guard(self, metric: str) -> Iterator[None]:
-        """Turn whatever a metric raises into one warning a metric and run: it is only looked at."""
+        """Turn any error of a metric into one warning a metric and run."""
         try:
             yield
         except Exception as error:
-            then = "It is tried again at the next reading, without another warning."
+            then = "PSS tries it again at the next reading, without another warning."
             self._warn(metric, error, then)
 
     def _warn(self, metric: str, error: Exception, then: str) -> None:
         if metric not in self._has_warned:
             self._has_warned.add(metric)
             logger.warning(
-                "The health metric %s failed: %s: %s. Training goes on without this number. %s",
+                "The health metric %s failed: %s: %s. Training continues without this number. %s",
                 metric,
                 type(error).__name__,
                 str(error).rstrip("."),
@@ -414,7 +408,7 @@ class HealthMonitor:
 
 
 def describe(reading: HealthReading) -> str:
-    """Return one line for people: the worst of each metric, and the matrix that has it.
+    """Return a line of text with the worst value of each metric and its matrix.
 
     >>> describe(HealthReading(3, matrices={"stable_rank": {"a": 2.0, "b": 1.5}}))
     'Health, step 3: stable_rank 1.5 (b).'
@@ -428,7 +422,7 @@ def describe(reading: HealthReading) -> str:
 
 
 def _worst(metric: str, values: Mapping[str, float]) -> str:
-    """NaN before all; then the smallest or the largest."""
+    """Return the name with the worst value: NaN first, then the smallest or the largest."""
     sign = -1.0 if metric in _SMALLEST_IS_WORST else 1.0
     return max(values, key=lambda name: (math.isnan(values[name]), sign * _number(values[name])))
 
@@ -438,7 +432,7 @@ def _number(value: float) -> float:
 
 
 def _summary(values: Collection[float]) -> dict[str, float]:
-    """Return extremes and median of the finite ones, and how many others there are, if any."""
+    """Return extremes and median of the finite values, and the number of others, if any."""
     every = list(values)
     finite = [x for x in every if math.isfinite(x)]
     found = {}

@@ -1,12 +1,6 @@
-"""Which tokens of a batch count, and for whose hidden states a mask says so.
+"""Metrics of hidden states: collapse, cosine and volume of tokens, and a bound of attention logits.
 
-Mean pairwise cosine of tokens: 1 when all of them point one way.
-
-The largest attention logit that a head's weights allow.
-
-Collapse of tokens without classes: how much of them is their mean, and one direction.
-
-Log-determinant of the Gram matrix of tokens, and what a sample of them proves about all.
+All are functions of a sample of tokens; `hf_pss.health.meter` takes the sample.
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ __all__ = [
 
 
 class TokenMask:
-    """A mask's positions on the host: one device-to-host read when it is made, none afterwards.
+    """The positions of the tokens that count, on the host. Its creation reads once from the device.
 
     Args:
         mask: (batch, tokens), nonzero where a token counts.
@@ -44,19 +38,18 @@ class TokenMask:
 
     def __init__(self, mask: Tensor) -> None:
         self.positions = mask.reshape(-1).cpu().nonzero().flatten()
-        """Of the tokens that count, in a batch whose rows follow each other; int64."""
+        """Positions in the flattened batch, int64."""
         self.shape = tuple(mask.shape)
 
     @property
     def hides_some(self) -> bool:
-        """Whether there is a token that does not count."""
+        """Whether the mask excludes a token."""
         return len(self.positions) < math.prod(self.shape)
 
     def fits(self, hidden: Tensor) -> bool:
-        """Tell whether hidden states (batch, tokens, d), or (batch · tokens, d), are of its shape.
+        """Return whether hidden states, (batch, tokens, d) or (batch · tokens, d), fit its shape.
 
-        Those of a picture, of another sequence, or behind virtual tokens are not, even where they
-        are as many.
+        Hidden states of an image, of another sequence or with virtual tokens have another shape.
         """
         return hidden.shape[:-1] in (self.shape, (math.prod(self.shape),))
 
@@ -64,16 +57,16 @@ class TokenMask:
 def token_cosine(tokens: Tensor) -> Tensor:
     """Return the mean of cos(x_i, x_j) over all pairs i ≠ j, exactly and without an n × n matrix.
 
-    (‖Σ x̂‖² − Σ ‖x̂‖²) / n(n − 1), with x̂ = x/‖x‖. Representations collapse where it nears 0.9 in
-    deep layers (arXiv 2602.01308). Its least value is −1/(n − 1); independent random directions of
-    d dimensions give 0, with a standard deviation of about √(2/d)/n.
+    (‖Σ x̂‖² − Σ ‖x̂‖²) / n(n − 1), with x̂ = x/‖x‖. Values near 0.9 in deep layers mean that
+    representations collapse (arXiv 2602.01308). The smallest value is −1/(n − 1). Independent
+    random directions of d dimensions give 0, with a standard deviation of about √(2/d)/n.
 
     Args:
         tokens: (..., n, d), any real floating dtype.
 
     Returns:
-        (...), float32, or float64 for float64; NaN for fewer than two tokens, or where one holds
-        NaN or inf. A token of zeros has cosine 0 with every other.
+        (...), float32, or float64 for float64; NaN for fewer than two tokens, or if one holds NaN
+        or inf. A token of zeros has cosine 0 with every other.
 
     >>> token_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).item()
     0.3333333432674408
@@ -88,7 +81,7 @@ def token_cosine(tokens: Tensor) -> Tensor:
 
 
 def unit_tokens(tokens: Tensor) -> Tensor:
-    """Return x/‖x‖ of each token (..., n, d): zero for zero, NaN for one that holds NaN or inf."""
+    """Return x/‖x‖ of each token (..., n, d): zero for zero, NaN for a token with NaN or inf."""
     x = tokens.detach()
     x = x if x.dtype == torch.float64 else x.float()
     if x.shape[-1] == 0:
@@ -112,10 +105,10 @@ def attention_logit_bound(
 ) -> Tensor:
     """Bound |q·k|/√d_h of each head by ‖W_q‖₂ ‖W_k‖₂ max‖x‖² / √d_h.
 
-    Cauchy–Schwarz, with ‖Wx + b‖ ≤ ‖W‖₂‖x‖ + ‖b‖ for either side. Rotary embeddings are rotations
-    and change no norm, so it holds with them; it does not where queries and keys are normalised
-    after the projection, or a position bias is added. It grows before the logits do: a logit above
-    100 is what QK-Clip answers (arXiv 2507.20534), a bound above it only allows one.
+    By Cauchy–Schwarz, with ‖Wx + b‖ ≤ ‖W‖₂‖x‖ + ‖b‖ for either side. Rotary embeddings change no
+    norm, so the bound holds with them. It does not hold if queries and keys are normalised after
+    the projection, or if a position bias is added. The bound grows before the logits do. QK-Clip
+    acts on logits above 100 (arXiv 2507.20534); a bound above 100 only allows such a logit.
 
     Cost: exact spectral norms of num_heads + num_key_heads matrices d_h × n, 40 ms for twelve and
     twelve of 64×768 on one CPU thread.
@@ -124,18 +117,19 @@ def attention_logit_bound(
         query: (num_heads · d_h, n), outputs in rows, heads one after the other; any real floating
             dtype.
         key: (num_key_heads · d_h, n).
-        max_norm: The largest ‖x‖₂ of what the projections are applied to; () or a number.
-        num_heads: Of the queries.
-        num_key_heads: Of the keys, where heads share them, in groups of neighbours. None: as many.
+        max_norm: The largest ‖x‖₂ of the projections' inputs; () or a number.
+        num_heads: Heads of the queries.
+        num_key_heads: Heads of the keys, each shared by a group of neighbouring query heads. None
+            means as many as of the queries.
         query_bias: (num_heads · d_h,).
         key_bias: (num_key_heads · d_h,).
-        scale: What multiplies q·k. None: 1/√d_h.
+        scale: The factor on q·k. None means 1/√d_h.
 
     Returns:
-        (num_heads,), float32, or float64 for float64; NaN for a head that holds NaN or inf.
+        (num_heads,), float32, or float64 for float64; NaN for a head with NaN or inf.
 
     Raises:
-        ConfigurationError: rows that heads do not divide, or heads that key heads do not.
+        ConfigurationError: The heads do not divide the rows, or the key heads the heads.
 
     >>> eye = torch.eye(4)
     >>> attention_logit_bound(2 * eye, eye, 3.0, num_heads=1).item()  # 2 · 1 · 9 / √4
@@ -177,27 +171,27 @@ def _largest_output(
 class CollapseMeasures:
     """Shares in [0, 1] and a rank, each (...), float32, or float64 for float64; no units.
 
-    A sample of zeros gives 0 throughout; NaN for no tokens, or where one holds NaN or inf.
+    A sample of zeros gives 0 everywhere; a sample without tokens, or with NaN or inf, gives NaN.
     """
 
     mean_share: Tensor
-    """n‖μ‖² / Σ‖x_i‖²: 1 when all tokens are equal. One minus it is the within-class variability of
-    neural collapse (Papyan, Han & Donoho 2020, NC1) with all tokens as one class, over the whole
-    energy [ours]."""
+    """n‖μ‖² / Σ‖x_i‖²; 1 if all tokens are equal. One minus it is the within-class variability of
+    neural collapse (Papyan, Han & Donoho 2020, NC1) with all tokens as one class, divided by the
+    whole energy [ours]."""
     top_share: Tensor
-    """σ₁²/Σσ² of the tokens, one over their stable rank; never below `mean_share`."""
+    """σ₁²/Σσ² of the tokens, the inverse of their stable rank; at least `mean_share`."""
     centred_top_share: Tensor
-    """The same of x_i − μ: a second direction behind the mean. 0 where nothing is left."""
+    """The same of x_i − μ, which shows a second direction behind the mean; 0 for equal tokens."""
     effective_rank: Tensor
-    """exp(−Σ p_i ln p_i), p_i = σ_i/Σσ (Roy & Vetterli 2007), of the tokens as they are; at most
+    """exp(−Σ p_i ln p_i), p_i = σ_i/Σσ (Roy & Vetterli 2007), of the uncentred tokens. At most
     min(n, d), so comparable at one sample size only."""
 
 
 def collapse_measures(tokens: Tensor) -> CollapseMeasures:
     """Measure a sample of tokens.
 
-    Neural collapse is stated for class means; a language model has no classes to take them of, so
-    these look at the sample as one cloud.
+    Neural collapse concerns class means. A language model has no classes, so these numbers treat
+    the sample as one class.
 
     Cost: the singular values of three n × d matrices, 53 ms at 256×768 on one CPU thread.
 
@@ -218,7 +212,7 @@ def collapse_measures(tokens: Tensor) -> CollapseMeasures:
     energy = x.square().sum(dim=(-2, -1))
     mean_share = x.shape[-2] * mean.square().sum(dim=(-2, -1)) / _positive(energy)
     spread = x - mean
-    # What rounding leaves of equal tokens is no direction.
+    # Rounding of equal tokens must not count as a direction.
     noise = torch.finfo(x.dtype).eps ** 2 * x.shape[-2] * energy
     left = torch.where(spread.square().sum(dim=(-2, -1)) > noise, 1.0, 0.0)
     mean_share, top_share, centred = (
@@ -238,7 +232,7 @@ def _positive(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, 1.0)
 
 
-# [ours] A direction below a thousandth of one token's energy counts as lost.
+# A direction below a thousandth of one token's energy counts as lost [ours].
 DEFAULT_RIDGE = 1e-3
 
 
@@ -252,28 +246,28 @@ class LogDetBounds:
     sample: Tensor
     """L of the sample's n tokens."""
     lower: Tensor
-    """L of all N tokens is not below it, whatever the others are (none of them zero)."""
+    """Lower bound of L for all N tokens, whatever the unseen nonzero tokens are."""
     upper: Tensor
-    """L of all N tokens is not above it, whatever the others are."""
+    """Upper bound of L for all N tokens, whatever the unseen tokens are."""
 
 
 def gram_log_det(tokens: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
     """Return log det(X̂X̂ᵀ + εI), the log-volume that the normalised tokens span.
 
-    The quantity that arXiv 2601.03385 tracks over time; tokens of unit length and the ridge ε,
-    without which more tokens than dimensions give −∞, are [ours]. It lies between
-    n log ε + log(1 + n/ε), all tokens on one line, and n log(1 + ε), all orthogonal. It is not
-    comparable between numbers of tokens or ridges.
+    arXiv 2601.03385 tracks this quantity over time. The unit length of tokens and the ridge ε are
+    ours; without a ridge, more tokens than dimensions give −∞. The value lies between
+    n log ε + log(1 + n/ε), for tokens on one line, and n log(1 + ε), for orthogonal tokens. You
+    cannot compare it between numbers of tokens or ridges.
 
-    Cost: the singular values of an n × d matrix, 17 ms at 256×768 on one CPU thread; squaring it
-    first would lose those below 3e-4.
+    Cost: the singular values of an n × d matrix, 17 ms at 256×768 on one CPU thread. The Gram
+    matrix would lose those below 3e-4.
 
     Args:
         tokens: (..., n, d), any real floating dtype.
-        ridge: ε > 0, against a token's own 1.
+        ridge: ε > 0, relative to the energy 1 of one token.
 
     Returns:
-        (...), float32, or float64 for float64; NaN for no tokens, or where one holds NaN or inf.
+        (...), float32, or float64 for float64; NaN for no tokens, or if one holds NaN or inf.
 
     >>> round(gram_log_det(torch.eye(3), ridge=1.0).item(), 4)  # 3 log 2
     2.0794
@@ -284,25 +278,25 @@ def gram_log_det(tokens: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
 def log_det_bounds(
     tokens: Tensor, num_tokens: int, *, ridge: float = DEFAULT_RIDGE
 ) -> LogDetBounds:
-    """Bound L of N tokens by n of them, deterministically: no assumption on how they were drawn.
+    """Bound L of N tokens by n of them, without an assumption on how they were drawn.
 
-    [ours], for the published bounds are not public; proofs in docs/theory_health.md. With
-    a₁ ≥ … ≥ a_d the eigenvalues of X̂ᵀX̂ + εI of the sample, and k = N − n,
+    The bounds are ours, because the published ones are not public; docs/theory_health.md has the
+    proofs. With a₁ ≥ … ≥ a_d the eigenvalues of X̂ᵀX̂ + εI of the sample, and k = N − n,
 
-    - lower: L_n + k log ε + log(1 + k/a₁): the others all along the sample's first direction;
+    - lower: L_n + k log ε + log(1 + k/a₁), if all other tokens lie along the first direction;
     - upper: L_n + k log ε + Σ_i log max(w/a_i, 1) over the min(k, d) smallest, with w such that
-      Σ_i max(w − a_i, 0) = k: the others where the sample is weakest.
+      Σ_i max(w − a_i, 0) = k, if the other tokens lie where the sample is weakest.
 
-    Either is attained, so no better bound can be had of the sample's spectrum. The interval is
-    narrow where the sample is most of all tokens; else it is as wide as what it cannot know.
+    Both are attained, so the sample's spectrum allows no better bound. The interval is narrow if
+    the sample holds most of the tokens.
 
     Args:
         tokens: (..., n, d), any real floating dtype: the sample.
         num_tokens: N ≥ n.
-        ridge: as in `gram_log_det`.
+        ridge: ε, as in `gram_log_det`.
 
     Raises:
-        ConfigurationError: ridge not above 0, or N < n.
+        ConfigurationError: The ridge is not above 0, or N < n.
 
     >>> bounds = log_det_bounds(torch.eye(2), 4, ridge=1.0)  # two more tokens
     >>> round(bounds.lower.exp().item(), 4), round(bounds.upper.exp().item(), 4)
@@ -321,7 +315,7 @@ def log_det_bounds(
     finite = x.isfinite().all(dim=-1).all(dim=-1)
     x = torch.where(finite[..., None, None], x, 0.0)
     energy = torch.linalg.svdvals(x).square()
-    # Of the d eigenvalues of A, those beyond min(n, d) are ε.
+    # The matrix has d eigenvalues; those beyond min(n, d) are ε.
     a = torch.nn.functional.pad(energy, (0, d - energy.shape[-1])) + ridge
     k = num_tokens - n
     sample = n * math.log(ridge) + (a / ridge).log().sum(dim=-1)
@@ -333,10 +327,10 @@ def log_det_bounds(
 
 
 def _flooding(rising: Tensor, amount: int) -> Tensor:
-    """Return Σ log max(w/a_i, 1), Σ max(w − a_i, 0) = amount, for a (..., j) in ascending order."""
+    """Return Σ log max(w/a_i, 1) with Σ max(w − a_i, 0) = amount; a is (..., j), ascending."""
     count = torch.arange(1, rising.shape[-1] + 1, device=rising.device, dtype=rising.dtype)
     levels = (rising.cumsum(dim=-1) + amount) / count
-    # With the j lowest flooded the level must not lie below the j-th; the last such j is right.
+    # If the level rises above the j lowest, it is at least the j-th. The last such j is right.
     num_flooded = (levels >= rising).sum(dim=-1, keepdim=True)
     level = levels.gather(-1, (num_flooded - 1).clamp_min(0)) if amount else levels
     return (level / rising).clamp_min(1.0).log().sum(dim=-1)

@@ -18,15 +18,15 @@ __all__ = ["SignDiversityMeter", "sign_diversity", "spectral_alignment"]
 def spectral_alignment(inputs: Tensor, v: Tensor) -> Tensor:
     """Return cos(x_t, v₁) of each token t.
 
-    Of arXiv 2510.04202, which calls it the alignment of a layer's input with its weight's principal
-    singular vector; with outputs in rows that is the right one.
+    arXiv 2510.04202 calls it the alignment of a layer's input with its weight's principal singular
+    vector. With outputs in rows that is the right singular vector.
 
     Args:
-        inputs: (..., n), any real floating dtype: what the layer is applied to.
+        inputs: (..., n), any real floating dtype: the inputs of the layer.
         v: (n,) or (n, k): unit vectors, in columns.
 
     Returns:
-        (...) or (..., k), float32: 0 for a token of zeros, NaN for one that holds NaN or inf.
+        (...) or (..., k), float32: 0 for a token of zeros, NaN for a token with NaN or inf.
 
     >>> spectral_alignment(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0])).item()
     0.6000000238418579
@@ -41,14 +41,14 @@ def spectral_alignment(inputs: Tensor, v: Tensor) -> Tensor:
 def sign_diversity(alignment: Tensor) -> Tensor:
     """Return 1 − |mean of the signs| over the tokens: 1 is balanced, 0 is all on one side.
 
-    That its collapse warns of an explosion is of arXiv 2510.04202; this number for it is ours. It
-    is twice the share of the rarer sign; zeros have no sign and do not count.
+    Its collapse warns of an explosion (arXiv 2510.04202). This number is ours: twice the share of
+    the rarer sign. Zeros have no sign and do not count.
 
     Args:
         alignment: (tokens, ...), as `spectral_alignment` returns it.
 
     Returns:
-        (...), float32; NaN where an alignment is NaN, or none has a sign.
+        (...), float32; NaN if an alignment is NaN, or none has a sign.
 
     >>> sign_diversity(torch.tensor([0.9, 0.1, 0.2, -0.5])).item()
     0.5
@@ -59,14 +59,14 @@ def sign_diversity(alignment: Tensor) -> Tensor:
 class SignDiversityMeter:
     """Counts the signs of the alignments during forward passes, between `arm` and `read`.
 
-    Cost: moderate, for sampled steps. One product of the inputs with a vector a matrix, one
-    device-to-host read at the end; nothing, not even a hook, while it is not armed. Stacks of
-    experts are left out: their inputs are no module's. A padded token counts as any other.
+    Cost: full, for sampled steps. One product of the inputs with a vector a matrix, and one
+    device-to-host read at the end. Outside of that time there is no hook. Stacks of experts are
+    left out, because no module has their inputs alone. A padded token counts like any other.
 
     Args:
-        model: Its linear layers are listened to.
-        views: What to read.
-        backend: How parameters are stored, and who agrees on the result.
+        model: The model whose linear layers get hooks.
+        views: The matrices to read.
+        backend: How parameters are stored.
     """
 
     def __init__(self, model: nn.Module, views: Sequence[MatrixView], backend: Backend) -> None:
@@ -87,7 +87,7 @@ class SignDiversityMeter:
         """Start counting.
 
         Args:
-            directions: v₁ of each matrix by name, (n,); matrices without one are left out.
+            directions: v₁ of each matrix by name, (n,). Matrices without one are left out.
         """
         self.disarm()
         for module, names in self._modules:
@@ -97,13 +97,13 @@ class SignDiversityMeter:
                 self._handles.append(module.register_forward_pre_hook(self._listen(known, v)))
 
     def disarm(self) -> None:
-        """Stop counting and forget what was counted."""
+        """Stop counting and drop the counts."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._counts = [], {}
 
     def read(self) -> dict[str, float]:
-        """Stop counting; return the sign diversity of each matrix whose layer was applied."""
+        """Stop counting, and return the sign diversity of each matrix whose layer was applied."""
         counts = self._counts
         self.disarm()
         if not counts:

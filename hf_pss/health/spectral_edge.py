@@ -25,25 +25,25 @@ class SpectralEdge:
     """The largest gap in the spectrum of a window of updates (arXiv 2603.28964)."""
 
     sigmas: tuple[float, ...]
-    """Of the W×P matrix of updates, descending: roots of the Gram matrix's eigenvalues, in the
-    units of the weights. NaN where an update is not finite."""
+    """Singular values of the W×P matrix of updates, descending, in the units of the weights; NaN if
+    an update is not finite."""
     position: int
-    """k*, the j in [1, W − 1] with the largest σ_j/σ_{j+1}: how many modes are dominant; 0 where
-    there is none."""
+    """k*, the j in [1, W − 1] with the largest σ_j/σ_{j+1}, the number of dominant modes; 0 without
+    a gap."""
     ratio: float
-    """σ_k*/σ_{k*+1}, without unit; inf where all else is rounding, NaN where there is none."""
+    """σ_k*/σ_{k*+1}, without unit; inf if all later values are rounding, NaN without a gap."""
 
 
 def spectral_edge(updates: Tensor) -> SpectralEdge:
     """Return the gap of the Gram matrix UUᵀ of a window of updates.
 
-    k* = argmax_j σ_j/σ_{j+1} is of arXiv 2603.28964, where the gap's collapse comes before
-    reorganisations such as grokking; a weak alarm by itself. Taking values below W·ε·σ₁ for zero
-    is ours. Reads from the device.
+    k* = argmax_j σ_j/σ_{j+1} comes from arXiv 2603.28964, where the collapse of the gap precedes
+    reorganisations such as grokking. It is a weak alarm by itself. We count values below W·ε·σ₁ as
+    zero. Reads from the device.
 
     Args:
-        updates: (W, P), an update or its projection a row, any real floating dtype, W >= 2; the
-            decomposition is in float64.
+        updates: (W, P), one update or its projection in each row, any real floating dtype, W >= 2.
+            The decomposition is in float64.
 
     Raises:
         ConfigurationError: Fewer than two updates.
@@ -72,19 +72,21 @@ def spectral_edge(updates: Tensor) -> SpectralEdge:
 class SpectralEdgeMeter:
     """Follows the gap over the last W updates of all selected matrices together.
 
-    Each matrix is seen as AWB/√(pq) with fixed blocks of random signs A (p×m) and B (n×q), which
-    keeps inner products in the mean (two-sided Johnson–Lindenstrauss; blocks are drawn anew for
-    each matrix, so errors of many matrices average out); the docs have the measured error of the
-    ratio. Since the projection is linear, updates are differences of projected weights: no copy of
-    the weights is kept. Their rounding is that of the weights', about 1e-7 of ‖W‖ in fp32.
+    Each matrix is projected to AWB/√(pq) with fixed blocks of random signs A (p×m) and B (n×q). The
+    projection keeps inner products in the mean (two-sided Johnson–Lindenstrauss). Each matrix has
+    blocks of its own, so the errors of many matrices average out. docs/health.md has the measured
+    error of the ratio. The projection is linear, so an update is a difference of projected weights,
+    and no copy of the weights is kept. Its rounding is that of the weights, about 1e-7 of ‖W‖ in
+    fp32.
+
+    An update is the change between two calls. The window is not part of any checkpoint, so it is
+    empty after a resume.
 
     Cost: standard. One product of each matrix with a narrow block and one device-to-host read a
-    call; memory, the blocks, (m + n)·16 numbers a matrix, and W·256 numbers a matrix on the host.
-    An update is whatever lies between two calls. The window is not part of any checkpoint: after a
-    resume it fills anew.
+    call; in memory the blocks, (m + n)·16 numbers a matrix, and W·256 numbers a matrix on the host.
 
     Args:
-        views: What to read.
+        views: The matrices to read.
         backend: How parameters are stored.
         window_size: W, updates, at least 2.
         width: p and q, columns and rows of the blocks, at least 1.
@@ -115,7 +117,7 @@ class SpectralEdgeMeter:
 
     @torch.no_grad()
     def measure(self, parameters: Mapping[str, nn.Parameter]) -> SpectralEdge | None:
-        """Take the weights as they are now; return the gap, None until the window is full."""
+        """Add the current weights to the window; return the gap, None until the window is full."""
         if not self._place:
             return None
         now = self._projected(parameters)
@@ -124,32 +126,32 @@ class SpectralEdgeMeter:
         self._last = now
         if len(self._updates) < (self._updates.maxlen or 0):
             return None
-        # Projections are of fp32 weights, whatever holds them here.
+        # The projections come from fp32 weights, so float32 decides which values are rounding.
         return spectral_edge(torch.stack(list(self._updates)).float())
 
     def _projected(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Return every matrix's projection, one behind the other, (P,) float64 on the host."""
+        """Return the projections of all matrices in one row, (P,) float64 on the host."""
         rows = self._width**2
-        told: Tensor | None = None
+        found: Tensor | None = None
         error: Exception | None = None
         for turn in assign_rounds(self._views, parameters, self._backend.world_size):
             stack = read_round(turn, parameters, self._backend)
             if stack is None:
                 continue
-            if told is None:
-                told = stack.matrices.new_zeros(len(self._place), rows, dtype=torch.float64)
+            if found is None:
+                found = stack.matrices.new_zeros(len(self._place), rows, dtype=torch.float64)
             at = [self._place[name] for name in stack.names]
             try:
                 seen = self._project(stack.refs, stack.matrices)
-            except Exception as caught:  # the others wait for this rank in the turns to come
+            except Exception as caught:  # the other ranks wait for this one in later turns
                 error = caught
                 continue
-            told[torch.tensor(at, device=told.device)] = seen.flatten(-2).to(told)
-        if told is None:  # this rank owns nothing, and still has to listen
+            found[torch.tensor(at, device=found.device)] = seen.flatten(-2).to(found)
+        if found is None:  # this rank owns no matrix, but must take part in the exchange
             device = next(iter(parameters.values())).device
-            told = torch.zeros(len(self._place), rows, dtype=torch.float64, device=device)
-        flag = told.new_tensor([float(error is not None)])
-        *every, has_failed = self._backend.sum_to_host(torch.cat([told.flatten(), flag]))
+            found = torch.zeros(len(self._place), rows, dtype=torch.float64, device=device)
+        flag = found.new_tensor([float(error is not None)])
+        *every, has_failed = self._backend.sum_to_host(torch.cat([found.flatten(), flag]))
         if has_failed:
             raise_together(error)
         return torch.tensor(every, dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""Spectral norm of every selected matrix, followed by one round of power iteration a call."""
+"""Spectral norm of every selected matrix, updated by one round of power iteration a call.
+
+`hf_pss.health.tracked` lists all ways to σ₁, with their accuracy.
+"""
 
 from __future__ import annotations
 
@@ -9,76 +12,46 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.health.subspace_rounds import power_round
 from hf_pss.linalg import leading_triplets
-from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.models.batching import stacks
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
-__all__ = ["SpectralNorm", "SpectralNormMeter", "power_round"]
+__all__ = ["SpectralNorm", "SpectralNormMeter"]
 
-# Weyl: some singular value lies within residual · σ of the estimate.
+# By Weyl, some singular value lies within residual · σ of the estimate.
 _STALE_ABOVE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class SpectralNorm:
-    """An estimate of σ₁ from below, and how far its vectors are from a singular pair."""
+    """An estimate of σ₁ from below, and the distance of its vectors from a singular pair."""
 
     sigma: float
-    """In the units of the matrix; NaN where it holds NaN or inf."""
+    """In the units of the matrix; NaN if it holds NaN or inf."""
     residual: float
-    """‖Wᵀu − ‖Wv‖ v‖ / ‖Wᵀu‖ of the vectors that came in; NaN for a broken matrix. A small one says
-    that they belong to *a* singular value: only a restart finds another that has overtaken it."""
+    """‖Wᵀu − ‖Wv‖ v‖ / ‖Wᵀu‖ of the vectors before the round; NaN for a matrix with NaN or inf. If
+    it is small, they belong to some singular value. Only a restart finds one that has become
+    larger."""
 
     @property
     def is_stale(self) -> bool:
-        """Whether the matrix moved faster than its vectors follow: residual above 0.05, or NaN."""
+        """Whether the vectors lag behind the matrix: the residual is above 0.05, or NaN."""
         return not self.residual <= _STALE_ABOVE
-
-
-def power_round(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do one round of power iteration: u = Wv / ‖Wv‖, σ = ‖Wᵀu‖, v ← Wᵀu / σ.
-
-    Golub & Van Loan, Matrix Computations, section 8.2, on WᵀW.
-
-    Args:
-        weight: (..., m, n), any real floating dtype.
-        v: (..., n), unit vectors, float32, or float64 for a float64 weight.
-
-    Returns:
-        σ (...), never above σ₁ but for rounding; the new v (..., n), the old one where the matrix
-        is not finite or maps it to zero; the residual (...) of the old one, 1 where v is mapped to
-        zero by a matrix that is not.
-
-    >>> weight = torch.diag(torch.tensor([2.0, 1.0]))
-    >>> sigma, v, residual = power_round(weight, torch.tensor([1.0, 0.0]))
-    >>> sigma.item(), v.tolist(), residual.item()
-    (2.0, [1.0, 0.0], 0.0)
-    """
-    scaled = unit_scaled(weight)
-    image = (scaled.matrix @ v.unsqueeze(-1)).squeeze(-1)
-    length = torch.linalg.vector_norm(image, dim=-1)
-    u = image / _nonzero(length).unsqueeze(-1)
-    back = (scaled.matrix.mT @ u.unsqueeze(-1)).squeeze(-1)
-    sigma = torch.linalg.vector_norm(back, dim=-1)
-    residual = torch.linalg.vector_norm(back - length.unsqueeze(-1) * v, dim=-1) / _nonzero(sigma)
-    is_zero = scaled.matrix.abs().amax(dim=(-2, -1)) == 0
-    residual = torch.where((sigma == 0) & ~is_zero, 1.0, residual)
-    moved = torch.where((sigma > 0).unsqueeze(-1), back / _nonzero(sigma).unsqueeze(-1), v)
-    return scaled.restore(sigma), moved, torch.where(scaled.finite, residual, torch.nan)
 
 
 class SpectralNormMeter:
     """Follows σ₁ and v₁ of the selected matrices through training.
 
-    Cost: low, for every step. Two products of each matrix with a vector, one batched call a shape
-    and one device-to-host read; memory, one vector a matrix. The first call and every
-    ``restart_every``-th decompose instead, as `leading_triplets` does, for power iteration that
-    sits on one singular vector never notices a larger one that is orthogonal to it.
+    The first call and every ``restart_every``-th one use `leading_triplets` instead. Power
+    iteration that has converged to one singular vector never finds a larger one orthogonal to it.
+
+    Cost: light, for every step. Two products of each matrix with a vector, one batched call a shape
+    and one device-to-host read; in memory one vector a matrix.
 
     Args:
-        views: What to read.
+        views: The matrices to read.
         backend: How parameters are stored.
         restart_every: Calls between two restarts; 1 restarts at every call.
 
@@ -99,7 +72,7 @@ class SpectralNormMeter:
 
     @torch.no_grad()
     def measure(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, SpectralNorm]:
-        """Return the estimate for each 2-D matrix by name, and move the vectors one round on."""
+        """Do one round, and return the estimate for each 2-D matrix by name."""
         names: list[str] = []
         numbers = []
         restarts = self._num_calls % self._restart_every == 0
@@ -118,7 +91,7 @@ class SpectralNormMeter:
         return {name: SpectralNorm(*pair) for name, pair in zip(names, pairs, strict=True)}
 
     def directions(self) -> dict[str, Tensor]:
-        """Return v₁ of each 2-D matrix by name, (n,), as the last call left it."""
+        """Return v₁ of each 2-D matrix by name, (n,), after the last call."""
         return {
             name: v
             for names, stacked in self._vectors.items()
@@ -129,7 +102,3 @@ class SpectralNormMeter:
 def _leading(matrices: Tensor) -> Tensor:
     v: Tensor = leading_triplets(matrices, 1, check_finite=False).v[..., 0]
     return v
-
-
-def _nonzero(values: Tensor) -> Tensor:
-    return values.clamp_min(torch.finfo(values.dtype).tiny)

@@ -1,4 +1,4 @@
-"""SpikeScore: the share of recent steps at which a series jumped out of its own recent past."""
+"""The share of recent steps at which a series exceeded its own recent values by far."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ __all__ = ["SpikeScore"]
 _VERSION = 1
 _WHAT = "the state of a SpikeScore"
 _KEYS = ("version", "num_steps", "window", "spikes", "nonfinite")
-# A window that is constant has no scale; the number is OLMo's.
+# A constant window has no scale. The number is OLMo's.
 _NO_SCALE = 1e-10
 
 
 class SpikeScore:
     """Counts x_t > mean + 6σ of the 128 values before it, as a share of the last 10,000 steps.
 
-    As in OLMo-core's stability monitor, of a loss or a gradient norm: σ is the window's population
-    standard deviation, a spike enters the window like any other value, and a window that is not
-    full yet, or has σ < 1e-10, sees no spike. Ours: NaN and inf are counted as spikes and do not
-    enter the window (there one NaN blinds it for 128 steps); before `num_recent_steps` the score is
-    the share of the steps so far, instead of none.
+    The rule is that of OLMo-core's stability monitor, for a loss or a gradient norm. σ is the
+    window's population standard deviation. A spike enters the window like any other value. A window
+    that is not full yet, or has σ < 1e-10, reports no spike.
+
+    Two details are ours. NaN and inf count as spikes and do not enter the window, which one NaN
+    would spoil for 128 steps. Before `num_recent_steps` the score is the share of the steps so far.
 
     Cost: light, on the host. 128 numbers and two passes over them a step.
 
     Args:
-        window_size: Values that the next is compared with, at least 2.
-        num_recent_steps: Steps that the score is a share of, at least 1.
-        num_sigmas: How far above the mean a spike begins, above 0.
+        window_size: Number of earlier values to compare with, at least 2.
+        num_recent_steps: Number of steps that the score covers, at least 1.
+        num_sigmas: Distance above the mean at which a spike begins, above 0.
 
     Raises:
-        ConfigurationError: A number outside of its range.
+        ConfigurationError: A number is outside of its range.
 
     >>> score = SpikeScore(window_size=4, num_recent_steps=10)
     >>> [score.update(x) for x in (1.0, 1.1, 0.9, 1.0, 5.0)]
@@ -63,12 +64,12 @@ class SpikeScore:
         self._num_recent_steps = num_recent_steps
         self._num_sigmas = num_sigmas
         self._num_steps = 0
-        # Numbers of the steps, rare ones: ten thousand flags would burden every checkpoint.
+        # Step numbers of rare events. Ten thousand flags would enlarge every checkpoint.
         self._spikes: deque[int] = deque()
         self._nonfinite: deque[int] = deque()
 
     def update(self, value: float) -> bool:
-        """Take the next step's value; return whether it is a spike, or not finite."""
+        """Add the next step's value, and return whether it is a spike or not finite."""
         is_spike = not math.isfinite(value) or self._stands_out(value)
         if is_spike:
             self._spikes.append(self._num_steps)
@@ -90,11 +91,11 @@ class SpikeScore:
 
     @property
     def num_nonfinite(self) -> int:
-        """How many of the recent steps had NaN or inf; they are among the spikes."""
+        """Number of recent steps with NaN or inf, which count as spikes, too."""
         return len(self._nonfinite)
 
     def state(self) -> dict[str, JSON]:
-        """Return all that a resumed run needs, as strict JSON."""
+        """Return the state for a resumed run, as strict JSON."""
         return {
             "version": _VERSION,
             "num_steps": self._num_steps,
@@ -104,10 +105,11 @@ class SpikeScore:
         }
 
     def restore(self, state: object) -> Self:
-        """Go on from a saved state, and return self.
+        """Restore a saved state, and return self.
 
         Raises:
-            StateError: It is truncated, of another version, or no such state; nothing has changed.
+            StateError: The state is truncated, of another version or of another kind. The score is
+                unchanged.
         """
         check_version(state, _VERSION, _WHAT)
         found = read_object(state, _KEYS, _WHAT)
@@ -125,7 +127,7 @@ class SpikeScore:
     def _stands_out(self, value: float) -> bool:
         if len(self._window) != self._window.maxlen:
             return False
-        # Deviations of values near the largest float would overflow; scale is free of charge.
+        # Deviations of values near the largest float would overflow without the scale.
         scale = max(map(abs, self._window)) or 1.0
         window = [x / scale for x in self._window]
         mean = math.fsum(window) / len(window)

@@ -1,4 +1,22 @@
-"""σ₁, ‖W‖_F and the stable rank of every selected matrix at each step: followed, not recomputed."""
+"""σ₁, ‖W‖_F and the stable rank of every selected matrix, tracked from step to step.
+
+The package has six ways to σ₁. Each serves a purpose of its own, so each keeps its accuracy:
+
+- `spectral_norm` without ``num_rounds``: exact, by SVD. For bounds of attention logits and for
+  `hf-pss health --exact`.
+- `spectral_norm` and `quick_stable_rank` with `QUICK_ROUNDS`: σ₁ from below. On noise the stable
+  rank is too high by at most 0.3 % up to a side of 64, and 4 % at 768×768. Computed from scratch at
+  each reading. For detectors, `hf-pss health` and matrices that this tracker cannot scale.
+- `leading_triplets`: from below, on noise of 768×768 within 1e-4. Computed from scratch every 50
+  steps for the floor's record (`hf_pss.models.anchors`), by the call that smoothing makes, so an
+  unchanged matrix gives the same bits.
+- `quick_triplets`: from below, on noise of 64×64 by 2 % on average. Computed from scratch.
+- `SpectrumTracker`, here: from below, by one round of subspace iteration a step. A value is stale
+  above a residual of 0.02, which bounds its error by 1 %. For the health metrics of a run.
+- `hf_pss.health.spectral_norms`: from below, by one round of power iteration a call, and by
+  `leading_triplets` every 50 calls. A value is stale above a residual of 0.05. For the probes of
+  sweeps, whose records hold its numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_pss.health.subspace_rounds import orthonormal_rows, ritz_round
 from hf_pss.linalg import frobenius_norm, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
@@ -17,42 +36,40 @@ from hf_pss.models.batching import MatrixRef, matrix_refs, measure_each
 from hf_pss.models.distributed import Backend, Part, Replicated
 from hf_pss.models.selection import MatrixView
 
-__all__ = ["SpectrumTracker", "TrackedSpectrum", "ritz_round"]
+__all__ = ["SpectrumTracker", "TrackedSpectrum"]
 
-# Vectors that are followed: the second is what may overtake the first. With two, a block of a
-# matrix is read from the cache for all but the first of its five uses.
+# Vectors per matrix. The second follows the direction that may overtake the first. With two, the
+# cache serves all but the first of a block's five uses.
 _WIDTH = 2
-# Elements of a block: 1 MiB of fp32, the L2 cache of one core, shared by as many as there are.
+# Elements of a block: 1 MiB of fp32, the L2 cache of one core.
 _BLOCK_ELEMENTS = 2**18
-# Rounds of the Krylov space that the first refresh builds, and after which it is refreshed once.
+# Rounds of the Krylov space of the first refresh, before its one ordinary round.
 _COLD_ROUNDS = 16
-# More of them in a step for a matrix whose residual asks for it: half of what makes it stale, since
-# the vectors of a matrix on the move lag behind before the residual says so [ours].
+# Extra rounds in a step for a matrix with a large residual. The limit is half the stale one,
+# because the vectors of a changing matrix lag behind before the residual shows it [ours].
 _EXTRA_ROUNDS, _EXTRA_ABOVE = 2, 0.01
-# Where bandwidth is no matter.
+# Rounds a step on devices with enough bandwidth.
 _DEVICE_ROUNDS = 2
-# Weyl: a value of WᵀW lies within residual · σ² of σ², so one of W within half of that.
+# By Weyl, a value of WᵀW lies within residual · σ² of σ², so a value of W within half that share.
 _STALE_ABOVE = 0.02
 _SEED = 20261121
-# In units of ‖W‖_F², and of a row's length: far above the rounding of fp32.
-_LOST = 1e-5
-# fp32 elements in one batched call on a device that is no CPU, and of the spaces that a cold start
-# has at one time (64 MiB).
+# fp32 elements (64 MiB) in one batched call on an accelerator, and of the Krylov spaces that a cold
+# start holds at a time.
 _MAX_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedSpectrum:
-    """What is known of one matrix, in its units; all NaN where it holds NaN or inf."""
+    """The numbers of one matrix, in its units; all NaN if it holds NaN or inf."""
 
     sigma: float
     """σ₁ from below."""
     frobenius: float
     """‖W‖_F."""
     residual: float
-    """‖WᵀWv − s²v‖ / s² of the unit vector that was followed, s = ‖Wv‖: some singular value lies
-    within half of that share. Near 0 where a direction stands out; on noise, where the first
-    values lie close together, it is far above the error of σ₁."""
+    """‖WᵀWv − s²v‖ / s² of the tracked unit vector v, s = ‖Wv‖. Some singular value lies within
+    half of that share. It is near 0 if a direction stands out. On noise, whose first values lie
+    close together, it is far above the error of σ₁."""
 
     @property
     def stable_rank(self) -> float:
@@ -69,18 +86,18 @@ class TrackedSpectrum:
 
 @dataclass(slots=True)
 class _Group:
-    """Matrices whose vectors are of one length, dtype and device; k = 2."""
+    """Matrices whose vectors have one length, dtype and device; k = 2."""
 
     slots: tuple[MatrixRef, ...]
     vectors: Tensor
-    """(N, k, c), orthonormal rows: of the stored tensor's last dimension."""
+    """(N, k, c), orthonormal rows; c is the stored tensor's last dimension."""
     scale: Tensor
-    """(N,), the last σ₁: products are taken of vectors divided by it, so that nothing overflows."""
+    """(N,), the last σ₁. Vectors are divided by it before a product, so that nothing overflows."""
     found: Tensor
     """(N, 3), float64: σ₁, ‖W‖_F, the residual; on the device. NaN before the first round."""
 
     def chunks(self, size: int) -> Iterator[_Group]:
-        """Yield the group in groups of that many matrices, which share its memory."""
+        """Yield the group in parts of that many matrices, which share its memory."""
         for first in range(0, len(self.slots), size):
             at = slice(first, first + size)
             yield _Group(self.slots[at], self.vectors[at], self.scale[at], self.found[at])
@@ -91,7 +108,7 @@ class _Group:
         return _Group(tuple(self.slots[i] for i in at), *kept)
 
     def put_back_(self, some: _Group, index: Tensor) -> None:
-        """Take over what `some` has become."""
+        """Copy the results of a part back."""
         self.vectors = self.vectors.index_copy(0, index, some.vectors)
         self.scale = self.scale.index_copy(0, index, some.scale)
         self.found = self.found.index_copy(0, index, some.found)
@@ -101,21 +118,23 @@ class SpectrumTracker:
     """Follows σ₁ and ‖W‖_F of the selected matrices by one reading of the weights a step.
 
     Subspace iteration on SᵀS with two vectors and Rayleigh–Ritz (Golub & Van Loan, Matrix
-    Computations, section 8.2.4), S the matrix as it is stored: for each block of rows that fits in
-    the cache u = S_b V, Y += S_bᵀu and f += ‖S_b‖², so that main memory is read once. Of the Ritz
-    vector z the estimate is σ = ‖SᵀSz‖ / ‖Sz‖, below σ₁ and above ‖Sz‖.
+    Computations, section 8.2.4), S the matrix as it is stored. For each block of rows that fits in
+    the cache it computes u = S_b V, Y += S_bᵀu and f += ‖S_b‖², so main memory is read once. From
+    the Ritz vector z it takes σ = ‖SᵀSz‖ / ‖Sz‖, below σ₁ and above ‖Sz‖.
 
-    Cost: light, for every step; nothing is read back until `read`. The first `refresh`, also the
-    first after a resume, since vectors are in no checkpoint, builds a block Krylov space of 16
-    rounds instead. Under FSDP2 each rank multiplies its own rows, and one sum over ranks a round
-    joins them; replicas each do the whole, and so do the ranks of ZeRO, on the copy for the
-    forward, which stage 3 gathers for it, one parameter at a time, in every round.
+    The first `refresh`, also after a resume, builds a block Krylov space of 16 rounds instead,
+    because no checkpoint holds the vectors.
+
+    Cost: light, for every step, without a read from the device until `read`. Under FSDP2 each rank
+    multiplies its own rows, and one sum over ranks joins a round. Replicas each do all the work.
+    So do the ranks of ZeRO, on the copy for the forward pass; stage 3 gathers it one parameter at a
+    time, in every round.
 
     Args:
-        views: What to follow.
+        views: The matrices to follow.
         backend: How parameters are stored.
-        batched: Stack equal shapes for one batched call each, which a CPU is slower with; None: on
-            all devices but a CPU.
+        batched: Stack equal shapes for one batched call each, which is slower on a CPU. None does
+            so on all devices but a CPU.
     """
 
     def __init__(
@@ -130,10 +149,11 @@ class SpectrumTracker:
 
     @torch.no_grad()
     def refresh(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Bring all numbers up to the weights as they are now; no device-to-host read but the cold.
+        """Update all numbers to the current weights; only a cold start reads from the device.
 
-        Matrices with a residual above 1 % get up to two rounds more: on a CPU at once, elsewhere,
-        and where parameters are sharded, those that the last `read` found. All ranks must call.
+        Matrices with a residual above 1 % get up to two more rounds. On a CPU they get them at
+        once. On other devices, and if parameters are sharded, those found by the last `read` do.
+        All ranks must call it.
         """
         if not self._slots:
             return
@@ -141,7 +161,7 @@ class SpectrumTracker:
             groups = self._grouped(parameters)
             for group in groups:
                 self._start_cold(group, parameters)
-            # Not before: a cold start that raises is to be made again, not gone on from.
+            # Only now, so that a cold start that raises is repeated.
             self._groups = groups
         for group in self._groups:
             for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
@@ -158,14 +178,14 @@ class SpectrumTracker:
 
     @torch.no_grad()
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
-        """Return what the last `refresh` found by the matrix's name; one device-to-host read.
+        """Return the numbers of the last `refresh` by name, with one device-to-host read.
 
-        Numbers that fp32 squares cannot hold (entries beyond 1e19 or below 1e-22), and matrices
-        that hold inf or nothing but zeros, are measured apart, scaled, with one or two reads more.
-        All ranks must call.
+        Squares of entries beyond 1e19 or below 1e-22 do not fit into fp32. Such matrices, and those
+        that hold inf or only zeros, are measured apart, scaled, with one or two more reads. All
+        ranks must call it.
 
         Args:
-            parameters: As in `refresh`; they are looked at for those few only.
+            parameters: As in `refresh`; only those few matrices are read.
         """
         if not self._groups:
             return {}
@@ -190,10 +210,10 @@ class SpectrumTracker:
 
     @torch.no_grad()
     def directions(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return v₁ of each matrix by name, (n,), as it was followed to the last `refresh`.
+        """Return v₁ of each matrix by name, (n,), from the last `refresh`.
 
-        On the device, of length 1; zeros where the matrix maps it to nothing, NaN where it is
-        broken. All ranks must call.
+        It is on the device and has length 1; zeros for a zero matrix, NaN for one that is not
+        finite. All ranks must call it.
         """
         found: dict[str, Tensor] = {}
         for group in self._groups:
@@ -204,14 +224,14 @@ class SpectrumTracker:
                 found[slot.name] = vector
                 if not slot.view.transposed:
                     continue
-                # Stored as inputs × outputs: what is followed is u₁, one product away.
+                # Stored as inputs × outputs, so the vector is u₁; one product gives v₁.
                 v = vector.new_zeros(slot.shape[1])
                 parameter = parameters[slot.view.parameter_name]
                 with self._backend.read_part(parameter) as part:
                     is_whole = len(part.tensor) == parameter.shape[0]
                     stored = _stored(slot, part, is_whole=is_whole)
                     if stored is not None:
-                        # Rows of an expert are never divided, those of a matrix from `start` on.
+                        # The rows of an expert are never divided among ranks.
                         start = 0 if slot.expert is not None else part.start
                         v[start : start + len(stored)] = stored.to(v.dtype) @ vector
                 found[slot.name] = v
@@ -244,14 +264,14 @@ class SpectrumTracker:
         return groups
 
     def _unsettled_in(self, group: _Group) -> list[int]:
-        """Return which matrices need more rounds: found out now on a CPU, by the last read else.
+        """Return the matrices that need more rounds, by their residuals on a CPU, else by `read`.
 
-        Replicas find the same, and a round of theirs waits for nobody.
+        Replicas find the same matrices, and their rounds need no other rank.
         """
         waits = self._backend.is_shared and type(self._backend) is not Replicated
         if group.found.device.type != "cpu" or waits:
             return [i for i, slot in enumerate(group.slots) if slot.name in self._unsettled]
-        # NaN is nothing that rounds could mend.
+        # More rounds do not help a residual of NaN.
         return [i for i, off in enumerate(group.found[:, 2].tolist()) if off > _EXTRA_ABOVE]
 
     def _round(
@@ -261,7 +281,7 @@ class SpectrumTracker:
         *,
         is_first: bool = True,
     ) -> None:
-        """Do one round; ‖W‖_F is measured in the first of a refresh."""
+        """Do one round. The first of a refresh measures ‖W‖_F, too."""
         images, squares = self._products(group, group.vectors, parameters, squares=is_first)
         moved, found = ritz_round(group.vectors, images, squares)
         found[:, :2] *= group.scale.double().unsqueeze(-1)
@@ -273,10 +293,10 @@ class SpectrumTracker:
     def _start_cold(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put the two leading Ritz vectors of a block Krylov space of SᵀS into the group.
 
-        Musco & Musco 2015, arXiv 1504.05477, algorithm 2, on the Gram matrix: good for the first
-        values, and lost below 3e-4 σ₁. Decompositions read LAPACK's verdict back from a device.
+        Musco & Musco 2015, arXiv 1504.05477, algorithm 2, on the Gram matrix, which has the first
+        values and loses those below 3e-4 σ₁. Decompositions read LAPACK's status from the device.
         """
-        num_rows = 2 * (_COLD_ROUNDS + 1) * group.vectors.shape[1]  # of the basis, and its images
+        num_rows = 2 * (_COLD_ROUNDS + 1) * group.vectors.shape[1]  # of the basis and its images
         size = max(1, _MAX_ELEMENTS // (num_rows * group.vectors.shape[2]))
         chunks = list(group.chunks(size))
         for chunk in chunks:
@@ -289,25 +309,24 @@ class SpectrumTracker:
         group.scale = _usable(squares.sqrt(), torch.ones_like(group.scale))
         basis = group.vectors
         generator = torch.Generator().manual_seed(_SEED + 1)
-        images: Tensor | None = None
+        images: list[Tensor] = []
         block = basis
         num_rounds = min(_COLD_ROUNDS, basis.shape[-1] // basis.shape[-2] - 1)
-        for _ in range(num_rounds + 1):
+        for i in range(num_rounds + 1):
             image, _ = self._products(group, block, parameters)
             is_finite = image.isfinite().all(dim=-1).all(dim=-1)
             image = torch.where(is_finite[:, None, None], image, 0.0)
-            images = image if images is None else torch.cat([images, image], dim=1)
-            if images.shape[1] > num_rounds * block.shape[1]:
+            images.append(image)
+            if i == num_rounds:
                 break
             filler = torch.randn(image.shape[1:], generator=generator, dtype=torch.float64)
-            block = _orthonormal(image, basis, filler.to(image.device, image.dtype))
+            block = orthonormal_rows(image, basis, filler.to(image.device, image.dtype))
             basis = torch.cat([basis, block], dim=1)
-        assert images is not None
-        core = basis @ images.mT
+        core = basis @ torch.cat(images, dim=1).mT
         _, rotation = torch.linalg.eigh((core + core.mT).double() / 2)
         leading = rotation[..., -basis.shape[1] :].flip(-1)[..., : group.vectors.shape[1]]
         vectors = leading.to(basis.dtype).mT @ basis
-        # The round that follows multiplies these vectors afresh: below σ₁ whatever they are.
+        # The round that follows multiplies these vectors again, so its value is below σ₁.
         group.vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
 
     def _products(
@@ -328,7 +347,7 @@ class SpectrumTracker:
         norms = [vectors.new_zeros(())] * len(group.slots)
         batch: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         is_batched = vectors.device.type != "cpu" if self._batched is None else self._batched
-        # A product with a vector keeps one core busy: each takes matrices of its own.
+        # A product with a vector keeps one core busy, so each core takes matrices of its own.
         tasks: dict[int, Future[Tensor]] = {}
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for i, slot in enumerate(group.slots):
@@ -344,7 +363,7 @@ class SpectrumTracker:
                     tasks[i] = pool.submit(
                         _add_blockwise_, images[i], stored, scaled[i], norm=squares
                     )
-                    if self._backend.is_shared:  # it may have been put together for this look
+                    if self._backend.is_shared:  # the tensor may exist for this look only
                         tasks[i].result()
         for i, task in tasks.items():
             norms[i] = task.result()
@@ -361,9 +380,9 @@ class SpectrumTracker:
     def _measured_apart(
         self, names: Collection[str], parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, TrackedSpectrum]:
-        """Measure matrices that overflow or vanish; their vectors are of no use, so are residuals.
+        """Measure matrices that overflow or vanish, whose vectors and residuals have no meaning.
 
-        Collective, like `measure_each`; every rank has been told the same names.
+        Collective, like `measure_each`; every rank has the same names.
         """
 
         def measured(
@@ -374,7 +393,7 @@ class SpectrumTracker:
             return measure_each(views, parameters, self._backend, measure)
 
         norms = measured(names, frobenius_norm)
-        # A matrix of zeros has told all.
+        # A zero matrix needs no σ₁.
         sigmas = {name: norms[name] for name in names} | measured(
             [name for name in names if norms[name] > 0],
             lambda stack: spectral_norm(stack, num_rounds=QUICK_ROUNDS),
@@ -388,100 +407,8 @@ class SpectrumTracker:
         }
 
 
-def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Do one round of subspace iteration on WᵀW, given its products with the vectors.
-
-    Args:
-        vectors: (N, k, c), orthonormal rows, k at most 2, float32 or float64: V.
-        images: (N, k, c): WᵀWV.
-        squares: (N,): ‖W‖_F².
-
-    Returns:
-        The new vectors, an orthonormal basis of WᵀWV, the old ones where that is not finite or
-        zero; and (N, 3) in float64: ‖WᵀWz‖/‖Wz‖ of the Ritz vector z, ‖W‖_F and the residual. NaN
-        where something is not finite, but the norm: that is √squares whatever they are, inf where
-        they have overflown. A residual of 1 where z is mapped to zero by a matrix that is not.
-
-    >>> w = torch.diag(torch.tensor([2.0, 1.0]))
-    >>> v = torch.eye(2)[None]
-    >>> ritz_round(v, v @ w.mT @ w, torch.tensor([5.0]))[1].tolist()
-    [[2.0, 2.23606797749979, 0.0]]
-    """
-    is_finite = images.isfinite().all(dim=-1).all(dim=-1) & squares.isfinite()
-    clean = torch.where(is_finite[:, None, None], images, 0.0)
-    # A matrix may have jumped far from its last scale: squares of its images must hold.
-    peak = clean.abs().amax(dim=(-2, -1))
-    peak = torch.where(peak > 0, peak, 1.0)
-    z, w = _rotated(vectors, clean / peak[:, None, None])
-    ritz = (z[:, 0] * w[:, 0]).sum(dim=-1).clamp_min(0.0)
-    length = torch.linalg.vector_norm(w[:, 0], dim=-1)
-    is_seen = ritz > 0
-    divisor = torch.where(is_seen, ritz, 1.0)
-    # Of a Ritz value that rounding has left, the quotient could be anything.
-    sigma = torch.where(is_seen, length / divisor.sqrt() * peak.sqrt(), 0.0)
-    off = torch.linalg.vector_norm(w[:, 0] - ritz[:, None] * z[:, 0], dim=-1)
-    residual = torch.where(is_seen, off / divisor, (squares > 0).to(ritz.dtype))
-    sigma, residual = (torch.where(is_finite, x, torch.nan) for x in (sigma, residual))
-    found = torch.stack([sigma.double(), squares.double().sqrt(), residual.double()], dim=-1)
-    moved = _orthonormal_pair(w, z)
-    return torch.where((is_finite & is_seen)[:, None, None], moved, vectors), found
-
-
-def _rotated(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Ritz vectors and their images, the larger value first."""
-    if vectors.shape[1] == 1:
-        return vectors, images
-    core = vectors @ images.mT
-    a, d = core[:, 0, 0], core[:, 1, 1]
-    b = (core[:, 0, 1] + core[:, 1, 0]) / 2
-    # The rotation that makes a symmetric 2 × 2 diagonal; eigh would read back from the device.
-    angle = torch.atan2(2 * b, a - d) / 2
-    cos, sin = angle.cos(), angle.sin()
-    rotation = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
-    return rotation @ vectors, rotation @ images
-
-
-def _orthonormal_pair(w: Tensor, z: Tensor) -> Tensor:
-    """Gram–Schmidt, twice; z, orthonormal, where nothing is left of a second image."""
-    first = _unit(w[:, 0], z[:, 0])
-    if w.shape[1] == 1:
-        return first.unsqueeze(1)
-    second = _unit(w[:, 1], z[:, 1])
-    left = _without(second, first)
-    is_lost = torch.linalg.vector_norm(left, dim=-1, keepdim=True) < 1e-3
-    left = torch.where(is_lost, _without(z[:, 1], first), left)
-    second = _unit(_without(_unit(left, z[:, 1]), first), z[:, 1])
-    return torch.stack([first, second], dim=1)
-
-
-def _without(vector: Tensor, unit: Tensor) -> Tensor:
-    return vector - (vector * unit).sum(dim=-1, keepdim=True) * unit
-
-
-def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    return torch.where(length > 0, vector / torch.where(length > 0, length, 1.0), otherwise)
-
-
-def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
-    """Return orthonormal rows, orthogonal to those of the basis; the filler's where none is left.
-
-    A row in the span of the basis, or mapped to nothing, leaves rounding, which after some rounds
-    lies within the span itself.
-    """
-    length = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
-    block = block / length.clamp_min(torch.finfo(block.dtype).tiny)
-    rest = block - (block @ basis.mT) @ basis
-    is_lost = (torch.linalg.vector_norm(rest, dim=-1, keepdim=True) < _LOST) | (length < _LOST)
-    block = torch.where(is_lost, filler, rest)
-    for _ in range(2):
-        block = block - (block @ basis.mT) @ basis
-        block = torch.linalg.qr(block.mT).Q.mT
-    return block
-
-
 def _stored(slot: MatrixRef, part: Part, *, is_whole: bool) -> Tensor | None:
-    """Return what is here of a matrix as it is stored, (rows, c), sharing memory where it can."""
+    """Return this rank's rows of a matrix as stored, (rows, c), sharing memory if possible."""
     if not is_whole:
         piece = slot.view.piece(part.tensor, part.start, slot.expert)
         if piece is None:
@@ -500,9 +427,9 @@ def _add_blockwise_(images: Tensor, stored: Tensor, vectors: Tensor, *, norm: bo
     for part in torch.split(stored, max(1, _BLOCK_ELEMENTS // stored.shape[-1])):
         block = part.to(images.dtype)
         for image, vector in zip(images, vectors, strict=True):
-            # Products of a narrow matrix are many times slower on a CPU than those of vectors.
+            # On a CPU products with a narrow matrix are far slower than those with vectors.
             image.addmv_(block.mT, torch.mv(block, vector))
-        # One norm of all is slow for rows that lie apart, and one a row for those that do not.
+        # One norm of all is slow for rows that lie apart, and one a row for adjacent rows.
         if norm and block.is_contiguous():
             found.append(torch.linalg.vector_norm(block))
         elif norm:
@@ -517,7 +444,7 @@ def _add_batched_(
     members: Sequence[tuple[int, Tensor]],
     vectors: Tensor,
 ) -> None:
-    """Do the same for stored matrices of one shape, at most 64 MiB at a time."""
+    """Do the same as `_add_blockwise_` for matrices of one shape, at most 64 MiB at a time."""
     size = max(1, _MAX_ELEMENTS // members[0][1].numel())
     for first in range(0, len(members), size):
         chunk = members[first : first + size]
@@ -530,23 +457,23 @@ def _add_batched_(
 
 
 def _usable(scale: Tensor, otherwise: Tensor) -> Tensor:
-    """Return these scales where they and one over them are ordinary numbers, else the others."""
+    """Return these scales where they and their inverses are normal numbers, else the others."""
     scale, tiny = scale.to(otherwise.dtype), torch.finfo(otherwise.dtype).tiny
     return torch.where((scale >= tiny) & (scale <= 1 / tiny), scale, otherwise)
 
 
 def _sent(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
-    """Return host numbers on a device, whose host does not wait for it."""
+    """Copy host numbers to a device without waiting for it."""
     here = torch.tensor(values)
-    if device.type == "cuda":  # from memory that may be paged a copy is waited for
+    if device.type == "cuda":  # a copy from pageable memory would wait
         here = here.pin_memory()
     return here.to(device, non_blocking=True)
 
 
 def _is_plausible(one: TrackedSpectrum) -> bool:
-    """Whether no square has overflown or vanished: ‖W‖_F is at least σ₁, and neither is 0.
+    """Return whether no square has overflown or vanished: ‖W‖_F is at least σ₁, neither is 0.
 
-    A sum of squares is NaN only where an entry is: of that matrix nothing more is to be known.
+    A sum of squares is NaN only if an entry is. Such a matrix has no other numbers.
     """
     if math.isnan(one.frobenius):
         return True

@@ -14,7 +14,7 @@ from hf_pss.inspection.matrix_survey import Inspection
 from hf_pss.inspection.measure import MatrixHealth
 from hf_pss.records.strict_json import visible
 
-__all__ = ["MatrixChange", "compare"]
+__all__ = ["ChangedMatrix", "compare"]
 
 # Decimals of a logarithm below which a change of σ₁ or rank says nothing, and ‖ΔW‖ decides.
 _EQUAL_DIGITS = 3
@@ -23,7 +23,7 @@ _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|base_model|transformer|model)\.
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixChange:
+class ChangedMatrix:
     """One matrix in both checkpoints, or in one of them."""
 
     name: str
@@ -61,7 +61,7 @@ class MatrixChange:
 
 
 @torch.no_grad()
-def compare(before: Inspection, after: Inspection) -> tuple[MatrixChange, ...]:
+def compare(before: Inspection, after: Inspection) -> tuple[ChangedMatrix, ...]:
     """Return the changes of every matrix, the largest first.
 
     Names are matched without what wrappers put before them, so that ``transformer.h.0…`` finds
@@ -87,10 +87,10 @@ def _by_name(inspection: Inspection, *, bare: bool = False) -> Mapping[str, Matr
     return {_WRAPPERS.sub("", one.name) if bare else one.name: one for one in healths}
 
 
-def _change(before: MatrixHealth | None, after: MatrixHealth | None) -> MatrixChange:
+def _change(before: MatrixHealth | None, after: MatrixHealth | None) -> ChangedMatrix:
     named = before or after
     moved = math.nan if before is None or after is None else _moved(before, after)
-    return MatrixChange(named.name if named else "", before, after, moved)
+    return ChangedMatrix(named.name if named else "", before, after, moved)
 
 
 def _moved(before: MatrixHealth, after: MatrixHealth) -> float:

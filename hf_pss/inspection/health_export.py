@@ -6,12 +6,12 @@ import json
 import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, TextIO
 
-from hf_pss.inspection.compare import MatrixChange
-from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
-from hf_pss.inspection.measure import MatrixHealth
-from hf_pss.inspection.verdicts import JudgedMatrix
+from hf_pss.inspection.compare import ChangedMatrix
+from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 
 __all__ = ["SCHEMA_VERSION", "as_json", "write_json"]
 
@@ -22,7 +22,7 @@ def as_json(
     inspection: Inspection,
     *,
     other: Inspection | None = None,
-    changes: Sequence[MatrixChange] = (),
+    changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> dict[str, Any]:
     """Return plain data, but for spectra, which stay arrays; the worst matrices first.
@@ -56,7 +56,7 @@ def as_json(
         data["compared_finite"] = other.is_finite
         data["changes"] = [_change(change) for change in changes]
     if rows:
-        data["series"] = [_series_row(row) for row in rows]
+        data["series"] = [_fields(row, *(field.name for field in fields(row))) for row in rows]
     return data
 
 
@@ -65,7 +65,7 @@ def write_json(
     inspection: Inspection,
     *,
     other: Inspection | None = None,
-    changes: Sequence[MatrixChange] = (),
+    changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> None:
     """Write what `as_json` returns, and a line's end; one spectrum at a time becomes a list."""
@@ -82,58 +82,38 @@ def _matrix(judged: JudgedMatrix) -> dict[str, Any]:
         "block": health.place.block,
         "shape": list(health.shape),
         "dtype": health.source.entry.dtype,
-        "sigma1": _number(health.sigma1),
-        "frobenius": _number(health.frobenius),
-        "stable_rank": _number(health.stable_rank),
+        **_fields(health, "sigma1", "frobenius", "stable_rank"),
         "noise_stable_rank": health.noise,
         "num_nonfinite": health.num_nonfinite,
-        "findings": [{"kind": found.kind, "text": found.text} for found in judged.findings],
+        "findings": [_fields(found, "kind", "text") for found in judged.findings],
     }
     if health.source.note:
         row["note"] = health.source.note
     if health.spectrum is not None:
-        row["effective_rank"] = _number(health.effective_rank)
+        row |= _fields(health, "effective_rank")
         row["singular_values"] = health.spectrum
     return row
 
 
-def _change(change: MatrixChange) -> dict[str, Any]:
+def _change(change: ChangedMatrix) -> dict[str, Any]:
+    sides = {"before": change.before, "after": change.after}
+    brief = ("sigma1", "stable_rank", "num_nonfinite")
     return {
         "name": change.name,
-        "before": _brief(change.before),
-        "after": _brief(change.after),
-        "sigma1_ratio": _number(change.sigma1_ratio),
-        "stable_rank_ratio": _number(change.stable_rank_ratio),
-        "relative_change": _number(change.relative_change),
+        **{side: None if one is None else _fields(one, *brief) for side, one in sides.items()},
+        **_fields(change, "sigma1_ratio", "stable_rank_ratio", "relative_change"),
     }
 
 
-def _series_row(row: SeriesRow) -> dict[str, Any]:
-    return {
-        "path": str(row.path),
-        "step": row.step,
-        "median_stable_rank": _number(row.median_stable_rank),
-        "lowest_stable_rank": _number(row.lowest_stable_rank),
-        "median_sigma1": _number(row.median_sigma1),
-        "largest_sigma1": _number(row.largest_sigma1),
-        "num_nonfinite": row.num_nonfinite,
-        "num_findings": row.num_findings,
-    }
+def _fields(record: object, *names: str) -> dict[str, Any]:
+    return {name: _plain(getattr(record, name)) for name in names}
 
 
-def _brief(health: MatrixHealth | None) -> dict[str, Any] | None:
-    if health is None:
-        return None
-    return {
-        "sigma1": _number(health.sigma1),
-        "stable_rank": _number(health.stable_rank),
-        "num_nonfinite": health.num_nonfinite,
-    }
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
 
 
 def _numbers(values: array[float]) -> list[float | None]:
-    return [_number(value) for value in values]
+    return [_plain(value) for value in values]

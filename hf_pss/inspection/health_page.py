@@ -19,10 +19,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from hf_pss.inspection.compare import MatrixChange
-from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
+from hf_pss.inspection.compare import ChangedMatrix
+from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.inspection.measure import MatrixHealth, spectrum_of
-from hf_pss.inspection.verdicts import JudgedMatrix
 from hf_pss.records.strict_json import visible
 from hf_pss.view import canvas
 from hf_pss.view import text_table as text
@@ -234,7 +233,7 @@ def render_page(
     inspection: Inspection,
     *,
     other: Inspection | None = None,
-    changes: Sequence[MatrixChange] = (),
+    changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> str:
     """Return HTML: a map of the stable ranks, the spectra of the worst matrices, and all numbers.

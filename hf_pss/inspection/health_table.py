@@ -11,10 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hf_pss.inspection.compare import MatrixChange
+from hf_pss.inspection.compare import ChangedMatrix
 from hf_pss.inspection.matrices import SMALL
-from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
-from hf_pss.inspection.verdicts import JudgedMatrix
+from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.records.strict_json import visible
 from hf_pss.view.text_table import significant
 
@@ -35,7 +34,7 @@ def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableTy
     return Group(*_summary(inspection), *_worst(inspection, num_lines), *_notes(inspection))
 
 
-def render_changes(changes: Sequence[MatrixChange], *, num_lines: int) -> RenderableType:
+def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> RenderableType:
     """Put the matrices that moved most first, before → after."""
     table = _table("matrix", "σ₁", "stable rank", "‖ΔW‖/‖W‖")
     prefix = _common_prefix([change.name for change in changes])
@@ -161,7 +160,7 @@ def _table(first: str, *numbers: str) -> Table:
     return table
 
 
-def _arrow(change: MatrixChange, what: str) -> str:
+def _arrow(change: ChangedMatrix, what: str) -> str:
     sides = (change.before, change.after)
     return " → ".join(
         "missing" if side is None else significant(float(getattr(side, what))) for side in sides

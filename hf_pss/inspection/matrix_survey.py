@@ -1,6 +1,6 @@
-"""The health of a checkpoint: every matrix measured and judged, all other numbers searched.
+"""The health of a checkpoint: every matrix measured and judged, all other tensors searched.
 
-Several checkpoints of one run, a line each: how ranks and norms move over the steps.
+A series of checkpoints of one run: one row of medians and extremes for each.
 """
 
 from __future__ import annotations
@@ -8,21 +8,83 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_pss.errors import SelectionError
+from hf_pss.health.verdicts import (
+    Finding,
+    against_noise,
+    against_siblings,
+    damaged,
+    siblings_of,
+    urgency,
+)
 from hf_pss.inspection.matrices import find_matrices
 from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure
-from hf_pss.inspection.verdicts import JudgedMatrix, judge
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry
 
-__all__ = ["Inspection", "Progress", "SeriesRow", "inspect_checkpoint", "series"]
+__all__ = [
+    "Inspection",
+    "JudgedMatrix",
+    "Progress",
+    "SeriesRow",
+    "inspect_checkpoint",
+    "judge",
+    "series",
+]
 
 Progress = Callable[[int, str], None]
-"""Told the bytes just done and the tensor's name, fit to be shown."""
+"""Takes the bytes just read and the tensor's name, fit to be shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedMatrix:
+    """A matrix and its findings."""
+
+    health: MatrixHealth
+    findings: tuple[Finding, ...]
+    """The worst first; empty for a sound matrix."""
+
+
+def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
+    """Return all matrices with their findings, the worst first.
+
+    Siblings are the matrices of one kind and shape in the other blocks.
+    """
+    families: defaultdict[tuple[str, str, tuple[int, int]], list[MatrixHealth]] = defaultdict(list)
+    for health in matrices:
+        families[health.place.stack, health.place.kind, health.shape].append(health)
+    judged = []
+    for family in families.values():
+        # Once a family: a stack of experts has tens of thousands of members.
+        siblings = siblings_of([one.stable_rank for one in family], [one.sigma1 for one in family])
+        for health in family:
+            found = _damage(health) or [
+                *against_noise(health.stable_rank, health.noise),
+                *against_siblings(health.stable_rank, health.sigma1, siblings),
+            ]
+            worst_first = tuple(sorted(found, key=lambda finding: -finding.excess))
+            judged.append(JudgedMatrix(health, worst_first))
+    return tuple(
+        sorted(
+            judged,
+            key=lambda one: urgency(
+                one.findings, one.health.stable_rank / one.health.noise, one.health.name
+            ),
+        )
+    )
+
+
+def _damage(health: MatrixHealth) -> list[Finding]:
+    if health.num_nonfinite:
+        num_numbers = math.prod(health.shape)
+        text = f"{health.num_nonfinite:,} of {num_numbers:,} numbers are NaN or inf"
+        return [damaged("non_finite", text)]
+    return [damaged("zero")] if health.frobenius == 0 else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,11 +183,16 @@ def stacks(
 ) -> Iterator[Stack]:
     """Yield all selected matrices on every rank, grouped by shape, at most 64 MiB at a time."""
     for chunk in _chunks(matrix_refs(views), parameters):
-        matrices: list[Tensor] = []
-        for name, group in by_parameter(chunk):
-            full = backend.full(parameters[name])
-            matrices += [ref.read(full) for ref in group]
-        yield Stack(chunk, torch.stack(matrices))
+        yield Stack(chunk, gather(chunk, parameters, backend))
+
+
+def gather(refs: Iterable[MatrixRef], parameters: Mapping[str, Tensor], backend: Backend) -> Tensor:
+    """Return a copy of matrices of one shape on every rank, (len(refs), m, n); collective."""
+    matrices: list[Tensor] = []
+    for name, group in by_parameter(refs):
+        full = backend.full(parameters[name])
+        matrices += [ref.read(full) for ref in group]
+    return torch.stack(matrices)
 
 
 def write_stack_(

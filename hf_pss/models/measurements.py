@@ -35,7 +35,8 @@ from hf_pss.models.selection import (
     named_parameters_canonical,
     select_matrices,
 )
-from hf_pss.models.selection.by_name import ADAPTER_FACTOR, what_to_do, why_empty
+from hf_pss.models.selection.by_name import ADAPTER_FACTOR
+from hf_pss.models.selection.parameter_rules import what_to_do, why_empty
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from hf_pss.config import PSSConfig
 from hf_pss.detection.baseline import Baseline
 from hf_pss.detection.explosion import Explosion, ExplosionRule, find_explosion
 from hf_pss.detection.policy import Action
-from hf_pss.inspection.verdicts import LOW_SHARE_OF_SIBLINGS
+from hf_pss.health.verdicts import LOW_SHARE_OF_SIBLINGS
 from hf_pss.runs.log import History, LogRow
 from hf_pss.runs.notes import Notes
 

@@ -9,7 +9,6 @@ embeddings or recurrent mixers. It is read, smoothed and written one tensor at a
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,18 +23,13 @@ from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.inspection.matrices import StoredMatrix, find_matrices
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction, StableRankCap, smooth_spectrum
+from hf_pss.models.selection.by_name import is_adapter_factor
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import PIECE_BYTES, READABLE, Checkpoint, TensorEntry
 
 __all__ = ["Repair", "matrices_to_smooth", "summary", "write_weights"]
 
 _SMOOTHABLE = {"F16", "BF16", "F32", "F64"}
-_PASSED_OVER = re.compile(
-    r"(?:^|\.)(?:gate|shared_expert_gate|wg)(?:\.|$)|router|embed|relative_attention_bias"
-    r"|mamba|mixer|ssm|rwkv",
-    re.IGNORECASE,
-)
-_LORA = re.compile(r"(?:^|\.)lora_(?:embedding_)?[AB](?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ def matrices_to_smooth(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
     Raises:
         ConfigurationError: The weights are a LoRA adapter's, or there is no such matrix.
     """
-    if any(_LORA.search(entry.name) for entry in checkpoint.tensors):
+    if any(is_adapter_factor(entry.name) for entry in checkpoint.tensors):
         raise ConfigurationError(
             f"{visible(checkpoint.path)} holds LoRA factors; their product is smoothed in a run "
             "only. Give --smoothing none, or use the command that is printed without --write."
@@ -65,9 +59,7 @@ def matrices_to_smooth(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
     found = tuple(
         matrix
         for matrix in find_matrices(checkpoint).matrices
-        if matrix.place.block is not None
-        and matrix.entry.dtype in _SMOOTHABLE
-        and not _PASSED_OVER.search(matrix.entry.name)
+        if not matrix.why_unselected and matrix.entry.dtype in _SMOOTHABLE
     )
     if not found:
         raise ConfigurationError(
@@ -125,7 +117,7 @@ def write_weights(
 
 def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repair]:
     """Smooth one matrix, or each of a stack, inside its tensor."""
-    rows = _positions(matrix, tensor)
+    rows = None if matrix.rows is None else matrix.rows.stored_rows(matrix.shape[0])
     axis = -1 if matrix.transposed else -2
     experts = range(matrix.num_experts) if matrix.num_experts is not None else (None,)
     found = []
@@ -165,16 +157,6 @@ def _function(smoothing: str, shape: tuple[int, int]) -> SmoothingFunction:
     if smoothing == "floor":
         return StableRankCap()  # noise of the matrix's own shape, whichever side comes first
     return SMOOTHING_FUNCTIONS[smoothing]()
-
-
-def _positions(matrix: StoredMatrix, tensor: Tensor) -> Tensor | None:
-    """The output rows of a part, as places along the axis that outputs are stored on."""
-    pattern = matrix.rows
-    if pattern is None:
-        return None
-    size = tensor.shape[-1 if matrix.transposed else -2]
-    starts = torch.arange(pattern.start, size, pattern.period)
-    return (starts[:, None] + torch.arange(pattern.size)).flatten()
 
 
 def _read(source: BinaryIO, entry: TensorEntry) -> Tensor:

@@ -19,7 +19,7 @@ from hf_pss.runs.records_files import (
     health_line,
     reading_line,
 )
-from hf_pss.trainer.trackers import Reporters, reporters_for, summary_table
+from hf_pss.trainer.trackers import Trackers, summary_table, trackers_for
 
 __all__ = ["RunRecorder"]
 
@@ -47,7 +47,7 @@ class RunRecorder:
         resumed_step: int,
     ) -> None:
         self._args, self._handler, self.is_first_process = args, handler, is_first_process
-        self._trackers: Reporters | None = None
+        self._trackers: Trackers | None = None
         self.restart(resumed_step=resumed_step)
 
     def restart(self, *, resumed_step: int) -> None:
@@ -111,9 +111,9 @@ class RunRecorder:
                 report.scalars["seconds"],
             )
 
-    def _open_trackers(self) -> Reporters:
+    def _open_trackers(self) -> Trackers:
         if self._trackers is None:
-            self._trackers = reporters_for(self._args, self._handler.callbacks)
+            self._trackers = trackers_for(self._args, self._handler.callbacks)
         return self._trackers
 
     def _level_of(self, record: Intervention) -> int:

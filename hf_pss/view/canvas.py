@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from hf_pss.evidence.report_records import RunDirectory
 from hf_pss.view.html_page import MISSING_EXTRA
 
 try:
@@ -86,12 +86,10 @@ class _PlainFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def colour(directory: RunDirectory, guard: str) -> str:
-    """Grey for the reference, one colour each for the others."""
-    if guard == directory.reference:
-        return _REFERENCE_COLOUR
-    others = [other for other in directory.guards if other != directory.reference]
-    return _COLOURS[others.index(guard) % len(_COLOURS)]
+def colour(name: str, names: Sequence[str], reference: str) -> str:
+    """Return grey for the reference, and one colour for each of the other names."""
+    others = [other for other in names if other != reference]
+    return _REFERENCE_COLOUR if name == reference else _COLOURS[others.index(name) % len(_COLOURS)]
 
 
 def save_png(figure: Figure, path: Path) -> None:

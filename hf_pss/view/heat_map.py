@@ -1,21 +1,24 @@
-"""The stable rank of every matrix over time, guards side by side on one colour scale."""
+"""The stable rank of every matrix over time, several runs side by side on one colour scale."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from hf_pss.evidence.report_records import Floats, RunDirectory, TrainingRun
-from hf_pss.evidence.report_results import label
 from hf_pss.view.canvas import new_figure
 
-__all__ = ["OUTSIDE_BLOCKS", "noise_levels", "row_of", "stable_rank_figure"]
+__all__ = ["OUTSIDE_BLOCKS", "HeatMapPanel", "MatrixRow", "heat_map_figure", "row_of"]
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 # The block is the first number of a parameter's path: transformer.h.3.attn.c_attn.weight[q].
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
@@ -31,7 +34,7 @@ class MatrixRow:
 
 
 def row_of(name: str) -> MatrixRow:
-    """Find block and role in a matrix's name.
+    """Return block and role of a matrix, read from its name.
 
     >>> row_of("transformer.h.3.attn.c_attn.weight[q]")
     MatrixRow(block=3, role='attn.c_attn[q]')
@@ -43,65 +46,70 @@ def row_of(name: str) -> MatrixRow:
     return MatrixRow(int(match[1]), role)
 
 
-def noise_levels(directory: RunDirectory) -> dict[str, float]:
-    """Stable rank of i.i.d. noise, mn/(√m + √n)², for every shape that the events name."""
-    shapes = {
-        tuple(sorted(matrix.shape))
-        for run in directory.runs
-        for event in run.interventions
-        for matrix in event.matrices
-        if len(matrix.shape) == 2 and min(matrix.shape) > 0
-    }
-    return {f"{m}×{n}": m * n / (m**0.5 + n**0.5) ** 2 for m, n in sorted(shapes)}
+@dataclass(frozen=True, slots=True)
+class HeatMapPanel:
+    """The numbers of one panel."""
+
+    title: str
+    steps: Floats
+    """(num_steps,), ascending."""
+    names: Sequence[str]
+    """Of the matrices."""
+    values: Floats
+    """(num_steps, num_names); NaN where a step has no value."""
 
 
-def stable_rank_figure(directory: RunDirectory) -> Figure | None:
-    """Rows are matrices grouped by block, columns are steps; one panel a guard, its first seed.
+def heat_map_figure(
+    panels: Sequence[HeatMapPanel], *, noise: Mapping[str, float] = MappingProxyType({})
+) -> Figure | None:
+    """Draw one panel a run: rows are matrices grouped by block, columns are steps.
+
+    Matrices of one role and block, such as experts, share a row, which shows the lowest.
+
+    Args:
+        panels: The runs; those without a step or a name are left out.
+        noise: Stable ranks of noise by shape, marked on the colour bar.
 
     Returns:
-        None where no run has recorded a stable rank.
+        None where no panel is left.
     """
-    runs = [run for guard in directory.guards for run in directory.of(guard)[:1] if _has_ranks(run)]
-    if not runs:
+    panels = [panel for panel in panels if len(panel.steps) and panel.names]
+    if not panels:
         return None
-    rows = sorted({row_of(name) for run in runs for name in run.stable_ranks.names})
-    maps = [_lowest(run, rows) for run in runs]
+    rows = sorted({row_of(name) for panel in panels for name in panel.names})
+    maps = [_lowest(panel, rows) for panel in panels]
     positive = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in maps])
-    # Where nothing is finite the map has no colour, and says just that.
+    # A map without a finite value shows its background only.
     low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 2.0)
     scale = LogNorm(vmin=low, vmax=high if high > low else 2 * low)
     figure = new_figure(10, float(np.clip(0.085 * len(rows) + 1.2, 2.5, 9.0)))
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axes, run, values in zip(panels, runs, maps, strict=True):
-        _draw(axes, run, values, scale)
-    _label_blocks(panels, rows)
-    bar = figure.colorbar(panels[-1].collections[0], ax=list(panels), pad=0.01, fraction=0.05)
-    _label_bar(bar.ax, low, high, noise_levels(directory))
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel, values in zip(all_axes, panels, maps, strict=True):
+        _draw(axes, panel, values, scale)
+    _label_blocks(all_axes, rows)
+    bar = figure.colorbar(all_axes[-1].collections[0], ax=list(all_axes), pad=0.01, fraction=0.05)
+    _label_bar(bar.ax, low, high, noise)
     return figure
 
 
-def _has_ranks(run: TrainingRun) -> bool:
-    return bool(len(run.stable_ranks.steps) and run.stable_ranks.names)
+def _lowest(panel: HeatMapPanel, rows: list[MatrixRow]) -> Floats:
+    """Return the lowest value of each row's matrices, (num_rows, num_steps).
 
-
-def _lowest(run: TrainingRun, rows: list[MatrixRow]) -> Floats:
-    """(num_rows, num_steps): the lowest of each row's matrices; NaN where one is, or none was read.
-
-    A mean over experts would hide the one that breaks.
+    It is NaN where one of them is NaN, or none has a value. A mean over experts would hide the one
+    that breaks.
     """
-    ranks = run.stable_ranks
     index = {row: i for i, row in enumerate(rows)}
-    found = np.full((len(rows), len(ranks.steps)), np.inf)
-    for name, values in zip(ranks.names, ranks.values.T, strict=True):
+    found = np.full((len(rows), len(panel.steps)), np.inf)
+    for name, values in zip(panel.names, panel.values.T, strict=True):
         row = found[index[row_of(name)]]
-        # `minimum` hands NaN on.
+        # `minimum` keeps NaN.
         np.minimum(row, np.where(np.isfinite(values), values, np.nan), out=row)
     return np.where(np.isinf(found), np.nan, found)
 
 
-def _draw(axes: Axes, run: TrainingRun, values: Floats, scale: LogNorm) -> None:
+def _draw(axes: Axes, panel: HeatMapPanel, values: Floats, scale: LogNorm) -> None:
     axes.pcolormesh(
-        _edges(run.stable_ranks.steps),
+        _edges(panel.steps),
         np.arange(len(values) + 1),
         np.ma.masked_invalid(values),
         norm=scale,
@@ -110,12 +118,12 @@ def _draw(axes: Axes, run: TrainingRun, values: Floats, scale: LogNorm) -> None:
     )
     axes.set_facecolor("#eeeeee")
     axes.grid(visible=False)
-    axes.set_title(f"{label(run.guard)}, seed {run.seed}")
+    axes.set_title(panel.title)
     axes.set_xlabel("step")
 
 
 def _edges(steps: Floats) -> Floats:
-    """Borders of the cells: each lasts until the next one, the last as long as the one before."""
+    """Return the borders of the cells. The last cell is as wide as the one before."""
     last = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
     return np.append(steps, steps[-1] + last)
 
@@ -133,7 +141,7 @@ def _label_blocks(panels: Iterable[Axes], rows: list[MatrixRow]) -> None:
         axes.tick_params(axis="y", length=0)
 
 
-def _label_bar(axes: Axes, low: float, high: float, noise: dict[str, float]) -> None:
+def _label_bar(axes: Axes, low: float, high: float, noise: Mapping[str, float]) -> None:
     candidates = np.array([1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70])
     ticks = np.concatenate([candidates * 10.0**power for power in (0, 2, 4)])
     ticks = ticks[(ticks >= low) & (ticks <= high)]

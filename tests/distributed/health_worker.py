@@ -9,8 +9,7 @@ from typing import NoReturn
 import torch
 from worker import main
 
-from hf_pss.health import alignment, low_rank_distance, meter, spectral_edge
-from hf_pss.health import singular_values as spectra
+from hf_pss.health import alignment, meter, spectra, spectral_edge
 
 BROKEN = "--broken"
 
@@ -25,7 +24,7 @@ if __name__ == "__main__":
         if os.environ.get("RANK") == "1":
             spectra.unit_scaled = fail  # type: ignore[attr-defined]
             alignment.leading_triplets = fail  # type: ignore[attr-defined]
-            low_rank_distance.quick_triplets = fail  # type: ignore[attr-defined]
+            spectra.quick_triplets = fail  # type: ignore[attr-defined]
             spectral_edge.SpectralEdgeMeter._project = fail  # type: ignore[method-assign]
             meter.spectral_alignment = fail  # type: ignore[attr-defined]
     main()

@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.runs.checkpoint import checkpoints_by_step, examine
-from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardReporter
+from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardTracker
 
 STEP = 9
 OPTIONS: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "save_total_limit": 1}
@@ -114,12 +114,12 @@ def test_a_tracker_that_fails_ends_no_run_and_changes_nothing(
     quiet.train()
     calls = []
 
-    def fails(self: TensorBoardReporter, *args: Any) -> None:
+    def fails(self: TensorBoardTracker, *args: Any) -> None:
         calls.append(args)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name in ("report", "alert", "snapshot"):
-        monkeypatch.setattr(TensorBoardReporter, name, fails)
+        monkeypatch.setattr(TensorBoardTracker, name, fails)
     folder = tmp_path / "loud"
     trainer = make_trainer(folder, config, report_to="tensorboard", **options)
     trainer.train()

@@ -16,12 +16,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from hf_pss.health.alignment import measure_alignments
-from hf_pss.health.low_rank_distance import measure_low_rank_distances
-from hf_pss.health.preconditioner import measure_denominators
 from hf_pss.health.relative_update import RelativeUpdateMeter
-from hf_pss.health.singular_values import measure_effective_ranks
+from hf_pss.health.spectra import (
+    effective_rank_of,
+    measure_low_rank_distances,
+    measure_spectra,
+)
 from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.tracked import SpectrumTracker
+from hf_pss.health.update_operator import measure_denominators
 from hf_pss.models.distributed import Backend, OneProcess, Replicated, backend_for
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
@@ -78,7 +81,8 @@ def measured(kind: str, backend: Backend | None) -> dict[str, float]:
     found |= {f"edge {i}": sigma for i, sigma in enumerate(gap.sigmas)}
     found |= {f"followed {name}": one.sigma for name, one in tracked.items()}
     found |= {f"norm {name}": one.frobenius for name, one in tracked.items()}
-    ranks = measure_effective_ranks(views, parameters, backend)
+    spectra = measure_spectra(views, parameters, backend)
+    ranks = {name: effective_rank_of(sigmas) for name, sigmas in spectra.items()}
     distances = measure_low_rank_distances(views, parameters, backend, 3)
     alignments = measure_alignments(views, parameters, backend)
     ranges = measure_denominators(views, parameters, optimizer, backend, trim=0.05)

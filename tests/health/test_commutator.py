@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.alignment import commutator_size
+from hf_pss.health.update_operator import commutator_size
 
 NUM_DIRECTIONS = 400
 SAMPLING_TOLERANCE = 0.008  # 0.0029, relative

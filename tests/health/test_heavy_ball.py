@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.relative_update import exceptional_distance, exceptional_points
+from hf_pss.health.update_operator import exceptional_distance, exceptional_points
 
 # Near a double root of z² − tr z + β rounding moves both by its own root: √ε = 1.5e-8 in float64.
 DOUBLE_ROOT_TOLERANCE = 1.2e-7  # 4.2e-8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.preconditioner import (
+from hf_pss.health.update_operator import (
     ALARM_RATIO,
     Denominators,
     denominators,

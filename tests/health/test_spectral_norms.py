@@ -10,7 +10,8 @@ from helpers import gpt2
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter, power_round
+from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter
+from hf_pss.health.subspace_rounds import power_round
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 

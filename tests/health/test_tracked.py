@@ -10,7 +10,8 @@ import torch
 from helpers import gpt2, llama
 from torch import Tensor, nn
 
-from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum, ritz_round
+from hf_pss.health.subspace_rounds import ritz_round
+from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 

@@ -18,9 +18,14 @@ from hf_pss.inspection.compare import compare
 from hf_pss.inspection.health_export import as_json, write_json
 from hf_pss.inspection.health_page import noise_quantiles, render_page, series_figure, write_page
 from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
-from hf_pss.inspection.matrix_survey import Inspection, inspect_checkpoint, series
-from hf_pss.inspection.verdicts import JudgedMatrix, judge
-from hf_pss.models.selection.places import Place, place_of
+from hf_pss.inspection.matrix_survey import (
+    Inspection,
+    JudgedMatrix,
+    inspect_checkpoint,
+    judge,
+    series,
+)
+from hf_pss.models.selection.by_name import Place, place_of
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import open_checkpoint
 

@@ -23,9 +23,9 @@ from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, Intervention, MatrixChange
 from hf_pss.records.steps import HealthReading
-from hf_pss.trainer.trackers import TRACKERS, Reporters, reporters_for
+from hf_pss.trainer.trackers import TRACKERS, Trackers, trackers_for
+from hf_pss.trainer.trackers.row_trackers import WandbTracker
 from hf_pss.trainer.trackers.tracker import label_of
-from hf_pss.trainer.trackers.wandb_tracker import WandbReporter
 
 # TensorBoard's scalars; half a unit in the last place.
 FLOAT32_ROUNDING = 2.0**-24
@@ -65,11 +65,11 @@ class Reporting(TrainerCallback):
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
-        self.reporters = Reporters(())
+        self.reporters = Trackers(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        self.reporters = reporters_for(args, self.trainer.callback_handler.callbacks)
+        self.reporters = trackers_for(args, self.trainer.callback_handler.callbacks)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.reporters.report(reading(state.global_step))
@@ -284,16 +284,16 @@ def test_what_pss_itself_measures_and_does_reaches_all_three(
 
 
 def test_the_heat_map_shows_the_fall(offline: Path) -> None:
-    from hf_pss.trainer.trackers.stable_rank_image import heat_map
-    from hf_pss.trainer.trackers.tracker import History
+    from hf_pss.trainer.trackers.all_trackers import draw_heat_map
+    from hf_pss.trainer.trackers.tracker import ThinnedReadings
 
-    history = History()
-    assert heat_map(history) is None
+    readings = ThinnedReadings()
+    assert draw_heat_map(readings) is None
     for step in range(1, 30):
-        history.add(
+        readings.add(
             HealthReading(step=step, matrices={"stable_rank": {NAMES[0]: 2.0**-step, NAMES[1]: 1}})
         )
-    picture = heat_map(history)
+    picture = draw_heat_map(readings)
     assert picture is not None
     assert picture.shape[2] == 3
     first_block = picture[picture.shape[0] // 3].tolist()
@@ -305,11 +305,11 @@ def test_a_reporter_that_raises_is_one_warning(
 ) -> None:
     calls = []
 
-    def raises(self: WandbReporter, row: dict[str, Any], step: int) -> None:
+    def raises(self: WandbTracker, row: dict[str, Any], step: int) -> None:
         calls.append(step)
         raise RuntimeError("the server is gone")
 
-    monkeypatch.setattr(WandbReporter, "_log", raises)
+    monkeypatch.setattr(WandbTracker, "_log", raises)
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         trainer, callback = train(offline, "wandb")
     assert trainer.state.global_step == STEPS
@@ -323,7 +323,7 @@ def test_a_reporter_that_raises_is_one_warning(
 def test_a_run_that_is_closed_is_one_warning(
     offline: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporters = Reporters([WandbReporter(wandb.init(project="pss"))])
+    reporters = Trackers([WandbTracker(wandb.init(project="pss"))])
     reporters.report(reading(1))
     wandb.finish()
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
@@ -341,13 +341,13 @@ def test_no_open_run_is_one_warning(
     pytest.importorskip(tracker)
     args = TrainingArguments(output_dir=str(offline), report_to=[tracker], use_cpu=True)
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
-        assert not reporters_for(args)
+        assert not trackers_for(args)
     assert [f"nothing more to {tracker}" in r.getMessage() for r in caplog.records] == [True]
 
 
 def test_tensorboard_without_the_trainers_writer_has_its_own_folder(offline: Path) -> None:
     args = TrainingArguments(output_dir=str(offline), report_to=["tensorboard"], use_cpu=True)
-    reporters = reporters_for(args)
+    reporters = trackers_for(args)
     reporters.report(reading(1))
     reporters.finish()
     found = EventAccumulator(str(offline / "runs" / "pss")).Reload()
@@ -356,7 +356,7 @@ def test_tensorboard_without_the_trainers_writer_has_its_own_folder(offline: Pat
 
 def test_without_trackers_nothing_is_kept(offline: Path) -> None:
     args = TrainingArguments(output_dir=str(offline), report_to="none", use_cpu=True)
-    reporters = reporters_for(args)
+    reporters = trackers_for(args)
     reporters.report(reading(1))
     reporters.alert(intervention())
     reporters.finish()
@@ -371,7 +371,7 @@ def test_without_matplotlib_the_table_is_there(
     def missing(history: Any) -> None:
         raise ImportError("matplotlib is not installed.")
 
-    monkeypatch.setattr("hf_pss.trainer.trackers.fan_out.heat_map", missing)
+    monkeypatch.setattr("hf_pss.trainer.trackers.all_trackers.draw_heat_map", missing)
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         train(offline, "wandb")
     found = finish_and_read()

@@ -14,7 +14,7 @@ from hf_pss.trainer.trackers.tracker import (
     NUM_BINS,
     NUM_PLACES,
     Curves,
-    History,
+    ThinnedReadings,
     histogram_of,
     label_of,
     scalars_of,
@@ -74,7 +74,7 @@ def test_scalars_keep_nan() -> None:
     }
 
 
-# ---- history ----
+# ---- thinned readings ----
 
 
 def reading(step: int, num_matrices: int = 2) -> HealthReading:
@@ -83,34 +83,34 @@ def reading(step: int, num_matrices: int = 2) -> HealthReading:
     )
 
 
-def test_history_is_thinned_evenly_and_keeps_its_ends() -> None:
-    history = History(max_readings=8)
+def test_readings_are_thinned_evenly_and_keep_their_ends() -> None:
+    readings = ThinnedReadings(max_readings=8)
     for step in range(101):
-        history.add(reading(step))
-        steps = [kept.step for kept in history.readings]
+        readings.add(reading(step))
+        steps = [kept.step for kept in readings.kept]
         assert steps[0] == 0
         assert steps[-1] == step
         assert len(steps) <= 9
         assert len({b - a for a, b in pairwise(steps[:-1])}) <= 1
 
 
-def test_history_of_many_matrices_is_bounded() -> None:
-    history = History()
+def test_readings_of_many_matrices_are_bounded() -> None:
+    readings = ThinnedReadings()
     num_matrices = MAX_NUMBERS // 10
     for step in range(40):
-        history.add(reading(step, num_matrices))
-        assert len(history.readings) <= 11
+        readings.add(reading(step, num_matrices))
+        assert len(readings.kept) <= 11
 
 
 def test_rows_are_as_many_as_there_is_room_for() -> None:
-    history = History()
+    readings = ThinnedReadings()
     for step in range(10):
-        history.add(reading(step))
-    assert len(history.rows(max_rows=100)) == 20
-    rows = history.rows(max_rows=7)
+        readings.add(reading(step))
+    assert len(readings.rows(max_rows=100)) == 20
+    rows = readings.rows(max_rows=7)
     assert [row[0] for row in rows] == [1, 1, 5, 5, 9, 9]
-    history.add(HealthReading(step=10, matrices={"stable_rank": {"a": 2.0, "b": 9.0, "c": 1.0}}))
-    assert history.rows(max_rows=2) == ((10, "c", 1.0), (10, "a", 2.0))
+    readings.add(HealthReading(step=10, matrices={"stable_rank": {"a": 2.0, "b": 9.0, "c": 1.0}}))
+    assert readings.rows(max_rows=2) == ((10, "c", 1.0), (10, "a", 2.0))
 
 
 # ---- more matrices than a dashboard holds ----
@@ -151,14 +151,14 @@ def test_of_very_many_matrices_the_worst_have_curves(caplog: pytest.LogCaptureFi
 
 
 def test_a_metric_that_a_step_has_not_measured_is_none() -> None:
-    history = History()
-    history.add(HealthReading(step=1, matrices={"a": {"m": 1.0}}))
-    history.add(HealthReading(step=2, matrices={"b": {"m": math.nan, "n": 2.0}}))
-    history.add(HealthReading(step=3, scalars={"loss": 1.0}))
-    assert history.metrics() == ("a", "b")
-    assert history.rows(max_rows=9)[0] == (1, "m", 1.0, None)
-    assert history.rows(max_rows=9)[2] == (2, "n", None, 2.0)
-    assert history.num_seen == 2
+    readings = ThinnedReadings()
+    readings.add(HealthReading(step=1, matrices={"a": {"m": 1.0}}))
+    readings.add(HealthReading(step=2, matrices={"b": {"m": math.nan, "n": 2.0}}))
+    readings.add(HealthReading(step=3, scalars={"loss": 1.0}))
+    assert readings.metrics() == ("a", "b")
+    assert readings.rows(max_rows=9)[0] == (1, "m", 1.0, None)
+    assert readings.rows(max_rows=9)[2] == (2, "n", None, 2.0)
+    assert readings.num_seen == 2
 
 
 # ---- the table at the end ----
@@ -202,7 +202,7 @@ def test_the_worst_come_first_with_the_reason() -> None:
     assert "every number is 0" in found["7"]
     # By how far each is beyond its limit: 3.75, 3.33, 1.25 times.
     assert list(found)[2:5] == ["4", "3", "6"]
-    assert "σ₁ grew 30.0 ×, others 2.00 ×" in found["4"]
+    assert "σ₁ grew 30 ×, others 2 ×" in found["4"]
     assert "stable rank fell to" in found["3"]
     assert "stable rank fell to 20%, others to" in found["6"]
     assert list(found)[5] == "1"  # then by stable rank
@@ -212,7 +212,7 @@ def test_lines_are_counted_and_one_matrix_will_do() -> None:
     last = health(9, [6.0] * 8, [5.0] * 8)
     assert summary_table(FIRST, last, num_lines=3).endswith("\n5 more are not shown.")
     one = HealthReading(step=3, matrices={"stable_rank": {"a": 1.2}})
-    assert "one direction holds more than half of ‖W‖²" in " ".join(summary_table(one, one).split())
+    assert "one direction holds" in " ".join(summary_table(one, one).split())
     grads = HealthReading(step=3, matrices={"grad_norm": {"a": math.inf, "b": 1.0}})
     assert "1 to look at" in summary_table(grads, grads)
     assert "grad_norm is not finite" in summary_table(grads, grads)

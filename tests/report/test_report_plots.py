@@ -10,10 +10,18 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from hf_pss.evidence.report_plots import gradient_figure, headline_plot, loss_figure, moving_average
+from hf_pss.evidence.report_plots import (
+    colour_of,
+    gradient_figure,
+    headline_plot,
+    loss_figure,
+    moving_average,
+    noise_levels,
+    stable_rank_figure,
+)
 from hf_pss.evidence.report_records import load_run_directory
-from hf_pss.view.canvas import colour, new_figure, save_png, style, to_svg, use_log_scale
-from hf_pss.view.heat_map import MatrixRow, noise_levels, row_of, stable_rank_figure
+from hf_pss.view.canvas import new_figure, save_png, style, to_svg, use_log_scale
+from hf_pss.view.heat_map import MatrixRow, row_of
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 99])
@@ -78,7 +86,7 @@ def test_the_colours_of_guards_differ(files: Any) -> None:
     for guard in ("a", "b", "plain", "c"):
         files.run(guard)
     directory = load_run_directory(files.info())
-    assert len({colour(directory, guard) for guard in directory.guards}) == 4
+    assert len({colour_of(directory, guard) for guard in directory.guards}) == 4
 
 
 def test_the_callers_style_comes_back_and_pyplot_is_never_loaded(twins: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pss.models.selection.by_name import matrices_of, role_of
+from hf_pss.models.selection.by_name import role_of
 from hf_pss.models.selection.layouts import class_names, looks_fused
+from hf_pss.models.selection.parameter_rules import matrices_of
 from hf_pss.models.selection.survey import Site, is_linear, survey
 from hf_pss.models.selection.views import MatrixView
 
@@ -62,11 +63,7 @@ class HeadRows:
 
     def stored_rows(self, device: torch.device) -> Tensor:
         """Return the stored output row of each row of the projection, head after head."""
-        row = torch.arange(self.view.shape[-2], device=device)
-        if self.view.rows is None:
-            return row
-        size, period = self.view.rows.size, self.view.rows.period
-        return row // size * period + self.view.rows.start + row % size
+        return self.view.stored_rows(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +101,7 @@ def head_rows(site: Site, views: Sequence[MatrixView]) -> tuple[int, ...] | None
         site: Of the parameter.
         views: All that it holds.
     """
-    if len(site.shape) != 2 or role_of(site) != "attention":
+    if len(site.shape) != 2 or role_of(site.steps) != "attention":
         return None
     found = [_rows_of_a_head(site, view) for view in views]
     known = tuple(rows for rows in found if rows is not None)
@@ -113,7 +110,7 @@ def head_rows(site: Site, views: Sequence[MatrixView]) -> tuple[int, ...] | None
 
 def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
     """Tell by its names whether a parameter is likely to hold what is divided among heads."""
-    if role_of(site) != "attention":
+    if role_of(site.steps) != "attention":
         return False
     labels = {_label(site, view) for view in views}
     is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
@@ -131,7 +128,7 @@ def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
     """
     owners: dict[int, tuple[str, nn.Module, dict[str, HeadRows], list[Site]]] = {}
     for site in survey(model):
-        if site.tied_to is not None or role_of(site) != "attention" or len(site.shape) != 2:
+        if site.tied_to is not None or role_of(site.steps) != "attention" or len(site.shape) != 2:
             continue
         name = site.name.rpartition(".")[0].removesuffix(".base_layer")  # peft's, one level deeper
         name = name.rpartition(".")[0] if site.own_name == "weight" else name

@@ -3,32 +3,78 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 __all__ = [
+    "CONV1D_LEAVES",
     "FOREIGN_LAYOUTS",
     "LAYOUTS",
     "Parts",
+    "RowPattern",
     "class_names",
+    "config_stores_inputs_first",
     "find_layout",
+    "layout_by_config",
     "looks_fused",
+    "row_patterns",
     "stores_inputs_first",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPattern:
+    """The output rows r with ``start <= r mod period < start + size``.
+
+    Every fused layout in this file is such a pattern: one period of all rows for GPT-2's [Q|K|V],
+    one period a head for GPT-NeoX, a period of two rows for interleaved gate and up projections.
+
+    Attributes:
+        start: First row of the part within a period, in rows.
+        size: Rows of the part in each period.
+        period: Rows after which the pattern repeats; divides the number of stored output rows.
+    """
+
+    start: int
+    size: int
+    period: int
+
+    def stored_rows(self, num_rows: int, device: torch.device | None = None) -> Tensor:
+        """Return the stored output row of each of the part's rows, (num_rows,), int64."""
+        row = torch.arange(num_rows, device=device)
+        return row // self.size * self.period + self.start + row % self.size
+
 
 Parts: TypeAlias = tuple[tuple[str, int], ...]
 """(label, rows) of each part in stored order; repeats until all output rows are used."""
 
-LayoutRule: TypeAlias = Callable[[nn.Module, int], Parts]
-"""(module that owns the projection, its number of output rows) → parts."""
+LayoutRule: TypeAlias = Callable[[Any, int], Parts]
+"""Maps (owner of the projection, its number of output rows) to parts. A rule reads attributes of
+the owner, which is a module, or a namespace with the numbers of a config."""
 
 _FUSED_NAME = re.compile(
     r"qkv|query_key_value|c_attn|w_?pack|gate_?up|in_proj_weight|in_proj_ba|to_kv|^kv_proj|kv_[ab]_proj"
     r"|^(?:kv|attn|att_proj|ff_proj|w_?12)$",
     re.IGNORECASE,
 )
+
+
+# For checkpoints, which have no modules.
+_THIRDS = {"in_proj_weight", "qkv", "Wqkv", "c_attn", "qkv_linear"}
+_CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+_LATENT_WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+_LINEAR_ATTENTION = {
+    "head_k_dim": "linear_key_head_dim",
+    "head_v_dim": "linear_value_head_dim",
+    "num_k_heads": "linear_num_key_heads",
+    "num_v_heads": "linear_num_value_heads",
+}
 
 
 def class_names(module: nn.Module) -> tuple[str, ...]:
@@ -47,7 +93,11 @@ def find_layout(owner: nn.Module, leaf: str, num_rows: int) -> Parts | None:
         leaf: Name of the projection inside the owner, such as ``c_attn``.
         num_rows: Output rows of the stored matrix.
     """
-    rules = (LAYOUTS.get(f"{name}.{leaf}") for name in class_names(owner))
+    return _divided(class_names(owner), owner, leaf, num_rows)
+
+
+def _divided(classes: Sequence[str], owner: object, leaf: str, num_rows: int) -> Parts | None:
+    rules = (LAYOUTS.get(f"{name}.{leaf}") for name in classes)
     rule = next((r for r in rules if r is not None), None)
     if rule is None and leaf == "gate_up_proj":
         rule = _declared_experts
@@ -61,9 +111,112 @@ def find_layout(owner: nn.Module, leaf: str, num_rows: int) -> Parts | None:
     return parts if min(sizes) > 0 and num_rows % sum(sizes) == 0 else None
 
 
+def layout_by_config(
+    leaf: str,
+    num_rows: int,
+    num_columns: int,
+    config: Mapping[str, Any],
+    *,
+    is_cross_attention: bool = False,
+) -> Parts | None:
+    """Return the parts of a fused 2-D projection without its module.
+
+    The rules are those of `find_layout`, for the classes of the config's ``model_type``. For other
+    models the name and the shape decide: three times as many outputs as inputs are q, k and v.
+
+    Args:
+        leaf: Name of the projection, such as ``c_attn``.
+        num_rows: Output rows of the stored matrix.
+        num_columns: Its inputs.
+        config: Parsed ``config.json``, not trusted; empty where there is none.
+        is_cross_attention: Whether queries have a projection of their own.
+
+    >>> layout_by_config("query_key_value", 12, 4, {"model_type": "bloom", "n_head": 2})
+    (('q', 2), ('k', 2), ('v', 2))
+    """
+    classes = _CLASSES.get(str(config.get("model_type")), ())
+    if any(f"{name}.{leaf}" in LAYOUTS for name in classes):
+        numbers = _numbers(config, num_columns, is_cross_attention)
+        parts = _divided(classes, numbers, leaf, num_rows)
+        is_attention = parts is not None and {label for label, _ in parts} == {"q", "k", "v"}
+        return parts if not is_attention or num_rows in _attention_rows(numbers) else None
+    if leaf in _THIRDS and num_rows == 3 * num_columns:
+        return _equal("q", "k", "v")(None, num_rows)
+    if leaf == "gate_up_proj" and num_rows % 2 == 0:
+        return _equal("gate", "up")(None, num_rows)
+    return None
+
+
+def _numbers(
+    config: Mapping[str, Any], num_columns: int, is_cross_attention: bool
+) -> SimpleNamespace:
+    """Return a config's numbers under the names that modules give them."""
+
+    def number(*names: str, default: int | None = None) -> int | None:
+        values = (config.get(name) for name in names)
+        return next((v for v in values if type(v) is int and v > 0), default)
+
+    heads = number("num_attention_heads", "n_head", "n_heads")
+    width = number("head_dim", "attention_head_size")
+    if width is None and heads is not None and num_columns % heads == 0:
+        width = num_columns // heads
+    groups = number("num_key_value_heads", "num_kv_heads", default=heads)
+    found = {
+        "num_heads": heads,
+        "num_kv_heads": groups,
+        "num_key_value_heads": groups,
+        **dict.fromkeys(("head_dim", "head_size", "attention_head_size"), width),
+        "embed_dim": num_columns,
+        "is_cross_attention": is_cross_attention,
+        "new_decoder_architecture": config.get("new_decoder_architecture") is True,
+        "multi_query": config.get("multi_query", True) is True,
+        **{name: number(name) for name in _LATENT_WIDTHS},
+        **{own: number(name) for own, name in _LINEAR_ATTENTION.items()},
+    }
+    for own in ("key", "value"):
+        sizes = number(f"linear_num_{own}_heads"), number(f"linear_{own}_head_dim")
+        found[f"{own}_dim"] = sizes[0] * sizes[1] if sizes[0] and sizes[1] else None
+    return SimpleNamespace(**found)
+
+
+def _attention_rows(numbers: SimpleNamespace) -> set[int]:
+    """Return the numbers of rows that q, k and v may have together, for a config that may lie."""
+    heads, groups, width = numbers.num_heads, numbers.num_kv_heads, numbers.head_dim
+    found = {3 * numbers.embed_dim}
+    if heads and width:
+        found |= {width * (heads + 2 * n) for n in (heads, groups, 1)}
+    if numbers.key_dim and numbers.value_dim:
+        found.add(2 * numbers.key_dim + numbers.value_dim)
+    return found
+
+
 def looks_fused(leaf: str) -> bool:
     """Tell by its name whether a projection is likely to hold several matrices."""
     return _FUSED_NAME.search(leaf) is not None
+
+
+def config_stores_inputs_first(
+    model_type: str | None, fused_shapes: Sequence[tuple[int, ...]]
+) -> bool:
+    """Return whether a checkpoint stores the leaves in `CONV1D_LEAVES` as (in, out).
+
+    Args:
+        model_type: Of the config; None where there is none.
+        fused_shapes: Stored shapes of the 2-D tensors that are named ``c_attn``. Such a projection
+            makes three outputs of one input, so its long side shows which one it is.
+    """
+    if model_type in _CONV1D_TYPES:
+        return True
+    return bool(fused_shapes) and all(3 * shape[0] == shape[1] for shape in fused_shapes)
+
+
+def row_patterns(parts: Parts) -> list[tuple[str, RowPattern]]:
+    """Return the rows of each part, by its label, in stored order."""
+    period, start, patterns = sum(size for _, size in parts), 0, []
+    for label, size in parts:
+        patterns.append((label, RowPattern(start, size, period)))
+        start += size
+    return patterns
 
 
 def stores_inputs_first(module: nn.Module) -> bool:
@@ -281,4 +434,31 @@ LAYOUTS: Mapping[str, LayoutRule] = {
     **dict.fromkeys(
         _keys(_LATENT_ATTENTION, "kv_b_proj"), _widths(k_nope="qk_nope_head_dim", v="v_head_dim")
     ),
+}
+
+# ``model_type`` of a config → the classes that own its fused projections.
+_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "gpt2": ("GPT2Attention",),
+    "decision_transformer": ("DecisionTransformerGPT2Attention",),
+    "imagegpt": ("ImageGPTAttention",),
+    "gpt_bigcode": ("GPTBigCodeAttention",),
+    "gpt_neox": ("GPTNeoXAttention",),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseAttention",),
+    "bloom": ("BloomAttention",),
+    "persimmon": ("PersimmonAttention",),
+    "falcon": ("FalconAttention",),
+    "codegen": ("CodeGenAttention",),
+    "dbrx": ("DbrxAttention",),
+    "modernbert": ("ModernBertAttention", "ModernBertMLP"),
+    "modernbert-decoder": ("ModernBertDecoderMLP",),
+    "phi3": ("Phi3Attention", "Phi3MLP"),
+    "phi4_multimodal": ("Phi4MultimodalAttention", "Phi4MultimodalMLP"),
+    "deberta": ("DisentangledSelfAttention",),
+    "jetmoe": ("JetMoeAttention",),
+    "granitemoeshared": ("GraniteMoeSharedMLP",),
+    "granitemoehybrid": ("GraniteMoeHybridMLP",),
+    "qwen3_next": ("Qwen3NextAttention", "Qwen3NextGatedDeltaNet"),
+    "qwen3_5_text": ("Qwen3_5Attention", "Qwen3_5GatedDeltaNet"),
+    "deepseek_v2": ("DeepseekV2Attention",),
+    "deepseek_v3": ("DeepseekV3Attention",),
 }

@@ -10,14 +10,14 @@ from typing import get_args
 from torch import nn
 
 from hf_pss.errors import ConfigurationError, SelectionError
-from hf_pss.models.selection.by_name import (
+from hf_pss.models.selection.pairs import AdapterView, find_adapters
+from hf_pss.models.selection.parameter_rules import (
     matrices_of,
     what_to_do,
     why_empty,
     why_unusable,
     why_unwanted,
 )
-from hf_pss.models.selection.pairs import AdapterView, find_adapters
 from hf_pss.models.selection.survey import Site, survey
 from hf_pss.models.selection.views import Exclusion, MatrixView, Role, Selection
 

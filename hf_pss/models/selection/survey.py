@@ -47,7 +47,7 @@ class Site:
         module: The module that holds it.
         owner: The module whose forward uses it: the parent of an nn.Linear, else `module`.
         leaf: The projection's name inside `owner`: ``c_attn``, ``in_proj_weight``.
-        path: (name, module) from `module` outwards to below the block.
+        steps: Name and class name of the modules from `module` outwards to below the block.
         block: Name of the repeated block; None outside of all blocks.
         tied_to: Canonical name of the same parameter met earlier.
         shared_with: Canonical name of the same parameter outside of all blocks, if it has one.
@@ -62,7 +62,7 @@ class Site:
     module: nn.Module
     owner: nn.Module
     leaf: str
-    path: tuple[tuple[str, nn.Module], ...]
+    steps: tuple[tuple[str, str], ...]
     block: str | None
     tied_to: str | None
     shared_with: str | None
@@ -128,7 +128,7 @@ def survey(model: nn.Module) -> Iterator[Site]:
             module=modules[module_name],
             owner=owner,
             leaf=leaf,
-            path=_path(modules, module_name, block),
+            steps=_steps(modules, module_name, block),
             block=block,
             tied_to=None if first == name else first,
             shared_with=None if other == name else other,
@@ -193,13 +193,13 @@ def _user(modules: dict[str, nn.Module], module_name: str, own_name: str) -> tup
     return modules[parent_name], leaf
 
 
-def _path(
+def _steps(
     modules: dict[str, nn.Module], module_name: str, block: str | None
-) -> tuple[tuple[str, nn.Module], ...]:
+) -> tuple[tuple[str, str], ...]:
     steps = []
     while module_name and module_name != block:
         parent, _, segment = module_name.rpartition(".")
-        steps.append((segment, modules[module_name]))
+        steps.append((segment, type(modules[module_name]).__name__))
         module_name = parent
     return tuple(steps)
 

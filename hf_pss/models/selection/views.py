@@ -11,31 +11,14 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import SelectionError
+from hf_pss.models.selection.layouts import RowPattern
 from hf_pss.models.selection.pairs import AdapterView
 
-__all__ = ["Exclusion", "MatrixView", "Piece", "Role", "RowPattern", "Selection"]
+__all__ = ["Exclusion", "MatrixView", "Piece", "Role", "Selection"]
 
 Role: TypeAlias = Literal["attention", "mlp"]
 
 _BLOCK_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class RowPattern:
-    """The output rows r with ``start <= r mod period < start + size``.
-
-    Every fused layout we know is such a pattern: one period of all rows for GPT-2's [Q|K|V], one
-    period a head for GPT-NeoX, a period of two rows for interleaved gate and up projections.
-
-    Attributes:
-        start: First row of the part within a period, in rows.
-        size: Rows of the part in each period.
-        period: Rows after which the pattern repeats; divides the number of stored output rows.
-    """
-
-    start: int
-    size: int
-    period: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,24 +137,25 @@ class MatrixView:
         if len(stored) == 0:
             return None
         everything = slice(None)
-        m = self.shape[-2]
         if self.transposed:
             columns = slice(start, start + len(stored))
-            outputs = everything if self.rows is None else self._stored_rows(m, stored.device)
+            outputs = everything if self.rows is None else self.stored_rows(stored.device)
             return Piece(stored, everything, columns, (everything, outputs), True)
         if self.rows is None:
             rows = slice(start, start + len(stored))
             return Piece(stored, rows, everything, (everything,), False)
-        at = self._stored_rows(m, stored.device) - start
+        at = self.stored_rows(stored.device) - start
         held = ((at >= 0) & (at < len(stored))).nonzero().squeeze(-1)
         return Piece(stored, held, everything, (at[held],), False) if len(held) else None
 
-    def _stored_rows(self, m: int, device: torch.device) -> Tensor:
-        """Return the stored output row of each row of the matrix, which has a pattern."""
-        assert self.rows is not None
-        row = torch.arange(m, device=device)
-        start, size, period = self.rows.start, self.rows.size, self.rows.period
-        return row // size * period + start + row % size
+    def stored_rows(self, device: torch.device | None = None) -> Tensor:
+        """Return the stored output row of each row of the matrix, (m,), int64."""
+        m = self.shape[-2]
+        return (
+            torch.arange(m, device=device)
+            if self.rows is None
+            else self.rows.stored_rows(m, device)
+        )
 
     def _part(self, parameter: Tensor) -> Tensor:
         """Return a view that always shares memory: (..., m, n), or (..., periods, size, n)."""

@@ -1,15 +1,15 @@
-"""What goes to the run's tracker beside its log: health, spectra, heat map, table and alerts.
+"""Output to the run's trackers beside its log: health, spectra, heat map, table and alerts.
 
-`reporters_for` finds the trackers that the Trainer itself uses. A new tracker is one class with the
-four methods of `Reporter` and one row of `TRACKERS`.
+`trackers_for` finds the trackers that the Trainer itself uses. A new tracker is one class with the
+methods of `Tracker` and one row of `TRACKERS`.
 """
 
 from __future__ import annotations
 
-from hf_pss.trainer.trackers.fan_out import TRACKERS as TRACKERS
-from hf_pss.trainer.trackers.fan_out import Reporters as Reporters
-from hf_pss.trainer.trackers.fan_out import reporters_for as reporters_for
+from hf_pss.trainer.trackers.all_trackers import TRACKERS as TRACKERS
+from hf_pss.trainer.trackers.all_trackers import Trackers as Trackers
+from hf_pss.trainer.trackers.all_trackers import trackers_for as trackers_for
 from hf_pss.trainer.trackers.summary import summary_table as summary_table
-from hf_pss.trainer.trackers.tracker import Reporter as Reporter
+from hf_pss.trainer.trackers.tracker import Tracker as Tracker
 
-__all__ = ["TRACKERS", "Reporter", "Reporters", "reporters_for", "summary_table"]
+__all__ = ["TRACKERS", "Tracker", "Trackers", "summary_table", "trackers_for"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -15,20 +13,23 @@ from rich.text import Text
 
 from hf_pss.health.metrics import METRICS
 from hf_pss.health.tracked import TrackedSpectrum
-from hf_pss.inspection.verdicts import LARGE_RATIO_TO_SIBLINGS, LOW_SHARE_OF_SIBLINGS, MIN_SIBLINGS
-from hf_pss.models.selection.places import place_of
+from hf_pss.health.verdicts import (
+    Finding,
+    against_noise,
+    against_past,
+    against_siblings,
+    damaged,
+    siblings_of,
+    urgency,
+    usual,
+)
+from hf_pss.models.selection.by_name import place_of
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.view.text_table import significant
 
 __all__ = ["summary_table"]
 
-# Ours, as the limits of a checkpoint's inspection: they say what to look at first.
-_FALL_SHARE = 0.5
-_GROWTH_RATIO = 4.0
-# Below 2, σ₁² is more than half of ‖W‖².
-_ONE_DIRECTION = 2.0
-_SMALLEST = 1e-300
 # Where these are not finite, the weights are not.
 _OF_WEIGHTS = {"spectral_norm", "stable_rank", "frobenius_norm"}
 _WIDTH = 110
@@ -41,14 +42,8 @@ class _Row:
     norms: tuple[float, float]
     is_stale: bool
     """The last estimate of σ₁ lags behind the matrix, and so does the stable rank."""
-    reasons: tuple[tuple[float, str], ...]
-    """(how far beyond its limit, as a natural logarithm; why)."""
-
-    @property
-    def order(self) -> tuple[float, float, str]:
-        worst = max((excess for excess, _ in self.reasons), default=-math.inf)
-        rank = self.ranks[1]
-        return (-worst, math.inf if math.isnan(rank) else rank, self.name)
+    findings: tuple[Finding, ...]
+    """The worst first."""
 
 
 def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int = 10) -> str:
@@ -59,17 +54,17 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
         last: Its last; the matrices are of this one.
         num_lines: The most matrices to show.
     """
-    rows = sorted(_rows(first, last), key=lambda row: row.order)
+    rows = sorted(_rows(first, last), key=lambda row: urgency(row.findings, row.ranks[1], row.name))
     if not rows:
         return f"Health at step {last.step}: no matrix was measured."
-    ill = sum(bool(row.reasons) for row in rows)
+    ill = sum(bool(row.findings) for row in rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("matrix", overflow="fold")
     for title in ("stable rank", "σ₁"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for row in rows[:num_lines]:
-        why = "; ".join(text for _, text in sorted(row.reasons, reverse=True))
+        why = "; ".join(finding.text for finding in row.findings)
         # `Text`: names hold square brackets, which rich takes for markup.
         table.add_row(
             Text(visible(row.name).replace(".weight", "")),
@@ -103,20 +98,31 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
         {name: _pair(first, last, metric, name) for name in names}
         for metric in ("stable_rank", "spectral_norm")
     )
-    # Training lowers stable ranks and raises norms by itself: news is what goes another way.
-    usual_change = tuple(
-        _median([_ratio(pair) for pair in pairs.values()], default=1.0) for pairs in (ranks, norms)
+    usual_fall, usual_growth = (
+        usual((_ratio(pair) for pair in pairs.values()), default=1.0) for pairs in (ranks, norms)
     )
     rows = []
     for family in families.values():
-        usual = tuple(_median([pairs[name][1] for name in family]) for pairs in (ranks, norms))
+        siblings = siblings_of(*([pairs[name][1] for name in family] for pairs in (ranks, norms)))
         for name in family:
-            reasons = _damage(name, last, norms[name][1]) or [
-                *_against_others(ranks[name], norms[name], usual_change, usual),
-                *((0.0, f"{metric} is not finite") for metric in sorted(_not_finite(name, last))),
+            rank, norm = ranks[name][1], norms[name][1]
+            found = _damage(name, last, norm) or [
+                *against_noise(rank, None),
+                *against_siblings(rank, norm, siblings),
+                *against_past(
+                    _ratio(ranks[name]),
+                    _ratio(norms[name]),
+                    usual_fall=usual_fall,
+                    usual_growth=usual_growth,
+                ),
+                *(
+                    Finding("metric", f"{metric} is not finite", 0.0)
+                    for metric in sorted(_not_finite(name, last))
+                ),
             ]
+            worst_first = tuple(sorted(found, key=lambda finding: -finding.excess))
             stale = _is_stale(name, last)
-            rows.append(_Row(name, ranks[name], norms[name], stale, tuple(reasons)))
+            rows.append(_Row(name, ranks[name], norms[name], stale, worst_first))
     return rows
 
 
@@ -131,13 +137,13 @@ def _is_of_representations(metric: str) -> bool:
     return row is not None and row.level == "representations"
 
 
-def _damage(name: str, last: HealthReading, norm: float) -> list[tuple[float, str]]:
-    if norm == 0:  # its stable rank is NaN, and no news
-        return [(math.inf, "every number is 0")]
+def _damage(name: str, last: HealthReading, norm: float) -> list[Finding]:
+    if norm == 0:  # the stable rank of such a matrix is NaN
+        return [damaged("zero")]
     broken = _not_finite(name, last) & _OF_WEIGHTS
     if broken == {"stable_rank"} and math.isnan(norm):  # a product of adapters has no norm here
-        return [(math.inf, "no stable rank: zeros, NaN or inf")]
-    return [(math.inf, f"not finite: {', '.join(sorted(broken))}")] if broken else []
+        return [damaged("non_finite", "no stable rank: zeros, NaN or inf")]
+    return [damaged("non_finite", f"not finite: {', '.join(sorted(broken))}")] if broken else []
 
 
 def _not_finite(name: str, last: HealthReading) -> set[str]:
@@ -148,37 +154,6 @@ def _not_finite(name: str, last: HealthReading) -> set[str]:
     }
 
 
-def _against_others(
-    ranks: tuple[float, float],
-    norms: tuple[float, float],
-    usual_change: tuple[float, ...],
-    usual: tuple[float, ...],
-) -> Iterator[tuple[float, str]]:
-    """Yield what is beyond a limit: comparisons with NaN, for what is not known, are false."""
-    fall, growth = _ratio(ranks), _ratio(norms)
-    for excess, why in (
-        (_ONE_DIRECTION / _positive(ranks[1]), "one direction holds more than half of ‖W‖²"),
-        (
-            _FALL_SHARE * usual_change[0] / _positive(fall),
-            f"stable rank fell to {fall:.0%}, others to {usual_change[0]:.0%}",
-        ),
-        (
-            LOW_SHARE_OF_SIBLINGS * usual[0] / _positive(ranks[1]),
-            f"its siblings' median stable rank is {significant(usual[0])}",
-        ),
-        (
-            growth / (_GROWTH_RATIO * usual_change[1]),
-            f"σ₁ grew {significant(growth)} ×, others {significant(usual_change[1])} ×",
-        ),
-        (
-            norms[1] / _positive(LARGE_RATIO_TO_SIBLINGS * usual[1]),
-            f"its siblings' median σ₁ is {significant(usual[1])}",
-        ),
-    ):
-        if excess > 1:
-            yield math.log(excess), why
-
-
 def _ratio(pair: tuple[float, float]) -> float:
     return pair[1] / pair[0] if pair[0] > 0 else math.nan
 
@@ -186,15 +161,6 @@ def _ratio(pair: tuple[float, float]) -> float:
 def _pair(first: HealthReading, last: HealthReading, metric: str, name: str) -> tuple[float, float]:
     before, after = (r.matrices.get(metric, {}).get(name, math.nan) for r in (first, last))
     return before, after
-
-
-def _median(values: list[float], *, default: float = math.nan) -> float:
-    finite = [value for value in values if math.isfinite(value) and value > 0]
-    return statistics.median(finite) if len(finite) >= MIN_SIBLINGS else default
-
-
-def _positive(value: float) -> float:
-    return max(value, _SMALLEST)  # NaN stays NaN: max returns its first argument
 
 
 def _arrow(pair: tuple[float, float], is_stale: bool) -> str:

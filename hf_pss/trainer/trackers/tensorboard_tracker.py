@@ -1,7 +1,8 @@
-"""TensorBoard: through the Trainer's own writer."""
+"""TensorBoard, through the Trainer's own writer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,22 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_pss.records.messages import Alert
 from hf_pss.records.steps import HealthReading
-from hf_pss.trainer.trackers.tracker import Reporter, Snapshot, histogram_of, label_of, scalars_of
+from hf_pss.trainer.trackers.tracker import Snapshot, Tracker, histogram_of, label_of, scalars_of
 from hf_pss.view.text_table import significant
 
-__all__ = ["TensorBoardReporter"]
+__all__ = ["TensorBoardTracker"]
 
 
-class TensorBoardReporter(Reporter):
+class TensorBoardTracker(Tracker):
     """Writes into the Trainer's event file.
 
-    A second writer in the same folder would be a second file, and TensorBoard goes on to a newer
-    file for good: the Trainer's curves would stop. After the end of training the Trainer has
-    closed its writer; what is still written then begins a new file, which TensorBoard reads.
+    A second writer in the same folder would open a second file. TensorBoard reads only the newest
+    file from then on, so the Trainer's curves would stop. The Trainer closes its writer at the end
+    of training. Later output opens a new file, which TensorBoard reads.
 
     Args:
         writer: A ``SummaryWriter``.
-        owns_writer: It is closed at the end.
+        owns_writer: Close it at the end.
     """
 
     name = "tensorboard"
@@ -38,7 +39,7 @@ class TensorBoardReporter(Reporter):
     @classmethod
     def of(
         cls, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
-    ) -> TensorBoardReporter:
+    ) -> TensorBoardTracker:
         """Borrow the Trainer's writer, or open one in ``runs/pss`` where there is none.
 
         Raises:
@@ -70,7 +71,7 @@ class TensorBoardReporter(Reporter):
         self._writer.flush()
 
     def alert(self, alert: Alert) -> None:
-        """Write a text; TensorBoard knows no alerts."""
+        """Write a text, because TensorBoard has no alerts."""
         text = f"**{alert.level.name}** {alert.title}\n\n{alert.text}"
         self._writer.add_text("pss/alerts", text, alert.step)
         self._writer.flush()
@@ -87,7 +88,7 @@ class TensorBoardReporter(Reporter):
         self._writer.flush()
 
     def finish(self) -> None:
-        """Close a writer of our own; the Trainer closes its own."""
+        """Close the writer if it is ours."""
         if self._owns_writer:
             self._writer.close()
 
@@ -96,6 +97,5 @@ def _cell(value: int | str | float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        finite = value - value == 0
-        return significant(value) if finite else str(value)
+        return significant(value) if math.isfinite(value) else str(value)
     return str(value).replace("|", "\\|")

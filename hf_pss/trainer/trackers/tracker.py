@@ -1,9 +1,4 @@
-"""The seam: what a tracker can be told, and the names under which it is told.
-
-Which matrices are told by name where a model has more of them than a dashboard holds.
-
-What was read so far, thinned as it grows: bounded memory for runs of any length.
-"""
+"""The interface of a tracker, and the numbers, names and tables that every tracker gets."""
 
 from __future__ import annotations
 
@@ -25,10 +20,10 @@ __all__ = [
     "NONFINITE_SPECTRA",
     "Curves",
     "Histogram",
-    "History",
     "Image",
-    "Reporter",
     "Snapshot",
+    "ThinnedReadings",
+    "Tracker",
     "histogram_of",
     "label_of",
     "num_broken",
@@ -49,13 +44,13 @@ _PART = re.compile(r"\[(\w+)\]")
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts between edges: W&B's, trackio's and TensorBoard's common ground."""
+    """Counts between edges, the form that all trackers accept."""
 
     counts: npt.NDArray[np.int64]
     edges: npt.NDArray[np.float64]
     """One more than counts, ascending."""
     values: npt.NDArray[np.float64]
-    """What was counted; finite."""
+    """The counted values; finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +64,13 @@ class Snapshot:
     heat_map: Image | None
 
 
-class Reporter(ABC):
-    """One tracker. Methods may raise: `Reporters` turns that into one warning."""
+class Tracker(ABC):
+    """One tracker. Methods may raise: `Trackers` turns that into one warning."""
 
     name: str
     """As in ``report_to``."""
     max_rows: int
-    """What the tracker's table holds and still opens."""
+    """Rows of a table that the tracker can hold and open."""
 
     @abstractmethod
     def report(self, reading: HealthReading) -> None:
@@ -87,14 +82,14 @@ class Reporter(ABC):
 
     @abstractmethod
     def snapshot(self, snapshot: Snapshot) -> None:
-        """Log table and heat map: each time under the same names, the newest is the run's."""
+        """Log table and heat map, under the same names each time: the newest counts."""
 
     def finish(self) -> None:  # noqa: B027 - most have nothing to close
-        """Nothing comes after this; the tracker's run belongs to the Trainer and stays open."""
+        """End the output. The tracker's run belongs to the Trainer and stays open."""
 
 
 def label_of(matrix: str) -> str:
-    """Write a matrix's name so that every tracker takes it for a tag, and no folder.
+    """Return a matrix's name as a tag that no tracker mistakes for a folder.
 
     >>> label_of("transformer.h.0.attn.c_attn.weight[q]")
     'transformer.h.0.attn.c_attn.q'
@@ -111,14 +106,14 @@ def scalars_of(reading: HealthReading) -> Iterator[tuple[str, float]]:
         for matrix, value in by_matrix.items():
             yield f"pss_health/{metric}/{label_of(matrix)}", value
     if reading.spectra and NONFINITE_SPECTRA not in reading.scalars:
-        # A histogram cannot show NaN, and a panel that stays empty says nothing.
+        # A histogram cannot show NaN, and an empty panel does not show that there was one.
         yield f"pss/{NONFINITE_SPECTRA}", num_broken(reading.spectra)
 
 
 def histogram_of(values: tuple[float, ...]) -> Histogram | None:
     """Count singular values between 0 and σ₁; None where none is finite.
 
-    NaN and inf are left out, for no tracker's histogram takes them: `scalars_of` counts such
+    NaN and inf are left out, because no tracker's histogram accepts them. `scalars_of` counts such
     spectra.
     """
     found = np.asarray(values, dtype=np.float64)
@@ -137,16 +132,17 @@ def num_broken(spectra: Mapping[str, tuple[float, ...]]) -> float:
     return float(sum(not np.isfinite(values).all() for values in spectra.values()))
 
 
-# Of one metric [ours]. A dense model of 70B has 560 matrices, one of experts may have 20,000.
+# Of one metric [ours]. A dense model of 70B has 560 matrices, a model of experts up to 20,000.
 MAX_CURVES = 1024
-# Of a metric with more: half of these places at once, the others as matrices come among the worst.
+# Of a metric with more matrices: half of these places at once, the others for matrices that later
+# become one of the worst.
 NUM_PLACES, NUM_NEWCOMERS = 128, 8
 
 _Value = TypeVar("_Value")
 
 
 def worst_first(matrices: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the names of all metrics: what is not finite first, then by the lowest stable rank.
+    """Return the matrices of all metrics: those with NaN or inf first, then by lowest stable rank.
 
     >>> worst_first({"stable_rank": {"a": 9.0, "b": 2.0, "c": 3.0}, "grad_norm": {"c": math.inf}})
     ['c', 'b', 'a']
@@ -161,15 +157,15 @@ def worst_first(matrices: Mapping[str, Mapping[str, float]]) -> list[str]:
 class Curves:
     """Chooses the matrices that have curves of their own: all, or the worst of very many.
 
-    A curve that has begun goes on: it would be full of holes otherwise, and over a long run every
-    matrix is among the worst once.
+    A curve that has begun is continued. It would have gaps otherwise, and in a long run every
+    matrix is once among the worst.
     """
 
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
 
     def of(self, reading: HealthReading) -> HealthReading:
-        """Return the reading without the matrices that are not told; ``scalars`` are of all."""
+        """Return the reading with the chosen matrices only; ``scalars`` still cover all."""
         most = max(map(len, (*reading.matrices.values(), reading.spectra)))
         if most <= MAX_CURVES:
             return reading
@@ -180,8 +176,8 @@ class Curves:
         return replace(
             reading,
             scalars=scalars,
-            matrices={metric: self._told(values) for metric, values in reading.matrices.items()},
-            spectra=self._told(reading.spectra),
+            matrices={metric: self._chosen(values) for metric, values in reading.matrices.items()},
+            spectra=self._chosen(reading.spectra),
         )
 
     def _admit(self, worst: list[str], num_matrices: int) -> None:
@@ -198,7 +194,7 @@ class Curves:
             if len(self._names) < NUM_PLACES:
                 self._names[name] = None
 
-    def _told(self, values: Mapping[str, _Value]) -> Mapping[str, _Value]:
+    def _chosen(self, values: Mapping[str, _Value]) -> Mapping[str, _Value]:
         if len(values) <= MAX_CURVES:
             return values
         return {name: values[name] for name in self._names if name in values}
@@ -216,10 +212,10 @@ class _Kept:
     matrices: Mapping[str, Mapping[str, float]]
 
 
-class History:
-    """Readings of matrices, evenly thinned: when there is no room, every second one is dropped.
+class ThinnedReadings:
+    """Readings of matrices in bounded memory: when they are too many, every second one is dropped.
 
-    The first and the newest are always there.
+    The first and the newest are always kept.
     """
 
     def __init__(self, *, max_readings: int = MAX_READINGS) -> None:
@@ -230,7 +226,7 @@ class History:
         self.num_seen = 0
 
     def add(self, reading: HealthReading) -> None:
-        """Remember what the reading says of matrices; one that says nothing is passed over."""
+        """Add a reading; one without a number of a matrix is ignored."""
         if not reading.matrices:
             return
         self._newest = _Kept(reading.step, reading.matrices)
@@ -241,22 +237,22 @@ class History:
             self._kept, self._stride = self._kept[::2], 2 * self._stride
 
     @property
-    def readings(self) -> Sequence[_Kept]:
-        """What is kept, in order."""
+    def kept(self) -> Sequence[_Kept]:
+        """The readings that are left, in order."""
         if self._newest is None or self._kept[-1] is self._newest:
             return list(self._kept)
         return [*self._kept, self._newest]
 
     def metrics(self) -> tuple[str, ...]:
-        """All metrics of matrices, in the order in which they came."""
-        return tuple(dict.fromkeys(name for kept in self.readings for name in kept.matrices))
+        """Return all metrics of matrices, in the order in which they came."""
+        return tuple(dict.fromkeys(name for kept in self.kept for name in kept.matrices))
 
     def rows(self, *, max_rows: int) -> tuple[tuple[int | str | float | None, ...], ...]:
-        """Return (step, matrix, metrics …), of as many readings, evenly spread, as there is room.
+        """Return rows (step, matrix, metrics …) of as many readings, evenly spread, as fit.
 
-        The newest reading is there in any case; where it alone is too long, its worst matrices.
+        The newest reading is always one of them. If it alone is too long, its worst matrices are.
         """
-        readings, metrics = self.readings, self.metrics()
+        readings, metrics = self.kept, self.metrics()
         sizes = [
             len({name for found in kept.matrices.values() for name in found}) for kept in readings
         ]

@@ -12,7 +12,7 @@ from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 def hooks_of(model: nn.Module) -> int:
     return sum(
-        "QuietHooks" in hook.__qualname__
+        "ForwardHooks" in hook.__qualname__
         for module in model.modules()
         for held in (module._forward_hooks, module._forward_pre_hooks)
         for hook in held.values()

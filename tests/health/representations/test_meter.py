@@ -153,7 +153,7 @@ def test_an_evaluation_is_not_seen_and_nothing_seen_is_an_error() -> None:
     meter, _ = armed(model)
     model.eval()
     model(torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(ConfigurationError, match="nothing was seen"):
+    with pytest.raises(ConfigurationError, match="no hook ran"):
         meter.read(named_parameters_canonical(model))
 
 

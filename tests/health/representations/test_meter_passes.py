@@ -128,7 +128,7 @@ def test_the_mask_of_an_encoder_is_not_the_decoders(caplog: pytest.LogCaptureFix
     assert counted["encoder.block.0.layer.0.SelfAttention.q.weight"] == 20
     assert counted["decoder.block.0.layer.0.SelfAttention.q.weight"] == NUM_TOKENS
     assert len(caplog.records) == 1
-    assert "not of the tokens of decoder.block.0:" in caplog.text
+    assert "does not fit the tokens of decoder.block.0:" in caplog.text
     # The last hidden states have passed the final norm, whose gain is 1: other lengths, one cosine.
     by_hand = token_cosine(plain.decoder_hidden_states[-1].flatten(0, 1))
     assert found["token_cosine"]["decoder.block.0"] == pytest.approx(

@@ -1,0 +1,141 @@
+"""Single rounds of power and subspace iteration on WᵀW, as functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_pss.linalg.scaling import unit_scaled
+
+__all__ = ["orthonormal_rows", "power_round", "ritz_round"]
+
+# In units of ‖W‖_F², and of a row's length: far above the rounding of fp32.
+_LOST = 1e-5
+
+
+def power_round(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Do one round of power iteration: u = Wv / ‖Wv‖, σ = ‖Wᵀu‖, v ← Wᵀu / σ.
+
+    Golub & Van Loan, Matrix Computations, section 8.2, on WᵀW.
+
+    Args:
+        weight: (..., m, n), any real floating dtype.
+        v: (..., n), unit vectors, float32, or float64 for a float64 weight.
+
+    Returns:
+        σ (...), not above σ₁ but for rounding; the new v (..., n), which is the old one if the
+        matrix is not finite or maps it to zero; the residual (...) of the old v, which is 1 if a
+        nonzero matrix maps it to zero.
+
+    >>> weight = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> sigma, v, residual = power_round(weight, torch.tensor([1.0, 0.0]))
+    >>> sigma.item(), v.tolist(), residual.item()
+    (2.0, [1.0, 0.0], 0.0)
+    """
+    scaled = unit_scaled(weight)
+    image = (scaled.matrix @ v.unsqueeze(-1)).squeeze(-1)
+    length = torch.linalg.vector_norm(image, dim=-1)
+    u = image / _nonzero(length).unsqueeze(-1)
+    back = (scaled.matrix.mT @ u.unsqueeze(-1)).squeeze(-1)
+    sigma = torch.linalg.vector_norm(back, dim=-1)
+    residual = torch.linalg.vector_norm(back - length.unsqueeze(-1) * v, dim=-1) / _nonzero(sigma)
+    is_zero = scaled.matrix.abs().amax(dim=(-2, -1)) == 0
+    residual = torch.where((sigma == 0) & ~is_zero, 1.0, residual)
+    moved = torch.where((sigma > 0).unsqueeze(-1), back / _nonzero(sigma).unsqueeze(-1), v)
+    return scaled.restore(sigma), moved, torch.where(scaled.finite, residual, torch.nan)
+
+
+def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Do one round of subspace iteration on WᵀW, given its products with the vectors.
+
+    Args:
+        vectors: (N, k, c), orthonormal rows, k at most 2, float32 or float64: V.
+        images: (N, k, c): WᵀWV.
+        squares: (N,): ‖W‖_F².
+
+    Returns:
+        The new vectors, an orthonormal basis of WᵀWV, which are the old ones if that is zero or not
+        finite; and (N, 3) in float64: ‖WᵀWz‖/‖Wz‖ of the Ritz vector z, ‖W‖_F and the residual. The
+        first and the last are NaN if an input is not finite. ‖W‖_F is always √squares. The residual
+        is 1 if a nonzero matrix maps z to zero.
+
+    >>> w = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> v = torch.eye(2)[None]
+    >>> ritz_round(v, v @ w.mT @ w, torch.tensor([5.0]))[1].tolist()
+    [[2.0, 2.23606797749979, 0.0]]
+    """
+    is_finite = images.isfinite().all(dim=-1).all(dim=-1) & squares.isfinite()
+    clean = torch.where(is_finite[:, None, None], images, 0.0)
+    # A matrix may have jumped far from its last scale. Squares of its images must not overflow.
+    peak = clean.abs().amax(dim=(-2, -1))
+    peak = torch.where(peak > 0, peak, 1.0)
+    z, w = _rotated(vectors, clean / peak[:, None, None])
+    ritz = (z[:, 0] * w[:, 0]).sum(dim=-1).clamp_min(0.0)
+    length = torch.linalg.vector_norm(w[:, 0], dim=-1)
+    is_seen = ritz > 0
+    divisor = torch.where(is_seen, ritz, 1.0)
+    # The quotient of a Ritz value that is pure rounding has no meaning.
+    sigma = torch.where(is_seen, length / divisor.sqrt() * peak.sqrt(), 0.0)
+    off = torch.linalg.vector_norm(w[:, 0] - ritz[:, None] * z[:, 0], dim=-1)
+    residual = torch.where(is_seen, off / divisor, (squares > 0).to(ritz.dtype))
+    sigma, residual = (torch.where(is_finite, x, torch.nan) for x in (sigma, residual))
+    found = torch.stack([sigma.double(), squares.double().sqrt(), residual.double()], dim=-1)
+    moved = _orthonormal_pair(w, z)
+    return torch.where((is_finite & is_seen)[:, None, None], moved, vectors), found
+
+
+def _rotated(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ritz vectors and their images, the larger value first."""
+    if vectors.shape[1] == 1:
+        return vectors, images
+    core = vectors @ images.mT
+    a, d = core[:, 0, 0], core[:, 1, 1]
+    b = (core[:, 0, 1] + core[:, 1, 0]) / 2
+    # The rotation that diagonalises a symmetric 2 × 2 matrix. eigh would read from the device.
+    angle = torch.atan2(2 * b, a - d) / 2
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    return rotation @ vectors, rotation @ images
+
+
+def _orthonormal_pair(w: Tensor, z: Tensor) -> Tensor:
+    """Orthonormalise by Gram–Schmidt, twice; take z where the second image is lost."""
+    first = _unit(w[:, 0], z[:, 0])
+    if w.shape[1] == 1:
+        return first.unsqueeze(1)
+    second = _unit(w[:, 1], z[:, 1])
+    left = _without(second, first)
+    is_lost = torch.linalg.vector_norm(left, dim=-1, keepdim=True) < 1e-3
+    left = torch.where(is_lost, _without(z[:, 1], first), left)
+    second = _unit(_without(_unit(left, z[:, 1]), first), z[:, 1])
+    return torch.stack([first, second], dim=1)
+
+
+def _without(vector: Tensor, unit: Tensor) -> Tensor:
+    return vector - (vector * unit).sum(dim=-1, keepdim=True) * unit
+
+
+def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return torch.where(length > 0, vector / torch.where(length > 0, length, 1.0), otherwise)
+
+
+def orthonormal_rows(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
+    """Return orthonormal rows, orthogonal to those of the basis.
+
+    A row in the span of the basis, or a zero row, leaves only rounding, which after some rounds
+    lies in the span as well. The filler's row replaces it.
+    """
+    length = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
+    block = block / length.clamp_min(torch.finfo(block.dtype).tiny)
+    rest = block - (block @ basis.mT) @ basis
+    is_lost = (torch.linalg.vector_norm(rest, dim=-1, keepdim=True) < _LOST) | (length < _LOST)
+    block = torch.where(is_lost, filler, rest)
+    for _ in range(2):
+        block = block - (block @ basis.mT) @ basis
+        block = torch.linalg.qr(block.mT).Q.mT
+    return block
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return values.clamp_min(torch.finfo(values.dtype).tiny)
