@@ -62,11 +62,6 @@ UPWARDS = {
 # To be mended: these classes share a name today.
 SHARED_NAMES = {
     "Comparison",
-    "Event",
-    "Failure",
-    "History",
-    "MatrixChange",
-    "Summary",
     "_Recorder",
 }
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from statistics import median
 from typing import Literal
 
+from hf_pss.detection.explosion import ExplosionRule
 from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.detection.state import JSON, check_version, read_integer, read_object
 
@@ -202,12 +203,11 @@ class FailureWatch:
         max_failed: So many failures in a row are reported.
     """
 
-    _LOSS_STEPS = 25
-    _RISE_NATS = 0.5
+    _RULE = ExplosionRule()
 
     def __init__(self, *, window_steps: int, max_failed: int) -> None:
         self._window_steps, self._max_failed = window_steps, max_failed
-        self._losses: deque[float] = deque(maxlen=self._LOSS_STEPS)
+        self._losses: deque[float] = deque(maxlen=self._RULE.smoothing_steps)
         self._level: float | None = None
         self._ends = self._num_failed = 0
         self.onset_step: int | None = None
@@ -261,7 +261,7 @@ class FailureWatch:
         if self._level is None or not self._losses:
             return True  # nothing to compare with
         recent = [*self._losses][-self._window_steps :]
-        return median(recent) <= self._level + self._RISE_NATS
+        return median(recent) <= self._level + self._RULE.rise_nats
 
 
 def _with_nonfinite(history: History, step: int) -> History:

@@ -26,14 +26,8 @@ from hf_pss.models.batching import matrix_names
 from hf_pss.records.events import Event, EventKind, Intervention, Record
 from hf_pss.records.messages import describe_answer
 from hf_pss.records.steps import HealthReading
-from hf_pss.runs.records_files import (
-    EVENTS_FILE,
-    HEALTH_FILE,
-    JsonLines,
-    health_line,
-    log_scalars,
-    reading_line,
-)
+from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
+from hf_pss.runs.records_files import JsonLines, health_line, log_scalars, reading_line
 from hf_pss.trainer.arguments import PSSTrainingArguments
 from hf_pss.trainer.attention_maxima import attention_watch
 from hf_pss.trainer.hooks import StepListener, hook

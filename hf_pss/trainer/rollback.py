@@ -17,7 +17,8 @@ from hf_pss.detection import Verdict
 from hf_pss.detection.policy import Action, Failure, FailureWatch
 from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.records.events import Event, EventKind, Intervention
-from hf_pss.runs.rotation import ABANDONED, Lineage, abandon
+from hf_pss.runs.folder import ABANDONED
+from hf_pss.runs.rotation import Lineage, abandon
 from hf_pss.trainer.rates import ScaledRates
 from hf_pss.trainer.safe_checkpoints import SafeCheckpoints
 

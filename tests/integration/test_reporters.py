@@ -285,9 +285,9 @@ def test_what_pss_itself_measures_and_does_reaches_all_three(
 
 def test_the_heat_map_shows_the_fall(offline: Path) -> None:
     from hf_pss.trainer.trackers.stable_rank_image import heat_map
-    from hf_pss.trainer.trackers.tracker import History
+    from hf_pss.trainer.trackers.tracker import ThinnedReadings
 
-    history = History()
+    history = ThinnedReadings()
     assert heat_map(history) is None
     for step in range(1, 30):
         history.add(

@@ -14,7 +14,7 @@ from hf_pss.trainer.trackers.tracker import (
     NUM_BINS,
     NUM_PLACES,
     Curves,
-    History,
+    ThinnedReadings,
     histogram_of,
     label_of,
     scalars_of,
@@ -84,7 +84,7 @@ def reading(step: int, num_matrices: int = 2) -> HealthReading:
 
 
 def test_history_is_thinned_evenly_and_keeps_its_ends() -> None:
-    history = History(max_readings=8)
+    history = ThinnedReadings(max_readings=8)
     for step in range(101):
         history.add(reading(step))
         steps = [kept.step for kept in history.readings]
@@ -95,7 +95,7 @@ def test_history_is_thinned_evenly_and_keeps_its_ends() -> None:
 
 
 def test_history_of_many_matrices_is_bounded() -> None:
-    history = History()
+    history = ThinnedReadings()
     num_matrices = MAX_NUMBERS // 10
     for step in range(40):
         history.add(reading(step, num_matrices))
@@ -103,7 +103,7 @@ def test_history_of_many_matrices_is_bounded() -> None:
 
 
 def test_rows_are_as_many_as_there_is_room_for() -> None:
-    history = History()
+    history = ThinnedReadings()
     for step in range(10):
         history.add(reading(step))
     assert len(history.rows(max_rows=100)) == 20
@@ -151,7 +151,7 @@ def test_of_very_many_matrices_the_worst_have_curves(caplog: pytest.LogCaptureFi
 
 
 def test_a_metric_that_a_step_has_not_measured_is_none() -> None:
-    history = History()
+    history = ThinnedReadings()
     history.add(HealthReading(step=1, matrices={"a": {"m": 1.0}}))
     history.add(HealthReading(step=2, matrices={"b": {"m": math.nan, "n": 2.0}}))
     history.add(HealthReading(step=3, scalars={"loss": 1.0}))

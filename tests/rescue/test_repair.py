@@ -36,7 +36,7 @@ from hf_pss.rescue.candidates import CheckpointReport, report_on
 from hf_pss.rescue.optimizer_files import require_torch, rewrite_optimizer
 from hf_pss.rescue.repair import RECORD_FILE, Repairs, write_repaired
 from hf_pss.rescue.smoothed_weights import matrices_to_smooth
-from hf_pss.runs.options import OPTIONS_FILE
+from hf_pss.runs.folder import OPTIONS_FILE
 from hf_pss.runs.safetensors_files import open_checkpoint
 
 RunOf = Callable[..., Path]

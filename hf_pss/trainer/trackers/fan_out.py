@@ -13,7 +13,7 @@ from hf_pss.records.messages import Alerts
 from hf_pss.records.steps import HealthReading
 from hf_pss.trainer.trackers.stable_rank_image import heat_map
 from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardReporter
-from hf_pss.trainer.trackers.tracker import Curves, History, Image, Reporter, Snapshot
+from hf_pss.trainer.trackers.tracker import Curves, Image, Reporter, Snapshot, ThinnedReadings
 from hf_pss.trainer.trackers.trackio_tracker import TrackioReporter
 from hf_pss.trainer.trackers.wandb_tracker import WandbReporter
 
@@ -69,7 +69,7 @@ class Reporters:
 
     def __init__(self, reporters: Iterable[Reporter]) -> None:
         self._reporters = list(reporters)
-        self._history = History()
+        self._history = ThinnedReadings()
         self._curves = Curves()
         self._alerts = Alerts()
         self._next_snapshot = _FIRST_SNAPSHOT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_pss.trainer.trackers.tracker import History, Image
+from hf_pss.trainer.trackers.tracker import Image, ThinnedReadings
 
 __all__ = ["heat_map"]
 
@@ -13,7 +13,7 @@ _METRIC = "stable_rank"
 _NOT_FINITE = "#D55E00"
 
 
-def heat_map(history: History) -> Image | None:
+def heat_map(history: ThinnedReadings) -> Image | None:
     """Draw the map; None where no stable rank was asked for. NaN is orange.
 
     Cost: 0.34 s of one core for 72 matrices at 100 steps, 1.5 s with matplotlib's import.

@@ -25,10 +25,10 @@ __all__ = [
     "NONFINITE_SPECTRA",
     "Curves",
     "Histogram",
-    "History",
     "Image",
     "Reporter",
     "Snapshot",
+    "ThinnedReadings",
     "histogram_of",
     "label_of",
     "num_broken",
@@ -216,7 +216,7 @@ class _Kept:
     matrices: Mapping[str, Mapping[str, float]]
 
 
-class History:
+class ThinnedReadings:
     """Readings of matrices, evenly thinned: when there is no room, every second one is dropped.
 
     The first and the newest are always there.
