@@ -62,6 +62,7 @@ UPWARDS = {
 # To be mended: these classes share a name today.
 SHARED_NAMES = {
     "Comparison",
+    "MatrixChange",
     "_Recorder",
 }
 

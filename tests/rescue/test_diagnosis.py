@@ -105,6 +105,25 @@ def test_a_true_loss_of_zero_is_sound() -> None:
     assert diagnose(synthetic(losses), RunRecords()).failure is None
 
 
+@pytest.mark.parametrize(
+    ("losses", "counts", "expected"),
+    [
+        ([3.0, 0.0], [None, None], [False, True]),
+        ([3.0, 0.005, 0.0], [None] * 3, [False] * 3),
+        ([3.0, 0.0, 0.0], [0.0, 2.0, 2.0], [False, True, False]),
+        ([3.0, 0.0], [50.0, 3.0], [False, True]),  # the count began again after a resume
+    ],
+)
+def test_a_zero_that_hides_nan_is_put_back(
+    losses: list[float], counts: list[float | None], expected: list[bool]
+) -> None:
+    pairs = enumerate(zip(losses, counts, strict=True))
+    rows = [LogRow(step, loss, nonfinite_steps=count) for step, (loss, count) in pairs]
+    found = without_false_zeros(rows)
+    assert [row.is_false_zero for row in found] == expected
+    assert [math.isnan(row.loss or 0.0) for row in found] == expected
+
+
 def test_one_bad_row_between_sound_ones_is_no_failure() -> None:
     assert diagnose(synthetic([3.0] * 30 + [math.nan] + [3.0] * 30), RunRecords()).failure is None
 

@@ -19,7 +19,10 @@ from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
 from hf_pss.rescue.candidates import report_on
 from hf_pss.rescue.investigate import Investigation, investigate
+from hf_pss.runs import log
+from hf_pss.runs.checkpoint import examine
 from hf_pss.runs.folder import SUPERSEDED
+from hf_pss.runs.follow import Follower
 
 RunOf = Callable[..., Path]
 
@@ -93,6 +96,19 @@ def test_an_incomplete_checkpoint_is_passed_over(spiked: Path, name: str, how: s
     assert verdicts(found)[60] == "incomplete"
     assert chosen(found) == 40
     assert name in next(why for one, why in found.choice.passed_over if one.step == 60)
+
+
+@pytest.mark.parametrize("is_too_large", [False, True])
+def test_one_limit_on_the_size_of_a_state_holds_for_all(
+    spiked: Path, monkeypatch: pytest.MonkeyPatch, is_too_large: bool
+) -> None:
+    """Resume, rescue and watch agree on whether a large trainer_state.json can be read."""
+    folder = spiked / "checkpoint-60"
+    size = (folder / "trainer_state.json").stat().st_size
+    monkeypatch.setattr(log, "MAX_STATE_BYTES", size - is_too_large)
+    for why in (examine(folder).problem, "; ".join(report_on(folder).missing)):
+        assert ("larger than" in (why or "")) == is_too_large
+    assert (Follower(folder).poll().log is None) == is_too_large
 
 
 def test_damaged_weights_are_passed_over(spiked: Path) -> None:
