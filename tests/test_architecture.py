@@ -56,10 +56,7 @@ UPWARDS: set[tuple[str, str]] = set()
 # To be mended: these classes share a name today.
 SHARED_NAMES = {
     "Comparison",
-    "Event",
-    "History",
     "MatrixChange",
-    "Summary",
     "_Recorder",
 }
 

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_pss.detection.policy import Action, InterventionHistory
 from hf_pss.records.events import Event, EventKind, read_events
-from hf_pss.runs.records_files import EVENTS_FILE
+from hf_pss.runs.folder import EVENTS_FILE
 from hf_pss.trainer.callback import PSSCallback
 
 __all__ = [

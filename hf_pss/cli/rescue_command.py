@@ -157,7 +157,7 @@ def rescue(
             )
         plan = plan_resume(
             run_dir,
-            found.history,
+            found.log,
             chosen,
             smoothing=(smoothing or Smoothing.FLOOR).value,
             is_last_resort=found.choice.is_last_resort,

@@ -1,8 +1,7 @@
-"""The options that a run's checkpoints depend on, kept beside them: `--resume` holds to these."""
+"""Keep the options that a run's checkpoints depend on, so that `--resume` can compare them."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,26 +16,32 @@ from hf_pss.cli.parsing import TrainPlan, make_parser
 from hf_pss.cli.text import BUILT_IN
 from hf_pss.detection.state import check_version, read_mapping, read_object
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.runs.options import LR_SCALE, OPTIONS_FILE, TRAINING_OPTIONS, options_file
+from hf_pss.runs.options import (
+    LR_SCALE,
+    TRAINING_OPTIONS,
+    options_file,
+    read_options,
+    write_options,
+)
 
-__all__ = ["OPTIONS_FILE", "KeepOptions", "options_to_keep"]
+__all__ = ["KeepOptions", "options_to_keep"]
 
 _VERSION = 1
-# The weights were made for these; other data or another rate is a choice.
+# The weights were made for these. Other data or another rate are allowed.
 _BINDING = (
     *("model", "model_config", "model_overrides", "tokenizer", "vocab_size", "dtype"),
     "context_length",
 )
-# For `hf-pss rescue`, and no option that a resumed run could give otherwise.
+# These are for `hf-pss rescue`. A resumed run does not give them as options.
 _NOT_COMPARED = ("training", "paths", "unigram_entropy")
-# Whatever else is read in their place: a name on the Hub, a kind of model.
+# The value may also be a name on the Hub or a kind of model.
 _MAY_BE_PATHS = ("model", "model_config", "tokenizer", "dataset")
 
 Options: TypeAlias = dict[str, Any]
 
 
 class KeepOptions(TrainerCallback):
-    """Writes options where training begins; None where those of a resumed run are not known."""
+    """Writes the options when training begins, unless those of a resumed run are unknown (None)."""
 
     def __init__(self, options: Options | None) -> None:
         self._options = options
@@ -44,16 +49,15 @@ class KeepOptions(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write them, on the first process only."""
+        """Write the file, on the first process only."""
         if state.is_world_process_zero and self._options is not None:
-            text = json.dumps({"version": _VERSION, **self._options}, indent=2, allow_nan=False)
-            Path(args.output_dir, OPTIONS_FILE).write_text(f"{text}\n", encoding="utf-8")
+            write_options(Path(args.output_dir), {"version": _VERSION, **self._options})
 
 
 def options_to_keep(
     plan: TrainPlan, checkpoint: Path | None, *, warn: Callable[[str], None]
 ) -> Options | None:
-    """Return what `KeepOptions` is to write: these options, or those a resumed run began with.
+    """Return the options for `KeepOptions`: the given ones, or those that a resumed run began with.
 
     Raises:
         ConfigurationError: A resumed run has another model or context length, or the file of its
@@ -70,7 +74,7 @@ def options_to_keep(
         here, there = _show(name, given[name]), _show(name, kept[name])
         if name in _BINDING:
             raise ConfigurationError(
-                f"The run that you resume has {there}; this one has {here}. Give what it has, or "
+                f"The run that you resume has {there}; this one has {here}. Give the same, or "
                 "begin a run in another --output_dir."
             )
         if name == "learning_rate" and plan.arguments.pss_lr_scale is None:
@@ -79,15 +83,15 @@ def options_to_keep(
                 "--pss_lr_scale."
             )
         else:
-            warn(f"The run goes on with {here}; it began with {there}.")
+            warn(f"The run continues with {here}; it began with {there}.")
     inherited = kept["training"].get(LR_SCALE)
-    if plan.arguments.pss_lr_scale is not None:  # from here on the rates are what is given
+    if plan.arguments.pss_lr_scale is not None:  # from here on the given rates count
         kept["learning_rate"] = given["learning_rate"]
         kept["training"][LR_SCALE] = given["training"][LR_SCALE]
     elif isinstance(inherited, float):
         warn(
-            f"The run goes on with {inherited} times --learning_rate {kept['learning_rate']}, as "
-            f"it was scaled before; --{LR_SCALE} changes it."
+            f"The run continues with {inherited} times --learning_rate {kept['learning_rate']}, "
+            f"its earlier factor; --{LR_SCALE} changes it."
         )
     return kept
 
@@ -98,7 +102,7 @@ def _options_of(plan: TrainPlan) -> Options:
     options["learning_rate"] = plan.arguments.learning_rate
     options["training"] = _unlike_the_defaults(plan.arguments)
     options["paths"] = _local_paths(options)
-    return {**options, "unigram_entropy": None}  # filled in once the text is there
+    return {**options, "unigram_entropy": None}  # filled in once the text is loaded
 
 
 def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
@@ -106,10 +110,10 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
     known = set(parser.names)  # of this version of transformers
     found: Options = {}
     if "activation_checkpointing" in known:
-        known.discard("gradient_checkpointing")  # its older name, of which the newer warns
+        known.discard("gradient_checkpointing")  # the older name, which causes a warning
     for name in (name for name in TRAINING_OPTIONS if name in known):
         value = getattr(arguments, name)
-        # False is what it makes of nothing.
+        # It turns None into False.
         is_unset = name == "activation_checkpointing" and value is False
         is_default = is_unset or value == parser.get_default(name)
         if not is_default or name == "per_device_train_batch_size":
@@ -118,7 +122,7 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
 
 
 def _local_paths(options: Options) -> dict[str, str]:
-    """Return those that name something on this machine, for a command run in another folder."""
+    """Return the absolute paths of options that name files, for a command in another folder."""
     given = {name: options[name] for name in _MAY_BE_PATHS if options[name]}
     if given["dataset"] == BUILT_IN:
         del given["dataset"]
@@ -137,14 +141,14 @@ def _is_the_same(name: str, given: Options, kept: Options) -> bool:
 
 def _read(path: Path, known: Options) -> Options:
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = read_options(path)
         check_version(parsed, _VERSION, "the file")
-        # Files of earlier versions have none of these.
+        # Files of earlier versions lack these.
         later: Options = {"training": {}, "paths": {}, "unigram_entropy": None}
         kept = dict(read_object({**later, **parsed}, ("version", *known), "the file"))
         for name in ("training", "paths"):
             kept[name] = dict(read_mapping(kept[name], name))
-    except (OSError, ValueError, StateError) as error:
+    except (OSError, StateError) as error:
         raise ConfigurationError(
             f"The options of the run that you resume cannot be read from {path}: {error} "
             "Remove the file to resume without comparing them."

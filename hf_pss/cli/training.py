@@ -47,7 +47,9 @@ from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.evidence.data import unigram_entropy_nats
 from hf_pss.models.measurements import select_watched
 from hf_pss.models.selection import Selection
-from hf_pss.runs.checkpoint import STATE_FILE, checkpoints_by_step
+from hf_pss.runs.checkpoint import examine, recorded_step
+from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step
+from hf_pss.runs.log import read_log
 from hf_pss.trainer.arguments import PSSTrainingArguments
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.pss_trainer import PSSTrainer
@@ -81,15 +83,15 @@ def latest_checkpoint(output_dir: Path, *, accepts_fresh: bool = False) -> Path 
 def is_complete(checkpoint: Path) -> bool:
     """Tell whether its trainer_state.json, the last file that the Trainer writes, can be read."""
     try:
-        _state(checkpoint)
-    except (OSError, ValueError, TypeError):
+        step_of(checkpoint)
+    except (OSError, StateError):
         return False
     return True
 
 
 def step_of(checkpoint: Path) -> int:
     """Return how many steps had been taken."""
-    return int(_state(checkpoint).global_step)
+    return recorded_step(checkpoint)
 
 
 def where_to_go_on(output_dir: Path, resumed: Path | None) -> str:
@@ -100,7 +102,7 @@ def where_to_go_on(output_dir: Path, resumed: Path | None) -> str:
         resumed: What it had resumed from, which may lie elsewhere.
     """
     candidates = [*([resumed] if resumed else []), *checkpoints_by_step(output_dir)]
-    complete = [path for path in candidates if is_complete(path)]
+    complete = [path for path in candidates if examine(path).is_whole]
     healthy = [path for path in complete if _was_finite(path)]
     if not healthy and complete and not any(map(_evaluations, complete)):
         return f"No checkpoint was evaluated; the latest, of unknown health, is {complete[-1]}."
@@ -119,13 +121,9 @@ def _was_finite(checkpoint: Path) -> bool:
 
 def _evaluations(checkpoint: Path) -> list[float]:
     """Return the validation losses at the checkpoint's own step."""
-    state = _state(checkpoint)
-    rows = (row for row in state.log_history if row["step"] == state.global_step)
-    return [row["eval_loss"] for row in rows if "eval_loss" in row]
-
-
-def _state(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    log = read_log(checkpoint / STATE_FILE)
+    rows = (row for row in log.rows if row.step == log.global_step)
+    return [row.eval_loss for row in rows if row.eval_loss is not None]
 
 
 class _MakeRoom(TrainerCallback):

@@ -1,24 +1,52 @@
-"""What counts as an explosion: one written definition, decided by a program."""
+"""The one definition of an explosion, and of a spike, in a run's logged numbers."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
-__all__ = ["Explosion", "ExplosionRule", "find_explosion"]
+from hf_pss.config import PSSConfig
+from hf_pss.detection.baseline import Baseline
+
+__all__ = [
+    "JUMP_STEPS",
+    "Explosion",
+    "ExplosionRule",
+    "find_explosion",
+    "find_rise_at_the_end",
+    "find_spikes",
+    "running_medians",
+]
+
+# A rule of steps never becomes a rule of a single row, because one row may be an accident.
+_MIN_ROWS = 2
+_MIN_CALIBRATION_ROWS = 3
+# A spike is judged by so many steps before it, a rise at the end of a log by its last ones.
+JUMP_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ExplosionRule:
-    """The numbers of the definition; see `find_explosion`."""
+    """The numbers of the definition; see `find_explosion` and `find_spikes`."""
 
     rise_nats: float = 0.5
     num_steps: int = 20
     plateau_nats: float = 0.1
     plateau_steps: int = 50
     smoothing_steps: int = 25
+
+    def in_rows(self, interval: int) -> ExplosionRule:
+        """Return the rule for a log that has one row every `interval` steps."""
+        return replace(
+            self,
+            num_steps=max(_MIN_ROWS, math.ceil(self.num_steps / interval)),
+            plateau_steps=max(2 * _MIN_ROWS, math.ceil(self.plateau_steps / interval)),
+            smoothing_steps=max(1, round(self.smoothing_steps / interval)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +69,9 @@ def find_explosion(
       smallest such median before it, for ``num_steps`` steps in a row, after a descent to below the
       unigram entropy. The step is the first of these.
     - ``plateau``: over the last ``plateau_steps`` steps the median loss is not below the unigram
-      entropy less ``plateau_nats``: the model knows the frequencies of tokens and nothing else.
-      The step is the first of these, or an earlier one since which no median of ``plateau_steps``
-      steps was below that.
+      entropy less ``plateau_nats``: the model has learned the frequencies of tokens and nothing
+      else. The step is the first of these, or an earlier one since which no median of
+      ``plateau_steps`` steps was below that.
 
     >>> rule = ExplosionRule(num_steps=3, smoothing_steps=1)
     >>> find_explosion([6.0, 4.0, 3.0, 5.0, 5.0, 5.0], rule, unigram_entropy=6.4)
@@ -55,6 +83,69 @@ def find_explosion(
     if steps:
         return min(steps, key=lambda explosion: explosion.step)
     return _plateau(finite, rule, unigram_entropy)
+
+
+def find_rise_at_the_end(
+    losses: Sequence[float | None], rule: ExplosionRule, *, num_rows: int
+) -> int | None:
+    """Return the index at which a rise begins that lasts to the end of the losses, or None.
+
+    A run may be stopped soon after a rise. So at the end of a log fewer rows count: at least
+    `num_rows` losses, each ``rise_nats`` above the smallest median before it.
+    """
+    medians = list(running_medians(losses, rule.smoothing_steps))
+    lowest = list(itertools.accumulate((math.inf if m is None else m for m in medians), min))
+    begin = len(losses)
+    while begin > 1 and (last := losses[begin - 1]) is not None:
+        if last < lowest[begin - 2] + rule.rise_nats:
+            break
+        begin -= 1
+    is_long = len(losses) - begin >= max(_MIN_ROWS, num_rows)
+    return begin if is_long and begin > 0 else None
+
+
+def find_spikes(
+    losses: Sequence[float | None],
+    grad_norms: Sequence[float | None],
+    rule: ExplosionRule,
+    *,
+    num_rows: int,
+) -> list[int]:
+    """Return the indices at which the gradient norm or the loss spiked.
+
+    The norm spikes by the default detector's rule: it is more than τ times a moving average that
+    does not learn from what it refuses. The loss spikes where it lies at least ``rise_nats`` above
+    the median of the `num_rows` losses before it.
+    """
+    config = PSSConfig()
+    calibration = min(config.calibration_steps, max(_MIN_CALIBRATION_ROWS, len(losses) // 4))
+    norms = Baseline(config.baseline_alpha, calibration, config.patience_steps)
+    window: list[float] = []
+    found = []
+    for index, (loss, norm) in enumerate(zip(losses, grad_norms, strict=True)):
+        has_spiked = False
+        if norm is not None and math.isfinite(norm) and norm >= 0:
+            ratio = norms.ratio(norm) if norms.is_calibrated else None
+            has_spiked = ratio is not None and ratio > config.threshold_ratio
+            if has_spiked:
+                norms.refuse(norm)
+            else:
+                norms.accept(norm)
+        if loss is not None:
+            has_spiked |= bool(window) and loss >= median(window) + rule.rise_nats
+            window = [*window, loss][-num_rows:]
+        if has_spiked:
+            found.append(index)
+    return found
+
+
+def running_medians(losses: Iterable[float | None], width: int) -> Iterator[float | None]:
+    """Yield the median of the last `width` losses at each loss, and None at each None."""
+    window: list[float] = []
+    for loss in losses:
+        if loss is not None:
+            window = [*window, loss][-width:]
+        yield None if loss is None else median(window)
 
 
 def _non_finite(losses: Sequence[float | None], rule: ExplosionRule) -> Explosion | None:
@@ -69,18 +160,16 @@ def _non_finite(losses: Sequence[float | None], rule: ExplosionRule) -> Explosio
 def _rise(
     losses: Sequence[float | None], rule: ExplosionRule, unigram_entropy: float
 ) -> Explosion | None:
-    lowest, streak, began, window = math.inf, 0, 0, list[float]()
-    for step, loss in enumerate(losses, start=1):
-        if loss is None:
+    lowest, streak, began = math.inf, 0, 0
+    for step, level in enumerate(running_medians(losses, rule.smoothing_steps), start=1):
+        if level is None:
             continue
-        window = [*window, loss][-rule.smoothing_steps :]
-        median = _median(window)
         has_descended = lowest < unigram_entropy
-        streak = streak + 1 if has_descended and median >= lowest + rule.rise_nats else 0
+        streak = streak + 1 if has_descended and level >= lowest + rule.rise_nats else 0
         began = step if streak == 1 else began  # steps without a loss may lie between
         if streak == rule.num_steps:
             return Explosion("rise", began)
-        lowest = min(lowest, median)
+        lowest = min(lowest, level)
     return None
 
 
@@ -89,18 +178,12 @@ def _plateau(
 ) -> Explosion | None:
     level = unigram_entropy - rule.plateau_nats
     last = [loss for loss in losses[-rule.plateau_steps :] if loss is not None]
-    if len(losses) < rule.plateau_steps or not last or _median(last) < level:
+    if len(losses) < rule.plateau_steps or not last or median(last) < level:
         return None
     first = len(losses) - rule.plateau_steps
     while first > 0:
         window = [v for v in losses[first - 1 : first - 1 + rule.plateau_steps] if v is not None]
-        if window and _median(window) < level:
+        if window and median(window) < level:
             break
         first -= 1
     return Explosion("plateau", first + 1)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

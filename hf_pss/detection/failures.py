@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
+from hf_pss.detection.explosion import ExplosionRule
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingFailure:
@@ -48,12 +50,11 @@ class FailedInterventions:
         max_failed: Failed interventions in a row that are reported as a failure.
     """
 
-    _LOSS_STEPS = 25
-    _RISE_NATS = 0.5
+    _RULE = ExplosionRule()
 
     def __init__(self, *, window_steps: int, max_failed: int) -> None:
         self._window_steps, self._max_failed = window_steps, max_failed
-        self._losses: deque[float] = deque(maxlen=self._LOSS_STEPS)
+        self._losses: deque[float] = deque(maxlen=self._RULE.smoothing_steps)
         self._level: float | None = None
         self._window_end = self._num_failed = 0
         self.onset_step: int | None = None
@@ -106,4 +107,4 @@ class FailedInterventions:
         if self._level is None or not self._losses:
             return True  # An earlier loss to compare with is missing.
         recent = [*self._losses][-self._window_steps :]
-        return median(recent) <= self._level + self._RISE_NATS
+        return median(recent) <= self._level + self._RULE.rise_nats

@@ -23,13 +23,13 @@ from hf_pss.evidence.corpus import build_corpus
 from hf_pss.evidence.demo_recipe import (
     GUARDS,
     LOG_FILE,
-    METRICS_FILE,
-    SUMMARY_FILE,
     DemoRecipe,
     remove_earlier_demo,
     run_folder,
 )
 from hf_pss.evidence.processes import num_cores, signals_interrupt, versions
+from hf_pss.runs.durable import write_whole
+from hf_pss.runs.folder import METRICS_FILE, SUMMARY_FILE
 
 __all__ = ["run_demo"]
 
@@ -254,6 +254,4 @@ def _command() -> str:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False))

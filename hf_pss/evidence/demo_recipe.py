@@ -15,13 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from hf_pss.config import PRESETS, PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.runs.records_files import EVENTS_FILE, HEALTH_FILE
+from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE, METRICS_FILE, SUMMARY_FILE
 
 __all__ = [
     "GUARDS",
     "LOG_FILE",
-    "METRICS_FILE",
-    "SUMMARY_FILE",
     "DemoRecipe",
     "remove_earlier_demo",
     "run_folder",
@@ -123,8 +121,6 @@ class DemoRecipe:
 
 
 LOG_FILE = "train.log"
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
 _RUN_FILES = (METRICS_FILE, SUMMARY_FILE, EVENTS_FILE, HEALTH_FILE, LOG_FILE)
 
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from hf_pss.evidence.corpus import Corpus, build_corpus
-from hf_pss.evidence.demo_recipe import GUARDS, METRICS_FILE, SUMMARY_FILE, DemoRecipe, run_folder
-from hf_pss.runs.records_files import EVENTS_FILE
+from hf_pss.evidence.demo_recipe import GUARDS, DemoRecipe, run_folder
+from hf_pss.runs.folder import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 from hf_pss.trainer.pss_trainer import PSSTrainer
 
 __all__ = ["main"]

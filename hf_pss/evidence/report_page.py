@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,8 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from hf_pss.evidence import report_plots as plots
-from hf_pss.evidence.report_records import Event, RunDirectory, TrainingRun, load_run_directory
+from hf_pss.evidence.report_records import (
+    ReportEvent,
+    RunDirectory,
+    TrainingRun,
+    load_run_directory,
+)
 from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
+from hf_pss.runs.durable import write_whole
 from hf_pss.view import canvas
 from hf_pss.view import text_table as text
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
@@ -46,7 +51,7 @@ class SummaryLine:
 class EventLine:
     """A line of the table of events: one intervention, or a row of events that are alike."""
 
-    first: Event
+    first: ReportEvent
     last_step: int
     num_events: int
 
@@ -58,7 +63,7 @@ class EventList:
     title: str
     path: str
     shown: tuple[EventLine, ...]
-    detailed: tuple[Event, ...]
+    detailed: tuple[ReportEvent, ...]
     num_lines: int
     num_interventions: int
     num_others: int
@@ -83,10 +88,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         page = page / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     html = _render(directory, _draw(directory, page.parent / "figures"))
-    # Replaced whole: a page that is open in a browser is never read half-written.
-    scratch = page.with_name(f".{page.name}.{os.getpid()}")
-    scratch.write_text(html, encoding="utf-8")
-    scratch.replace(page)
+    write_whole(page, html)  # a browser may have the page open
     return page
 
 
@@ -170,10 +172,10 @@ def _event_list(run: TrainingRun) -> EventList:
     )
 
 
-def _event_lines(events: Sequence[Event]) -> Iterator[EventLine]:
+def _event_lines(events: Sequence[ReportEvent]) -> Iterator[EventLine]:
     """One line for each intervention; neighbours that nothing was done about share one."""
 
-    def likeness(numbered: tuple[int, Event]) -> tuple[object, ...]:
+    def likeness(numbered: tuple[int, ReportEvent]) -> tuple[object, ...]:
         index, event = numbered
         alone = index if event.is_intervention else None
         return alone, event.kind, event.detector, event.answer

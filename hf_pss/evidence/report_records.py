@@ -1,33 +1,44 @@
-"""What a run directory holds, as frozen records; a number that is not there is NaN.
+"""Read the directory of a demo into frozen records; a missing number is NaN.
 
-Read a run directory as it lies there: complete, interrupted, or cut in the middle of a line.
+The runs may be complete, interrupted, or cut in the middle of a line.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.detection.policy import Action
+from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.records.events import EventKind, Intervention, MatrixChange, Record
+from hf_pss.records.steps import HealthReading
+from hf_pss.records.strict_json import read_object
+from hf_pss.runs.folder import (
+    EVENTS_FILE,
+    HEALTH_FILE,
+    MAX_INDEX_BYTES,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    leads_out,
+)
+from hf_pss.runs.records_files import parse_reading, parse_record, parse_row, read_lines
 
 __all__ = [
     "Curve",
-    "Event",
+    "DemoSummary",
     "Floats",
-    "MatrixChange",
+    "ReportEvent",
     "Row",
     "RunDirectory",
     "StableRanks",
-    "Summary",
     "TrainingRun",
     "load_run_directory",
     "number",
@@ -36,7 +47,7 @@ __all__ = [
 Floats = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
-# Training computes in float32: what lies beyond has overflowed, and would overflow the axes.
+# Training computes in float32. A larger number has overflowed, and would overflow the axes.
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -58,7 +69,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class StableRanks:
-    """Stable rank of every watched matrix over time; NaN where a row does not name the matrix."""
+    """Stable rank of every watched matrix over time; NaN where a row lacks the matrix."""
 
     steps: Floats
     names: tuple[str, ...]
@@ -67,65 +78,77 @@ class StableRanks:
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixChange:
-    """What one intervention did to one matrix."""
-
-    name: str
-    shape: tuple[int, ...]
-    status: str
-    rank: int | None
-    sigma_before: float
-    sigma_after: float
-    stable_rank_before: float
-    stable_rank_after: float
-
-    @property
-    def changed(self) -> bool:
-        """Whether σ₁ moved: a matrix that was looked at and skipped is listed too."""
-        return self.sigma_after < self.sigma_before
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One line of ``pss_events.jsonl``: something was noticed, and smoothed or not."""
+class ReportEvent:
+    """One line of ``pss_events.jsonl`` as the report shows it; a number that is missing is NaN."""
 
     step: int
-    kind: str
-    """``spike``, ``drop``, ``floor`` or ``non_finite``."""
+    kind: EventKind
     detector: str
-    is_intervention: bool
-    """Whether weights were smoothed; smoothing, seconds and matrices are an intervention's."""
-    decision: str
-    """``observe``, ``skip_update`` or ``stop``, where no weight was smoothed; ``undo``, where
-    smoothing was taken back."""
+    decision: Action
     reason: str
-    """Why it was decided so: ``cooldown``, ``budget``, ``observe only``."""
-    smoothing: str
+    """Of the decision: ``cooldown``, ``budget``, ``observe only``."""
     value: float
     threshold: float
-    seconds: float
-    matrices: tuple[MatrixChange, ...]
+    is_intervention: bool = False
+    """Whether weights were smoothed. Only then the fields below are set."""
+    smoothing: str = ""
+    seconds: float = math.nan
+    matrices: tuple[MatrixChange, ...] = ()
+
+    @classmethod
+    def of(cls, record: Record) -> ReportEvent:
+        """Return the line of an event or an intervention."""
+        event = record.event if isinstance(record, Intervention) else record
+        line = cls(
+            step=event.step,
+            kind=event.kind,
+            detector=event.detector,
+            decision=event.decision,
+            reason=event.reason,
+            value=number(event.value),
+            threshold=number(event.threshold),
+        )
+        if not isinstance(record, Intervention):
+            return line
+        return replace(
+            line,
+            is_intervention=True,
+            smoothing=record.smoothing,
+            seconds=number(record.seconds),
+            matrices=tuple(
+                replace(
+                    one,
+                    sigma_before=number(one.sigma_before),
+                    sigma_after=number(one.sigma_after),
+                    stable_rank_before=number(one.stable_rank_before),
+                    stable_rank_after=number(one.stable_rank_after),
+                )
+                for one in record.matrices
+            ),
+        )
 
     @property
     def answer(self) -> str:
-        """What was done, in a few words."""
+        """What PSS did, in a few words."""
+        is_undone = self.decision is Action.UNDO
         if self.is_intervention:
-            return f"{self.smoothing}, taken back" if self.decision == "undo" else self.smoothing
-        if self.decision == "observe":
+            return f"{self.smoothing}, taken back" if is_undone else self.smoothing
+        if self.decision is Action.OBSERVE:
             return f"none ({self.reason})"
-        return self.decision.replace("_", " ") or "none"
+        return self.decision.replace("_", " ")
 
     @property
     def changed(self) -> tuple[MatrixChange, ...]:
-        """The matrices that moved, the most singular first."""
-        kept = () if self.decision == "undo" else self.matrices
-        moved = [matrix for matrix in kept if matrix.changed]
-        return tuple(sorted(moved, key=lambda matrix: matrix.stable_rank_before))
+        """The matrices whose σ₁ fell, the most singular first."""
+        moved = [one for one in self.matrices if (one.sigma_after or 0) < (one.sigma_before or 0)]
+        if self.decision is Action.UNDO:
+            return ()
+        return tuple(sorted(moved, key=lambda one: one.stable_rank_before or 0))
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """``summary.json``; NaN and None where it has no such entry."""
+class DemoSummary:
+    """The content of ``summary.json``; NaN or None for a missing entry."""
 
     status: str
     final_eval_loss: float
@@ -138,13 +161,13 @@ class Summary:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end by itself."""
+        """Whether the run reached its end."""
         return self.status == "finished"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """Everything that one guard left behind with one seed."""
+    """The files of one guard with one seed."""
 
     guard: str
     seed: int
@@ -154,18 +177,18 @@ class TrainingRun:
     baseline: Curve
     threshold: Curve
     stable_ranks: StableRanks
-    events: tuple[Event, ...]
-    summary: Summary | None
+    events: tuple[ReportEvent, ...]
+    summary: DemoSummary | None
 
     @property
-    def interventions(self) -> tuple[Event, ...]:
-        """The events that were answered by smoothing which changed a weight."""
+    def interventions(self) -> tuple[ReportEvent, ...]:
+        """The events after which smoothing changed a weight."""
         return tuple(event for event in self.events if event.is_intervention and event.changed)
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory: ``run.json``, the runs below it, and what was looked for and not found."""
+    """A run directory: ``run.json``, the runs below it, and a list of missing files."""
 
     info: Row
     guards: tuple[str, ...]
@@ -174,17 +197,17 @@ class RunDirectory:
 
     @property
     def status(self) -> str:
-        """``finished``, ``interrupted``, ``failed``; ``unknown`` where ``run.json`` is silent."""
+        """``finished``, ``interrupted`` or ``failed``; ``unknown`` if ``run.json`` has none."""
         return str(self.info.get("status", "unknown"))
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed that left something, ascending."""
+        """The seeds of all runs, ascending."""
         return tuple(sorted({run.seed for run in self.runs}))
 
     @property
     def reference(self) -> str:
-        """The guard the others are measured against: ``plain``, or the first."""
+        """The guard to compare the others with: ``plain``, or the first."""
         return "plain" if "plain" in self.guards else self.guards[0]
 
     def of(self, guard: str) -> tuple[TrainingRun, ...]:
@@ -192,7 +215,7 @@ class RunDirectory:
         return tuple(run for run in self.runs if run.guard == guard)
 
     def section(self, name: str) -> Row:
-        """A table of ``run.json``; empty where it is not there or no table."""
+        """A table of ``run.json``; empty where it is missing or not a table."""
         value = self.info.get(name)
         return value if isinstance(value, Mapping) else {}
 
@@ -208,7 +231,7 @@ class RunDirectory:
 
 
 def number(value: object) -> float:
-    """Read a JSON value as a number that float32 can hold; NaN where it is none."""
+    """Return a JSON value as a float; NaN where it is not a number that float32 can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -219,59 +242,51 @@ def number(value: object) -> float:
 
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
-_EVENT_KINDS = {"spike", "drop", "floor", "non_finite", "intervention"}
-
-
 _Folders: TypeAlias = Mapping[tuple[str, int], Path]
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Reads files below `root`, and notes what it could not read."""
+    """Reads files below `root`, and lists those that it could not read."""
 
     root: Path
     missing: list[str] = field(default_factory=list)
 
     def json(self, path: Path) -> Row | None:
-        text = self._text(path)
-        if text is None:
-            return None
-        row = _parse(text)
-        if row is None:
-            self._note(path, "cannot be read")
-        return row
-
-    def json_lines(self, path: Path) -> list[Row]:
-        text = self._text(path)
-        if text is None:
-            return []
-        lines = [line for line in text.splitlines() if line.strip()]
-        rows = [row for line in lines if (row := _parse(line)) is not None]
-        if not lines:
-            self._note(path, "is empty")
-        elif num_lost := len(lines) - len(rows):
-            self._note(path, f"has {num_lost} of {len(lines)} lines that cannot be read")
-        return rows
-
-    def _text(self, path: Path) -> str | None:
-        try:
-            return path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+        if not path.is_file():
             self._note(path, "is not there")
             return None
+        try:
+            return read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
+        except (OSError, StateError):
+            self._note(path, "cannot be read")
+            return None
+
+    def lines(
+        self, path: Path, parse: Callable[[bytes], T], *, is_optional: bool = False
+    ) -> tuple[T, ...]:
+        is_there = path.is_file() and not leads_out(path, path.parent)
+        found = read_lines(path, parse)
+        num_lines = len(found.rows) + found.num_lost
+        if found.num_lost:
+            self._note(path, f"has {found.num_lost} of {num_lines} lines that cannot be read")
+        elif not num_lines and not is_optional:
+            self._note(path, "is empty" if is_there else "is not there")
+        return found.rows
 
     def _note(self, path: Path, problem: str) -> None:
         self.missing.append(f"{path.relative_to(self.root).as_posix()} {problem}.")
 
 
 def load_run_directory(run_dir: Path) -> RunDirectory:
-    """Read what a demo run has written so far.
+    """Read the files that a demo has written so far.
 
-    Where ``run.json`` names its guards and seeds, folders of others are an earlier demo's: they are
-    left out.
+    Where ``run.json`` names guards and seeds, the folders of others belong to an earlier demo and
+    are left out.
 
     Raises:
-        ConfigurationError: no such folder, or nothing in it that a run would write.
+        ConfigurationError: The folder does not exist, or holds no run.
     """
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {run_dir}. Give the folder of a demo run.")
@@ -319,8 +334,12 @@ def _load_guard(
 
 
 def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingRun:
-    metrics = reader.json_lines(folder / "metrics.jsonl")
-    summary = reader.json(folder / "summary.json")
+    metrics = reader.lines(folder / METRICS_FILE, parse_row)
+    summary = reader.json(folder / SUMMARY_FILE)
+    readings = reader.lines(folder / HEALTH_FILE, parse_reading)
+    # A guard that noticed nothing writes no events. A step may have several, one a detector.
+    records = reader.lines(folder / EVENTS_FILE, parse_record, is_optional=True)
+    events = sorted(map(ReportEvent.of, records), key=lambda event: event.step)
     return TrainingRun(
         guard=guard,
         seed=seed,
@@ -329,15 +348,19 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
         grad_norm_preclip=_curve(metrics, "grad_norm_preclip"),
         baseline=_curve(metrics, "baseline"),
         threshold=_curve(metrics, "threshold"),
-        stable_ranks=_stable_ranks(reader.json_lines(folder / "pss_health.jsonl")),
-        events=_events(folder, reader),
+        stable_ranks=_stable_ranks(readings),
+        events=tuple(events),
         summary=None if summary is None else _summary(summary),
     )
 
 
 def _curve(rows: Iterable[Row], key: str) -> Curve:
-    # A resumed run writes some steps twice; the later line is what happened.
-    points = {step: number(row[key]) for row in rows if key in row and (step := _step(row)) >= 0}
+    # A resumed run writes some steps twice. The later line counts.
+    points = {
+        step: number(row[key])
+        for row in rows
+        if key in row and (step := _count(row.get("step"))) is not None and step >= 0
+    }
     steps = sorted(points)
     return Curve(
         np.array(steps, dtype=np.float64),
@@ -345,14 +368,12 @@ def _curve(rows: Iterable[Row], key: str) -> Curve:
     )
 
 
-def _stable_ranks(rows: Iterable[Row]) -> StableRanks:
-    points: dict[int, Row] = {
-        step: row["stable_rank"]
-        for row in rows
-        if isinstance(row.get("stable_rank"), Mapping) and (step := _step(row)) >= 0
+def _stable_ranks(readings: Iterable[HealthReading]) -> StableRanks:
+    points = {
+        one.step: one.matrices["stable_rank"] for one in readings if "stable_rank" in one.matrices
     }
     steps = sorted(points)
-    names = tuple(dict.fromkeys(str(name) for step in steps for name in points[step]))
+    names = tuple(dict.fromkeys(name for step in steps for name in points[step]))
     values = [[number(points[step].get(name)) for name in names] for step in steps]
     return StableRanks(
         np.array(steps, dtype=np.float64),
@@ -361,53 +382,8 @@ def _stable_ranks(rows: Iterable[Row]) -> StableRanks:
     )
 
 
-def _events(folder: Path, reader: _Reader) -> tuple[Event, ...]:
-    path = folder / "pss_events.jsonl"
-    # A guard that noticed nothing writes no events: neither absent nor empty is a loss.
-    if not path.is_file() or path.stat().st_size == 0:
-        return ()
-    # All of them: a step may hold several, one for each detector.
-    events = [_event(row) for row in reader.json_lines(path) if _kind(row) in _EVENT_KINDS]
-    return tuple(sorted(events, key=lambda event: event.step))
-
-
-def _kind(row: Row) -> str:
-    return str(row.get("kind", ""))
-
-
-def _event(row: Row) -> Event:
-    is_intervention = _kind(row) == "intervention"
-    matrices = [item for item in _sequence(row.get("matrices")) if isinstance(item, Mapping)]
-    return Event(
-        step=_step(row),
-        kind=str(row.get("trigger", "")) if is_intervention else _kind(row),
-        detector=str(row.get("detector", "")),
-        is_intervention=is_intervention,
-        decision=str(row.get("decision", "")),
-        reason=str(row.get("reason", "")),
-        smoothing=str(row.get("smoothing", "")),
-        value=number(row.get("value")),
-        threshold=number(row.get("threshold")),
-        seconds=number(row.get("seconds")),
-        matrices=tuple(_matrix_change(item) for item in matrices),
-    )
-
-
-def _matrix_change(item: Row) -> MatrixChange:
-    return MatrixChange(
-        name=str(item.get("name", "")),
-        shape=tuple(size for size in map(_count, _sequence(item.get("shape"))) if size is not None),
-        status=str(item.get("status", "")),
-        rank=_count(item.get("rank")),
-        sigma_before=number(item.get("sigma_before")),
-        sigma_after=number(item.get("sigma_after")),
-        stable_rank_before=number(item.get("stable_rank_before")),
-        stable_rank_after=number(item.get("stable_rank_after")),
-    )
-
-
-def _summary(row: Row) -> Summary:
-    return Summary(
+def _summary(row: Row) -> DemoSummary:
+    return DemoSummary(
         status=str(row.get("status", "unknown")),
         final_eval_loss=number(row.get("final_eval_loss")),
         final_train_loss=number(row.get("final_train_loss")),
@@ -419,22 +395,9 @@ def _summary(row: Row) -> Summary:
     )
 
 
-def _parse(text: str) -> Row | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _count(value: object) -> int | None:
     found = number(value)
     return None if math.isnan(found) else int(found)
-
-
-def _step(row: Row) -> int:
-    step = _count(row.get("step"))
-    return -1 if step is None else step
 
 
 def _sequence(value: object) -> Sequence[Any]:

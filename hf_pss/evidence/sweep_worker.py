@@ -5,7 +5,6 @@ One cell of a sweep, trained and measured.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -38,7 +37,8 @@ from hf_pss.evidence.probes import Probes
 from hf_pss.evidence.recipes import Recipe
 from hf_pss.evidence.rows import Row
 from hf_pss.records.events import Intervention
-from hf_pss.runs.records_files import HEALTH_FILE
+from hf_pss.runs.folder import HEALTH_FILE
+from hf_pss.runs.records_files import parse_reading, read_lines
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.pss_trainer import PSSTrainer
 
@@ -55,16 +55,13 @@ def read_health_series(path: Path) -> dict[str, list[Any]]:
     Args:
         path: The file; see `hf_pss.runs.records_files.reading_line`.
     """
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    readings = [line for line in lines if "scalars" in line]
-    names = sorted({name for reading in readings for name in reading["scalars"]})
+    readings = [reading for reading in read_lines(path, parse_reading).rows if reading.scalars]
+    names = sorted({name for reading in readings for name in reading.scalars})
     if not names:
         return {}
     return {
-        "step": [reading["step"] for reading in readings],
-        **{name: [_short(r["scalars"].get(name)) for r in readings] for name in names},
+        "step": [reading.step for reading in readings],
+        **{name: [_short(_finite(r.scalars.get(name))) for r in readings] for name in names},
     }
 
 

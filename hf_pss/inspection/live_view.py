@@ -1,17 +1,18 @@
-"""A run's state for people: a screen that is drawn anew, or plain lines as things happen."""
+"""Show the state of a live run: as a screen that is redrawn, or as plain lines of news."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from hf_pss.records.messages import Alert, AlertLevel, alert_of
+from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
-from hf_pss.runs.follow import Logs, Ranks, RunState
+from hf_pss.runs.follow import RunState
 from hf_pss.view.text_table import duration
 
 __all__ = ["plain_lines", "render"]
@@ -24,8 +25,8 @@ def render(state: RunState, *, now: float, num_events: int, num_matrices: int) -
     """Return the screen.
 
     Args:
-        state: The last look.
-        now: As `time.time`.
+        state: The state at the last poll.
+        now: The present time, as `time.time`.
         num_events: The most events to show, the newest last.
         num_matrices: The most matrices to show, the lowest stable rank first.
     """
@@ -33,7 +34,7 @@ def render(state: RunState, *, now: float, num_events: int, num_matrices: int) -
         return Text(f"{visible(state.folder)}: nothing has been written yet.", style="dim")
     return Group(
         _head(state, now),
-        *_log_lines(state),
+        _log_line(state),
         *_event_lines(state, num_events),
         *_rank_lines(state, num_matrices),
         *_foot(state),
@@ -41,16 +42,19 @@ def render(state: RunState, *, now: float, num_events: int, num_matrices: int) -
 
 
 def plain_lines(before: RunState | None, state: RunState) -> Iterator[str]:
-    """Yield what is new since the look before: logs, events with their advice, readings."""
+    """Yield the news since the state before: logs, events with their advice, readings."""
     if state.has_resumed:
-        yield "The run has resumed from a checkpoint: what came after it is superseded."
-    if state.logs is not None and (before is None or before.logs != state.logs):
-        yield f"{_steps(state.logs, state.max_steps)}: {_numbers(state.logs)}"
+        yield "The run has resumed from a checkpoint: later events are superseded."
+    if state.log is not None and (before is None or before.log != state.log):
+        yield ": ".join(_log(state))
     for record in state.fresh_events:
         alert = alert_of(record)
         yield f"{alert.level.name}: {_sentences(alert)} {visible(alert.advice)}"
-    if state.ranks is not None and (before is None or before.ranks != state.ranks):
-        yield _lowest(state.ranks)
+    if state.reading is not None and (before is None or before.reading != state.reading):
+        step, ranks = f"step {state.reading.step:,}", _ranks(state.reading)
+        names = _worst(ranks)
+        lowest = names and f"lowest stable rank {ranks[names[0]]:.4g}, {visible(names[0])}"
+        yield f"{step}: {lowest or 'no stable ranks'}"
 
 
 def _head(state: RunState, now: float) -> Text:
@@ -62,24 +66,37 @@ def _head(state: RunState, now: float) -> Text:
     return text.append(f"  last write {duration(float(round(age)))} ago", style=style)
 
 
-def _log_lines(state: RunState) -> Iterator[Text]:
-    if state.logs is None:
-        yield Text("No training log yet: trainer_state.json comes with a checkpoint.", style="dim")
-        return
-    logs = state.logs
-    is_broken = any(v is not None and not math.isfinite(v) for v in (logs.loss, logs.grad_norm))
-    line = f"{_steps(logs, state.max_steps)}  {_numbers(logs)}"
-    yield Text(line, style="bold red" if is_broken else "").append(
-        f"  ({visible(logs.source)})", style="dim"
+def _log_line(state: RunState) -> Text:
+    if state.log is None:
+        return Text("No training log yet: trainer_state.json comes with a checkpoint.", style="dim")
+    numbers = (state.log.loss, state.log.grad_norm)
+    is_broken = any(v is not None and not math.isfinite(v) for v in numbers)
+    line = Text("  ".join(_log(state)), style="bold red" if is_broken else "")
+    return line.append(f"  ({visible(state.log_source)})", style="dim")
+
+
+def _log(state: RunState) -> tuple[str, str]:
+    """Return the step and the numbers of the newest row."""
+    if state.log is None:
+        return "", ""
+    shown = (
+        ("loss", state.log.loss),
+        ("gradient norm", state.log.grad_norm),
+        ("its average", state.log.baseline),
+        ("threshold", state.log.threshold),
+        ("learning rate", state.log.learning_rate),
     )
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown if value is not None)
+    end = f" of {state.max_steps:,}" if state.max_steps else ""
+    return f"step {state.log.step:,}{end}", numbers
 
 
 def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
     if not state.num_events:
         yield Text("No event.", style="dim")
         return
-    hidden = state.num_events - min(num_events, len(state.events))
-    more = f", the newest {min(num_events, len(state.events))}" if hidden > 0 else ""
+    num_shown = min(num_events, len(state.events))
+    more = f", the newest {num_shown}" if state.num_events > num_shown else ""
     counts = (
         _counted(state.num_events, "event"),
         _counted(state.num_interventions, "intervention"),
@@ -93,24 +110,25 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
 
 
 def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
-    if state.ranks is None or not state.ranks.by_matrix:
+    ranks = _ranks(state.reading)
+    if state.reading is None or not ranks:
         why = "none could be read" if state.num_unreadable else "set health to have them"
         yield Text(f"No stable ranks: {why}.", style="dim")
         return
-    first = state.first_ranks
-    has_past = first is not None and first.step < state.ranks.step
+    first, firsts = state.first_reading, _ranks(state.first_reading)
+    has_past = first is not None and first.step < state.reading.step
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(f"lowest stable ranks, step {state.ranks.step:,}", overflow="fold")
+    table.add_column(f"lowest stable ranks, step {state.reading.step:,}", overflow="fold")
     table.add_column("now", justify="right")
     if first is not None and has_past:
         table.add_column(f"step {first.step:,}", justify="right")
-    names = _worst(state.ranks)
+    names = _worst(ranks)
     for name in names[:num_matrices]:
-        past = [_text(first.by_matrix.get(name))] if first is not None and has_past else []
-        value = state.ranks.by_matrix[name]
-        style = "bold red" if math.isnan(value) else ""
-        shown = visible(name).replace(".weight", "")
-        table.add_row(Text(shown), Text(_text(value), style=style), *past)
+        value = ranks[name]
+        shown = Text(visible(name).replace(".weight", ""))
+        now = Text(f"{value:.4g}", style="bold red" if math.isnan(value) else "")
+        past = f"{firsts[name]:.4g}" if name in firsts else "–"
+        table.add_row(shown, now, *([past] if has_past else []))
     yield table
     hidden = len(names) - num_matrices
     if hidden > 0:
@@ -123,44 +141,18 @@ def _foot(state: RunState) -> Iterator[Text]:
         yield Text(f"Could not be read: {number} of the files' lines and states.", style="yellow")
 
 
-def _worst(ranks: Ranks) -> Sequence[str]:
-    """Names, NaN first, then the lowest stable rank."""
-    return sorted(
-        ranks.by_matrix,
-        key=lambda name: (not math.isnan(ranks.by_matrix[name]), ranks.by_matrix[name], name),
-    )
+def _ranks(reading: HealthReading | None) -> Mapping[str, float]:
+    return {} if reading is None else reading.matrices.get("stable_rank", {})
 
 
-def _lowest(ranks: Ranks) -> str:
-    names = _worst(ranks)
-    if not names:
-        return f"step {ranks.step:,}: no stable ranks"
-    value = ranks.by_matrix[names[0]]
-    return f"step {ranks.step:,}: lowest stable rank {_text(value)}, {visible(names[0])}"
+def _worst(ranks: Mapping[str, float]) -> Sequence[str]:
+    """Return the names, NaN first, then the lowest stable rank."""
+    return sorted(ranks, key=lambda name: (not math.isnan(ranks[name]), ranks[name], name))
 
 
-def _steps(logs: Logs, max_steps: int | None) -> str:
-    return f"step {logs.step:,}" + (f" of {max_steps:,}" if max_steps else "")
-
-
-def _numbers(logs: Logs) -> str:
-    shown = (
-        ("loss", logs.loss),
-        ("gradient norm", logs.grad_norm),
-        ("its average", logs.baseline),
-        ("threshold", logs.threshold),
-        ("learning rate", logs.learning_rate),
-    )
-    return "  ".join(f"{name} {_text(value)}" for name, value in shown if value is not None)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _sentences(alert: Alert) -> str:
     return f"{visible(alert.happened)} {visible(alert.done)}"
-
-
-def _text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"

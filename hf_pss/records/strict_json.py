@@ -1,9 +1,6 @@
-"""JSON from files that nobody vouches for: capped in size, no duplicate key, no NaN.
+"""Read JSON from files that may come from anyone: limited in size, strict, without duplicate keys.
 
-Parsed, it takes up to 25 bytes of memory a byte (measured, of a list of empty lists): the caps
-bound the memory, too.
-
-Names that a file chose, made fit to be shown: what a terminal would obey becomes visible.
+Also make text from such files safe to show in a terminal.
 """
 
 from __future__ import annotations
@@ -16,30 +13,35 @@ from typing import Any
 
 from hf_pss.errors import StateError
 
-__all__ = ["parse_object", "read_object", "visible"]
+__all__ = ["parse_object", "read_object", "reason_of", "visible"]
+
+# Characters of a name that are shown.
+_LONGEST = 300
 
 
 def read_object(path: Path, *, max_bytes: int, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
+    Memory: up to 25 bytes for each byte of the file (measured, for a list of empty lists).
+
     Args:
         path: The file.
-        max_bytes: The largest size that is read at all.
-        allow_nonfinite: Take the words NaN and Infinity, which the Trainer writes.
+        max_bytes: A larger file is not read.
+        allow_nonfinite: Accept the words NaN and Infinity, which the Trainer writes.
 
     Raises:
-        StateError: It is no regular file, is larger, is not strict JSON, or holds something else
-            than an object.
-        OSError: It is missing, or cannot be read.
+        StateError: The file is not a regular file, is too large, is not strict JSON, or does not
+            hold an object.
+        OSError: The file is missing or cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-        raise StateError(f"{visible(path)} is no regular file: it is not opened.")
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+        raise StateError(f"{visible(path)} is not a regular file: it is not opened.")
     with path.open("rb") as stream:
         raw = stream.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise StateError(
             f"{visible(path)} is larger than {max_bytes} bytes, more than any such file holds: "
-            "it is damaged, or is not what its name says."
+            "it is damaged, or its name is wrong."
         )
     return parse_object(raw, what=visible(path), allow_nonfinite=allow_nonfinite)
 
@@ -49,12 +51,12 @@ def parse_object(raw: bytes, *, what: str, allow_nonfinite: bool = False) -> dic
 
     Args:
         raw: UTF-8.
-        what: What it is, for the message.
-        allow_nonfinite: Take NaN and Infinity as numbers.
+        what: The subject of the error message.
+        allow_nonfinite: Accept NaN and Infinity as numbers.
 
     Raises:
-        StateError: Not strict JSON: a duplicate key, NaN or Infinity, nesting without end; or no
-            object.
+        StateError: The text is not strict JSON (a duplicate key, NaN or Infinity, too deep
+            nesting), or is not an object.
     """
     try:
         parsed = json.loads(
@@ -64,7 +66,7 @@ def parse_object(raw: bytes, *, what: str, allow_nonfinite: bool = False) -> dic
         )
     except RecursionError as error:
         raise StateError(f"{what} is nested too deeply: it is damaged.") from error
-    except ValueError as error:  # of json, of UTF-8, and of integers with thousands of digits
+    except ValueError as error:  # from json, from UTF-8, and for integers of thousands of digits
         raise StateError(f"{what} is not valid JSON: {visible(error)}.") from error
     if not isinstance(parsed, dict):
         raise StateError(f"{what} holds a {type(parsed).__name__}, not an object: it is damaged.")
@@ -72,7 +74,7 @@ def parse_object(raw: bytes, *, what: str, allow_nonfinite: bool = False) -> dic
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Readers differ in which of two equal keys they believe, so a file with both is refused.
+    # Programs differ in which of two equal keys they use, so such a file is refused.
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
@@ -81,17 +83,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
-
-
-_LONGEST = 300
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def visible(name: object) -> str:
-    r"""Write every character that does not print as its escape, and cut what is far too long.
+    r"""Write every character that does not print as its escape, and cut a very long text.
 
-    Escape sequences, line breaks, and the marks that turn the direction of writing: a tensor's name
-    may hold any of them.
+    A tensor's name may hold escape sequences, line breaks, and marks that turn the direction of
+    writing.
 
     >>> visible("h.0\x1b[2J.weight")
     'h.0\\x1b[2J.weight'
@@ -102,3 +101,8 @@ def visible(name: object) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
         for c in cut
     )
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's message, safe to show; for one of the system, without the file's name."""
+    return visible(error.strerror if isinstance(error, OSError) else error)

@@ -1,50 +1,48 @@
-"""The checkpoints of a run's folder: what each holds, and whether it is fit to go on from.
+"""Measure the checkpoints of a run, and choose the one to continue from.
 
-A checkpoint is *complete* where everything that a resumed Trainer reads is there and written to its
-end, by the rule of a resume (`hf_pss.runs.checkpoint`). No pickle is opened, and
-nothing of a checkpoint in which a link leads out of it.
-
-Which checkpoint to go on from, and why no newer one.
-
-The rule is ours: the newest complete one with finite weights, at least a margin before the onset of
-the failure, for the log's medians lag behind what has happened. The margin is 20 steps, how far
-back rolling back recovered severe damage (docs/evidence, rescue), or one interval of the log where
-that is longer. Where nothing lies that far back: the newest before the onset; where nothing does
-either, the oldest after it, as the last resort.
+Choose the newest complete checkpoint with finite weights that is at least `margin_steps` older than
+the failure's onset. The margin is needed because the log's running medians react late. Its default
+of 20 steps is how far back rolling back recovered severe damage (docs/evidence, rescue); it is
+at least one interval of the log. Where no checkpoint lies that far back, take the newest before the
+onset; where none does either, take the oldest after it as the last resort. (Our rule.)
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.inspection.matrix_survey import Inspection, Progress, inspect_checkpoint
-from hf_pss.records.strict_json import visible
-from hf_pss.rescue.diagnosis import Failure
+from hf_pss.records.strict_json import reason_of, visible
+from hf_pss.rescue.diagnosis import RunFailure
 from hf_pss.runs.checkpoint import (
-    MARKER,
+    PICKLED_WEIGHTS,
     Layout,
-    checkpoints_by_step,
+    examine,
     layout_of,
-    read_marker,
-    step_by_name,
-    unfit_files,
+    open_weights,
+    recorded_step,
 )
-from hf_pss.runs.log import STATE_FILE, leads_out, read_history
+from hf_pss.runs.folder import (
+    MAX_FILES,
+    STATE_FILE,
+    checkpoints_by_step,
+    leads_out,
+    step_by_name,
+)
 from hf_pss.runs.rotation import is_superseded
-from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 
 __all__ = [
-    "DEFAULT_MARGIN_STEPS",
     "CheckpointReport",
+    "CheckpointVerdict",
     "Choice",
-    "Verdict",
     "checkpoint_folders",
     "choose",
     "judged",
@@ -53,36 +51,33 @@ __all__ = [
     "report_on",
 ]
 
-Verdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
+CheckpointVerdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
 
-_MAX_FILES = 10_000
-_PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
-_ADAPTERS = "*/*.safetensors"
 _LATEST = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
-_MOST_NAMED = 5
+_STEP = attrgetter("step")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointReport:
-    """What was found in one checkpoint."""
+    """The measurements of one checkpoint."""
 
     path: Path
     step: int
     """By its name."""
     written: datetime
-    """When its newest file was, in UTC."""
+    """Of its newest file, in UTC."""
     num_bytes: int
     layout: Layout
     missing: tuple[str, ...]
-    """What a resumed Trainer would lack; empty where it is complete."""
+    """The parts that a resumed Trainer would lack; empty where it is complete."""
     problem: str | None
-    """Why its weights are no weights to go on from, or could not be read."""
+    """Why its weights are useless, or could not be read."""
     inspection: Inspection | None
     """None where no weights could be opened."""
     remarks: tuple[str, ...] = ()
     is_superseded: bool = False
-    """Whether it is of an earlier run: another has begun anew in the folder, and has saved."""
-    verdict: Verdict = "healthy"
+    """Whether a later run has started in the folder and has saved."""
+    verdict: CheckpointVerdict = "healthy"
 
     @property
     def is_adapter(self) -> bool:
@@ -91,12 +86,12 @@ class CheckpointReport:
 
     @property
     def is_usable(self) -> bool:
-        """Whether a Trainer can resume from it, as far as was looked."""
+        """Whether a Trainer can resume from it, as far as its files show."""
         return not self.missing and self.problem is None
 
     @property
     def worst(self) -> str:
-        """The matrix that most speaks against, and why; empty where nothing does."""
+        """The matrix with the worst finding, and that finding; empty where there is none."""
         if self.inspection is None or not self.inspection.matrices:
             return ""
         one = self.inspection.matrices[0]
@@ -104,35 +99,36 @@ class CheckpointReport:
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, or the one that `run_dir` itself is, by their step.
+    """Return the checkpoints of a run by their step, or `run_dir` itself if it is one.
 
     Raises:
-        ConfigurationError: No such folder.
-        OSError: It cannot be read.
+        ConfigurationError: The folder does not exist.
+        OSError: The folder cannot be read.
     """
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {visible(run_dir)}. Give a run's folder.")
     is_one = step_by_name(run_dir.resolve()) is not None
-    own = run_dir.resolve() if run_dir.is_symlink() else run_dir  # named, so it may lie anywhere
+    # The user has named it, so it may lie anywhere.
+    own = run_dir.resolve() if run_dir.is_symlink() else run_dir
     return checkpoints_by_step(run_dir) or ([own] if is_one else [])
 
 
 def num_weight_bytes(folders: Sequence[Path]) -> int:
-    """Return how many bytes of weights `report_on` will read: for a progress bar."""
+    """Return how many bytes of weights `report_on` will read, for a progress bar."""
     total = 0
     for folder in folders:
         try:
-            total += 0 if _link_out(folder) else _open(folder).num_bytes
+            total += 0 if _link_out(folder) else open_weights(folder).num_bytes
         except (PSSError, OSError):
             continue
     return total
 
 
 def report_on(folder: Path, progress: Progress | None = None) -> CheckpointReport:
-    """Look into one checkpoint; cost: its safetensors are read once, as by `inspect_checkpoint`.
+    """Measure one checkpoint. Cost: one read of its safetensors, as by `inspect_checkpoint`.
 
-    Never raises for what is wrong with the checkpoint: the report says so. Where a link in it leads
-    out of it, nothing in it is opened.
+    Never raises for a fault of the checkpoint; the report states it. If a link in the checkpoint
+    leads out of it, no file of it is opened.
     """
     size, newest = _size_and_time(folder)
     report = CheckpointReport(
@@ -155,7 +151,7 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
     return replace(
         report,
         is_superseded=superseded,
-        missing=tuple(_missing(folder)),
+        missing=_missing(folder),
         problem=problem,
         inspection=inspection,
         remarks=tuple(remarks),
@@ -165,44 +161,42 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
 def _weights_of(
     folder: Path, layout: Layout, progress: Progress | None
 ) -> tuple[str | None, Inspection | None, list[str]]:
-    """Return what is wrong with the weights, what was measured of them, and remarks."""
+    """Return the fault of the weights, their measurements, and remarks."""
     is_pickled = layout not in ("whole", "none")
     try:
-        inspection = inspect_checkpoint(_open(folder), progress=progress)
+        inspection = inspect_checkpoint(open_weights(folder), progress=progress)
     except ConfigurationError as error:  # no safetensors
-        if is_pickled or any(any(folder.glob(name)) for name in _PICKLED_WEIGHTS):
+        if is_pickled or any(any(folder.glob(name)) for name in PICKLED_WEIGHTS):
             return None, None, ["its weights are pickles, which were not opened"]
         return str(error), None, []
     except PSSError as error:
         return str(error), None, []
     except OSError as error:
-        return f"its weights cannot be read: {visible(error.strerror)}", None, []
+        return f"its weights cannot be read: {reason_of(error)}", None, []
     beside = "judged by the safetensors beside the pickles that the Trainer resumes from"
-    return _nonfinite(inspection), inspection, [beside] if is_pickled else []
+    problem = None
+    if not inspection.is_finite:
+        bad = [one.health.name for one in inspection.matrices if one.health.num_nonfinite]
+        bad += [entry.name for entry, _ in inspection.bad_others]
+        problem = f"NaN or inf in {len(bad)} of its tensors, {visible(bad[0])} among them"
+    return problem, inspection, [beside] if is_pickled else []
 
 
-def _open(folder: Path) -> Checkpoint:
-    """Open a checkpoint, or the adapters that it keeps, each in a folder of its own."""
-    try:
-        return open_checkpoint(folder)
-    except ConfigurationError:
-        adapters = [open_checkpoint(path) for path in sorted(folder.glob(_ADAPTERS))]
-        if not adapters:
-            raise
-    tensors = tuple(
-        replace(entry, name=f"{entry.path.parent.name}/{entry.name}")
-        for one in adapters
-        for entry in one.tensors
-    )
-    return Checkpoint(folder, tensors, {})
+def _missing(folder: Path) -> tuple[str, ...]:
+    found = examine(folder, reads_weights=False)  # the inspection has read them
+    if found.problem is not None:
+        return (found.problem,)
+    step = recorded_step(folder)
+    differs = () if step == _step_of(folder) else (f"{STATE_FILE} is of step {step}",)
+    return (*differs, *found.lacks)
 
 
 def judged(
-    reports: Sequence[CheckpointReport], failure: Failure | None
+    reports: Sequence[CheckpointReport], failure: RunFailure | None
 ) -> tuple[CheckpointReport, ...]:
     """Return the reports with a verdict each, the oldest first."""
 
-    def verdict(one: CheckpointReport) -> Verdict:
+    def verdict(one: CheckpointReport) -> CheckpointVerdict:
         if one.problem is not None:
             return "damaged"
         if one.missing:
@@ -211,18 +205,17 @@ def judged(
             return "suspect"
         return "unopened" if one.inspection is None else "healthy"
 
-    ordered = sorted(reports, key=lambda one: one.step)
-    return tuple(replace(one, verdict=verdict(one)) for one in ordered)
+    return tuple(replace(one, verdict=verdict(one)) for one in sorted(reports, key=_STEP))
 
 
 def rank_ratios(reports: Sequence[CheckpointReport]) -> tuple[tuple[int, float], ...]:
     """Return (step, median stable rank over that in the first finite checkpoint), by step."""
     first: dict[str, float] = {}
     found = []
-    for one in sorted(reports, key=lambda report: report.step):
+    for one in sorted(reports, key=_STEP):
         if one.inspection is None or one.problem is not None:
             continue
-        healths = [judged_one.health for judged_one in one.inspection.matrices]
+        healths = [matrix.health for matrix in one.inspection.matrices]
         ranks = {health.name: health.stable_rank for health in healths if health.stable_rank > 0}
         first = first or ranks
         ratios = [rank / first[name] for name, rank in ranks.items() if name in first]
@@ -236,133 +229,79 @@ def _step_of(folder: Path) -> int:
     return (step_by_name(folder.resolve()) or 0) if step is None else step
 
 
-def _missing(folder: Path) -> Iterator[str]:
-    try:
-        step = read_history(folder / STATE_FILE).global_step
-        if step != _step_of(folder):
-            yield f"{STATE_FILE} is of step {step}"
-    except (PSSError, OSError) as error:
-        there = (folder / STATE_FILE).exists()
-        yield f"{STATE_FILE} ({_reason(error)})" if there else f"{STATE_FILE} is missing"
-    marker = None
-    try:
-        marker = read_marker(folder)
-    except (PSSError, OSError) as error:
-        yield f"{MARKER} ({_reason(error)})"
-    try:
-        wrong = unfit_files(folder, marker)
-    except OSError as error:
-        yield f"its files cannot be read: {_reason(error)}"
-        return
-    wrong.pop(STATE_FILE, None)
-    yield from (f"{visible(name)} {why}" for name, why in list(wrong.items())[:_MOST_NAMED])
-
-
-def _nonfinite(inspection: Inspection) -> str | None:
-    if inspection.is_finite:
-        return None
-    bad = [one.health.name for one in inspection.matrices if one.health.num_nonfinite]
-    bad += [entry.name for entry, _ in inspection.bad_others]
-    return f"NaN or inf in {len(bad)} of its tensors, {visible(bad[0])} among them"
-
-
 def _size_and_time(folder: Path) -> tuple[int, datetime]:
     size, newest = 0, folder.stat().st_mtime
-    for number, path in enumerate(folder.rglob("*")):
-        if number >= _MAX_FILES:
-            break
+    for path in islice(folder.rglob("*"), MAX_FILES):
         if path.is_file() and not path.is_symlink():
             found = path.stat()
             size, newest = size + found.st_size, max(newest, found.st_mtime)
-    # Files may be of the year 30,000, which `datetime` does not know.
+    # A file may have a date in the year 30,000, which `datetime` cannot hold.
     return size, datetime.fromtimestamp(min(max(newest, 0.0), _LATEST), tz=UTC)
 
 
 def _link_out(folder: Path) -> str | None:
-    """Name a link in a checkpoint that leads out of it, or the checkpoint itself, out of its run.
-
-    None where there is none.
-    """
+    """Return the name of a link that leads out of a checkpoint, or of a checkpoint that is one."""
     if leads_out(folder, folder.parent):
         return folder.name
-    paths = islice(folder.rglob("*"), _MAX_FILES)
+    paths = islice(folder.rglob("*"), MAX_FILES)
     found = (path for path in paths if path.is_symlink() and leads_out(path, folder))
     return next((path.relative_to(folder).as_posix() for path in found), None)
 
 
-def _reason(error: Exception) -> str:
-    return visible(error.strerror if isinstance(error, OSError) else error)
-
-
-DEFAULT_MARGIN_STEPS = 20
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The checkpoint to go on from."""
+    """The checkpoint to continue from."""
 
     chosen: CheckpointReport | None
     reason: str
     passed_over: tuple[tuple[CheckpointReport, str], ...]
-    """Newer ones, the newest first, each with why it was not taken; all, where none was chosen."""
+    """Newer ones, the newest first, each with the reason against it; all, if none was chosen."""
     is_last_resort: bool = False
     """Whether it was written after the failure began."""
 
 
 def choose(
-    reports: Sequence[CheckpointReport], failure: Failure | None, *, margin_steps: int
+    reports: Sequence[CheckpointReport], failure: RunFailure | None, *, margin_steps: int
 ) -> Choice:
     """Choose among judged reports.
 
     Args:
         reports: All checkpoints of the run.
-        failure: None where none was found: then the newest usable one is taken.
-        margin_steps: See above.
+        failure: None where none was found. Then the newest usable checkpoint is chosen.
+        margin_steps: See the module's description.
     """
     usable = [one for one in reports if one.is_usable]
     usable = [one for one in usable if not one.is_superseded] or usable
+    margin, is_last_resort = 0, False
     if not usable:
+        chosen = None
         why = "none is complete and finite" if reports else "there is none"
-        return Choice(None, f"No checkpoint to go on from: {why}.", _passed(reports, None, failure))
-    newest = max(usable, key=_step)
-    if failure is None:
-        reason = f"the newest that is complete; no failure was found{_caveat(newest)}"
-        return Choice(newest, reason, _passed(reports, newest, failure))
-    before = [one for one in usable if one.step < failure.onset_step]
-    far = [one for one in before if one.step <= failure.onset_step - 1 - margin_steps]
-    if far or before:
-        chosen = max(far or before, key=_step)
+        reason = f"No checkpoint to continue from: {why}."
+    elif failure is None:
+        chosen = max(usable, key=_STEP)
+        reason = "the newest that is complete; no failure was found"
+    elif before := [one for one in usable if one.step < failure.onset_step]:
+        margin = margin_steps
+        far = [one for one in before if one.step <= failure.onset_step - 1 - margin]
+        chosen = max(far or before, key=_STEP)
         distance = failure.onset_step - chosen.step
+        short = f": less than the margin of {margin}, but there is no older one"
         reason = f"complete, and {distance} steps before the failure began"
-        if far:
-            reason += f" (the margin is {margin_steps})"
-        else:
-            reason += f": less than the margin of {margin_steps}, but there is no older one"
-        reason += _caveat(chosen)
-        return Choice(chosen, reason, _passed(reports, chosen, failure, margin_steps))
-    chosen = min(usable, key=_step)
-    reason = (
-        f"the last resort: written {chosen.step - failure.onset_step} steps after the failure "
-        "began, and no usable one is older. Its weights may be damaged"
-    )
-    return Choice(chosen, reason, _passed(reports, chosen, failure), is_last_resort=True)
+        reason += f" (the margin is {margin})" if far else short
+    else:
+        chosen, is_last_resort = min(usable, key=_STEP), True
+        reason = (
+            f"the last resort: written {chosen.step - failure.onset_step} steps after the failure "
+            "began, and no usable one is older. Its weights may be damaged"
+        )
+    if chosen is not None and chosen.inspection is None and not is_last_resort:
+        reason += "; its weights were not opened: check them yourself"
+    newer = [one for one in reports if chosen is None or one.step > chosen.step]
+    passed = [(one, _why_not(one, failure, margin)) for one in sorted(newer, key=_STEP)[::-1]]
+    return Choice(chosen, reason, tuple(passed), is_last_resort)
 
 
-def _passed(
-    reports: Sequence[CheckpointReport],
-    chosen: CheckpointReport | None,
-    failure: Failure | None,
-    margin_steps: int = 0,
-) -> tuple[tuple[CheckpointReport, str], ...]:
-    least = -1 if chosen is None else chosen.step
-    newer = [one for one in reports if one.step > least]
-    return tuple(
-        (one, _why_not(one, failure, margin_steps))
-        for one in sorted(newer, key=_step, reverse=True)
-    )
-
-
-def _why_not(one: CheckpointReport, failure: Failure | None, margin_steps: int) -> str:
+def _why_not(one: CheckpointReport, failure: RunFailure | None, margin_steps: int) -> str:
     if one.problem is not None:
         return one.problem
     if one.missing:
@@ -372,11 +311,3 @@ def _why_not(one: CheckpointReport, failure: Failure | None, margin_steps: int) 
     if failure is not None and one.step >= failure.onset_step:
         return f"written after the failure began (step {failure.onset_step})"
     return f"within {margin_steps} steps of the failure"
-
-
-def _caveat(one: CheckpointReport) -> str:
-    return "" if one.inspection is not None else "; its weights were not opened: see for yourself"
-
-
-def _step(one: CheckpointReport) -> int:
-    return one.step

@@ -1,18 +1,14 @@
-"""The learning rate after a checkpoint: whether it rises to what did the harm, and by how much.
+"""Build the command that resumes a run from the chosen checkpoint, with smoothing.
 
-A run that came to harm slowly, while its rate rose, would come to it again. The rule is ours: its
-schedule is scaled, so that the rate rises no higher than where the checkpoint had it, but by no
-less than a tenth, for the rate at the checkpoint itself is scaled with it. After a collapse the
-floor alone did better than with a lower rate (docs/experiments.md).
+For a run of `hf-pss train` all of the command is known: the options are in a file beside the
+checkpoints, the number of steps in trainer_state.json, and the number of processes from their
+random states. Other scripts keep their arguments only in training_args.bin, a pickle that is never
+opened here. For these, only the options to add are given.
 
-What to know before going on: the sentences beside the printed command.
-
-How to go on: the command that resumes a run from the chosen checkpoint, with smoothing.
-
-The launch of a run is known where `hf-pss train` wrote it: its options beside the checkpoints, the
-steps in trainer_state.json, the number of its processes by their random states. Other scripts leave
-theirs in training_args.bin alone, a pickle that is never opened here, so that for them the options
-to add are given.
+After slow damage under a rising learning rate, the schedule is scaled by the largest factor that
+keeps the rate at the checkpoint's level, but at least 0.1, because the rate at the checkpoint is
+scaled too. (Our rule. After a collapse the floor alone did better than with a lower rate, see
+docs/experiments.md.)
 """
 
 from __future__ import annotations
@@ -27,253 +23,36 @@ from pathlib import Path
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.candidates import CheckpointReport
-from hf_pss.rescue.diagnosis import Failure
-from hf_pss.runs.log import History
+from hf_pss.rescue.diagnosis import RunFailure
+from hf_pss.runs.log import RunLog
 from hf_pss.runs.options import LR_SCALE, Launch, num_processes, read_launch
 
-__all__ = [
-    "ResumePlan",
-    "Rise",
-    "about_batches",
-    "about_changes",
-    "about_command",
-    "about_rate",
-    "about_smoothing",
-    "about_steps_left",
-    "plan_resume",
-    "rise_after",
-    "scale_against",
-    "scale_to_hold",
-]
+__all__ = ["ResumePlan", "plan_resume"]
 
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Rise:
-    """A learning rate that rises by more than a tenth."""
-
-    rate: float
-    """At the checkpoint."""
-    next: float
-    """Of the first row after it."""
-    begins: int
-    """The step at which it had risen so far."""
-    highest: float
-    """Later on, as logged."""
-    step: int
-    """Where that was."""
-
-
-def rise_after(history: History | None, step: int) -> Rise | None:
-    """Return how the logged rate rose after a checkpoint; None where it did not."""
-    rows = () if history is None else history.rows
-    logged = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
-    rates = [(at, rate) for at, rate in logged if math.isfinite(rate) and rate > 0]
-    before = [rate for at, rate in rates if at <= step]
-    later = [(rate, at) for at, rate in rates if at > step]
-    limit = _LEAST_RISE * before[-1] if before else math.inf
-    higher = [(rate, at) for rate, at in later if rate > limit]
-    if not higher:
-        return None
-    highest, at = max(higher)
-    return Rise(before[-1], later[0][0], higher[0][1], highest, at)
-
-
-def scale_to_hold(rise: Rise | None, failure: Failure | None) -> float:
-    """Return the factor that keeps a schedule from doing slow harm again; 1 where none is needed.
-
-    A spike may have been a batch's doing, and a rise after the harm was noticed has not done it:
-    there nothing is scaled.
-    """
-    if rise is None or failure is None or failure.kind != "slow_damage":
-        return 1.0
-    return scale_against(rise) if rise.begins <= failure.noticed_step else 1.0
-
-
-def scale_against(rise: Rise) -> float:
-    """Return the factor by which the rate rises no higher than at the checkpoint, 0.1 at least."""
-    return max(_LEAST_SCALE, rise.rate / rise.highest)
-
-
-def about_steps_left(
-    history: History | None, chosen: CheckpointReport, *, skipped: int
-) -> Iterator[str]:
-    """Say that there are none, once the batches of `skipped` updates are passed over."""
-    if history is None or history.max_steps is None or chosen.step + skipped < history.max_steps:
-        return
-    end = "The copy passes over all remaining" if skipped else "The run has taken all its"
-    yield (
-        f"{end} steps: there is nothing to go on with, but with more --max_steps. Where you know "
-        "when it went wrong, say so: --failed-at STEP."
-    )
-
-
-def about_rate(
-    rise: Rise | None, failure: Failure | None, factor: float, *, is_exact: bool
-) -> Iterator[str]:
-    """Say where the learning rate goes, if it may have done the harm or is scaled.
-
-    Args:
-        rise: Of the logged rate, after the checkpoint.
-        failure: How the run failed.
-        factor: On the schedule from there on.
-        is_exact: Whether a factor that the run had before counts already.
-    """
-    rose = scaled = ""
-    if rise is not None:
-        rose = (
-            f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
-            f"{rise.highest:.2g} at step {rise.step}"
-        )
-    if factor != 1.0:
-        if rise is not None:
-            scaled = f": {factor * rise.next:.3g} at first, {factor * rise.highest:.2g} there"
-            rose += ". "
-        yield (
-            f"{rose}From here on the run has {factor:.3g} times the rates that it had{scaled}. "
-            "--lr-scale 1 leaves them as they were."
-        )
-        if not is_exact:
-            yield (
-                "--pss_lr_scale multiplies the rates that your script gives. If the run had been "
-                "scaled already, in its own launch or an earlier one, multiply the two factors."
-            )
-    elif rise is not None:
-        yield (
-            f"{rose}: what failed then may fail again. Lower it, with --lr-scale "
-            f"{scale_against(rise):.2g}."
-        )
-    elif failure is not None and failure.kind == "slow_damage":
-        yield (
-            "The learning rate goes on as it was. If it did the harm, and does it again, lower it: "
-            "--lr-scale 0.3."
-        )
-
-
-def about_batches(
-    failure: Failure | None, history: History | None, chosen: CheckpointReport, *, skipped: int
-) -> Iterator[str]:
-    """Say that the batch it failed on comes again, and how many to pass over instead.
-
-    The checkpoint lies a margin before it, so that fewer would pass over sound batches alone.
-    """
-    if failure is None or history is None or failure.kind not in ("spike", "non_finite"):
-        return
-    needed = failure.noticed_step - chosen.step + history.log_interval
-    if failure.noticed_step < chosen.step or skipped >= needed:
-        return
-    text = (
-        f"What it failed on may have been a batch, which comes again by step "
-        f"{failure.noticed_step}. A copy goes past it: --write OUT --skip-batches {needed}. It "
-        f"costs the data of {needed} updates, sound ones among them, and the run ends as many "
-        "updates earlier."
-    )
-    end = chosen.step + needed
-    if history.max_steps is not None and end >= history.max_steps:
-        text += f" That leaves none of its steps: give more than --max_steps {end}."
-    yield text
-
-
-def about_command(
-    chosen: CheckpointReport, *, is_known: bool, is_whole: bool, processes: int | None
-) -> Iterator[str]:
-    """Say what the command holds, and what is left to give.
-
-    Args:
-        chosen: Where to go on from.
-        is_known: Whether the options of the run are.
-        is_whole: Whether all that its course depends on was kept.
-        processes: That it was trained by, as far as that is known.
-    """
-    if not is_known:
-        yield (
-            "Give all else as you gave it then: the same data, steps, batch size and number of "
-            "processes. The script must read PSSTrainingArguments and train with PSSTrainer."
-        )
-    elif is_whole:
-        yield (
-            "Model, data, steps, batch size, seed, schedule, optimizer and the other options of "
-            "PSS are those of the run; add what else you had given, such as --report_to."
-        )
-    else:
-        yield (
-            "The options of the run were kept by an earlier version: model, data, steps, seed and "
-            "schedule are in the command; give --pss_optim, --optim_args and other options of PSS "
-            "as you gave them then."
-        )
-    if chosen.layout != "whole":
-        yield "Start it as it was trained, under the same backend and launcher."
-    elif processes is None:
-        yield (
-            "It was trained by several processes, and the random state of some is missing: start "
-            "as many as then, with the launcher that you used."
-        )
-    elif processes > 1:
-        yield (
-            f"It was trained by {processes} processes, and goes on with as many; if they were of "
-            "several nodes, start it as you did then."
-        )
-
-
-def about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
-    """Say what happens to the weights."""
-    if smoothing == "none":
-        yield (
-            "Nothing is smoothed: PSS watches only. Leave --pss_observe_only out to be guarded "
-            "from here on."
-        )
-    if is_copy:
-        return
-    if smoothing == "anchored":
-        yield (
-            "Adapters start at zero and have no stable-rank floor: nothing is smoothed when the "
-            "run is resumed, and PSS's default guards it from there on."
-        )
-    if smoothing == "floor":
-        yield (
-            "The weights may be damaged, so noise of their shapes is the measure of the floor; "
-            "pretrained weights lie below it, and for those --smoothing none is safer."
-            if is_last_resort
-            else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
-            "lets no matrix fall below from there on."
-        )
-
-
-def about_changes(*, is_rate_told: bool, is_copy: bool) -> Iterator[str]:
-    """Say how rates are changed, unless that was told; and how batches are passed over."""
-    if is_copy:
-        return
-    if not is_rate_told:
-        yield (
-            "--learning_rate alone has no effect here: a resumed run takes its base rate from "
-            "scheduler.pt. For a lower rate: --lr-scale 0.5."
-        )
-    yield "To pass over batches: --write OUT --skip-batches N."
-
-
 _FLOOR, _DEFAULT = "floor", "anchored"
 _TRAIN = ("hf-pss", "train")
-# Of the run's own guard, what is not taken over: it did not hold, or speaks of another start.
+# Options of the run's own guard that are not taken over: that guard did not hold, or the option is
+# about another start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePlan:
-    """What to run."""
+    """How to resume a run."""
 
     options: tuple[str, ...]
     """Words to add to the launch command of any script that reads PSSTrainingArguments."""
     command: tuple[str, ...] | None
-    """The whole of it, for a run of `hf-pss train`; None where the launch is not known."""
+    """The whole command for a run of `hf-pss train`; None where the launch is unknown."""
     remarks: tuple[str, ...]
     train_words: tuple[str, ...] | None = None
-    """Those behind the launcher, where it was `hf-pss train`."""
+    """The words after the launcher, for a run of `hf-pss train`."""
 
     @property
     def shell(self) -> str:
-        """The command for a shell; what is not known of it stands in angle brackets."""
+        """The command for a shell; unknown parts are in angle brackets."""
         if self.command is not None:
             return shlex.join(self.command)
         if self.train_words is not None:
@@ -294,72 +73,112 @@ class ResumePlan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Rise:
+    """A learning rate that rises by more than a tenth after a checkpoint."""
+
+    rate: float
+    """At the checkpoint."""
+    next: float
+    """Of the first row after it."""
+    begins: int
+    """The step at which it had risen by a tenth."""
+    highest: float
+    """The highest logged rate after the checkpoint."""
+    step: int
+    """Of the highest rate."""
+
+    @property
+    def held(self) -> float:
+        """The factor under which the rate stays at the checkpoint's level, but at least 0.1."""
+        return max(_LEAST_SCALE, self.rate / self.highest)
+
+
 def plan_resume(
     run_dir: Path,
-    history: History | None,
+    log: RunLog | None,
     chosen: CheckpointReport,
     *,
     smoothing: str,
     is_last_resort: bool,
-    failure: Failure | None = None,
+    failure: RunFailure | None = None,
     lr_scale: float | None = None,
     repaired: Path | None = None,
     skipped: int = 0,
 ) -> ResumePlan:
-    """Say how to go on.
+    """Return the command that resumes a run, and what the user must know about it.
 
     Args:
         run_dir: The run's folder.
-        history: Its log.
-        chosen: Where to go on from.
+        log: The run's log.
+        chosen: The checkpoint to resume from.
         smoothing: ``floor``, the name of a smoothing function, or ``none``.
-        is_last_resort: Whether the weights may be damaged: then the floor is that of noise.
-        failure: How it failed; after a spike the guard watches for spikes, too.
-        lr_scale: Factor on the schedule, which a copy holds already; None where the log is to say
-            (`scale_to_hold`).
-        repaired: A copy to go on from instead, smoothed as far as it is to be.
-        skipped: Updates whose batches that copy passes over.
+        is_last_resort: Whether the weights may be damaged. Then the floor is that of noise.
+        failure: How the run failed. After a spike the guard also detects spikes.
+        lr_scale: Factor on the schedule, which a copy already has in its files. With None the log
+            decides.
+        repaired: A copy to resume from instead, which is smoothed already.
+        skipped: Updates whose batches that copy skips.
 
     Raises:
-        ConfigurationError: `lr_scale`, times the run's own, is no finite number above 0.
+        ConfigurationError: `lr_scale` times the run's own factor is not a finite number above 0.
     """
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
     if smoothing == _FLOOR and chosen.is_adapter:
         smoothing = _DEFAULT
     options += _guard(smoothing, is_last_resort, failure, is_copy=is_copy)
-    launch = read_launch(chosen.path.resolve(), history, without=_replaced(smoothing, options))
-    rise = rise_after(history, chosen.step)
-    factor = scale_to_hold(rise, failure) if lr_scale is None else lr_scale
+    launch = read_launch(chosen.path.resolve(), log, without=_replaced(smoothing, options))
+    rise = _rise_after(log, chosen.step)
+    factor = _scale_to_hold(rise, failure) if lr_scale is None else lr_scale
     is_in_files = is_copy and lr_scale is not None
     options += _lr_scale(factor, launch, is_in_files=is_in_files)
-    is_left = lr_scale == 1.0  # as it was, by the user's own word
+    is_left = lr_scale == 1.0  # the user wants the rates unchanged
     is_exact = launch is not None or is_in_files
-    told_of_rate = () if is_left else tuple(about_rate(rise, failure, factor, is_exact=is_exact))
+    about_rate = () if is_left else tuple(_about_rate(rise, failure, factor, is_exact=is_exact))
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     words = None if launch is None else (*_TRAIN, *options, *launch.words)
-    return ResumePlan(
-        tuple(options),
-        None if words is None or processes is None else (*_launcher(processes), *words),
-        (
-            *about_steps_left(history, chosen, skipped=skipped),
-            *told_of_rate,
-            *about_batches(failure, history, chosen, skipped=skipped),
-            *about_command(
-                chosen,
-                is_known=launch is not None,
-                is_whole=launch is not None and launch.is_whole,
-                processes=processes,
-            ),
-            *about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
-            *about_changes(is_rate_told=bool(told_of_rate) or is_left, is_copy=is_copy),
-        ),
-        words,
+    remarks = (
+        *_about_steps_left(log, chosen, skipped=skipped),
+        *about_rate,
+        *_about_batches(failure, log, chosen, skipped=skipped),
+        *_about_command(chosen, launch, processes=processes),
+        *_about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
+        *([] if is_copy else _about_changes(is_rate_covered=bool(about_rate) or is_left)),
     )
+    is_known = words is not None and processes is not None
+    command = (*_launcher(processes or 1), *(words or ())) if is_known else None
+    return ResumePlan(tuple(options), command, remarks, words)
+
+
+def _rise_after(log: RunLog | None, step: int) -> _Rise | None:
+    """Return how the logged rate rose after a checkpoint; None where it did not."""
+    rows = () if log is None else log.rows
+    logged = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
+    rates = [(at, rate) for at, rate in logged if math.isfinite(rate) and rate > 0]
+    before = [rate for at, rate in rates if at <= step]
+    later = [(rate, at) for at, rate in rates if at > step]
+    limit = _LEAST_RISE * before[-1] if before else math.inf
+    higher = [(rate, at) for rate, at in later if rate > limit]
+    if not higher:
+        return None
+    highest, at = max(higher)
+    return _Rise(before[-1], later[0][0], higher[0][1], highest, at)
+
+
+def _scale_to_hold(rise: _Rise | None, failure: RunFailure | None) -> float:
+    """Return the factor that keeps a schedule from doing slow damage again; 1 for no change.
+
+    A batch may have caused a spike, and a rise after the damage was noticed has not caused it. In
+    these cases nothing is scaled.
+    """
+    if rise is None or failure is None or failure.kind != "slow_damage":
+        return 1.0
+    return rise.held if rise.begins <= failure.noticed_step else 1.0
 
 
 def _free_folder(run_dir: Path) -> Path:
-    """Name a folder beside the run's that is not there: an earlier rescue may be."""
+    """Return a path beside the run's that does not exist: an earlier rescue may be there."""
     run = run_dir.resolve()
     endings = itertools.chain(("",), (f"-{number}" for number in itertools.count(2)))
     paths = (run.parent / f"{run.name}-rescued{ending}" for ending in endings)
@@ -367,14 +186,14 @@ def _free_folder(run_dir: Path) -> Path:
 
 
 def _guard(
-    smoothing: str, is_last_resort: bool, failure: Failure | None, *, is_copy: bool
+    smoothing: str, is_last_resort: bool, failure: RunFailure | None, *, is_copy: bool
 ) -> Sequence[str]:
     if smoothing == "none":
         return ["--pss_observe_only", "true"]  # or the default preset would smooth
     if smoothing == _DEFAULT:
         return ["--pss_preset", _DEFAULT]
     if smoothing == _FLOOR:
-        # Healthy weights are their own measure; damaged ones would be taken for healthy.
+        # Healthy weights are the measure of their floor. Damaged ones would be taken for healthy.
         own = ["--pss_floor_reference", "noise" if is_last_resort else "start"]
         spiked = failure is not None and failure.kind == "spike"
         options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
@@ -386,7 +205,7 @@ def _guard(
 
 
 def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
-    """Scale the rates that were given: with the run's own factor, too, where that is known."""
+    """Return the option that scales the given rates, including the run's own factor if known."""
     own = None if launch is None else launch.lr_scale
     if own is None and factor == 1.0:
         return []  # a resume takes the checkpoint's rates
@@ -402,7 +221,7 @@ def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Seq
 
 
 def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
-    """Name the run's options that the new ones stand for; a guard that only watches is kept."""
+    """Return the run's options that the new ones replace; a guard that only observes is kept."""
     own = _REPLACED[-2:] if smoothing == "none" else _REPLACED
     return {
         LR_SCALE,
@@ -414,7 +233,7 @@ def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
 def _launcher(processes: int) -> tuple[str, ...]:
     if processes == 1:
         return ()
-    # A free port on this machine; and the program itself, which is no file of Python's.
+    # A free port on this machine; and `hf-pss` is a program, not a Python file.
     return ("torchrun", "--standalone", f"--nproc-per-node={processes}", "--no-python")
 
 
@@ -424,3 +243,145 @@ def _literal(value: str) -> str:
     except ValueError:
         return {"true": "True", "false": "False"}.get(value, repr(value))
     return value
+
+
+# ---- The sentences beside the command ----
+
+
+def _about_steps_left(
+    log: RunLog | None, chosen: CheckpointReport, *, skipped: int
+) -> Iterator[str]:
+    if log is None or log.max_steps is None or chosen.step + skipped < log.max_steps:
+        return
+    end = "The copy skips all remaining" if skipped else "The run has taken all its"
+    yield (
+        f"{end} steps, so to continue it needs more --max_steps. If you can name the step at which "
+        "it went wrong, give --failed-at STEP."
+    )
+
+
+def _about_rate(
+    rise: _Rise | None, failure: RunFailure | None, factor: float, *, is_exact: bool
+) -> Iterator[str]:
+    """Describe the learning rate, if it may have done the harm or is scaled.
+
+    Args:
+        rise: Of the logged rate, after the checkpoint.
+        failure: How the run failed.
+        factor: On the schedule from the checkpoint on.
+        is_exact: Whether the run's own factor is included already.
+    """
+    rose = scaled = ""
+    if rise is not None:
+        rose = (
+            f"The learning rate rises after this checkpoint, from {rise.rate:.2g} to "
+            f"{rise.highest:.2g} at step {rise.step}"
+        )
+    if factor != 1.0:
+        if rise is not None:
+            scaled = f": {factor * rise.next:.3g} at first, {factor * rise.highest:.2g} there"
+            rose += ". "
+        yield (
+            f"{rose}From here on the run has {factor:.3g} times the rates that it had{scaled}. "
+            "--lr-scale 1 leaves them as they were."
+        )
+        if not is_exact:
+            yield (
+                "--pss_lr_scale multiplies the rates that your script gives. If the run was "
+                "already scaled, in its own launch or an earlier one, multiply the two factors."
+            )
+    elif rise is not None:
+        yield f"{rose}, so the run may fail again. Lower it with --lr-scale {rise.held:.2g}."
+    elif failure is not None and failure.kind == "slow_damage":
+        yield (
+            "The learning rate stays as it was. If it did the harm and does it again, lower it: "
+            "--lr-scale 0.3."
+        )
+
+
+def _about_batches(
+    failure: RunFailure | None, log: RunLog | None, chosen: CheckpointReport, *, skipped: int
+) -> Iterator[str]:
+    """State how many batches to skip to get past the one at which the run failed.
+
+    The checkpoint lies a margin before that batch, so fewer would skip only sound batches.
+    """
+    if failure is None or log is None or failure.kind not in ("spike", "non_finite"):
+        return
+    needed = failure.noticed_step - chosen.step + log.log_interval
+    if failure.noticed_step < chosen.step or skipped >= needed:
+        return
+    text = (
+        f"A batch may have caused the failure. It comes again by step {failure.noticed_step}. A "
+        f"copy can skip it: --write OUT --skip-batches {needed}. This costs the data of {needed} "
+        "updates, most of them sound, and the run ends as many updates earlier."
+    )
+    end = chosen.step + needed
+    if log.max_steps is not None and end >= log.max_steps:
+        text += f" That leaves none of its steps: give more than --max_steps {end}."
+    yield text
+
+
+def _about_command(
+    chosen: CheckpointReport, launch: Launch | None, *, processes: int | None
+) -> Iterator[str]:
+    """State which options the command holds, and which ones the user must add."""
+    if launch is None:
+        yield (
+            "Give all other options as before: the same data, steps, batch size and number of "
+            "processes. The script must read PSSTrainingArguments and train with PSSTrainer."
+        )
+    elif launch.is_whole:
+        yield (
+            "Model, data, steps, batch size, seed, schedule, optimizer and the other options of "
+            "PSS are those of the run. Add further options that you gave, such as --report_to."
+        )
+    else:
+        yield (
+            "An earlier version kept the options of the run. Model, data, steps, seed and schedule "
+            "are in the command; give --pss_optim, --optim_args and other options of PSS as before."
+        )
+    if chosen.layout != "whole":
+        yield "Start it as it was trained, under the same backend and launcher."
+    elif processes is None:
+        yield (
+            "Several processes trained it, and the random state of some is missing: start as many "
+            "as before, with the launcher that you used."
+        )
+    elif processes > 1:
+        yield (
+            f"It was trained by {processes} processes, and the command starts as many. If they "
+            "were on several nodes, start it as you did before."
+        )
+
+
+def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
+    if smoothing == "none":
+        yield (
+            "Nothing is smoothed: PSS only observes. Leave --pss_observe_only out to have the run "
+            "guarded from here on."
+        )
+    if is_copy:
+        return
+    if smoothing == _DEFAULT:
+        yield (
+            "Adapters start at zero and have no stable-rank floor. Nothing is smoothed when the "
+            "run is resumed; PSS's default guards it from there on."
+        )
+    if smoothing == _FLOOR:
+        yield (
+            "The weights may be damaged, so noise of their shapes is the measure of the floor. "
+            "Pretrained weights lie below it; for those --smoothing none is safer."
+            if is_last_resort
+            else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
+            "lets no matrix fall below it from there on."
+        )
+
+
+def _about_changes(*, is_rate_covered: bool) -> Iterator[str]:
+    if not is_rate_covered:
+        yield (
+            "--learning_rate alone has no effect here, because a resumed run takes its base rate "
+            "from scheduler.pt. To lower the rate, give --lr-scale 0.5."
+        )
+    yield "To skip batches, give --write OUT --skip-batches N."

@@ -1,13 +1,12 @@
-"""The course of a run in one picture: loss and gradient norm, the failure, the checkpoints."""
+"""Draw the course of a run: loss and gradient norm, the failure, and the checkpoints."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from hf_pss.rescue.investigate import Investigation
-from hf_pss.runs.log import History, LogRow
+from hf_pss.runs.log import RunLog
 from hf_pss.view import canvas
 
 __all__ = ["draw_course"]
@@ -19,41 +18,39 @@ _COLOURS = {
     "incomplete": "#D55E00",
     "damaged": "#D55E00",
 }
-_LOSS, _NORM, _FAILURE = "#0072B2", "#555555", "#D55E00"
+_LOSS, _EVAL_LOSS, _NORM, _FAILURE = "#0072B2", "#009E73", "#555555", "#D55E00"
 
 
 def draw_course(found: Investigation, path: Path) -> None:
     """Write a PNG.
 
     Args:
-        found: Of a run whose log could be read; without one, only checkpoints are drawn.
+        found: A run. Without a readable log only its checkpoints are drawn.
         path: The file.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     with canvas.style():
         figure = canvas.new_figure(8.0, 4.6)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _curve(top, found.history, lambda row: row.loss, "loss", _LOSS)
-        _curve(top, found.history, lambda row: row.eval_loss, "validation loss", "#009E73")
-        _curve(bottom, found.history, lambda row: row.grad_norm, "gradient norm", _NORM)
-        failure = None if found.diagnosis is None else found.diagnosis.failure
+        _curve(top, found.log, "loss", "loss", _LOSS)
+        _curve(top, found.log, "eval_loss", "validation loss", _EVAL_LOSS)
+        _curve(bottom, found.log, "grad_norm", "gradient norm", _NORM)
+        failure, chosen = found.failure, found.choice.chosen
         for axes in (top, bottom):
             for one in found.checkpoints:
                 axes.axvline(one.step, color=_COLOURS[one.verdict], lw=0.8, ls=":")
             if failure is not None:
                 axes.axvline(failure.onset_step, color=_FAILURE, lw=1.5)
-        chosen = found.choice.chosen
-        if chosen is not None:
-            for axes in (top, bottom):
+            if chosen is not None:
                 axes.axvline(chosen.step, color=_COLOURS[chosen.verdict], lw=1.5, ls="--")
         title = (
             "no failure found" if failure is None else f"{failure.kind}, step {failure.onset_step}"
         )
-        title += "" if chosen is None else f"; go on from step {chosen.step}"
+        title += "" if chosen is None else f"; continue from step {chosen.step}"
         top.set_title(f"{title} (dotted: checkpoints)".replace("_", " "))
-        norms = [row.grad_norm for row in (found.history.rows if found.history else ())]
+        norms = [row.grad_norm for row in (found.log.rows if found.log else ())]
         if any(norm is not None and 0 < norm < math.inf for norm in norms):
             canvas.use_log_scale(bottom)
         top.set_ylabel("loss, nats")
@@ -64,20 +61,14 @@ def draw_course(found: Investigation, path: Path) -> None:
         canvas.save_png(figure, path)
 
 
-def _curve(
-    axes: object,
-    history: History | None,
-    read: Callable[[LogRow], float | None],
-    label: str,
-    colour: str,
-) -> None:
-    rows = () if history is None else history.rows
-    points = [(row.step, value) for row in rows if (value := read(row)) is not None]
+def _curve(axes: canvas.Axes, log: RunLog | None, field: str, label: str, colour: str) -> None:
+    rows = () if log is None else log.rows
+    points = [(row.step, value) for row in rows if (value := getattr(row, field)) is not None]
     sound = [(step, value) for step, value in points if math.isfinite(value)]
     if sound:
-        axes.plot(*zip(*sound, strict=True), color=colour, label=label)  # type: ignore[attr-defined]
+        axes.plot(*zip(*sound, strict=True), color=colour, label=label)
     bad = [step for step, value in points if not math.isfinite(value)]
     if bad:
         level = max((value for _, value in sound), default=1.0)
         marks = [level] * len(bad)
-        axes.plot(bad, marks, "x", color=_FAILURE, label=f"{label} NaN or inf")  # type: ignore[attr-defined]
+        axes.plot(bad, marks, "x", color=_FAILURE, label=f"{label} NaN or inf")

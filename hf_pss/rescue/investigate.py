@@ -1,15 +1,16 @@
-"""A run's folder, read as a whole: its log, its checkpoints, and what to do."""
+"""Read a run's folder as a whole: its log, its checkpoints, and where to continue from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 from hf_pss.inspection.matrix_survey import Progress
-from hf_pss.records.strict_json import visible
+from hf_pss.records.strict_json import reason_of, visible
 from hf_pss.rescue.candidates import (
     CheckpointReport,
     Choice,
@@ -20,30 +21,37 @@ from hf_pss.rescue.candidates import (
     rank_ratios,
     report_on,
 )
-from hf_pss.rescue.diagnosis import Diagnosis, Failure, diagnose
+from hf_pss.rescue.diagnosis import Diagnosis, RunFailure, diagnose
 from hf_pss.rescue.early_ranks import early_damage
-from hf_pss.runs.log import STATE_FILE, History, differ_at, leads_out, read_history
-from hf_pss.runs.notes import read_notes
+from hf_pss.runs.folder import STATE_FILE, leads_out
+from hf_pss.runs.log import RunLog, differ_at, read_log
 from hf_pss.runs.options import recorded_entropy
+from hf_pss.runs.records_files import read_run_records
 
 __all__ = ["Investigation", "investigate"]
 
 _MOST_TOKENS = 10**8
+_REACH = attrgetter("global_step")
 
 
 @dataclass(frozen=True, slots=True)
 class Investigation:
-    """What was found, and what was chosen."""
+    """The findings about a run, and the choice of a checkpoint."""
 
     run_dir: Path
-    history: History | None
+    log: RunLog | None
     """None where no log could be read."""
     diagnosis: Diagnosis | None
     checkpoints: tuple[CheckpointReport, ...]
     """The oldest first."""
     choice: Choice
     unreadable: tuple[str, ...]
-    """Logs that could not be read, and why."""
+    """Logs that could not be read, each with the reason."""
+
+    @property
+    def failure(self) -> RunFailure | None:
+        """How the run failed; None where no failure was found."""
+        return None if self.diagnosis is None else self.diagnosis.failure
 
 
 def investigate(
@@ -55,27 +63,27 @@ def investigate(
     begin: Callable[[int], None] = lambda num_bytes: None,
     progress: Progress | None = None,
 ) -> Investigation:
-    """Read a run; cost: all its safetensors are read once, one tensor at a time.
+    """Read a run. Cost: one read of all its safetensors, one tensor at a time.
 
     Args:
-        run_dir: Its folder, or that of one checkpoint.
-        margin_steps: See `choose`.
-        unigram_entropy: Of the training text, in nats; where None, what `hf-pss train` kept, or
-            ln(vocab_size).
-        failed_at: The step from which on the run was bad, where the caller knows better than the
-            log: a rate that was too high from the beginning shows in a comparison, or in the
+        run_dir: The run's folder, or that of one checkpoint.
+        margin_steps: See `hf_pss.rescue.candidates`.
+        unigram_entropy: Of the training text, in nats. With None, the value that `hf-pss train`
+            has kept, or ln(vocab_size).
+        failed_at: The step from which on the run was bad, for a caller who has more to go by than
+            the log: a rate that was too high from the beginning shows in a comparison, or in the
             weights of small networks (`early_damage`).
-        begin: Told how many bytes of weights will be read.
-        progress: Told after each tensor.
+        begin: Called with the number of bytes of weights that will be read.
+        progress: Called after each tensor.
 
     Raises:
-        ConfigurationError: No such folder, or nothing of a run in it.
+        ConfigurationError: The folder does not exist, or holds nothing of a run.
         StateError: There is no checkpoint, and no log that can be read.
         OSError: The folder cannot be read.
     """
     folders = checkpoint_folders(run_dir)
-    history, of_others, unreadable = _newest_history(run_dir, folders)
-    if not folders and history is None:
+    log, of_others, unreadable = _newest_log(run_dir, folders)
+    if not folders and log is None:
         if unreadable:
             raise StateError(unreadable[0])
         raise ConfigurationError(
@@ -85,79 +93,69 @@ def investigate(
     begin(num_weight_bytes(folders))
     reports = [report_on(folder, progress) for folder in folders]
     diagnosis = None
-    if history is not None:
-        notes = read_notes(run_dir)
+    if log is not None:
+        records = read_run_records(run_dir)
         entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
-        ranks = notes.rank_ratios or rank_ratios(reports)
-        diagnosis = diagnose(history, notes, ranks=ranks, unigram_entropy=entropy)
+        ranks = records.rank_ratios or rank_ratios(reports)
+        diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=entropy)
         diagnosis = replace(diagnosis, notes=(*of_others, *diagnosis.notes))
         if entropy is not None:
-            earlier = early_damage(history, reports, entropy, diagnosis.failure)
+            earlier = early_damage(log, reports, entropy, diagnosis.failure)
             diagnosis = diagnosis if earlier is None else _instead(diagnosis, earlier)
-        margin_steps = max(margin_steps, history.log_interval)
+        margin_steps = max(margin_steps, log.log_interval)
     if failed_at is not None:
-        diagnosis = _told(diagnosis or Diagnosis(None, (), None), failed_at)
+        diagnosis = diagnosis or Diagnosis(None, (), None)
+        kind = "slow_damage" if diagnosis.failure is None else diagnosis.failure.kind
+        text = f"The run was bad from step {failed_at} on, as you stated."
+        diagnosis = _instead(diagnosis, RunFailure(kind, failed_at, failed_at, text))
     failure = None if diagnosis is None else diagnosis.failure
     checked = judged(reports, failure)
     choice = choose(checked, failure, margin_steps=margin_steps)
-    return Investigation(run_dir, history, diagnosis, checked, choice, tuple(unreadable))
+    return Investigation(run_dir, log, diagnosis, checked, choice, tuple(unreadable))
 
 
-def _newest_history(
+def _newest_log(
     run_dir: Path, folders: Sequence[Path]
-) -> tuple[History | None, tuple[str, ...], list[str]]:
-    """Return the log of the newest attempt as far as it is known, what to say of others, and why.
+) -> tuple[RunLog | None, tuple[str, ...], list[str]]:
+    """Return the log of the newest attempt, notes on other attempts, and unreadable files.
 
-    A folder may hold the logs of two attempts, where a run was resumed in place: the newest is that
-    which was written last, and of those that agree with it the one that reaches farthest is taken.
-
-    Returns:
-        The log; notes; files that could not be read, each with the reason.
+    A folder may hold the logs of two attempts, where a run was resumed in place. The newest attempt
+    is that of the log that was written last. Of the logs that agree with it, the one that reaches
+    farthest is taken.
     """
     unreadable: list[str] = []
-    found: list[tuple[float, History]] = []
+    found: list[tuple[float, RunLog]] = []
     for folder in dict.fromkeys([run_dir, *reversed(folders)]):
         path = folder / STATE_FILE
         if leads_out(folder, run_dir) or not path.exists():
             continue
         try:
-            found.append((path.stat().st_mtime, read_history(path)))
+            found.append((path.stat().st_mtime, read_log(path)))
         except (PSSError, OSError) as error:
-            unreadable.append(f"{visible(path)}: {_reason(error)}")
+            unreadable.append(f"{visible(path)}: {reason_of(error)}")
     if not found:
         return None, (), unreadable
     _, last = max(found, key=lambda one: (one[0], one[1].global_step))
-    histories = [history for _, history in found]
-    taken = max((one for one in histories if differ_at(one, last) is None), key=_reach)
-    others = [one for one in histories if differ_at(one, taken) is not None]
-    said = (_of_another(taken, max(others, key=_reach)),) if others else ()
-    return taken, said, unreadable
-
-
-def _of_another(taken: History, other: History) -> str:
+    logs = [log for _, log in found]
+    taken = max((one for one in logs if differ_at(one, last) is None), key=_REACH)
+    others = [one for one in logs if differ_at(one, taken) is not None]
+    if not others:
+        return taken, (), unreadable
+    other = max(others, key=_REACH)
     names = [visible(f"{one.path.parent.name}/{STATE_FILE}") for one in (taken, other)]
-    return (
+    note = (
         f"{names[0]} (up to step {taken.global_step}) and {names[1]} (up to step "
         f"{other.global_step}) differ from step {differ_at(taken, other)} on: the run was "
-        "resumed or rolled back in place. Judged is the log that was written last; checkpoints "
+        "resumed or rolled back in place. The log that was written last is judged; checkpoints "
         "may be of either attempt."
     )
+    return taken, (note,), unreadable
 
 
-def _reach(history: History) -> int:
-    return history.global_step
-
-
-def _told(diagnosis: Diagnosis, step: int) -> Diagnosis:
-    kind = "slow_damage" if diagnosis.failure is None else diagnosis.failure.kind
-    text = f"The run was bad from step {step} on, as you said."
-    return _instead(diagnosis, Failure(kind, step, step, text))
-
-
-def _instead(diagnosis: Diagnosis, failure: Failure) -> Diagnosis:
-    """Put another failure in the place of the log's, which is told beside it."""
+def _instead(diagnosis: Diagnosis, failure: RunFailure) -> Diagnosis:
+    """Replace the failure that the log shows, and add that one to the notes."""
     found = diagnosis.failure
-    notes = diagnosis.notes if found is None else (*diagnosis.notes, f"Found besides: {found.text}")
+    notes = diagnosis.notes if found is None else (*diagnosis.notes, f"Also found: {found.text}")
     return replace(diagnosis, failure=failure, notes=notes)
 
 
@@ -165,20 +163,12 @@ def _known_entropy(
     run_dir: Path, folders: Sequence[Path], reports: Sequence[CheckpointReport]
 ) -> float | None:
     kept = recorded_entropy(folders[-1].parent if folders else run_dir)
-    return _entropy_bound(reports) if kept is None else kept
-
-
-def _entropy_bound(reports: Sequence[CheckpointReport]) -> float | None:
+    if kept is not None:
+        return kept
     for one in reversed(reports):
-        if one.inspection is None:
-            continue
-        config = one.inspection.checkpoint.config
+        config = {} if one.inspection is None else one.inspection.checkpoint.config
         for part in (config, config.get("text_config")):
             size = part.get("vocab_size") if isinstance(part, dict) else None
             if type(size) is int and 1 < size <= _MOST_TOKENS:
                 return math.log(size)
     return None
-
-
-def _reason(error: Exception) -> str:
-    return visible(error.strerror if isinstance(error, OSError) else error)

@@ -1,60 +1,53 @@
-"""Write a repaired copy of a checkpoint: whole or not at all, and never over anything.
-
-Everything is written into a temporary folder beside the target, trainer_state.json and the marker
-last, each file is forced to the disk, and the folder is renamed: a crash leaves either no copy or a
-complete one.
-"""
+"""Write a repaired copy of a checkpoint: whole or not at all, and never over an existing file."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.records.strict_json import read_object, visible
+from hf_pss.records.strict_json import visible
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.optimizer_files import (
     OPTIMIZER,
     SCHEDULER,
-    Moments,
-    refuse_project,
+    MomentsChange,
     require_torch,
     rewrite_optimizer,
     rewrite_scheduler,
 )
 from hf_pss.rescue.smoothed_weights import Repair, matrices_to_smooth, summary, write_weights
-from hf_pss.runs.checkpoint import MARKER, read_marker, write_marker
-from hf_pss.runs.log import MAX_STATE_BYTES, STATE_FILE, leads_out
-from hf_pss.runs.options import MAX_OPTIONS_BYTES, OPTIONS_FILE, options_file
-from hf_pss.runs.rotation import SUPERSEDED
+from hf_pss.runs.checkpoint import PICKLED_WEIGHTS, read_marker, write_marker
+from hf_pss.runs.durable import new_folder
+from hf_pss.runs.folder import MARKER, MAX_FILES, OPTIONS_FILE, STATE_FILE, SUPERSEDED, leads_out
+from hf_pss.runs.log import read_state
+from hf_pss.runs.options import options_file, read_options
 from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 
 __all__ = ["RECORD_FILE", "Repairs", "Written", "as_json", "write_repaired"]
 
 RECORD_FILE = "hf_pss_rescue.json"
-# A pickle of the arguments, which nothing needs to resume; and weights that were not smoothed.
-_LEFT_OUT = ("training_args.bin", "pytorch_model*.bin", "adapter_model.bin", "tf_model.h5")
-_MAX_FILES = 10_000
+# A pickle of the arguments, which no resume needs; and weights that were not smoothed.
+_LEFT_OUT = ("training_args.bin", *PICKLED_WEIGHTS, "tf_model.h5")
 
 
 @dataclass(frozen=True, slots=True)
 class Repairs:
-    """What is to be done."""
+    """The repairs to make."""
 
     smoothing: str = "none"
-    """``floor``, with noise as the measure, which sound weights lie below, too; the name of a
-    smoothing function; or ``none``."""
-    moments: Moments = "keep"
+    """The name of a smoothing function, ``none``, or ``floor``. The measure of the floor is noise,
+    and sound weights lie below that too."""
+    moments: MomentsChange = "keep"
     lr_scale: float = 1.0
     skip_batches: int = 0
-    """Of update steps: a step of accumulated gradients takes several of the data loader's."""
+    """In update steps. With accumulated gradients a step takes several of the loader's batches."""
     allow_pickle: bool = False
 
     @property
@@ -65,12 +58,12 @@ class Repairs:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was done."""
+    """The copy that was written."""
 
     path: Path
     source: Path
     step: int
-    """That the copy resumes from."""
+    """From which the copy resumes."""
     repairs: tuple[Repair, ...]
     left_out: tuple[str, ...]
     remarks: tuple[str, ...]
@@ -81,15 +74,15 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
 
     Args:
         chosen: A complete, finite checkpoint of one process or DDP.
-        target: Does not exist; its parent does.
-        options: What to repair.
+        target: A path that does not exist, in a folder that does.
+        options: The repairs.
 
     Raises:
         ConfigurationError: The layout is sharded, the target exists or lies in the checkpoint, or
-            an option needs what it may not open.
+            an option needs a file that it may not open.
         IncompatibleVersionError: torch is too old to open a pickle.
         StateError: A file is damaged, or a link leads out of the checkpoint.
-        OSError: Reading or writing failed; nothing is left behind.
+        OSError: Reading or writing failed. Nothing is left behind.
     """
     _check(chosen, target, options)
     source = chosen.path.resolve()
@@ -98,42 +91,27 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
     checkpoint = open_checkpoint(source)
     if options.smoothing != "none":
         matrices_to_smooth(checkpoint)  # refuse before anything is written
-    with _temporary(target, like=source) as folder:
+    with new_folder(target, like=source) as folder:
         repairs = write_weights(checkpoint, source, folder, options.smoothing)
         done = {entry.path.relative_to(source) for entry in checkpoint.tensors}
-        if options.needs_pickle:
-            rewrite_optimizer(
-                source / OPTIMIZER,
-                folder / OPTIMIZER,
-                moments=options.moments,
-                lr_scale=options.lr_scale,
-            )
-            done.add(Path(OPTIMIZER))
-        if options.lr_scale != 1.0:
-            rewrite_scheduler(source / SCHEDULER, folder / SCHEDULER, lr_scale=options.lr_scale)
-            done.add(Path(SCHEDULER))
-        left_out = _copy_others(
-            source, folder, {*done, Path(STATE_FILE), Path(MARKER), Path(SUPERSEDED)}
-        )
+        done |= _write_optimizer(source, folder, options)
+        own = {Path(name) for name in (STATE_FILE, MARKER, SUPERSEDED)}
+        left_out = _copy_others(source, folder, done | own)
         _copy_run_options(source, folder)
         _check_names(checkpoint, folder)
-        step = chosen.step + options.skip_batches
         written = Written(
             path=target,
             source=source,
-            step=step,
+            step=chosen.step + options.skip_batches,
             repairs=tuple(repairs),
             left_out=left_out,
             remarks=tuple(_remarks(options, repairs, left_out)),
         )
         record = {**asdict(options), **as_json(written)}
         (folder / RECORD_FILE).write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")
-        _sync_files(folder)
         _write_state(source / STATE_FILE, folder / STATE_FILE, options.skip_batches)
-        _sync_files(folder)
-        if read_marker(source) is not None:  # of a plain Trainer's checkpoint nothing is vouched
-            write_marker(folder, step=step)
-            _sync(folder)
+        if read_marker(source) is not None:  # a plain Trainer's checkpoint has none to renew
+            write_marker(folder, step=written.step)
     return written
 
 
@@ -152,7 +130,7 @@ def as_json(written: Written) -> dict[str, Any]:
 def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
     if chosen.layout != "whole":
         raise ConfigurationError(
-            f"{visible(chosen.path)} is of the layout {chosen.layout}; copies are written of "
+            f"{visible(chosen.path)} is of the layout {chosen.layout}. Copies are written of "
             "checkpoints of one process and of DDP. Use the command that is printed without "
             "--write: it smooths under every backend."
         )
@@ -161,41 +139,47 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
     if not target.parent.is_dir():
         raise ConfigurationError(f"There is no folder {visible(target.parent)} to write into.")
     if target.resolve().is_relative_to(chosen.path.resolve()):
-        raise ConfigurationError(f"{visible(target)} lies in the checkpoint that it is made of.")
+        raise ConfigurationError(f"{visible(target)} lies in the checkpoint that is to be copied.")
     if options.moments == "project":
-        refuse_project()
+        raise ConfigurationError(
+            "--moments project must assign moments to matrices, but optimizer.pt only numbers "
+            "them, in an order that the model defines. Resume with the printed command and "
+            "--pss_moments project, or give --moments reset."
+        )
     if not options.needs_pickle:
         return
     if not options.allow_pickle:
         raise ConfigurationError(
             "--moments reset and --lr-scale change optimizer.pt and scheduler.pt, which are "
-            "pickles. Add --allow-pickle if you trust where the checkpoint comes from; they are "
+            "pickles. Add --allow-pickle if you trust the source of the checkpoint. They are "
             "opened with weights_only=True."
         )
     require_torch()
 
 
-@contextmanager
-def _temporary(target: Path, *, like: Path) -> Iterator[Path]:
-    """Give a folder that becomes `target` where nothing is raised, and is removed otherwise."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
-    try:
-        yield folder
-        if target.exists() or target.is_symlink():
-            raise ConfigurationError(f"{visible(target)} was made while the copy was written.")
-        folder.rename(target)
-        shutil.copymode(like, target)  # not before: it may forbid writing
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+def _write_optimizer(source: Path, folder: Path, options: Repairs) -> set[Path]:
+    """Write the files of the optimizer and the schedule that change, and return their names."""
+    done = set()
+    if options.needs_pickle:
+        rewrite_optimizer(
+            source / OPTIMIZER,
+            folder / OPTIMIZER,
+            moments=options.moments,
+            lr_scale=options.lr_scale,
+        )
+        done.add(Path(OPTIMIZER))
+    if options.lr_scale != 1.0:
+        rewrite_scheduler(source / SCHEDULER, folder / SCHEDULER, lr_scale=options.lr_scale)
+        done.add(Path(SCHEDULER))
+    return done
 
 
 def _copy_others(source: Path, folder: Path, done: set[Path]) -> tuple[str, ...]:
+    paths = sorted(islice(source.rglob("*"), MAX_FILES + 1))
+    if len(paths) > MAX_FILES:
+        raise StateError(f"{visible(source)} holds more than {MAX_FILES} files.")
     left_out = []
-    for number, path in enumerate(sorted(source.rglob("*"))):
-        if number >= _MAX_FILES:
-            raise StateError(f"{visible(source)} holds more than {_MAX_FILES} files.")
+    for path in paths:
         name = path.relative_to(source)
         if name in done or (path.is_dir() and not path.is_symlink()):
             continue
@@ -214,21 +198,21 @@ def _refuse_outside(source: Path, path: Path) -> None:
 
 
 def _copy_run_options(source: Path, folder: Path) -> None:
-    """Copy the options of the run that lie beside a checkpoint: a copy may lie anywhere."""
+    """Copy the run's options from beside a checkpoint into the copy, which may lie anywhere."""
     path = options_file(source)
-    if path is None or path.parent == source:  # copied with all else
+    if path is None or path.parent == source:  # copied with the other files
         return
-    with suppress(StateError):  # nothing to go by
-        read_object(path, max_bytes=MAX_OPTIONS_BYTES)
+    with suppress(StateError):  # a damaged file is useless
+        read_options(path)
         shutil.copyfile(path, folder / OPTIONS_FILE)
 
 
 def _write_state(source: Path, target: Path, skip: int) -> None:
-    """Copy the Trainer's state, set forward: it passes over the data of as many steps as taken."""
+    """Copy the Trainer's state. A later global_step makes it skip the data of as many steps."""
     if not skip:
         shutil.copyfile(source, target)
         return
-    state = read_object(source, max_bytes=MAX_STATE_BYTES, allow_nonfinite=True)
+    state = read_state(source)
     step = state["global_step"]
     state["global_step"] = step + skip
     saved = state.get("stateful_callbacks")
@@ -236,7 +220,7 @@ def _write_state(source: Path, target: Path, skip: int) -> None:
         saved = saved.get(name) if isinstance(saved, dict) else None
     if isinstance(saved, dict) and saved.get("step") == step:
         saved["step"] = step + skip  # or PSS would take its state for that of another step
-    # As transformers writes it: bare NaN where the log has one.
+    # In the format of transformers, which writes a bare NaN where the log has one.
     target.write_text(f"{json.dumps(state, indent=2, sort_keys=True)}\n", encoding="utf-8")
 
 
@@ -253,30 +237,17 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
         yield summary(repairs)
     if options.smoothing == "floor" and any(one.changed for one in repairs):
         yield (
-            "The measure was noise of their shapes, which sound weights lie below, too, pretrained "
-            "ones above all: where these are not damaged, --smoothing none is better."
+            "The measure was noise of their shapes. Sound weights lie below that too, pretrained "
+            "ones above all, so if these are not damaged, --smoothing none is better."
         )
     if options.moments == "reset":
-        yield "The optimizer begins without state, at the rate of the schedule."
+        yield "The optimizer starts without state, at the rate of the schedule."
     if options.lr_scale != 1.0:
-        yield f"Every learning rate is {options.lr_scale:g} times what it was; its course is kept."
+        yield f"Every learning rate is {options.lr_scale:g} times the old one on the same course."
     if options.skip_batches:
         yield (
-            f"global_step is set forward by {options.skip_batches}: a resumed Trainer passes over "
-            "as much more data, and ends as many updates earlier. The schedule stays where it was."
+            f"global_step is set forward by {options.skip_batches}: a resumed Trainer skips as "
+            "much more data, and ends as many updates earlier. The schedule stays at its place."
         )
     if left_out:
         yield f"Not copied: {', '.join(left_out[:5])}{'…' if len(left_out) > 5 else ''}."
-
-
-def _sync_files(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,12 +1,10 @@
-"""An investigation as strict JSON: what is NaN or inf becomes null.
-
-An investigation for a terminal: what happened, the checkpoints, the choice, the command.
-"""
+"""Show an investigation: as strict JSON, and as text for a terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,42 +14,44 @@ from rich.text import Text
 from hf_pss.records.strict_json import visible
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
-from hf_pss.rescue.diagnosis import Failure
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.rescue.repair import Written
-from hf_pss.runs.log import History
 from hf_pss.view.text_table import marks, sparkline
 
 __all__ = ["SCHEMA_VERSION", "as_json", "render_investigation", "render_plan", "render_written"]
 
 SCHEMA_VERSION = 1
+_WIDTH = 60
+_STYLES = {
+    "healthy": "green",
+    "unopened": "yellow",
+    "suspect": "yellow",
+    "incomplete": "red",
+    "damaged": "bold red",
+}
+_KINDS = {
+    "non_finite": "NOT FINITE",
+    "spike": "SPIKE",
+    "slow_damage": "SLOW DAMAGE",
+    "collapse": "COLLAPSE",
+}
 
 
 def as_json(found: Investigation, plan: ResumePlan | None, written: Any = None) -> dict[str, Any]:
-    """Return plain data.
+    """Return plain data. NaN and inf become None.
 
     Args:
         found: The investigation.
-        plan: How to go on; None where no checkpoint was chosen.
-        written: What `--write` did, as plain data.
+        plan: How to resume; None where no checkpoint was chosen.
+        written: The copy that `--write` made, as plain data.
     """
-    choice, history, diagnosis = found.choice, found.history, found.diagnosis
-    failure = None if diagnosis is None else diagnosis.failure
+    choice, log, diagnosis = found.choice, found.log, found.diagnosis
     return {
         "version": SCHEMA_VERSION,
         "run": str(found.run_dir),
-        "log": None
-        if history is None
-        else {"path": str(history.path), "step": history.global_step, "rows": len(history.rows)},
+        "log": log and {"path": str(log.path), "step": log.global_step, "rows": len(log.rows)},
         "unreadable": list(found.unreadable),
-        "failure": None
-        if failure is None
-        else {
-            "kind": failure.kind,
-            "onset_step": failure.onset_step,
-            "noticed_step": failure.noticed_step,
-            "text": failure.text,
-        },
+        "failure": found.failure and asdict(found.failure),
         "notes": [] if diagnosis is None else list(diagnosis.notes),
         "checkpoints": [_checkpoint(one) for one in found.checkpoints],
         "chosen": None if choice.chosen is None else str(choice.chosen.path),
@@ -60,9 +60,8 @@ def as_json(found: Investigation, plan: ResumePlan | None, written: Any = None) 
         "passed_over": [
             {"path": str(one.path), "reason": reason} for one, reason in choice.passed_over
         ],
-        "resume": None
-        if plan is None
-        else {
+        "resume": plan
+        and {
             "command": None if plan.command is None else list(plan.command),
             "options": list(plan.options),
             "remarks": list(plan.remarks),
@@ -87,9 +86,8 @@ def _checkpoint(one: CheckpointReport) -> dict[str, Any]:
         "problem": one.problem,
         "remarks": list(one.remarks),
         "num_findings": None if inspection is None else inspection.num_findings,
-        "worst_matrix": None
-        if worst is None
-        else {
+        "worst_matrix": worst
+        and {
             "name": worst.health.name,
             "stable_rank": _finite(worst.health.stable_rank),
             "sigma1": _finite(worst.health.sigma1),
@@ -102,54 +100,39 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-_WIDTH = 60
-_STYLES = {
-    "healthy": "green",
-    "unopened": "yellow",
-    "suspect": "yellow",
-    "incomplete": "red",
-    "damaged": "bold red",
-}
-_KINDS = {
-    "non_finite": "NOT FINITE",
-    "spike": "SPIKE",
-    "slow_damage": "SLOW DAMAGE",
-    "collapse": "COLLAPSE",
-}
-
-
 def render_investigation(found: Investigation) -> RenderableType:
-    """Put first how it failed, then the checkpoints, then which was chosen and why."""
+    """Show how the run failed, its checkpoints, and which one was chosen and why."""
     return Group(*_course(found), Text(), *_checkpoints(found), Text(), *_choice(found))
 
 
 def render_plan(plan: ResumePlan) -> RenderableType:
-    """The command, on a line of its own that can be copied, and what to know about it."""
-    lines = [Text("To go on:", style="bold"), Text(f"  {visible_command(plan.shell)}")]
+    """Show the command, on a line of its own that can be copied, and the remarks on it."""
+    # `visible` would cut a long command.
+    shell = "".join(c if c.isprintable() else visible(c) for c in plan.shell)
+    lines = [Text("To continue:", style="bold"), Text(f"  {shell}")]
     if plan.command is None and plan.train_words is None:
         lines += [Text("or in Python:"), *(Text(f"  {line}") for line in plan.python.splitlines())]
     return Group(*lines, *(Text(f"· {remark}", style="dim") for remark in plan.remarks))
 
 
 def render_written(written: Written) -> RenderableType:
-    """What the copy is, and how it differs from the checkpoint."""
-    head = Text(f"Written: {visible(written.path)}, to go on from step {written.step:,}.", "bold")
-    return Group(head, *(Text(f"  {remark}") for remark in written.remarks))
+    """Show where the copy is, and how it differs from the checkpoint."""
+    head = f"Written: {visible(written.path)}, to continue from step {written.step:,}."
+    return Group(Text(head, "bold"), *(Text(f"  {remark}") for remark in written.remarks))
 
 
 def _course(found: Investigation) -> Iterator[RenderableType]:
-    history, diagnosis = found.history, found.diagnosis
+    log, diagnosis, failure = found.log, found.diagnosis, found.failure
     for line in found.unreadable:
         yield Text(f"Cannot be read: {line}", style="red")
-    if history is None or diagnosis is None:
-        yield Text("No log could be read: when and how it failed is not known.", style="yellow")
+    if log is None or diagnosis is None:
+        yield Text("No log could be read, so the time and kind of failure are unknown.", "yellow")
         return
-    end = "" if not history.max_steps else f" of {history.max_steps:,}"
+    end = "" if not log.max_steps else f" of {log.max_steps:,}"
     yield Text(
-        f"{visible(found.run_dir)}: {len(history.rows):,} logged rows up to step "
-        f"{history.global_step:,}{end}"
+        f"{visible(found.run_dir)}: {len(log.rows):,} logged rows up to step "
+        f"{log.global_step:,}{end}"
     )
-    failure = diagnosis.failure
     if failure is None:
         yield Text("No failure was found in the log.", style="green")
     else:
@@ -157,11 +140,7 @@ def _course(found: Investigation) -> Iterator[RenderableType]:
         yield Text(failure.text)
     for note in diagnosis.notes:
         yield Text(note, style="dim")
-    yield from _curves(history, failure, [one.step for one in found.checkpoints])
-
-
-def _curves(history: History, failure: Failure | None, saved: list[int]) -> Iterator[Text]:
-    rows = history.training
+    rows = log.training
     if len(rows) < 2:
         return
     steps = (rows[0].step, rows[-1].step)
@@ -171,6 +150,7 @@ def _curves(history: History, failure: Failure | None, saved: list[int]) -> Iter
     norms = [(row.step, row.grad_norm) for row in rows]
     if any(norm is not None for _, norm in norms):
         yield Text(f"gradient norm  {sparkline(norms, steps=steps, width=width)}")
+    saved = [one.step for one in found.checkpoints]
     yield Text(f"checkpoints    {marks(saved, '▲', over=steps, width=width)}")
     if failure is not None:
         where = min(max(failure.onset_step, steps[0]), steps[1])
@@ -186,24 +166,19 @@ def _checkpoints(found: Investigation) -> Iterator[RenderableType]:
     for name in ("written (UTC)", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("what is known", overflow="fold", ratio=1)
+    table.add_column("findings", overflow="fold", ratio=1)
     chosen = None if found.choice.chosen is None else found.choice.chosen.path
     for one in reversed(found.checkpoints):
-        mark = "→ " if one.path == chosen else "  "
+        worst = one.problem or one.worst
+        findings = [*([worst] if worst else []), *one.missing, *one.remarks]
         table.add_row(
-            Text(f"{mark}{visible(one.path.name)}"),
+            Text(f"{'→' if one.path == chosen else ' '} {visible(one.path.name)}"),
             f"{one.written:%Y-%m-%d %H:%M}",
             f"{one.num_bytes / 2**20:,.1f}",
             Text(one.verdict, style=_STYLES[one.verdict]),
-            Text(_known(one)),
+            Text("; ".join(findings) or "complete, every number finite"),
         )
     yield table
-
-
-def _known(one: CheckpointReport) -> str:
-    worst = one.problem or one.worst
-    said = [*([worst] if worst else []), *one.missing, *one.remarks]
-    return "; ".join(said) or "complete, every number finite"
 
 
 def _choice(found: Investigation) -> Iterator[Text]:
@@ -212,15 +187,10 @@ def _choice(found: Investigation) -> Iterator[Text]:
         yield Text(choice.reason, style="bold red")
         if any(one.inspection is not None and one.problem is None for one in found.checkpoints):
             yield Text(
-                "Weights that are finite are there all the same: from_pretrained of such a folder "
-                "begins another run with them."
+                "Some checkpoints have finite weights all the same: from_pretrained of such a "
+                "folder starts another run with them."
             )
-    else:
-        yield Text(f"Chosen: {visible(choice.chosen.path.name)}, {choice.reason}.", style="bold")
-    for one, reason in choice.passed_over if choice.chosen is not None else ():
+        return
+    yield Text(f"Chosen: {visible(choice.chosen.path.name)}, {choice.reason}.", style="bold")
+    for one, reason in choice.passed_over:
         yield Text(f"  passed over {visible(one.path.name)}: {reason}")
-
-
-def visible_command(shell: str) -> str:
-    """Escape what a terminal would obey; a command is never cut, as `visible` would."""
-    return "".join(c if c.isprintable() else visible(c) for c in shell)

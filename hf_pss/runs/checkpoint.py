@@ -1,26 +1,21 @@
-"""The completion marker: the last file of a checkpoint, and what it vouches for.
+"""Judge whether a Trainer can resume from a checkpoint: complete, readable and finite.
 
-``pss_complete.json`` names every file of the checkpoint with its size, and says that weights and
-optimizer state were finite when they were saved. It is written after everything else is on the disk
-and before the checkpoint gets its name, so a folder that has it was complete.
+This is the only judge: for resuming, for rolling back, and for `hf-pss rescue`. It opens no pickle.
 
-Whether a Trainer can go on from a checkpoint: complete, readable, finite; and what it lacks.
-
-The one place where this is decided, for resuming, for rolling back and for `hf-pss rescue`. Where
-there is a marker, sizes are compared with it, and numbers are believed to be finite. Where there is
-none, as in a plain Trainer's checkpoint, every file is judged by what it says of itself: headers of
-safetensors against sizes, and all their numbers for NaN and inf. Of a ``.pt`` file, a ZIP archive,
-the beginning, the end and where its directory begins are looked at, a few bytes each, which a file
-that was cut short has not all. No pickle is opened.
+- PSS writes a marker as the last file of a checkpoint. The marker lists every file with its size
+  and means that weights and optimizer state were finite. With a marker, only sizes are compared.
+- A plain Trainer writes no marker. Then the safetensors' headers are compared with their sizes, and
+  all their numbers are checked for NaN and inf.
+- A ``.pt`` file is a ZIP archive. Its first bytes, its last bytes and the start of its directory
+  are checked in both cases, which a file that was cut short does not pass.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
@@ -28,55 +23,184 @@ from typing import Literal, TypeAlias
 from hf_pss.detection.state import check_version, read_integer, read_mapping
 from hf_pss.detection.state import read_object as read_keys
 from hf_pss.errors import ConfigurationError, PSSError, StateError
-from hf_pss.records.strict_json import read_object, visible
-from hf_pss.runs.safetensors_files import READABLE, open_checkpoint, read_pieces
+from hf_pss.records.strict_json import read_object, reason_of, visible
+from hf_pss.runs.durable import write_whole
+from hf_pss.runs.folder import MARKER, MAX_FILES, MAX_INDEX_BYTES, STATE_FILE, step_by_name
+from hf_pss.runs.log import read_state
+from hf_pss.runs.safetensors_files import READABLE, Checkpoint, open_checkpoint, read_pieces
 
 __all__ = [
-    "MARKER",
-    "STATE_FILE",
+    "PICKLED_WEIGHTS",
     "Examination",
     "Layout",
     "Marker",
     "changed_files",
-    "checkpoints_by_step",
     "examine",
     "layout_of",
+    "open_weights",
     "read_marker",
     "recorded_step",
-    "step_by_name",
-    "unfit_files",
     "unfit_state",
     "write_marker",
 ]
 
-MARKER = "pss_complete.json"
+Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]
+"""How the weights are stored that a resumed Trainer reads; ``none``: in no known file."""
+
 _VERSION = 1
-# DeepSpeed writes a few files a rank: this is room for 10,000 ranks.
-_MAX_BYTES = 16 * 2**20
-_MAX_JSON_BYTES = 32 * 2**20  # as an index of safetensors may have
-# What the Trainer, Accelerate, PEFT and DeepSpeed read when they resume (transformers 5.23).
+# The files that the Trainer, Accelerate, PEFT and DeepSpeed read on resuming (transformers 5.23).
 _RESUMED = re.compile(
     r"(.*/)?([^/]*\.(safetensors|bin|pt|pth|distcp|index\.json)|latest|\.metadata"
     r"|(trainer_state|config|adapter_config)\.json)$"
 )
-_NOT_RESUMED = "training_args.bin"
-_READ_BY_THE_JUDGE = "trainer_state.json"
+_ARCHIVES = (".pt", ".pth", ".bin")
+_ARGUMENTS = "training_args.bin"  # no resume reads it
+_WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?")
+# The files that a Trainer looks for when it loads weights.
+_LOADED = (
+    *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+_SHARDED_WEIGHTS, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+# Without one of these files the Trainer restarts that part without a warning (transformers 5.23).
+_TRAINING_STATE = re.compile(
+    r"(optimizer\.(pt|bin)|scheduler\.pt|optimizer_0/.*|rng_state.*\.pth)$"
+)
+# Of a ZIP archive (APPNOTE 6.3.10, 4.3.7, 4.3.12, 4.3.16). torch leaves no comment at its end.
+_FIRST_FILE, _DIRECTORY, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+_END_BYTES = 22
+_OFFSET = slice(16, 20)
+_IN_ZIP64_RECORD = 2**32 - 1  # beyond 4 GiB
 
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """What was true when the checkpoint was written."""
+    """The content of the completion marker: the checkpoint as it was written."""
 
     step: int
     files: Mapping[str, int]
-    """Every file by its path inside the checkpoint, and its size in bytes."""
+    """Every file's path inside the checkpoint, and its size in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """The result of judging one checkpoint."""
+
+    path: Path
+    step: int
+    """By the folder's name; 0 for another name."""
+    is_marked: bool
+    """Whether PSS wrote it."""
+    problem: str | None = None
+    """Why no run can continue from it."""
+    lacks: tuple[str, ...] = ()
+    """The parts of the optimizer's, schedule's and random state that would start from scratch."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a run continues from it as if it had never stopped."""
+        return self.problem is None and not self.lacks
+
+    @property
+    def why_not(self) -> str:
+        """The reasons against resuming from it; empty where there are none."""
+        return self.problem or "; ".join(self.lacks)
+
+
+def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
+    """Judge one checkpoint.
+
+    Cost: file sizes and a few bytes of each archive; without a marker, also one read of the
+    weights. Never raises for a fault of the checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        reads_weights: Read the weights of a checkpoint without a marker. False is for a caller
+            that measures them itself.
+    """
+    step, marker = step_by_name(folder) or 0, None
+    try:
+        marker = read_marker(folder)
+        recorded_step(folder)
+        wrong = _unfit_files(folder, marker)
+        rewritten = [name for name in wrong if _WEIGHTS.fullmatch(name)]
+        if marker is None:
+            wrong |= _bad_weights(folder) if reads_weights else {}
+        elif rewritten and _has_weights(folder) and not _bad_weights(folder):
+            # Another program has sharded, merged or converted them, and they are finite.
+            wrong = {name: why for name, why in wrong.items() if name not in rewritten}
+    except (PSSError, OSError) as error:
+        return Examination(folder, step, marker is not None, reason_of(error))
+    reasons = {name: f"{visible(name)} {why}" for name, why in wrong.items()}
+    lacks = tuple(why for name, why in reasons.items() if _TRAINING_STATE.fullmatch(name))
+    fatal = [why for name, why in reasons.items() if not _TRAINING_STATE.fullmatch(name)]
+    if fatal:
+        return Examination(folder, step, marker is not None, "; ".join(fatal[:3]))
+    return Examination(folder, step, marker is not None, lacks=lacks)
+
+
+def recorded_step(folder: Path) -> int:
+    """Return the step in a checkpoint's trainer_state.json.
+
+    Raises:
+        StateError: The file is missing or damaged.
+        OSError: The file cannot be read.
+    """
+    return int(read_state(folder / STATE_FILE)["global_step"])
+
+
+def unfit_state(folder: Path) -> dict[str, str]:
+    """Return the unfit files of the optimizer's, schedule's and random state, each with the reason.
+
+    Raises:
+        StateError: The marker is damaged.
+        OSError: The folder cannot be read.
+    """
+    wrong = _unfit_files(folder, read_marker(folder))
+    return {name: why for name, why in wrong.items() if _TRAINING_STATE.fullmatch(name)}
+
+
+def layout_of(folder: Path) -> Layout:
+    """Return how the weights of a checkpoint are stored."""
+    if any(folder.glob("global_step*")):
+        return "deepspeed"
+    if (folder / _SHARDED_WEIGHTS).is_dir():
+        return "fsdp_sharded"
+    if (folder / "pytorch_model_fsdp.bin").exists():
+        return "fsdp_full"
+    return "whole" if any(folder.glob("*.safetensors*")) else "none"
+
+
+def open_weights(folder: Path) -> Checkpoint:
+    """Read the headers of a checkpoint's safetensors, or of adapters in folders of their own.
+
+    Each tensor of such an adapter gets its folder's name as a prefix.
+
+    Raises:
+        ConfigurationError: There are no safetensors.
+        StateError: A file is damaged.
+        OSError: A file cannot be read.
+    """
+    try:
+        return open_checkpoint(folder)
+    except ConfigurationError:
+        adapters = [open_checkpoint(path) for path in sorted(folder.glob("*/*.safetensors"))]
+        if not adapters:
+            raise
+    tensors = (
+        replace(tensor, name=f"{tensor.path.parent.name}/{tensor.name}")
+        for one in adapters
+        for tensor in one.tensors
+    )
+    return Checkpoint(folder, tuple(tensors), {})
 
 
 def write_marker(folder: Path, *, step: int) -> None:
-    """Write the marker and bring it to the disk; everything else must be there already.
+    """Write the marker of a checkpoint and flush it. All other files must be on the disk already.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The marker cannot be written.
     """
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
@@ -85,24 +209,21 @@ def write_marker(folder: Path, *, step: int) -> None:
     }
     files.pop(MARKER, None)
     text = json.dumps({"version": _VERSION, "step": step, "files": files}, allow_nan=False)
-    with (folder / MARKER).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / MARKER, f"{text}\n")
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """Return the marker of a checkpoint; None where it has none, as those of a plain Trainer.
+    """Return the marker of a checkpoint, or None where it has none, as from a plain Trainer.
 
     Raises:
         StateError: The marker is damaged or of a later version.
-        OSError: It cannot be read.
+        OSError: The marker cannot be read.
     """
     path = folder / MARKER
     if not path.is_file():
         return None
     what = f"{path.parent.name}/{MARKER}"
-    found = read_object(path, max_bytes=_MAX_BYTES)
+    found = read_object(path, max_bytes=MAX_INDEX_BYTES)
     check_version(found, _VERSION, what=what)
     fields = read_keys(found, ("version", "step", "files"), what=what)
     sizes = read_mapping(fields["files"], what=f"'files' of {what}")
@@ -116,23 +237,21 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
-    """Return the files that are no longer what was written, each with what is wrong.
+    """Return the files that have changed since the marker was written, each with the reason.
 
-    Only of what a resume reads: a README.md, a chat template or a tokenizer may change. JSON may
-    have been edited by hand, as people do with trainer_state.json: it must be readable JSON.
-    Anything else must have the size that it had. Contents are not compared.
+    Only files that a resume reads count: a README.md, a chat template or a tokenizer may change.
+    People edit JSON by hand, such as trainer_state.json, so its size may change as long as it is
+    readable. Any other file must have the size that it had. Contents are not compared.
     """
     wrong = {}
     for name, size in marker.files.items():
         path = folder / name
-        if not _RESUMED.fullmatch(name) or path.name == _NOT_RESUMED:
+        if not _RESUMED.fullmatch(name) or path.name == _ARGUMENTS:
             continue
         if not path.is_file():
             wrong[name] = "is missing"
-        elif (found := path.stat().st_size) == size:
-            continue
-        elif name == _READ_BY_THE_JUDGE:
-            continue
+        elif (found := path.stat().st_size) == size or name == STATE_FILE:
+            continue  # the judge reads trainer_state.json in any case
         elif path.suffix != ".json":
             wrong[name] = f"has {found} bytes of {size}"
         elif not _is_json(path):
@@ -142,152 +261,16 @@ def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
 
 def _is_json(path: Path) -> bool:
     try:
-        read_object(path, max_bytes=_MAX_JSON_BYTES, allow_nonfinite=True)
+        read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
     except StateError:
         return False
     return True
 
 
-Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]
-"""What a resumed Trainer reads the weights from; ``none``: nothing that is known by its name."""
-
-STATE_FILE = "trainer_state.json"
-# As in transformers; ASCII digits, and no more than a step has.
-_NAME = re.compile(r"checkpoint-([0-9]{1,12})")
-_MAX_STATE_BYTES = 2**30
-_MAX_FILES = 10_000
-_ARCHIVES = (".pt", ".pth", ".bin")
-_ARGUMENTS = "training_args.bin"  # which no resume reads
-_WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?")
-# What a Trainer looks for when it loads weights.
-_LOADED = (
-    "model.safetensors",
-    "adapter_model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
-_SHARDED_WEIGHTS, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-_FULL_WEIGHTS = "pytorch_model_fsdp.bin"
-_STEPS_OF_DEEPSPEED = "global_step*"
-# Files without which the Trainer begins this part anew, and says nothing (transformers 5.23).
-_TRAINING_STATE = re.compile(
-    r"(optimizer\.(pt|bin)|scheduler\.pt|optimizer_0/.*|rng_state.*\.pth)$"
-)
-# Of a ZIP archive (APPNOTE 6.3.10, 4.3.7, 4.3.12, 4.3.16). torch leaves no comment at its end.
-_FIRST_FILE, _DIRECTORY, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
-_END_BYTES = 22
-_OFFSET = slice(16, 20)
-_SAID_ELSEWHERE = 2**32 - 1  # in the record of ZIP64, beyond 4 GiB
-
-
-@dataclass(frozen=True, slots=True)
-class Examination:
-    """What was found out about one checkpoint."""
-
-    path: Path
-    step: int
-    is_marked: bool
-    """Whether PSS wrote it."""
-    problem: str | None = None
-    """Why nothing can go on from it."""
-    lacks: tuple[str, ...] = ()
-    """What of the optimizer's and the schedule's state would begin anew."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether a run goes on from it as if it had never stopped."""
-        return self.problem is None and not self.lacks
-
-    @property
-    def why_not(self) -> str:
-        """What speaks against it, in words; empty where nothing does."""
-        return self.problem or "; ".join(self.lacks)
-
-
-def checkpoints_by_step(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, good or not, the oldest first, by the number in the name."""
-    if not run_dir.is_dir():
-        return []
-    found = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (step_by_name(path) or 0, path.name))
-
-
-def step_by_name(folder: Path) -> int | None:
-    """Return the N of ``checkpoint-N``; None for any other name."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
-def examine(folder: Path) -> Examination:
-    """Judge one checkpoint.
-
-    Cost: a look at the sizes and at a few bytes of each archive; without a marker, one read of the
-    weights besides. Never raises for what is wrong with the checkpoint.
-    """
-    step, marker = step_by_name(folder) or 0, None
-    try:
-        marker = read_marker(folder)
-        step = recorded_step(folder)
-        wrong = unfit_files(folder, marker)
-        rewritten = [name for name in wrong if _WEIGHTS.fullmatch(name)]
-        if marker is None:
-            wrong |= _bad_weights(folder)
-        elif rewritten and _has_weights(folder) and not _bad_weights(folder):
-            # Somebody has sharded, merged or converted them: whole and finite by their own account.
-            wrong = {name: why for name, why in wrong.items() if name not in rewritten}
-    except (PSSError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        return Examination(folder, step, marker is not None, f"{visible(reason)}")
-    fatal = {name: why for name, why in wrong.items() if not _TRAINING_STATE.fullmatch(name)}
-    if fatal:
-        return Examination(folder, step, marker is not None, _in_words(fatal))
-    lacks = tuple(_in_words({name: why}) for name, why in wrong.items())
-    return Examination(folder, step, marker is not None, lacks=lacks)
-
-
-def _in_words(wrong: dict[str, str]) -> str:
-    return "; ".join(f"{visible(name)} {why}" for name, why in list(wrong.items())[:3])
-
-
-def recorded_step(folder: Path) -> int:
-    """Return the step that a checkpoint's trainer_state.json names.
-
-    Raises:
-        StateError: It is missing or damaged.
-        OSError: It cannot be read.
-    """
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise StateError(f"{STATE_FILE} is missing")
-    step = read_object(path, max_bytes=_MAX_STATE_BYTES, allow_nonfinite=True).get("global_step")
-    if type(step) is not int or step < 0:
-        raise StateError(f"{STATE_FILE} names no step")
-    return step
-
-
-def layout_of(folder: Path) -> Layout:
-    """Return what the Trainer that wrote a checkpoint would resume its weights from."""
-    if any(folder.glob(_STEPS_OF_DEEPSPEED)):
-        return "deepspeed"
-    if (folder / _SHARDED_WEIGHTS).is_dir():
-        return "fsdp_sharded"
-    if (folder / _FULL_WEIGHTS).exists():
-        return "fsdp_full"
-    return "whole" if any(folder.glob("*.safetensors*")) else "none"
-
-
-def unfit_files(folder: Path, marker: Marker | None) -> dict[str, str]:
-    """Return the files that a resumed Trainer lacks or cannot read, each with what is wrong.
-
-    Safetensors are looked at by their sizes alone, and only where there is a marker.
-
-    Raises:
-        OSError: The folder cannot be read.
-    """
+def _unfit_files(folder: Path, marker: Marker | None) -> dict[str, str]:
+    """Return the files that a resumed Trainer lacks or cannot read, each with the reason."""
     wrong = {} if marker is None else changed_files(folder, marker)
-    for path in sorted(islice(folder.rglob("*"), _MAX_FILES)):
+    for path in sorted(islice(folder.rglob("*"), MAX_FILES)):
         if path.suffix not in _ARCHIVES or path.name == _ARGUMENTS or not path.is_file():
             continue
         if (reason := _why_no_archive(path)) is not None:
@@ -298,25 +281,10 @@ def unfit_files(folder: Path, marker: Marker | None) -> dict[str, str]:
     return wrong
 
 
-def unfit_state(folder: Path) -> dict[str, str]:
-    """Return the files of the optimizer's, the schedule's and the random state that are unfit.
-
-    Raises:
-        StateError: The marker is damaged.
-        OSError: The folder cannot be read.
-    """
-    wrong = unfit_files(folder, read_marker(folder))
-    return {name: why for name, why in wrong.items() if _TRAINING_STATE.fullmatch(name)}
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _LOADED)
-
-
 def _needed(folder: Path) -> Iterator[str]:
-    """Name the files without which a Trainer stops, or begins anew without a word."""
+    """Yield the files without which a Trainer stops, or restarts a part without a warning."""
     layout = layout_of(folder)
-    if layout == "deepspeed":  # which keeps all of it in a folder of the step
+    if layout == "deepspeed":  # keeps all of its state in a folder of the step
         yield "latest"
         return
     if layout == "fsdp_sharded":
@@ -330,7 +298,7 @@ def _needed(folder: Path) -> Iterator[str]:
 
 
 def _why_no_archive(path: Path) -> str | None:
-    """Say why a file is no whole ZIP archive, which torch has written since 1.6; None if it is."""
+    """Return why a file is not a whole ZIP archive, the format of torch since 1.6."""
     cut = "was not written to its end"
     try:
         with path.open("rb") as stream:
@@ -342,30 +310,26 @@ def _why_no_archive(path: Path) -> str | None:
             if not end.startswith(_END):
                 return cut
             offset = int.from_bytes(end[_OFFSET], "little")
-            if offset == _SAID_ELSEWHERE:
+            if offset == _IN_ZIP64_RECORD:
                 return None
             stream.seek(offset)
             return None if stream.read(len(_DIRECTORY)) == _DIRECTORY else cut
     except OSError as error:
-        return f"cannot be read: {visible(error.strerror)}"
+        return f"cannot be read: {reason_of(error)}"
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _LOADED)
 
 
 def _bad_weights(folder: Path) -> dict[str, str]:
-    """Return the first file of a checkpoint without a marker whose weights are none, and why."""
+    """Return the first weight file that holds NaN or inf, or is missing, with the reason."""
     if not any(folder.rglob("*.safetensors")):
         is_known = layout_of(folder) != "none"
-        if is_known or any(any(folder.glob(name)) for name in _PICKLED_WEIGHTS):
+        if is_known or any(any(folder.glob(name)) for name in PICKLED_WEIGHTS):
             return {}
         return {"model.safetensors": "is missing, and there are no other weights"}
-    try:
-        tensors = open_checkpoint(folder).tensors
-    except ConfigurationError:  # adapters, each in a folder of its own
-        tensors = tuple(
-            tensor
-            for one in sorted(folder.glob("*/*.safetensors"))
-            for tensor in open_checkpoint(one).tensors
-        )
-    for tensor in tensors:
+    for tensor in open_weights(folder).tensors:
         if tensor.dtype in READABLE and not all(
             bool(piece.float().isfinite().all()) for piece in read_pieces(tensor)
         ):

@@ -1,88 +1,99 @@
-"""The end of a file of lines that another process writes: no line twice, and no half line.
-
-A live run as its files tell it: the newest log, events, and stable ranks.
-"""
+"""Follow a live run from its files: the newest log, events, and stable ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from hf_pss.detection.policy import Action
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.records.events import Event, Intervention, Record, from_json_line
-from hf_pss.records.strict_json import parse_object, read_object, visible
-from hf_pss.runs.records_files import EVENTS_FILE, HEALTH_FILE
+from hf_pss.records.events import Event, Intervention, Record
+from hf_pss.records.steps import HealthReading
+from hf_pss.records.strict_json import visible
+from hf_pss.runs.folder import (
+    EVENTS_FILE,
+    HEALTH_FILE,
+    MAX_LINE_BYTES,
+    METRICS_FILE,
+    STATE_FILE,
+    SUMMARY_FILE,
+    checkpoints_by_step,
+)
+from hf_pss.runs.log import LogRow, merged, read_log
+from hf_pss.runs.records_files import parse_reading, parse_record, parse_row
 
-__all__ = ["Follower", "Logs", "News", "Ranks", "RunState", "Tail"]
+__all__ = ["Follower", "NewLines", "RunState", "Tail"]
 
-# An intervention on 70B parameters takes some 150 kB; more is no line of ours.
-MAX_LINE_BYTES = 16 * 2**20
-# Of a file that is there already, and of what one look adds. Twice the longest line: wherever the
-# reading begins, the newest line is whole.
-MAX_LOOK_BYTES = 2 * MAX_LINE_BYTES
+# The most that one poll reads of a file. Twice the longest line, so that the newest line is whole
+# wherever the reading begins.
+MAX_POLL_BYTES = 2 * MAX_LINE_BYTES
 _CHUNK_BYTES = 2**20
 _GONE = (-1, -1)
+_FILES = (EVENTS_FILE, HEALTH_FILE, METRICS_FILE, STATE_FILE, SUMMARY_FILE)
+_MOST_EVENTS = 200
+_MOST_CANDIDATES = 5
+# Of the hash of a line: 2⁶⁴ lines before two are confused.
+_DIGEST_BYTES = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """What a file has gained."""
+class NewLines:
+    """The lines that a file has gained since the last poll."""
 
-    lines: tuple[bytes, ...]
-    """Whole ones, without their ends."""
-    has_restarted: bool
-    """The file was replaced or cut since the last look: the lines begin with the new one's."""
-    num_lost: int
+    lines: tuple[bytes, ...] = ()
+    """Whole lines, without their ends."""
+    has_restarted: bool = False
+    """Whether the file was replaced or cut since the last poll. `lines` are the new file's."""
+    num_lost: int = 0
     """Lines that were too long to be read."""
     has_more: bool = False
-    """There is more than one look takes: the next one goes on from here."""
+    """Whether there is more than one poll reads. The next poll continues from here."""
 
 
 class Tail:
-    """Follows one file, which may not exist yet, may vanish, and may be replaced by another.
+    """Follows one file of lines, which may not exist yet, may vanish, and may be replaced.
 
-    What follows the last line's end waits until it is a line: a process may be writing it, and
-    what a crash has cut never becomes one.
+    Text after the last line's end waits until its line is complete: another process may be writing
+    it, or a crash may have cut it.
 
     Args:
         path: The file.
-        max_bytes: How much of a file that is there already is read, from its end; and the most
-            that one look reads, but for a chunk of 1 MiB.
+        max_bytes: How much of an existing file is read, from its end; and the most that one poll
+            reads, give or take a chunk of 1 MiB.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int = MAX_LOOK_BYTES) -> None:
+    def __init__(self, path: Path, *, max_bytes: int = MAX_POLL_BYTES) -> None:
         self.path = path
         self.modified_seconds: float | None = None
-        """When it was last written, as `time.time`; None while it is not there."""
+        """When it was last written, as `time.time`; None while it does not exist."""
         self._max_bytes = max_bytes
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._rest = b""
         self._skips = self._is_counted = False
 
-    def poll(self) -> News:
-        """Return what has come since the last look."""
+    def poll(self) -> NewLines:
+        """Return the lines that have come since the last poll."""
         try:
-            # Not a pipe's end: opening one would wait for its writer.
             found = self.path.stat()
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
                 raise FileNotFoundError
             restarted = self._follow(found)
             return self._read(restarted)
         except OSError:
             self.modified_seconds = None
             if self._identity is not None:
-                self._identity = _GONE  # what comes may be given the same number
-            return News((), has_restarted=False, num_lost=0)
+                self._identity = _GONE  # a later file may get the same number
+            return NewLines()
 
     def _follow(self, found: os.stat_result) -> bool:
         self.modified_seconds = found.st_mtime
@@ -91,13 +102,13 @@ class Tail:
         if identity == self._identity and found.st_size >= self._offset:
             return False
         self._identity, self._rest = identity, b""
-        # One byte more: where it is a line's end, the line behind it is whole.
+        # One byte more: if it is a line's end, the line after it is whole.
         self._offset = max(0, found.st_size - self._max_bytes - 1)
         self._skips = self._offset > 0
         self._is_counted = False
         return is_known
 
-    def _read(self, restarted: bool) -> News:
+    def _read(self, restarted: bool) -> NewLines:
         lines: list[bytes] = []
         num_lost = 0
         end = self._offset + self._max_bytes
@@ -116,68 +127,37 @@ class Tail:
             has_more = bool(file.peek(1))
         kept = tuple(line for line in lines if line.strip() and len(line) <= MAX_LINE_BYTES)
         num_lost += sum(len(line) > MAX_LINE_BYTES for line in lines)
-        return News(kept, has_restarted=restarted, num_lost=num_lost, has_more=has_more)
-
-
-METRICS_FILE, STATE_FILE, SUMMARY_FILE = "metrics.jsonl", "trainer_state.json", "summary.json"
-_FILES = (EVENTS_FILE, HEALTH_FILE, METRICS_FILE, STATE_FILE, SUMMARY_FILE)
-_CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
-# A log of 150 bytes at each of a million steps.
-_MAX_STATE_BYTES = 256 * 2**20
-_MAX_SUMMARY_BYTES = 2**20
-_MOST_EVENTS = 200
-_MOST_CANDIDATES = 5
-# Of a line that was told: 2⁶⁴ lines before two are taken for one.
-_DIGEST_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Logs:
-    """The newest training log; NaN where a number was not finite, None where there is none."""
-
-    step: int
-    source: str
-    """The file, below the run's folder."""
-    loss: float | None
-    grad_norm: float | None
-    """Before clipping."""
-    baseline: float | None
-    threshold: float | None
-    learning_rate: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Stable ranks of one step; NaN for a matrix of zeros, or one that is not finite."""
-
-    step: int
-    by_matrix: Mapping[str, float]
+        return NewLines(kept, restarted, num_lost, has_more)
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """All that is known of a run now."""
+    """The state of a run, as far as its files show it."""
 
     folder: Path
-    logs: Logs | None
+    log: LogRow | None
+    """The newest row with a training loss; NaN where a number was not finite."""
+    log_source: str
+    """The file of that row, below the run's folder."""
     max_steps: int | None
     events: tuple[Record, ...]
     """The newest ones, in order."""
     fresh_events: tuple[Record, ...]
-    """Those that the look before did not see."""
+    """Those that are new since the last poll."""
     num_events: int
     num_interventions: int
-    ranks: Ranks | None
-    first_ranks: Ranks | None
-    """The earliest that was read: what the newest are compared with."""
+    reading: HealthReading | None
+    """The newest health reading; its stable ranks are NaN for a matrix that has none."""
+    first_reading: HealthReading | None
+    """The earliest one that was read, to compare with."""
     num_unreadable: int
-    """Lines of the files as they are now, and a state, that could not be read."""
+    """Lines and states that could not be read, of the files as they are now."""
     modified_seconds: float | None
-    """When anything was last written, as `time.time`."""
+    """When any file was last written, as `time.time`."""
     has_resumed: bool
-    """The run has gone back since the last look: events after its checkpoint are superseded."""
+    """Whether the run has gone back since the last poll: later events are superseded."""
     has_ended: bool
-    """The last step is saved, a demo has summed up, or the newest event has stopped the run."""
+    """Whether the last step is saved, a demo is complete, or the newest event stopped the run."""
 
     @property
     def is_empty(self) -> bool:
@@ -186,13 +166,13 @@ class RunState:
 
 
 class Follower:
-    """Looks at a run's folder again and again.
+    """Reads a run's folder again and again.
 
     Args:
-        folder: What the Trainer calls ``output_dir``, or one run of a demo.
+        folder: The Trainer's ``output_dir``, or one run of a demo.
 
     Raises:
-        ConfigurationError: No folder, or one whose subfolders hold the runs.
+        ConfigurationError: The folder does not exist, or its subfolders hold the runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -204,22 +184,22 @@ class Follower:
         _refuse_a_folder_of_runs(folder)
         self._tails = {n: Tail(folder / n) for n in (EVENTS_FILE, HEALTH_FILE, METRICS_FILE)}
         self._events: deque[Record] = deque(maxlen=_MOST_EVENTS)
-        # Beyond `_events`: a resume may bring thousands of lines again.
-        self._told: set[bytes] = set()
+        # Of all events, not only of `_events`: a resume may bring back thousands of lines.
+        self._known: set[bytes] = set()
         self._num_events = self._num_interventions = 0
-        self._ranks: Ranks | None = None
-        self._first_ranks: Ranks | None = None
-        self._metrics: Logs | None = None
+        self._reading: HealthReading | None = None
+        self._first_reading: HealthReading | None = None
+        self._logs: dict[str, LogRow] = {}
         self._state_key: tuple[str, int, int] | None = None
-        self._state: Logs | None = None
+        self._state_source = ""
         self._max_steps: int | None = None
         self._steps_done = 0
         self._num_unreadable: Counter[str] = Counter()
         self._is_behind: dict[str, bool] = {}
 
     def poll(self) -> RunState:
-        """Read what is new."""
-        # What says that the run has ended comes first: the lines before it are there by now.
+        """Read everything that is new."""
+        # The files that end a run come first: then the lines before the end exist already.
         summary_modified = _modified(self._folder / SUMMARY_FILE)
         state_modified = self._poll_state()
         fresh, has_resumed = self._poll_events()
@@ -229,20 +209,22 @@ class Follower:
         is_done = 0 < (self._max_steps or 0) <= self._steps_done
         has_ended = (
             _is_last(summary_modified, _newest(written, state_modified))
-            # A run that extends a finished one, in the same folder, writes into the tails first.
+            # A run that extends a finished one in the same folder writes lines first.
             or (is_done and _is_last(state_modified, written))
             or self._has_stopped(state_modified)
         )
+        newest = max(self._logs, key=lambda source: self._logs[source].step, default=None)
         return RunState(
             folder=self._folder,
-            logs=self._newest_logs(),
+            log=None if newest is None else self._logs[newest],
+            log_source=self._state_source if newest == STATE_FILE else newest or "",
             max_steps=self._max_steps,
             events=tuple(self._events),
             fresh_events=fresh,
             num_events=self._num_events,
             num_interventions=self._num_interventions,
-            ranks=self._ranks,
-            first_ranks=self._first_ranks,
+            reading=self._reading,
+            first_reading=self._first_reading,
             num_unreadable=self._num_unreadable.total(),
             modified_seconds=_newest(written, state_modified, summary_modified),
             has_resumed=has_resumed,
@@ -250,84 +232,70 @@ class Follower:
         )
 
     def _has_stopped(self, state_modified: float | None) -> bool:
-        """Whether the newest event has ended the run, and no later step has come since."""
+        """Return whether the newest event stopped the run and no later step has come since."""
         event = self._events[-1] if self._events else None
         if not isinstance(event, Event) or event.decision is not Action.STOP:
             return False
-        # A state that is older is of an earlier run in this folder.
+        # An older state belongs to an earlier run in this folder.
         is_ours = _is_last(state_modified, self._tails[EVENTS_FILE].modified_seconds)
-        steps = [known.step for known in (self._ranks, self._metrics) if known is not None]
+        known = (self._reading, self._logs.get(METRICS_FILE))
+        steps = [one.step for one in known if one is not None]
         return max(steps + [self._steps_done] * is_ours, default=0) <= event.step
 
     def _poll_events(self) -> tuple[tuple[Record, ...], bool]:
-        news = self._news(EVENTS_FILE)
-        if news.has_restarted:
+        new = self._new_lines(EVENTS_FILE)
+        if new.has_restarted:
             self._events.clear()
             self._num_events = self._num_interventions = 0
         fresh = []
-        for line in news.lines:
-            record = self._record(line)
-            if record is None:
-                continue
+        for line, record in self._parsed(EVENTS_FILE, new, parse_record):
             self._events.append(record)
             self._num_events += 1
             is_change = isinstance(record, Intervention) and record.has_changed_weights
             self._num_interventions += is_change
             digest = hashlib.blake2b(line, digest_size=_DIGEST_BYTES).digest()
-            if digest not in self._told:
+            if digest not in self._known:
                 fresh.append(record)
-                self._told.add(digest)
-        return tuple(fresh), news.has_restarted
-
-    def _news(self, name: str) -> News:
-        news = self._tails[name].poll()
-        if news.has_restarted:
-            del self._num_unreadable[name]
-        self._num_unreadable[name] += news.num_lost
-        self._is_behind[name] = news.has_more
-        return news
-
-    def _record(self, line: bytes) -> Record | None:
-        try:
-            parse_object(line, what="an event")  # no duplicate keys
-            return from_json_line(line.decode("utf-8"))
-        except StateError:
-            self._num_unreadable[EVENTS_FILE] += 1
-            return None
+                self._known.add(digest)
+        return tuple(fresh), new.has_restarted
 
     def _poll_health(self) -> None:
-        for row in self._rows(HEALTH_FILE):
-            step, ranks = row.get("step"), row.get("stable_rank")
-            if not isinstance(step, int) or not isinstance(ranks, dict):
-                continue
-            found = {name: _number(rank, math.nan) for name, rank in ranks.items()}
-            self._ranks = Ranks(step, {name: v for name, v in found.items() if v is not None})
-            if self._first_ranks is None or self._first_ranks.step > step:
-                self._first_ranks = self._ranks
+        for _, found in self._parsed(HEALTH_FILE, self._new_lines(HEALTH_FILE), parse_reading):
+            if "stable_rank" in found.matrices:
+                self._reading = found
+                if self._first_reading is None or self._first_reading.step > found.step:
+                    self._first_reading = found
 
     def _poll_metrics(self) -> None:
-        for row in self._rows(METRICS_FILE):
-            if isinstance(row.get("step"), int) and "loss" in row:
-                self._metrics = _logs(row, METRICS_FILE, prefix="")
+        for _, row in self._parsed(METRICS_FILE, self._new_lines(METRICS_FILE), parse_row):
+            if isinstance(step := row.get("step"), int) and "loss" in row:
+                # A demo writes null for a loss that is not finite.
+                self._logs[METRICS_FILE] = merged(LogRow(step, loss=math.nan), row)
 
-    def _rows(self, name: str) -> Iterator[Mapping[str, Any]]:
-        for line in self._news(name).lines:
+    def _new_lines(self, name: str) -> NewLines:
+        new = self._tails[name].poll()
+        if new.has_restarted:
+            del self._num_unreadable[name]
+        self._num_unreadable[name] += new.num_lost
+        self._is_behind[name] = new.has_more
+        return new
+
+    def _parsed(
+        self, name: str, new: NewLines, parse: Callable[[bytes], T]
+    ) -> Iterator[tuple[bytes, T]]:
+        for line in new.lines:
             try:
-                yield parse_object(line, what=name)
+                yield line, parse(line)
             except StateError:
                 self._num_unreadable[name] += 1
 
     def _poll_state(self) -> float | None:
-        """Read the newest trainer_state.json where it is another than before."""
-        places = [self._folder / STATE_FILE]
+        """Read the newest trainer_state.json if it has changed, and return its time."""
         try:
-            places += [
-                folder / STATE_FILE
-                for folder in self._folder.iterdir()
-                if _CHECKPOINT.fullmatch(folder.name)
-            ]
+            folders = [self._folder, *checkpoints_by_step(self._folder)]
         except OSError:  # the folder is being removed
             return None
+        places = [folder / STATE_FILE for folder in folders]
         dated = [(at, place) for place in places if (at := _modified(place)) is not None]
         if not dated:
             return None
@@ -340,52 +308,16 @@ class Follower:
                 self._read_state(path)
         except OSError:  # save_total_limit has removed the checkpoint
             pass
-        except StateError:  # it may be half written: it is read again when it has changed
+        except StateError:  # it may be half written, and is read again after its next change
             self._num_unreadable[STATE_FILE] = 1
         return modified
 
     def _read_state(self, path: Path) -> None:
-        state = read_object(path, max_bytes=_MAX_STATE_BYTES, allow_nonfinite=True)
-        history = state.get("log_history")
-        rows = (
-            [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
-        )
-        trained = [r for r in rows if "loss" in r and isinstance(r.get("step"), int)]
-        if trained:
-            source = path.relative_to(self._folder).as_posix()
-            self._state = _logs(trained[-1], source, prefix="pss/")
-        steps, done = state.get("max_steps"), state.get("global_step")
-        self._max_steps = steps if isinstance(steps, int) and steps > 0 else None
-        self._steps_done = done if isinstance(done, int) else 0
-
-    def _newest_logs(self) -> Logs | None:
-        found = [logs for logs in (self._state, self._metrics) if logs is not None]
-        return max(found, key=lambda logs: logs.step, default=None)
-
-
-def _logs(row: Mapping[str, Any], source: str, *, prefix: str) -> Logs:
-    loss = _number(row["loss"], math.nan)
-    if loss == 0.0 and (_number(row.get(f"{prefix}nonfinite_steps"), None) or 0) > 0:
-        loss = math.nan  # the Trainer's filter writes 0.0 where no step was finite
-    norm = f"{prefix}grad_norm_preclip"
-    return Logs(
-        step=row["step"],
-        source=source,
-        loss=loss,
-        grad_norm=_number(row.get(norm, row.get("grad_norm")), None),
-        baseline=_number(row.get(f"{prefix}baseline"), None),
-        threshold=_number(row.get(f"{prefix}threshold"), None),
-        learning_rate=_number(row.get("learning_rate"), None),
-    )
-
-
-def _number(value: object, missing: float | None) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return missing
-    try:
-        return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf
+        log = read_log(path)
+        if log.training:
+            self._logs[STATE_FILE] = log.training[-1]
+            self._state_source = path.relative_to(self._folder).as_posix()
+        self._max_steps, self._steps_done = log.max_steps or None, log.global_step
 
 
 def _newest(*times: float | None) -> float | None:
@@ -393,7 +325,7 @@ def _newest(*times: float | None) -> float | None:
 
 
 def _is_last(at: float | None, others: float | None) -> bool:
-    """Whether something was written, and nothing else after it."""
+    """Return whether something was written, and nothing else after it."""
     return at is not None and (others is None or at >= others)
 
 
@@ -418,5 +350,5 @@ def _refuse_a_folder_of_runs(folder: Path) -> None:
     newest = sorted(below, key=lambda run: -(_modified(run / METRICS_FILE) or 0))
     shown = ", ".join(visible(run) for run in newest[:_MOST_CANDIDATES])
     raise ConfigurationError(
-        f"{visible(folder)} is no run, but holds {len(below)} of them. Give one: {shown}."
+        f"{visible(folder)} is not a run, it holds {len(below)} of them. Give one: {shown}."
     )

@@ -1,44 +1,69 @@
-"""What a Trainer logged, read from trainer_state.json, which nobody vouches for."""
+"""Read what a Trainer logged from trainer_state.json, a file that may come from anyone."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hf_pss.errors import StateError
 from hf_pss.records.strict_json import read_object, visible
-from hf_pss.runs.checkpoint import STATE_FILE
+from hf_pss.runs.folder import MAX_STATE_BYTES, STATE_FILE, leads_out
 
-__all__ = ["STATE_FILE", "History", "LogRow", "differ_at", "leads_out", "read_history"]
+__all__ = [
+    "LogRow",
+    "RunLog",
+    "differ_at",
+    "merged",
+    "read_log",
+    "read_state",
+    "without_false_zeros",
+]
 
-# A row takes 200 bytes; PSS's own scalars make it 600.
-MAX_STATE_BYTES = 64 * 2**20
-# Larger than any run; keeps steps from being numbers with thousands of digits.
+# More steps than any run has. Keeps a step from being a number of thousands of digits.
 _MAX_STEP = 10**12
+# The mean loss of a language model stays above this value.
+_LEAST_LOSS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class LogRow:
-    """What was logged at one step; None where nothing was."""
+    """The numbers that were logged at one step; None for each that was not logged."""
 
     step: int
     loss: float | None = None
-    """Mean over the steps since the row before. May be NaN or inf."""
+    """Mean over the steps since the previous row. May be NaN or inf."""
     grad_norm: float | None = None
     """Of this step alone, before clipping. May be NaN or inf."""
     learning_rate: float | None = None
     eval_loss: float | None = None
+    baseline: float | None = None
+    threshold: float | None = None
+    nonfinite_steps: float | None = None
+    """PSS's count of non-finite steps since the start of the run."""
+    is_false_zero: bool = False
+    """Whether the file has a loss of 0 in place of NaN; see `without_false_zeros`."""
+
+
+# The Trainer's key first, then PSS's in a Trainer's log, then that in the metrics of a demo.
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "loss": ("loss",),
+    "grad_norm": ("grad_norm", "pss/grad_norm_preclip", "grad_norm_preclip"),
+    "learning_rate": ("learning_rate",),
+    "eval_loss": ("eval_loss",),
+    "baseline": ("pss/baseline", "baseline"),
+    "threshold": ("pss/threshold", "threshold"),
+    "nonfinite_steps": ("pss/nonfinite_steps", "nonfinite_steps"),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """A run's log."""
+class RunLog:
+    """The log of a run."""
 
     path: Path
     global_step: int
@@ -46,7 +71,7 @@ class History:
     batch_size: int | None
     """Of one device."""
     rows: tuple[LogRow, ...]
-    """By step, each step once."""
+    """Sorted by step, one row a step."""
 
     @property
     def training(self) -> tuple[LogRow, ...]:
@@ -55,51 +80,93 @@ class History:
 
     @property
     def log_interval(self) -> int:
-        """Median distance of rows with a loss, in steps; 1 where there are fewer than two."""
+        """Median distance in steps of the rows with a loss; 1 for fewer than two rows."""
         steps = [row.step for row in self.training]
         gaps = [later - step for step, later in itertools.pairwise(steps)]
         return max(1, round(statistics.median(gaps))) if gaps else 1
 
 
-def read_history(path: Path) -> History:
-    """Read one trainer_state.json; values of another type than expected count as not logged.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read one trainer_state.json as a plain mapping.
 
     Raises:
-        StateError: It is too large, no JSON, or holds no step or no log; or it is a link that leads
-            out of its folder.
-        OSError: It cannot be read.
+        StateError: The file is missing, too large, not JSON, or without ``global_step``.
+        OSError: The file cannot be read.
+    """
+    if not path.is_file():  # opening a pipe would block
+        raise StateError(f"{STATE_FILE} is missing, or it is not a regular file.")
+    state = read_object(path, max_bytes=MAX_STATE_BYTES, allow_nonfinite=True)
+    if _count(state.get("global_step")) is None:
+        raise StateError(f"{visible(path)} is damaged: it holds no global_step.")
+    return state
+
+
+def read_log(path: Path) -> RunLog:
+    """Read the log of one trainer_state.json. A value of an unexpected type counts as not logged.
+
+    Raises:
+        StateError: See `read_state`; or the file holds no log, or is a link that leads out of its
+            folder.
+        OSError: The file cannot be read.
     """
     if leads_out(path, path.parent):
         raise StateError(f"{visible(path)} is a link that leads out of its folder: not opened.")
-    if not path.is_file():  # a pipe would wait for ever
-        raise StateError(f"{visible(path)} is missing, or no regular file.")
-    state = read_object(path, max_bytes=MAX_STATE_BYTES, allow_nonfinite=True)
-    step, log = _count(state.get("global_step")), state.get("log_history")
-    if step is None or not isinstance(log, list):
-        raise StateError(f"{visible(path)} is damaged: it holds no global_step or no log_history.")
+    state = read_state(path)
+    log = state.get("log_history")
+    if not isinstance(log, list):
+        raise StateError(f"{visible(path)} is damaged: it holds no log_history.")
     rows: dict[int, LogRow] = {}
     for entry in log:
-        if isinstance(entry, dict) and (at := _count(entry.get("step"))) is not None:
-            rows[at] = _merged(rows.get(at, LogRow(at)), entry)
-    return History(
+        if isinstance(entry, dict) and (step := _count(entry.get("step"))) is not None:
+            # Training and evaluation log the same step one after the other.
+            rows[step] = merged(rows.get(step, LogRow(step)), entry)
+    return RunLog(
         path=path,
-        global_step=step,
+        global_step=state["global_step"],
         max_steps=_count(state.get("max_steps")),
         batch_size=_count(state.get("train_batch_size")),
-        rows=tuple(rows[at] for at in sorted(rows)),
+        rows=without_false_zeros(rows[step] for step in sorted(rows)),
     )
 
 
-def leads_out(path: Path, folder: Path) -> bool:
-    """Tell whether a path ends outside of a folder, once all links are followed."""
-    # `resolve` raises where links go in a circle.
-    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+def merged(row: LogRow, entry: Mapping[str, Any]) -> LogRow:
+    """Return the row with the numbers of another entry of the same step."""
+    found: dict[str, Any] = {
+        name: next((n for key in keys if (n := _number(entry.get(key))) is not None), None)
+        for name, keys in _KEYS.items()
+    }
+    return replace(row, **{name: value for name, value in found.items() if value is not None})
 
 
-def differ_at(one: History, other: History) -> int | None:
-    """Return the first step at which both logged a loss and not the same one; None where none is.
+def without_false_zeros(rows: Iterable[LogRow]) -> tuple[LogRow, ...]:
+    """Put NaN back where the Trainer has logged a loss of 0 in its place.
 
-    NaN equals NaN: a log that was continued holds the same rows.
+    With ``logging_nan_inf_filter`` the Trainer leaves NaN and inf out of its sum, so that the loss
+    is exactly 0 where no step since the previous row was finite. Our rule for such a loss: where
+    PSS has counted non-finite steps, the count must have risen. Where it has not counted, a loss of
+    exactly 0 is false as long as no earlier loss was below 0.01.
+
+    Args:
+        rows: Sorted by step.
+    """
+    least, num_before, kept = math.inf, 0.0, []
+    for row in rows:
+        if row.loss == 0.0:
+            now = row.nonfinite_steps
+            has_risen = now is not None and (now > num_before or 0 < now < num_before)
+            if has_risen or (now is None and least > _LEAST_LOSS):
+                row = replace(row, loss=math.nan, is_false_zero=True)
+        if row.loss is not None and math.isfinite(row.loss):
+            least = min(least, row.loss)
+        num_before = num_before if row.nonfinite_steps is None else row.nonfinite_steps
+        kept.append(row)
+    return tuple(kept)
+
+
+def differ_at(one: RunLog, other: RunLog) -> int | None:
+    """Return the first step at which two logs hold different losses, or None.
+
+    NaN equals NaN, because a log that was continued holds the same rows.
     """
     losses = {row.step: row.loss for row in other.training}
     for row in one.training:
@@ -110,27 +177,12 @@ def differ_at(one: History, other: History) -> int | None:
     return None
 
 
-def _merged(row: LogRow, entry: Mapping[str, Any]) -> LogRow:
-    # Training and evaluation log the same step one after the other.
-    return LogRow(
-        step=row.step,
-        loss=_either(_number(entry.get("loss")), row.loss),
-        grad_norm=_either(_number(entry.get("grad_norm")), row.grad_norm),
-        learning_rate=_either(_number(entry.get("learning_rate")), row.learning_rate),
-        eval_loss=_either(_number(entry.get("eval_loss")), row.eval_loss),
-    )
-
-
-def _either(new: float | None, old: float | None) -> float | None:
-    return old if new is None else new
-
-
 def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value)
-    except OverflowError:
+    except OverflowError:  # an integer of hundreds of digits
         return math.inf
 
 

@@ -1,7 +1,7 @@
-"""How a run of `hf-pss train` was launched: its options beside the checkpoints, and its processes.
+"""Read how `hf-pss train` was started: its options in a file beside the checkpoints.
 
-Words are taken from the file for the options listed here, and no others, and only where they print
-and do not begin with a dash.
+The file may come from anyone. So words are taken from it only for the options listed here, and only
+if they print and do not begin with a dash.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 from hf_pss.config import PSSConfig
 from hf_pss.errors import PSSError
 from hf_pss.records.strict_json import read_object
-from hf_pss.runs.log import History, leads_out
+from hf_pss.runs.durable import write_whole
+from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out
+from hf_pss.runs.log import RunLog
 
 __all__ = [
     "LR_SCALE",
-    "MAX_OPTIONS_BYTES",
-    "OPTIONS_FILE",
     "TRAINING_OPTIONS",
     "Launch",
     "num_processes",
     "options_file",
     "read_launch",
+    "read_options",
     "recorded_entropy",
+    "write_options",
 ]
 
-OPTIONS_FILE = "hf_pss_options.json"
-MAX_OPTIONS_BYTES = 2**20
 _MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 
 _OWN_OPTIONS = (
@@ -48,12 +48,8 @@ TRAINING_OPTIONS = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha"),
     *(_BATCH_SIZE, "auto_find_batch_size", "gradient_accumulation_steps"),
-    *(
-        "activation_checkpointing",
-        "gradient_checkpointing",
-        "average_tokens_across_devices",
-        "train_sampling_strategy",
-    ),
+    *("activation_checkpointing", "gradient_checkpointing"),
+    *("average_tokens_across_devices", "train_sampling_strategy"),
     *("dataloader_drop_last", "ignore_data_skip", "bf16", "fp16", "tf32", "use_cpu"),
     *("per_device_eval_batch_size", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end"),
@@ -61,10 +57,10 @@ TRAINING_OPTIONS = (
     *("pss_optim", "pss_optim_args", "pss_preset", LR_SCALE),
     *(f"pss_{option.name}" for option in fields(PSSConfig)),
 )
-"""Of the training arguments, kept under ``training`` where they were not the defaults.
+"""The training arguments that are kept, under ``training``, where they are not the defaults.
 
-Without seed, schedule and warm-up a run that goes on gets other batches, at another rate:
-scheduler.pt holds the base rate and the step, not the shape. The batch size is kept in any case:
+Without seed, schedule and warm-up a continued run gets other batches at another rate: scheduler.pt
+holds the base rate and the step, but not the shape of the schedule. The batch size is always kept:
 trainer_state.json has that of a process, which may drive several devices.
 """
 
@@ -74,52 +70,69 @@ _RANDOM_STATE = re.compile(r"rng_state_(\d{1,5})\.pth")
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What is known of it."""
+    """How a run was started, as far as its files show."""
 
     words: tuple[str, ...]
     """Options and their values, as `hf-pss train` takes them."""
     is_whole: bool
-    """Whether the file was written by a version that keeps all of `TRAINING_OPTIONS`."""
+    """Whether a version that keeps all of `TRAINING_OPTIONS` wrote the file."""
     lr_scale: float | None = None
-    """Factor on the learning rate that it had."""
+    """The run's own factor on the learning rate."""
+
+
+def write_options(run_dir: Path, options: Mapping[str, Any]) -> None:
+    """Write the options of a run.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    write_whole(run_dir / OPTIONS_FILE, json.dumps(options, indent=2, allow_nan=False) + "\n")
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Read a file of options; the values are not checked.
+
+    Raises:
+        StateError: The file is damaged.
+        OSError: The file cannot be read.
+    """
+    return read_object(path, max_bytes=MAX_CONFIG_BYTES)
 
 
 def options_file(checkpoint: Path) -> Path | None:
-    """Return the file of the run's options: in a repaired copy itself, else beside a checkpoint.
+    """Return the file of the run's options, from inside a repaired copy or beside a checkpoint.
 
-    A link that leads out of its folder is none.
+    A link that leads out of its folder does not count.
     """
     folders = (checkpoint, checkpoint.parent)
     paths = (folder / OPTIONS_FILE for folder in folders)
     return next((p for p in paths if p.is_file() and not leads_out(p, p.parent)), None)
 
 
-def read_launch(
-    checkpoint: Path, history: History | None, *, without: Collection[str]
-) -> Launch | None:
-    """Return the launch of the run that wrote a checkpoint; None where it is not known.
+def read_launch(checkpoint: Path, log: RunLog | None, *, without: Collection[str]) -> Launch | None:
+    """Return how the run that wrote a checkpoint was started, or None where that is unknown.
 
     Args:
         checkpoint: The folder.
-        history: The run's log, which has the number of steps and how often they were logged.
-        without: Names of options that are given otherwise.
+        log: The run's log. It has the number of steps and how often they were logged.
+        without: Names of options that the caller gives itself.
     """
     path = options_file(checkpoint)
     kept = None if path is None else _kept_in(path)
-    if kept is None or history is None:
+    if kept is None or log is None:
         return None
     training, paths = kept.get("training", {}), kept.get("paths", {})
     if not isinstance(training, dict) or not isinstance(paths, dict):
         return None
     given = {name: paths.get(name, kept.get(name)) for name in _OWN_OPTIONS}
     given |= {name: training.get(name) for name in TRAINING_OPTIONS if name not in without}
-    given |= {"max_steps": history.max_steps or None, "logging_steps": history.log_interval}
+    given |= {"max_steps": log.max_steps or None, "logging_steps": log.log_interval}
     lr_scale = training.get(LR_SCALE)
     if not (lr_scale is None or _is_factor(lr_scale)):
         return None
     is_whole = _BATCH_SIZE in training
     if not is_whole:
-        given[_BATCH_SIZE] = history.batch_size or None
+        given[_BATCH_SIZE] = log.batch_size or None
     words: list[str] = []
     for name, value in given.items():
         if value is None or value == {}:
@@ -132,9 +145,9 @@ def read_launch(
 
 
 def num_processes(checkpoint: Path) -> int | None:
-    """Count the processes that saved their random state; None where one's is missing.
+    """Count the processes that saved their random state; None where one of them is missing.
 
-    Several nodes that share no disk each hold those of their own processes alone.
+    Several nodes without a shared disk each hold the states of their own processes only.
     """
     names = (_RANDOM_STATE.fullmatch(entry.name) for entry in os.scandir(checkpoint))
     found = {int(name[1]) for name in names if name}
@@ -144,11 +157,18 @@ def num_processes(checkpoint: Path) -> int | None:
 
 
 def recorded_entropy(folder: Path) -> float | None:
-    """Return the unigram entropy of a run's training text in nats, where `hf-pss train` kept it."""
+    """Return the unigram entropy of a run's training text in nats, if `hf-pss train` kept it."""
     path = folder / OPTIONS_FILE
     kept = None if leads_out(path, folder) else _kept_in(path)
     value = None if kept is None else kept.get("unigram_entropy")
     return value if isinstance(value, float) and 0 < value < _MOST_ENTROPY else None
+
+
+def _kept_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_options(path)
+    except (PSSError, OSError):
+        return None
 
 
 def _is_factor(value: object) -> bool:
@@ -157,15 +177,8 @@ def _is_factor(value: object) -> bool:
     return 0 < value <= sys.float_info.max
 
 
-def _kept_in(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_object(path, max_bytes=MAX_OPTIONS_BYTES)
-    except (PSSError, OSError):
-        return None
-
-
 def _words(name: str, value: object) -> list[str] | None:
-    """The words behind an option; None for what `hf-pss train` would not have written."""
+    """Return the words after an option, or None for a value that `hf-pss train` does not write."""
     if isinstance(value, Mapping | bool):
         try:
             found = [json.dumps(value)]  # a mapping may hold null, lists and mappings

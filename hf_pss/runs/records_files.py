@@ -1,4 +1,4 @@
-"""Every number and file that PSS reports: logged keys, and the JSON-lines files."""
+"""Write and read PSS's files of lines beside the checkpoints: events and health readings."""
 
 from __future__ import annotations
 
@@ -6,28 +6,51 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Set
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from hf_pss.records.events import Record, to_json_line
+from hf_pss.detection.state import read_integer, read_mapping
+from hf_pss.errors import StateError
+from hf_pss.records.events import (
+    Event,
+    EventKind,
+    Intervention,
+    Record,
+    from_json_line,
+    to_json_line,
+)
 from hf_pss.records.steps import HealthReading
+from hf_pss.records.strict_json import parse_object
+from hf_pss.runs.durable import replacing
+from hf_pss.runs.folder import (
+    EVENTS_FILE,
+    HEALTH_FILE,
+    MAX_LINE_BYTES,
+    MAX_LINES_BYTES,
+    leads_out,
+)
 
 __all__ = [
-    "EVENTS_FILE",
-    "HEALTH_FILE",
     "REPORTED",
     "REPORTED_WITH_HEALTH",
     "JsonLines",
+    "ParsedLines",
+    "RunRecords",
     "health_line",
     "log_scalars",
+    "parse_reading",
+    "parse_record",
+    "parse_row",
+    "read_lines",
+    "read_run_records",
     "reading_line",
 ]
 
 logger = logging.getLogger(__name__)
-
-EVENTS_FILE = "pss_events.jsonl"
-HEALTH_FILE = "pss_health.jsonl"
 
 REPORTED: Mapping[str, str] = {
     "pss/grad_norm_preclip": "global gradient norm of this step, before clipping",
@@ -37,12 +60,12 @@ REPORTED: Mapping[str, str] = {
     "pss/nonfinite_steps": "non-finite steps since the start of the run",
     "pss/seconds": "seconds spent in PSS since the start of the run",
 }
-"""Keys of every training log, and what they mean; a number without a value is left out."""
+"""The keys of every training log and their meaning; a number without a value is left out."""
 
 REPORTED_WITH_HEALTH: Mapping[str, str] = {
     "pss/health_seconds": "seconds spent on the health metrics since the run began or was resumed",
 }
-"""Keys that a training log has besides where ``health`` is on."""
+"""The keys that a training log has in addition where ``health`` is on."""
 
 
 def log_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
@@ -52,17 +75,20 @@ def log_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
 
 
 def health_line(step: int, stable_ranks: Mapping[str, float]) -> str:
-    """Return one line of strict JSON: every matrix's stable rank, null where it has none."""
-    return json.dumps({"step": step, "stable_rank": _strict(stable_ranks)}, allow_nan=False)
+    """Return one line of strict JSON with every matrix's stable rank; null for NaN and inf."""
+    return reading_line(HealthReading(step, matrices={"stable_rank": stable_ranks}), scalars=False)
 
 
-def reading_line(reading: HealthReading) -> str:
-    """Return the same with every metric of every matrix, and ``scalars``; spectra are left out.
+def reading_line(reading: HealthReading, *, scalars: bool = True) -> str:
+    """Return one line of strict JSON with every metric of every matrix; null for NaN and inf.
 
-    Whoever reads ``stable_rank`` of `health_line` finds it here too.
+    Args:
+        reading: Its spectra are left out.
+        scalars: Also write the numbers of the whole model, under ``scalars``.
     """
-    matrices = {metric: _strict(values) for metric, values in reading.matrices.items()}
-    row = {"step": reading.step, **matrices, "scalars": _strict(reading.scalars)}
+    row = {"step": reading.step, **{name: _strict(by) for name, by in reading.matrices.items()}}
+    if scalars:
+        row["scalars"] = _strict(reading.scalars)
     return json.dumps(row, allow_nan=False)
 
 
@@ -71,14 +97,15 @@ def _strict(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 class JsonLines:
-    """A JSON-lines file beside the checkpoints that tells one story, also after a resume.
+    """A JSON-lines file beside the checkpoints that describes one course of training.
 
-    A run that resumes at step s abandons what an earlier run did after s. Those lines move to
-    ``<name>.superseded.jsonl``: the file stays the history of the weights, and nothing is lost.
+    A run that resumes at step s abandons what an earlier run did after s. The lines of those steps
+    move to ``<name>.superseded.jsonl``. So the file remains the history of the weights, and no line
+    is lost.
 
     Args:
-        path: The file; made when the first line is written.
-        resumed_step: Steps up to this one stay.
+        path: The file. It is created with the first line.
+        resumed_step: Lines up to this step stay.
     """
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
@@ -87,7 +114,7 @@ class JsonLines:
             self._supersede(resumed_step)
 
     def write(self, lines: Iterable[str]) -> None:
-        """Append lines; a full disk is a warning, never the end of a training run."""
+        """Append lines; a full disk is a warning and does not end a training run."""
         data = "".join(f"{line}\n" for line in lines).encode()
         if not data:
             return
@@ -96,7 +123,7 @@ class JsonLines:
             with self._path.open("a+b", buffering=0) as file:
                 _append(file, data)
         except OSError as error:
-            logger.warning("Cannot write %s: %s. Training goes on.", self._path, error)
+            logger.warning("Cannot write %s: %s. Training continues.", self._path, error)
 
     def write_records(self, records: Iterable[Record]) -> None:
         """Append events and interventions."""
@@ -104,34 +131,32 @@ class JsonLines:
 
     def _supersede(self, resumed_step: int) -> None:
         try:
-            # What a crash left of a line is no step's line: it is superseded like the others.
+            # A line that a crash has cut belongs to no step and is moved like those of later steps.
             with self._path.open("rb") as file:
                 gone = {i for i, line in enumerate(file) if not _is_up_to(line, resumed_step)}
             if gone:
                 self._move(gone)
-        except (OSError, MemoryError) as error:  # the latter: a line of gigabytes, which is no line
+        except (OSError, MemoryError) as error:  # the latter for a "line" of gigabytes
             logger.warning("Cannot tidy %s: %s. New lines are appended.", self._path, error)
 
     def _move(self, gone: Set[int]) -> None:
-        """Move lines by their numbers; a line at a time, for readings are many and long."""
-        partial = self._path.with_suffix(".partial")
+        """Move lines by their numbers, one at a time: readings are many and long."""
         superseded = self._path.with_suffix(".superseded.jsonl")
         with (
             self._path.open("rb") as file,
-            partial.open("wb") as kept,
+            replacing(self._path) as kept,
             superseded.open("ab") as others,
         ):
             for i, line in enumerate(file):
                 (others if i in gone else kept).write(line.removesuffix(b"\n") + b"\n")
-        os.replace(partial, self._path)  # in one piece: a crash leaves the old file or the new
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """Append whole lines or nothing: half a line would take the next one with it."""
+    """Append whole lines or nothing: half a line would spoil the next one."""
     size = file.seek(0, os.SEEK_END)
     if size:
         file.seek(size - 1)
-        # After a crash, where the disk was too full to tidy up.
+        # The last line may have been cut by a crash, and the disk too full to tidy up.
         data = data if file.read(1) == b"\n" else b"\n" + data
     try:
         while data:
@@ -146,3 +171,146 @@ def _is_up_to(line: bytes, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
         return False
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedLines(Generic[T]):
+    """The lines of a file that could be read, in its order."""
+
+    rows: tuple[T, ...] = ()
+    num_unreadable: int = 0
+    """Lines that were left out: malformed, of another version, or of an unknown kind."""
+    is_cut: bool = False
+    """Whether the last line has no end and was left out; `num_unreadable` does not count it."""
+
+    @property
+    def num_lost(self) -> int:
+        """The number of all lines that were left out."""
+        return self.num_unreadable + self.is_cut
+
+
+def read_lines(path: Path, parse: Callable[[bytes], T]) -> ParsedLines[T]:
+    """Parse a file of lines, one line at a time.
+
+    A missing file, and a link that leads out of its folder, count as empty.
+
+    Args:
+        path: The file.
+        parse: `parse_record`, `parse_reading` or `parse_row`.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    rows: list[T] = []
+    num_unreadable, is_cut = 0, False
+    for line in _lines(path):
+        try:
+            rows.append(parse(line))
+        except StateError:
+            is_cut = not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES
+            num_unreadable += not is_cut
+    return ParsedLines(tuple(rows), num_unreadable, is_cut)
+
+
+def parse_record(line: bytes) -> Record:
+    """Return the event or intervention of a line.
+
+    Raises:
+        StateError: The line is malformed, of another version, or of an unknown kind.
+    """
+    parse_object(line, what="an event")  # refuses duplicate keys
+    return from_json_line(line.decode())
+
+
+def parse_reading(line: bytes) -> HealthReading:
+    """Return the reading of a line. A value that is not a number becomes NaN.
+
+    Raises:
+        StateError: The line is not a JSON object with a step.
+    """
+    row = parse_row(line)
+    step = read_integer(row.get("step"), what="the step of a health reading")
+    matrices = {name: _numbers(by) for name, by in row.items() if isinstance(by, dict)}
+    return HealthReading(step, matrices.pop("scalars", {}), matrices)
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line. NaN and Infinity are taken as numbers.
+
+    Raises:
+        StateError: The line is not a JSON object.
+    """
+    return parse_object(line, what="A line", allow_nonfinite=True)
+
+
+def _numbers(values: object) -> dict[str, float]:
+    found = {}
+    for name, value in read_mapping(values, "the values of a metric").items():
+        try:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            found[name] = float(value) if is_number else math.nan  # type: ignore[arg-type]
+        except OverflowError:  # an integer of hundreds of digits
+            found[name] = math.inf
+    return found
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if leads_out(path, path.parent) or not path.is_file():
+        return
+    with path.open("rb") as stream:
+        left = MAX_LINES_BYTES
+        while left > 0 and (line := stream.readline(MAX_LINE_BYTES)):
+            left -= len(line)
+            if line.strip():
+                yield line
+
+
+# Larger than any stable rank.
+_MOST_RANK = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecords:
+    """A summary of the events and readings of a run."""
+
+    events: tuple[Event, ...] = ()
+    """In the order of the file; events that were answered by smoothing are among them."""
+    num_interventions: int = 0
+    rank_ratios: tuple[tuple[int, float], ...] = ()
+    """(step, median over matrices of stable rank / its own first value)."""
+    num_unreadable: int = 0
+    """Lines that were left out."""
+
+    def nonfinite_steps(self) -> tuple[int, ...]:
+        """Return the steps whose loss or gradient was NaN or inf."""
+        return tuple(one.step for one in self.events if one.kind is EventKind.NON_FINITE)
+
+
+def read_run_records(run_dir: Path) -> RunRecords:
+    """Read the events and readings of a run; a missing file counts as empty.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    records = read_lines(run_dir / EVENTS_FILE, parse_record)
+    readings = read_lines(run_dir / HEALTH_FILE, parse_reading)
+    ratios: list[tuple[int, float]] = []
+    first: dict[str, float] = {}
+    for reading in readings.rows:
+        ranks = reading.matrices.get("stable_rank", {})
+        sound = {name: rank for name, rank in ranks.items() if 0 < rank < _MOST_RANK}
+        first = sound | first
+        if sound:
+            median = statistics.median(rank / first[name] for name, rank in sound.items())
+            ratios.append((reading.step, median))
+    return RunRecords(
+        events=tuple(r.event if isinstance(r, Intervention) else r for r in records.rows),
+        num_interventions=sum(
+            isinstance(r, Intervention) and r.has_changed_weights for r in records.rows
+        ),
+        rank_ratios=tuple(ratios),
+        num_unreadable=records.num_lost + readings.num_lost,
+    )

@@ -1,12 +1,7 @@
-"""Which checkpoints of a folder are of an earlier run, and which go beyond `save_total_limit`.
+"""Which checkpoints of a folder belong to a run, and which ones `save_total_limit` removes.
 
-A run that is begun anew in a folder finds checkpoints of later steps there. Once it has saved one
-of its own, those are not its newest, whatever their numbers and the files' times say.
-
-A run's own checkpoints, which are not all that lie in its folder; and what is put out of sight.
-
-These are what it was resumed from, the older ones beside that, and what it has saved since. What
-else lies in the folder, an earlier run's, say, is nothing to go back to.
+A run that starts in a folder of an earlier run may find checkpoints of later steps there. Once it
+has saved one of its own, those are not its newest, whatever their numbers and dates.
 """
 
 from __future__ import annotations
@@ -17,32 +12,21 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_pss.runs.checkpoint import Examination, checkpoints_by_step, examine, step_by_name
+from hf_pss.runs.checkpoint import Examination, examine
+from hf_pss.runs.folder import ABANDONED, SUPERSEDED, checkpoints_by_step, step_by_name
 
-__all__ = [
-    "ABANDONED",
-    "SUPERSEDED",
-    "Lineage",
-    "abandon",
-    "claim_",
-    "is_superseded",
-    "rotate",
-    "supersede_later_",
-]
+__all__ = ["Lineage", "abandon", "claim_", "is_superseded", "rotate", "supersede_later_"]
 
 logger = logging.getLogger(__name__)
 
-# An empty file in the checkpoint; it goes with the folder when the step is saved again.
-SUPERSEDED = "pss_superseded"
-
 
 def is_superseded(folder: Path) -> bool:
-    """Tell whether another run has begun anew beside this checkpoint, and has saved."""
+    """Return whether a later run has started in this checkpoint's folder and has saved."""
     return (folder / SUPERSEDED).exists()
 
 
 def claim_(folder: Path) -> None:
-    """Count a checkpoint among the run that goes on from it."""
+    """Make a checkpoint part of the run that continues from it."""
     try:
         (folder / SUPERSEDED).unlink(missing_ok=True)
     except OSError as error:
@@ -50,13 +34,13 @@ def claim_(folder: Path) -> None:
 
 
 def supersede_later_(run_dir: Path, *, step: int) -> None:
-    """Let no resume take the checkpoints of steps after the one that was just saved."""
+    """Mark the checkpoints of steps after the one that was just saved, so that none is resumed."""
     for folder in checkpoints_by_step(run_dir):
-        if (step_by_name(folder) or 0) <= step or is_superseded(folder):
+        if _step_of(folder) <= step or is_superseded(folder):
             continue
         logger.warning(
-            "%s is of an earlier run, for step %d was saved after it: resume_from_checkpoint=True "
-            "will pass it over.",
+            "%s is of an earlier run, because step %d was saved after it: "
+            "resume_from_checkpoint=True will skip it.",
             folder,
             step,
         )
@@ -67,18 +51,18 @@ def supersede_later_(run_dir: Path, *, step: int) -> None:
 
 
 def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]) -> None:
-    """Remove what is beyond the limit: those of an earlier run first, then the oldest.
+    """Remove the checkpoints beyond the limit: those of an earlier run first, then the oldest.
 
     Args:
         run_dir: Holds ``checkpoint-N`` folders.
         limit: `save_total_limit`; None or 0 removes nothing.
-        step: What was just saved.
-        kept: Names that stay, beyond the limit, too.
+        step: The step that was just saved.
+        kept: Names that stay, even beyond the limit.
     """
     if limit is None or limit <= 0:
         return
     found = checkpoints_by_step(run_dir)
-    found.sort(key=lambda folder: (step_by_name(folder) or 0) <= step)  # stable: by step in each
+    found.sort(key=lambda folder: _step_of(folder) <= step)  # stable: by step in each group
     for folder in [one for one in found if one.name not in kept]:
         if len(found) <= limit:
             return
@@ -87,22 +71,27 @@ def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]
         found.remove(folder)
 
 
-ABANDONED = "_pss_abandoned"
-"""Folder of what was saved after something began to fail; no resume looks there."""
-
-
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Checkpoints in the order in which they were saved; some may have been removed since."""
+    """A run's own checkpoints in the order of saving; some may have been removed since.
+
+    These are the checkpoint that it was resumed from, older ones beside that, and those that it has
+    saved. The run does not go back to anything else in its folder.
+    """
 
     folders: tuple[Path, ...] = ()
     source: Path | None = None
-    """What the run was resumed from, in whatever folder; None for a run from its start."""
+    """The checkpoint that the run was resumed from, in any folder; None for a new run."""
 
     @classmethod
     def of(cls, source: Path | None) -> Lineage:
-        """Return the lineage of a run that is resumed: the checkpoint, and older ones beside it."""
-        return cls() if source is None else cls((*_older(source), source), source)
+        """Return the lineage of a run that is resumed from a checkpoint."""
+        if source is None:
+            return cls()
+        step = step_by_name(source)
+        beside = [] if step is None else checkpoints_by_step(source.parent)
+        older = (path for path in beside if _step_of(path) < (step or 0))
+        return cls((*(path for path in older if not is_superseded(path)), source), source)
 
     @property
     def names(self) -> set[str]:
@@ -110,7 +99,7 @@ class Lineage:
         return {folder.name for folder in self.folders}
 
     def with_saved(self, folder: Path) -> Lineage:
-        """Return the lineage with what was just saved."""
+        """Return the lineage with a checkpoint that was just saved."""
         return replace(self, folders=(*self.folders, folder))
 
     def up_to(self, step: int) -> Lineage:
@@ -118,9 +107,9 @@ class Lineage:
         return replace(self, folders=tuple(f for f in self.folders if _step_of(f) <= step))
 
     def newest_before(self, step: int) -> Examination | None:
-        """Return the newest whole checkpoint of an earlier step; log which it passes over."""
+        """Return the newest whole checkpoint of an earlier step, and log which ones it skips."""
         for folder in reversed(self.folders):
-            if not folder.is_dir():  # rotation took it
+            if not folder.is_dir():  # rotation has removed it
                 continue
             found = examine(folder)
             if found.step >= step:
@@ -137,12 +126,12 @@ class Lineage:
 
 
 def abandon(run_dir: Path, later: Iterable[Path]) -> bool:
-    """Move those checkpoints that lie in a run's folder out of sight; those of the last time go.
+    """Move checkpoints of a run's folder to `ABANDONED`; those of the last time are removed.
 
-    A folder that cannot be written is a warning: going back matters more.
+    A folder that cannot be moved is a warning, because going back matters more.
 
     Returns:
-        Whether any was moved.
+        Whether any checkpoint was moved.
     """
     there = [path for path in later if path.parent == run_dir and path.is_dir()]
     if not there:
@@ -163,14 +152,6 @@ def abandon(run_dir: Path, later: Iterable[Path]) -> bool:
             folder,
         )
     return num_moved > 0
-
-
-def _older(source: Path) -> tuple[Path, ...]:
-    step = step_by_name(source)
-    if step is None:
-        return ()
-    beside = [path for path in checkpoints_by_step(source.parent) if _step_of(path) < step]
-    return tuple(path for path in beside if not is_superseded(path))
 
 
 def _step_of(folder: Path) -> int:

@@ -1,15 +1,12 @@
-"""The header of a safetensors file, judged in full before a byte of a tensor is read.
+"""Read safetensors files that may come from anyone: headers, checkpoints, and matrices in pieces.
 
-The format (github.com/huggingface/safetensors, "Format"): eight bytes, little endian, the header's
-size; the header, one JSON object that maps a name to ``dtype``, ``shape`` and ``data_offsets``; the
+A header is checked in full before a tensor is read. The format
+(github.com/huggingface/safetensors, "Format"): eight bytes, little endian, with the header's size;
+the header, a JSON object that maps a name to ``dtype``, ``shape`` and ``data_offsets``; the
 tensors' bytes, without holes.
 
-Find the weights that a path means: a file, a checkpoint's folder, the hub's cache.
-
-Read the numbers of one matrix from its file, in pieces of bounded size.
-
-Plain reads, no memory map: pages of a map count as the process's memory for as long as the file is
-open, and a file that another program cuts short ends a process that maps it.
+The library's ``safe_open`` is not used, because it maps the file: mapped pages count as the
+process's memory, and the system kills the process where another program cuts the file short.
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ from torch import Tensor
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.models.selection import RowPattern
 from hf_pss.records.strict_json import parse_object, read_object, visible
+from hf_pss.runs.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, leads_out
 
 __all__ = [
     "DTYPE_BITS",
@@ -45,12 +43,12 @@ __all__ = [
     "read_pieces",
 ]
 
-# The format allows 100 MB; ours is lower, for parsed JSON takes several times its size. Every one
-# of 90,000 tensors, as many as the largest models have, may take 350 bytes of it.
-MAX_HEADER_BYTES = 32 * 2**20
+# The format allows 100 MB. Ours is lower because parsed JSON takes several times its size. It
+# leaves 350 bytes for each of 90,000 tensors, as many as the largest models have.
+MAX_HEADER_BYTES = MAX_INDEX_BYTES
 _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
-# Beyond both, products take hours and have more digits than Python prints. The limits are ours.
+# Beyond these limits (ours) a product takes hours and has more digits than Python prints.
 _MOST_DIMENSIONS = 16
 _MAX_SIZE = 2**63 - 1
 _SIZES = (
@@ -58,7 +56,7 @@ _SIZES = (
     "or above 2^63 - 1"
 )
 
-# Of safetensors 0.8: what may appear; what of it can be read here is told in `reading`.
+# All dtypes of safetensors 0.8. `READABLE` has those that can be read here.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         **{"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64},
@@ -71,7 +69,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: what it is called, and where its bytes lie."""
+    """The name, type and place of one tensor in a file."""
 
     name: str
     dtype: str
@@ -79,12 +77,12 @@ class TensorEntry:
     shape: tuple[int, ...]
     path: Path
     offset: int
-    """First byte, from the file's beginning."""
+    """Of the first byte, from the file's beginning."""
     num_bytes: int
 
 
 def read_header(path: Path) -> tuple[TensorEntry, ...]:
-    """Read and judge the header of one file; cost: the header, no tensor.
+    """Read and check the header of one file. Cost: the header, no tensor.
 
     Args:
         path: A .safetensors file.
@@ -93,14 +91,14 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
         Its tensors, in the order of their bytes.
 
     Raises:
-        StateError: The file is truncated or longer than it says, the header is too large, is not
-            strict JSON or has a duplicate key, a dtype is unknown, or the tensors' bytes overlap,
-            leave holes, or do not fit dtype and shape.
-        OSError: It cannot be read.
+        StateError: The file is shorter or longer than its header states; the header is too large,
+            is not strict JSON or has a duplicate key; a dtype is unknown; or the tensors' bytes
+            overlap, leave holes, or do not fit dtype and shape.
+        OSError: The file cannot be read.
     """
     what = visible(path)
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise _damaged(what, "it is no regular file")
+    if not path.is_file():  # opening a pipe would block
+        raise _damaged(what, "it is not a regular file")
     with path.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(0)
@@ -152,7 +150,7 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
 def _are_sizes(value: object) -> bool:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         return False
-    # `type`, for True is an int, too.
+    # `type`, because True is an instance of int.
     return all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
 
 
@@ -181,26 +179,23 @@ def _damaged(what: str, why: Any) -> StateError:
 _INDEX, _WEIGHTS, _CONFIG = ".safetensors.index.json", ".safetensors", "config.json"
 _PREFERRED = ("model", "adapter_model", "diffusion_pytorch_model")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# The index of a model of 90,000 tensors has 9 MB, a config a few thousand bytes.
-_MAX_INDEX_BYTES = 32 * 2**20
-_MAX_CONFIG_BYTES = 4 * 2**20
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _MAX_REF_BYTES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a checkpoint, none of them read, and its config as plain JSON."""
+    """The tensors of a checkpoint, not yet read, and its config as plain JSON."""
 
     path: Path
     tensors: tuple[TensorEntry, ...]
-    """In the order of files and bytes."""
+    """In the order of files and of bytes in each."""
     config: Mapping[str, Any]
-    """Empty where there is none. Only numbers and ``model_type`` are ever looked at."""
+    """Empty without a config.json. Only numbers and ``model_type`` are used."""
 
     @property
     def model_type(self) -> str | None:
-        """What config.json says, as text to compare with."""
+        """The ``model_type`` of config.json, if it is text."""
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
 
@@ -211,15 +206,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Judge all headers and the index; cost: no tensor is read.
+    """Read all headers and the index of a checkpoint. Cost: no tensor is read.
 
     Args:
         path: A .safetensors file; an index, *.safetensors.index.json; a folder that holds either;
-            or of the hub's cache ``models--…`` (the commit that ``refs/main`` names, or the only
-            one) and ``models--…/snapshots/<commit>``.
+            or, in the Hub's cache, ``models--…`` (the commit of ``refs/main``, or the only one) or
+            ``models--…/snapshots/<commit>``.
 
     Raises:
-        ConfigurationError: There are no safetensors: only pickles, only checkpoints of several
+        ConfigurationError: There are no safetensors, but only pickles, only checkpoints of several
             steps, or nothing.
         StateError: A file is damaged, or the index leads out of its folder.
         OSError: A file cannot be read.
@@ -256,7 +251,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 def _open_index(index: Path, *, shown: Path | None = None) -> Checkpoint:
     folder = index.parent
-    listed = read_object(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
+    listed = read_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise StateError(f"{visible(index)} is damaged: weight_map maps tensors to files.")
     shards = {name: _shard(index, name) for name in _distinct(index, listed.values())}
@@ -265,8 +260,8 @@ def _open_index(index: Path, *, shown: Path | None = None) -> Checkpoint:
     for tensor, shard in listed.items():
         if held.get(tensor) != shards[shard]:
             raise StateError(
-                f"{visible(index)} says that {visible(shard)} holds {visible(tensor)}, which it "
-                "does not: files of two checkpoints were mixed, or one is damaged."
+                f"{visible(index)} lists {visible(tensor)} in {visible(shard)}, which does not "
+                "hold it: files of two checkpoints were mixed, or one is damaged."
             )
     return checkpoint
 
@@ -275,7 +270,7 @@ def _distinct(index: Path, names: Iterable[object]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         if not isinstance(name, str):
-            raise StateError(f"{visible(index)} is damaged: {visible(name)} is no file's name.")
+            raise StateError(f"{visible(index)} is damaged: {visible(name)} is not a name.")
         found[name] = None
     return list(found)
 
@@ -295,13 +290,10 @@ def _shard(index: Path, name: str) -> Path:
 
 
 def _confined(path: Path, folder: Path) -> Path:
-    # In the hub's cache a snapshot's files are links to ../../blobs; no other link may lead out.
+    # In the Hub's cache a snapshot's files are links to ../../blobs. No other link may lead out.
     own = Path(os.path.realpath(folder))
-    allowed = [own]
-    if own.parent.name == "snapshots":
-        allowed.append(own.parent.parent / "blobs")
-    end = Path(os.path.realpath(path))  # `resolve` raises where links go in a circle
-    if not any(end.is_relative_to(root) for root in allowed):
+    blobs = [own.parent.parent / "blobs"] if own.parent.name == "snapshots" else []
+    if all(leads_out(path, root) for root in (folder, *blobs)):
         raise StateError(
             f"{visible(path)} is a link that leads out of its folder. It is not opened: copy the "
             "file to where the link is."
@@ -328,7 +320,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
         return {}
     # transformers 4 writes Infinity: the time_step_limit of Mamba-2, Bamba and Falcon-H1.
     own = _confined(path, folder)
-    return read_object(own, max_bytes=_MAX_CONFIG_BYTES, allow_nonfinite=True)
+    return read_object(own, max_bytes=MAX_CONFIG_BYTES, allow_nonfinite=True)
 
 
 def _commit_of(folder: Path) -> Path:
@@ -359,8 +351,8 @@ def _ordered(paths: Iterator[Path]) -> list[Path]:
 
 def _refusal(what: str) -> str:
     return (
-        f"{what} is not read: only .safetensors files are opened, for a pickle can run any "
-        "program. Convert it where you trust it: from_pretrained, then save_pretrained."
+        f"{what} is not read: only .safetensors files are opened, because a pickle can run any "
+        "program. If you trust it, convert it: from_pretrained, then save_pretrained."
     )
 
 
@@ -375,10 +367,10 @@ READABLE: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 
-# Of one piece in the precision that is computed with.
+# The most memory that one piece takes, in the precision of the computation.
 PIECE_BYTES = 64 * 2**20
-# Rows are read in one go, columns a row at a time: beyond this width the columns of a basis, which
-# are as long as a row, are the greater evil. Ours.
+# Rows are read in one go, columns a row at a time. Beyond this ratio the columns of a basis, which
+# are as long as a row, would cost more. Our choice.
 WIDE_RATIO = 16
 
 
@@ -388,9 +380,9 @@ class MatrixReader:
 
     Attributes:
         entry: Its tensor, 2-D or 3-D, of a readable dtype.
-        stored_shape: Of one matrix as stored, before any part is taken.
+        stored_shape: The shape of one whole matrix as stored.
         transposed: Whether output rows are stored as columns.
-        rows: Output rows that belong to it; None for all.
+        rows: The output rows that belong to the matrix; None for all.
     """
 
     entry: TensorEntry
@@ -400,12 +392,12 @@ class MatrixReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed with: float64 for float64, float32 for everything narrower."""
+        """The precision of the computation: float64 for float64, else float32."""
         return torch.float64 if self.entry.dtype == "F64" else torch.float32
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix, as stored."""
+        """The shape of the matrix as stored."""
         height, width = self.stored_shape
         if self.rows is None:
             return height, width
@@ -413,10 +405,10 @@ class MatrixReader:
         return (height, int(width * share)) if self.transposed else (int(height * share), width)
 
     def pieces(self, expert: int = 0) -> Iterator[Tensor]:
-        """Yield the matrix as stored, rows in order, (rows, columns) at most `PIECE_BYTES` each.
+        """Yield the matrix as stored, in pieces (rows, columns) of at most `PIECE_BYTES`.
 
         Args:
-            expert: Which of a stack.
+            expert: The index of a matrix in a stack.
 
         Raises:
             StateError: The file has become shorter since its header was read.
@@ -432,12 +424,12 @@ class MatrixReader:
                     yield self._columns(raw.view(num_rows, width)).to(self.dtype)
 
     def strips(self, expert: int = 0) -> Iterator[Tensor]:
-        """Yield the columns of the matrix as stored, as rows: pieces of its transpose.
+        """Yield the transpose of the matrix as stored, in pieces.
 
         Cost: a read for every row of every piece.
 
         Args:
-            expert: Which of a stack.
+            expert: The index of a matrix in a stack.
 
         Raises:
             StateError: The file has become shorter since its header was read.
@@ -457,19 +449,19 @@ class MatrixReader:
     def tall_pieces(
         self, expert: int = 0, *, wide_ratio: float = WIDE_RATIO
     ) -> tuple[Callable[[], Iterator[Tensor]], int]:
-        """Return what goes over the matrix in pieces of few columns, and how many they have.
+        """Return a function that yields pieces of few columns, and the number of their columns.
 
-        They are `pieces`, or `strips` where it is more than `wide_ratio` times as wide as high:
-        a matrix and its transpose have the same singular values.
+        The pieces are `pieces`, or `strips` where the matrix is more than `wide_ratio` times as
+        wide as high: a matrix and its transpose have the same singular values.
         """
         height, width = self.shape
-        # The parts of a transposed tensor are columns, and none of them is wide.
+        # The parts of a transposed tensor are columns. None of them is wide.
         if width > wide_ratio * height and not (self.transposed and self.rows):
             return partial(self.strips, expert), height
         return partial(self.pieces, expert), width
 
     def whole(self, expert: int = 0) -> Tensor:
-        """Return the matrix as stored, in one tensor; at its peak, one piece more than that."""
+        """Return the matrix as stored, in one tensor. Memory: the matrix and one piece."""
         whole = torch.empty(self.shape, dtype=self.dtype)
         done = 0
         for piece in self.pieces(expert):
@@ -497,9 +489,9 @@ class MatrixReader:
 
 
 def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
-    """Yield a tensor's numbers, (numbers,), in pieces; any shape, also none at all.
+    """Yield the numbers of a tensor of any shape, in flat pieces (numbers,).
 
-    A piece takes `PIECE_BYTES` at most once it is float32, or is float64.
+    A piece takes at most `PIECE_BYTES` as float32, or as float64 if it is that.
     """
     itemsize = READABLE[entry.dtype].itemsize
     left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
@@ -525,6 +517,6 @@ def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
         if not got:
             raise StateError(
                 f"{visible(entry.path)} became shorter while it was read. Wait until it is "
-                "written in full."
+                "complete."
             )
         done += got

@@ -12,13 +12,8 @@ from transformers.trainer_callback import CallbackHandler
 from hf_pss.records.events import EventKind, Intervention, Record
 from hf_pss.records.messages import intervention_line
 from hf_pss.records.steps import HealthReading, StepReport
-from hf_pss.runs.records_files import (
-    EVENTS_FILE,
-    HEALTH_FILE,
-    JsonLines,
-    health_line,
-    reading_line,
-)
+from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
+from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.trackers import Trackers, summary_table, trackers_for
 
 __all__ = ["RunRecorder"]

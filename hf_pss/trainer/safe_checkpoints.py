@@ -17,8 +17,9 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_pss.errors import StateError
-from hf_pss.runs.checkpoint import checkpoints_by_step, examine, unfit_state, write_marker
-from hf_pss.runs.durable import STAGING, move_into_place, sync_tree
+from hf_pss.runs.checkpoint import examine, unfit_state, write_marker
+from hf_pss.runs.durable import move_into_place, sync_tree
+from hf_pss.runs.folder import STAGING, checkpoints_by_step
 from hf_pss.runs.rotation import claim_, rotate, supersede_later_
 from hf_pss.trainer.recovery import RecoveryArguments, RecoveryConfig
 from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_

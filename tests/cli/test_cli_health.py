@@ -165,7 +165,7 @@ def test_no_regular_file_is_exit_code_2(
     make(checkpoint / "model.safetensors")
     result = run("health", checkpoint)
     assert result.exit_code == 2
-    assert "no regular file" in result.stderr
+    assert "not a regular file" in result.stderr
 
 
 def test_links_in_a_circle_are_exit_code_2(run: Run, checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 from commandline import PROSE, SHORT, Run
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
@@ -393,13 +394,18 @@ def test_config_file_with_sizes(run: Run, text_file: Path) -> None:
 
 
 def test_a_checkpoint_that_was_never_evaluated_is_named_as_unknown(tmp_path: Path) -> None:
-    """And one whose state was cut by a crash is none."""
-    whole, cut = tmp_path / "checkpoint-5", tmp_path / "checkpoint-6"
-    for folder in (whole, cut):
+    """A checkpoint that a resume refuses is not named: its state or its optimizer was cut."""
+    whole, cut, other = (tmp_path / f"checkpoint-{step}" for step in (5, 6, 7))
+    for folder in (whole, cut, other):
         folder.mkdir()
-    state = TrainerState(global_step=5, log_history=[{"loss": 3.0, "step": 5}])
-    state.save_to_json(str(whole / "trainer_state.json"))
+        state = TrainerState(global_step=5, log_history=[{"loss": 3.0, "step": 5}])
+        state.save_to_json(str(folder / "trainer_state.json"))
+        save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.save({}, folder / name)
     (cut / "trainer_state.json").write_text('{"x')
+    optimizer = other / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:200])
     assert is_complete(whole)
     assert not is_complete(cut)
     assert f"of unknown health, is {whole}" in where_to_go_on(tmp_path, None)

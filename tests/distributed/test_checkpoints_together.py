@@ -9,7 +9,8 @@ import pytest
 from launching import launch, launch_ranks
 
 from hf_pss.records.events import EventKind, read_events
-from hf_pss.runs.checkpoint import checkpoints_by_step, examine, read_marker
+from hf_pss.runs.checkpoint import examine, read_marker
+from hf_pss.runs.folder import checkpoints_by_step
 
 # Of each rank, or of the format, beside what every checkpoint has.
 OWN_FILES = {

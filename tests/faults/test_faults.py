@@ -17,7 +17,8 @@ from injectors import DECOMPOSITIONS, FAULTS, SKIPPED, Injector
 from torch import nn
 
 from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
-from hf_pss.runs.checkpoint import checkpoints_by_step, examine
+from hf_pss.runs.checkpoint import examine
+from hf_pss.runs.folder import checkpoints_by_step
 from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardTracker
 
 STEP = 9

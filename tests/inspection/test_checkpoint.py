@@ -132,9 +132,12 @@ def test_a_shard_lies_in_its_folder(tmp_path: Path, name: str) -> None:
     ("weight_map", "message"),
     [
         ({"a": "missing.safetensors"}, "missing"),
-        ({"x": "one.safetensors"}, "which it does not"),
-        ({"a": "two.safetensors", "b": "two.safetensors", "x": "one.safetensors"}, "which it does"),
-        ({"a": 3}, "no file's name"),
+        ({"x": "one.safetensors"}, "which does not hold it"),
+        (
+            {"a": "two.safetensors", "b": "two.safetensors", "x": "one.safetensors"},
+            "which does not",
+        ),
+        ({"a": 3}, "is not a name"),
         ({}, "weight_map"),
         ([1], "weight_map"),
     ],
@@ -172,12 +175,12 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     """Opened, it would wait for a writer: so would an index, or the options of a run."""
     os.mkfifo(tmp_path / "model.safetensors.index.json")
-    with pytest.raises(StateError, match="no regular file"):
+    with pytest.raises(StateError, match="not a regular file"):
         open_checkpoint(tmp_path)
-    with pytest.raises(StateError, match="no regular file"):
+    with pytest.raises(StateError, match="not a regular file"):
         open_checkpoint(tmp_path / "model.safetensors.index.json")
     os.mkfifo(tmp_path / "hf_pss_options.json")
-    with pytest.raises(StateError, match="no regular file"):
+    with pytest.raises(StateError, match="not a regular file"):
         read_object(tmp_path / "hf_pss_options.json", max_bytes=100)
     assert recorded_entropy(tmp_path) is None
     with pytest.raises(FileNotFoundError):

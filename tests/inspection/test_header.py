@@ -73,7 +73,7 @@ BROKEN: list[tuple[Any, bytes, str]] = [
     (b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},'
      b'"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', b"12", "'a' appears twice"),
     (b'{"a":{"dtype":"U8","dtype":"I8","shape":[2],"data_offsets":[0,2]}}', b"12", "'dtype'"),
-    (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,2]}}', b"12", "NaN is no number"),
+    (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,2]}}', b"12", "NaN is not a number"),
     (b"[1]", b"", "holds a list"),
     (b'{"a"', b"", "not valid JSON"),
     (b'{"\xff": 1}', b"", "not valid JSON"),

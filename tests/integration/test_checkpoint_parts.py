@@ -75,7 +75,7 @@ def test_json_of_any_length_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
     assert changed_files(tmp_path, Marker(1, {path.name: 3})) == {}
-    monkeypatch.setattr(marker, "_MAX_JSON_BYTES", 8)
+    monkeypatch.setattr(marker, "MAX_INDEX_BYTES", 8)
     assert changed_files(tmp_path, Marker(1, {path.name: 3})) == {path.name: "is damaged JSON"}
 
 

@@ -32,8 +32,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.errors import StateError
-from hf_pss.runs.checkpoint import MARKER, examine, read_marker, write_marker
-from hf_pss.runs.durable import STAGING
+from hf_pss.runs.checkpoint import examine, read_marker, write_marker
+from hf_pss.runs.folder import MARKER, STAGING
 from hf_pss.trainer.resuming import newest_whole
 from hf_pss.trainer.schedule_free import schedule_free
 

@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_written_is_a_warning(
     JsonLines(tmp_path / "file" / "e.jsonl", resumed_step=3).write(lines(1))
     found = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert [r.message.split()[1] for r in found] == ["tidy", "write", "write"]
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
 
 
 def test_a_health_line_is_strict_json() -> None:

@@ -25,7 +25,8 @@ from transformers import SchedulerType, Trainer, TrainerCallback
 
 from hf_pss import NonFiniteError, PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.errors import TrainingFailedError
-from hf_pss.runs.checkpoint import checkpoints_by_step, examine
+from hf_pss.runs.checkpoint import examine
+from hf_pss.runs.folder import checkpoints_by_step
 
 SPIKE = 9
 STEPS = {"max_steps": 16, "save_steps": 2, "lr_scheduler_type": "linear"}

@@ -30,19 +30,30 @@ def change(name: str = NAMES[0], **fields: Any) -> dict[str, Any]:
 
 
 def intervention(step: int, **fields: Any) -> dict[str, Any]:
-    return {
+    """Return a line of pss_events.jsonl; another ``kind`` makes it an unanswered event."""
+    record = {
         "version": 1,
         "kind": "intervention",
+        "trigger": "spike",
         "step": step,
         "detector": "grad_norm_ratio",
         "value": 5.0,
         "baseline": 1.0,
         "threshold": 2.5,
+        "fired": ["global"],
+        "new_level": [],
+        "loss": 7.0,
+        "decision": "act",
+        "reason": "grad_norm_ratio",
         "smoothing": "clip",
         "seconds": 0.02,
         "matrices": [change()],
         **fields,
     }
+    if record["kind"] != "intervention":
+        for name in ("trigger", "smoothing", "seconds", "matrices"):
+            del record[name]
+    return record
 
 
 @dataclass

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.report_records import load_run_directory
 from hf_pss.evidence.report_results import headline, result
+from hf_pss.records.events import EventKind
 
 
 def test_a_finished_run_is_read_whole(twins: Path) -> None:
@@ -134,7 +135,6 @@ def test_events_that_changed_nothing_are_no_interventions(
         make_intervention(3, kind="spike", decision="observe", reason="cooldown"),
         make_intervention(5, kind="non_finite", decision="skip_update", value=None),
         make_intervention(9, trigger="spike"),
-        {"version": 1, "kind": "remark", "step": 11},
     ]
     files.run("paper", events=events)
     run = load_run_directory(files.info()).runs[0]
@@ -144,6 +144,26 @@ def test_events_that_changed_nothing_are_no_interventions(
         (5, "non_finite", "skip update"),
         (9, "spike", "clip"),
     ]
+
+
+@pytest.mark.parametrize("kind", EventKind)
+def test_every_kind_of_event_is_read(kind: EventKind, files: Any, make_intervention: Any) -> None:
+    files.run("paper", events=[make_intervention(3, kind=kind, decision="stop")])
+    directory = load_run_directory(files.info())
+    assert [(event.step, event.kind) for event in directory.runs[0].events] == [(3, kind)]
+    assert directory.missing == ()
+
+
+def test_an_event_of_an_unknown_kind_is_listed_as_unreadable(
+    files: Any, make_intervention: Any
+) -> None:
+    events = [make_intervention(3), {"version": 1, "kind": "remark", "step": 11}]
+    files.run("paper", events=events)
+    directory = load_run_directory(files.info())
+    assert len(directory.runs[0].events) == 1
+    assert directory.missing == (
+        "paper/seed-0/pss_events.jsonl has 1 of 2 lines that cannot be read.",
+    )
 
 
 def test_two_interventions_in_one_step_are_two(files: Any, make_intervention: Any) -> None:

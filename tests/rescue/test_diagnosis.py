@@ -12,8 +12,8 @@ from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, to_json_line
 from hf_pss.rescue.diagnosis import Diagnosis, diagnose
-from hf_pss.runs.log import History, LogRow, read_history
-from hf_pss.runs.notes import Notes, read_notes
+from hf_pss.runs.log import LogRow, RunLog, read_log, without_false_zeros
+from hf_pss.runs.records_files import RunRecords, read_run_records
 
 # Of the tiny model, whose loss is summed over 11 of 12 tokens.
 STUCK_AT = 3.5
@@ -22,7 +22,7 @@ STUCK_AT = 3.5
 def diagnosed(run: Path, **options: float) -> Diagnosis:
     state = run / "checkpoint-120" / "trainer_state.json"
     return diagnose(
-        read_history(state), read_notes(run), **{"unigram_entropy": STUCK_AT, **options}
+        read_log(state), read_run_records(run), **{"unigram_entropy": STUCK_AT, **options}
     )
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_recovers_is_told_of(run_of: Callable[..., Path]) -> None:
     found = diagnosed(run_of("recovers"))
     assert found.failure is None
     rows = synthetic([3.0] * 60 + [9.0] * 40 + [3.0] * 60)
-    found = diagnose(rows, Notes())
+    found = diagnose(rows, RunRecords())
     assert found.failure is None
     assert "recovered by itself from a spike" in found.notes[0]
 
@@ -75,47 +75,67 @@ def test_a_run_that_recovers_is_told_of(run_of: Callable[..., Path]) -> None:
 def test_the_end_counts_after_however_many_recoveries(
     end: list[float], kind: str | None, onset: int | None
 ) -> None:
-    found = diagnose(synthetic(([3.0] * 20 + [9.0] * 30 + [3.0] * 30) * 25 + end), Notes())
+    found = diagnose(synthetic(([3.0] * 20 + [9.0] * 30 + [3.0] * 30) * 25 + end), RunRecords())
     failure = found.failure
     assert (None if failure is None else failure.kind) == kind
     if failure is not None and onset is not None:
         assert abs(failure.onset_step - onset) <= 25
-    assert "more often than is told" in " ".join(found.notes)
+    assert "more often than is listed" in " ".join(found.notes)
 
 
 def synthetic(
     losses: Sequence[float | None], *, norms: Sequence[float] = (), every: int = 1
-) -> History:
+) -> RunLog:
     rows = [
         LogRow(every * (i + 1), loss, norms[i] if norms else 1.0) for i, loss in enumerate(losses)
     ]
-    return History(Path("x"), rows[-1].step if rows else 0, None, None, tuple(rows))
+    step = rows[-1].step if rows else 0
+    return RunLog(Path("x"), step, None, None, without_false_zeros(rows))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
 def test_a_loss_that_is_not_finite(bad: float) -> None:
-    found = diagnose(synthetic([3.0] * 30 + [bad] * 5), Notes()).failure
+    found = diagnose(synthetic([3.0] * 30 + [bad] * 5), RunRecords()).failure
     assert found is not None
     assert (found.kind, found.onset_step, found.noticed_step) == ("non_finite", 30, 31)
 
 
 def test_a_true_loss_of_zero_is_sound() -> None:
     losses = [3.0 * 0.8**i for i in range(60)] + [0.0] * 30
-    assert diagnose(synthetic(losses), Notes()).failure is None
+    assert diagnose(synthetic(losses), RunRecords()).failure is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "counts", "expected"),
+    [
+        ([3.0, 0.0], [None, None], [False, True]),
+        ([3.0, 0.005, 0.0], [None] * 3, [False] * 3),
+        ([3.0, 0.0, 0.0], [0.0, 2.0, 2.0], [False, True, False]),
+        ([3.0, 0.0], [50.0, 3.0], [False, True]),  # the count began again after a resume
+    ],
+)
+def test_a_zero_that_hides_nan_is_put_back(
+    losses: list[float], counts: list[float | None], expected: list[bool]
+) -> None:
+    pairs = enumerate(zip(losses, counts, strict=True))
+    rows = [LogRow(step, loss, nonfinite_steps=count) for step, (loss, count) in pairs]
+    found = without_false_zeros(rows)
+    assert [row.is_false_zero for row in found] == expected
+    assert [math.isnan(row.loss or 0.0) for row in found] == expected
 
 
 def test_one_bad_row_between_sound_ones_is_no_failure() -> None:
-    assert diagnose(synthetic([3.0] * 30 + [math.nan] + [3.0] * 30), Notes()).failure is None
+    assert diagnose(synthetic([3.0] * 30 + [math.nan] + [3.0] * 30), RunRecords()).failure is None
 
 
 def test_a_gradient_of_nan_that_pss_skipped_is_no_failure() -> None:
     history = synthetic([3.0] * 30, norms=[1.0] * 29 + [math.nan])
-    failure = diagnose(history, Notes()).failure
+    failure = diagnose(history, RunRecords()).failure
     assert failure is not None
     assert failure.kind == "non_finite"
     judgement = Judgement(Verdict.NON_FINITE, "guard", ("global",))
     skipped = Event.of(judgement, Decision(Action.SKIP_UPDATE, "x"), step=30, loss=3.0)
-    assert diagnose(history, Notes(events=(skipped,))).failure is None
+    assert diagnose(history, RunRecords(events=(skipped,))).failure is None
 
 
 def test_what_pss_saw_after_the_last_row() -> None:
@@ -124,7 +144,7 @@ def test_what_pss_saw_after_the_last_row() -> None:
         Event.of(judgement, Decision(Action.OBSERVE, "x"), step=step, loss=None)
         for step in range(41, 71)
     ]
-    failure = diagnose(synthetic([3.0] * 40), Notes(events=tuple(events))).failure
+    failure = diagnose(synthetic([3.0] * 40), RunRecords(events=tuple(events))).failure
     assert failure is not None
     assert failure.onset_step == 40
 
@@ -132,29 +152,29 @@ def test_what_pss_saw_after_the_last_row() -> None:
 def test_a_collapse_of_the_ranks() -> None:
     ranks = [(step, max(0.1, 1 - step / 50)) for step in range(0, 120, 10)]
     stuck = synthetic([5.0 - 0.05 * min(i, 15) for i in range(120)])
-    failure = diagnose(stuck, Notes(), ranks=ranks).failure
+    failure = diagnose(stuck, RunRecords(), ranks=ranks).failure
     assert failure is not None
     assert (failure.kind, failure.noticed_step) == ("collapse", 40)
     learning = synthetic([5.0 - 0.02 * i for i in range(120)])
-    assert diagnose(learning, Notes(), ranks=ranks).failure is None
+    assert diagnose(learning, RunRecords(), ranks=ranks).failure is None
 
 
 def test_a_rise_at_the_end_of_the_log() -> None:
-    failure = diagnose(synthetic([3.0] * 60 + [9.0] * 5), Notes()).failure
+    failure = diagnose(synthetic([3.0] * 60 + [9.0] * 5), RunRecords()).failure
     assert failure is not None
     assert (failure.kind, failure.onset_step) == ("spike", 60)
-    assert diagnose(synthetic([3.0] * 60 + [9.0] * 4), Notes()).failure is None
+    assert diagnose(synthetic([3.0] * 60 + [9.0] * 4), RunRecords()).failure is None
 
 
 def test_nothing_logged() -> None:
-    found = diagnose(synthetic([]), Notes())
+    found = diagnose(synthetic([]), RunRecords())
     assert found.failure is None
-    assert "nothing can be said" in found.notes[0]
+    assert "course is unknown" in found.notes[0]
 
 
 def test_an_evaluation_that_is_not_finite() -> None:
     rows = (LogRow(10, None, eval_loss=3.0), LogRow(20, None, eval_loss=math.inf))
-    failure = diagnose(History(Path("x"), 20, None, None, rows), Notes()).failure
+    failure = diagnose(RunLog(Path("x"), 20, None, None, rows), RunRecords()).failure
     assert failure is not None
     assert (failure.onset_step, failure.noticed_step) == (11, 20)
 
@@ -169,9 +189,8 @@ def test_notes_of_pss(tmp_path: Path) -> None:
         {"step": 5, "stable_rank": {"a": 5.0, "b": 1.0, "c": None, "d": 10**400}},
     ]
     (tmp_path / "pss_health.jsonl").write_text("\n".join(map(json.dumps, health)) + "\n[1]\n")
-    notes = read_notes(tmp_path)
+    notes = read_run_records(tmp_path)
     assert notes.events == (event,)
-    assert notes.spike_steps() == (9,)
     assert notes.rank_ratios == ((0, 1.0), (5, 0.375))
     assert notes.num_unreadable == 3
-    assert read_notes(tmp_path / "nowhere") == Notes()
+    assert read_run_records(tmp_path / "nowhere") == RunRecords()

@@ -88,7 +88,7 @@ def test_a_spike_may_be_what_became_of_it(
     found = looked_at(run)
     assert kind_of(found) == "slow_damage"
     assert found.diagnosis is not None
-    assert any("Found besides: A spike at step" in note for note in found.diagnosis.notes)
+    assert any("Also found: A spike at step" in note for note in found.diagnosis.notes)
     monkeypatch.setattr(early_ranks, "_EARLY_STEPS", 60)
     assert kind_of(looked_at(run)) == "spike"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from hf_pss.rescue.candidates import CheckpointReport, report_on
 from hf_pss.rescue.optimizer_files import require_torch, rewrite_optimizer
 from hf_pss.rescue.repair import RECORD_FILE, Repairs, write_repaired
 from hf_pss.rescue.smoothed_weights import matrices_to_smooth
-from hf_pss.runs.options import OPTIONS_FILE
+from hf_pss.runs.folder import OPTIONS_FILE
 from hf_pss.runs.safetensors_files import open_checkpoint
 
 RunOf = Callable[..., Path]
@@ -304,6 +306,20 @@ def test_a_full_disk_is_an_error_of_the_system(damaged: CheckpointReport) -> Non
         rewrite_optimizer(
             damaged.path / "optimizer.pt", Path("/dev/full"), moments="keep", lr_scale=0.5
         )
+
+
+def test_a_file_system_that_flushes_no_folders_is_enough(
+    damaged: CheckpointReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuses_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    assert repaired(damaged, tmp_path / "out").is_dir()
 
 
 def test_the_options_of_the_run_go_along(damaged: CheckpointReport, tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
 from hf_pss.rescue.candidates import report_on
 from hf_pss.rescue.investigate import Investigation, investigate
-from hf_pss.runs.rotation import SUPERSEDED
+from hf_pss.runs import log
+from hf_pss.runs.checkpoint import examine
+from hf_pss.runs.folder import SUPERSEDED
+from hf_pss.runs.follow import Follower
 
 RunOf = Callable[..., Path]
 
@@ -95,6 +98,19 @@ def test_an_incomplete_checkpoint_is_passed_over(spiked: Path, name: str, how: s
     assert name in next(why for one, why in found.choice.passed_over if one.step == 60)
 
 
+@pytest.mark.parametrize("is_too_large", [False, True])
+def test_one_limit_on_the_size_of_a_state_holds_for_all(
+    spiked: Path, monkeypatch: pytest.MonkeyPatch, is_too_large: bool
+) -> None:
+    """Resume, rescue and watch agree on whether a large trainer_state.json can be read."""
+    folder = spiked / "checkpoint-60"
+    size = (folder / "trainer_state.json").stat().st_size
+    monkeypatch.setattr(log, "MAX_STATE_BYTES", size - is_too_large)
+    for why in (examine(folder).problem, "; ".join(report_on(folder).missing)):
+        assert ("larger than" in (why or "")) == is_too_large
+    assert (Follower(folder).poll().log is None) == is_too_large
+
+
 def test_damaged_weights_are_passed_over(spiked: Path) -> None:
     path = spiked / "checkpoint-60" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -123,8 +139,8 @@ def test_none_can_be_used(run_of: RunOf, tmp_path: Path) -> None:
 def test_the_log_of_an_older_checkpoint_where_the_newest_is_broken(spiked: Path) -> None:
     (spiked / "checkpoint-120" / "trainer_state.json").write_text("{")
     found = looked_at(spiked)
-    assert found.history is not None
-    assert found.history.global_step == 100
+    assert found.log is not None
+    assert found.log.global_step == 100
     assert len(found.unreadable) == 1
     assert chosen(found) == 60
 
@@ -139,8 +155,8 @@ def test_the_log_of_the_newest_attempt(spiked: Path) -> None:
     for step in (20, 40, 60, 100, 120):
         os.utime(spiked / f"checkpoint-{step}" / "trainer_state.json", (now, now - 1000))
     found = looked_at(spiked)
-    assert found.history is not None
-    assert found.history.global_step == 80
+    assert found.log is not None
+    assert found.log.global_step == 80
     assert found.diagnosis is not None
     assert "differ from step 10 on" in found.diagnosis.notes[0]
 
@@ -148,8 +164,8 @@ def test_the_log_of_the_newest_attempt(spiked: Path) -> None:
 def test_of_logs_that_agree_the_longest_is_taken(spiked: Path) -> None:
     os.utime(spiked / "checkpoint-40" / "trainer_state.json")  # copied last
     found = looked_at(spiked)
-    assert found.history is not None
-    assert found.history.global_step == 120
+    assert found.log is not None
+    assert found.log.global_step == 120
     assert found.diagnosis is not None
     assert not any("differ" in note for note in found.diagnosis.notes)
 
@@ -196,8 +212,8 @@ def test_a_checkpoint_that_is_a_link_out_of_the_run(spiked: Path, tmp_path: Path
     link.symlink_to(moved)
     found = looked_at(spiked)
     assert verdicts(found)[120] == "damaged"
-    assert found.history is not None
-    assert found.history.global_step == 100
+    assert found.log is not None
+    assert found.log.global_step == 100
     assert chosen(looked_at(link)) == 120  # named, it may lie anywhere
 
 
@@ -222,7 +238,7 @@ def test_times_that_no_calendar_holds(at: float, year: int) -> None:
 def test_a_checkpoint_alone(spiked: Path) -> None:
     found = looked_at(spiked / "checkpoint-60")
     assert chosen(found) == 60
-    assert found.history is not None
+    assert found.log is not None
 
 
 def test_sharded_layouts_are_listed_and_not_opened(tmp_path: Path, spiked: Path) -> None:

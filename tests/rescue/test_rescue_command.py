@@ -17,12 +17,12 @@ from hf_pss.cli.parsing import parse_plan
 from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan, plan_resume
-from hf_pss.rescue.diagnosis import Failure, FailureKind
-from hf_pss.runs.log import History, LogRow
-from hf_pss.runs.options import OPTIONS_FILE
+from hf_pss.rescue.diagnosis import FailureKind, RunFailure
+from hf_pss.runs.folder import OPTIONS_FILE
+from hf_pss.runs.log import LogRow, RunLog
 
 # Logged every four steps, of a hundred.
-LOG = History(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4, 84, 4)))
+LOG = RunLog(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4, 84, 4)))
 OPTIONS = """{
 "model_config": "gpt2", "dataset": "python", "vocab_size": 300,
 "training": {
@@ -32,8 +32,8 @@ OPTIONS = """{
 }}"""
 
 
-def failed(kind: FailureKind = "spike", noticed: int = 71) -> Failure:
-    return Failure(kind, noticed - 1, noticed, "")
+def failed(kind: FailureKind = "spike", noticed: int = 71) -> RunFailure:
+    return RunFailure(kind, noticed - 1, noticed, "")
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_how_many_batches_lead_past_it(run_dir: Path) -> None:
 def test_a_copy_behind_the_last_step_is_told(run_dir: Path) -> None:
     for skipped, is_said in ((59, False), (60, True)):
         text = said(run_dir, repaired=run_dir.with_name("out"), skipped=skipped)
-        assert ("passes over all remaining steps" in text) == is_said
+        assert ("skips all remaining steps" in text) == is_said
 
 
 class FakeTrainer(dict[str, Any]):
@@ -198,13 +198,13 @@ def test_a_rate_that_rose_to_slow_damage_is_held(
     # A spike may have been a batch's doing.
     spiked = plan(run_dir, failure=failed())
     assert lr_scale_of(spiked) is None
-    assert "Lower it, with --lr-scale 0.25." in " ".join(spiked.remarks)
+    assert "Lower it with --lr-scale 0.25." in " ".join(spiked.remarks)
     as_it_was = plan(run_dir, failure=failed("slow_damage"), lr_scale=1.0)
     assert lr_scale_of(as_it_was) is None
     assert "--lr-scale" not in " ".join(as_it_was.remarks)
     stuck = plan(run_dir, failure=failed("collapse", noticed=43))
     assert lr_scale_of(stuck) is None
-    assert "Lower it, with --lr-scale 0.25." in " ".join(stuck.remarks)
+    assert "Lower it with --lr-scale 0.25." in " ".join(stuck.remarks)
     # It rose when all was over.
     early = plan(run_dir, failure=failed("slow_damage", noticed=43))
     assert lr_scale_of(early) is None
@@ -225,7 +225,7 @@ def test_a_rate_that_does_not_rise_is_left(
     resumed = plan(run_dir, failure=failed("slow_damage"))
     assert lr_scale_of(resumed) is None
     assert "rises" not in (text := " ".join(resumed.remarks))
-    assert "goes on as it was. If it did the harm" in text
+    assert "stays as it was. If it did the harm" in text
 
 
 def test_a_factor_that_is_asked_for(run_dir: Path) -> None:

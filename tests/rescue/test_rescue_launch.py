@@ -14,12 +14,13 @@ from hf_pss.cli.parsing import TrainPlan, parse_plan
 from hf_pss.cli.saved_options import options_to_keep
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.runs.log import History
-from hf_pss.runs.notes import EVENTS_FILE, Notes, read_notes
-from hf_pss.runs.options import OPTIONS_FILE, TRAINING_OPTIONS, num_processes, read_launch
+from hf_pss.runs.folder import EVENTS_FILE, OPTIONS_FILE
+from hf_pss.runs.log import RunLog
+from hf_pss.runs.options import TRAINING_OPTIONS, num_processes, read_launch
+from hf_pss.runs.records_files import RunRecords, read_run_records
 
 FRESH = ("--model_config", "gpt2", "--use_cpu")
-LOG = History(Path("trainer_state.json"), 5, 10, 8, ())
+LOG = RunLog(Path("trainer_state.json"), 5, 10, 8, ())
 OVERRIDES = '{"n_layer": 2, "a": null, "b": [1, 2], "c": {"d": "1", "e": 0.5}, "f": "2"}'
 
 
@@ -96,7 +97,7 @@ def test_a_factor_that_goes_on_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     options_to_keep(again, checkpoint, warn=said.append)
     (line,) = said
-    assert "goes on with 0.25 times --learning_rate 0.01" in line
+    assert "continues with 0.25 times --learning_rate 0.01" in line
 
 
 @pytest.mark.parametrize("bad", [None, [], 1, "x"])
@@ -188,7 +189,7 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
     (checkpoint.parent / OPTIONS_FILE).symlink_to(tmp_path / "elsewhere.json")
     (checkpoint.parent / EVENTS_FILE).symlink_to(tmp_path / "elsewhere.json")
     assert read_launch(checkpoint, LOG, without=()) is None
-    assert read_notes(checkpoint.parent) == Notes()
+    assert read_run_records(checkpoint.parent) == RunRecords()
 
 
 @pytest.mark.parametrize(

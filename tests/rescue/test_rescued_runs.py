@@ -33,7 +33,7 @@ def plan_for(run: Path, smoothing: str = "floor") -> ResumePlan:
     assert diagnosis is not None
     return plan_resume(
         run,
-        found.history,
+        found.log,
         chosen,
         smoothing=smoothing,
         is_last_resort=found.choice.is_last_resort,

@@ -45,15 +45,16 @@ def test_files_that_come_later(tmp_path: Path) -> None:
         [health_line(0, {"a": 9.0}), health_line(10, {"a": 3.0, "b": math.nan})]
     )
     state = follower.poll()
-    assert state.ranks is not None
-    assert state.first_ranks is not None
-    assert (state.first_ranks.step, state.ranks.step) == (0, 10)
-    assert math.isnan(state.ranks.by_matrix["b"])
+    assert state.reading is not None
+    assert state.first_reading is not None
+    assert (state.first_reading.step, state.reading.step) == (0, 10)
+    assert math.isnan(state.reading.matrices["stable_rank"]["b"])
     write_state(tmp_path, 10)
-    logs = follower.poll().logs
-    assert logs is not None
-    assert (logs.step, logs.loss, logs.grad_norm, logs.threshold) == (10, 3.5, 0.5, 1.5)
-    assert logs.source == "checkpoint-10/trainer_state.json"
+    state = follower.poll()
+    log = state.log
+    assert log is not None
+    assert (log.step, log.loss, log.grad_norm, log.threshold) == (10, 3.5, 0.5, 1.5)
+    assert state.log_source == "checkpoint-10/trainer_state.json"
 
 
 def test_the_newest_checkpoint_and_one_that_is_half_written(tmp_path: Path) -> None:
@@ -61,27 +62,27 @@ def test_the_newest_checkpoint_and_one_that_is_half_written(tmp_path: Path) -> N
     follower = Follower(tmp_path)
     follower.poll()
     path = write_state(tmp_path, 20, loss=math.nan)  # the Trainer writes the word NaN
-    logs = follower.poll().logs
-    assert logs is not None
-    assert math.isnan(logs.loss or 0)
+    log = follower.poll().log
+    assert log is not None
+    assert math.isnan(log.loss or 0)
     path = write_state(tmp_path, 30)
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     state = follower.poll()
-    assert state.logs == logs
+    assert state.log == log
     assert state.num_unreadable == 1
     path.write_bytes(whole)
     state = follower.poll()
-    assert state.logs is not None
-    assert state.logs.step == 30
+    assert state.log is not None
+    assert state.log.step == 30
     assert state.num_unreadable == 0
 
 
 def test_a_loss_that_the_trainer_has_filtered_is_not_zero(tmp_path: Path) -> None:
     write_state(tmp_path, 10, loss=0.0, **{"pss/nonfinite_steps": 3})
-    logs = Follower(tmp_path).poll().logs
-    assert logs is not None
-    assert math.isnan(logs.loss or 0)
+    log = Follower(tmp_path).poll().log
+    assert log is not None
+    assert math.isnan(log.loss or 0)
 
 
 def test_a_resume_supersedes_events(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_lines_that_are_none(line: bytes, tmp_path: Path) -> None:
 def test_states_that_are_none(state: str, tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(state)
     found = Follower(tmp_path).poll()
-    assert found.logs is None
+    assert found.log is None
     assert not found.has_ended
 
 
@@ -192,9 +193,9 @@ def test_a_demos_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"holds 1 of them. Give one: .*paper/seed-0"):
         Follower(tmp_path)
     follower = Follower(run)
-    logs = follower.poll().logs
-    assert logs is not None
-    assert (logs.loss, logs.grad_norm, logs.baseline) == (7.5, 2.0, None)
+    log = follower.poll().log
+    assert log is not None
+    assert (log.loss, log.grad_norm, log.baseline) == (7.5, 2.0, None)
     (run / "summary.json").write_text("{}")
     assert follower.poll().has_ended
 
