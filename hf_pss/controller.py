@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,18 @@ from hf_pss.detection.state import (
 )
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.health.monitor import HealthMonitor
-from hf_pss.linalg.smoothing import looks_trained
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
 from hf_pss.models.distributed import Backend
 from hf_pss.models.intervention import ModelSmoother
 from hf_pss.models.measurements import Measurements
+from hf_pss.models.option_checks import (
+    nothing_to_watch,
+    only_observes,
+    option_warnings,
+    response_to_nonfinite,
+    tries_interventions,
+)
 from hf_pss.models.selection import Selection
 from hf_pss.models.trial import EvaluateLoss
 from hf_pss.models.triggers import Triggers
@@ -102,7 +108,8 @@ class PSSController:
                 f"moments={self.config.moments!r} edits the optimizer's state; give the controller "
                 "its optimizer: PSSController(model, config, optimizer=optimizer)."
             )
-        on_nonfinite = self._check_backend()
+        on_nonfinite = response_to_nonfinite(self.config, self._measurements)
+        self._only_observes = only_observes(self.config, self.selection)
         self._triggers = Triggers(self._measurements, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
@@ -125,7 +132,12 @@ class PSSController:
             )
         self._current: Step | None = None
         self._has_loaded = False
-        self._warn(self._cautions(has_trial=evaluate_loss is not None, speaks=speaks))
+        has_loss = evaluate_loss is not None
+        self._warn(
+            option_warnings(
+                self.config, self._measurements, has_loss=has_loss, has_trainer=not speaks
+            )
+        )
         self.reset()
 
     # ---- one step ----
@@ -263,9 +275,7 @@ class PSSController:
     @property
     def tries_interventions(self) -> bool:
         """Whether the options ask for trials, and an intervention can occur."""
-        config = self.config
-        is_reached = config.reacts_to_spikes or (config.trial == "all" and bool(config.detectors))
-        return config.trial != "off" and is_reached and not self._only_observes
+        return tries_interventions(self.config, self.selection)
 
     @property
     def is_in_trouble(self) -> bool:
@@ -283,7 +293,7 @@ class PSSController:
         Args:
             spelling: The caller's notation of an option; the braces stand for ``name=value``.
         """
-        return self._measurements.caution(spelling)
+        return nothing_to_watch(self.config, self._measurements, spelling)
 
     def stable_ranks(self) -> dict[str, float]:
         """Return the stable rank of each selected 2-D matrix by name; NaN where one is broken.
@@ -372,73 +382,13 @@ class PSSController:
         self._history, self.step_number, self.seconds = InterventionHistory(), step_number, 0.0
         self._prepare_health()
 
-    # ---- options ----
-
-    @property
-    def _only_observes(self) -> bool:
-        has_nothing = not self.selection.matrices and not self.selection.adapters
-        return self.config.observe_only or (has_nothing and self.config.spike_update != "skip")
-
-    def _check_backend(self) -> Literal["skip", "stop"]:
-        """Refuse options that the backend cannot honour; return the response to a NaN.
-
-        Raises:
-            ConfigurationError: An option needs gradients that are gone, or an update held back.
-        """
-        backend = self._measurements.backend
-        for sentence in backend.cautions(self._measurements.parameters()):
-            logger.warning("%s", sentence)
-        if backend.can_hold_back:
-            return self.config.on_nonfinite
-        too_late = sorted(
-            {"matrix_grad_norm_ratio", "update_norm_ratio"} & {*self.config.detectors}
-        )
-        if self.config.spike_update == "skip":
-            too_late.append("spike_update='skip'")
-        if too_late:
-            raise ConfigurationError(
-                f"{' and '.join(too_late)} cannot work under DeepSpeed, which has applied the "
-                "update, and dropped the gradients, before PSS can look at them. Use "
-                "grad_norm_ratio or stable_rank_floor, with spike_update='apply'."
-            )
-        return "stop"
-
-    def _cautions(self, *, has_trial: bool, speaks: bool) -> Iterator[str]:
-        """Yield warnings about options that have no effect, or a dangerous one, in this run."""
-        config = self.config
-        acts_on_spikes = config.reacts_to_spikes and not config.observe_only
-        if config.anchor == config.trial == "off" and acts_on_spikes:
-            # Measured only where it matters; collective, so every rank takes this branch.
-            if looks_trained(self._measurements.shapes, self.stable_ranks()):
-                yield (
-                    "These weights look trained, and without an anchor one false alarm can destroy "
-                    "what they have learned: use the preset anchored for fine-tuning."
-                )
-        if self.tries_interventions and not has_trial:
-            yield (
-                "PSS cannot try interventions before it keeps them, because it was given no "
-                "evaluate_loss. Pass one to PSSController, or set trial='off'."
-            )
-        if self.selection.adapters and config.moments != "keep":
-            yield (
-                f"moments={config.moments!r}: the first moments of LoRA factors are kept; only "
-                "those of whole matrices are edited."
-            )
-        if speaks and config.smooth_on_resume:
-            yield (
-                "smooth_on_resume has no effect in a training loop of your own: call smooth_now() "
-                "once after load_state_dict()."
-            )
-        if speaks and (caution := self.caution()):
-            yield caution
+    # ---- one step, in detail ----
 
     def _warn(self, sentences: Iterable[str]) -> None:
         """Log warnings on the first rank; iterate on all, because a warning may be collective."""
         for sentence in sentences:
             if self._measurements.backend.rank == 0:
                 logger.warning("%s", sentence)
-
-    # ---- one step, in detail ----
 
     def _judge_weights(
         self, step: Step, stable_ranks: Mapping[str, float] | None

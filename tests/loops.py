@@ -1,4 +1,4 @@
-"""A hand-written training loop with a PSSController, for the tests of the controller."""
+"""A hand-written training loop with a PSSController, which the controller's tests share."""
 
 from __future__ import annotations
 

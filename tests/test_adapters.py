@@ -116,7 +116,7 @@ def test_smoothing_is_that_of_pefts_own_product(name: str) -> None:
             assert torch.equal(parameter, frozen[key])
 
 
-def test_only_the_active_adapter_is_watched() -> None:
+def test_only_the_active_adapter_is_selected() -> None:
     model = adapted("Linear")
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     names = {view.name for view in select_matrices(model).adapters}
@@ -126,7 +126,7 @@ def test_only_the_active_adapter_is_watched() -> None:
     assert all(view.name.endswith("[other]") for view in select_matrices(model).adapters)
 
 
-def test_what_is_trained_whole_is_a_matrix_as_ever() -> None:
+def test_a_fully_trained_module_is_an_ordinary_matrix() -> None:
     model = adapted("Linear", modules_to_save=["gate_proj"])
     selection = select_matrices(model)
     assert [m.name for m in selection.matrices if "gate_proj" in m.name]
@@ -135,7 +135,7 @@ def test_what_is_trained_whole_is_a_matrix_as_ever() -> None:
     assert "product of LoRA's factors" in selection.table()
 
 
-def test_frozen_adapters_leave_nothing_to_watch() -> None:
+def test_frozen_adapters_are_not_selected() -> None:
     model = adapted("Linear")
     model.requires_grad_(False)
     pss = PSSController(model, speaks=False)
@@ -196,7 +196,7 @@ def test_a_spike_is_noticed_and_the_products_smoothed(
     assert controller_of(trainer).selection.adapters
 
 
-def test_a_spike_in_the_frozen_base_is_told_and_not_touched(
+def test_a_collapsed_frozen_base_causes_a_warning_and_is_not_changed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = adapted("Linear")
@@ -213,7 +213,7 @@ def test_a_spike_in_the_frozen_base_is_told_and_not_touched(
     assert torch.equal(base, before)
 
 
-def test_the_floor_says_that_it_does_not_watch_adapters(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_floor_warns_that_it_ignores_adapters(caplog: pytest.LogCaptureFixture) -> None:
     floor = PSSConfig.preset("floor")
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         PSSController(adapted("Linear", modules_to_save=["gate_proj"]), floor)
@@ -240,7 +240,7 @@ def test_a_packed_base_is_passed_over() -> None:
     assert found["whole"] == found["inputs first"] == one
 
 
-def test_the_bases_of_experts_are_looked_at() -> None:
+def test_the_bases_of_experts_are_measured() -> None:
     model = adapted("experts")
     parameters = named_parameters_canonical(model)
     (name,) = [

@@ -55,7 +55,7 @@ def test_every_record_has_words(kind: EventKind, action: Action) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_none(value: float) -> None:
+def test_nonfinite_numbers_appear_in_the_text(value: float) -> None:
     for kind in EventKind:
         assert str(value) in alert_of(event(kind, Action.OBSERVE, value=value)).text or (
             kind in (EventKind.RESUME, EventKind.FAILURE, EventKind.ERROR)
@@ -68,14 +68,14 @@ def test_names_are_bounded() -> None:
     )
 
 
-def test_a_stop_is_an_error_and_upkeep_is_none() -> None:
+def test_a_stop_is_an_error_and_upkeep_is_information() -> None:
     assert alert_of(event(EventKind.NON_FINITE, Action.STOP)).level is AlertLevel.ERROR
     assert alert_of(event(EventKind.FAILURE, Action.ROLL_BACK)).level is AlertLevel.ERROR
     assert alert_of(intervention(EventKind.SPIKE)).level is AlertLevel.WARN
     assert alert_of(intervention(EventKind.FLOOR)).level is AlertLevel.INFO
 
 
-def test_what_was_only_observed_says_what_to_set() -> None:
+def test_advice_on_an_observed_event_names_the_option() -> None:
     for reason, option in (
         ("observe only", "observe_only"),
         ("cooldown", "cooldown_steps"),
@@ -85,14 +85,14 @@ def test_what_was_only_observed_says_what_to_set() -> None:
 
 
 def test_a_nonfinite_step_is_not_smoothed() -> None:
-    """It would be skipped, or end the run: to let PSS smooth is no advice on it."""
+    """PSS would skip it or end the run, so the advice must not mention smoothing."""
     told = alert_of(event(EventKind.NON_FINITE, Action.OBSERVE, "observe only")).advice
     assert "observe_only=False" in told
     assert "on_nonfinite" in told
     assert "smooth" not in told
 
 
-def test_a_failure_without_interventions_is_told_by_its_reason() -> None:
+def test_a_failure_without_interventions_is_described_by_its_reason() -> None:
     reason = "the run was to stop at a step that was not finite; back to checkpoint-5"
     record = event(EventKind.FAILURE, Action.ROLL_BACK, reason, step=9)
     alert = alert_of(replace(record, loss=None, baseline=None, value=None))
@@ -112,7 +112,7 @@ def test_losses_have_three_digits() -> None:
     assert alert_of(unknown).happened.endswith("not finite (checkpoint).")
 
 
-def test_what_comes_often_is_thinned() -> None:
+def test_frequent_alerts_are_thinned() -> None:
     alerts = Alerts()
     floor = [alerts.of(intervention(EventKind.FLOOR)) for _ in range(100)]
     assert [n for n, alert in enumerate(floor, 1) if alert] == [1, 2, 3, 10, 100]
@@ -122,7 +122,7 @@ def test_what_comes_often_is_thinned() -> None:
     assert all(alerts.of(event(EventKind.FAILURE, Action.ROLL_BACK)) for _ in range(20))
 
 
-def test_what_changed_nothing_and_what_was_taken_back_is_told_so() -> None:
+def test_alerts_report_interventions_without_effect_or_taken_back() -> None:
     idle = replace(
         intervention(EventKind.SPIKE), matrices=(MatrixChange("w", (4, 4), "unchanged"),)
     )

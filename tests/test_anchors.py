@@ -15,7 +15,7 @@ from hf_pss.errors import StateError
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, Clip, smooth_spectrum
 from hf_pss.models.anchors import NUM_RECORDED, Anchors, leading_values
 
-GROWTH = 1.05  # of `Anchored`: what is not cut back
+GROWTH = 1.05  # of `Anchored`: the allowed growth
 ROUNDING = 1e-5  # relative to σ₁
 MAX_RANK = 32
 

@@ -95,7 +95,7 @@ def test_stop_comes_before_the_update_and_names_step_and_parameters() -> None:
     assert (event.decision, event.fired) == (Action.STOP, ("layers.1.linear1.weight",))
 
 
-def test_without_a_look_before_clipping_no_parameter_is_blamed() -> None:
+def test_without_inspection_before_clipping_no_parameter_is_named() -> None:
     loop = Loop(PSSConfig.preset("paper", on_nonfinite="stop"))
     with pytest.raises(NonFiniteError) as stopped:
         loop.step(math.nan)  # clipping has made every gradient NaN
@@ -136,7 +136,7 @@ def test_overflows_are_left_to_the_loss_scaler(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
-def test_an_update_that_was_discarded_already_is_on_record_as_such(
+def test_a_discarded_update_is_recorded_as_discarded(
     policy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """DeepSpeed drops it before anybody is asked: nothing is damaged, and nothing held back."""
@@ -210,6 +210,15 @@ def test_one_read_brings_all_numbers_to_the_host() -> None:
     assert (numbers, Counting.reads) == ([1.5, None, 2.5, 3.5], 1)
     assert pss.to_host(1.0, None) == [1.0, None]
     assert Counting.reads == 1
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_smooth_on_resume_warns_in_a_loop_without_a_trainer(
+    speaks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the Trainer's callback can honour it; the callback builds its controller silently."""
+    PSSController(make_model(), PSSConfig(smooth_on_resume=True), speaks=speaks)
+    assert ("call smooth_now() once after load_state_dict()" in caplog.text) is speaks
 
 
 # ---- which matrices ----

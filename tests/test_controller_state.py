@@ -112,7 +112,7 @@ def test_a_state_of_other_matrices_is_refused() -> None:
         Loop(PSSConfig.preset("paper", roles=("mlp",))).pss.load_state_dict(saved)
 
 
-def test_other_detectors_start_afresh_and_shared_ones_go_on(
+def test_new_detectors_start_fresh_and_shared_ones_continue(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = Loop(PSSConfig.preset("paper"))
@@ -170,7 +170,7 @@ def test_the_same_model_under_another_wrapper_keeps_its_state() -> None:
 
 
 @pytest.mark.parametrize("first", ["start", "noise"])
-def test_the_floors_of_a_resumed_run_refer_to_what_this_run_says(first: str) -> None:
+def test_floors_of_a_resumed_run_follow_its_own_floor_reference(first: str) -> None:
     """A rescue refers to noise where the damaged run referred to its start; and back."""
     second = {"start": "noise", "noise": "start"}[first]
     loop = Loop(PSSConfig.preset("floor", floor_reference=first))

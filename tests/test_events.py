@@ -97,7 +97,7 @@ def test_every_record_comes_back_exactly_from_one_line_of_strict_json(record: Re
     line = to_json_line(record)
     assert "\n" not in line
     strict(line)
-    # repr compares floats bit for bit, tells -0.0 from 0.0, and NaN equals itself there.
+    # repr compares floats bit for bit, distinguishes -0.0 from 0.0, and NaN equals itself there.
     assert repr(from_json_line(line)) == repr(record)
 
 
@@ -229,7 +229,7 @@ def test_empty_file_has_no_records(tmp_path: Path) -> None:
     assert (log.records, log.is_cut) == ((), False)
 
 
-def test_file_cut_anywhere_keeps_its_whole_lines_and_says_so(tmp_path: Path) -> None:
+def test_a_truncated_file_keeps_its_complete_lines_and_is_marked(tmp_path: Path) -> None:
     path = write(tmp_path / "events.jsonl", *[to_json_line(EVENT)] * 3)
     whole = path.read_bytes()
     length = len(whole) // 3

@@ -21,33 +21,33 @@ def failures(
     return [(one.onset_step, one.step) for one in seen if one is not None]
 
 
-def test_interventions_that_follow_each_other_within_the_window_have_failed() -> None:
+def test_interventions_within_one_window_have_failed() -> None:
     assert failures([3.0] * 60, {20, 25, 30}) == [(20, 30)]
     assert failures([3.0] * 60, {20, 30, 40}) == [(20, 40)]
 
 
-def test_those_farther_apart_have_helped() -> None:
+def test_interventions_farther_apart_than_the_window_have_helped() -> None:
     assert failures([3.0] * 100, {20, 31, 42, 53}) == []
 
 
-def test_a_loss_that_stays_up_is_one_more_with_every_window() -> None:
+def test_a_loss_that_stays_high_counts_again_with_every_window() -> None:
     losses = [3.0] * 30 + [4.0] * 100
     assert failures(losses, {30}, most=2) == [(30, 50)]
     assert failures([3.0] * 30 + [3.4] * 100, {30}) == []
 
 
-def test_a_window_that_ends_well_ends_the_row() -> None:
+def test_a_window_that_ends_well_resets_the_count() -> None:
     assert failures([3.0] * 100, {20, 25, 60, 65}, most=2) == []
     assert failures([3.0] * 100, {20, 25, 60, 65, 70}, most=2) == [(60, 70)]
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
-def test_losses_that_are_none_do_not_count(loss: float | None) -> None:
+def test_missing_and_nonfinite_losses_do_not_count(loss: float | None) -> None:
     losses = [3.0] * 30 + [loss] * 100
     assert failures(losses, {30}) == []
 
 
-def test_at_the_very_beginning_there_is_nothing_to_compare_with() -> None:
+def test_without_an_earlier_loss_only_repetition_counts() -> None:
     counter = FailedInterventions(window_steps=2, max_failed=1)
     assert counter.update(1, loss=9.0, has_intervened=True) is None
     failure = counter.update(2, loss=9.0, has_intervened=True)
@@ -56,7 +56,7 @@ def test_at_the_very_beginning_there_is_nothing_to_compare_with() -> None:
     )
 
 
-def test_answers_that_change_no_weight_fail_only_where_the_loss_is_not_back() -> None:
+def test_interventions_without_effect_fail_only_if_the_loss_stays_high() -> None:
     """Noisy batches of a sound fine-tuning raise alarms that leave the weights alone."""
 
     def failed(losses: list[float], *, changed: bool) -> list[int]:

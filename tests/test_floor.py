@@ -93,7 +93,7 @@ def rank_of(sigma: Tensor) -> float:
         ),
     ],
 )
-def test_matrices_have_the_stable_rank_that_the_record_says(kind: str, width: int) -> None:
+def test_recorded_stable_ranks_match_the_matrices(kind: str, width: int) -> None:
     model = build(kind, width)
     pss = PSSController(model, PSSConfig.preset("floor"))
     train_(model, 25)

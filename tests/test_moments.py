@@ -1,4 +1,4 @@
-"""The first moment of a smoothed matrix: kept, set to zero, or freed of what would undo it."""
+"""The first moment of a smoothed matrix: kept, set to zero, or projected."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_reset_zeroes_the_moments_of_smoothed_matrices_only(make: Factory) -> No
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_project_leaves_no_component_along_what_was_lowered(make: Factory) -> None:
+def test_project_removes_the_component_along_lowered_values(make: Factory) -> None:
     model, optimizer, before, old = trained(make, "project")
     looked_at = 0
     for parameter, weight, moment in zip(model.parameters(), before, old, strict=True):
@@ -101,6 +101,6 @@ def share(moment: Tensor, edit: Tensor) -> float:
     return ((moment * edit).sum().abs() / moment.norm() / edit.norm()).item()
 
 
-def test_a_missing_optimizer_is_an_error_that_says_what_to_give() -> None:
+def test_a_missing_optimizer_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigurationError, match="optimizer=optimizer"):
         PSSController(gpt2(), PSSConfig.preset("paper", moments="reset"))

@@ -103,7 +103,7 @@ def test_only_the_dominant_directions_move(name: str) -> None:
         assert torch.linalg.matrix_norm(old.double() - clipped64(old), 2) / sigma1 > 0.5
 
 
-def test_the_record_of_a_fresh_wide_model_is_what_its_weights_have() -> None:
+def test_the_record_of_a_fresh_wide_model_matches_its_weights() -> None:
     """Noise of width 256: the iteration stops short of Clip's level, and the record says so."""
     torch.manual_seed(0)
     model = gpt2(width=256)

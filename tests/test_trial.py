@@ -140,7 +140,7 @@ def test_the_decision(losses: tuple[float | None, ...], is_kept: bool) -> None:
     assert weight[0, 0].item() == (2.0 if is_kept else 1.0)
 
 
-def test_an_error_in_the_evaluation_is_told_and_training_goes_on(
+def test_an_error_in_the_evaluation_is_logged_and_training_continues(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = trained_gpt2()
@@ -163,7 +163,7 @@ def test_an_error_in_the_evaluation_is_told_and_training_goes_on(
     assert pss.smooth_now().event.decision is Action.ACT
 
 
-def test_a_controller_without_a_loss_says_that_the_check_is_off(
+def test_a_controller_without_a_loss_warns_that_the_check_is_off(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
@@ -187,7 +187,7 @@ def test_paper_warns_where_weights_look_trained(caplog: pytest.LogCaptureFixture
     assert "look trained" not in caplog.text
 
 
-def test_answers_that_change_nothing_cost_no_budget_and_no_cooldown() -> None:
+def test_interventions_without_effect_cost_no_budget_and_no_cooldown() -> None:
     """False alarms must not use up what a real explosion needs."""
     model = trained_gpt2()
     config = PSSConfig.preset(
@@ -233,7 +233,9 @@ def test_a_record_that_cannot_be_measured_does_not_end_the_run(
     assert pss._anchors.healthy is healthy
 
 
-def test_a_repair_without_a_record_says_what_to_set(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repair_without_a_record_warns_with_the_options_to_set(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     pss = PSSController(trained_gpt2(), PSSConfig(), evaluate_loss=lambda: None)
     pss.smooth_now()
     assert "floor_reference='noise'" in caplog.text

@@ -27,7 +27,7 @@ def check_version(state: object, version: int, what: str) -> None:
     Raises:
         StateError: It is not an object, or ``state["version"]`` is not ``version``.
     """
-    found = _as_object(state, what).get("version")
+    found = read_mapping(state, what).get("version")
     if type(found) is not int or found != version:
         raise StateError(f"The version of {what} is {found!r}; you need {version}. {_REMEDY}")
 
@@ -38,7 +38,7 @@ def read_object(value: object, keys: Collection[str], what: str) -> dict[str, ob
     Raises:
         StateError: It is not an object, a key is missing, or a key is unknown.
     """
-    found = _as_object(value, what)
+    found = read_mapping(value, what)
     if missing := sorted(set(keys) - set(found)):
         raise StateError(f"You gave {what} without {_listed(missing)}: it is truncated. {_REMEDY}")
     if unknown := sorted(set(found) - set(keys)):
@@ -48,7 +48,9 @@ def read_object(value: object, keys: Collection[str], what: str) -> dict[str, ob
 
 def read_mapping(value: object, what: str) -> dict[str, object]:
     """Return `value` as a dict with free string keys, or raise `StateError`."""
-    return _as_object(value, what)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    raise StateError(f"You gave {_quoted(value)} as {what}; it must be a JSON object. {_REMEDY}")
 
 
 def read_number(value: object, what: str, *, minimum: float = -math.inf) -> float:
@@ -85,12 +87,6 @@ def read_list(value: object, what: str) -> list[object]:
     if isinstance(value, list):
         return value
     raise StateError(f"You gave {_quoted(value)} as {what}; it must be an array. {_REMEDY}")
-
-
-def _as_object(value: object, what: str) -> dict[str, object]:
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return dict(value)
-    raise StateError(f"You gave {_quoted(value)} as {what}; it must be a JSON object. {_REMEDY}")
 
 
 def _listed(names: Collection[str]) -> str:

@@ -329,7 +329,7 @@ def smooth_product(
     triplets = product_triplets(left, right, scaling)
     finite = triplets.sigma.isfinite().all(dim=-1)
     sigma = torch.where(finite.unsqueeze(-1), triplets.sigma, 0.0)
-    # These are all singular values of the product, so there is no remaining spectrum.
+    # These are all singular values of the product, so nothing remains of the spectrum.
     none_left = torch.zeros_like(sigma[..., 0])
     shape = (max(left.shape[-2], right.shape[-1]), sigma.shape[-1])
     plan = plan_values(

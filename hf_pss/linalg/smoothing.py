@@ -366,8 +366,8 @@ def looks_trained(shapes: Shapes, ranks: Mapping[str, float]) -> bool:
 def floors_at(ratio: float, shapes: Shapes, starts: Mapping[str, float]) -> dict[str, float]:
     """Return the floor of each matrix: ρ times its starting stable rank.
 
-    For weights that look trained it is ρ/2 times that, because the leading directions of trained
-    weights hold what they learned, and only a collapse is to be stopped. Without a starting rank,
+    For weights that look trained it is ρ/2 times that: their leading directions are learned, so
+    only a collapse should be stopped. Without a starting rank,
     that of noise is used.
 
     >>> floors_at(0.5, {"fresh": (64, 64), "new": (64, 64)}, {"fresh": 15.0})

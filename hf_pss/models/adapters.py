@@ -23,7 +23,7 @@ from hf_pss.models.anchors import NUM_RECORDED
 from hf_pss.models.batching import measure_each, raise_together
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import AdapterView, MatrixView
-from hf_pss.models.smoother import FAILED, NON_FINITE, RAISED, STATUS_NAMES, PhiFor
+from hf_pss.models.smoother import FAILED, NON_FINITE, RAISED, PhiFor, matrix_change
 from hf_pss.records.events import MatrixChange
 
 _COLLAPSED = 2.0
@@ -120,7 +120,7 @@ def smooth_adapters_(
     Raises:
         ElsewhereError: The first rank has failed; it raises the error itself.
     """
-    changes = []
+    changes: list[MatrixChange] = []
     wanted = [view for view in views if names is None or view.name in names]
     for factors in _factors(wanted, parameters, backend.master):
         # The result of rank 0: a status, k, and σ₁ and the stable rank before and after.
@@ -143,9 +143,10 @@ def smooth_adapters_(
             if before_write is not None:
                 before_write((factors.views[0].left_name, factors.views[0].right_name))
             _write_(factors, parameters, backend)
-        for view, row in zip(factors.views, rows, strict=True):
-            status, rest = int(row[0]), () if row[0] >= NON_FINITE else (int(row[1]), *row[2:])
-            changes.append(MatrixChange(view.name, view.shape, STATUS_NAMES[status], *rest))
+        changes += [
+            matrix_change(view.name, view.shape, *row)
+            for view, row in zip(factors.views, rows, strict=True)
+        ]
     return tuple(changes)
 
 

@@ -36,7 +36,6 @@ from hf_pss.models.selection import (
     select_matrices,
 )
 from hf_pss.models.selection.by_name import ADAPTER_FACTOR
-from hf_pss.models.selection.parameter_rules import what_to_do, why_empty
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +201,6 @@ class UpdateMeter:
 
 
 _MAX_NAMED = 3
-_GUARD = "The guard against steps that are not finite stays."
-_REPORTS = "Steps that are not finite are still reported; observe_only leaves them alone, too."
 
 
 class Measurements:
@@ -237,32 +234,6 @@ class Measurements:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's current parameters by canonical name."""
         return named_parameters_canonical(self.model)
-
-    def caution(self, spelling: str = "PSSConfig({})") -> str | None:
-        """Return a warning about options that find no matrix in this model; None without any.
-
-        Args:
-            spelling: The caller's notation of an option; the braces stand for ``name=value``.
-        """
-        if needs_no_matrix(self._config):
-            return None
-        guard = _REPORTS if self._config.observe_only else _GUARD
-        has_floor = "stable_rank_floor" in self._config.detectors
-        others = [name for name in self._config.detectors if name != "stable_rank_floor"]
-        if self._adapters:
-            if not has_floor:
-                return None
-            rest = "" if self.selection.matrices else f" Nothing else is left to watch. {guard}"
-            return _floor_on_adapters(len(self._adapters), others, rest, spelling)
-        if self.selection.matrices:
-            return None
-        advice = what_to_do(self.model, exclude=self._config.exclude, spelling=spelling)
-        spikes = (
-            "Spikes of the gradient norm are reported, but there is nothing to smooth. "
-            if "grad_norm_ratio" in others
-            else ""
-        )
-        return f"{why_empty(self.selection)} {spikes}{guard} {advice}"
 
     def fingerprint(self) -> str:
         """Return a short hash of the names and shapes of the watched matrices."""
@@ -410,14 +381,3 @@ def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
     if any(exclusion.reason == ADAPTER_FACTOR for exclusion in selection.exclusions):
         logger.info("Some LoRA factors are left alone; the table of matrices lists them.")
     return selection
-
-
-def _floor_on_adapters(num_products: int, others: Sequence[str], rest: str, spelling: str) -> str:
-    warning = (
-        f"stable_rank_floor does not watch the {num_products} LoRA products: an adapter starts at "
-        "zero and has no healthy spectrum to refer to."
-    )
-    if others:
-        return f"{warning} {', '.join(others)} does."
-    option = spelling.format("detectors=['grad_norm_ratio']")
-    return f"{warning}{rest} To watch them, choose {option}."

@@ -130,11 +130,19 @@ class Outcome:
     def changes(self) -> list[MatrixChange]:
         """Return the record of each matrix."""
         return [
-            MatrixChange(ref.name, ref.shape, STATUS_NAMES[int(status)])
-            if status in (NON_FINITE, FAILED)
-            else MatrixChange(ref.name, ref.shape, STATUS_NAMES[int(status)], int(k), *numbers)
+            matrix_change(ref.name, ref.shape, status, k, *numbers)
             for ref, (status, _, k, *numbers, _) in zip(self.refs, self.rows, strict=True)
         ]
+
+
+def matrix_change(
+    name: str, shape: tuple[int, int], status: float, rank: float, *numbers: float
+) -> MatrixChange:
+    """Return the record of one matrix: σ₁ and stable rank before and after, if decomposed."""
+    word = STATUS_NAMES[int(status)]
+    if status in (NON_FINITE, FAILED):
+        return MatrixChange(name, shape, word)
+    return MatrixChange(name, shape, word, int(rank), *numbers)
 
 
 def _unchanged(status: int) -> list[float]:

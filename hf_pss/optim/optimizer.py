@@ -126,7 +126,7 @@ class MatrixOptimizer(Optimizer):
         group = {**own, **param_group}
         super().add_param_group(group)
         try:
-            _check(group)
+            _complete_(group)
         except ConfigurationError:
             self.param_groups.pop()
             raise
@@ -329,7 +329,7 @@ def _is_of_a_rule(name: str) -> bool:
     return "." in name
 
 
-def _check(group: dict[str, Any]) -> None:
+def _complete_(group: dict[str, Any]) -> None:
     """Check a group's options, and add missing layouts.
 
     Raises:

@@ -106,7 +106,7 @@ def test_one_non_finite_step_anywhere_changes_no_other_verdict(
 
 
 def test_that_check_can_fail() -> None:
-    """A baseline that learns what it is given goes blind after one infinite value."""
+    """A baseline that learns every value stops firing after one infinite value."""
 
     class Gullible:
         level = 1.0

@@ -151,7 +151,7 @@ def test_transposed_input_gives_transposed_output(name: str) -> None:
 
 
 @every_function
-def test_matrices_without_a_reference_level_are_left_alone_and_say_so(name: str) -> None:
+def test_matrices_without_a_reference_level_are_left_alone_and_reported(name: str) -> None:
     for weight in (
         torch.zeros(2, 8, 6),
         noise(1, 9),

@@ -58,7 +58,7 @@ def smooth(kind: str, m: int, n: int, phi: SmoothingFunction) -> tuple[Smoothed,
 
 @pytest.mark.parametrize("kind", ["noise", *EXPONENTS])
 @pytest.mark.parametrize(("m", "n"), SIZES)
-def test_the_record_is_what_the_weights_have(kind: str, m: int, n: int) -> None:
+def test_the_record_matches_the_weights(kind: str, m: int, n: int) -> None:
     before = exact_before(kind, m, n)
     smoothed, after = smooth(kind, m, n, Clip())
     band = "noise" if kind == "noise" else "power"

@@ -86,7 +86,7 @@ def test_is_calibrated_after_the_stated_number_of_values() -> None:
 
 
 @pytest.mark.parametrize("nothing", [0.0, 5e-324, 1e-310])
-def test_zero_and_denormal_levels_compare_with_nothing_and_start_anew(nothing: float) -> None:
+def test_zero_and_denormal_levels_compare_with_nothing_and_restart(nothing: float) -> None:
     baseline = learned([nothing] * 10)
     assert baseline.ratio(0.0) is None
     assert baseline.ratio(1.0) is None
@@ -103,7 +103,7 @@ def test_ratio_that_overflows_is_inf() -> None:
     assert learned([1e-300]).ratio(1e300) == math.inf
 
 
-def test_patience_counts_refusals_in_a_row_and_then_starts_anew() -> None:
+def test_patience_counts_refusals_in_a_row_and_then_restarts() -> None:
     baseline = learned([1.0] * 5)
     assert [baseline.refuse(10.0) for _ in range(4)] == [False] * 4
     assert baseline.level == learned([1.0] * 5).level
@@ -114,7 +114,7 @@ def test_patience_counts_refusals_in_a_row_and_then_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.1, -0.1, math.nan])
-def test_an_alpha_that_makes_no_average_is_refused(alpha: float) -> None:
+def test_an_alpha_out_of_range_is_refused(alpha: float) -> None:
     with pytest.raises(ConfigurationError, match="choose"):
         make(alpha)
 

@@ -70,7 +70,7 @@ class TestRatio:
     def test_huge_values_neither_overflow_nor_fire(self) -> None:
         assert verdicts(ratio(), *[1e308] * 5)[-1] == "normal"
 
-    def test_lasting_rise_is_accepted_after_patience_and_says_so(self) -> None:
+    def test_lasting_rise_is_accepted_after_patience_and_reported(self) -> None:
         detector = ratio(patience_steps=5)
         feed(detector, 1.0, 1.0, 1.0)
         risen = feed(detector, *[10.0] * 5)
@@ -171,7 +171,7 @@ class TestAnyOf:
     def guard() -> AnyOf:
         return AnyOf([ratio(), FloorDetector({"global": 16.0}), drop()])
 
-    def test_hands_readings_to_those_that_read_them(self) -> None:
+    def test_passes_readings_to_the_detectors_that_read_them(self) -> None:
         guard = self.guard()
         assert guard.quantities == {Quantity.GRAD_NORM, Quantity.STABLE_RANK}
         for quantity, names in (
@@ -192,7 +192,7 @@ class TestAnyOf:
         assert fired == {"stable_rank_floor": ("a",), "stable_rank_drop": ("b",)}
         assert (judgements[0].detector == "stable_rank_floor") is is_floor_first
 
-    def test_quantity_that_nobody_reads_is_refused(self) -> None:
+    def test_quantity_without_a_detector_is_refused(self) -> None:
         with pytest.raises(ConfigurationError, match="update_norm"):
             self.guard().judge(Quantity.UPDATE_NORM, {"global": 1.0})
 

@@ -116,7 +116,7 @@ def test_what_deepspeed_has_marked_is_zero(mark: str) -> None:
 def test_deepspeed_refuses_what_it_is_too_late_for(options: dict[str, Any]) -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    with pytest.raises(ConfigurationError, match="cannot be had under DeepSpeed"):
+    with pytest.raises(ConfigurationError, match="cannot work under DeepSpeed"):
         PSSController(model, PSSConfig.preset("paper", **options), backend=Zero())
 
 

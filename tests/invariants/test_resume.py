@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: str, tmp_path: Path) -> Non
     config = CONFIGS[name]
     options: dict[str, Any] = {
         "save_steps": MIDDLE,
-        # Updates that grow from step to step, for the detector that watches them.
+        # Updates that grow with every step, so that the detector of update norms fires.
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 8,
         **run_options,
@@ -130,7 +130,7 @@ def test_edits_that_are_taken_back_leave_the_plain_run(tmp_path: Path) -> None:
 
 
 def test_the_record_of_healthy_values_survives_a_resume(tmp_path: Path) -> None:
-    """Its record is of step 0 until step 100: a resumed run must not begin it anew."""
+    """Its record is of step 0 until step 100: a resumed run must not restart it."""
     config = PSSConfig(threshold_ratio=1e9, floor_ratio=1e-6)
     first = controller_of(train(tmp_path, config, save_steps=MIDDLE)).state_dict()
     resumed = train(tmp_path, config, resume=str(tmp_path / "checkpoint-4"))

@@ -17,7 +17,7 @@ def test_the_band_is_measured(name: str) -> None:
         x = a * x + b * x**3 + c * x**5
     assert x.min() >= schedule.band[0]
     assert x.max() <= schedule.band[1]
-    # A band three times as wide as what is seen would say nothing.
+    # A band three times as wide as the measured one would prove nothing.
     seen = max(1 - x.min().item(), x.max().item() - 1)
     stated = max(1 - schedule.band[0], schedule.band[1] - 1)
     assert stated <= max(3 * seen, 2e-14)

@@ -81,7 +81,7 @@ def test_stable_rank_cap_on_large_matrices_reaches_the_floor_by_iteration() -> N
     check(relative(stable_rank(smoothed.weight), torch.tensor(20.0)), ITERATED_FLOOR)
 
 
-def test_a_floor_out_of_reach_caps_as_far_as_the_values_allow_and_says_so() -> None:
+def test_an_unreachable_floor_caps_as_far_as_possible_and_is_reported() -> None:
     weight = matrix_with(decaying(40), 40, 60).float()
     smoothed = smooth_spectrum(weight, StableRankCap(30.0), max_rank=5)
     assert smoothed.status == SmoothingStatus.TRUNCATED
@@ -91,7 +91,7 @@ def test_a_floor_out_of_reach_caps_as_far_as_the_values_allow_and_says_so() -> N
     assert smooth_spectrum(weight, StableRankCap(30.0), max_rank=39).stable_rank_after > 29.99
 
 
-def test_a_cap_does_not_go_below_values_nobody_has_seen() -> None:
+def test_a_cap_does_not_go_below_the_computed_values() -> None:
     weight = matrix_with(torch.linspace(5, 1, 40), 40, 60).float()
     smoothed = smooth_spectrum(weight, Cap(0.5), max_rank=3)
     assert smoothed.status == SmoothingStatus.TRUNCATED

@@ -1,4 +1,4 @@
-"""Products of two factors against the SVD of what they multiply to."""
+"""Products of two factors against the SVD of the whole product."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_keeping_the_frobenius_norm() -> None:
 
 
 @pytest.mark.parametrize("what", ["zero", "rank one", "nan", "inf"])
-def test_what_cannot_be_smoothed_is_returned_bit_for_bit(what: str) -> None:
+def test_products_that_cannot_be_smoothed_are_returned_bit_for_bit(what: str) -> None:
     b, a = factors(12, 1 if what == "rank one" else 4, 9, 3)
     if what == "zero":
         b[1] = 0

@@ -115,7 +115,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     check(relative(result, stable_rank(weight.double())), RANK_TOLERANCE)
 
 
-def test_noise_stable_rank_is_what_noise_has() -> None:
+def test_noise_stable_rank_matches_measured_noise() -> None:
     assert noise_stable_rank(64, 64) == 16.0
     measured = stable_rank(noise(4, 256, 1024)).mean().item()
     assert measured == pytest.approx(noise_stable_rank(256, 1024), rel=0.05)
@@ -129,7 +129,7 @@ def test_quick_stable_rank_leaves_the_global_random_state_alone() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(2, 2).long()])
-def test_what_is_no_weight_matrix_is_refused(bad: Tensor) -> None:
+def test_tensors_that_are_not_matrices_are_refused(bad: Tensor) -> None:
     with pytest.raises(ConfigurationError, match="You gave"):
         stable_rank(bad)
 

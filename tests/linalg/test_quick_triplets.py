@@ -66,7 +66,7 @@ def test_consistent_at_any_shape_and_scale(
     check((triplets.sigma.double() - exact(weight, k)) / top, ABOVE)
     assert (triplets.sigma.diff() <= 0).all()
     u, sigma, v = (t.double() for t in (triplets.u, triplets.sigma, triplets.v))
-    # The inexact side is the one that the residual tells of.
+    # The residual is that of the inexact side.
     sides = [(weight.double() @ v - u * sigma), (weight.double().mT @ u - v * sigma)]
     left_out = torch.stack([side.norm(dim=-2) for side in sides])
     check(left_out.min(dim=0).values / top, EXACT_SIDE)
@@ -178,7 +178,7 @@ def test_lowering_values_is_a_contraction(shape: tuple[int, int], seed: int) -> 
     check((exact(edited, every) - exact(weight, every)) / exact(weight, 1), ABOVE)
 
 
-def test_it_agrees_with_the_thorough_ones_where_directions_stand_out() -> None:
+def test_quick_and_thorough_triplets_agree_on_strong_directions() -> None:
     weight = spiked(1, 300, 200)[0]
     quick, thorough = quick_triplets(weight)[0], leading_triplets(weight, 3)
     cosines = (quick.u[:, :3] * thorough.u).sum(dim=0).abs()

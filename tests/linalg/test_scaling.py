@@ -17,7 +17,7 @@ def test_scaling_is_exact_and_reversible(scale: float) -> None:
         assert scaled.matrix.abs().amax(dim=(-2, -1)).min() >= 0.5
 
 
-def test_the_largest_finite_number_is_no_overflow() -> None:
+def test_the_largest_finite_number_does_not_overflow() -> None:
     weight = torch.full((2, 2), torch.finfo(torch.float32).max)
     scaled = unit_scaled(weight)
     assert scaled.finite.all()

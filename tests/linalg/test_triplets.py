@@ -65,7 +65,7 @@ def test_iteration_on_noise_the_hardest_spectrum() -> None:
     assert sigma_error(fine, weight).max() < sigma_error(coarse, weight).max() / 3
 
 
-def test_what_has_not_converged_is_consistent_and_says_so() -> None:
+def test_unconverged_values_are_consistent_and_have_a_residual() -> None:
     weight = noise(300, 200)
     triplets = leading_triplets(weight, 20, num_rounds=1)
     ritz = triplets.u.mT @ weight @ triplets.v
@@ -129,7 +129,7 @@ def test_k_in_the_hundreds() -> None:
     check(orthonormality_error(triplets.u), ORTHONORMAL)
 
 
-def test_a_warm_start_saves_rounds_and_a_spoilt_one_does_no_harm() -> None:
+def test_a_warm_start_saves_rounds_and_a_broken_one_does_no_harm() -> None:
     weight = matrix_with(decaying(200), 250, 200).float()
     for matrix in (weight, weight.mT.contiguous()):
         kept = leading_triplets(matrix, 20, num_rounds=10).v

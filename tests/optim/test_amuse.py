@@ -60,7 +60,7 @@ def quadratic() -> tuple[nn.Parameter, Tensor, Tensor]:
 
 
 def direction(update: Tensor) -> Tensor:
-    """Muon's in float64: what is tested here is what happens to it."""
+    """Return Muon's direction in float64; these tests are about its use by AMUSE."""
     factor = newton_schulz(update.unsqueeze(0), schedule="polar_express_4", dtype=torch.float64)[0]
     return UPDATE_SCALES["rms_match"](*SHAPE) * factor
 
@@ -82,7 +82,7 @@ def test_it_is_the_reference(way: str) -> None:
     optimizer.eval()
     assert largest(weight, slow.x) <= TOLERANCE
     assert largest(optimizer.state[weight]["z"], slow.z) <= TOLERANCE
-    assert largest(slow.x, slow.z) > 1000 * TOLERANCE  # they can be told apart
+    assert largest(slow.x, slow.z) > 1000 * TOLERANCE  # they differ
 
 
 def largest(one: Tensor, other: Tensor) -> float:
@@ -159,7 +159,7 @@ def test_switching_twice_is_switching_once() -> None:
     assert max(largest(a, b) for a, b in zip(y, parameters, strict=True)) <= ROUND_TRIP
 
 
-def test_before_the_first_step_all_iterates_are_the_start() -> None:
+def test_before_the_first_step_x_y_and_z_are_equal() -> None:
     optimizer, parameters = run(0)
     start = values(parameters)
     optimizer.eval()
@@ -176,7 +176,7 @@ def test_a_step_on_the_average_is_refused() -> None:
     assert not list(differences(before, values(parameters)))
 
 
-def test_the_mode_is_saved_and_a_resume_goes_on_exactly() -> None:
+def test_the_mode_is_saved_and_a_resume_continues_exactly() -> None:
     optimizer, parameters = run(8)
     optimizer.eval()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -263,7 +263,7 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("moments", ["keep", "project"])
 @pytest.mark.parametrize("way", ["floor", "now"])
-def test_all_iterates_get_the_edit_of_the_weights(moments: Any, way: str) -> None:
+def test_x_y_and_z_receive_the_edit_of_the_weights(moments: Any, way: str) -> None:
     torch.manual_seed(0)
     model = gpt2()
     optimizer = build_optimizer(model, algo="amuse", lr=0.05, beta1=0.7)

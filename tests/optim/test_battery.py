@@ -172,7 +172,7 @@ def test_two_runs_are_equal_to_the_bit(case: str) -> None:
 
 @on_each_case
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_goes_on_alike(case: str, way: Callable[[Any], Any]) -> None:
+def test_a_copy_continues_identically(case: str, way: Callable[[Any], Any]) -> None:
     problem = Problem(case).run(0, 1)
     twin = way(problem)
     before = problem.values()
@@ -367,13 +367,13 @@ def test_a_group_may_join_later(case: str) -> None:
         {"no_such_option": 1},
     ],
 )
-def test_what_makes_no_sense_is_refused(case: str, group: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(case: str, group: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         CASES[case][0]([{"params": parameters([(4, 3)]), "algo": CASES[case][1], **group}], lr=LR)
 
 
 @on_each_case
-def test_a_vector_is_no_matrix(case: str) -> None:
+def test_a_vector_is_refused(case: str) -> None:
     with pytest.raises(ConfigurationError, match="adamw"):
         make(case, parameters([(5,)]))
 

@@ -235,7 +235,7 @@ def test_cautious_decay_never_works_against_the_update() -> None:
     torch.testing.assert_close(moved[True], expected)
 
 
-def test_a_state_that_is_loaded_leaves_who_shares_the_work() -> None:
+def test_loading_a_state_keeps_the_sharing_of_work() -> None:
     """Accelerate loads an optimizer's own state into it when it wraps it."""
     weight = nn.Parameter(torch.randn(4, 4))
     optimizer = MatrixOptimizer([{"params": [weight], "algo": "muon"}])
@@ -245,7 +245,7 @@ def test_a_state_that_is_loaded_leaves_who_shares_the_work() -> None:
     assert optimizer._sharing[None] is shared
 
 
-def test_a_torch_that_cannot_name_the_capabilities_of_a_cpu_takes_float32(
+def test_a_torch_without_cpu_capabilities_uses_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As 2.9; bfloat16 where it is emulated takes several times as long."""

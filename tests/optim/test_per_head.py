@@ -163,7 +163,7 @@ def test_each_head_moves_as_a_matrix(make: Callable[[], Any], end: str, sizes: l
 def test_models_whose_heads_are_known_are_not_warned_of(
     make: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is compressed, in latent attention, has no heads to know."""
+    """The compressed projections of latent attention have no heads."""
     with caplog.at_level(logging.WARNING, LOGGER):
         build_optimizer(make(), per_head=True)
     assert caplog.text == ""
@@ -180,7 +180,7 @@ def test_rows_are_those_of_all_heads(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(("make", "end"), WHOLE)
-def test_what_has_no_heads_moves_as_before(make: Callable[[], Any], end: str) -> None:
+def test_projections_without_heads_move_as_before(make: Callable[[], Any], end: str) -> None:
     torch.manual_seed(0)
     one = of(stepped(make(), per_head=True), end)
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def test_equal_heads_are_one_call(make: Callable[[], Any], monkeypatch: pytest.M
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_views_share_memory(transposed: bool, size: int) -> None:
-    """What is written through them reaches the parameter."""
+    """A write through the views reaches the parameter."""
     stored = torch.zeros(3, 24) if transposed else torch.zeros(24, 3)
     parts = tuple((start, size, 3 * size) for start in (0, size, 2 * size))
     layouts = [(transposed, parts)]
@@ -264,8 +264,8 @@ def test_one_of_several_unknown_is_announced(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize("algo", ["muon", "normuon", "amuse"])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_state_of_the_other_setting_is_taken(algo: str, before: bool) -> None:
-    """Momentum goes on; what a rule remembers of other matrices does not."""
+def test_a_state_of_the_other_setting_is_loaded(algo: str, before: bool) -> None:
+    """The momentum continues; the rule's state of other matrices does not."""
     model = gpt2()
 
     def step(optimizer: Any) -> None:

@@ -50,7 +50,7 @@ def test_alone_with_its_keys_a_head_follows_the_paper() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1e9, THRESHOLD])
-def test_what_cannot_be_mended_is_left(value: float) -> None:
+def test_logits_that_scaling_cannot_repair_are_left_alone(value: float) -> None:
     q, k = clip_factors(torch.tensor([value, 400.0]), threshold=THRESHOLD, num_key_heads=2)
     assert q.tolist() == k.tolist() == [1.0, 0.5]
 
@@ -82,6 +82,6 @@ def test_the_log_is_of_all_steps_since_the_last() -> None:
     assert clip.scalars() == {}
 
 
-def test_an_optimizer_says_who_clips() -> None:
+def test_an_optimizer_names_the_class_that_clips() -> None:
     with pytest.raises(ConfigurationError, match=r"attach hf_pss\.optim\.qk_clip\.QKClip"):
         build_optimizer(llama(), qk_clip=100.0)

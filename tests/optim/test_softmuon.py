@@ -97,7 +97,7 @@ def test_tau_falls() -> None:
 def test_the_fit_is_made_once() -> None:
     momenta = [spread(24, 16)] * (NUM_STEPS - 1)
     same, other = run(SOFTMUON, [*momenta, momenta[0]]), run(SOFTMUON, [*momenta, 2 * momenta[0]])
-    # With τ fitted anew, twice the matrix would give the same direction.
+    # With τ fitted again, twice the matrix would give the same direction.
     assert other[-1].norm() > 1.0001 * same[-1].norm()
 
 

@@ -83,7 +83,7 @@ def test_a_steady_loss_leaves_muon_nearly_alone() -> None:
     assert 0 < (directions - muon).norm() / muon.norm() <= STEADY
 
 
-def test_a_rise_of_the_loss_holds_the_leading_modes_back() -> None:
+def test_a_rise_of_the_loss_damps_the_leading_modes() -> None:
     momentum = spread(24, 16)
     _, state = direction_of(momentum, {}, 1.0)
     directions, _ = direction_of(momentum, state, 4.0, num_modes=8)

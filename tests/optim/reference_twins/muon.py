@@ -11,7 +11,7 @@ __all__ = ["momentum_step", "muon", "polar"]
 def momentum_step(
     gradient: Tensor, momentum: Tensor, *, mu: float = 0.95, nesterov: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return what is orthogonalised, and the new momentum M ← μM + (1 − μ)G.
+    """Return the matrix to orthogonalise, and the new momentum M ← μM + (1 − μ)G.
 
     By Nesterov μM + (1 − μ)G once more, with the new M; otherwise M.
     """

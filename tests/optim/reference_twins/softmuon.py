@@ -33,7 +33,7 @@ def temperatures(values: Tensor, num_steps: int, *, saturated: float) -> list[fl
     """Return τ of each step of the soft phase.
 
     Args:
-        values: What is softened: singular values, or entries.
+        values: The softened numbers: singular values, or entries.
         num_steps: T; step j takes the quantile of p = j/T.
         saturated: φ⁻¹(1 − ε): where the soft sign is as good as hard.
     """

@@ -1,7 +1,7 @@
 """SpecMuon (Lu, Zhang & Lin 2026, arXiv 2602.16167), for one matrix, mode by mode.
 
 The relaxation solves the quadratic of Jiang, Zhang & Zhao 2022 (J. Comput. Phys. 456). Which
-reading of the paper this is, and what is ours: see the rule.
+reading of the paper this is, and our own choices: see the rule.
 """
 
 from __future__ import annotations
