@@ -63,7 +63,7 @@ class RepresentationMeter:
       ``attention_mask`` of their shape, masked tokens are left out. (The mask of an encoder-decoder
       belongs to the encoder.)
     - Of each linear layer, the alignment of at most 1,024 inputs a micro-batch with v₁.
-    - Of each attention with a known scale, the longest input, for the bound of its logits.
+    - Of each attention with a known scale, the longest input, which bounds its logits.
 
     The hooks exist between `arm` and `read`, see `ForwardHooks`, and leave the model's output the
     same to the bit. A model that was compiled before `arm` runs none of them. If `read` never
@@ -188,7 +188,7 @@ class RepresentationMeter:
         that were not applied are left out. A sample with NaN gives NaN.
 
         Args:
-            parameters: Parameters by canonical name, for the bound.
+            parameters: Parameters by canonical name; their norms enter the bound.
 
         Raises:
             ConfigurationError: No hook ran on any rank.

@@ -1,9 +1,8 @@
 """Smooth the weights of a safetensors file into another one, without the model.
 
-The header is copied byte for byte, so that names, dtypes, order and metadata survive; tensors that
-are tied lie in the file once. What is smoothed is what `hf_pss.models.selection` would choose by
-modules, told here by names and shapes: matrices inside the repeated blocks that are no routers,
-embeddings or recurrent mixers. It is read, smoothed and written one tensor at a time.
+The header is copied byte for byte, so names, dtypes, order and metadata are unchanged. Tied tensors
+lie in the file once. The matrices are those that `select_matrices` would choose in a run. They are
+read, smoothed and written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _SMOOTHABLE = {"F16", "BF16", "F32", "F64"}
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What was done to one matrix."""
+    """The effect of smoothing on one matrix."""
 
     name: str
     changed: bool
@@ -46,15 +45,15 @@ class Repair:
 
 
 def matrices_to_smooth(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
-    """Return what smoothing applies to.
+    """Return the matrices that a run would smooth.
 
     Raises:
-        ConfigurationError: The weights are a LoRA adapter's, or there is no such matrix.
+        ConfigurationError: The weights belong to a LoRA adapter, or no such matrix exists.
     """
     if any(is_adapter_factor(entry.name) for entry in checkpoint.tensors):
         raise ConfigurationError(
-            f"{visible(checkpoint.path)} holds LoRA factors; their product is smoothed in a run "
-            "only. Give --smoothing none, or use the command that is printed without --write."
+            f"{visible(checkpoint.path)} holds LoRA factors. Only a run can smooth their product. "
+            "Give --smoothing none, or use the command that is printed without --write."
         )
     found = tuple(
         matrix
@@ -74,20 +73,20 @@ def write_weights(
 ) -> list[Repair]:
     """Write all weight files of a checkpoint below `target`, smoothed.
 
-    Memory: some five times the largest tensor.
+    Memory: about five times the largest tensor.
 
     Args:
-        checkpoint: Judged headers.
-        folder: Of the checkpoint: files keep their place in it.
+        checkpoint: The checked headers.
+        folder: Folder of the checkpoint. Files keep their place relative to it.
         target: An existing folder.
         smoothing: ``floor`` (the stable rank of noise), the name of a function, or ``none``.
 
     Returns:
-        What was done, in the order of the file.
+        The effect on each matrix, in the order of the file.
 
     Raises:
         ConfigurationError: See `matrices_to_smooth`.
-        StateError: A file changed while it was read, or a matrix cannot be decomposed.
+        StateError: A file has changed while it was read, or a matrix cannot be decomposed.
         NonFiniteError: A matrix holds NaN or inf.
         OSError: Reading or writing failed.
     """
@@ -155,7 +154,7 @@ def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repai
 
 def _function(smoothing: str, shape: tuple[int, int]) -> SmoothingFunction:
     if smoothing == "floor":
-        return StableRankCap()  # noise of the matrix's own shape, whichever side comes first
+        return StableRankCap()  # its default is noise of the matrix's own shape
     return SMOOTHING_FUNCTIONS[smoothing]()
 
 
@@ -163,7 +162,7 @@ def _read(source: BinaryIO, entry: TensorEntry) -> Tensor:
     raw = source.read(entry.num_bytes)
     if len(raw) < entry.num_bytes:
         raise _shorter(entry.path)
-    # Of a bytearray, which may be written to.
+    # A bytearray is writable, unlike bytes.
     return torch.frombuffer(bytearray(raw), dtype=READABLE[entry.dtype]).view(entry.shape)
 
 
@@ -182,10 +181,10 @@ def _shorter(path: Path) -> StateError:
 
 
 def summary(repairs: Sequence[Repair]) -> str:
-    """Say in one sentence what smoothing did."""
+    """Return a sentence about the effect of smoothing."""
     changed = [one for one in repairs if one.changed]
     if not changed:
-        return f"None of {len(repairs)} matrices had to be changed."
+        return f"None of {len(repairs)} matrices needed a change."
     worst = max(changed, key=lambda one: math.log(one.sigma_before / one.sigma_after))
     return (
         f"{len(changed)} of {len(repairs)} matrices were smoothed; most of all "

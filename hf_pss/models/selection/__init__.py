@@ -1,4 +1,4 @@
-"""Which parameters of a model hold weight matrices, how they are divided, and why."""
+"""The weight matrices of a model: the parameters that hold them, their parts, and the reasons."""
 
 from __future__ import annotations
 

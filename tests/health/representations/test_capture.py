@@ -42,7 +42,7 @@ def rows_of(tokens: Tensor) -> set[tuple[float, ...]]:
 
 
 class Plain(nn.Module):
-    """Returns what it is given, in the form that it is told."""
+    """Returns its input in the chosen form."""
 
     def __init__(self, wrap: Any = None) -> None:
         super().__init__()
@@ -131,7 +131,9 @@ def test_forms_of_output(wrap: Any) -> None:
 @pytest.mark.parametrize(
     "wrap", [lambda x: None, lambda x: (), lambda x: "text", lambda x: x.long()]
 )
-def test_what_is_no_hidden_states_is_a_warning(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_outputs_without_hidden_states_are_a_warning(
+    wrap: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Plain(wrap)
     with caplog.at_level(logging.WARNING, "hf_pss"), capture(model, ["outer"]) as captured:
         model(torch.ones(3, 2))
