@@ -265,11 +265,11 @@ def test_the_run_ends_with_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "hf_pss")
     config = PSSConfig.preset("paper", health="light", health_every_steps=4)
     trainer = train(tmp_path, config, save_strategy="no")
-    warnings = [r.getMessage() for r in caplog.records if "the worst of" in r.getMessage()]
-    assert warnings == [PSSCallback.of(trainer).health_summary]
-    assert "from step 4 to step 8" in warnings[0]
+    tables = [r.getMessage() for r in caplog.records if "the worst of" in r.getMessage()]
+    assert tables == [PSSCallback.of(trainer).health_summary]
+    assert "from step 4 to step 8" in tables[0]
     summary = summarise(trainer, train_seconds=1.0, pss_seconds=0.0)
-    assert summary.health == warnings[0]
+    assert summary.health == tables[0]
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(render_summary(summary, tmp_path))
     assert "transformer.h.0.attn.c_attn[q]" in console.export_text()

@@ -114,7 +114,7 @@ def test_hidden_units_as_many_as_words_are_not_a_head(num_hidden: int) -> None:
 
 @pytest.mark.parametrize(("holder", "num_inputs"), [("attn", 8), ("mlp", WORDS), ("mlp", 600)])
 def test_a_matrix_with_as_many_rows_as_words_is_not_a_head(holder: str, num_inputs: int) -> None:
-    """Queries from fewer inputs, as in latent attention, and matrices with more inputs than outputs.
+    """Queries from fewer inputs, as in latent attention, and matrices without more outputs.
 
     Nothing in the block reads their outputs by its size.
     """
