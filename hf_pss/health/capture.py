@@ -15,8 +15,8 @@ __all__ = ["Capture", "ForwardHooks"]
 
 logger = logging.getLogger(__name__)
 
-After: TypeAlias = Callable[[nn.Module, Any, Any], object]
-Before: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], object]
+See: TypeAlias = Callable[[nn.Module, Any, Any], None]
+"""Takes a module, its inputs, and its output or keyword arguments."""
 
 
 class ForwardHooks:
@@ -37,7 +37,6 @@ class ForwardHooks:
         self._handles: list[RemovableHandle] = []
         self.error: Exception | None = None
         """The first error of a hook; no hook is called after it."""
-        self.num_calls = 0
         self.seconds = 0.0
         """Time spent in the hooks."""
 
@@ -51,29 +50,17 @@ class ForwardHooks:
             self._root.register_forward_hook(self._leave),
         ]
 
-    def after(self, module: nn.Module, see: After) -> None:
+    def after(self, module: nn.Module, see: See) -> None:
         """Call ``see`` with module, inputs and output after each forward of the module."""
+        self._handles.append(module.register_forward_hook(self._observe(see)))
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            # A constant while torch traces, so the rest is not compiled.
-            if torch.compiler.is_compiling():
-                return
-            self._call(module, lambda: see(module, inputs, output))
-
-        self._handles.append(module.register_forward_hook(hook))
-
-    def before(self, module: nn.Module, see: Before) -> None:
+    def before(self, module: nn.Module, see: See) -> None:
         """Call ``see`` with module, inputs and keyword arguments before each forward."""
-
-        def hook(module: nn.Module, inputs: Any, named: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            self._call(module, lambda: see(module, inputs, named))
-
+        hook = self._observe(see)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Remove all hooks; `error`, `num_calls` and `seconds` stay."""
+        """Remove all hooks; `error` and `seconds` stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -86,17 +73,24 @@ class ForwardHooks:
         if not torch.compiler.is_compiling():
             self._has_gradients = True
 
+    def _observe(self, see: See) -> See:
+        def hook(module: nn.Module, inputs: Any, last: Any) -> None:
+            # A constant while torch traces, so the rest is not compiled.
+            if not torch.compiler.is_compiling():
+                self._call(module, inputs, last, see)
+
+        return hook
+
     @torch.no_grad()
-    def _call(self, module: nn.Module, work: Callable[[], object]) -> None:
+    def _call(self, module: nn.Module, inputs: Any, last: Any, see: See) -> None:
         # A checkpointed block runs again in the backward pass.
         if not module.training or torch._C._current_graph_task_id() != -1:
             return
         if not self._has_gradients or self.error is not None:
             return
         started = time.perf_counter()
-        self.num_calls += 1
         try:
-            work()
+            see(module, inputs, last)
         except Exception as error:
             self.error = error
         self.seconds += time.perf_counter() - started
@@ -138,28 +132,17 @@ class Capture:
         """Number of tokens that passed through each block, without masked ones."""
         return {name: reservoir.num_seen for name, reservoir in self._reservoirs.items()}
 
-    def listen(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Return the forward hook of one block.
+    def add(self, name: str, output: Any) -> None:
+        """Add the output of a block.
 
-        The block returns hidden states (batch, tokens, d), or a tuple, list or mapping that begins
-        with them.
+        It is hidden states (batch, tokens, d), or a tuple, list or mapping that begins with them.
         """
-
-        @torch.no_grad()
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            # A checkpointed block runs again in the backward pass.
-            if torch._C._current_graph_task_id() != -1:
-                return
-            hidden = _hidden_states(output)
-            if hidden is None or not hidden.is_floating_point():
-                logger.warning("%s returns no hidden states; it is left out.", name)
-                return
-            tokens = hidden.detach().reshape(-1, hidden.shape[-1])
-            self._reservoirs[name].add(tokens, self._choose(name, hidden))
-
-        # Traced, it would break the graph in the middle of its bookkeeping.
-        untraced: Callable[[nn.Module, Any, Any], None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-        return untraced
+        hidden = _hidden_states(output)
+        if hidden is None or not hidden.is_floating_point():
+            logger.warning("%s returns no hidden states; it is left out.", name)
+            return
+        tokens = hidden.detach().reshape(-1, hidden.shape[-1])
+        self._reservoirs[name].add(tokens, self._choose(name, hidden))
 
 
 class _Reservoir:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.capture import Capture, ForwardHooks
+from hf_pss.health.capture import Capture, ForwardHooks, See
 from hf_pss.health.representations import (
     TokenMask,
     attention_logit_bound,
@@ -63,7 +63,7 @@ class RepresentationMeter:
       ``attention_mask`` of their shape, masked tokens are left out. (The mask of an encoder-decoder
       belongs to the encoder.)
     - Of each linear layer, the alignment of at most 1,024 inputs a micro-batch with v₁.
-    - Of each attention with a known scale, the longest input, for the bound of its logits.
+    - Of each attention with a known scale, the longest input, which bounds its logits.
 
     The hooks exist between `arm` and `read`, see `ForwardHooks`, and leave the model's output the
     same to the bit. A model that was compiled before `arm` runs none of them. If `read` never
@@ -155,7 +155,7 @@ class RepresentationMeter:
         self._hooks.listen()
         self._hooks.before(self._model, self._see_batch)
         for name in self._blocks:
-            self._hooks.after(self._modules[name], self._capture.listen(name))
+            self._hooks.after(self._modules[name], self._see_tokens(name))
         for layer, names in self._layers.items():
             known = [name for name in names if name in directions]
             if known:
@@ -188,7 +188,7 @@ class RepresentationMeter:
         that were not applied are left out. A sample with NaN gives NaN.
 
         Args:
-            parameters: Parameters by canonical name, for the bound.
+            parameters: Parameters by canonical name; their norms enter the bound.
 
         Raises:
             ConfigurationError: No hook ran on any rank.
@@ -236,7 +236,10 @@ class RepresentationMeter:
                 self._unmasked.append(name)
         return torch.arange(hidden.shape[:-1].numel())
 
-    def _see_signs(self, layer: str, names: Sequence[str], v: Tensor) -> Callable[..., None]:
+    def _see_tokens(self, name: str) -> See:
+        return lambda module, inputs, output: self._capture.add(name, output)
+
+    def _see_signs(self, layer: str, names: Sequence[str], v: Tensor) -> See:
         def see(module: nn.Module, inputs: Any, named: Any) -> None:
             x = inputs[0].detach()
             positions = self._counting(layer, x)
@@ -249,7 +252,7 @@ class RepresentationMeter:
 
         return see
 
-    def _see_norm(self, name: str) -> Callable[..., None]:
+    def _see_norm(self, name: str) -> See:
         def see(module: nn.Module, inputs: Any, named: Any) -> None:
             x = inputs[0].detach()
             norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()

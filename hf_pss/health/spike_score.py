@@ -28,7 +28,7 @@ _NO_SCALE = 1e-10
 class SpikeScore:
     """Counts x_t > mean + 6σ of the 128 values before it, as a share of the last 10,000 steps.
 
-    The rule is that of OLMo-core's stability monitor, for a loss or a gradient norm. σ is the
+    The rule is that of OLMo-core's stability monitor, applied to loss and gradient norm. σ is the
     window's population standard deviation. A spike enters the window like any other value. A window
     that is not full yet, or has σ < 1e-10, reports no spike.
 

@@ -1,4 +1,4 @@
-"""Two checkpoints of one model, matrix by matrix: what moved, and how far."""
+"""The change of every matrix between two checkpoints of one model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_pss.records.strict_json import visible
 
 __all__ = ["ChangedMatrix", "compare"]
 
-# Decimals of a logarithm below which a change of σ₁ or rank says nothing, and ‖ΔW‖ decides.
+# Changes of σ₁ or rank that agree to so many decimals of a logarithm are ranked by ‖ΔW‖.
 _EQUAL_DIGITS = 3
-# What base models, their heads' models and wrappers put before the same name.
+# Prefixes that base models, models with heads and wrappers put before the same name.
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|base_model|transformer|model)\.)+")
 
 
@@ -27,26 +27,29 @@ class ChangedMatrix:
     """One matrix in both checkpoints, or in one of them."""
 
     name: str
-    """As in the first checkpoint that holds it."""
+    """Its name in the first checkpoint that holds it."""
     before: MatrixHealth | None
     after: MatrixHealth | None
     relative_change: float
-    """‖W_after − W_before‖_F / ‖W_before‖_F; NaN where it has no meaning: a matrix is missing, not
-    finite, of another shape or precision (float64 against the others)."""
+    """‖W_after − W_before‖_F / ‖W_before‖_F; NaN if a matrix is missing or not finite, or if both
+    differ in shape or precision (float64 against the others)."""
 
     @property
     def sigma1_ratio(self) -> float:
-        """After / before; NaN where there is none."""
+        """After / before; NaN if one is missing."""
         return _ratio(self.before, self.after, "sigma1")
 
     @property
     def stable_rank_ratio(self) -> float:
-        """After / before; NaN where there is none."""
+        """After / before; NaN if one is missing."""
         return _ratio(self.before, self.after, "stable_rank")
 
     @property
     def rank(self) -> tuple[int, float, float, str]:
-        """The smaller, the more has happened: newly not finite, then σ₁ and rank, then the rest."""
+        """Key to sort by, the largest change first.
+
+        Matrices that are newly not finite come before changes of σ₁ and rank, then all others.
+        """
         bad_before = self.before is not None and self.before.num_nonfinite > 0
         bad_after = self.after is not None and self.after.num_nonfinite > 0
         if bad_after and not bad_before:
@@ -64,8 +67,8 @@ class ChangedMatrix:
 def compare(before: Inspection, after: Inspection) -> tuple[ChangedMatrix, ...]:
     """Return the changes of every matrix, the largest first.
 
-    Names are matched without what wrappers put before them, so that ``transformer.h.0…`` finds
-    ``h.0…``. Cost: both checkpoints are read once more, a piece of each at a time.
+    Names are matched without the prefixes of wrappers, so ``transformer.h.0…`` finds ``h.0…``.
+    Cost: both checkpoints are read once more, a piece of each at a time.
 
     Raises:
         SelectionError: They have no matrix in common.
@@ -76,7 +79,7 @@ def compare(before: Inspection, after: Inspection) -> tuple[ChangedMatrix, ...]:
     if old.keys().isdisjoint(new):
         raise SelectionError(
             f"{visible(before.checkpoint.path)} and {visible(after.checkpoint.path)} have no "
-            "matrix's name in common: give two checkpoints of one model."
+            "name of a matrix in common: give two checkpoints of one model."
         )
     changes = [_change(old.get(key), new.get(key)) for key in {**old, **new}]
     return tuple(sorted(changes, key=lambda change: change.rank))

@@ -1,4 +1,4 @@
-"""An inspection as strict JSON: NaN and inf become null, and the findings say which it was."""
+"""An inspection as strict JSON: NaN and inf become null, and the findings name them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def as_json(
     changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> dict[str, Any]:
-    """Return plain data, but for spectra, which stay arrays; the worst matrices first.
+    """Return plain data, the worst matrices first; only spectra stay arrays.
 
     Args:
-        inspection: The checkpoint that was asked for.
-        other: The one it was compared with.
-        changes: From `inspection` to `other`.
-        rows: Of a series that `inspection` begins and `other` ends.
+        inspection: The first checkpoint.
+        other: The checkpoint to compare it with.
+        changes: Changes from `inspection` to `other`.
+        rows: Rows of a series that `inspection` begins and `other` ends.
     """
     data: dict[str, Any] = {
         "version": SCHEMA_VERSION,
@@ -68,7 +68,7 @@ def write_json(
     changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> None:
-    """Write what `as_json` returns, and a line's end; one spectrum at a time becomes a list."""
+    """Write the result of `as_json` and a newline; only one spectrum at a time becomes a list."""
     data = as_json(inspection, other=other, changes=changes, rows=rows)
     json.dump(data, stream, allow_nan=False, default=_numbers)
     stream.write("\n")

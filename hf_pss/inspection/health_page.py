@@ -1,7 +1,4 @@
-"""The pictures of an inspection: a map of blocks × kinds, and spectra beside those of noise.
-
-An inspection as one page that needs no other file, no network and no script.
-"""
+"""An inspection as one HTML page: a map of blocks × kinds, and spectra beside those of noise."""
 
 from __future__ import annotations
 
@@ -39,17 +36,17 @@ __all__ = [
 # A drawn label longer than this pushes the map off the page.
 _LONGEST_LABEL = 40
 _QUANTILES = 400
-# Beyond, float64 has no room left for an axis around σ₁.
+# Beyond these, float64 leaves no room for an axis around σ₁.
 _LEAST_SIGMA, _MOST_SIGMA = 1e-300, 1e300
 
 
 def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
-    """Draw stable rank over that of noise: rows are blocks, columns kinds.
+    """Draw stable ranks as shares of that of noise: rows are blocks, columns kinds.
 
-    Experts of a block share a cell, which shows the lowest; a cross marks NaN, inf or zero.
+    Experts of a block share a cell, which shows the lowest. A cross marks NaN, inf or zero.
 
     Returns:
-        None where no block is numbered, or no value is positive.
+        None if no block is numbered, or no value is positive.
     """
     cells, bad = _cells(matrices)
     if not cells:
@@ -62,7 +59,7 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     positive = values[np.isfinite(values) & (values > 0)]
     if not len(positive):
         return None
-    # At least a decade, so that noise among noise does not look dramatic.
+    # At least a decade, so that differences between random matrices do not look large.
     low, high = min(float(positive.min()), 0.1), max(float(positive.max()), 1.0)
     height = float(np.clip(0.17 * len(rows) + 2.4, 3.2, 16.0))
     figure = canvas.new_figure(float(np.clip(0.5 * len(kinds) + 3, 6, 14)), height)
@@ -93,10 +90,10 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
 
 
 def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> Figure | None:
-    """Draw singular values over their place, each beside noise of its shape and ‖W‖_F.
+    """Draw singular values over their place, beside those of noise of equal shape and ‖W‖_F.
 
-    The shaded band is what i.i.d. noise fills: σ from |√m − √n| to √m + √n in units of
-    ‖W‖_F/√(mn) (Marchenko & Pastur 1967; Bai & Yin 1993); the dashed line is its expected spectrum.
+    The shaded band covers the spectrum of i.i.d. noise, from |√m − √n| to √m + √n in units of
+    ‖W‖_F/√(mn) (Marchenko & Pastur 1967; Bai & Yin 1993). The dashed line is its expected spectrum.
     """
     drawn = [
         (health, np.array(sigma))
@@ -130,7 +127,7 @@ def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> F
 
 
 def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
-    """Draw stable ranks and σ₁ over the steps, or over the order where the names hold none.
+    """Draw stable ranks and σ₁ over the steps, or over the order if the names hold no steps.
 
     Returns:
         None where a panel would have no positive number to show.
@@ -160,16 +157,16 @@ def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
 def noise_quantiles(m: int, n: int, share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the singular values of large m×n noise of unit variance, largest first.
 
-    The quantile function of Marchenko & Pastur's law, summed up numerically in σ: its density is
-    √((b² − σ²)(σ² − a²)) / (π σ min(m, n)) between a = |√m − √n| and b = √m + √n.
+    It is the quantile function of Marchenko & Pastur's law, integrated numerically in σ. The
+    density is √((b² − σ²)(σ² − a²)) / (π σ min(m, n)) between a = |√m − √n| and b = √m + √n.
 
     Args:
         m: Rows.
         n: Columns.
-        share: (k,), places in [0, 1], 0 the largest.
+        share: (k,), places in [0, 1]; 0 is the largest value.
     """
     a, b = abs(math.sqrt(m) - math.sqrt(n)), math.sqrt(m) + math.sqrt(n)
-    # Midpoints: at a = 0 the density is 0/0, and nowhere else is there a singularity.
+    # Midpoints avoid the only singularity, 0/0 at a = 0.
     edges = np.linspace(a, b, _QUANTILES + 1)
     middle = (edges[1:] + edges[:-1]) / 2
     density = np.sqrt((b**2 - middle**2) * (middle**2 - a**2)) / middle
@@ -205,7 +202,8 @@ def _cells(
 
 
 def _plain_numbers(axis: Axis) -> None:
-    # The style parses no math, for names hold dollars and underscores; 10^x would show as markup.
+    # The style parses no math, because names hold dollars and underscores. So 10^x would be shown
+    # as markup.
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -223,9 +221,9 @@ except ImportError as error:
 
 
 _MOST_SPECTRA = 6
-# Decomposed for the page alone: 4096 × 4096, half a minute.
+# Largest matrix to decompose for the page alone: 4096 × 4096 takes half a minute.
 _MOST_DECOMPOSED = 2**24
-# A model of experts has tens of thousands of matrices; --json has them all.
+# A model of experts has tens of thousands of matrices. --json has them all.
 _MOST_LINES = 1000
 
 
@@ -242,10 +240,10 @@ def render_page(
     most 2^24 numbers, unless the inspection was exact.
 
     Args:
-        inspection: What was found.
-        other: What it was compared with, on the same page.
-        changes: From `inspection` to `other`.
-        rows: Of a series that `inspection` begins and `other` ends.
+        inspection: The first checkpoint.
+        other: The checkpoint to compare it with, on the same page.
+        changes: Changes from `inspection` to `other`.
+        rows: Rows of a series that `inspection` begins and `other` ends.
 
     Raises:
         StateError: A file has become shorter since it was inspected.

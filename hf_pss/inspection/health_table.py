@@ -1,4 +1,4 @@
-"""An inspection as tables for a terminal: what is ill, in few lines, and what was not looked at."""
+"""An inspection as tables for a terminal: the worst matrices, and the tensors without a number."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _MOST_FINDINGS = 2
 
 
 def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableType:
-    """Put the worst matrices first, with the reason.
+    """Return a table with the worst matrices first, and the reasons.
 
     Args:
-        inspection: What was found.
+        inspection: The checkpoint's health.
         num_lines: The most matrices to show.
     """
     return Group(*_summary(inspection), *_worst(inspection, num_lines), *_notes(inspection))
 
 
 def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> RenderableType:
-    """Put the matrices that moved most first, before → after."""
+    """Return a table of before → after, the matrices that have changed most first."""
     table = _table("matrix", "σ₁", "stable rank", "‖ΔW‖/‖W‖")
     prefix = _common_prefix([change.name for change in changes])
     for change in changes[:num_lines]:
@@ -47,11 +47,11 @@ def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> Rende
         )
     hidden = len(changes) - num_lines
     more = [Text(f"{hidden:,} more; --lines shows them.", style="dim")] if hidden > 0 else []
-    return Group(Text("Compared, what moved most first:"), table, *more)
+    return Group(Text("Changes, the largest first:"), table, *more)
 
 
 def render_series(rows: Sequence[SeriesRow]) -> RenderableType:
-    """Put a line for each checkpoint, in the order given."""
+    """Return a table with a line for each checkpoint, in the given order."""
     table = _table("checkpoint", "stable rank", "lowest", "σ₁", "largest", "not finite", "findings")
     for row in rows:
         ranks = (row.median_stable_rank, row.lowest_stable_rank)
@@ -113,7 +113,7 @@ def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
 def _notes(inspection: Inspection) -> Iterator[Text]:
     reasons = Counter(reason for _, reason in inspection.unread)
     for reason, count in reasons.most_common(_MOST_UNREAD):
-        yield Text(f"Not looked at: {count:,} tensors ({reason}).", style="yellow")
+        yield Text(f"Not read: {count:,} tensors ({reason}).", style="yellow")
     searched = Counter(reason for _, reason in inspection.others if reason != SMALL)
     for reason, count in searched.most_common(_MOST_UNREAD):
         what = _counted(count, "tensor", "tensors")
@@ -130,7 +130,7 @@ def _why(one: JudgedMatrix) -> str:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """What every name begins with, in whole parts; what numbers the blocks stays with its number.
+    """Return the common prefix of all names, in whole parts, without the stack of a block's number.
 
     >>> _common_prefix(["transformer.h.0.w", "transformer.h.1.w"])
     'transformer.'

@@ -89,27 +89,27 @@ def _damage(health: MatrixHealth) -> list[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found in a checkpoint."""
+    """The health of a checkpoint."""
 
     checkpoint: Checkpoint
     exact: bool
     matrices: tuple[JudgedMatrix, ...]
     """The worst first."""
     bad_others: tuple[tuple[TensorEntry, int], ...]
-    """Biases, norms and the like that hold NaN or inf, and how many."""
+    """Biases, norms and other tensors with NaN or inf, and the number of those."""
     others: tuple[tuple[TensorEntry, str], ...]
-    """Floating tensors that are no matrices, and why; all were searched."""
+    """Other floating tensors, all searched for NaN and inf, and the reason for each."""
     unread: tuple[tuple[TensorEntry, str], ...]
-    """Tensors that were not looked at, and why."""
+    """Tensors that were not read, and the reason for each."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether no number that was read is NaN or inf."""
+        """Whether all numbers that were read are finite."""
         return not self.bad_others and not any(one.health.num_nonfinite for one in self.matrices)
 
     @property
     def is_lost(self) -> bool:
-        """Whether no number that was read is finite: nothing of it can be used."""
+        """Whether not a single number that was read is finite."""
         found = [one.health for one in self.matrices]
         num_bad = sum(one.num_nonfinite for one in found) + sum(bad for _, bad in self.bad_others)
         num_read = sum(math.prod(one.shape) for one in found)
@@ -118,7 +118,7 @@ class Inspection:
 
     @property
     def num_findings(self) -> int:
-        """Matrices that something speaks against."""
+        """Number of matrices with a finding."""
         return sum(bool(one.findings) for one in self.matrices)
 
 
@@ -127,38 +127,38 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Measure every matrix and search every other tensor, one at a time.
 
-    Cost: the checkpoint is read once, matrices above `WHOLE_BYTES` seven times. Memory: below 1 GiB
-    beyond the interpreter's own; the tests measure it.
+    Cost: the checkpoint is read once, matrices above `WHOLE_BYTES` seven times. Memory: less than
+    1 GiB beyond the interpreter's own, as the tests measure.
 
     Args:
-        checkpoint: What `open_checkpoint` found.
-        exact: All singular values, by SVD: minutes where quick values take seconds.
-        progress: Told after each tensor.
+        checkpoint: The result of `open_checkpoint`.
+        exact: Compute all singular values by SVD, in minutes instead of seconds.
+        progress: Called after each tensor.
 
     Raises:
-        SelectionError: Nothing in it can be read: all is quantised.
+        SelectionError: No tensor can be read, because all are quantised.
         StateError: A file has become shorter since its header was read.
     """
     contents = find_matrices(checkpoint)
     if not contents.matrices and not contents.others:
         raise SelectionError(
-            f"Of the {len(checkpoint.tensors)} tensors of {visible(checkpoint.path)} none is of a "
+            f"None of the {len(checkpoint.tensors)} tensors of {visible(checkpoint.path)} has a "
             "floating type that can be read without scales. Give the checkpoint before it was "
             "quantised."
         )
-    told = progress or (lambda num_bytes, name: None)
+    report = progress or (lambda num_bytes, name: None)
     for entry, _ in contents.unread:
-        told(entry.num_bytes, visible(entry.name))
+        report(entry.num_bytes, visible(entry.name))
     bad = []
     for entry, _ in contents.others:
         if num_bad := count_nonfinite(entry):
             bad.append((entry, num_bad))
-        told(entry.num_bytes, visible(entry.name))
+        report(entry.num_bytes, visible(entry.name))
     measured: list[MatrixHealth] = []
     for matrix in contents.matrices:
         measured += measure(matrix, exact=exact)
         size = matrix.rows.size / matrix.rows.period if matrix.rows else 1.0
-        told(round(matrix.entry.num_bytes * size), visible(matrix.name))
+        report(round(matrix.entry.num_bytes * size), visible(matrix.name))
     return Inspection(
         checkpoint=checkpoint,
         exact=exact,
@@ -174,23 +174,23 @@ _STEP = re.compile(r"(?:^|[-_])(\d{1,12})$")
 
 @dataclass(frozen=True, slots=True)
 class SeriesRow:
-    """One checkpoint in numbers; each is NaN where no matrix is finite."""
+    """The numbers of one checkpoint; NaN if no matrix is finite."""
 
     path: Path
     step: int | None
-    """The number that ends the path's name: ``checkpoint-500``."""
+    """The number at the end of the path's name, as in ``checkpoint-500``."""
     median_stable_rank: float
     lowest_stable_rank: float
-    """Of the matrices that are not zero."""
+    """Zero matrices are left out."""
     median_sigma1: float
     largest_sigma1: float
     num_nonfinite: int
-    """Matrices and other tensors that hold NaN or inf."""
+    """Number of matrices and other tensors with NaN or inf."""
     num_findings: int
 
 
 def series(inspections: Sequence[Inspection]) -> tuple[SeriesRow, ...]:
-    """Return a row for each checkpoint, in the order given; cost: none worth naming."""
+    """Return a row for each checkpoint, in the given order."""
     return tuple(_row(one) for one in inspections)
 
 

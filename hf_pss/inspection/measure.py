@@ -1,9 +1,7 @@
-"""Norms and singular values of matrices that are too large to hold: pass by pass over their rows.
+"""σ₁, ‖W‖_F, ranks and spectra of a stored matrix.
 
-The same quantities as `hf_pss.linalg` computes of a matrix in memory; here AᵀA is applied as
-Σ A_iᵀ(A_i X) over pieces A_i of rows, so that one pass makes one round.
-
-The health of one stored matrix in numbers: σ₁, ‖W‖_F and the ranks that are made of them.
+Matrices that fit into memory go through `hf_pss.linalg`. Of larger ones a pass over the rows
+applies AᵀA as Σ A_iᵀ(A_i X) over pieces A_i of rows, so one pass is one round of the iteration.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ __all__ = [
 ]
 
 Pieces: TypeAlias = Callable[[], Iterable[Tensor]]
-"""Each call goes over the rows of one matrix once: (rows, n) float32 or float64, in order."""
+"""Each call iterates once over the rows of one matrix: (rows, n) float32 or float64, in order."""
 
 _BLOCK = 4
 _SEED = 20260201
@@ -47,16 +45,16 @@ _MAX_EXPONENT = 126
 def streamed_norms(pieces: Pieces, num_columns: int) -> tuple[float, float]:
     """Return σ₁ from below, as `spectral_norm` does in five rounds, and ‖A‖_F.
 
-    Rayleigh–Ritz on the Krylov space of AᵀA (Musco & Musco 2015, arXiv 1504.05477), whose fp32
-    products suffice for σ₁, though not for what lies below 3e-4 of it.
-    Cost: seven passes; memory: two pieces and 48 columns.
+    Rayleigh–Ritz on the Krylov space of AᵀA (Musco & Musco 2015, arXiv 1504.05477). Its fp32
+    products are accurate enough for σ₁, but not for values below 3e-4 σ₁.
+    Cost: seven passes. Memory: two pieces and 48 columns.
 
     Args:
         pieces: The matrix.
         num_columns: n.
 
     Returns:
-        σ₁ and ‖A‖_F; both NaN where the matrix holds NaN or inf, both 0 where it is zero.
+        σ₁ and ‖A‖_F; both NaN if the matrix holds NaN or inf, both 0 if it is zero.
     """
     scale = _scale(pieces)
     if not math.isfinite(scale) or scale == 0:
@@ -87,12 +85,12 @@ def streamed_norms(pieces: Pieces, num_columns: int) -> tuple[float, float]:
 def streamed_spectrum(pieces: Pieces, num_columns: int) -> Tensor:
     """Return all singular values, largest first, from the Gram matrix of the columns in fp64.
 
-    A value below 1e-8 of the largest is rounding: squaring halves the digits. Cost: two passes,
-    O(mn²) and one decomposition of (n, n) fp64, which is what it holds: 512 MiB, and as much again
-    to work with, for 8192 columns.
+    Values below 1e-8 of the largest are rounding, because squaring halves the digits. Cost: two
+    passes, O(mn²) operations and one decomposition of (n, n) fp64. Memory for 8192 columns: 512 MiB
+    for that matrix, and as much again for the decomposition.
 
     Args:
-        pieces: A finite matrix, no wider than high.
+        pieces: A finite matrix with at least as many rows as columns.
         num_columns: n.
     """
     scale = _scale(pieces) or 1.0
@@ -105,7 +103,7 @@ def streamed_spectrum(pieces: Pieces, num_columns: int) -> Tensor:
 
 
 def _scale(pieces: Pieces) -> float:
-    """The power of two next above the largest magnitude; NaN where a number is not finite."""
+    """Return the power of two above the largest magnitude; NaN if a number is not finite."""
     largest = 0.0
     for piece in pieces():
         found = float(piece.abs().amax())
@@ -119,7 +117,7 @@ def _scale(pieces: Pieces) -> float:
 
 
 def _orthonormal(block: Tensor, basis: Tensor | None = None) -> Tensor:
-    for _ in range(2):  # the first time rounding may be left within the span
+    for _ in range(2):  # one pass may leave rounding within the span
         if basis is not None:
             block = block - basis @ (basis.mT @ block)
         q: Tensor = torch.linalg.qr(block).Q
@@ -127,26 +125,26 @@ def _orthonormal(block: Tensor, basis: Tensor | None = None) -> Tensor:
     return block
 
 
-# Larger matrices are streamed. Quick norms hold three times a matrix at their peak.
+# Larger matrices are streamed. Quick norms need at most three times the memory of a matrix.
 WHOLE_BYTES = 3 * PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixHealth:
-    """What was measured of one matrix."""
+    """The measured numbers of one matrix."""
 
     name: str
     """Experts of a stack are numbered: ``….experts.down_proj[3]``."""
     source: StoredMatrix
     expert: int | None
     sigma1: float
-    """NaN where the matrix is not finite, as `frobenius`."""
+    """NaN if the matrix is not finite, like `frobenius`."""
     frobenius: float
     num_nonfinite: int
-    """Numbers that are NaN or inf."""
+    """Number of entries that are NaN or inf."""
     spectrum: array[float] | None
-    """All singular values, largest first, where they were asked for and the matrix is finite;
-    eight bytes each, for a model has millions."""
+    """All singular values, largest first; None without `exact`, or if the matrix is not finite. An
+    array needs eight bytes each, and a model has millions."""
 
     @property
     def place(self) -> Place:
@@ -160,7 +158,7 @@ class MatrixHealth:
 
     @property
     def stable_rank(self) -> float:
-        """‖W‖_F² / σ₁²; 0 for the zero matrix, NaN where the matrix is not finite."""
+        """‖W‖_F² / σ₁²; 0 for the zero matrix, NaN if the matrix is not finite."""
         return (self.frobenius / self.sigma1) ** 2 if self.sigma1 else self.sigma1
 
     @property
@@ -170,7 +168,7 @@ class MatrixHealth:
 
     @property
     def effective_rank(self) -> float | None:
-        """exp(−Σ p ln p), p = σ/Σσ (Roy & Vetterli 2007), of the spectrum; NaN where σ₁ is inf."""
+        """exp(−Σ p ln p), p = σ/Σσ (Roy & Vetterli 2007), of the spectrum; NaN if σ₁ is inf."""
         if self.spectrum is None:
             return None
         if not self.spectrum[0]:
@@ -187,15 +185,16 @@ class MatrixHealth:
 def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHealth]:
     """Measure a matrix, or every matrix of a stack.
 
-    Cost: the matrix is read once, or seven times where it is larger than `WHOLE_BYTES`; at its
-    peak four times the lesser of both is held. Quick values err as `quick_stable_rank` says.
+    Cost: the matrix is read once, or seven times if it is larger than `WHOLE_BYTES`. Memory: at
+    most four times the smaller of both sizes. The error of quick values is that of
+    `quick_stable_rank`.
 
     Args:
-        matrix: What to read.
-        exact: All singular values instead of σ₁ from below.
+        matrix: The matrix, or stack of matrices, to read.
+        exact: Compute all singular values instead of σ₁ from below.
 
     Yields:
-        One record an expert; one in all where it is no stack.
+        One record for each expert of a stack, else one record.
 
     Raises:
         StateError: The file has become shorter since its header was read.
@@ -221,7 +220,7 @@ def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHeal
 
 @torch.no_grad()
 def spectrum_of(matrix: StoredMatrix, expert: int | None) -> array[float] | None:
-    """Return all singular values of one matrix, largest first; None where it is not finite."""
+    """Return all singular values of one matrix, largest first; None if it is not finite."""
     reader = matrix.reader
     _, _, spectrum = next(_exactly(reader, range(expert or 0, (expert or 0) + 1)))
     return spectrum
@@ -229,7 +228,7 @@ def spectrum_of(matrix: StoredMatrix, expert: int | None) -> array[float] | None
 
 @torch.no_grad()
 def count_nonfinite(entry: TensorEntry) -> int:
-    """Count NaN and inf in a tensor of any shape; cost: it is read once."""
+    """Count NaN and inf in a tensor of any shape, in one pass."""
     wide = torch.float64 if entry.dtype == "F64" else torch.float32  # 1e300 is finite
     return sum(_count(piece.to(wide)) for piece in read_pieces(entry))
 
@@ -245,7 +244,7 @@ def _quickly(reader: MatrixReader, experts: range) -> Iterator[_Found]:
         return
     stack = _stack(reader, experts)
     norms = frobenius_norm(stack)
-    if bool(norms.isinf().any()):  # finite numbers, but a norm beyond float32
+    if bool(norms.isinf().any()):  # the entries are finite, but their norm exceeds float32
         stack = stack.double()
         norms = frobenius_norm(stack)
     tops = spectral_norm(stack, num_rounds=QUICK_ROUNDS)

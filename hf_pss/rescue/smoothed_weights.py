@@ -1,9 +1,8 @@
 """Smooth the weights of a safetensors file into another file, without the model.
 
-The header is copied byte for byte, so names, dtypes, order and metadata survive. Tied tensors lie
-in the file once. The smoothed matrices are those that `hf_pss.models.selection` chooses by modules,
-found here by names and shapes: matrices inside the repeated blocks other than routers, embeddings
-and recurrent mixers. They are read, smoothed and written one tensor at a time.
+The header is copied byte for byte, so names, dtypes, order and metadata are unchanged. Tied tensors
+lie in the file once. The matrices are those that `select_matrices` would choose in a run. They are
+read, smoothed and written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ class Repair:
 
 
 def matrices_to_smooth(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
-    """Return the matrices that smoothing applies to.
+    """Return the matrices that a run would smooth.
 
     Raises:
-        ConfigurationError: The weights are a LoRA adapter's, or there is no such matrix.
+        ConfigurationError: The weights belong to a LoRA adapter, or no such matrix exists.
     """
     if any(is_adapter_factor(entry.name) for entry in checkpoint.tensors):
         raise ConfigurationError(
-            f"{visible(checkpoint.path)} holds LoRA factors. Their product can only be smoothed in "
-            "a run. Give --smoothing none, or use the command that is printed without --write."
+            f"{visible(checkpoint.path)} holds LoRA factors. Only a run can smooth their product. "
+            "Give --smoothing none, or use the command that is printed without --write."
         )
     found = tuple(
         matrix
@@ -77,8 +76,8 @@ def write_weights(
     Memory: about five times the largest tensor.
 
     Args:
-        checkpoint: The headers.
-        folder: The checkpoint's. Files keep their place in it.
+        checkpoint: The checked headers.
+        folder: Folder of the checkpoint. Files keep their place relative to it.
         target: An existing folder.
         smoothing: ``floor`` (the stable rank of noise), the name of a function, or ``none``.
 
@@ -87,7 +86,7 @@ def write_weights(
 
     Raises:
         ConfigurationError: See `matrices_to_smooth`.
-        StateError: A file changed while it was read, or a matrix cannot be decomposed.
+        StateError: A file has changed while it was read, or a matrix cannot be decomposed.
         NonFiniteError: A matrix holds NaN or inf.
         OSError: Reading or writing failed.
     """
@@ -155,7 +154,7 @@ def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repai
 
 def _function(smoothing: str, shape: tuple[int, int]) -> SmoothingFunction:
     if smoothing == "floor":
-        return StableRankCap()  # noise of the matrix's own shape, in either orientation
+        return StableRankCap()  # its default is noise of the matrix's own shape
     return SMOOTHING_FUNCTIONS[smoothing]()
 
 
@@ -163,7 +162,7 @@ def _read(source: BinaryIO, entry: TensorEntry) -> Tensor:
     raw = source.read(entry.num_bytes)
     if len(raw) < entry.num_bytes:
         raise _shorter(entry.path)
-    # A bytearray, because the tensor is changed in place.
+    # A bytearray is writable, unlike bytes.
     return torch.frombuffer(bytearray(raw), dtype=READABLE[entry.dtype]).view(entry.shape)
 
 
@@ -182,7 +181,7 @@ def _shorter(path: Path) -> StateError:
 
 
 def summary(repairs: Sequence[Repair]) -> str:
-    """Describe the effect of smoothing in one sentence."""
+    """Return a sentence about the effect of smoothing."""
     changed = [one for one in repairs if one.changed]
     if not changed:
         return f"None of {len(repairs)} matrices needed a change."

@@ -1,4 +1,4 @@
-"""How every figure looks: one palette, one style sheet, no global state of pyplot's."""
+"""The look of all figures: one palette and one style sheet, without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "use_log_scale",
 ]
 
-# Okabe and Ito's palette, without its yellow: told apart by every common kind of colour vision.
+# Okabe and Ito's palette, distinguishable with every common kind of colour vision, without yellow.
 _REFERENCE_COLOUR = "#555555"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -61,26 +61,26 @@ _STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Matplotlib's settings for our figures; the caller's come back afterwards."""
+    """Apply matplotlib settings for our figures inside the context, and restore the caller's."""
     return mpl.rc_context(_STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure outside pyplot, sizes in inches."""
+    """Return an empty figure outside pyplot; sizes are in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.12)
     return figure
 
 
 def use_log_scale(axes: Axes) -> None:
-    """Let the ordinate be logarithmic, with plain numbers: the style reads no mathematics."""
+    """Make the ordinate logarithmic, with plain numbers, because the style parses no math."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(_PlainFormatter())
 
 
 class _PlainFormatter(LogFormatter):
-    """Labels the ticks that it would label, as plain numbers."""
+    """Labels the same ticks as its base class, with plain numbers."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -99,7 +99,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure) -> bytes:
-    """Render a figure as SVG, letters as outlines, so that it looks alike everywhere."""
+    """Render a figure as SVG with letters as outlines, which look the same everywhere."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()

@@ -89,7 +89,7 @@ def test_compare_and_page(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     page = tmp_path / "health.html"
     result = run("health", checkpoint, "--compare", checkpoint, "--html", page)
     assert result.exit_code == 0, result.output
-    assert "Compared, what moved most first" in result.stdout
+    assert "Changes, the largest first" in result.stdout
     assert result.stdout.splitlines()[-1] == str(page)
     assert "Spectral health" in page.read_text(encoding="utf-8")
 

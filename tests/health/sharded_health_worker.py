@@ -1,4 +1,4 @@
-"""One rank of a test of shards: the same three steps, measured split, replicated and whole."""
+"""One rank of a test of shards: the same three steps with shards, replicas and the whole."""
 
 from __future__ import annotations
 

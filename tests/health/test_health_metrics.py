@@ -103,7 +103,7 @@ def test_matrices_without_a_gradient_are_left_out_and_zero_gradients_are_zero() 
 
 @pytest.mark.parametrize(("dtype", "entry"), [(torch.float16, 3e4), (torch.bfloat16, 1.0)])
 def test_norms_of_half_gradients_are_summed_in_float32(dtype: torch.dtype, entry: float) -> None:
-    """Of fp16 the sum of squares ends at 65,504; of bf16 it keeps three digits."""
+    """A sum of squares overflows in fp16 at 65,504, and has three digits in bf16."""
     model = gpt2().to(dtype)
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
     for p in parameters.values():

@@ -63,7 +63,7 @@ def test_rank_one_with_its_own_gradient_is_one_and_with_an_orthogonal_one_is_zer
 
 
 def test_all_directions_of_an_identity_are_dominant() -> None:
-    """⌊SR⌋ must be n for it, though rounding may put SR below."""
+    """⌊SR⌋ must be n although rounding may put SR below n."""
     assert float(jacobian_energy(torch.eye(7) * 0.3, torch.eye(7))) == pytest.approx(
         1.0, abs=TOLERANCE
     )

@@ -1,4 +1,4 @@
-"""The monitor beside a real loop: what it reads and when, that it harms nothing, and its state."""
+"""The monitor in a real loop: its readings and their steps, its harmlessness and its state."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(num_steps: int = 4, **options: Any) -> tuple[nn.Module, list[HealthReadi
 @pytest.mark.parametrize(
     ("preset", "metrics"), [("light", LIGHT), ("standard", STANDARD), ("full", FULL)]
 )
-def test_a_preset_is_read_at_its_rhythm(preset: str, metrics: set[str]) -> None:
+def test_a_preset_is_read_at_its_steps(preset: str, metrics: set[str]) -> None:
     model, readings = run(health=preset, health_every_steps=2)
     assert [reading is not None for reading in readings] == [False, True, False, True]
     first, last = (reading for reading in readings if reading is not None)
@@ -91,7 +91,7 @@ def test_a_preset_is_read_at_its_rhythm(preset: str, metrics: set[str]) -> None:
 
 
 @pytest.mark.parametrize("preset", ["light", "standard", "full"])
-def test_a_run_measures_what_the_registry_says(preset: Cost) -> None:
+def test_a_run_measures_the_metrics_of_its_preset(preset: Cost) -> None:
     _, readings = run(num_steps=11, health=preset, health_every_steps=1)  # the edge's window
     last = readings[-1]
     assert last is not None
@@ -109,10 +109,10 @@ def one_process_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process_group")
-def test_what_has_happened_before_anybody_can_look_is_left_out(
+def test_metrics_of_an_update_that_is_over_are_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The real DeepSpeed is in tests/distributed; here, that nothing is written by a look."""
+    """The real DeepSpeed is in tests/distributed. Here a reading must not write anything."""
     model = gpt2()
     parameters = named_parameters_canonical(model)
     monitor = HealthMonitor(select_matrices(model), Zero(), "standard", every_steps=1)
@@ -125,9 +125,9 @@ def test_what_has_happened_before_anybody_can_look_is_left_out(
     assert "spectral_norm" in reading.matrices
     assert not {"grad_norm", "relative_update"} & reading.matrices.keys()
     assert {name: p._version for name, p in parameters.items()} == versions
-    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(told) == 1
-    assert "grad_norm and relative_update are left out" in told[0]
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "grad_norm and relative_update are left out" in warnings[0]
 
 
 def test_a_reading_says_how_many_estimates_are_stale() -> None:
@@ -146,23 +146,23 @@ def test_a_reading_says_how_many_estimates_are_stale() -> None:
     assert found == [0, 1]
 
 
-def test_the_preconditioners_past_begins_anew_after_a_warning(
+def test_the_reference_of_the_preconditioner_restarts_after_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monitor = HealthMonitor(Selection((), ()), OneProcess(), "standard")
 
-    def told(*conditions: float) -> list[str]:
+    def warned(*conditions: float) -> list[str]:
         caplog.clear()
         for condition in conditions:
             monitor._compare(condition)
         return [r.getMessage().partition(":")[0] for r in caplog.records]
 
-    assert told(*[1.0] * 10) == []
-    assert told(math.nan, math.inf) == ["Adam's preconditioner has no condition"]
+    assert warned(*[1.0] * 10) == []
+    assert warned(math.nan, math.inf) == ["Adam's preconditioner has no condition number"]
     moved = "Adam's preconditioner has moved by an order of magnitude"
-    assert told(100.0, *[100.0] * 9) == [moved]
-    assert told(math.nan, 150.0) == []
-    assert told(1.0, 1.0) == [moved]
+    assert warned(100.0, *[100.0] * 9) == [moved]
+    assert warned(math.nan, 150.0) == []
+    assert warned(1.0, 1.0) == [moved]
 
 
 def test_health_changes_no_weight_and_no_random_number() -> None:
@@ -188,7 +188,7 @@ def test_a_metric_that_raises_is_one_warning(
     assert "neighbour_alignment" in last.matrices
 
 
-def test_a_trainer_writes_lines_that_old_readers_know(tmp_path: Path) -> None:
+def test_a_trainer_writes_lines_that_old_readers_accept(tmp_path: Path) -> None:
     config = PSSConfig.preset("paper", health="standard", health_every_steps=4)
     trainer = train(tmp_path, config, save_strategy="no")
     rows = [json.loads(x) for x in (tmp_path / "pss_health.jsonl").read_text().splitlines()]
@@ -229,7 +229,7 @@ def test_the_worst_matrix_is_named() -> None:
     assert describe(reading) == "Health, step 5: spectral_norm 7 (b), stable_rank nan (a)."
 
 
-def test_a_rhythm_below_zero_and_an_unknown_preset_are_refused() -> None:
+def test_a_negative_number_of_steps_and_an_unknown_preset_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="every_steps"):
         HealthMonitor(Selection((), ()), OneProcess(), "light", every_steps=-1)
     with pytest.raises(ConfigurationError, match="health"):
@@ -265,11 +265,11 @@ def test_the_run_ends_with_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "hf_pss")
     config = PSSConfig.preset("paper", health="light", health_every_steps=4)
     trainer = train(tmp_path, config, save_strategy="no")
-    told = [r.getMessage() for r in caplog.records if "the worst of" in r.getMessage()]
-    assert told == [PSSCallback.of(trainer).health_summary]
-    assert "from step 4 to step 8" in told[0]
+    tables = [r.getMessage() for r in caplog.records if "the worst of" in r.getMessage()]
+    assert tables == [PSSCallback.of(trainer).health_summary]
+    assert "from step 4 to step 8" in tables[0]
     summary = summarise(trainer, train_seconds=1.0, pss_seconds=0.0)
-    assert summary.health == told[0]
+    assert summary.health == tables[0]
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(render_summary(summary, tmp_path))
     assert "transformer.h.0.attn.c_attn[q]" in console.export_text()

@@ -39,7 +39,7 @@ def test_it_is_that_of_norms_in_float64_at_any_scale(scale: float, size: float) 
         )
 
 
-def test_what_did_not_move_is_zero_and_zero_that_moved_is_infinite() -> None:
+def test_unchanged_matrices_give_zero_and_changed_zero_matrices_infinity() -> None:
     w = torch.randn(4, 5)
     assert float(relative_update(w, w)) == 0
     assert float(relative_update(0 * w, 0 * w)) == 0
@@ -88,7 +88,7 @@ def test_the_meter_measures_every_matrix(make: type, dtype: torch.dtype) -> None
 
 
 class Watched(OneProcess):
-    """Counts which of some tensors there still are whenever a parameter is looked at."""
+    """Counts the tensors that still exist whenever a parameter is read."""
 
     tensors: ClassVar[list[weakref.ref[torch.Tensor]]] = []
     counts: ClassVar[list[int]] = []
@@ -111,7 +111,7 @@ def test_the_meter_keeps_no_copy_of_what_it_has_measured() -> None:
     assert backend.counts == list(range(len(backend.tensors), 0, -1))
 
 
-def test_the_meter_tells_zero_and_broken_matrices_apart() -> None:
+def test_the_meter_distinguishes_zero_matrices_from_broken_ones() -> None:
     model = gpt2()
     views = select_matrices(model).matrices
     parameters = named_parameters_canonical(model)
@@ -133,7 +133,7 @@ def test_the_meter_tells_zero_and_broken_matrices_apart() -> None:
     assert nothing.stop({}) == {}
 
 
-def test_rates_add_up_to_the_change_whatever_the_rhythm() -> None:
+def test_rates_add_up_to_the_change_at_any_steps() -> None:
     rates = ChangeRates()
     series = {0: 2.0, 1: 2.2, 5: 1.1, 6: 4.0}
     total, last = 0.0, 0

@@ -12,7 +12,7 @@ WORKER = Path(__file__).with_name("sharded_health_worker.py")
 # Relative; of alignments, which may be near 0, absolute. Matrices are gathered bit for bit, sums
 # over shards are not; nor are products whose batch another shape of stack has changed.
 TOLERANCE = 6e-7  # 2.1e-7
-# Shards are told which matrices need more rounds by the last reading, one process at once.
+# With shards the last reading decides which matrices need more rounds, in one process the present.
 FOLLOWED_TOLERANCE = 1e-3  # 3.5e-4
 
 

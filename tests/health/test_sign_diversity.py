@@ -59,7 +59,7 @@ def directions_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_every_matrix_of_a_model_is_heard_while_armed_and_only_then(make: type) -> None:
+def test_every_matrix_of_a_model_is_measured_only_while_armed(make: type) -> None:
     torch.manual_seed(2)
     model = make().eval()  # no dropout: two passes must agree
     views = select_matrices(model).matrices
@@ -92,7 +92,7 @@ def test_every_matrix_of_a_model_is_heard_while_armed_and_only_then(make: type) 
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_micro_batches_add_up_and_arming_anew_forgets() -> None:
+def test_micro_batches_add_up_until_the_next_arming() -> None:
     layer = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0),
         1,

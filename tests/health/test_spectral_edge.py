@@ -49,7 +49,7 @@ def test_it_is_that_of_the_gram_matrix() -> None:
     assert spectral_edge(updates).sigmas == pytest.approx(eigenvalues.sqrt().tolist())
 
 
-def test_what_is_rounding_is_no_mode() -> None:
+def test_rounding_is_not_a_mode() -> None:
     line = torch.outer(torch.arange(1.0, 6.0), torch.randn(50))
     found = spectral_edge(line)
     assert (found.position, found.ratio) == (1, math.inf)
@@ -95,7 +95,7 @@ def play(
     sigmas: list[float],
     seed: int,
 ) -> tuple[float, int, float, int]:
-    """Move the weights along updates of a known spectrum; return its gap, and the one measured."""
+    """Apply updates of a known spectrum; return the true gap and the measured one."""
     selected = list(dict.fromkeys(view.parameter_name for view in views))
     sizes = [parameters[name].numel() for name in selected]
     updates = window(sigmas, sum(sizes), seed)

@@ -46,7 +46,7 @@ def test_the_first_call_is_exact() -> None:
         assert not found.is_stale
 
 
-def test_it_follows_weights_that_move_and_is_never_above() -> None:
+def test_it_follows_changing_weights_from_below() -> None:
     views, parameters = model_of()
     meter = SpectralNormMeter(views, BACKEND, restart_every=1000)
     meter.measure(parameters)
@@ -63,7 +63,7 @@ def test_it_follows_weights_that_move_and_is_never_above() -> None:
             assert measured[view.name].sigma == pytest.approx(exact, rel=FOLLOWED_TOLERANCE)
 
 
-def test_a_stale_estimate_says_so_and_recovers() -> None:
+def test_a_stale_estimate_is_marked_and_recovers() -> None:
     views, parameters = model_of()
     meter = SpectralNormMeter(views, BACKEND, restart_every=1000)
     meter.measure(parameters)
@@ -82,7 +82,7 @@ def test_a_stale_estimate_says_so_and_recovers() -> None:
 
 
 def test_only_a_restart_finds_a_larger_value_that_is_orthogonal() -> None:
-    """The residual cannot know of it: the documented blind spot."""
+    """The residual does not show it, as the docstring warns."""
     weight = torch.diag(torch.tensor([1.0, 5.0]))
     sigma, _, residual = power_round(weight, torch.tensor([1.0, 0.0]))
     assert (float(sigma), float(residual)) == (1.0, 0.0)
@@ -146,7 +146,7 @@ def test_directions_are_the_right_singular_vectors() -> None:
         )
 
 
-def test_no_matrix_no_reading_and_no_rhythm_of_zero() -> None:
+def test_no_matrix_gives_no_reading_and_zero_calls_are_refused() -> None:
     assert SpectralNormMeter((), BACKEND).measure({}) == {}
     with pytest.raises(ConfigurationError, match="restart_every"):
         SpectralNormMeter((), BACKEND, restart_every=0)

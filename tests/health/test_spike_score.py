@@ -48,7 +48,7 @@ def test_it_is_that_of_the_definition(seed: int) -> None:
     assert score.score > 0
 
 
-def test_nan_does_not_blind_it() -> None:
+def test_nan_does_not_hide_later_spikes() -> None:
     score = SpikeScore()
     rng = random.Random(0)
     for _ in range(200):
@@ -70,7 +70,7 @@ def test_a_constant_series_and_a_window_that_is_not_full_have_no_spikes() -> Non
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e300])
-def test_large_and_small_values_are_compared_as_others_are(scale: float) -> None:
+def test_values_of_any_scale_are_compared_alike(scale: float) -> None:
     score = SpikeScore(window_size=16)
     rng = random.Random(1)
     for _ in range(50):
@@ -78,7 +78,7 @@ def test_large_and_small_values_are_compared_as_others_are(scale: float) -> None
     assert score.update(scale * 3)
 
 
-def test_spikes_are_forgotten_with_their_step() -> None:
+def test_spikes_count_for_the_recent_steps_only() -> None:
     score = SpikeScore(window_size=2, num_recent_steps=10)
     score.update(math.inf)
     for _ in range(9):
@@ -88,7 +88,7 @@ def test_spikes_are_forgotten_with_their_step() -> None:
     assert (score.score, score.num_nonfinite) == (0, 0)
 
 
-def test_a_resumed_score_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_resumed_score_equals_an_uninterrupted_one() -> None:
     values = series(600, 9)
     whole = SpikeScore(window_size=64, num_recent_steps=250)
     first = SpikeScore(window_size=64, num_recent_steps=250)

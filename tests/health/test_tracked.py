@@ -1,4 +1,4 @@
-"""The followed spectra against float64 decompositions, through drift, jumps and broken numbers."""
+"""The tracked spectra against float64 decompositions, with drift, jumps and broken numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_of() -> tuple[tuple[MatrixView, ...], dict[str, nn.Parameter]]:
 
 
 def exact(view: MatrixView, parameters: dict[str, nn.Parameter]) -> tuple[float, float]:
-    """σ₁ and ‖W‖_F."""
+    """Return σ₁ and ‖W‖_F."""
     sigmas = torch.linalg.svdvals(view.read(parameters[view.parameter_name]).double())
     return float(sigmas[0]), float(sigmas.norm())
 
@@ -41,7 +41,7 @@ def check(
     parameters: dict[str, nn.Parameter],
     tolerance: float,
 ) -> float:
-    """Return the worst error of σ₁; that of the norm is checked here."""
+    """Return the worst error of σ₁, and check that of the norm."""
     assert list(found) == [view.name for view in views]
     worst = 0.0
     for view in views:
@@ -86,8 +86,8 @@ def test_both_ways_of_multiplying_agree() -> None:
         assert one[view.name].sigma == pytest.approx(other[view.name].sigma, rel=COLD_TOLERANCE)
 
 
-def test_a_second_direction_that_overtakes_is_noticed() -> None:
-    """What one vector alone never sees: the new leader is orthogonal to the old one."""
+def test_a_second_direction_that_overtakes_is_found() -> None:
+    """One vector alone would miss the new leader, which is orthogonal to the old one."""
     views, parameters = model_of()
     tracker = SpectrumTracker(views, BACKEND)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_second_direction_that_overtakes_is_noticed() -> None:
     assert tracker.measure(parameters)[UP].sigma == pytest.approx(5.0, rel=COLD_TOLERANCE)
 
 
-def test_a_stale_estimate_says_so_and_recovers() -> None:
+def test_a_stale_estimate_is_marked_and_recovers() -> None:
     views, parameters = model_of()
     tracker = SpectrumTracker(views, BACKEND, batched=True)
     tracker.measure(parameters)
@@ -151,7 +151,7 @@ def test_zero_is_zero() -> None:
 
 
 class Counted(OneProcess):
-    """Remembers how many numbers each read from the device had."""
+    """Records the number of values in each read from the device."""
 
     reads: ClassVar[list[int]] = []
 
@@ -161,7 +161,7 @@ class Counted(OneProcess):
 
 
 @pytest.mark.parametrize(("entry", "num_reads"), [(math.nan, 1), (0.0, 2)])
-def test_what_is_broken_or_zero_costs_hardly_a_read(entry: float, num_reads: int) -> None:
+def test_broken_and_zero_matrices_cost_few_reads(entry: float, num_reads: int) -> None:
     views, parameters = model_of()
     with torch.no_grad():
         parameters[UP].fill_(entry)
@@ -174,8 +174,8 @@ def test_what_is_broken_or_zero_costs_hardly_a_read(entry: float, num_reads: int
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_directions_of_broken_and_zero_matrices_say_so(make: type) -> None:
-    """Of matrices stored in either way: v₁ is what is followed, or one product away."""
+def test_directions_of_broken_and_zero_matrices_are_nan_and_zero(make: type) -> None:
+    """In one orientation the tracker follows v₁, in the other v₁ needs one product."""
     model = make()
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
     broken, zero, *rest = {view.parameter_name: view for view in views}.values()
@@ -190,7 +190,7 @@ def test_directions_of_broken_and_zero_matrices_say_so(make: type) -> None:
     assert [float(found[view.name].norm()) for view in rest] == pytest.approx([1.0] * len(rest))
 
 
-def test_a_cold_start_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_cold_start_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     views, parameters = model_of()
     tracker = SpectrumTracker(views, BACKEND)
 
@@ -259,7 +259,7 @@ def test_bfloat16_is_multiplied_as_float32(batched: bool) -> None:
     check(found, views, halves, COLD_TOLERANCE)
 
 
-def test_nothing_to_follow() -> None:
+def test_no_matrix_gives_no_numbers() -> None:
     tracker = SpectrumTracker((), BACKEND)
     assert tracker.measure({}) == {}
 

@@ -1,4 +1,4 @@
-"""Write .safetensors files by hand, byte by byte: good ones too large to hold, and bad ones."""
+"""Write .safetensors files byte by byte: valid files beyond the memory, and damaged files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def entry(
 
 
 def write_large(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Path:
-    """Write tensors that share memory: the file is large, the process is not."""
+    """Write tensors that share memory, so the file is large and the process small."""
     header, reached, held = {}, 0, list(tensors)
     for name, tensor in held:
         stop = reached + tensor.numel() * tensor.itemsize

@@ -85,7 +85,7 @@ def test_hub_cache(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "models--x")
 
 
-def test_no_other_link_leads_out(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     secret = shard(tmp_path / "elsewhere" / "model.safetensors", "a")
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -98,7 +98,7 @@ def test_no_other_link_leads_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [True, False])
-def test_a_config_that_leads_out(tmp_path: Path, config: bool) -> None:
+def test_a_config_that_links_out_of_the_folder_is_ignored(tmp_path: Path, config: bool) -> None:
     folder = tmp_path / "checkpoint"
     path = shard(folder / "model.safetensors", "a")
     (tmp_path / "config.json").write_text("{}")
@@ -142,14 +142,14 @@ def test_a_shard_lies_in_its_folder(tmp_path: Path, name: str) -> None:
         ([1], "weight_map"),
     ],
 )
-def test_an_index_that_is_wrong(tmp_path: Path, weight_map: object, message: str) -> None:
+def test_a_wrong_index_is_an_error(tmp_path: Path, weight_map: object, message: str) -> None:
     shard(tmp_path / "one.safetensors", "a")
     shard(tmp_path / "two.safetensors", "b")
     with pytest.raises(StateError, match=message):
         open_checkpoint(index(tmp_path, weight_map))
 
 
-def test_one_name_in_two_files(tmp_path: Path) -> None:
+def test_one_name_in_two_files_is_an_error(tmp_path: Path) -> None:
     shard(tmp_path / "one.safetensors", "a")
     shard(tmp_path / "two.safetensors", "a")
     with pytest.raises(StateError, match="a lies in"):
@@ -164,7 +164,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
             open_checkpoint(path)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_a_path_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="There is no"):
         open_checkpoint(tmp_path / "nowhere")
     shard(tmp_path / "checkpoint-5" / "model.safetensors", "a")
@@ -173,7 +173,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
-    """Opened, it would wait for a writer: so would an index, or the options of a run."""
+    """Opening a pipe would wait for a writer. The same holds for an index and a run's options."""
     os.mkfifo(tmp_path / "model.safetensors.index.json")
     with pytest.raises(StateError, match="not a regular file"):
         open_checkpoint(tmp_path)

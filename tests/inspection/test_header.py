@@ -89,14 +89,14 @@ def test_damage_is_named(tmp_path: Path, header: Any, data: bytes, message: str)
         read_header(path)
 
 
-def test_the_good_twin_of_the_damaged_is_read(tmp_path: Path) -> None:
+def test_the_undamaged_file_is_read(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "model.safetensors", GOOD, b"123456")
     assert [one.name for one in read_header(path)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("shape", ["9" * 4300, ",".join(["2"] * 200_000)])
-def test_sizes_whose_product_takes_for_ever(tmp_path: Path, shape: str) -> None:
-    """Neither multiplied (quadratic) nor printed (Python refuses beyond 4,300 digits)."""
+def test_huge_dimensions_are_refused_quickly(tmp_path: Path, shape: str) -> None:
+    """The product would take quadratic time, and Python prints at most 4,300 digits."""
     header = f'{{"a":{{"dtype":"U8","shape":[{shape},2],"data_offsets":[0,1]}}}}'
     path = write_raw(tmp_path / "model.safetensors", header.encode(), b"1")
     with pytest.raises(StateError, match="at most 16 whole numbers"):
@@ -104,7 +104,7 @@ def test_sizes_whose_product_takes_for_ever(tmp_path: Path, shape: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 7])
-def test_a_file_without_room_for_a_header(tmp_path: Path, size: int) -> None:
+def test_a_file_too_small_for_a_header_is_refused(tmp_path: Path, size: int) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x" * size)
     with pytest.raises(StateError, match=f"ends after {size} bytes"):
@@ -119,14 +119,14 @@ def test_an_oversize_header_is_not_read(tmp_path: Path, size: int) -> None:
         read_header(path)
 
 
-def test_a_header_longer_than_the_file(tmp_path: Path) -> None:
+def test_a_header_longer_than_the_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((1000).to_bytes(8, "little") + b"{}")
     with pytest.raises(StateError, match="its header alone needs 1008 bytes"):
         read_header(path)
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"w": torch.randn(4, 4)}, path)
     (found,) = read_header(path)
@@ -140,7 +140,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 def test_any_damage_is_a_state_error_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Bytes of a good file replaced, removed or added, within the header and at the file's end."""
+    """The test replaces, removes or adds bytes in the header and at the end of a valid file."""
     header = json.dumps(GOOD).encode()
     good = len(header).to_bytes(8, "little") + header + b"123456"
     start = data.draw(st.integers(0, len(good)))
@@ -154,5 +154,5 @@ def test_any_damage_is_a_state_error_or_harmless(
         return
     reached = max((entry.offset + entry.num_bytes for entry in entries), default=len(damaged))
     assert reached == len(damaged)
-    with safe_open(path, "pt") as library:  # what we accept, the library accepts
+    with safe_open(path, "pt") as library:  # the library accepts every file that we accept
         assert sorted(library.keys()) == sorted(entry.name for entry in entries)

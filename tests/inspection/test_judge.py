@@ -96,7 +96,7 @@ def test_the_worst_come_first(sick: Inspection) -> None:
     assert [(entry.name, bad) for entry, bad in sick.bad_others] == [("h.0.ln.weight", 1)]
 
 
-def test_few_siblings_are_no_measure(tmp_path: Path) -> None:
+def test_few_siblings_give_no_finding(tmp_path: Path) -> None:
     tensors = {f"h.{i}.w.weight": torch.randn(80, 80) for i in range(3)}
     tensors["h.0.w.weight"] *= 100
     assert inspected(tmp_path / "x", tensors).num_findings == 0
@@ -234,7 +234,7 @@ def test_a_page_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_spectra_beyond_any_scale(tmp_path: Path) -> None:
-    """float64 holds 1e308, whose norms are beyond it, and 1e-320, of which nothing is left."""
+    """The norm of entries of 1e308 overflows in float64, and that of 1e-320 vanishes."""
     extremes = {f"h.0.{x}": torch.full((4, 4), x, dtype=torch.float64) for x in (1e308, 1e-320)}
     for exact in (True, False):
         inspection = inspected(tmp_path / "x", extremes, exact=exact)
@@ -243,7 +243,7 @@ def test_spectra_beyond_any_scale(tmp_path: Path) -> None:
         assert shown(render_inspection(inspection, num_lines=5))
 
 
-def test_page_of_what_cannot_be_drawn(tmp_path: Path) -> None:
+def test_a_page_without_drawable_numbers(tmp_path: Path) -> None:
     inspection = inspected(tmp_path / "x", {"h.0.w": torch.zeros(4, 4), "b": torch.ones(3)})
     write_page(tmp_path / "page.html", render_page(inspection))
     assert Page(tmp_path / "page.html").fetched == []
@@ -257,7 +257,7 @@ def test_names_cannot_move_the_cursor(tmp_path: Path) -> None:
     assert r"\x1b[2J\u202e<script>" in text
 
 
-def test_visible_cuts_what_is_far_too_long() -> None:
+def test_visible_cuts_long_text() -> None:
     assert len(visible("x" * 10_000)) == 301
     assert visible("\ud800\n\U000e0001") == r"\ud800\n\U000e0001"
 
@@ -277,7 +277,7 @@ def test_places(name: str, place: Place) -> None:
     assert place_of(name) == place
 
 
-# Of the largest value; 0.025 measured, for these shapes.
+# Relative to the largest value; 0.025 measured with these shapes.
 QUANTILES = 0.05
 
 

@@ -24,12 +24,12 @@ def contents(
 
 
 def read(matrix: StoredMatrix, expert: int = 0) -> torch.Tensor:
-    """As (outputs, inputs)."""
+    """Return the matrix as (outputs, inputs)."""
     whole = matrix.reader.whole(expert)
     return whole.mT if matrix.transposed else whole
 
 
-def test_gpt2_is_divided_as_the_model_says(tmp_path: Path) -> None:
+def test_gpt2_is_divided_as_in_the_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 20}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
@@ -99,7 +99,7 @@ def test_experts_are_a_stack(tmp_path: Path) -> None:
 def test_experts_are_counted_before_they_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record is kept of each, and a file of 100 MB could claim 25 million."""
+    """Each expert costs a record, and a file of 100 MB could claim 25 million."""
     monkeypatch.setattr("hf_pss.inspection.matrices.MOST_EXPERTS", 5)
     stacks = {f"h.{i}.experts.w": torch.ones(3, 2, 2) for i in range(2)}
     found = contents(tmp_path, stacks | {"w": torch.ones(2, 2)})
@@ -140,7 +140,7 @@ def test_the_rest_has_a_reason(tmp_path: Path) -> None:
 
 
 def test_layers_beside_attention_and_mlp_are_not_judged_with_them(tmp_path: Path) -> None:
-    """The same names as `select_matrices` leaves alone; outside of blocks all is measured."""
+    """Inside blocks the rules are those of `select_matrices`; outside all matrices are measured."""
     names = {
         "blocks.0.attn.qkv": None,
         "blocks.0.mlp.fc1": None,
@@ -164,7 +164,7 @@ def test_layers_beside_attention_and_mlp_are_not_judged_with_them(tmp_path: Path
 def test_pieces_make_the_whole(
     tmp_path: Path, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces of two rows, or of three, cut every part anew."""
+    """Pieces of two and of three rows cut the parts at different places."""
     shape = (4, 12) if transposed else (12, 4)
     config = {"model_type": "gpt2"} if transposed else {}
     found = contents(tmp_path, {"h.0.c_attn.weight": torch.randn(shape)}, config)

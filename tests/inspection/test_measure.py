@@ -116,7 +116,7 @@ def test_streamed_special_matrices() -> None:
     assert streamed_spectrum(lambda: [torch.zeros(3, 2)], 2).tolist() == [0, 0]
 
 
-# VmHWM, for a child's ru_maxrss begins at what its parent held.
+# VmHWM, because ru_maxrss of a child starts at the parent's size.
 PEAK = """
 import sys, time
 from pathlib import Path
@@ -134,7 +134,7 @@ print(peak() - before, len(inspection.matrices), time.process_time() - start)
 
 
 def peak(path: Path) -> tuple[float, int, float]:
-    """MiB beyond what Python and torch take, matrices, CPU seconds; in a process of its own."""
+    """Return MiB beyond Python and torch, matrices and CPU seconds, from a process of its own."""
     words = [sys.executable, "-c", PEAK, str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a second thread waits in vain, and spins
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)

@@ -167,7 +167,7 @@ def test_a_run_that_pss_stops_is_told_and_finished_as_any_other(
     poisoned.clear()
     caplog.clear()
     trainer.train()
-    assert "reports nothing more" not in caplog.text
+    assert "stops reporting" not in caplog.text
 
 
 def test_a_run_that_has_failed_is_told_and_finished_once(

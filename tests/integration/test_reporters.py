@@ -1,4 +1,4 @@
-"""Health in W&B, TensorBoard and trackio: read back from what a Trainer's run has recorded."""
+"""Health in W&B, TensorBoard and trackio, read back from the records of a Trainer's run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TAGS = ("transformer.h.0.attn.c_attn.q", "transformer.h.1.mlp.c_fc")
 
 
 def reading(step: int) -> HealthReading:
-    """A reading whose second matrix breaks at the last step."""
+    """Return a reading whose second matrix is not finite at the last step."""
     broken = step == STEPS
     ranks = (8.0 - step, math.nan if broken else 4.0)
     return HealthReading(
@@ -61,23 +61,23 @@ def intervention(step: int = ALERT_STEP) -> Intervention:
 
 
 class Reporting(TrainerCallback):
-    """What PSSCallback does with reporters, and nothing else."""
+    """Uses the trackers as PSSCallback does."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
-        self.reporters = Trackers(())
+        self.trackers = Trackers(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        self.reporters = trackers_for(args, self.trainer.callback_handler.callbacks)
+        self.trackers = trackers_for(args, self.trainer.callback_handler.callbacks)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reporters.report(reading(state.global_step))
+        self.trackers.report(reading(state.global_step))
         if state.global_step == ALERT_STEP:
-            self.reporters.alert(intervention())
+            self.trackers.alert(intervention())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.reporters.finish()
+        self.trackers.finish()
 
 
 def train(folder: Path, tracker: str) -> tuple[Trainer, Reporting]:
@@ -137,7 +137,7 @@ def test_wandb(offline: Path) -> None:
     assert table["data"][0] == [1, NAMES[0], 7.0, 0.5]
     assert len(table["data"]) == 2 * STEPS
     assert found.image("pss/heat_map").startswith(b"\x89PNG")
-    # With the 4th reading, for a run that is killed, and at the end.
+    # With the 4th reading, in case the run is killed, and at the end.
     assert found.column("pss/heat_map._type") == [(4, "image-file"), (STEPS, "image-file")]
 
     ((title, text, level),) = found.alerts
@@ -184,7 +184,7 @@ def _text(found: EventAccumulator, tag: str) -> str:
 @pytest.fixture
 def trackio_home(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("trackio")
-    # It reads TRACKIO_DIR once, when it is imported, and copies what it has read.
+    # Trackio reads TRACKIO_DIR once, at its import, and copies the value.
     home = offline / "trackio"
     for name, module in tuple(sys.modules.items()):
         for variable, folder in (("TRACKIO_DIR", home), ("MEDIA_DIR", home / "media")):
@@ -221,10 +221,10 @@ def test_trackio(offline: Path, trackio_home: Path) -> None:
     assert "lower the learning rate" in text
 
 
-def test_what_pss_itself_measures_and_does_reaches_all_three(
+def test_readings_and_interventions_of_pss_reach_all_three(
     offline: Path, trackio_home: Path
 ) -> None:
-    """A whole run: real readings, and the alert of a real spike that PSS smoothed."""
+    """A whole run has real readings, and the alert of a real spike that PSS smoothed."""
     config = PSSConfig.preset(
         "paper", threshold_ratio=3.0, calibration_steps=2, health="full", health_every_steps=2
     )
@@ -300,7 +300,7 @@ def test_the_heat_map_shows_the_fall(offline: Path) -> None:
     assert len({tuple(pixel) for pixel in first_block}) >= 29  # a colour a step
 
 
-def test_a_reporter_that_raises_is_one_warning(
+def test_a_tracker_that_raises_is_one_warning(
     offline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
@@ -314,24 +314,24 @@ def test_a_reporter_that_raises_is_one_warning(
         trainer, callback = train(offline, "wandb")
     assert trainer.state.global_step == STEPS
     assert calls == [1]
-    assert callback.reporters.names == ()
+    assert callback.trackers.names == ()
     warnings = [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")]
     assert len(warnings) == 1
-    assert "wandb: RuntimeError: the server is gone. Training goes on" in warnings[0]
+    assert "wandb: RuntimeError: the server is gone. Training continues" in warnings[0]
 
 
 def test_a_run_that_is_closed_is_one_warning(
     offline: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporters = Trackers([WandbTracker(wandb.init(project="pss"))])
-    reporters.report(reading(1))
+    trackers = Trackers([WandbTracker(wandb.init(project="pss"))])
+    trackers.report(reading(1))
     wandb.finish()
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
-        reporters.report(reading(2))
-        reporters.alert(intervention())
-        reporters.finish()
+        trackers.report(reading(2))
+        trackers.alert(intervention())
+        trackers.finish()
     assert len([r for r in caplog.records if r.name.startswith("hf_pss")]) == 1
-    assert not reporters
+    assert not trackers
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
@@ -347,25 +347,25 @@ def test_no_open_run_is_one_warning(
 
 def test_tensorboard_without_the_trainers_writer_has_its_own_folder(offline: Path) -> None:
     args = TrainingArguments(output_dir=str(offline), report_to=["tensorboard"], use_cpu=True)
-    reporters = trackers_for(args)
-    reporters.report(reading(1))
-    reporters.finish()
+    trackers = trackers_for(args)
+    trackers.report(reading(1))
+    trackers.finish()
     found = EventAccumulator(str(offline / "runs" / "pss")).Reload()
     assert found.Scalars("pss/stable_rank/min")[0].value == 4.0
 
 
 def test_without_trackers_nothing_is_kept(offline: Path) -> None:
     args = TrainingArguments(output_dir=str(offline), report_to="none", use_cpu=True)
-    reporters = trackers_for(args)
-    reporters.report(reading(1))
-    reporters.alert(intervention())
-    reporters.finish()
-    assert not reporters
-    assert reporters.names == ()
+    trackers = trackers_for(args)
+    trackers.report(reading(1))
+    trackers.alert(intervention())
+    trackers.finish()
+    assert not trackers
+    assert trackers.names == ()
     assert set(TRACKERS) == {"wandb", "tensorboard", "trackio"}
 
 
-def test_without_matplotlib_the_table_is_there(
+def test_without_matplotlib_the_table_is_logged(
     offline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def missing(history: Any) -> None:

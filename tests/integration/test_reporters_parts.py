@@ -44,7 +44,7 @@ def test_nothing_finite_has_no_histogram(values: tuple[float, ...]) -> None:
     assert histogram_of(values) is None
 
 
-def test_zeros_have_one() -> None:
+def test_zeros_have_a_histogram() -> None:
     found = histogram_of((0.0, 0.0))
     assert found is not None
     assert found.counts[0] == 2
@@ -102,7 +102,7 @@ def test_readings_of_many_matrices_are_bounded() -> None:
         assert len(readings.kept) <= 11
 
 
-def test_rows_are_as_many_as_there_is_room_for() -> None:
+def test_rows_fill_the_room_of_a_table() -> None:
     readings = ThinnedReadings()
     for step in range(10):
         readings.add(reading(step))
@@ -147,7 +147,7 @@ def test_of_very_many_matrices_the_worst_have_curves(caplog: pytest.LogCaptureFi
         later = curves.of(wide(step, 5_000, **broken))
     assert len(later.matrices["stable_rank"]) == NUM_PLACES
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("This model has 5000 matrices: trackers get curves of 128 of them")
+    assert said.startswith("This model has 5000 matrices. Trackers get curves of the 128 worst")
 
 
 def test_a_metric_that_a_step_has_not_measured_is_none() -> None:
@@ -179,12 +179,12 @@ FIRST = health(0, [20.0] * 8, [1.0] * 8)
 
 
 def whys(last: HealthReading) -> dict[str, str]:
-    """The first words of a matrix's line, and the rest of it, in order."""
+    """Return the name at the start of each matrix's line, and the rest of it, in order."""
     lines = summary_table(FIRST, last).splitlines()[2:]
     return {line.split(".")[1]: line for line in lines if line.startswith("h.")}
 
 
-def test_what_goes_the_same_way_everywhere_is_no_news() -> None:
+def test_a_change_common_to_all_matrices_is_not_a_finding() -> None:
     text = summary_table(FIRST, health(100, [6.0] * 8, [5.0] * 8))
     assert text.startswith(
         "Health from step 0 to step 100, the worst of 8 matrices first; 0 to look at:\n"

@@ -1,4 +1,4 @@
-"""Which LoRA products are found, by what name, and why others are not."""
+"""The LoRA products that are found, their names, and the reasons for the other factors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reasons(selection: Selection) -> dict[str, str]:
     return {e.parameter_name: e.reason for e in selection.exclusions}
 
 
-def test_a_product_knows_its_factors_its_base_and_its_scale() -> None:
+def test_a_product_names_its_factors_its_base_and_its_scale() -> None:
     q_proj, down_proj, *_ = select_matrices(adapted()).adapters
     assert q_proj.name == f"{PATH}.0.self_attn.q_proj[default]"
     assert q_proj.left_name == f"{PATH}.0.self_attn.q_proj.lora_B.default.weight"
@@ -45,7 +45,7 @@ def test_a_product_knows_its_factors_its_base_and_its_scale() -> None:
 
 
 class Wrapper(nn.Module):
-    """As DDP and torch.compile wrap a model."""
+    """Wrap a model as DDP and torch.compile do."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_wrappers_leave_no_trace_in_the_names(name: str) -> None:
         ({"exclude": ["down_proj.*weight$"]}, ["self_attn.q_proj[default]"]),
     ],
 )
-def test_roles_and_patterns_mean_products_too(options: dict[str, Any], found: list[str]) -> None:
+def test_roles_and_patterns_apply_to_products(options: dict[str, Any], found: list[str]) -> None:
     selection = select_matrices(adapted(), **options)
     assert short_names(selection) == found
     assert not selection.matrices
@@ -88,13 +88,13 @@ def test_every_factor_is_in_a_product_or_has_a_reason() -> None:
     assert short_names(selection) == ["self_attn.q_proj[default]"]
     assert why[f"{PATH}.1.self_attn.q_proj[default]"].startswith("excluded by")
     assert why["base_model.model.lm_head[default]"] == "outside the repeated blocks"
-    told = {name for view in selection.adapters for name in view.names}
+    named = {name for view in selection.adapters for name in view.names}
     for name, parameter in model.named_parameters():
         product = f"{name.partition('.lora_')[0]}[default]"
-        assert not parameter.requires_grad or {name, product} & (told | why.keys()), name
+        assert not parameter.requires_grad or {name, product} & (named | why.keys()), name
 
 
-def test_adapters_that_do_not_train_say_why() -> None:
+def test_adapters_that_do_not_train_have_a_reason() -> None:
     model = adapted()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     model.get_parameter(f"{PATH}.0.mlp.down_proj.lora_A.default.weight").requires_grad_(False)
@@ -120,14 +120,14 @@ def test_several_active_adapters_are_products_of_their_own() -> None:
     ]
 
 
-def test_merged_adapters_are_out() -> None:
+def test_merged_adapters_are_left_out() -> None:
     model = adapted()
     model.merge_adapter()
     with pytest.raises(SelectionError, match="8 × LoRA factor: merged into the base weight"):
         select_matrices(model)
 
 
-def test_what_is_no_product_of_two_matrices_is_out() -> None:
+def test_tuners_without_two_matrices_are_left_out() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,7 +1,7 @@
-"""Models that are not transformers': small modules with the same names, and the real ones if there.
+"""Models of other libraries: small modules with their names, and the real ones if installed.
 
 The look-alikes have the class and attribute names of timm, DiT, litgpt, OLMo, DINOv2, InternLM2 and
-sentence-transformers, since what is tested is how those names are read.
+sentence-transformers, because the tests concern the reading of those names.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def test_a_projection_to_queries_keys_and_values_is_attention_without_a_module_o
 
 
 class AdaLayerNormZero(nn.Module):
-    """As diffusers': the block's norm holds its embedder and the layer that begins at 0."""
+    """The norm of a block in diffusers holds its embedder and the layer that starts at 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_an_include_pattern_brings_modulation_back() -> None:
 
 @pytest.mark.parametrize("inner", ["auto_model", "model"])
 def test_a_sentence_transformer(inner: str) -> None:
-    """Two Dense layers of one class, as EmbeddingGemma has, are no stack of blocks."""
+    """Two Dense layers of one class, as in EmbeddingGemma, do not form a stack of blocks."""
     bert = BY_NAME["bert-classifier"].build().get_submodule("bert")
     dense = [module_of("Dense", {}, linear=nn.Linear(32, 32)) for _ in range(2)]
     for module in dense[1:]:
@@ -218,7 +218,7 @@ def values_reaching(
 
 
 def check_values_by_forward(model: nn.Module, fused: str, out: str, run: Any) -> None:
-    """Without values nothing reaches the output projection; without keys something does."""
+    """The output projection gets zeros without values, and other inputs without keys."""
     found = {
         m.name.rpartition("[")[2][:-1]: m.rows
         for m in select_matrices(model).matrices

@@ -71,7 +71,7 @@ Edit = Callable[[Tensor], None]
 
 
 def rows_of(model: nn.Module, projection: str) -> dict[str, RowPattern]:
-    """Label → output rows, of the views of a fused projection."""
+    """Return the output rows of the views of a fused projection, by label."""
     views = [
         v for v in select_matrices(model).matrices if v.parameter_name == f"{projection}.weight"
     ]
@@ -79,7 +79,7 @@ def rows_of(model: nn.Module, projection: str) -> dict[str, RowPattern]:
 
 
 def part_of(output: Tensor, rows: RowPattern) -> Tensor:
-    """The features of a projection's output that belong to a part, as a view to write into."""
+    """Return a writable view of the features of a projection's output that belong to a part."""
     periods = torch.unflatten(output, -1, (-1, rows.period))
     return periods[..., rows.start : rows.start + rows.size]
 
@@ -97,7 +97,7 @@ def edited(module: nn.Module, edit: Edit) -> Iterator[None]:
 
 
 def input_of(model: nn.Module, consumer: str, fused: str, edit: Edit) -> Tensor:
-    """What reaches the `consumer` when the output of the `fused` projection is edited."""
+    """Return the input of `consumer` after an edit of the output of the `fused` projection."""
     seen: list[Tensor] = []
     handle = model.get_submodule(consumer).register_forward_pre_hook(
         lambda module, args: seen.append(args[0].detach())
@@ -132,7 +132,7 @@ def zeroed(rows: RowPattern) -> Edit:
 
 
 def spread_weights(model: nn.Module) -> nn.Module:
-    """Larger weights, so that attention is far from uniform and a wrong part shows."""
+    """Enlarge the weights, so that attention is far from uniform and a wrong part is visible."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -142,8 +142,8 @@ def spread_weights(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", FUSED_ATTENTION)
-def test_queries_keys_and_values_are_what_the_forward_takes_them_for(name: str) -> None:
-    """A token's query moves its own output only; its key moves others'; values carry all."""
+def test_queries_keys_and_values_are_those_of_the_forward(name: str) -> None:
+    """A token's query changes its own output only, its key that of others, values all outputs."""
     model = spread_weights(BY_NAME[name].build())
     fused, out = FUSED_ATTENTION[name]
     rows = rows_of(model, fused)
@@ -158,7 +158,7 @@ def test_queries_keys_and_values_are_what_the_forward_takes_them_for(name: str) 
 
 
 def test_the_check_fails_on_a_wrong_layout() -> None:
-    """GPT-NeoX cut into thirds, as GPT-2 is: heads' queries, keys and values get mixed."""
+    """GPT-NeoX divided into thirds like GPT-2 mixes queries, keys and values of heads."""
     model = spread_weights(BY_NAME["gpt_neox"].build())
     fused, out = FUSED_ATTENTION["gpt_neox"]
     thirds = {label: RowPattern(32 * i, 32, 96) for i, label in enumerate("qkv")}
@@ -242,7 +242,7 @@ def test_the_activation_acts_on_the_part_named_first(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "qwen3_moe"])
 def test_experts_are_gated_by_the_part_named_gate(name: str) -> None:
-    """Gates driven to -50 by an input of ones silence every expert; ups driven there do not."""
+    """Gates of -50 silence every expert; up projections of -50 do not."""
     model = BY_NAME[name].build()
     matrices = select_matrices(model).matrices
     views = {
@@ -277,7 +277,7 @@ def test_experts_are_gated_by_the_part_named_gate(name: str) -> None:
 
 
 def test_torch_multihead_attention_is_split_as_its_own_code_splits_it() -> None:
-    """Without values the output's bias is left; without queries, keys have no effect."""
+    """Without values only the output's bias is left. Without queries, keys have no effect."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     views = {v.name: v for v in select_matrices(nn.ModuleList([layer])).matrices}
@@ -310,7 +310,7 @@ def test_torch_multihead_attention_with_separate_projections() -> None:
 
 
 def test_every_class_in_the_table_exists() -> None:
-    """A class that transformers renames must not silently fall out of the table."""
+    """If transformers renames a class, its row of the table must not become dead unnoticed."""
     models = Path(inspect.getfile(transformers)).parent / "models"
     source = "\n".join(file.read_text(encoding="utf-8") for file in models.glob("*/modeling_*.py"))
     defined = set(re.findall(r"^class (\w+)", source, re.MULTILINE)) | {"MultiheadAttention"}

@@ -1,4 +1,4 @@
-"""Which attention modules have known heads, and which rows of which layer these are."""
+"""The attention modules with known heads, and the rows of these heads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_heads_that_do_not_fit_are_unknown() -> None:
     assert reasons == {"model.layers.0.self_attn": "k has 7 rows where its heads have 8"}
 
 
-def test_what_changes_projections_later_is_told() -> None:
+def test_modules_that_change_queries_or_keys_have_a_reason() -> None:
     from transformers import OlmoConfig, OlmoForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     small: dict[str, Any] = {
@@ -84,7 +84,7 @@ def test_what_changes_projections_later_is_told() -> None:
     assert reason.startswith("clip_qkv")
 
 
-def test_cross_attention_is_told_apart() -> None:
+def test_cross_attention_is_recognised() -> None:
     from transformers import (
         BartConfig,
         BartModel,

@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class PredictionModule(nn.Module):
-    """One more token predicted, as DeepSeek-V3 does: a projection, a block and an output matrix."""
+    """Predicts one more token, like DeepSeek-V3: a projection, a block and an output matrix."""
 
     def __init__(self, output: nn.Linear) -> None:
         super().__init__()
@@ -104,8 +104,8 @@ def test_a_tied_head_can_be_included_under_its_first_name_only() -> None:
 
 
 @pytest.mark.parametrize("num_hidden", [WORDS, WORDS // 2])
-def test_hidden_units_are_no_head_where_there_are_as_many_as_words(num_hidden: int) -> None:
-    """Two linear layers, and one that gives values and their gates, which meet in one product."""
+def test_hidden_units_as_many_as_words_are_not_a_head(num_hidden: int) -> None:
+    """Two linear layers, and one layer of values and gates, which are multiplied."""
     block = Block(num_hidden)
     block.up = nn.Linear(WIDTH, WORDS)
     model = nn.ModuleDict({"embed": nn.Embedding(WORDS, 8), "h": nn.ModuleList([block])})
@@ -113,8 +113,8 @@ def test_hidden_units_are_no_head_where_there_are_as_many_as_words(num_hidden: i
 
 
 @pytest.mark.parametrize(("holder", "num_inputs"), [("attn", 8), ("mlp", WORDS), ("mlp", 600)])
-def test_a_matrix_with_as_many_rows_as_words_is_no_head(holder: str, num_inputs: int) -> None:
-    """Queries from fewer inputs, as in latent attention, and what has no more outputs than inputs.
+def test_a_matrix_with_as_many_rows_as_words_is_not_a_head(holder: str, num_inputs: int) -> None:
+    """Queries from fewer inputs, as in latent attention, and matrices without more outputs.
 
     Nothing in the block reads their outputs by its size.
     """
@@ -131,7 +131,7 @@ def test_a_matrix_with_as_many_rows_as_words_is_no_head(holder: str, num_inputs:
     ids=lambda a: a.name,
 )
 def test_the_number_of_words_changes_nothing_in_tiny_models(architecture: Architecture) -> None:
-    """As many words as hidden units (48), or as values and gates of hidden units together (96)."""
+    """The model has as many words as hidden units (48), or as values and gates together (96)."""
     expected = selected(architecture.build())
     for num_words in (48, 96):
         settings = {**architecture.settings, "vocab_size": num_words}
@@ -160,7 +160,7 @@ def test_matrices_shared_between_blocks_stay_selected() -> None:
 
 @pytest.mark.parametrize("shared_first", [True, False])
 def test_a_block_that_also_has_a_name_of_its_own_stays_selected(*, shared_first: bool) -> None:
-    """A universal transformer keeps its one block beside the list of its uses."""
+    """A universal transformer has one block, and a list of its uses."""
     shared = Block()
     parts = {"layers": nn.ModuleList([shared, shared]), "shared": shared}
     model = nn.ModuleDict(dict(sorted(parts.items(), reverse=shared_first)))

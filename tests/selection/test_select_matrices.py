@@ -87,7 +87,7 @@ def test_a_sequential_that_repeats_a_class_is_a_stack() -> None:
     assert reasons(model)["3.weight"] == "outside the repeated blocks"
 
 
-def test_a_list_of_plain_linears_is_no_stack_of_blocks() -> None:
+def test_a_list_of_plain_linears_is_not_a_stack_of_blocks() -> None:
     model = nn.ModuleDict(
         {"h": nn.ModuleList([Block(8)]), "heads": nn.ModuleList([nn.Linear(8, 4)] * 2)}
     )
@@ -101,7 +101,7 @@ def test_blocks_shared_between_depths_are_selected_once() -> None:
     )
 
 
-def test_a_fused_projection_of_unknown_layout_stays_whole_and_says_so() -> None:
+def test_a_fused_projection_of_unknown_layout_stays_whole_with_a_note() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -121,7 +121,7 @@ def test_a_known_class_of_unexpected_size_stays_whole() -> None:
     assert matrices["0.attn.c_attn.weight"].reason.endswith("kept as one matrix")
 
 
-def test_a_linear_tied_to_an_embedding_is_no_matrix() -> None:
+def test_a_linear_tied_to_an_embedding_is_not_selected() -> None:
     block = Block(8)
     model = nn.ModuleDict({"h": nn.ModuleList([block]), "wte": nn.Embedding(8, 8)})
     model["wte"].weight = block.attn.c_proj.weight
@@ -129,7 +129,7 @@ def test_a_linear_tied_to_an_embedding_is_no_matrix() -> None:
 
 
 class _Sharded:
-    """Stands where FSDP2 puts its mixin: a class derived anew from the module's own."""
+    """Stands for the mixin of FSDP2, which derives a class from the module's own."""
 
 
 def renamed_as_fsdp2_does(model: nn.Module) -> nn.Module:
@@ -167,7 +167,7 @@ def compiled_blocks(model: nn.Module) -> nn.Module:
     ],
     ids=["parallel", "compiled", "checkpointed", "compiled-blocks", "fsdp2", "all"],
 )
-def test_wrappers_change_no_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_wrappers_do_not_change_names(wrap: Callable[[nn.Module], nn.Module]) -> None:
     plain = gpt2()
     expected = select_matrices(plain)
     parameter_names = list(named_parameters_canonical(plain))
@@ -211,13 +211,13 @@ def test_lora_factors_and_frozen_bases_stay_out() -> None:
     assert f"{attention}.base_layer.weight[k]" in names(model)
 
 
-def test_a_model_with_nothing_but_adapters_says_so() -> None:
+def test_the_error_for_a_model_with_only_adapters_names_them() -> None:
     model = gpt2().requires_grad_(False)
     with pytest.raises(SelectionError, match=r"× frozen"):
         select_matrices(model)
 
 
-def test_a_model_that_trains_adapters_only_is_told_what_is_left() -> None:
+def test_the_error_names_the_adapters_of_a_model_that_trains_only_them() -> None:
     model = gpt2().requires_grad_(False)
     attention = model.transformer.h[0].attn
     attention.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
@@ -265,7 +265,7 @@ def test_exclude_wins_over_include() -> None:
     assert found == ["transformer.wpe.weight", *names(gpt2())]
 
 
-def test_include_of_a_matrix_that_is_selected_anyway_changes_nothing() -> None:
+def test_include_of_a_selected_matrix_changes_nothing() -> None:
     assert select_matrices(gpt2(), include=["c_fc"]) == select_matrices(gpt2())
 
 
@@ -280,7 +280,7 @@ def test_a_pattern_that_matches_nothing_names_close_ones(option: str) -> None:
         select_matrices(gpt2(), **{option: ["attn.c_atn"]})  # type: ignore[arg-type]
 
 
-def test_a_pattern_close_to_nothing_shows_what_a_name_looks_like() -> None:
+def test_a_pattern_without_close_names_gets_an_example() -> None:
     with pytest.raises(SelectionError, match=r"A name there is transformer\.h\.0"):
         select_matrices(gpt2(), exclude=["zzzzzz"])
 
@@ -295,7 +295,7 @@ def test_an_invalid_expression_is_named(option: str) -> None:
     ("pattern", "reason"),
     [("ln_f", "bias, norm or scale"), ("lm_head", "tied to transformer.wte.weight")],
 )
-def test_an_include_of_what_cannot_be_a_matrix_is_refused(pattern: str, reason: str) -> None:
+def test_an_include_of_an_impossible_parameter_is_refused(pattern: str, reason: str) -> None:
     with pytest.raises(SelectionError, match=f"nothing that can be selected: .*{reason}"):
         select_matrices(gpt2(), include=[pattern])
 
@@ -309,7 +309,7 @@ def test_options_without_a_meaning_are_refused(options: dict[str, object]) -> No
         select_matrices(gpt2(), **options)  # type: ignore[arg-type]
 
 
-def test_no_matrix_at_all_says_what_was_seen_and_how_to_go_on() -> None:
+def test_the_error_without_any_matrix_has_reasons_and_advice() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     with pytest.raises(SelectionError, match=r"2 × outside the repeated blocks.*include="):
         select_matrices(model)

@@ -14,7 +14,7 @@ EACH = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.na
 
 
 def names_by_role(selection: Selection) -> dict[str, set[str]]:
-    """Names inside their block, without `.weight`, over all blocks."""
+    """Return the names inside a block, without `.weight`, over all blocks."""
     names: dict[str, set[str]] = defaultdict(set)
     for matrix in selection.matrices:
         names[matrix.role].add(matrix.name.removeprefix(matrix.block + ".").replace(".weight", ""))
@@ -91,7 +91,7 @@ def test_reading_and_writing_back_leaves_every_bit(architecture: Architecture) -
 
 @EACH
 def test_shapes_are_outputs_by_inputs(architecture: Architecture) -> None:
-    """An MLP's first matrices read what its last one writes: the width of the residual stream."""
+    """The first matrices of an MLP have as many inputs as its last one has outputs."""
     model = architecture.build()
     by_name = {matrix.name: matrix for matrix in select_matrices(model).matrices}
     last = re.compile(r"(down_proj|c_proj|fc2|fc_out|dense_4h_to_h|wo|Wo|lin2|w2)(\.weight)?$")
@@ -99,7 +99,7 @@ def test_shapes_are_outputs_by_inputs(architecture: Architecture) -> None:
     assert widths <= {32}
 
 
-def test_models_of_state_space_mixers_alone_are_refused_with_what_was_seen() -> None:
+def test_models_with_only_state_space_mixers_are_refused_with_reasons() -> None:
     mamba = Architecture(
         "mamba",
         "AutoModelForCausalLM",
@@ -115,7 +115,7 @@ def test_models_of_state_space_mixers_alone_are_refused_with_what_was_seen() -> 
     assert [m.role for m in included.matrices] == ["mlp", "mlp"]
 
 
-def test_tied_heads_are_named_with_what_they_are_tied_to() -> None:
+def test_the_reason_of_a_tied_head_names_its_partner() -> None:
     reasons = {
         e.parameter_name: e.reason for e in select_matrices(BY_NAME["gpt2"].build()).exclusions
     }
@@ -144,7 +144,7 @@ def test_reasons_of_exclusions(name: str, parameter_name: str, reason: str) -> N
     assert {e.parameter_name: e.reason for e in exclusions}[parameter_name] == reason
 
 
-def test_unusual_storage_is_said_in_the_reason() -> None:
+def test_the_reason_names_unusual_storage() -> None:
     gpt2 = {m.name: m for m in select_matrices(BY_NAME["gpt2"].build()).matrices}
     q = gpt2["transformer.h.0.attn.c_attn.weight[q]"]
     assert q.transposed

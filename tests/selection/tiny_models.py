@@ -63,7 +63,7 @@ LATENT_ATTENTION = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny model, and what is to be selected of it: `attention | mlp`, `a[q,k]` for two."""
+    """A tiny model and its expected matrices: `attention | mlp`, with `a[q,k]` for two parts."""
 
     name: str
     auto_class: str

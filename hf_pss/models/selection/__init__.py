@@ -1,4 +1,4 @@
-"""Which parameters of a model hold weight matrices, how they are divided, and why."""
+"""The weight matrices of a model: the parameters that hold them, their parts, and the reasons."""
 
 from __future__ import annotations
 
@@ -11,15 +11,3 @@ from hf_pss.models.selection.views import Exclusion as Exclusion
 from hf_pss.models.selection.views import MatrixView as MatrixView
 from hf_pss.models.selection.views import Role as Role
 from hf_pss.models.selection.views import Selection as Selection
-
-__all__ = [
-    "AdapterView",
-    "Exclusion",
-    "MatrixView",
-    "Role",
-    "RowPattern",
-    "Selection",
-    "canonical_name",
-    "named_parameters_canonical",
-    "select_matrices",
-]

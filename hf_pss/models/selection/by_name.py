@@ -100,7 +100,7 @@ _CLASS_BY_CHILDREN: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"up_proj", "down_proj"}), "MLP"),
 )
 
-# The block is the first number of the path: transformer.h.3.attn.c_attn.
+# The block is the first number of the path, as in transformer.h.3.attn.c_attn.
 _BLOCK = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<block>\d{1,6})\.(?P<rest>.+)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 

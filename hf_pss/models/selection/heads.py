@@ -1,4 +1,4 @@
-"""How the output rows of query, key and value projections are divided among attention heads."""
+"""The rows of query, key and value projections that belong to each attention head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "is_of_heads",
 ]
 
-# Names of projections that are not fused, and which one it is.
+# Names of projections that are not fused.
 _PROJECTIONS: Mapping[str, str] = {
     **dict.fromkeys(("q_proj", "query", "q_lin", "q", "wq", "query_proj", "q_attn", "to_q"), "q"),
     **dict.fromkeys(("k_proj", "key", "k_lin", "k", "wk", "key_proj", "to_k"), "k"),
@@ -38,7 +38,7 @@ _LATENT_HEAD_DIM = "qk_head_dim"
 _VALUE_HEAD_DIM = "v_head_dim"
 _NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-# Parameters beside the projections that leave queries and keys alone: what is added to logits.
+# Parameters that are added to logits, so they leave queries and keys unchanged.
 _HARMLESS = frozenset({"sinks", "relative_position_bias_table"})
 _CROSS = re.compile(r"cross_?att|encoder_att|encdecatt", re.IGNORECASE)
 _NORM = re.compile(r"^(?:q|k|qk|query|key)_?(?:layer)?_?norms?$|^[qk]_b_norm$")
@@ -46,11 +46,11 @@ _NORM = re.compile(r"^(?:q|k|qk|query|key)_?(?:layer)?_?norms?$|^[qk]_b_norm$")
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How many heads an attention module has, and how wide they are."""
+    """Number and width of the heads of an attention module."""
 
     num_heads: int
     num_key_heads: int
-    """Fewer than heads where neighbours share them."""
+    """Fewer than `num_heads` if neighbouring heads share them."""
     head_dim: int
 
 
@@ -68,7 +68,7 @@ class HeadRows:
 
 @dataclass(frozen=True, slots=True)
 class AttentionHeads:
-    """An attention module whose queries and keys are linear in weights that are known."""
+    """An attention module whose queries and keys are linear in known weights."""
 
     name: str
     module: nn.Module
@@ -76,11 +76,11 @@ class AttentionHeads:
     query: HeadRows
     key: HeadRows
     is_cross_attention: bool = False
-    """Whether keys are of another sequence than queries, as attribute, class and names tell."""
+    """Whether keys come from another sequence, judged by attribute, class and names."""
 
 
 def heads_of(owner: nn.Module) -> Heads | None:
-    """Return the heads of an attention module, read from its attributes and its configuration.
+    """Return the heads of an attention module, from its attributes and its config.
 
     Args:
         owner: The module whose forward uses the projections.
@@ -92,14 +92,15 @@ def heads_of(owner: nn.Module) -> Heads | None:
 
 
 def head_rows(site: Site, views: Sequence[MatrixView]) -> tuple[int, ...] | None:
-    """Return the output rows of one head, for each view of a parameter; None where unknown.
-
-    The views are those of one parameter. What has no heads, such as an output projection, the
-    compressed keys of latent attention or an MLP, is unknown, too.
+    """Return the number of output rows of one head, for each view of a parameter.
 
     Args:
-        site: Of the parameter.
-        views: All that it holds.
+        site: The parameter.
+        views: All views of the parameter.
+
+    Returns:
+        None if a number is unknown, and for views without heads, such as an output projection, the
+        compressed keys of latent attention or an MLP.
     """
     if len(site.shape) != 2 or role_of(site.steps) != "attention":
         return None
@@ -109,7 +110,7 @@ def head_rows(site: Site, views: Sequence[MatrixView]) -> tuple[int, ...] | None
 
 
 def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
-    """Tell by its names whether a parameter is likely to hold what is divided among heads."""
+    """Return whether a parameter seems to be divided among heads, judged by its names."""
     if role_of(site.steps) != "attention":
         return False
     labels = {_label(site, view) for view in views}
@@ -118,10 +119,9 @@ def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
 
 
 def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
-    """Return the attention modules with known heads, and of all others, by name, why not.
+    """Return the attention modules with known heads, and the reasons for all others, by name.
 
-    Modules of one class are told apart by their parameters: what holds a projection named or split
-    as query or key is an attention module.
+    An attention module is one with a projection that is named or divided as query.
 
     Args:
         model: Any module, wrapped or not.
@@ -130,7 +130,7 @@ def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
     for site in survey(model):
         if site.tied_to is not None or role_of(site.steps) != "attention" or len(site.shape) != 2:
             continue
-        name = site.name.rpartition(".")[0].removesuffix(".base_layer")  # peft's, one level deeper
+        name = site.name.rpartition(".")[0].removesuffix(".base_layer")  # a level that peft adds
         name = name.rpartition(".")[0] if site.own_name == "weight" else name
         *_, rows, sites = owners.setdefault(id(site.owner), (name, site.owner, {}, []))
         sites.append(site)
@@ -152,7 +152,7 @@ def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
 
 
 def _numbers_of(owner: nn.Module) -> tuple[int | None, int | None, int | None]:
-    """Return the number of heads, that of key heads, and the width of a head, as far as known."""
+    """Return the numbers of heads and of key heads, and the width of a head; None if unknown."""
     config = getattr(owner, "config", None)
     num_heads = _first(owner, _NUM_HEADS) or _first(config, ("num_attention_heads",))
     num_key_heads = _first(owner, _NUM_KEY_HEADS) or _first(config, _NUM_KEY_HEADS[:1])
@@ -161,19 +161,19 @@ def _numbers_of(owner: nn.Module) -> tuple[int | None, int | None, int | None]:
 
 
 def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
-    """Return why the logits of a module are no known function of two known projections."""
+    """Return why the logits of a module are not a known function of two known projections."""
     norms = [name for name, child in owner.named_children() if _NORM.match(name)]
     if norms:
-        return f"{norms[0]} normalises what a projection gives, so its scale changes no logit"
+        return f"{norms[0]} normalises a projection's output, so its scale changes no logit"
     holders = (owner, getattr(owner, "config", None))  # DBRX has it on the module alone
     if any(getattr(holder, "clip_qkv", None) is not None for holder in holders):
-        return "clip_qkv cuts off what a projection gives, so logits do not scale with weights"
+        return "clip_qkv clips a projection's output, so logits do not scale with weights"
     heads = heads_of(owner)
     if heads is None or not {"q", "k"} <= rows.keys():
         return "its projections or heads are not known"
     own = (name for name, _ in owner.named_parameters(recurse=False) if name not in _HARMLESS)
     if (name := next(own, None)) is not None:
-        return f"it holds {name}, which may change queries or keys after their projection"
+        return f"it holds {name}, which may change queries or keys after the projection"
     wanted = {"q": heads.num_heads * heads.head_dim, "k": heads.num_key_heads * heads.head_dim}
     for label, num_rows in wanted.items():
         if rows[label].view.shape[-2] != num_rows:
@@ -182,9 +182,9 @@ def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
 
 
 def _is_cross_attention(name: str, owner: nn.Module) -> bool:
-    told = getattr(owner, "is_cross_attention", None)
-    if isinstance(told, bool):
-        return told
+    declared = getattr(owner, "is_cross_attention", None)
+    if isinstance(declared, bool):
+        return declared
     return any(_CROSS.search(word) for word in (name, *class_names(owner)))
 
 
@@ -201,7 +201,7 @@ def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
         return view.rows.size if view.rows is not None else None  # one run a head
     if label not in ("q", "k", "v", "gate"):
         return None
-    # Latent attention has as many keys as heads, whatever its configuration says.
+    # Latent attention has as many keys as heads, also if its config has another number.
     num_heads, num_key_heads, head_dim = _numbers_of(site.owner)
     special = {"q": (_LATENT_HEAD_DIM,), "v": (_VALUE_HEAD_DIM,)}.get(label, ())
     width = _first(site.owner, special) or head_dim
@@ -224,5 +224,5 @@ def _label(site: Site, view: MatrixView) -> str:
 
 def _first(holder: Any, names: Sequence[str]) -> int | None:
     values = (getattr(holder, name, None) for name in names)
-    # Not bool, which is an int, and no 0, which some configurations mean as None.
+    # A bool is an int, but not a number of heads. Some configs write 0 for None.
     return next((v for v in values if type(v) is int and v > 0), None)

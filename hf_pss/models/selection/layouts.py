@@ -1,4 +1,4 @@
-"""How the output rows of fused projections are divided among the matrices they hold: one table."""
+"""The layouts of fused projections: which of their output rows belong to which matrix."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RowPattern:
 
 
 Parts: TypeAlias = tuple[tuple[str, int], ...]
-"""(label, rows) of each part in stored order; repeats until all output rows are used."""
+"""(label, rows) of each part in stored order; the sequence repeats until the rows end."""
 
 LayoutRule: TypeAlias = Callable[[Any, int], Parts]
 """Maps (owner of the projection, its number of output rows) to parts. A rule reads attributes of
@@ -80,13 +80,13 @@ _LINEAR_ATTENTION = {
 def class_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's class and its bases, most derived first.
 
-    Bases count because FSDP2 derives a class of its own from the class of every module it shards.
+    Bases count, because FSDP2 gives every module that it shards a class derived from its own.
     """
     return tuple(base.__name__ for base in type(module).__mro__)
 
 
 def find_layout(owner: nn.Module, leaf: str, num_rows: int) -> Parts | None:
-    """Return the parts of a fused projection, or None where its layout is not known.
+    """Return the parts of a fused projection, or None if its layout is unknown.
 
     Args:
         owner: The module whose forward divides the projection's output.
@@ -121,7 +121,7 @@ def layout_by_config(
 ) -> Parts | None:
     """Return the parts of a fused 2-D projection without its module.
 
-    The rules are those of `find_layout`, for the classes of the config's ``model_type``. For other
+    The rules are those of `find_layout` with the classes of the config's ``model_type``. For other
     models the name and the shape decide: three times as many outputs as inputs are q, k and v.
 
     Args:
@@ -180,7 +180,7 @@ def _numbers(
 
 
 def _attention_rows(numbers: SimpleNamespace) -> set[int]:
-    """Return the numbers of rows that q, k and v may have together, for a config that may lie."""
+    """Return the possible numbers of rows of q, k and v together, because a config may be wrong."""
     heads, groups, width = numbers.num_heads, numbers.num_kv_heads, numbers.head_dim
     found = {3 * numbers.embed_dim}
     if heads and width:
@@ -191,7 +191,7 @@ def _attention_rows(numbers: SimpleNamespace) -> set[int]:
 
 
 def looks_fused(leaf: str) -> bool:
-    """Tell by its name whether a projection is likely to hold several matrices."""
+    """Return whether a projection seems to hold several matrices, judged by its name."""
     return _FUSED_NAME.search(leaf) is not None
 
 
@@ -220,7 +220,7 @@ def row_patterns(parts: Parts) -> list[tuple[str, RowPattern]]:
 
 
 def stores_inputs_first(module: nn.Module) -> bool:
-    """Tell whether a module stores its matrices as (in, out)."""
+    """Return whether a module stores its matrices as (in, out)."""
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
@@ -271,7 +271,7 @@ def _gpt_bigcode(owner: nn.Module, rows: int) -> Parts:
 
 
 def _codegen(owner: nn.Module, rows: int) -> Parts:
-    # Four groups (`mp_num`), in this order: those of the TPU cores that CodeGen was trained on.
+    # Four groups (`mp_num`) in this order, one for each TPU core that CodeGen was trained on.
     return _equal("q", "v", "k")(owner, rows // 4)
 
 
@@ -294,7 +294,7 @@ def _declared_experts(owner: nn.Module, rows: int) -> Parts:
 def _timm_attention(owner: nn.Module, rows: int) -> Parts:
     _number(owner, "num_heads")
     if getattr(owner, "key_dim", None) is not None:
-        # TinyViT's and EfficientFormer's classes of the same name have one run of rows a head.
+        # The classes of this name in TinyViT and EfficientFormer store the rows head by head.
         raise LookupError("key_dim")
     return _equal("q", "k", "v")(owner, rows)
 
@@ -368,9 +368,10 @@ _TIMM_QKV = """
     RelPosAttention TalkingHeadAttn WindowAttention WindowMultiHeadAttention XCA
 """
 
-# Of packages that are not installed here, so that no test sees a class renamed. Read in the forward
-# of timm 1.0.31, diffusers 0.42.1, litgpt 0.5.13 (and 0.5.3, whose projection is `attn`), ai2-olmo
-# 0.6.0, ai2-olmo-core 3.0.0, the DINOv2, xFormers and nanoGPT repositories, and InternLM2's code.
+# Classes of packages that the tests do not install, so no test notices a new name. The source is
+# the forward of timm 1.0.31, diffusers 0.42.1, litgpt 0.5.13 (and 0.5.3, whose projection is
+# `attn`), ai2-olmo 0.6.0, ai2-olmo-core 3.0.0, the DINOv2, xFormers and nanoGPT repositories, and
+# InternLM2's code.
 FOREIGN_LAYOUTS: Mapping[str, LayoutRule] = {
     "CausalSelfAttention.c_attn": _equal("q", "k", "v"),
     "CausalSelfAttention.qkv": _litgpt,
@@ -388,7 +389,7 @@ FOREIGN_LAYOUTS: Mapping[str, LayoutRule] = {
     **dict.fromkeys(_keys("GEGLU SwiGLU", "proj"), _equal("up", "gate")),
 }
 
-# Class.projection → rule, each read in the forward of transformers 5.23 or torch 2.13.
+# Class.projection → rule, from the forward of transformers 5.23 or torch 2.13.
 LAYOUTS: Mapping[str, LayoutRule] = {
     "MultiheadAttention.in_proj_weight": _equal("q", "k", "v"),
     **FOREIGN_LAYOUTS,

@@ -1,4 +1,4 @@
-"""LoRA adapters in a model: which pairs of factors are trained, and what their product is."""
+"""LoRA adapters in a model: the trained pairs of factors and their products."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class AdapterView:
     """The product s·B·A of an adapter; holds names and numbers, never tensors.
 
     Attributes:
-        name: The adapted module, with the adapter in brackets: ``…q_proj[default]``; one of several
-            experts has its number behind: ``…experts.down_proj[default][2]``.
+        name: The adapted module with the adapter in brackets, ``…q_proj[default]``, and the number
+            of an expert, if there are several: ``…experts.down_proj[default][2]``.
         left_name: Canonical name of B's parameter, (m, r), or (m, r·E) for E experts.
-        right_name: That of A's, (r, n), or (E·r, n).
-        base_name: That of the frozen weight that it is added to; None where it is no plain one.
-        scaling: s.
+        right_name: Canonical name of A's parameter, (r, n), or (E·r, n).
+        base_name: Canonical name of the frozen weight below; None if it is not a plain parameter.
+        scaling: The factor s.
         shape: (m, n), of the product.
         num_experts: E; 1 for a linear map.
-        expert: Which of them.
+        expert: Number of the expert.
     """
 
     name: str
@@ -43,19 +43,19 @@ class AdapterView:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """All that a pattern may mean it by: its own name and its factors'."""
+        """The names that a pattern may match: its own and those of its factors."""
         return self.name, self.left_name, self.right_name
 
 
 def find_adapters(model: nn.Module) -> tuple[tuple[AdapterView, ...], dict[str, str]]:
-    """Return the products of all LoRA adapters in training, and why other factors make none.
+    """Return the products of all LoRA adapters in training, and reasons for the other factors.
 
-    Told by their structure, as PEFT builds them: a module with `lora_A`, `lora_B` and `scaling` by
-    adapter's name.
+    An adapter is recognised by its structure in PEFT: a module with `lora_A`, `lora_B` and
+    `scaling` by the adapter's name.
 
     Returns:
-        The products, in the model's order; and a reason by the canonical name of each factor that
-        belongs to none of them.
+        The products, in the model's order; and the reason for each factor without a product, by
+        its canonical name.
     """
     views: list[AdapterView] = []
     left_out: dict[str, str] = {}
@@ -72,8 +72,8 @@ def find_adapters(model: nn.Module) -> tuple[tuple[AdapterView, ...], dict[str, 
 
 def _adapters_of(module: nn.Module) -> Iterator[str]:
     lefts, rights = getattr(module, "lora_B", None), getattr(module, "lora_A", None)
-    # A tuner of another kind under the same names (AdaLoRA's factors are bare parameters) is not
-    # a product of two matrices.
+    # Tuners of other kinds use the same names for bare parameters, as AdaLoRA does. They are not
+    # products of two matrices.
     if isinstance(lefts, nn.ModuleDict) and isinstance(rights, nn.ModuleDict):
         yield from (adapter for adapter in lefts if adapter in rights)
 
@@ -96,7 +96,7 @@ def _views(
 ) -> Iterator[AdapterView]:
     num_experts = int(getattr(module, "num_experts", 1) or 1)
     target = canonical_name(path)
-    # PEFT wraps a module once for each parameter of it that is adapted.
+    # PEFT wraps a module once for each adapted parameter.
     parameter: str | None = getattr(module, "parameter_name", None)
     base_name = _base_name(path, module, parameter or "weight")
     if parameter is not None:
@@ -120,7 +120,7 @@ def _views(
 
 
 def _base_name(path: str, module: Any, parameter: str) -> str | None:
-    """Return the name of the weight that an adapter is added to; None where it is no plain one."""
+    """Return the name of the weight below an adapter; None if it is not a plain parameter."""
     inner, path = getattr(module, "base_layer", None), f"{path}.base_layer"
     while (deeper := getattr(inner, "base_layer", None)) is not None:
         inner, path = deeper, f"{path}.base_layer"

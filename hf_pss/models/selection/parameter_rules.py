@@ -143,19 +143,19 @@ def _layout_text(parts: Parts, num_periods: int) -> str:
 
 
 def why_empty(selection: Selection) -> str:
-    """Say that no matrix of a model was selected, and what its parameters are."""
+    """Return a sentence about a selection without matrices, with the reasons for its parameters."""
     seen = Counter(exclusion.reason for exclusion in selection.exclusions)
     counts = "; ".join(f"{count} × {reason}" for reason, count in seen.most_common(_MAX_REASONS))
     return f"No weight matrix of this model is selected. Parameters seen: {counts or 'none'}."
 
 
 def what_to_do(model: nn.Module, *, exclude: Sequence[str] = (), spelling: str = "{}") -> str:
-    """Say how a matrix of this very model can be selected, or why none can.
+    """Return advice on how to select a matrix of this model, or why that is impossible.
 
     Args:
         model: Any module, wrapped or not.
-        exclude: The caller's patterns of that name, which would win over an ``include``.
-        spelling: How the caller spells an option; the braces stand for ``name=value``.
+        exclude: The caller's ``exclude`` patterns, which win over an ``include``.
+        spelling: The caller's syntax of an option; the braces stand for ``name=value``.
     """
     kinds = _adapter_kinds(model)
     if others := [kind for kind in kinds if kind != _LORA_KIND]:
@@ -172,14 +172,14 @@ def what_to_do(model: nn.Module, *, exclude: Sequence[str] = (), spelling: str =
 def example_pattern(model: nn.Module, *, exclude: Sequence[str] = ()) -> str | None:
     """Return an ``include`` pattern for the largest matrix that a pattern can select.
 
-    The numbers of blocks are left open. None where the model has no such matrix.
+    It matches the matrix in every block. None if the model has no such matrix.
     """
     sites = [
         site
         for site in survey(model)
         if _can_be_named(site) and not any(re.search(pattern, site.name) for pattern in exclude)
     ]
-    # Two-dimensional ones first: how a stack is read is a guess.
+    # 2-D parameters come first, because the orientation of a stack is a guess.
     best = max(sites, key=lambda site: (len(site.shape) == 2, _size(site)), default=None)
     return None if best is None else _NUMBER.sub(r"\\d+", re.escape(best.name))
 

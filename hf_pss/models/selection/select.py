@@ -1,4 +1,4 @@
-"""Selection of a model's weight matrices, and the patterns with which people overrule the rules."""
+"""Selection of a model's weight matrices, by rules and by the user's patterns."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ def select_matrices(
 ) -> Selection:
     r"""Find the attention and MLP weight matrices in the repeated blocks of a model.
 
-    Selected are the weights of nn.Linear (and its subclasses), of transformers' Conv1D and of
-    nn.MultiheadAttention, and 3-D stacks of experts. A fused projection becomes one matrix for each
-    of its parts where its layout is known; where it is not, it stays one matrix and says so. Each
-    of the following is left alone, and its reason is in the table:
+    It selects the weights of nn.Linear (and its subclasses), of transformers' Conv1D and of
+    nn.MultiheadAttention, and 3-D stacks of experts. A fused projection with a known layout becomes
+    one matrix for each part. With an unknown layout it stays one matrix, and its reason notes that.
+    The following are not selected, and the table has the reason for each:
 
     - embeddings and output heads, tied or not, inside a block or not;
-    - modulation and conditioning layers, which often begin at 0, and embedders of timesteps and
+    - modulation and conditioning layers, which often start at 0, and embedders of timesteps and
       positions;
     - matrices that a block shares with a module outside of all blocks;
     - routers, convolutions, vectors, recurrent mixers, adapters' factors, frozen parameters;
     - everything outside of the repeated blocks.
 
     Args:
-        model: Any module, wrapped or not; only names, shapes and flags are looked at.
+        model: Any module, wrapped or not. Only names, shapes and flags are read.
         roles: The roles to select.
-        include: Regular expressions searched in canonical parameter names; a trainable 2-D or 3-D
-            parameter that matches is selected whatever rule would skip it. What is no known
-            projection is read as stored: (out, in), or (stack, out, in).
-        exclude: Regular expressions searched in parameter and matrix names; wins over `include`.
-            One that ends in ``\[v\]$`` leaves one part of each fused projection out.
-        min_dim: Matrices with fewer rows or columns are left alone unless a pattern includes them.
-        may_be_empty: Return an empty selection instead of raising where no matrix is selected.
+        include: Regular expressions searched in canonical parameter names. A trainable 2-D or 3-D
+            parameter that matches is selected against all rules. If it is not a known projection,
+            it is read as stored: (out, in), or (stack, out, in).
+        exclude: Regular expressions searched in parameter and matrix names; they win over
+            `include`. A pattern that ends in ``\[v\]$`` excludes one part of fused projections.
+        min_dim: Matrices with fewer rows or columns are skipped unless a pattern includes them.
+        may_be_empty: Return an empty selection instead of raising if no matrix is selected.
 
     Returns:
         The matrices in the model's order, and every other parameter with the reason.
 
     Raises:
-        SelectionError: No matrix is selected, unless that is allowed; or a pattern is no regular
-            expression, matches nothing, or includes only what cannot be a weight matrix.
-        ConfigurationError: An unknown role, a `min_dim` below 1, or one string for a list.
+        SelectionError: No matrix is selected and `may_be_empty` is false. Or a pattern is not a
+            regular expression, matches nothing, or includes only impossible parameters.
+        ConfigurationError: A role is unknown, `min_dim` is below 1, or a list is one string.
 
     Example:
         >>> block = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
@@ -95,7 +95,7 @@ def select_matrices(
             exclusions.append(Exclusion(site.name, site.shape, reason))
             continue
         for view in matrices_of(site, included_by if unwanted else None):
-            # The matrix's name begins with the parameter's, but `weight$` is meant for the latter.
+            # The matrix's name begins with the parameter's, but `weight$` must match the latter.
             excluded_by = _first_match(exclude_patterns, view.name, site.name)
             if excluded_by is not None:
                 out = Exclusion(view.name, view.shape, f"excluded by {excluded_by!r}")
@@ -121,7 +121,7 @@ def _choose_products(
     include: Sequence[re.Pattern[str]],
     exclude: Sequence[re.Pattern[str]],
 ) -> tuple[tuple[AdapterView, ...], list[Exclusion]]:
-    """Return the products that are wanted, by the same rules as matrices, and all others."""
+    """Return the selected products, by the rules for matrices, and the exclusions."""
     chosen: list[AdapterView] = []
     exclusions: list[Exclusion] = []
     for view in products:
@@ -204,7 +204,7 @@ def _check_all_include(patterns: Iterable[re.Pattern[str]], selection: Selection
 
 
 def _similar(pattern: str, names: Sequence[str]) -> str:
-    # People write the end of a name, seldom all of it.
+    # Users often write only the end of a name.
     ends = {".".join(n.split(".")[-length:]): n for n in names for length in range(1, 6)}
     close = get_close_matches(pattern.replace("\\", "").strip("^$"), ends, n=3, cutoff=0.5)
     shown = dict.fromkeys(ends[end] for end in close)

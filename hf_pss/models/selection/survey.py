@@ -1,4 +1,4 @@
-"""Where each parameter of a model sits: canonical names, repeated blocks, the modules around it."""
+"""The place of each parameter in a model: canonical name, repeated block, modules around it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = [
     "survey",
 ]
 
-# Of torch.compile, activation checkpointing and FSDP1. DDP's `module.` goes only in front: further
-# inside it may be a model's own name.
+# Of torch.compile, activation checkpointing and FSDP1. DDP's `module.` is removed at the start
+# only, because further inside it may be a model's own name.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)"
 )
 _LEADING_WRAPPERS = re.compile(r"^(?:module\.)+|^module$")
-# peft keeps the layer it replaces one level deeper.
+# peft moves the layer that it replaces one level deeper.
 _ADAPTED = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)$")
 
 
@@ -38,12 +38,12 @@ class _HasOutputEmbeddings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One parameter in its place.
+    """One parameter and its place in the model.
 
     Attributes:
         name: Canonical name of the parameter.
         shape: Full shape, also under ZeRO-3, where the parameter itself is empty between uses.
-        parameter: The parameter, to look at its flags; its values are never read.
+        parameter: The parameter. Only its flags are read, never its values.
         module: The module that holds it.
         owner: The module whose forward uses it: the parent of an nn.Linear, else `module`.
         leaf: The projection's name inside `owner`: ``c_attn``, ``in_proj_weight``.
@@ -87,12 +87,12 @@ def canonical_name(name: str) -> str:
 
 
 def named_parameters_canonical(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by canonical name, a tied one once, under its first name."""
+    """Return the model's parameters by canonical name; tied ones only under their first name."""
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def survey(model: nn.Module) -> Iterator[Site]:
-    """Yield every parameter of a model in its place, tied ones once for each of their names."""
+    """Yield every parameter of a model with its place; tied ones once for each name."""
     modules = {
         canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)
     }
@@ -165,14 +165,14 @@ def _is_block(module: nn.Module) -> bool:
 def _is_stacked(child: nn.Module, stack: nn.Module) -> bool:
     if isinstance(stack, nn.ModuleList):
         return True
-    # A SentenceTransformer is an nn.Sequential of a whole model and, maybe, several Dense layers.
+    # A SentenceTransformer is an nn.Sequential of a whole model and sometimes several Dense layers.
     if any(isinstance(module, _HasOutputEmbeddings) for module in stack.modules()):
         return False
     return sum(type(sibling) is type(child) for sibling in stack.children()) > 1
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is an nn.Linear or transformers' Conv1D, or derived from one."""
+    """Return whether a module is an nn.Linear or transformers' Conv1D, or derived from one."""
     return isinstance(module, nn.Linear) or "Conv1D" in class_names(module)
 
 

@@ -1,4 +1,4 @@
-"""A weight matrix as a view of a parameter: read it, write it back, show it to people."""
+"""A weight matrix as a view of a parameter, and the selection of all views."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Piece:
     """The part of a matrix that lies in some rows of the parameter that stores it.
 
     Attributes:
-        stored: Those rows, or the expert's of them, as stored.
-        rows: Rows of the matrix that the piece covers, as an index.
-        columns: Columns of the matrix, as an index.
-        index: Where the piece lies in ``stored``.
+        stored: Those rows as stored; of a stack, the rows of the expert.
+        rows: Index of the covered rows of the matrix.
+        columns: Index of the covered columns of the matrix.
+        index: Index of the piece in ``stored``.
         transposed: Whether ``stored`` has inputs first.
     """
 
@@ -52,21 +52,21 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class MatrixView:
-    """One weight matrix inside a parameter; holds names and numbers, never tensors.
+    """One weight matrix inside a parameter. It holds names and numbers, never tensors.
 
-    Sharding swaps parameter objects after the selection was made, so a view is resolved by name
-    each time: ``view.read(named_parameters_canonical(model)[view.parameter_name])``.
+    Sharding replaces parameter objects after the selection, so look a view up by name each time:
+    ``view.read(named_parameters_canonical(model)[view.parameter_name])``.
 
     Attributes:
-        name: Unique; the parameter's name, with the part in brackets where a parameter holds
-            several matrices: ``transformer.h.0.attn.c_attn.weight[q]``.
-        parameter_name: Canonical name of the parameter, free of wrappers' prefixes.
-        role: What the matrix does in its block.
-        block: Name of the repeated block the matrix belongs to.
-        shape: ``(..., m, n)``, m outputs, n inputs; experts lead.
+        name: Unique; the parameter's name, with the part in brackets if the parameter holds several
+            matrices: ``transformer.h.0.attn.c_attn.weight[q]``.
+        parameter_name: Canonical name of the parameter, without the prefixes of wrappers.
+        role: Attention or MLP, the part of the block that uses the matrix.
+        block: Name of the repeated block that holds the matrix.
+        shape: ``(..., m, n)``, m outputs, n inputs; experts come first.
         transposed: Whether the parameter stores (in, out), as GPT-2's Conv1D does.
         rows: Output rows of the parameter that belong to the matrix; None for all of them.
-        reason: Why it was selected and how it was split, for people.
+        reason: Reason for the selection and the division, in words.
     """
 
     name: str
@@ -82,11 +82,12 @@ class MatrixView:
         """Return the matrix inside a tensor laid out like the parameter.
 
         Args:
-            parameter: The stored, full shape, any dtype: the parameter, its gradient, its momentum.
+            parameter: A tensor of the stored, full shape, any dtype: the parameter, its gradient or
+                its momentum.
 
         Returns:
-            (..., m, n), detached; shares the parameter's memory where the rows are evenly spaced, a
-            copy where they come in runs of several per period. Change it through `write_` only.
+            (..., m, n), detached. It shares the parameter's memory if the rows are evenly spaced,
+            and is a copy if they come in runs. Change it through `write_` only.
 
         Raises:
             SelectionError: The tensor is not of the parameter's full shape.
@@ -102,11 +103,12 @@ class MatrixView:
         return part if self.rows is None else part.flatten(-3, -2)
 
     def write_(self, parameter: Tensor, matrix: Tensor) -> None:
-        """Overwrite the matrix inside a tensor laid out like the parameter, and nothing beside it.
+        """Overwrite the matrix inside a tensor laid out like the parameter, and no other entry.
 
         Args:
-            parameter: The parameter's stored, full shape; written in place, outside of autograd.
-            matrix: (..., m, n) as `read` returns it; cast to the parameter's dtype and device.
+            parameter: A tensor of the stored, full shape, written in place, outside of autograd.
+            matrix: (..., m, n) as `read` returns it. It is cast to the parameter's dtype and
+                device.
 
         Raises:
             SelectionError: One of the tensors is not of the expected shape.
@@ -122,13 +124,13 @@ class MatrixView:
             self._part(parameter).copy_(matrix)
 
     def piece(self, stored: Tensor, start: int, expert: int | None = None) -> Piece | None:
-        """Return what some rows of the stored parameter hold of the matrix; None for nothing.
+        """Return the part of the matrix in some rows of the stored parameter; None for no part.
 
         Args:
-            stored: Rows ``start`` … of the parameter along its first dimension, which is the
-                experts' where there are several.
-            start: The first row's number.
-            expert: Which one, of a stack.
+            stored: Rows of the parameter from ``start`` on, along its first dimension. Of a stack
+                that is the dimension of experts.
+            start: Number of the first row.
+            expert: Number of the expert in a stack.
         """
         if expert is not None:
             if not start <= expert < start + len(stored):
@@ -182,7 +184,7 @@ class MatrixView:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """A parameter, or a part of one, that was left alone, and why."""
+    """A parameter, or a part of one, that was not selected, and the reason."""
 
     parameter_name: str
     shape: tuple[int, ...]
@@ -191,12 +193,12 @@ class Exclusion:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The weight matrices of a model, in its order, and every parameter that is none of them."""
+    """The weight matrices of a model, in its order, and all other parameters."""
 
     matrices: tuple[MatrixView, ...]
     exclusions: tuple[Exclusion, ...]
     adapters: tuple[AdapterView, ...] = ()
-    """Products of LoRA factors, which are matrices that no parameter holds."""
+    """Products of LoRA factors, which no parameter holds."""
 
     def table(self) -> str:
         """Return an aligned text table: name, shape, role, reason.

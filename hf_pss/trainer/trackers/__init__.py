@@ -11,5 +11,3 @@ from hf_pss.trainer.trackers.all_trackers import Trackers as Trackers
 from hf_pss.trainer.trackers.all_trackers import trackers_for as trackers_for
 from hf_pss.trainer.trackers.summary import summary_table as summary_table
 from hf_pss.trainer.trackers.tracker import Tracker as Tracker
-
-__all__ = ["TRACKERS", "Tracker", "Trackers", "summary_table", "trackers_for"]

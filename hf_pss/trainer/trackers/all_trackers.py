@@ -183,9 +183,9 @@ def draw_heat_map(readings: ThinnedReadings) -> Image | None:
 
 def _warn(name: str, error: Exception) -> None:
     logger.warning(
-        "PSS reports nothing more to %s: %s: %s. Training goes on; %s",
+        "PSS stops reporting to %s: %s: %s. Training continues, and the files beside the "
+        "checkpoints have everything.",
         name,
         type(error).__name__,
         str(error).rstrip("."),
-        "the files beside the checkpoints have everything.",
     )

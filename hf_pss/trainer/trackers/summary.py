@@ -1,4 +1,4 @@
-"""The end of a run in one table: every matrix that looks ill, the worst first, and why."""
+"""A table for the end of a run: every matrix that looks ill, the worst first, and the reasons."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hf_pss.view.text_table import significant
 
 __all__ = ["summary_table"]
 
-# Where these are not finite, the weights are not.
+# If one of these is not finite, the weights are not.
 _OF_WEIGHTS = {"spectral_norm", "stable_rank", "frobenius_norm"}
 _WIDTH = 110
 
@@ -41,7 +41,7 @@ class _Row:
     ranks: tuple[float, float]
     norms: tuple[float, float]
     is_stale: bool
-    """The last estimate of σ₁ lags behind the matrix, and so does the stable rank."""
+    """Whether the last σ₁ lags behind the matrix, and the stable rank with it."""
     findings: tuple[Finding, ...]
     """The worst first."""
 
@@ -50,8 +50,8 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
     """Return the table as text, the worst matrices first.
 
     Args:
-        first: The run's first reading, or the one it resumed with.
-        last: Its last; the matrices are of this one.
+        first: The first reading of the run, or since its resumption.
+        last: The last reading, which has the matrices of the table.
         num_lines: The most matrices to show.
     """
     rows = sorted(_rows(first, last), key=lambda row: urgency(row.findings, row.ranks[1], row.name))
@@ -65,7 +65,7 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
     table.add_column("why", overflow="fold")
     for row in rows[:num_lines]:
         why = "; ".join(finding.text for finding in row.findings)
-        # `Text`: names hold square brackets, which rich takes for markup.
+        # `Text`, because rich would read the square brackets of names as markup.
         table.add_row(
             Text(visible(row.name).replace(".weight", "")),
             _arrow(row.ranks, row.is_stale),
@@ -87,7 +87,7 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
 
 
 def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
-    # Numbers of blocks and attentions are no matrices'.
+    # Numbers of blocks and attentions do not belong to matrices.
     held = [found for metric, found in last.matrices.items() if not _is_of_representations(metric)]
     names = list(dict.fromkeys(name for found in held for name in found))
     families: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
@@ -127,7 +127,7 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
 
 
 def _is_stale(name: str, last: HealthReading) -> bool:
-    # Exact numbers have no residual, nor have matrices that are broken: the table says so.
+    # Exact numbers and matrices that are not finite have no residual.
     residual = last.matrices.get("spectral_norm_residual", {}).get(name, math.nan)
     return not math.isnan(residual) and TrackedSpectrum(math.nan, math.nan, residual).is_stale
 

@@ -184,8 +184,8 @@ class Curves:
         if not self._names:
             self._names = dict.fromkeys(worst[: NUM_PLACES // 2])
             logger.warning(
-                "This model has %d matrices: trackers get curves of %d of them, the worst ones, "
-                "and of all only the scalars. The files beside the checkpoints have everything.",
+                "This model has %d matrices. Trackers get curves of the %d worst of them, and "
+                "scalars over all. The files beside the checkpoints have everything.",
                 num_matrices,
                 NUM_PLACES,
             )

@@ -1,4 +1,4 @@
-"""A meter that listens to a model, and the hooks that it has there."""
+"""An armed meter of a model, and its hooks."""
 
 from __future__ import annotations
 

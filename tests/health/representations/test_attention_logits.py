@@ -1,4 +1,4 @@
-"""The bound on attention logits against logits that are computed."""
+"""The bound on attention logits against computed logits."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_lower_bound_is_attained() -> None:
 
 
 def test_the_upper_bound_is_attained_where_dimensions_are_left() -> None:
-    """As Fischer and Hadamard have it: the others orthogonal to the sample and to each other."""
+    """By Fischer and Hadamard: the other tokens are orthogonal to the sample and to each other."""
     eye = torch.eye(12, dtype=torch.float64)
     sample = torch.cat([cloud(5, 4), torch.zeros(5, 8, dtype=torch.float64)], dim=1)
     bounds = log_det_bounds(sample, 10)

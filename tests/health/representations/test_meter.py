@@ -1,4 +1,4 @@
-"""What a training step's hooks measure, against the same measured by hand; and what they spare."""
+"""The hooks of a training step against the same numbers by hand, and their harmlessness."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def granite() -> PreTrainedModel:
     return model
 
 
-def test_a_scale_that_nobody_tells_gives_no_bound() -> None:
-    """GPT-Neo's q·k is not scaled, and no number of the module says so."""
+def test_an_unknown_scale_gives_no_bound() -> None:
+    """GPT-Neo does not scale q·k, and its module has no number for the scale."""
     model = neo().train()
     meter, _ = armed(model)
     model(torch.randint(0, 48, (4, 8)))
@@ -148,7 +148,7 @@ def test_the_bound_has_the_modules_own_scale(build: Any, scale: float) -> None:
     assert largest <= bound
 
 
-def test_an_evaluation_is_not_seen_and_nothing_seen_is_an_error() -> None:
+def test_evaluations_are_not_counted_and_no_pass_at_all_is_an_error() -> None:
     model = gpt2()
     meter, _ = armed(model)
     model.eval()

@@ -1,4 +1,4 @@
-"""Which forward passes and which tokens a training step's hooks count, and for how long."""
+"""The forward passes and tokens that the hooks of a training step count."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def num_tokens(meter: Any) -> int:
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_a_pass_without_gradients_is_not_counted(use_reentrant: bool | None) -> None:
-    """A reference's pass, or generation, which are in training mode, too."""
+    """The pass of a reference model, or generation, may be in training mode, too."""
     torch.manual_seed(0)
     model = llama().train()
     if use_reentrant is not None:
@@ -66,8 +66,8 @@ def test_a_part_that_is_called_by_itself_is_counted() -> None:
     meter.disarm()
 
 
-def test_what_nobody_reads_listens_to_one_step_only() -> None:
-    """A step that raised leaves hooks behind, of which no callback is told."""
+def test_hooks_without_a_reading_last_for_one_step() -> None:
+    """A step that raised leaves hooks behind, and no callback follows."""
     model = gpt2().train()
     meter, _ = armed(model)
     is_measuring = []
@@ -86,7 +86,7 @@ def test_what_nobody_reads_listens_to_one_step_only() -> None:
     model(**batch()).loss.backward()
     assert hooks_of(model) == 0
     assert not is_measuring
-    # A step with two updates, as sharpness-aware ones have, keeps what it saw before the first.
+    # A step with two updates, as with sharpness-aware ones, keeps the tokens before the first.
     assert meter.seconds > 0.5
     assert {len(found) for found in meter._alignments.values()} == {2}
     assert meter.read(named_parameters_canonical(model))["token_cosine"]
@@ -110,7 +110,7 @@ def sequences() -> T5ForConditionalGeneration:
 
 
 def test_the_mask_of_an_encoder_is_not_the_decoders(caplog: pytest.LogCaptureFixture) -> None:
-    """Of equally long sequences, where the number of tokens does not tell."""
+    """With equally long sequences the number of tokens does not distinguish them."""
     torch.manual_seed(0)
     model = sequences()
     rows = batch()
@@ -136,7 +136,7 @@ def test_the_mask_of_an_encoder_is_not_the_decoders(caplog: pytest.LogCaptureFix
     )
 
 
-def test_virtual_tokens_are_not_of_the_mask(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_mask_does_not_apply_to_virtual_tokens(caplog: pytest.LogCaptureFixture) -> None:
     virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     tuned = get_peft_model(gpt2(), virtual).train().requires_grad_(True)
     meter, _ = armed(tuned)
