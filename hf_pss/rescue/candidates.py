@@ -114,7 +114,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 
 def num_weight_bytes(folders: Sequence[Path]) -> int:
-    """Return how many bytes of weights `report_on` will read, for a progress bar."""
+    """Return how many bytes of weights `report_on` will read, to size a progress bar."""
     total = 0
     for folder in folders:
         try:

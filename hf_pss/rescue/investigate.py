@@ -70,8 +70,8 @@ def investigate(
         margin_steps: See `hf_pss.rescue.candidates`.
         unigram_entropy: Of the training text, in nats. With None, the value that `hf-pss train`
             has kept, or ln(vocab_size).
-        failed_at: The step from which on the run was bad, for a caller who has more to go by than
-            the log: a rate that was too high from the beginning shows in a comparison, or in the
+        failed_at: The step from which on the run was bad, if the caller has more to go by than the
+            log: a rate that was too high from the beginning shows in a comparison, or in the
             weights of small networks (`early_damage`).
         begin: Called with the number of bytes of weights that will be read.
         progress: Called after each tensor.

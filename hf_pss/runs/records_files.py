@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from hf_pss.detection.state import read_integer, read_mapping
+from hf_pss.detection.state import read_integer
 from hf_pss.errors import StateError
 from hf_pss.records.events import (
     Event,
@@ -24,7 +24,7 @@ from hf_pss.records.events import (
     to_json_line,
 )
 from hf_pss.records.steps import HealthReading
-from hf_pss.records.strict_json import parse_object
+from hf_pss.records.strict_json import number_of, parse_object
 from hf_pss.runs.durable import replacing
 from hf_pss.runs.folder import (
     EVENTS_FILE,
@@ -233,7 +233,11 @@ def parse_reading(line: bytes) -> HealthReading:
     """
     row = parse_row(line)
     step = read_integer(row.get("step"), what="the step of a health reading")
-    matrices = {name: _numbers(by) for name, by in row.items() if isinstance(by, dict)}
+    matrices = {
+        metric: {name: math.nan if (n := number_of(v)) is None else n for name, v in by.items()}
+        for metric, by in row.items()
+        if isinstance(by, dict)
+    }
     return HealthReading(step, matrices.pop("scalars", {}), matrices)
 
 
@@ -244,17 +248,6 @@ def parse_row(line: bytes) -> dict[str, Any]:
         StateError: The line is not a JSON object.
     """
     return parse_object(line, what="A line", allow_nonfinite=True)
-
-
-def _numbers(values: object) -> dict[str, float]:
-    found = {}
-    for name, value in read_mapping(values, "the values of a metric").items():
-        try:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            found[name] = float(value) if is_number else math.nan  # type: ignore[arg-type]
-        except OverflowError:  # an integer of hundreds of digits
-            found[name] = math.inf
-    return found
 
 
 def _lines(path: Path) -> Iterator[bytes]:
