@@ -18,7 +18,6 @@ from hf_pss.rescue.candidates import (
     choose,
     judged,
     num_weight_bytes,
-    rank_ratios,
     report_on,
 )
 from hf_pss.rescue.diagnosis import Diagnosis, RunFailure, diagnose
@@ -26,7 +25,7 @@ from hf_pss.rescue.early_ranks import early_damage
 from hf_pss.runs.folder import STATE_FILE, leads_out
 from hf_pss.runs.log import RunLog, differ_at, read_log
 from hf_pss.runs.options import recorded_entropy
-from hf_pss.runs.records_files import read_run_records
+from hf_pss.runs.records_files import rank_ratios, read_run_records
 
 __all__ = ["Investigation", "investigate"]
 
@@ -96,7 +95,7 @@ def investigate(
     if log is not None:
         records = read_run_records(run_dir)
         entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
-        ranks = records.rank_ratios or rank_ratios(reports)
+        ranks = records.rank_ratios or rank_ratios((one.step, one.stable_ranks) for one in reports)
         diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=entropy)
         diagnosis = replace(diagnosis, notes=(*of_others, *diagnosis.notes))
         if entropy is not None:
