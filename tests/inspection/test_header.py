@@ -154,5 +154,5 @@ def test_any_damage_is_a_state_error_or_harmless(
         return
     reached = max((entry.offset + entry.num_bytes for entry in entries), default=len(damaged))
     assert reached == len(damaged)
-    with safe_open(path, "pt") as library:  # what we accept, the library accepts
+    with safe_open(path, "pt") as library:  # the library accepts every file that we accept
         assert sorted(library.keys()) == sorted(entry.name for entry in entries)
