@@ -20,9 +20,9 @@ from hf_pss.records.events import (
     MatrixChange,
     Record,
     from_json_line,
-    read_events,
     to_json_line,
 )
+from hf_pss.runs.records_files import parse_record, read_lines
 
 numbers = st.none() | st.floats()
 counts = st.integers(0, 2**60)
@@ -219,14 +219,14 @@ def write(path: Path, *lines: str, end: str = "\n") -> Path:
 
 def test_reads_a_file(tmp_path: Path) -> None:
     lines = [to_json_line(record) for record in (EVENT, INTERVENTION)]
-    log = read_events(write(tmp_path / "events.jsonl", *lines))
-    assert [to_json_line(record) for record in log.records] == lines
+    log = read_lines(write(tmp_path / "events.jsonl", *lines), parse_record)
+    assert [to_json_line(record) for record in log.rows] == lines
     assert not log.is_cut
 
 
 def test_empty_file_has_no_records(tmp_path: Path) -> None:
-    log = read_events(write(tmp_path / "events.jsonl", end=""))
-    assert (log.records, log.is_cut) == ((), False)
+    log = read_lines(write(tmp_path / "events.jsonl", end=""), parse_record)
+    assert (log.rows, log.is_cut) == ((), False)
 
 
 def test_a_truncated_file_keeps_its_complete_lines_and_is_marked(tmp_path: Path) -> None:
@@ -235,21 +235,21 @@ def test_a_truncated_file_keeps_its_complete_lines_and_is_marked(tmp_path: Path)
     length = len(whole) // 3
     for cut in range(2 * length, len(whole)):
         path.write_bytes(whole[:cut])
-        log = read_events(path)
+        log = read_lines(path, parse_record)
         # One byte short of the end only the line's end is missing.
         complete = cut == len(whole) - 1
-        assert len(log.records) == (3 if complete else 2)
+        assert len(log.rows) == (3 if complete else 2)
         assert log.is_cut == (not complete and cut != 2 * length)
 
 
 def test_cut_inside_a_character_is_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(to_json_line(EVENT).encode() + b'\n{"version": 1, "reason": "\xcf')
-    assert read_events(path).is_cut
+    assert read_lines(path, parse_record).is_cut
 
 
-@pytest.mark.parametrize("line", ['{"vers', "", "[]", "[" * 100_000, changed(EVENT, version=2)])
+@pytest.mark.parametrize("line", ['{"vers', "[]", "[" * 100_000, changed(EVENT, version=2)])
 def test_bad_lines_are_counted_and_leave_the_others(line: str, tmp_path: Path) -> None:
     path = write(tmp_path / "events.jsonl", to_json_line(EVENT), line, to_json_line(EVENT), line)
-    log = read_events(path)
-    assert (log.records, log.num_unreadable, log.is_cut) == ((EVENT, EVENT), 2, False)
+    log = read_lines(path, parse_record)
+    assert (log.rows, log.num_unreadable, log.is_cut) == ((EVENT, EVENT), 2, False)

@@ -24,8 +24,9 @@ from rich.text import Text
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pss.detection.policy import Action, InterventionHistory
-from hf_pss.records.events import Event, EventKind, read_events
+from hf_pss.records.events import Event, EventKind
 from hf_pss.runs.folder import EVENTS_FILE
+from hf_pss.runs.records_files import parse_record, read_lines
 from hf_pss.trainer.callback import PSSCallback
 
 __all__ = [
@@ -194,17 +195,14 @@ def _count_observed(trainer: Trainer) -> int | None:
     controller = _callback(trainer).controller
     if controller is None or not controller.config.observe_only:
         return None
-    path = Path(trainer.args.output_dir, EVENTS_FILE)
-    if not path.is_file():
-        return 0
-    log = read_events(path)
+    log = read_lines(Path(trainer.args.output_dir, EVENTS_FILE), parse_record)
     if log.num_unreadable:  # lines of another release
         return None
     return sum(
         isinstance(record, Event)
         and record.decision is Action.OBSERVE
         and record.kind is not EventKind.NON_FINITE
-        for record in log.records
+        for record in log.rows
     )
 
 

@@ -122,7 +122,7 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
 
 
 def _local_paths(options: Options) -> dict[str, str]:
-    """Return the absolute paths of options that name files, for a command in another folder."""
+    """Return the absolute paths of options that name files. A rescue may run elsewhere."""
     given = {name: options[name] for name in _MAY_BE_PATHS if options[name]}
     if given["dataset"] == BUILT_IN:
         del given["dataset"]

@@ -114,7 +114,7 @@ def find_spikes(
     """Return the indices at which the gradient norm or the loss spiked.
 
     The norm spikes by the default detector's rule: it is more than τ times a moving average that
-    does not learn from what it refuses. The loss spikes where it lies at least ``rise_nats`` above
+    does not learn from refused values. The loss spikes where it lies at least ``rise_nats`` above
     the median of the `num_rows` losses before it.
     """
     config = PSSConfig()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from hf_pss.detection.policy import Action
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.records.events import EventKind, Intervention, MatrixChange, Record
 from hf_pss.records.steps import HealthReading
-from hf_pss.records.strict_json import read_object
+from hf_pss.records.strict_json import number_of, read_object
 from hf_pss.runs.folder import (
     EVENTS_FILE,
     HEALTH_FILE,
@@ -156,7 +156,6 @@ class DemoSummary:
     train_seconds: float
     pss_seconds: float
     num_interventions: int | None
-    num_events: int | None
     num_nonfinite_steps: int | None
 
     @property
@@ -232,17 +231,11 @@ class RunDirectory:
 
 def number(value: object) -> float:
     """Return a JSON value as a float; NaN where it is not a number that float32 can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        found = float(value)
-    except OverflowError:
-        return math.nan
-    return found if abs(found) <= _LARGEST_FLOAT32 else math.nan
+    found = number_of(value)
+    return found if found is not None and abs(found) <= _LARGEST_FLOAT32 else math.nan
 
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
-_Folders: TypeAlias = Mapping[tuple[str, int], Path]
 T = TypeVar("T")
 
 
@@ -292,7 +285,11 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
         raise ConfigurationError(f"There is no folder {run_dir}. Give the folder of a demo run.")
     reader = _Reader(run_dir)
     info = reader.json(run_dir / "run.json") or {}
-    found = _run_folders(run_dir)
+    found = {
+        (folder.parent.name, int(match[1])): folder
+        for folder in run_dir.glob("*/seed-*")
+        if folder.is_dir() and (match := _SEED_FOLDER.fullmatch(folder.name))
+    }
     guards = [str(guard) for guard in _sequence(info.get("guards"))]
     guards = guards or sorted({guard for guard, _ in found})
     seeds = {seed for value in _sequence(info.get("seeds")) if (seed := _count(value)) is not None}
@@ -312,16 +309,8 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     )
 
 
-def _run_folders(run_dir: Path) -> _Folders:
-    return {
-        (folder.parent.name, int(match[1])): folder
-        for folder in run_dir.glob("*/seed-*")
-        if folder.is_dir() and (match := _SEED_FOLDER.fullmatch(folder.name))
-    }
-
-
 def _load_guard(
-    reader: _Reader, guard: str, seeds: AbstractSet[int], found: _Folders
+    reader: _Reader, guard: str, seeds: AbstractSet[int], found: Mapping[tuple[str, int], Path]
 ) -> list[TrainingRun]:
     there = {
         seed: folder
@@ -390,7 +379,6 @@ def _summary(row: Row) -> DemoSummary:
         train_seconds=number(row.get("train_seconds")),
         pss_seconds=number(row.get("pss_seconds")),
         num_interventions=_count(row.get("num_interventions")),
-        num_events=_count(row.get("num_events")),
         num_nonfinite_steps=_count(row.get("num_nonfinite_steps")),
     )
 

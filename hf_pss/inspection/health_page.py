@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from hf_pss.inspection.compare import ChangedMatrix
 from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.inspection.measure import MatrixHealth, spectrum_of
 from hf_pss.records.strict_json import visible
+from hf_pss.runs.durable import write_whole
 from hf_pss.view import canvas
 from hf_pss.view import text_table as text
 from hf_pss.view.html_page import MISSING_EXTRA
@@ -283,15 +283,7 @@ def write_page(out: Path, html: str) -> None:
         OSError: It cannot be written. Nothing is left of it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".hf-pss-{secrets.token_hex(8)}.html")
-    stream = scratch.open("x", encoding="utf-8")  # "x": never over, or through a link to, anything
-    try:
-        with stream:
-            stream.write(html)
-        scratch.replace(out)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    write_whole(out, html)
 
 
 def _section(inspection: Inspection) -> Mapping[str, object]:

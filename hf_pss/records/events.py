@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from hf_pss.detection.judgement import Judgement, Verdict
@@ -139,17 +138,6 @@ class Intervention:
 Record: TypeAlias = Event | Intervention
 
 
-@dataclass(frozen=True, slots=True)
-class EventLog:
-    """The records of a file, in the order of its lines."""
-
-    records: tuple[Record, ...]
-    is_cut: bool
-    """Whether the last line was cut, as by a crash, and is left out."""
-    num_unreadable: int
-    """Other lines that are left out: malformed, of another version, or of an unknown kind."""
-
-
 def to_json_line(record: Record) -> str:
     """Return the record as one line of strict JSON, without a line break.
 
@@ -183,26 +171,6 @@ def from_json_line(line: str) -> Record:
         raise StateError(
             f"You gave a line that is not an event of hf_pss: {start!r}. {error}"
         ) from error
-
-
-def read_events(path: Path) -> EventLog:
-    """Return the records of a file of events.
-
-    A line that cannot be read is left out and counted; the others are returned.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    records: list[Record] = []
-    is_cut, num_unreadable = False, 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                records.append(from_json_line(line.decode("utf-8")))
-            except ValueError:  # also a StateError, and bytes that are not UTF-8
-                is_cut = not line.endswith(b"\n")
-                num_unreadable += not is_cut
-    return EventLog(tuple(records), is_cut, num_unreadable)
 
 
 def _encode(values: dict[str, Any]) -> dict[str, JSON]:

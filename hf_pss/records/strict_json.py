@@ -6,6 +6,7 @@ Also make text from such files safe to show in a terminal.
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from hf_pss.errors import StateError
 
-__all__ = ["parse_object", "read_object", "reason_of", "visible"]
+__all__ = ["number_of", "parse_object", "read_object", "reason_of", "visible"]
 
 # Characters of a name that are shown.
 _LONGEST = 300
@@ -22,7 +23,7 @@ _LONGEST = 300
 def read_object(path: Path, *, max_bytes: int, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
-    Memory: up to 25 bytes for each byte of the file (measured, for a list of empty lists).
+    Memory: up to 25 bytes for each byte of the file, as measured for a list of empty lists.
 
     Args:
         path: The file.
@@ -84,6 +85,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number in JSON")
+
+
+def number_of(value: object) -> float | None:
+    """Return a JSON number as a float, inf where it overflows; None for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def visible(name: object) -> str:

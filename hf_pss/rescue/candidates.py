@@ -9,8 +9,7 @@ onset; where none does either, take the oldest after it as the last resort. (Our
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -47,7 +46,6 @@ __all__ = [
     "choose",
     "judged",
     "num_weight_bytes",
-    "rank_ratios",
     "report_on",
 ]
 
@@ -90,6 +88,13 @@ class CheckpointReport:
         return not self.missing and self.problem is None
 
     @property
+    def stable_ranks(self) -> Mapping[str, float]:
+        """By matrix; empty where the weights were not measured or are not finite."""
+        if self.inspection is None or self.problem is not None:
+            return {}
+        return {one.health.name: one.health.stable_rank for one in self.inspection.matrices}
+
+    @property
     def worst(self) -> str:
         """The matrix with the worst finding, and that finding; empty where there is none."""
         if self.inspection is None or not self.inspection.matrices:
@@ -114,7 +119,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 
 def num_weight_bytes(folders: Sequence[Path]) -> int:
-    """Return how many bytes of weights `report_on` will read, for a progress bar."""
+    """Return how many bytes of weights `report_on` will read, to size a progress bar."""
     total = 0
     for folder in folders:
         try:
@@ -206,22 +211,6 @@ def judged(
         return "unopened" if one.inspection is None else "healthy"
 
     return tuple(replace(one, verdict=verdict(one)) for one in sorted(reports, key=_STEP))
-
-
-def rank_ratios(reports: Sequence[CheckpointReport]) -> tuple[tuple[int, float], ...]:
-    """Return (step, median stable rank over that in the first finite checkpoint), by step."""
-    first: dict[str, float] = {}
-    found = []
-    for one in sorted(reports, key=_STEP):
-        if one.inspection is None or one.problem is not None:
-            continue
-        healths = [matrix.health for matrix in one.inspection.matrices]
-        ranks = {health.name: health.stable_rank for health in healths if health.stable_rank > 0}
-        first = first or ranks
-        ratios = [rank / first[name] for name, rank in ranks.items() if name in first]
-        if ratios:
-            found.append((one.step, statistics.median(ratios)))
-    return tuple(found)
 
 
 def _step_of(folder: Path) -> int:

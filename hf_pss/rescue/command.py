@@ -48,7 +48,7 @@ class ResumePlan:
     """The whole command for a run of `hf-pss train`; None where the launch is unknown."""
     remarks: tuple[str, ...]
     train_words: tuple[str, ...] | None = None
-    """The words after the launcher, for a run of `hf-pss train`."""
+    """The words after the launcher if the run is one of `hf-pss train`."""
 
     @property
     def shell(self) -> str:

@@ -97,7 +97,7 @@ class _Course:
         return self.rows[self.indices[point]]
 
     def step_before(self, point: int) -> int:
-        """Return the step of the row before; 0, before every update, for the first row."""
+        """Return the step of the row before; the first row has 0, before every update."""
         index = self.indices[point]
         return self.rows[index - 1].step if index else 0
 

@@ -18,7 +18,6 @@ from hf_pss.rescue.candidates import (
     choose,
     judged,
     num_weight_bytes,
-    rank_ratios,
     report_on,
 )
 from hf_pss.rescue.diagnosis import Diagnosis, RunFailure, diagnose
@@ -26,7 +25,7 @@ from hf_pss.rescue.early_ranks import early_damage
 from hf_pss.runs.folder import STATE_FILE, leads_out
 from hf_pss.runs.log import RunLog, differ_at, read_log
 from hf_pss.runs.options import recorded_entropy
-from hf_pss.runs.records_files import read_run_records
+from hf_pss.runs.records_files import rank_ratios, read_run_records
 
 __all__ = ["Investigation", "investigate"]
 
@@ -70,8 +69,8 @@ def investigate(
         margin_steps: See `hf_pss.rescue.candidates`.
         unigram_entropy: Of the training text, in nats. With None, the value that `hf-pss train`
             has kept, or ln(vocab_size).
-        failed_at: The step from which on the run was bad, for a caller who has more to go by than
-            the log: a rate that was too high from the beginning shows in a comparison, or in the
+        failed_at: The step from which on the run was bad, if the caller has more to go by than the
+            log: a rate that was too high from the beginning shows in a comparison, or in the
             weights of small networks (`early_damage`).
         begin: Called with the number of bytes of weights that will be read.
         progress: Called after each tensor.
@@ -96,7 +95,7 @@ def investigate(
     if log is not None:
         records = read_run_records(run_dir)
         entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
-        ranks = records.rank_ratios or rank_ratios(reports)
+        ranks = records.rank_ratios or rank_ratios((one.step, one.stable_ranks) for one in reports)
         diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=entropy)
         diagnosis = replace(diagnosis, notes=(*of_others, *diagnosis.notes))
         if entropy is not None:

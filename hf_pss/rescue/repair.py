@@ -64,7 +64,7 @@ class Written:
     source: Path
     step: int
     """From which the copy resumes."""
-    repairs: tuple[Repair, ...]
+    matrices: tuple[Repair, ...]
     left_out: tuple[str, ...]
     remarks: tuple[str, ...]
 
@@ -103,7 +103,7 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
             path=target,
             source=source,
             step=chosen.step + options.skip_batches,
-            repairs=tuple(repairs),
+            matrices=tuple(repairs),
             left_out=left_out,
             remarks=tuple(_remarks(options, repairs, left_out)),
         )
@@ -117,14 +117,8 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
 
 def as_json(written: Written) -> dict[str, Any]:
     """Return plain data."""
-    return {
-        "path": str(written.path),
-        "source": str(written.source),
-        "step": written.step,
-        "matrices": [asdict(one) for one in written.repairs],
-        "left_out": list(written.left_out),
-        "remarks": list(written.remarks),
-    }
+    plain = asdict(written)
+    return {**plain, "path": str(written.path), "source": str(written.source)}
 
 
 def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_pss.errors import StateError
-from hf_pss.records.strict_json import read_object, visible
+from hf_pss.records.strict_json import number_of, read_object, visible
 from hf_pss.runs.folder import MAX_STATE_BYTES, STATE_FILE, leads_out
 
 __all__ = [
@@ -132,7 +132,7 @@ def read_log(path: Path) -> RunLog:
 def merged(row: LogRow, entry: Mapping[str, Any]) -> LogRow:
     """Return the row with the numbers of another entry of the same step."""
     found: dict[str, Any] = {
-        name: next((n for key in keys if (n := _number(entry.get(key))) is not None), None)
+        name: next((n for key in keys if (n := number_of(entry.get(key))) is not None), None)
         for name, keys in _KEYS.items()
     }
     return replace(row, **{name: value for name, value in found.items() if value is not None})
@@ -175,15 +175,6 @@ def differ_at(one: RunLog, other: RunLog) -> int | None:
             if not (math.isnan(found) and math.isnan(row.loss)):
                 return row.step
     return None
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf
 
 
 def _count(value: object) -> int | None:

@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from hf_pss.detection.state import read_integer, read_mapping
+from hf_pss.detection.state import read_integer
 from hf_pss.errors import StateError
 from hf_pss.records.events import (
     Event,
@@ -24,7 +24,7 @@ from hf_pss.records.events import (
     to_json_line,
 )
 from hf_pss.records.steps import HealthReading
-from hf_pss.records.strict_json import parse_object
+from hf_pss.records.strict_json import number_of, parse_object
 from hf_pss.runs.durable import replacing
 from hf_pss.runs.folder import (
     EVENTS_FILE,
@@ -45,6 +45,7 @@ __all__ = [
     "parse_reading",
     "parse_record",
     "parse_row",
+    "rank_ratios",
     "read_lines",
     "read_run_records",
     "reading_line",
@@ -233,7 +234,11 @@ def parse_reading(line: bytes) -> HealthReading:
     """
     row = parse_row(line)
     step = read_integer(row.get("step"), what="the step of a health reading")
-    matrices = {name: _numbers(by) for name, by in row.items() if isinstance(by, dict)}
+    matrices = {
+        metric: {name: math.nan if (n := number_of(v)) is None else n for name, v in by.items()}
+        for metric, by in row.items()
+        if isinstance(by, dict)
+    }
     return HealthReading(step, matrices.pop("scalars", {}), matrices)
 
 
@@ -244,17 +249,6 @@ def parse_row(line: bytes) -> dict[str, Any]:
         StateError: The line is not a JSON object.
     """
     return parse_object(line, what="A line", allow_nonfinite=True)
-
-
-def _numbers(values: object) -> dict[str, float]:
-    found = {}
-    for name, value in read_mapping(values, "the values of a metric").items():
-        try:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            found[name] = float(value) if is_number else math.nan  # type: ignore[arg-type]
-        except OverflowError:  # an integer of hundreds of digits
-            found[name] = math.inf
-    return found
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -280,7 +274,7 @@ class RunRecords:
     """In the order of the file; events that were answered by smoothing are among them."""
     num_interventions: int = 0
     rank_ratios: tuple[tuple[int, float], ...] = ()
-    """(step, median over matrices of stable rank / its own first value)."""
+    """See `rank_ratios`."""
     num_unreadable: int = 0
     """Lines that were left out."""
 
@@ -297,20 +291,27 @@ def read_run_records(run_dir: Path) -> RunRecords:
     """
     records = read_lines(run_dir / EVENTS_FILE, parse_record)
     readings = read_lines(run_dir / HEALTH_FILE, parse_reading)
-    ratios: list[tuple[int, float]] = []
-    first: dict[str, float] = {}
-    for reading in readings.rows:
-        ranks = reading.matrices.get("stable_rank", {})
-        sound = {name: rank for name, rank in ranks.items() if 0 < rank < _MOST_RANK}
-        first = sound | first
-        if sound:
-            median = statistics.median(rank / first[name] for name, rank in sound.items())
-            ratios.append((reading.step, median))
+    ranks = ((one.step, one.matrices.get("stable_rank", {})) for one in readings.rows)
     return RunRecords(
         events=tuple(r.event if isinstance(r, Intervention) else r for r in records.rows),
         num_interventions=sum(
             isinstance(r, Intervention) and r.has_changed_weights for r in records.rows
         ),
-        rank_ratios=tuple(ratios),
+        rank_ratios=rank_ratios(ranks),
         num_unreadable=records.num_lost + readings.num_lost,
     )
+
+
+def rank_ratios(ranks: Iterable[tuple[int, Mapping[str, float]]]) -> tuple[tuple[int, float], ...]:
+    """Return (step, median over matrices of stable rank / its own first value) for each step.
+
+    Args:
+        ranks: (step, stable rank by matrix), by step. NaN and 0 do not count.
+    """
+    found, first = [], dict[str, float]()
+    for step, by_matrix in ranks:
+        sound = {name: rank for name, rank in by_matrix.items() if 0 < rank < _MOST_RANK}
+        first = sound | first
+        if sound:
+            found.append((step, statistics.median(sound[name] / first[name] for name in sound)))
+    return tuple(found)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -119,7 +119,9 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
                 f"has {size}",
             )
         header = parse_object(stream.read(header_bytes), what=f"The header of {what}")
-    _check_metadata(what, header.pop(_METADATA, {}))
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(what, f"{_METADATA} maps text to text")
     data_begins = _PREFIX_BYTES + header_bytes
     entries = [_entry(path, data_begins, name, row) for name, row in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
@@ -152,11 +154,6 @@ def _are_sizes(value: object) -> bool:
         return False
     # `type`, because True is an instance of int.
     return all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
-
-
-def _check_metadata(what: str, metadata: object) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(what, f"{_METADATA} maps text to text")
 
 
 def _check_cover(what: str, entries: list[TensorEntry], data_begins: int, size: int) -> None:
@@ -254,7 +251,9 @@ def _open_index(index: Path, *, shown: Path | None = None) -> Checkpoint:
     listed = read_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise StateError(f"{visible(index)} is damaged: weight_map maps tensors to files.")
-    shards = {name: _shard(index, name) for name in _distinct(index, listed.values())}
+    if bad := [name for name in listed.values() if not isinstance(name, str)]:
+        raise StateError(f"{visible(index)} is damaged: {visible(bad[0])} is not a name.")
+    shards = {name: _shard(index, name) for name in dict.fromkeys(listed.values())}
     checkpoint = _checkpoint(shown or index, [shards[name] for name in sorted(shards)], folder)
     held = {entry.name: entry.path for entry in checkpoint.tensors}
     for tensor, shard in listed.items():
@@ -264,15 +263,6 @@ def _open_index(index: Path, *, shown: Path | None = None) -> Checkpoint:
                 "hold it: files of two checkpoints were mixed, or one is damaged."
             )
     return checkpoint
-
-
-def _distinct(index: Path, names: Iterable[object]) -> list[str]:
-    found: dict[str, None] = {}
-    for name in names:
-        if not isinstance(name, str):
-            raise StateError(f"{visible(index)} is damaged: {visible(name)} is not a name.")
-        found[name] = None
-    return list(found)
 
 
 def _shard(index: Path, name: str) -> Path:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from launching import launch, launch_ranks
 
-from hf_pss.records.events import EventKind, read_events
+from hf_pss.records.events import EventKind
 from hf_pss.runs.checkpoint import examine, read_marker
 from hf_pss.runs.folder import checkpoints_by_step
+from hf_pss.runs.records_files import parse_record, read_lines
 
 # Of each rank, or of the format, beside what every checkpoint has.
 OWN_FILES = {
@@ -73,7 +74,7 @@ def test_ddp_goes_back_in_the_same_processes_and_fsdp2_ends_with_the_error(
 ) -> None:
     options, recovery = {"on_nonfinite": "stop"}, {"on_failure": "rollback"}
     run = launch(backend, tmp_path, options=options, recovery=recovery, fault="nan")
-    events = read_events(tmp_path / "pss_events.jsonl").records
+    events = read_lines(tmp_path / "pss_events.jsonl", parse_record).rows
     if backend == "ddp":
         assert [rank["error"] for rank in run.ranks] == [None, None], run.errors[-3000:]
         first, second = run.ranks

@@ -164,7 +164,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
             open_checkpoint(path)
 
 
-def test_a_path_without_weights_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="There is no"):
         open_checkpoint(tmp_path / "nowhere")
     shard(tmp_path / "checkpoint-5" / "model.safetensors", "a")

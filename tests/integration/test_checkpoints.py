@@ -73,7 +73,7 @@ def copied_run(saved_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
-# ---- what is saved ----
+# ---- saving ----
 
 
 def test_a_checkpoint_has_a_marker_of_all_its_files_and_nothing_is_left_over(
@@ -171,7 +171,7 @@ def test_an_upload_sees_the_checkpoint_under_its_final_name(
     assert pushed == [(str(tmp_path / "checkpoint-8"), True)]
 
 
-# ---- what is not finite is not saved ----
+# ---- weights that are not finite ----
 
 
 class Break(TrainerCallback):
@@ -243,7 +243,7 @@ class Saves(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def test_nobody_is_told_of_a_save_that_did_not_happen(tmp_path: Path) -> None:
+def test_on_save_is_not_called_for_a_refused_save(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, CONFIG, save_steps=2)
     trainer.add_callback(Break(5, a_weight, math.inf))
     trainer.add_callback(saves := Saves())
@@ -267,7 +267,7 @@ def test_rotation_goes_by_steps_and_not_by_a_clock_that_jumps(tmp_path: Path) ->
     assert checkpoints_in(tmp_path) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_what_was_just_saved_outlives_later_steps_of_an_earlier_run(tmp_path: Path) -> None:
+def test_rotation_keeps_a_new_save_before_later_steps_of_an_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-900").mkdir()
     run(tmp_path, save_total_limit=1)
     assert checkpoints_in(tmp_path) == ["checkpoint-8"]
@@ -298,7 +298,7 @@ def test_a_step_that_is_reached_again_is_of_this_run(copied_run: Path) -> None:
     assert newest_whole(copied_run).path.name == "checkpoint-6"
 
 
-# ---- what is resumed ----
+# ---- resuming ----
 
 
 def truncate(path: Path) -> None:
@@ -391,7 +391,7 @@ def unmark(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [*FATAL, *PARTIAL])
 @pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
-def test_resume_takes_the_newest_whole_one_and_says_what_it_passed_over(
+def test_resume_takes_the_newest_whole_one_and_logs_the_others(
     damage: Callable[[Path], None],
     is_marked: bool,
     copied_run: Path,
@@ -438,7 +438,7 @@ def test_without_any_whole_one_the_error_names_the_choices(
         run(copied_run, resume=True)
 
 
-def test_an_empty_folder_and_a_damaged_run_are_told_apart(copied_run: Path) -> None:
+def test_errors_for_an_empty_folder_and_for_a_damaged_run_differ(copied_run: Path) -> None:
     with pytest.raises(StateError, match="No valid checkpoint found"):
         run(copied_run / "nowhere", resume=True)
     for step in (2, 4, 6, 8):
@@ -458,7 +458,7 @@ class Rates(TrainerCallback):
 
 
 @pytest.mark.parametrize("damage", [cut_optimizer, no_optimizer, cut_scheduler, no_scheduler])
-def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_place(
+def test_missing_state_fresh_loads_the_readable_part_and_places_the_schedule(
     damage: Callable[[Path], None], copied_run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copied_run / "checkpoint-4"
@@ -480,7 +480,7 @@ def test_asked_for_a_run_goes_on_with_what_is_readable_and_the_schedule_in_its_p
         assert list(differences(weights_of(intact.model), weights_of(trainer.model))) == []
 
 
-def test_asked_for_a_random_state_that_was_cut_begins_anew(copied_run: Path) -> None:
+def test_missing_state_fresh_restarts_a_cut_random_state(copied_run: Path) -> None:
     cut_random_state(copied_run / "checkpoint-4")
     trainer = make_trainer(
         copied_run.parent / "out",
@@ -506,14 +506,14 @@ def test_an_optimizer_of_fsdp2_is_not_dropped_for_want_of_a_schedule(copied_run:
         trainer._load_optimizer_and_scheduler(str(folder))
 
 
-def test_a_state_that_was_edited_by_hand_is_no_damage(copied_run: Path) -> None:
+def test_a_state_that_was_edited_by_hand_is_whole(copied_run: Path) -> None:
     path = copied_run / "checkpoint-8" / "trainer_state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps({**state, "save_steps": 3}))
     assert examine(path.parent).is_whole
 
 
-def test_what_no_resume_reads_may_change(copied_run: Path) -> None:
+def test_files_that_no_resume_reads_may_change(copied_run: Path) -> None:
     folder = copied_run / "checkpoint-8"
     (folder / "README.md").write_text("A model of ours.")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
@@ -629,7 +629,7 @@ def test_a_save_that_fails_half_way_leaves_the_last_one_alone(method: str, tmp_p
 
 @pytest.mark.parametrize("method", ["save_model", "_publish"])
 def test_a_best_step_that_could_not_be_saved_is_not_the_best(method: str, tmp_path: Path) -> None:
-    """The one before stays the best: rotation keeps it, and it is what is loaded at the end."""
+    """The one before stays the best: rotation keeps it, and the Trainer loads it at the end."""
     cls = type("Fails", (FailsIn,), {"method": method, "steps": (6,)})
     trainer = make_trainer(tmp_path, CONFIG, trainer_class=cls, **BEST, save_total_limit=1)
     trainer.add_callback(Scores({2: 3.0, 4: 2.0, 6: 1.0, 8: 1.5}))
@@ -639,7 +639,7 @@ def test_a_best_step_that_could_not_be_saved_is_not_the_best(method: str, tmp_pa
     assert (state.best_metric, state.best_global_step) == (1.5, 8)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
     assert checkpoints_in(tmp_path) == ["checkpoint-8"]
-    assert saves.steps == [2, 4, 8], "nobody is told of a save that did not happen"
+    assert saves.steps == [2, 4, 8], "on_save is not called for a refused save"
 
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])
@@ -756,7 +756,7 @@ def test_a_signal_saves_the_averaged_weights_as_any_save_does(tmp_path: Path) ->
     assert checkpoint_differences(*folders) == []
 
 
-def test_what_a_signal_saved_is_not_removed_at_the_end(tmp_path: Path) -> None:
+def test_a_checkpoint_saved_on_a_signal_is_not_removed_at_the_end(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, CONFIG, **BEST, save_total_limit=1)
     trainer.add_callback(Scores({2: 1.0, 4: 2.0}))
     stop_at(5, trainer)
@@ -793,7 +793,7 @@ def test_a_signal_saves_once_where_epochs_are_saved(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_agreed_upon_once_more_at_the_end(tmp_path: Path) -> None:
-    """Two ranks of which the other one was told after they last asked each other."""
+    """The other of two ranks got the signal after the ranks last agreed."""
 
     class Other(PSSTrainer):
         def _agree_on(self, signum: int) -> int:

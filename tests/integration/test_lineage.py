@@ -24,7 +24,7 @@ def names(lineage: Lineage) -> list[str]:
     return [path.name for path in lineage.folders]
 
 
-def test_a_resumed_run_owns_its_source_and_what_is_older_beside_it(tmp_path: Path) -> None:
+def test_a_resumed_run_owns_its_source_and_older_checkpoints_beside_it(tmp_path: Path) -> None:
     *_, source, _ = folders(tmp_path, 2, 4, 6, 8)
     (tmp_path / "checkpoint-4" / "pss_superseded").touch()  # of an earlier run in this folder
     lineage = Lineage.of(source)
@@ -43,7 +43,7 @@ def test_a_source_of_any_name_stands_alone(tmp_path: Path) -> None:
     assert Lineage.of(None).folders == ()
 
 
-def test_what_is_damaged_is_passed_over_and_said(
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_trainer(tmp_path, PSSConfig.preset("paper"), max_steps=3, save_steps=1).train()
@@ -56,7 +56,7 @@ def test_what_is_damaged_is_passed_over_and_said(
     assert lineage.newest_before(1) is None
 
 
-def test_only_what_lies_in_the_runs_folder_is_put_out_of_sight(
+def test_only_checkpoints_in_the_runs_folder_are_abandoned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

@@ -16,8 +16,15 @@ from helpers import EAGER, events_of, make_trainer, steps_of, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_pss import PSSCallback, PSSConfig
-from hf_pss.records.events import Intervention, read_events
-from hf_pss.runs.records_files import REPORTED, JsonLines, health_line, log_scalars
+from hf_pss.records.events import Intervention
+from hf_pss.runs.records_files import (
+    REPORTED,
+    JsonLines,
+    health_line,
+    log_scalars,
+    parse_record,
+    read_lines,
+)
 
 # Measured: 0.092 MB, of a file of 10 MB with lines of 10 kB.
 MAX_RESUME_BYTES = 0.2e6
@@ -144,9 +151,9 @@ def test_scalars_get_the_keys_of_the_table() -> None:
 
 def test_a_runs_events_can_be_read_back(tmp_path: Path) -> None:
     trainer = train(tmp_path, EAGER)
-    log = read_events(tmp_path / "pss_events.jsonl")
+    log = read_lines(tmp_path / "pss_events.jsonl", parse_record)
     assert not log.is_cut
-    acted = [r for r in log.records if isinstance(r, Intervention)]
+    acted = [r for r in log.rows if isinstance(r, Intervention)]
     assert [r.event.step for r in acted] == steps_of(events_of(tmp_path))
     assert trainer.state.log_history[-2]["pss/interventions"] == len(acted)
     for record in acted:

@@ -49,7 +49,7 @@ def test_a_step_written_twice_counts_as_it_was_written_last(files: Any) -> None:
     assert load_run_directory(files.info()).runs[0].loss.values.tolist() == [7.0, 5.0]
 
 
-def test_a_cut_line_is_said_and_the_rest_is_read(files: Any) -> None:
+def test_a_cut_line_is_listed_and_the_rest_is_read(files: Any) -> None:
     path = files.run("plain") / "metrics.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     directory = load_run_directory(files.info())
@@ -60,14 +60,14 @@ def test_a_cut_line_is_said_and_the_rest_is_read(files: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "pss_health.jsonl", "summary.json"])
-def test_what_is_not_there_is_named(name: str, files: Any) -> None:
+def test_a_missing_file_is_listed(name: str, files: Any) -> None:
     folder = files.run("plain")
     (folder / name).unlink()
     directory = load_run_directory(files.info())
     assert directory.missing == (f"plain/seed-0/{name} is not there.",)
 
 
-def test_a_guard_that_noticed_nothing_misses_nothing(files: Any) -> None:
+def test_a_missing_file_of_events_is_not_listed(files: Any) -> None:
     (files.run("plain") / "pss_events.jsonl").unlink()
     assert load_run_directory(files.info()).missing == ()
 
@@ -83,7 +83,7 @@ def test_guards_are_found_without_run_json(files: Any) -> None:
 
 
 @pytest.mark.parametrize("guard", ["later", "../..", "/etc", "", "."])
-def test_a_guard_named_but_not_found_is_said(guard: str, files: Any) -> None:
+def test_a_named_guard_without_a_folder_is_listed(guard: str, files: Any) -> None:
     files.run("plain")
     directory = load_run_directory(files.info(guards=["plain", guard]))
     assert directory.guards == ("plain",)
@@ -100,7 +100,7 @@ def test_folders_of_an_earlier_demo_are_left_out(files: Any) -> None:
     assert directory.missing == ("floor has left nothing.",)
 
 
-def test_a_seed_named_but_not_found_is_said(files: Any) -> None:
+def test_a_named_seed_without_a_folder_is_listed(files: Any) -> None:
     files.run("plain")
     directory = load_run_directory(files.info(seeds=[0, 1, None, "two"]))
     assert directory.missing == ("plain/seed-1 has left nothing.",)
@@ -128,7 +128,7 @@ def test_only_changed_matrices_count_most_singular_first(
     assert len(event.matrices) == 4
 
 
-def test_events_that_changed_nothing_are_no_interventions(
+def test_events_without_smoothing_do_not_count_as_interventions(
     files: Any, make_intervention: Any
 ) -> None:
     events = [

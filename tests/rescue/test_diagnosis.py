@@ -54,7 +54,7 @@ def test_a_sound_run_has_not_failed(run_of: Callable[..., Path], logging_steps: 
     assert diagnosed(run_of("sound", logging_steps)).failure is None
 
 
-def test_a_run_that_recovers_is_told_of(run_of: Callable[..., Path]) -> None:
+def test_a_recovery_is_listed_in_the_notes(run_of: Callable[..., Path]) -> None:
     found = diagnosed(run_of("recovers"))
     assert found.failure is None
     rows = synthetic([3.0] * 60 + [9.0] * 40 + [3.0] * 60)
@@ -124,11 +124,11 @@ def test_a_zero_that_hides_nan_is_put_back(
     assert [math.isnan(row.loss or 0.0) for row in found] == expected
 
 
-def test_one_bad_row_between_sound_ones_is_no_failure() -> None:
+def test_one_bad_row_between_sound_ones_is_not_a_failure() -> None:
     assert diagnose(synthetic([3.0] * 30 + [math.nan] + [3.0] * 30), RunRecords()).failure is None
 
 
-def test_a_gradient_of_nan_that_pss_skipped_is_no_failure() -> None:
+def test_a_nan_gradient_that_pss_skipped_is_not_a_failure() -> None:
     history = synthetic([3.0] * 30, norms=[1.0] * 29 + [math.nan])
     failure = diagnose(history, RunRecords()).failure
     assert failure is not None
@@ -138,7 +138,7 @@ def test_a_gradient_of_nan_that_pss_skipped_is_no_failure() -> None:
     assert diagnose(history, RunRecords(events=(skipped,))).failure is None
 
 
-def test_what_pss_saw_after_the_last_row() -> None:
+def test_nonfinite_steps_after_the_last_logged_row_are_a_failure() -> None:
     judgement = Judgement(Verdict.NON_FINITE, "guard", ("global",))
     events = [
         Event.of(judgement, Decision(Action.OBSERVE, "x"), step=step, loss=None)
@@ -166,7 +166,7 @@ def test_a_rise_at_the_end_of_the_log() -> None:
     assert diagnose(synthetic([3.0] * 60 + [9.0] * 4), RunRecords()).failure is None
 
 
-def test_nothing_logged() -> None:
+def test_a_log_without_a_training_loss() -> None:
     found = diagnose(synthetic([]), RunRecords())
     assert found.failure is None
     assert "course is unknown" in found.notes[0]

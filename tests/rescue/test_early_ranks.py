@@ -1,4 +1,4 @@
-"""Slow damage that no log tells: the share of noise's stable rank that the blocks keep."""
+"""Slow damage that the log does not show: the blocks' share of noise's stable rank."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_trained_weights_are_not_judged(sound: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "value"), [("_EARLY_STEPS", 59), ("_WIDEST", 31), ("_FEWEST_MATRICES", 13)]
 )
-def test_what_was_not_measured_is_not_judged(
+def test_networks_beyond_the_measured_sizes_are_not_judged(
     sound: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
     flatten(sound / "checkpoint-60", 3.0)
@@ -78,7 +78,7 @@ def test_what_was_not_measured_is_not_judged(
     assert kind_of(looked_at(sound)) is None
 
 
-def test_a_spike_may_be_what_became_of_it(
+def test_an_early_spike_may_follow_from_damage_before_it(
     run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(run_of("huge_rate"), tmp_path / "run"))
@@ -93,7 +93,7 @@ def test_a_spike_may_be_what_became_of_it(
     assert kind_of(looked_at(run)) == "spike"
 
 
-def test_without_a_loss_nothing_is_said(sound: Path) -> None:
+def test_without_a_logged_loss_ranks_are_not_judged(sound: Path) -> None:
     flatten(sound / "checkpoint-60", 3.0)
     for path in sound.rglob("trainer_state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"log_history": []}))

@@ -1,4 +1,4 @@
-"""A repaired copy: what changes, what does not, and that a plain Trainer goes on with it."""
+"""A repaired copy: the files that change, those that stay, and that a plain Trainer resumes it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_copy_without_repairs_is_the_checkpoint(
 
 
 @pytest.mark.parametrize("smoothing", ["clip", "log", "polar"])
-def test_the_weights_are_what_a_run_would_make_of_them(
+def test_smoothed_weights_equal_those_of_a_live_run(
     damaged: CheckpointReport, tmp_path: Path, smoothing: str
 ) -> None:
     out = repaired(damaged, tmp_path / "out", smoothing=smoothing)
@@ -94,7 +94,7 @@ def test_the_weights_are_what_a_run_would_make_of_them(
 
 
 def test_the_floor_is_reached(damaged: CheckpointReport, tmp_path: Path) -> None:
-    """A run caps by eight triplets that it looked at; here the leading ones are found anew."""
+    """A run uses eight triplets that it has measured; the copy computes the leading ones again."""
     out = repaired(damaged, tmp_path / "out", smoothing="floor")
     model = AutoModelForCausalLM.from_pretrained(out)
     parameters = dict(model.named_parameters())
@@ -144,7 +144,7 @@ def test_shards_and_dtypes_survive(
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_a_plain_trainer_goes_on(damaged: CheckpointReport, tmp_path: Path) -> None:
+def test_a_plain_trainer_resumes_from_the_copy(damaged: CheckpointReport, tmp_path: Path) -> None:
     out = repaired(damaged, tmp_path / "out", smoothing="floor")
     model = gpt2(num_layers=2, width=32)
     trainer = train(tmp_path / "run", resume=str(out), model=model, **CONSTANT)
@@ -210,7 +210,7 @@ def test_the_state_of_pss_goes_along(tmp_path: Path) -> None:
         ({"moments": "project", "allow_pickle": True}, "--pss_moments project"),
     ],
 )
-def test_what_is_refused(
+def test_options_that_need_other_options_are_refused(
     damaged: CheckpointReport, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -332,7 +332,7 @@ def test_the_options_of_the_run_go_along(damaged: CheckpointReport, tmp_path: Pa
     assert not (repaired(report, tmp_path / "two") / OPTIONS_FILE).exists()
 
 
-def test_an_error_on_the_way_leaves_nothing(
+def test_an_error_while_writing_leaves_no_files(
     damaged: CheckpointReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -362,7 +362,7 @@ def test_old_versions_of_torch_open_no_pickle(monkeypatch: pytest.MonkeyPatch) -
         require_torch()
 
 
-def test_the_record_says_what_was_done(damaged: CheckpointReport, tmp_path: Path) -> None:
+def test_the_record_lists_the_repairs(damaged: CheckpointReport, tmp_path: Path) -> None:
     out = repaired(damaged, tmp_path / "out", skip_batches=3, smoothing="floor")
     record = json.loads((out / RECORD_FILE).read_text())
     assert record["step"] == 83

@@ -217,7 +217,7 @@ def test_a_checkpoint_that_is_a_link_out_of_the_run(spiked: Path, tmp_path: Path
     assert chosen(looked_at(link)) == 120  # named, it may lie anywhere
 
 
-def test_the_log_of_a_run_is_no_link_out_of_it(spiked: Path, tmp_path: Path) -> None:
+def test_a_log_that_is_a_link_out_of_the_run_is_not_read(spiked: Path, tmp_path: Path) -> None:
     shutil.copy(spiked / "checkpoint-120" / "trainer_state.json", tmp_path / "x.json")
     (spiked / "trainer_state.json").unlink(missing_ok=True)
     (spiked / "trainer_state.json").symlink_to(tmp_path / "x.json")
@@ -262,14 +262,14 @@ def test_sharded_layouts_are_listed_and_not_opened(tmp_path: Path, spiked: Path)
         assert looked_at(folder.parent).checkpoints[0].verdict == "incomplete"
 
 
-def test_nothing_to_read(tmp_path: Path) -> None:
+def test_a_folder_without_a_readable_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("[]")
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(PSSError):
             looked_at(folder)
 
 
-def test_a_file_that_is_not_what_the_marker_says(tmp_path: Path) -> None:
+def test_a_file_that_differs_from_the_marker_makes_it_incomplete(tmp_path: Path) -> None:
     train(tmp_path / "run", PSSConfig.preset("paper"), save_steps=4)
     assert set(verdicts(looked_at(tmp_path / "run")).values()) == {"healthy"}
     path = tmp_path / "run" / "checkpoint-8" / "rng_state.pth"

@@ -1,4 +1,4 @@
-"""The printed command: its folders, its processes, its guard, and what is said beside it."""
+"""The printed command: its folders, processes and guard, and the remarks on it."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_how_many_batches_lead_past_it(run_dir: Path) -> None:
     assert "more than --max_steps 103" in said(run_dir, failure=failed(noticed=99))
 
 
-def test_a_copy_behind_the_last_step_is_told(run_dir: Path) -> None:
+def test_a_copy_that_skips_all_steps_gets_a_remark(run_dir: Path) -> None:
     for skipped, is_said in ((59, False), (60, True)):
         text = said(run_dir, repaired=run_dir.with_name("out"), skipped=skipped)
         assert ("skips all remaining steps" in text) == is_said
@@ -275,7 +275,7 @@ def test_a_copy_of_an_unknown_launch_has_its_rates_in_its_files(run_dir: Path) -
     assert "--pss_lr_scale" not in (*copied.options, *" ".join(copied.remarks).split())
 
 
-def test_a_file_of_before_is_told(run_dir: Path) -> None:
+def test_options_of_an_earlier_version_get_a_remark(run_dir: Path) -> None:
     assert "optimizer and the other options of PSS are those of the run" in said(run_dir)
     (run_dir / OPTIONS_FILE).write_text('{"model_config": "gpt2"}')
     assert "give --pss_optim" in said(run_dir)

@@ -47,7 +47,7 @@ def options(compare: ModuleType, tmp_path: Path) -> dict[str, str]:
 def test_a_signal_ends_all_of_it(
     compare: ModuleType, options: dict[str, str], tmp_path: Path
 ) -> None:
-    """And what it left is begun anew: a loss is that of a whole run."""
+    """Its folder is removed first: the loss is that of a whole run."""
     folder = tmp_path / "run"
     half = folder.with_name("run.part")
 

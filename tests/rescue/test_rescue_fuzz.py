@@ -28,7 +28,7 @@ MOST_SECONDS = 5.0
 NUM_QUICK, NUM_SLOW, NUM_PARTS = 200, 20_000, 10
 # By how much the peak may rise while a part runs: the run itself has 90 KB.
 MOST_MIB = 256
-# What lies outside of the run, where links lead to, and must not be told.
+# The content of a file outside of the run, to which links lead. It must not be shown.
 SECRET = "7531902468"
 
 Change = Callable[[bytes], bytes]
@@ -299,7 +299,7 @@ def invoke(run: Path, *words: str) -> Result:
 
 
 def judge(said: str) -> None:
-    """Refuse what a terminal would obey, and what is not in the run."""
+    """Refuse terminal commands, and text from outside of the run."""
     assert "\x1b" not in said
     assert "\u202e" not in said
     assert SECRET not in said.replace(",", "").replace("\n", "")
@@ -340,7 +340,7 @@ def names_in(run: Path) -> list[str]:
 
 
 def reset_peak() -> float:
-    """Forget the process's peak, which an earlier test set; return what it holds now, in MiB."""
+    """Reset the process's peak, which an earlier test set, and return its present memory in MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # proc(5)
     return in_mib("VmRSS")
 
@@ -379,7 +379,7 @@ def test_unchanged_it_goes_through(original: Path) -> None:
         check(original, [], words)
 
 
-def test_what_the_checks_are_for_fails_them(original: Path) -> None:
+def test_each_check_can_fail(original: Path) -> None:
     for said in ("\x1b[2J", "\u202e", "loss 7,531,902,468", "Traceback (most recent call last)"):
         with pytest.raises(AssertionError):
             judge(said)

@@ -1,4 +1,4 @@
-"""What `hf-pss train` keeps of its launch comes back as the same arguments."""
+"""The options that `hf-pss train` keeps give the same arguments again."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_launch_comes_back(tmp_path: Path, words: tuple[str, ...]) -> None:
 
 
 def test_a_run_that_was_resumed_scaled_has_that_on_record(tmp_path: Path) -> None:
-    """And so has one that goes on from there without a word about it."""
+    """A run that resumes from there without the option inherits the factor."""
     _, first = kept(tmp_path / "first", "--learning_rate", "1e-2", "--seed", "3")
     checkpoint, words = first, ("--learning_rate", "1e-3", "--pss_lr_scale", "0.25")
     for name, more in (("second", words), ("third", ("--learning_rate", "0.5"))):
@@ -91,7 +91,7 @@ def test_a_run_that_was_resumed_scaled_has_that_on_record(tmp_path: Path) -> Non
         assert (given["--learning_rate"], given["--seed"]) == ("0.001", "3")
 
 
-def test_a_factor_that_goes_on_is_told(tmp_path: Path) -> None:
+def test_a_warning_names_the_inherited_lr_scale(tmp_path: Path) -> None:
     _, checkpoint = kept(tmp_path / "run", "--learning_rate", "1e-2", "--pss_lr_scale", "0.25")
     again = parse_plan([*FRESH, "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "on")])
     said: list[str] = []
@@ -101,7 +101,7 @@ def test_a_factor_that_goes_on_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [None, [], 1, "x"])
-def test_options_that_are_none_are_an_error_of_the_file(tmp_path: Path, bad: Any) -> None:
+def test_damaged_options_are_an_error_that_names_the_file(tmp_path: Path, bad: Any) -> None:
     plan, checkpoint = kept(tmp_path / "run")
     file = checkpoint.parent / OPTIONS_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"training": bad}))
@@ -159,7 +159,7 @@ def test_a_file_of_before_has_the_batch_size_in_the_log(tmp_path: Path) -> None:
         {"training": {"optim_args": "\u202e"}},
     ],
 )
-def test_what_no_run_wrote_is_not_taken(tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_options_of_a_wrong_type_are_not_used(tmp_path: Path, bad: dict[str, Any]) -> None:
     plan, checkpoint = kept(tmp_path / "run")
     write(checkpoint.parent, {**(options_to_keep(plan, None, warn=print) or {}), **bad})
     assert read_launch(checkpoint, LOG, without=()) is None

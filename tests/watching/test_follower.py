@@ -101,7 +101,7 @@ def test_a_resume_supersedes_events(tmp_path: Path) -> None:
     assert lines[1].startswith("WARN: Step 6: grad norm 9, 9 × its average of 1")
 
 
-def test_nothing_is_told_twice_however_much_there_is(tmp_path: Path) -> None:
+def test_no_event_is_reported_twice_among_hundreds(tmp_path: Path) -> None:
     path = tmp_path / "pss_events.jsonl"
     JsonLines(path, resumed_step=0).write_records([spike(step) for step in range(500)])
     with path.open("a") as file:
@@ -127,7 +127,7 @@ def test_nothing_is_told_twice_however_much_there_is(tmp_path: Path) -> None:
         b"[" * 100_000,
     ],
 )
-def test_lines_that_are_none(line: bytes, tmp_path: Path) -> None:
+def test_unreadable_lines_are_counted(line: bytes, tmp_path: Path) -> None:
     event = to_json_line(spike(3)).encode()
     (tmp_path / "pss_events.jsonl").write_bytes(line + b"\n" + event + b"\n" + event[:20])
     state = Follower(tmp_path).poll()
@@ -138,7 +138,7 @@ def test_lines_that_are_none(line: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "state", ["[]", "{}", '{"log_history": 3}', '{"log_history": [{"step": "x", "loss": 1}, 7]}']
 )
-def test_states_that_are_none(state: str, tmp_path: Path) -> None:
+def test_unreadable_states_give_no_log(state: str, tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(state)
     found = Follower(tmp_path).poll()
     assert found.log is None
@@ -154,7 +154,7 @@ def test_the_end_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pss_events.jsonl", "pss_health.jsonl"])
-def test_a_run_that_goes_on_beside_the_state_of_a_finished_one(name: str, tmp_path: Path) -> None:
+def test_a_live_run_beside_the_state_of_a_finished_one(name: str, tmp_path: Path) -> None:
     state = write_state(tmp_path, 100)
     path = tmp_path / name
     line = {"pss_events.jsonl": to_json_line(spike(3)), "pss_health.jsonl": health_line(3, {})}
@@ -178,7 +178,7 @@ def test_a_run_that_has_stopped_itself(tmp_path: Path) -> None:
     assert not follower.poll().has_ended  # resumed where it stopped
 
 
-def test_a_stopped_run_that_has_saved_a_later_step_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_run_that_has_saved_a_later_step_is_live(tmp_path: Path) -> None:
     JsonLines(tmp_path / "pss_events.jsonl", resumed_step=0).write_records([spike(7, Action.STOP)])
     assert Follower(tmp_path).poll().has_ended
     os.utime(write_state(tmp_path, 8))

@@ -27,7 +27,7 @@ def test_lines_come_once_and_whole(tmp_path: Path) -> None:
     assert tail.modified_seconds == path.stat().st_mtime
 
 
-def test_a_replaced_file_starts_anew(tmp_path: Path) -> None:
+def test_a_replaced_file_is_read_from_its_start(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     append(path, b"1\n2\n3\nhal")
     tail = Tail(path)
@@ -42,7 +42,7 @@ def test_a_replaced_file_starts_anew(tmp_path: Path) -> None:
     assert tail.poll().lines == (b"4",)
 
 
-def test_a_cut_file_starts_anew_and_a_vanished_one_may_return(tmp_path: Path) -> None:
+def test_a_cut_file_is_read_from_its_start_and_a_vanished_one_may_return(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     append(path, b"1\n2\n")
     tail = Tail(path)
@@ -98,7 +98,7 @@ def test_a_line_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     assert (news.lines, news.num_lost) == ((b"2",), 1)
 
 
-def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+def test_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     assert Tail(tmp_path / "pipe").poll().lines == ()
     assert Tail(tmp_path).poll().lines == ()
