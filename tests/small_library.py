@@ -5,6 +5,7 @@ To read and tokenise all of it takes seconds; ``demo/test_corpus.py`` does it on
 
 from __future__ import annotations
 
+import os
 import shutil
 import sysconfig
 import tempfile
@@ -34,7 +35,13 @@ def corpus_cache() -> Path:
 
 
 def use_small_library(patch: pytest.MonkeyPatch) -> None:
-    """Have the built-in corpus made of it, in this process and its forks."""
+    """Have the built-in corpus made of it, in this process, its forks and those that it starts."""
     paths = {**sysconfig.get_paths(), "stdlib": str(small_library())}
     patch.setattr(sysconfig, "get_paths", lambda: paths)
     patch.setenv("HF_PSS_CACHE", str(corpus_cache()))
+    # What every new interpreter imports.
+    site = Path(_FOLDER.name, "site")
+    site.mkdir(exist_ok=True)
+    text = f"import sysconfig\npaths = {paths}\nsysconfig.get_paths = lambda *_: paths\n"
+    (site / "sitecustomize.py").write_text(text, encoding="utf-8")
+    patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)

@@ -14,6 +14,7 @@ from rich.console import Console
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
+from hf_pss.view import canvas
 from hf_pss.view import text_table as text
 
 VOID = {"meta", "img", "br"}
@@ -50,6 +51,23 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", "".join(self.words))
 
 
+def touch(figure: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+@pytest.fixture
+def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are rendered once, as SVG: what no renderer can draw is found all the same."""
+    monkeypatch.setattr(canvas, "save_png", touch)
+
+
+@pytest.fixture
+def words_only(no_png: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and not rendered."""
+    monkeypatch.setattr(canvas, "to_svg", lambda figure: b"<svg/>")
+
+
 def show(run_dir: Path) -> str:
     console = Console(width=160)
     with console.capture() as capture:
@@ -68,6 +86,7 @@ def test_the_page_needs_no_other_file(twins: Path) -> None:
     assert figures == {"loss.png", "gradient_norm.png", "stable_rank.png"}
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_page_says_what_was_measured(twins: Path) -> None:
     words = Page(write_report(twins)).text
     assert "The stable-rank floor ended at a validation loss of 4.300, 0.500 below" in words
@@ -81,6 +100,7 @@ def test_the_page_says_what_was_measured(twins: Path) -> None:
     assert "What is missing" not in words
 
 
+@pytest.mark.usefixtures("words_only")
 def test_an_intervention_that_changed_nothing_is_listed(
     files: Any, make_intervention: Any, make_change: Any
 ) -> None:
@@ -103,6 +123,7 @@ def test_without_the_extra_the_message_says_what_to_install(package: str) -> Non
     assert "pip install 'hf-pss[report]'" in done.stderr
 
 
+@pytest.mark.usefixtures("words_only")
 def test_several_seeds_get_a_mean(files: Any) -> None:
     for seed in (0, 1):
         files.run("plain", 4.8, seed=seed)
@@ -110,6 +131,7 @@ def test_several_seeds_get_a_mean(files: Any) -> None:
     assert "mean4.800" in Page(write_report(files.info())).text.replace(" ", "")
 
 
+@pytest.mark.usefixtures("no_png")
 @pytest.mark.parametrize(
     "cut", ["run.json", "metrics.jsonl", "pss_health.jsonl", "pss_events.jsonl", "summary.json"]
 )
@@ -124,6 +146,7 @@ def test_a_cut_file_still_gives_a_page(cut: str, keep: float, twins: Path) -> No
         assert "What is missing" in words
 
 
+@pytest.mark.usefixtures("words_only")
 def test_an_interrupted_run_says_so(files: Any) -> None:
     files.run("plain", finished=False)
     root = files.info(status="interrupted", guards=["plain", "floor"])
@@ -133,6 +156,7 @@ def test_an_interrupted_run_says_so(files: Any) -> None:
     assert "unfinished" in words
 
 
+@pytest.mark.usefixtures("no_png")
 def test_a_run_that_has_just_begun_gives_a_page(tmp_path: Path) -> None:
     (tmp_path / "plain" / "seed-0").mkdir(parents=True)
     words = Page(write_report(tmp_path)).text
@@ -141,6 +165,7 @@ def test_a_run_that_has_just_begun_gives_a_page(tmp_path: Path) -> None:
     assert "not recorded" in words
 
 
+@pytest.mark.usefixtures("words_only")
 def test_what_comes_from_files_is_escaped(
     files: Any, make_intervention: Any, make_change: Any
 ) -> None:
@@ -158,6 +183,7 @@ def test_what_comes_from_files_is_escaped(
     assert guard in page.text
 
 
+@pytest.mark.usefixtures("no_png")
 def test_unexpected_types_in_run_json_are_harmless(files: Any) -> None:
     files.run("plain")
     root = files.info(
@@ -166,6 +192,7 @@ def test_unexpected_types_in_run_json_are_harmless(files: Any) -> None:
     Page(write_report(root))
 
 
+@pytest.mark.usefixtures("words_only")
 def test_long_lists_of_interventions_are_shortened(files: Any, make_intervention: Any) -> None:
     files.run("floor", events=[make_intervention(step) for step in range(60)])
     words = Page(write_report(files.info())).text
@@ -174,6 +201,7 @@ def test_long_lists_of_interventions_are_shortened(files: Any, make_intervention
     assert "Every matrix of the first 10 interventions" in words
 
 
+@pytest.mark.usefixtures("words_only")
 def test_events_without_an_answer_are_listed_and_neighbours_share_a_line(
     files: Any, make_intervention: Any
 ) -> None:
@@ -196,15 +224,18 @@ def test_events_without_an_answer_are_listed_and_neighbours_share_a_line(
     assert "No guard changed a weight." not in words
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_page_says_that_the_plain_twin_is_watched(twins: Path) -> None:
     assert "its overhead is that of watching" in Page(write_report(twins)).text
 
 
+@pytest.mark.usefixtures("words_only")
 def test_without_a_plain_twin_nothing_is_said_about_it(files: Any) -> None:
     files.run("floor")
     assert "that of watching" not in Page(write_report(files.info())).text
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_page_goes_where_it_is_told(twins: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     assert write_report(twins, tmp_path / "site") == tmp_path / "site" / "report.html"
