@@ -242,7 +242,7 @@ def test_a_repair_without_a_record_warns_with_the_options_to_set(
     caplog.clear()
     pss.load_state_dict(pss.state_dict())
     pss.smooth_now()
-    assert "nothing to refer to" not in caplog.text
+    assert "no record of healthy weights" not in caplog.text
 
 
 def test_options_of_a_trial_that_is_off_warn(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,8 @@ from statistics import median
 
 from hf_pss.detection.explosion import ExplosionRule
 
+_RULE = ExplosionRule()
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingFailure:
@@ -33,9 +35,8 @@ class FailedInterventions:
 
     - when another one that changes a weight follows within ``window_steps``, or
     - when the loss has not recovered at the end of that window: the median of the last 25 steps is
-      more than 0.5 nats above the median before the first intervention (the rise that
-      `hf-pss sweep` calls an explosion). It fails once more with every further window that ends
-      without recovery.
+      more than 0.5 nats above the median before the first intervention (the rise of an
+      `ExplosionRule`). It fails once more with every further window that ends without recovery.
 
     ``max_failed`` of these in a row are a failure; a window that ends well resets the count. The
     upkeep of the stable-rank floor does not count. A resumed run starts with a count of zero.
@@ -50,11 +51,9 @@ class FailedInterventions:
         max_failed: Failed interventions in a row that are reported as a failure.
     """
 
-    _RULE = ExplosionRule()
-
     def __init__(self, *, window_steps: int, max_failed: int) -> None:
         self._window_steps, self._max_failed = window_steps, max_failed
-        self._losses: deque[float] = deque(maxlen=self._RULE.smoothing_steps)
+        self._losses: deque[float] = deque(maxlen=_RULE.smoothing_steps)
         self._level: float | None = None
         self._window_end = self._num_failed = 0
         self.onset_step: int | None = None
@@ -107,4 +106,4 @@ class FailedInterventions:
         if self._level is None or not self._losses:
             return True  # An earlier loss to compare with is missing.
         recent = [*self._losses][-self._window_steps :]
-        return median(recent) <= self._level + self._RULE.rise_nats
+        return median(recent) <= self._level + _RULE.rise_nats

@@ -1,1 +1,1 @@
-"""Works on a torch model: its matrices, and how they are measured and changed."""
+"""Work on a torch model: select, measure, judge and smooth its weight matrices."""

@@ -1,1 +1,1 @@
-"""Records of what happened, and the words for them."""
+"""Records of events and interventions, their messages, and strict JSON."""

@@ -259,7 +259,7 @@ def test_one_of_several_unknown_is_announced(caplog: pytest.LogCaptureFixture) -
     model.model.layers[0].self_attn.k_proj = nn.Linear(16, 7)
     with caplog.at_level(logging.WARNING, LOGGER):
         build_optimizer(model, per_head=True)
-    assert "k_proj.weight is not known, so it is moved as without it" in caplog.text
+    assert "k_proj.weight are not known, so it is moved as without it" in caplog.text
 
 
 @pytest.mark.parametrize("algo", ["muon", "normuon", "amuse"])
