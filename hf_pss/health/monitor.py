@@ -19,12 +19,12 @@ from hf_pss.health.alignment import measure_alignments
 from hf_pss.health.meter import RepresentationMeter, WatchAttention
 from hf_pss.health.metrics import Cost
 from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
-from hf_pss.health.spectra import (
+from hf_pss.health.spectral_edge import SpectralEdgeMeter
+from hf_pss.health.spectrum_metrics import (
     effective_rank_of,
     measure_low_rank_distances,
     measure_spectra,
 )
-from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spike_score import SpikeScore
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.health.update_operator import ConditionAlarm, measure_denominators, whole_model

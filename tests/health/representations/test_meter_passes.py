@@ -144,7 +144,7 @@ def test_the_mask_does_not_apply_to_virtual_tokens(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, "hf_pss"):
         tuned(**rows)
         assert num_tokens(meter) == NUM_TOKENS + 2 * 4
-        meter._tell_unmasked()
+        meter._warn_unmasked()
         assert caplog.text == ""  # nothing was masked
         rows["attention_mask"][0, 5:] = 0
         tuned(**rows)
