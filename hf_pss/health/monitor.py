@@ -113,7 +113,7 @@ class HealthMonitor:
                 "The health metrics grad_norm and relative_update are left out: DeepSpeed applies "
                 "an update and drops its gradients before PSS can read them."
             )
-        is_empty = not selection.matrices and not selection.adapters  # then there is no block
+        is_empty = not selection.matrices and not selection.adapters  # then it has no block
         if self._is_full and model is not None and not is_empty:
             with self._guard("representations"):
                 self._representations = RepresentationMeter(model, selection, backend)
