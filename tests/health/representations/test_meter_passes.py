@@ -145,7 +145,8 @@ def test_the_mask_does_not_apply_to_virtual_tokens(caplog: pytest.LogCaptureFixt
         tuned(**rows)
         assert num_tokens(meter) == NUM_TOKENS + 2 * 4
         meter._warn_unmasked()
-        assert caplog.text == ""  # nothing was masked
+        # Nothing was masked. transformers may warn once in a process.
+        assert not [r for r in caplog.records if r.name.startswith("hf_pss")]
         rows["attention_mask"][0, 5:] = 0
         tuned(**rows)
         meter.read(named_parameters_canonical(tuned))
