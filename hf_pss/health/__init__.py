@@ -1,1 +1,1 @@
-"""Spectral health: one metric a file, each with its formula, source and cost."""
+"""Metrics of spectral health, each with its formula, source and cost; see `metrics` for a table."""

@@ -45,8 +45,8 @@ _ROWS: Mapping[Level, tuple[tuple[str, str, Cost, str, str], ...]] = {
         ("stable_rank", "1", "light", "tracked", "arXiv 2602.01308"),
         ("frobenius_norm", "weight", "light", "tracked", "‖W‖_F"),
         ("change_rate", "1/step", "light", "relative_update", "ours"),
-        ("low_rank_distance", "1", "full", "spectra", _LOW_RANK),
-        ("effective_rank", "1", "full", "spectra", "Roy & Vetterli 2007"),
+        ("low_rank_distance", "1", "full", "spectrum_metrics", _LOW_RANK),
+        ("effective_rank", "1", "full", "spectrum_metrics", "Roy & Vetterli 2007"),
         ("neighbour_alignment", "1", "full", "alignment", "arXiv 2602.01734"),
     ),
     "gradients": (

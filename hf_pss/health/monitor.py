@@ -19,12 +19,12 @@ from hf_pss.health.alignment import measure_alignments
 from hf_pss.health.meter import RepresentationMeter, WatchAttention
 from hf_pss.health.metrics import Cost
 from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
-from hf_pss.health.spectra import (
+from hf_pss.health.spectral_edge import SpectralEdgeMeter
+from hf_pss.health.spectrum_metrics import (
     effective_rank_of,
     measure_low_rank_distances,
     measure_spectra,
 )
-from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spike_score import SpikeScore
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.health.update_operator import ConditionAlarm, measure_denominators, whole_model
@@ -113,7 +113,7 @@ class HealthMonitor:
                 "The health metrics grad_norm and relative_update are left out: DeepSpeed applies "
                 "an update and drops its gradients before PSS can read them."
             )
-        is_empty = not selection.matrices and not selection.adapters  # then there is no block
+        is_empty = not selection.matrices and not selection.adapters  # then it has no block
         if self._is_full and model is not None and not is_empty:
             with self._guard("representations"):
                 self._representations = RepresentationMeter(model, selection, backend)

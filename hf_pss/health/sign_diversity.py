@@ -60,7 +60,7 @@ class SignDiversityMeter:
     """Counts the signs of the alignments during forward passes, between `arm` and `read`.
 
     Cost: full, for sampled steps. One product of the inputs with a vector a matrix, and one
-    device-to-host read at the end. Outside of that time there is no hook. Stacks of experts are
+    device-to-host read at the end. Outside of that time it has no hooks. Stacks of experts are
     left out, because no module has their inputs alone. A padded token counts like any other.
 
     Args:

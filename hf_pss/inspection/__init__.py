@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read as bytes and JSON alone: what they hold, and how healthy it is.
+"""The health of checkpoints on disk, read as bytes and JSON alone.
 
-No model is built from a checkpoint's config, and no pickle is opened.
+No code here builds a model from a checkpoint's config, or opens a pickle.
 """

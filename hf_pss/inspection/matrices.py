@@ -1,8 +1,8 @@
 """The weight matrices inside a checkpoint's tensors, found by names, shapes and the config.
 
 The rules are those of `hf_pss.models.selection`, which reads a model's modules. A fused projection
-is divided where the config, or name and shape, leave no doubt. Elsewhere it is kept whole, and its
-note says so.
+is divided if the config, or its name and shape, determine the layout. Otherwise it is kept whole,
+with a note.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _num_experts(entry: TensorEntry) -> int:
 
 
 class _Rules:
-    """The rules that need to know all tensors of the checkpoint."""
+    """The rules that depend on all tensors of the checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._config = checkpoint.config

@@ -9,7 +9,8 @@ from typing import NoReturn
 import torch
 from worker import main
 
-from hf_pss.health import alignment, meter, spectra, spectral_edge
+from hf_pss.health import alignment, meter, spectral_edge
+from hf_pss.health import spectrum_metrics as spectra
 
 BROKEN = "--broken"
 

@@ -17,12 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from hf_pss.health.alignment import measure_alignments
 from hf_pss.health.relative_update import RelativeUpdateMeter
-from hf_pss.health.spectra import (
+from hf_pss.health.spectral_edge import SpectralEdgeMeter
+from hf_pss.health.spectrum_metrics import (
     effective_rank_of,
     measure_low_rank_distances,
     measure_spectra,
 )
-from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.tracked import SpectrumTracker
 from hf_pss.health.update_operator import measure_denominators
 from hf_pss.models.distributed import Backend, OneProcess, Replicated, backend_for

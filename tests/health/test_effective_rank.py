@@ -10,7 +10,7 @@ import torch
 from helpers import bert, gpt2, llama
 from torch import nn
 
-from hf_pss.health.spectra import effective_rank_of, measure_spectra
+from hf_pss.health.spectrum_metrics import effective_rank_of, measure_spectra
 from hf_pss.models.batching import matrix_names
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices

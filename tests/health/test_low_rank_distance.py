@@ -11,7 +11,7 @@ from helpers import gpt2, llama
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.spectra import (
+from hf_pss.health.spectrum_metrics import (
     low_rank_distance,
     measure_low_rank_distances,
     quick_low_rank_distance,

@@ -160,6 +160,13 @@ def test_layers_beside_attention_and_mlp_are_not_judged_with_them(tmp_path: Path
     }
 
 
+def test_tables_inside_blocks_are_not_matrices(tmp_path: Path) -> None:
+    names = ("layers.0.attn.relative_position_bias_table", "blocks.0.scale_shift_table")
+    found = contents(tmp_path, {name: torch.randn(6, 4) for name in names})
+    assert found.matrices == ()
+    assert {one.name for one, _ in found.others} == set(names)
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 def test_pieces_make_the_whole(
     tmp_path: Path, transposed: bool, monkeypatch: pytest.MonkeyPatch

@@ -342,7 +342,7 @@ def test_no_open_run_is_one_warning(
     args = TrainingArguments(output_dir=str(offline), report_to=[tracker], use_cpu=True)
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         assert not trackers_for(args)
-    assert [f"nothing more to {tracker}" in r.getMessage() for r in caplog.records] == [True]
+    assert [f"stops reporting to {tracker}" in r.getMessage() for r in caplog.records] == [True]
 
 
 def test_tensorboard_without_the_trainers_writer_has_its_own_folder(offline: Path) -> None:

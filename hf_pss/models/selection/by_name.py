@@ -100,6 +100,9 @@ _CLASS_BY_CHILDREN: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"up_proj", "down_proj"}), "MLP"),
 )
 
+# Parts of a name, at most: the work below grows with their square, and a file may be hostile.
+_MOST_PARTS = 64
+
 # The block is the first number of the path, as in transformer.h.3.attn.c_attn.
 _BLOCK = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<block>\d{1,6})\.(?P<rest>.+)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
@@ -146,12 +149,9 @@ def children_by_module(names: Iterable[str]) -> Mapping[str, frozenset[str]]:
     """Return the names that each module of a checkpoint holds directly."""
     held: defaultdict[str, set[str]] = defaultdict(set)
     for name in names:
-        module, _, child = name.rpartition(".")
-        while child not in held[module]:
-            held[module].add(child)
-            module, _, child = module.rpartition(".")
-            if not child:
-                break
+        parts = name.split(".", _MOST_PARTS)
+        for depth in range(len(parts)):
+            held[".".join(parts[:depth])].add(parts[depth])
     return {module: frozenset(children) for module, children in held.items()}
 
 
@@ -166,7 +166,8 @@ def steps_by_name(name: str, children: Mapping[str, frozenset[str]]) -> Steps:
     >>> steps_by_name(names[2], children_by_module(names))
     (('in_proj', ''), ('mixer', 'Mamba'))
     """
-    *modules, _ = name.split(".")
+    # The name of a bare parameter counts, such as relative_position_bias_table.
+    modules = name.removesuffix(".weight").split(".", _MOST_PARTS)
     block = next((i for i, part in enumerate(modules) if part.isdecimal()), -1)
     return tuple(
         (modules[i], _likely_class(children.get(".".join(modules[: i + 1]), frozenset())))

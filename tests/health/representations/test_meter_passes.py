@@ -144,8 +144,9 @@ def test_the_mask_does_not_apply_to_virtual_tokens(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, "hf_pss"):
         tuned(**rows)
         assert num_tokens(meter) == NUM_TOKENS + 2 * 4
-        meter._tell_unmasked()
-        assert caplog.text == ""  # nothing was masked
+        meter._warn_unmasked()
+        # Nothing was masked. transformers may warn once in a process.
+        assert not [r for r in caplog.records if r.name.startswith("hf_pss")]
         rows["attention_mask"][0, 5:] = 0
         tuned(**rows)
         meter.read(named_parameters_canonical(tuned))
