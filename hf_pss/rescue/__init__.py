@@ -1,5 +1,6 @@
-"""A run that failed: when and how, which checkpoint to go on from, and a repaired copy of it.
+"""Find out how a run failed, choose a checkpoint, and continue from it or from a repaired copy.
 
-Like `hf_pss.inspection`, it reads bytes and JSON; a pickle is opened in `optimizer_files` alone,
-where the user asked for it.
+`investigate` reads a run: `diagnosis` and `early_ranks` find the failure, and `candidates` chooses
+the checkpoint. `command` builds the command that resumes it, and `repair` writes a copy with
+`smoothed_weights` and `optimizer_files`. `rescue_report` and `course_figure` show the result.
 """
