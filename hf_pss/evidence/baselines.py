@@ -20,7 +20,17 @@ from hf_pss.models.selection import MatrixView, named_parameters_canonical, sele
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.layout import layout_of
 
-__all__ = ["OPTIMIZERS", "Groups", "decay_groups", "make_optimizer", "matrix_groups"]
+__all__ = [
+    "OPTIMIZERS",
+    "TRAINERS_OWN",
+    "Groups",
+    "decay_groups",
+    "make_optimizer",
+    "matrix_groups",
+]
+
+TRAINERS_OWN = "trainer"
+"""Name of a cell's optimizer that leaves the choice to the Trainer: its default AdamW."""
 
 Groups: TypeAlias = list[dict[str, Any]]
 

@@ -20,11 +20,16 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.baselines import OPTIMIZERS
 from hf_pss.evidence.guards.base import Guard
 from hf_pss.evidence.guards.table import GUARDS
-from hf_pss.evidence.processes import versions
 from hf_pss.evidence.recipes import RECIPES, Recipe
-from hf_pss.evidence.rows import Row
+from hf_pss.evidence.rows import Row, versions
 
 __all__ = ["Cell", "read_grid"]
+
+# Of a recipe's fields, those that lie beside the training's own numbers in a cell's id.
+_BESIDE_TRAINING = (
+    *("architecture", "init_gain", "zero_query", "matrix_lr_ratio", "adam_beta1", "schedule"),
+    *("on_gpu", "fault"),
+)
 
 _BLOCK: dict[str, Any] = {
     "recipes": None,
@@ -44,19 +49,24 @@ class Cell:
     recipe_name: str
     recipe: Recipe
     optimizer: str
-    learning_rate: float
+    """A name of `OPTIMIZERS`, or `TRAINERS_OWN`."""
     guard_name: str
     pss: PSSConfig | None = None
-    """PSS with options of the grid's own; None is the table's guard of that name."""
+    """PSS options of the grid itself. None: the guard of that name in the table."""
     seed: int
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """What the grid changed of the recipe; `recipe` has them already."""
+    """The grid's changes of the recipe; `recipe` holds them already."""
     probes_every_steps: int = 0
-    """Rhythm at which early-warning readings are kept; 0 keeps none."""
+    """Steps between early-warning readings; 0 keeps none."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The recipe's peak learning rate."""
+        return self.recipe.learning_rate
 
     @property
     def guard(self) -> Guard:
-        """The guard: of the table, or PSS as the grid wants it."""
+        """The guard: one of the table, or PSS with the grid's options."""
         if self.pss is None:
             return _of_the_table(self.guard_name)
         return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
@@ -69,9 +79,13 @@ class Cell:
     @property
     def id(self) -> str:
         """A hash of what determines the run; a guard counts with its name and PSS options."""
-        told = ("description", "explosion")  # what is said of a run does not change it
+        recipe = self.recipe.to_dict()
+        for name in ("description", "explosion"):  # they change how a run is reported, not the run
+            del recipe[name]
+        own = {name: recipe.pop(name) for name in _BESIDE_TRAINING}
         parts = [
-            {k: v for k, v in self.recipe.to_dict().items() if k not in told},
+            # Nested as in the first version, so that rows of earlier sweeps count as done.
+            {**own, "training": recipe},
             self.optimizer,
             self.learning_rate,
             [self.guard_name, self.guard.pss.to_dict(), self.guard.max_grad_norm],
@@ -91,7 +105,7 @@ class Cell:
             "guard_id": self.guard_id,
             "changes": dict(self.changes),
             "seed": self.seed,
-            "num_steps": self.recipe.training.num_steps,
+            "num_steps": self.recipe.num_steps,
             "versions": versions(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -176,7 +190,6 @@ def _cells(block: Any) -> Iterator[Cell]:
             recipe=recipe.with_changes({**found["changes"], "learning_rate": rate}),
             changes=found["changes"],
             optimizer=optimizer,
-            learning_rate=rate,
             guard_name=guard_name,
             pss=pss,
             seed=seed,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["Row", "append_row", "drop_unfinished_line", "read_rows"]
+__all__ = ["Row", "append_row", "drop_unfinished_line", "read_rows", "versions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,3 +117,13 @@ def drop_unfinished_line(path: Path) -> None:
         if len(whole) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    required = ("hf-pss", "torch", "transformers", "accelerate", "tokenizers")
+    found = {"python": platform.python_version(), **{name: version(name) for name in required}}
+    for name in ("pytorch_optimizer", "scipy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

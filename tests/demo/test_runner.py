@@ -16,15 +16,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence import demo_worker as worker
+from hf_pss.evidence.baselines import TRAINERS_OWN
 from hf_pss.evidence.demo import run_demo
-from hf_pss.evidence.demo_recipe import DemoRecipe
-from hf_pss.evidence.processes import num_cores, signals_interrupt
+from hf_pss.evidence.grid import Cell
+from hf_pss.evidence.recipes import Recipe
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
+from hf_pss.evidence.runner import num_cores, signals_interrupt
+from hf_pss.evidence.worker import train_cell
 
-TINY = DemoRecipe(
+TINY = Recipe(
     num_layers=1,
     width=16,
     num_heads=2,
@@ -143,24 +146,22 @@ def test_what_cannot_be_removed_is_said_before_anything_starts(tmp_path: Path) -
 
 def test_a_step_that_is_not_finite_is_null_and_not_zero(tmp_path: Path) -> None:
     """The Trainer's filter logs a loss of NaN as 0.0, which would pass for the best of all."""
-    recipe = replace(TINY, learning_rate=1e30)
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
-    worker.main(tmp_path, "plain", 0, parent=os.getppid())
-    rows = [r for r in _read_lines(tmp_path / "plain" / "seed-0" / "metrics.jsonl") if "loss" in r]
-    losses = [row["loss"] for row in rows]
+    cell = Cell(
+        recipe_name="slow_damage",
+        recipe=replace(TINY, learning_rate=1e30),
+        optimizer=TRAINERS_OWN,
+        guard_name="plain",
+        pss=PSSConfig(observe_only=True),
+        seed=0,
+    )
+    row = train_cell(cell, tmp_path)
+    lines = [r for r in _read_lines(tmp_path / "metrics.jsonl") if "loss" in r]
+    losses = [line["loss"] for line in lines]
     num_bad = losses.count(None)
     assert 0 < num_bad < len(losses)
     assert 0.0 not in losses
-    assert rows[-1]["nonfinite_steps"] == num_bad
-    summary = json.loads((tmp_path / "plain" / "seed-0" / "summary.json").read_text())
-    assert summary["final_train_loss"] is None
-    assert summary["num_nonfinite_steps"] == num_bad
-
-
-def test_a_run_whose_demo_is_gone_does_not_begin(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is gone"):
-        worker.main(tmp_path, "plain", 0, parent=0)
-    assert list(tmp_path.iterdir()) == []
+    assert lines[-1]["nonfinite_steps"] == num_bad
+    assert row.losses.count(None) == num_bad
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its cores")
@@ -184,15 +185,17 @@ def test_under_nohup_a_hangup_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def _processes_of(out: Path) -> list[int]:
-    words = ["ps", "-eww", "-o", "pid,args"]  # -ww: a line that is cut would hide the folder
-    listed = subprocess.run(words, capture_output=True, text=True, check=True)
-    lines = [
-        x
-        for x in listed.stdout.splitlines()
-        if str(out) in x and "hf_pss.evidence.demo_worker" in x
-    ]
-    return [int(line.split()[0]) for line in lines]
+def _workers_of(demo: subprocess.Popen[str]) -> list[int]:
+    """Return the demo's children, and theirs, as long as they run."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True)
+    parents = dict(map(int, line.split()) for line in listed.stdout.splitlines())
+    return [pid for pid, parent in parents.items() if demo.pid in (parent, parents.get(parent))]
+
+
+def _are_gone(processes: list[int]) -> bool:
+    words = ["ps", "-o", "stat=", "-p", ",".join(map(str, processes))]
+    listed = subprocess.run(words, capture_output=True, text=True)
+    return all(state.startswith("Z") for state in listed.stdout.split())
 
 
 def _wait_for(condition: object, seconds: float) -> bool:
@@ -235,12 +238,14 @@ def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Pat
     metrics = tmp_path / "plain" / "seed-0" / "metrics.jsonl"
     try:
         assert _wait_for(lambda: metrics.exists() and metrics.stat().st_size > 4000, 90)
+        workers = _workers_of(demo)
+        assert workers
         demo.send_signal(how)
         said, _ = demo.communicate(timeout=20)
     finally:
         demo.kill()
-    # Even a killed demo leaves none: a run ends itself when its parent is gone.
-    assert _wait_for(lambda: not _processes_of(tmp_path), 15)
+    # A run also ends itself when its parent is gone, so that a killed demo leaves none.
+    assert _wait_for(lambda: _are_gone(workers), 15)
     if how is not signal.SIGKILL:
         assert said.strip().endswith("interrupted")
         assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
@@ -249,12 +254,13 @@ def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Pat
 
 
 def test_a_demo_killed_as_its_run_starts_leaves_no_orphan(tmp_path: Path) -> None:
-    """A run that is still importing has not asked yet who its parent is."""
+    """A worker that is still importing has not yet asked for its parent."""
     demo = _start_endless_demo(tmp_path)
     try:
-        assert _wait_for(lambda: _processes_of(tmp_path), 90)
+        assert _wait_for(lambda: _workers_of(demo), 90)
+        workers = _workers_of(demo)
     finally:
         demo.kill()
         demo.communicate()
-    assert _wait_for(lambda: not _processes_of(tmp_path), 60)
+    assert _wait_for(lambda: _are_gone(workers), 60)
     assert not (tmp_path / "plain" / "seed-0" / "metrics.jsonl").exists()

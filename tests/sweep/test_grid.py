@@ -33,7 +33,7 @@ def cells(tmp_path: Path) -> Cells:
 def test_a_number_without_a_dot_is_a_number(cells: Cells) -> None:
     (only,) = cells(BASE)
     assert only.learning_rate == 1e-3
-    assert only.recipe.training.learning_rate == 1e-3
+    assert only.recipe.learning_rate == 1e-3
 
 
 def test_a_block_is_the_full_product_seeds_outermost(cells: Cells) -> None:
@@ -61,9 +61,9 @@ def test_cells_that_blocks_share_are_run_once(cells: Cells) -> None:
 
 def test_changes_reach_the_training_and_the_recipe(cells: Cells) -> None:
     (only,) = cells(BASE + "changes: {num_layers: 1, init_gain: 4.0}")
-    assert only.recipe.training.num_layers == 1
+    assert only.recipe.num_layers == 1
     assert only.recipe.init_gain == 4.0
-    assert RECIPES["wide"].training.num_layers == 6
+    assert RECIPES["wide"].num_layers == 6
 
 
 def test_pss_with_options_of_its_own(cells: Cells) -> None:

@@ -12,7 +12,7 @@ from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.recipes import Fault
 from hf_pss.evidence.rows import Row
-from hf_pss.evidence.sweep_worker import run_cell
+from hf_pss.evidence.worker import run_cell
 
 STEPS = 4
 # A floor at which fresh matrices already lie.
