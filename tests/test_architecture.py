@@ -61,13 +61,11 @@ UPWARDS = {
 
 # To be mended: these classes share a name today.
 SHARED_NAMES = {
-    "Comparison",
     "Event",
     "Failure",
     "History",
     "MatrixChange",
     "Summary",
-    "_Recorder",
 }
 
 Imports = dict[str, set[str]]

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hf_pss.inspection.compare import MatrixChange
@@ -16,7 +15,8 @@ from hf_pss.inspection.matrices import SMALL
 from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
 from hf_pss.inspection.verdicts import JudgedMatrix
 from hf_pss.records.strict_json import visible
-from hf_pss.view.text_table import significant
+from hf_pss.view.numbers import plural, significant
+from hf_pss.view.tables import lean_table
 
 __all__ = ["render_changes", "render_inspection", "render_series"]
 
@@ -37,7 +37,7 @@ def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableTy
 
 def render_changes(changes: Sequence[MatrixChange], *, num_lines: int) -> RenderableType:
     """Put the matrices that moved most first, before → after."""
-    table = _table("matrix", "σ₁", "stable rank", "‖ΔW‖/‖W‖")
+    table = lean_table(["matrix"], ["σ₁", "stable rank", "‖ΔW‖/‖W‖"])
     prefix = _common_prefix([change.name for change in changes])
     for change in changes[:num_lines]:
         table.add_row(
@@ -53,13 +53,14 @@ def render_changes(changes: Sequence[MatrixChange], *, num_lines: int) -> Render
 
 def render_series(rows: Sequence[SeriesRow]) -> RenderableType:
     """Put a line for each checkpoint, in the order given."""
-    table = _table("checkpoint", "stable rank", "lowest", "σ₁", "largest", "not finite", "findings")
+    numbers = ["stable rank", "lowest", "σ₁", "largest", "not finite", "findings"]
+    table = lean_table(["checkpoint"], numbers)
     for row in rows:
         ranks = (row.median_stable_rank, row.lowest_stable_rank)
-        numbers = map(significant, (*ranks, row.median_sigma1, row.largest_sigma1))
+        shown = map(significant, (*ranks, row.median_sigma1, row.largest_sigma1))
         counts = (f"{row.num_nonfinite:,}", f"{row.num_findings:,}")
         style = "bold red" if row.num_nonfinite else ""
-        table.add_row(Text(visible(row.path.name)), *numbers, *counts, style=style)
+        table.add_row(Text(visible(row.path.name)), *shown, *counts, style=style)
     return Group(Text("Over the checkpoints; stable rank and σ₁ are medians:"), table)
 
 
@@ -75,8 +76,8 @@ def _summary(inspection: Inspection) -> Iterator[Text]:
         yield Text(f"Every number that was read is finite. Findings: {inspection.num_findings}.")
     else:
         yield Text(
-            f"NOT FINITE: NaN or inf in {_counted(bad, 'matrix', 'matrices')} and "
-            f"{_counted(len(inspection.bad_others), 'other tensor', 'other tensors')}. "
+            f"NOT FINITE: NaN or inf in {plural(bad, 'matrix', 'matrices')} and "
+            f"{plural(len(inspection.bad_others), 'other tensor', 'other tensors')}. "
             f"Findings: {inspection.num_findings}.",
             style="bold red",
         )
@@ -90,8 +91,7 @@ def _summary(inspection: Inspection) -> Iterator[Text]:
 def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
     if not inspection.matrices:
         return
-    table = _table("matrix", "shape", "σ₁", "stable rank", "of noise")
-    table.add_column("why", overflow="fold", ratio=1)
+    table = lean_table(["matrix"], ["shape", "σ₁", "stable rank", "of noise"], ["why"])
     prefix = _common_prefix([one.health.name for one in inspection.matrices])
     for one in inspection.matrices[:num_lines]:
         health = one.health
@@ -117,7 +117,7 @@ def _notes(inspection: Inspection) -> Iterator[Text]:
         yield Text(f"Not looked at: {count:,} tensors ({reason}).", style="yellow")
     searched = Counter(reason for _, reason in inspection.others if reason != SMALL)
     for reason, count in searched.most_common(_MOST_UNREAD):
-        what = _counted(count, "tensor", "tensors")
+        what = plural(count, "tensor", "tensors")
         yield Text(f"Searched for NaN and inf only: {what} ({reason}).", style="dim")
     notes = Counter(one.health.source.note for one in inspection.matrices if one.health.source.note)
     for note, count in notes.items():
@@ -147,18 +147,6 @@ def _common_prefix(names: Sequence[str]) -> str:
 
 def _short(name: str, prefix: str) -> str:
     return visible(name.removeprefix(prefix).replace(".weight", ""))
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def _table(first: str, *numbers: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _arrow(change: MatrixChange, what: str) -> str:

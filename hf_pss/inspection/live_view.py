@@ -12,7 +12,7 @@ from rich.text import Text
 from hf_pss.records.messages import Alert, AlertLevel, alert_of
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.follow import Logs, Ranks, RunState
-from hf_pss.view.text_table import duration
+from hf_pss.view.numbers import duration, plural
 
 __all__ = ["plain_lines", "render"]
 
@@ -81,8 +81,8 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
     hidden = state.num_events - min(num_events, len(state.events))
     more = f", the newest {min(num_events, len(state.events))}" if hidden > 0 else ""
     counts = (
-        _counted(state.num_events, "event"),
-        _counted(state.num_interventions, "intervention"),
+        plural(state.num_events, "event"),
+        plural(state.num_interventions, "intervention"),
     )
     yield Text(f"{', '.join(counts)}{more}:")
     alerts = [alert_of(record) for record in state.events[-num_events:]]
@@ -152,10 +152,6 @@ def _numbers(logs: Logs) -> str:
         ("learning rate", logs.learning_rate),
     )
     return "  ".join(f"{name} {_text(value)}" for name, value in shown if value is not None)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _sentences(alert: Alert) -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from hf_pss.evidence.report_records import RunDirectory
-from hf_pss.view.html_page import MISSING_EXTRA
+from hf_pss.view import MISSING_EXTRA
 
 try:
     import matplotlib as mpl
@@ -19,6 +19,8 @@ except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
 
 __all__ = [
+    "COLOURS",
+    "REFERENCE_COLOUR",
     "Axes",
     "Figure",
     "Line2D",
@@ -31,8 +33,8 @@ __all__ = [
 ]
 
 # Okabe and Ito's palette, without its yellow: told apart by every common kind of colour vision.
-_REFERENCE_COLOUR = "#555555"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+REFERENCE_COLOUR = "#555555"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 _STYLE = {
     "axes.edgecolor": "#999999",
@@ -89,9 +91,9 @@ class _PlainFormatter(LogFormatter):
 def colour(directory: RunDirectory, guard: str) -> str:
     """Grey for the reference, one colour each for the others."""
     if guard == directory.reference:
-        return _REFERENCE_COLOUR
+        return REFERENCE_COLOUR
     others = [other for other in directory.guards if other != directory.reference]
-    return _COLOURS[others.index(guard) % len(_COLOURS)]
+    return COLOURS[others.index(guard) % len(COLOURS)]
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
-from hf_pss.view import text_table as text
+from hf_pss.view import numbers as text
 
 VOID = {"meta", "img", "br"}
 

@@ -19,7 +19,7 @@ from hf_pss.inspection.verdicts import LARGE_RATIO_TO_SIBLINGS, LOW_SHARE_OF_SIB
 from hf_pss.models.selection.places import place_of
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
-from hf_pss.view.text_table import significant
+from hf_pss.view.numbers import significant
 
 __all__ = ["summary_table"]
 
