@@ -239,8 +239,22 @@ def test_damage_and_unknown_rules_are_named() -> None:
 
 def test_the_tables_show_what_was_counted() -> None:
     scores = (
-        Score("grad_norm_ratio", "deep[24]", 2.5, (12, -3, None), 1, 2000),
-        Score("loss_ratio", "flat", 1.2, (), 0, 0),
+        Score(
+            rule="grad_norm_ratio",
+            recipe="deep[24]",
+            threshold=2.5,
+            leads=(12, -3, None),
+            num_false_alarms=1,
+            num_healthy_readings=2000,
+        ),
+        Score(
+            rule="loss_ratio",
+            recipe="flat",
+            threshold=1.2,
+            leads=(),
+            num_false_alarms=0,
+            num_healthy_readings=0,
+        ),
     )
     console = Console(width=200, record=True, file=None, quiet=False)
     with console.capture() as captured:
