@@ -1,4 +1,4 @@
-"""How every figure looks: one palette, one style sheet, no global state of pyplot's."""
+"""The look of every figure: one palette and one style sheet, without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "use_log_scale",
 ]
 
-# Okabe and Ito's palette, without its yellow: told apart by every common kind of colour vision.
+# Okabe and Ito's palette without its yellow, distinct for every common kind of colour vision.
 REFERENCE_COLOUR = "#555555"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -63,33 +63,33 @@ _STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Matplotlib's settings for our figures; the caller's come back afterwards."""
+    """Apply the settings of our figures inside a with block; the caller's return after it."""
     return mpl.rc_context(_STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure outside pyplot, sizes in inches."""
+    """Return an empty figure outside pyplot; sizes in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.12)
     return figure
 
 
 def use_log_scale(axes: Axes) -> None:
-    """Let the ordinate be logarithmic, with plain numbers: the style reads no mathematics."""
+    """Make the y axis logarithmic, with plain numbers: the style does not parse mathematics."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(_PlainFormatter())
 
 
 class _PlainFormatter(LogFormatter):
-    """Labels the ticks that it would label, as plain numbers."""
+    """Labels the same ticks as its base class, but with plain numbers."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def colour(directory: RunDirectory, guard: str) -> str:
-    """Grey for the reference, one colour each for the others."""
+    """Return grey for the reference, and one colour each for the others."""
     if guard == directory.reference:
         return REFERENCE_COLOUR
     others = [other for other in directory.guards if other != directory.reference]
@@ -97,13 +97,13 @@ def colour(directory: RunDirectory, guard: str) -> str:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, creating its folder."""
+    """Write a figure as PNG, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def to_svg(figure: Figure) -> bytes:
-    """Render a figure as SVG, letters as outlines, so that it looks alike everywhere."""
+    """Return a figure as SVG. Letters are outlines, so that it looks the same everywhere."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()
