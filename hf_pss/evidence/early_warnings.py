@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from rich.table import Table
 
@@ -66,7 +67,7 @@ class WarningRule:
     """Whether to read one minus the value, so that a floor on it is a ceiling on the value."""
 
 
-_AVERAGE = {"alpha": 0.1, "calibration_steps": 20, "patience_steps": 50}
+_AVERAGE: dict[str, Any] = {"alpha": 0.1, "calibration_steps": 20, "patience_steps": 50}
 
 
 def _ratio(limit: float) -> Detector:
@@ -278,11 +279,6 @@ class LeadScore:
     def num_ahead(self) -> int:
         """Explosions with a warning before the loss departed."""
         return sum(lead is not None and lead > 0 for lead in self.leads)
-
-    @property
-    def share_warned(self) -> float | None:
-        """The share of explosions with a warning before the loss departed."""
-        return self.num_ahead / len(self.leads) if self.leads else None
 
     @property
     def median_lead(self) -> float | None:

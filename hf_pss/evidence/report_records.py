@@ -58,7 +58,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class StableRanks:
-    """Stable rank of every watched matrix over time; NaN where a row does not name the matrix."""
+    """Stable rank of every selected matrix over time; NaN where a row lacks the matrix."""
 
     steps: Floats
     names: tuple[str, ...]
@@ -144,7 +144,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """Everything that one guard left behind with one seed."""
+    """All records of the run of one guard and seed."""
 
     guard: str
     seed: int
@@ -159,13 +159,13 @@ class TrainingRun:
 
     @property
     def interventions(self) -> tuple[Event, ...]:
-        """The events that were answered by smoothing which changed a weight."""
+        """The events whose smoothing changed a weight."""
         return tuple(event for event in self.events if event.is_intervention and event.changed)
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory: ``run.json``, the runs below it, and what was looked for and not found."""
+    """A run directory: ``run.json``, the runs below it, and a list of missing files."""
 
     info: Row
     guards: tuple[str, ...]
@@ -174,17 +174,17 @@ class RunDirectory:
 
     @property
     def status(self) -> str:
-        """``finished``, ``interrupted``, ``failed``; ``unknown`` where ``run.json`` is silent."""
+        """``finished``, ``interrupted`` or ``failed``; ``unknown`` where ``run.json`` lacks it."""
         return str(self.info.get("status", "unknown"))
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed that left something, ascending."""
+        """Every seed with a run, ascending."""
         return tuple(sorted({run.seed for run in self.runs}))
 
     @property
     def reference(self) -> str:
-        """The guard the others are measured against: ``plain``, or the first."""
+        """The guard that the others are compared with: ``plain``, or the first."""
         return "plain" if "plain" in self.guards else self.guards[0]
 
     def of(self, guard: str) -> tuple[TrainingRun, ...]:
@@ -192,7 +192,7 @@ class RunDirectory:
         return tuple(run for run in self.runs if run.guard == guard)
 
     def section(self, name: str) -> Row:
-        """A table of ``run.json``; empty where it is not there or no table."""
+        """A table of ``run.json``; empty where it is missing or of another type."""
         value = self.info.get(name)
         return value if isinstance(value, Mapping) else {}
 
@@ -203,7 +203,7 @@ class RunDirectory:
 
     @property
     def unigram_entropy_nats(self) -> float:
-        """Loss of a model that knows only the token frequencies; NaN where unknown."""
+        """Loss of a model that predicts the token frequencies; NaN where unknown."""
         return number(self.info.get("unigram_entropy_nats"))
 
 

@@ -164,7 +164,7 @@ def test_a_step_that_is_not_finite_is_null_and_not_zero(tmp_path: Path) -> None:
     assert row.losses.count(None) == num_bad
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its cores")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the cores of a process")
 def test_only_cores_that_it_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:

@@ -1,4 +1,4 @@
-"""Grids: what is meant by a file, and what is said of one that means nothing."""
+"""Grid files: the cells that they produce, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_pss_with_options_of_its_own(cells: Cells) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("colour: red\n" + BASE, "no key colour; it has recipes"),
         (BASE.replace("wide", "huge"), "'huge'; choose one of slow_damage"),
@@ -100,10 +100,10 @@ def test_pss_with_options_of_its_own(cells: Cells) -> None:
         ("{: [", "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_said_with_what_is_allowed(cells: Cells, text: str, told: str) -> None:
+def test_an_error_names_the_mistake_and_the_choices(cells: Cells, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         cells(text)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Guards on the weights: what they promise of the matrices, and when they act."""
+"""Guards on the weights: the promised properties of the matrices, and the steps of action."""
 
 from __future__ import annotations
 

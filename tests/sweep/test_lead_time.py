@@ -178,7 +178,7 @@ def test_a_score_counts_explosions_leads_and_false_alarms() -> None:
     found = score("grad_norm_ratio", [early, late, silent, healthy, stopped, unrecorded])
     departure = departure_step(losses, 240)
     assert found.leads == (departure - 190, departure - 220, None)
-    assert found.share_warned == pytest.approx(1 / 3)
+    assert found.num_ahead == 1
     assert found.false_alarm_rate == pytest.approx(4.0)
     assert found.median_lead == pytest.approx(departure - 205)
 
@@ -190,7 +190,7 @@ def test_a_rule_that_warns_always_pays_for_every_reading() -> None:
         row([3.0] * 250, probes_of(min_stable_rank=[*low])),
     ]
     found = score("min_stable_rank_floor", rows)
-    assert found.share_warned == 1
+    assert found.num_ahead == len(found.leads) == 1
     assert found.false_alarm_rate == 1000
     assert at_equal_rate(rows, max_false_alarms=5, rules=["min_stable_rank_floor"]) == ()
 

@@ -1,4 +1,4 @@
-"""One cell, trained: what its row holds, and that nothing leaks from one run into the next."""
+"""One trained cell: its row, and that nothing leaks from one run into the next."""
 
 from __future__ import annotations
 
