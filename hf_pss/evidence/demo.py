@@ -43,6 +43,8 @@ TWINS: Mapping[str, PSSConfig] = MappingProxyType(
 """Guards that train on the same data from the same seed."""
 
 _VERSION = 1
+# The numbers of a recipe that the report shows.
+_TRAINING_NUMBERS = ("learning_rate", "num_steps", "batch_size", "weight_decay", "max_grad_norm")
 _SUMMARY_FILE = "summary.json"
 _RUN_FILES = (METRICS_FILE, _SUMMARY_FILE, EVENTS_FILE, HEALTH_FILE, LOG_FILE)
 
@@ -138,11 +140,7 @@ def _description(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
         "data": corpus.description,
         "training": {
             "optimizer": f"AdamW, betas (0.9, {recipe.adam_beta2})",
-            "learning_rate": recipe.learning_rate,
-            "num_steps": recipe.num_steps,
-            "batch_size": recipe.batch_size,
-            "weight_decay": recipe.weight_decay,
-            "max_grad_norm": recipe.max_grad_norm,
+            **{name: getattr(recipe, name) for name in _TRAINING_NUMBERS},
         },
         "unigram_entropy_nats": corpus.unigram_entropy_nats,
         "versions": versions(),

@@ -21,6 +21,7 @@ from hf_pss.view.canvas import (
     Figure,
     Line2D,
     colour,
+    mark_level,
     new_figure,
     save_png,
     style,
@@ -198,17 +199,7 @@ def _mark_unigram_entropy(axes: Axes, directory: RunDirectory) -> None:
     entropy = directory.unigram_entropy_nats
     low, high = axes.get_ylim()
     if not math.isnan(entropy) and low < entropy < high:
-        axes.axhline(entropy, color="#999999", lw=0.8, ls=":")
-        axes.annotate(
-            "unigram entropy",
-            (1.0, entropy),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            color="#777777",
-            fontsize=7.5,
-        )
+        mark_level(axes, entropy, "unigram entropy")
 
 
 def _mark_nonfinite(axes: Axes, directory: RunDirectory) -> None:

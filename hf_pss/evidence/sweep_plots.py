@@ -27,6 +27,7 @@ from hf_pss.evidence.twin_band import Family, shared_metrics
 from hf_pss.view.canvas import (
     COLOURS,
     REFERENCE_COLOUR,
+    mark_level,
     new_figure,
     save_png,
     style,
@@ -95,17 +96,7 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
         axes.plot(rates[best], medians[best], color=colour, marker="*", markersize=11)
         ends.append((medians[-1], rates[-1], guard, colour))
     _label_ends(axes, ends)
-    entropy = rows[0].unigram_entropy
-    axes.axhline(entropy, color="#999999", linestyle=":", linewidth=1)
-    axes.annotate(
-        "knows token frequencies only",
-        (0.01, entropy),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color="#777777",
-        fontsize=8,
-    )
+    mark_level(axes, rows[0].unigram_entropy, "token frequencies alone", at_left=True)
     axes.set_xscale("log")
     tried = sorted({row.learning_rate for row in rows})
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried])

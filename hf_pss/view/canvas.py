@@ -25,6 +25,7 @@ __all__ = [
     "Figure",
     "Line2D",
     "colour",
+    "mark_level",
     "new_figure",
     "save_png",
     "style",
@@ -79,6 +80,21 @@ def use_log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(_PlainFormatter())
+
+
+def mark_level(axes: Axes, level: float, text: str, *, at_left: bool = False) -> None:
+    """Draw a dotted horizontal line with its name at one end."""
+    axes.axhline(level, color="#999999", lw=0.8, ls=":")
+    axes.annotate(
+        text,
+        (0.01 if at_left else 1.0, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="left" if at_left else "right",
+        color="#777777",
+        fontsize=7.5,
+    )
 
 
 class _PlainFormatter(LogFormatter):
