@@ -55,9 +55,7 @@ UPWARDS: set[tuple[str, str]] = set()
 
 # To be mended: these classes share a name today.
 SHARED_NAMES = {
-    "Comparison",
     "MatrixChange",
-    "_Recorder",
 }
 
 Imports = dict[str, set[str]]

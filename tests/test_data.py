@@ -159,7 +159,7 @@ def test_another_column_can_hold_the_text(
         ("empty.txt", "", "is empty"),
         ("blank.txt", " \n\n", "holds no text"),
         ("short.txt", "ab", "too few for one block"),
-        ("text.docx", "abc", "says nothing about its format"),
+        ("text.docx", "abc", "is unknown from its ending"),
         ("broken.jsonl", '{"text": "a"', "could not be read as json"),
     ],
 )

@@ -178,7 +178,7 @@ def _inspect(path: Path, exact: bool) -> Inspection:
 
 
 def _write_page(out: Path, page: str) -> None:
-    from hf_pss.inspection.health_page import write_page
+    from hf_pss.view.page import write_page
 
     try:
         write_page(out, page)

@@ -99,11 +99,10 @@ def demo(
     require_report_extra()
     if not overwrite:
         _refuse_foreign_folder(output_dir)
-    from hf_pss.evidence.demo import run_demo
-    from hf_pss.evidence.demo_recipe import DemoRecipe
+    from hf_pss.evidence.demo import DEMO_RECIPE, run_demo
 
     given: dict[str, Any] = {"num_steps": steps, "learning_rate": learning_rate}
-    recipe = replace(DemoRecipe(), **{k: v for k, v in given.items() if v is not None})
+    recipe = replace(DEMO_RECIPE, **{k: v for k, v in given.items() if v is not None})
     status = run_demo(
         recipe,
         output_dir,

@@ -1,7 +1,4 @@
-"""How parameters are grouped: the same for every optimizer that a sweep compares.
-
-The optimizers of a sweep, each over the same groups of parameters.
-"""
+"""The optimizers of a sweep and of its guards, all over the same groups of parameters."""
 
 from __future__ import annotations
 
@@ -20,11 +17,26 @@ from hf_pss.models.selection import MatrixView, named_parameters_canonical, sele
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.layout import layout_of
 
-__all__ = ["OPTIMIZERS", "Groups", "decay_groups", "make_optimizer", "matrix_groups"]
+__all__ = [
+    "OPTIMIZERS",
+    "TRAINERS_OWN",
+    "Groups",
+    "adagc",
+    "decay_groups",
+    "make_optimizer",
+    "matrix_groups",
+    "reparametrized_adamw",
+    "spam",
+    "stable_adamw",
+    "stable_spam",
+]
+
+TRAINERS_OWN = "trainer"
+"""Name of a cell's optimizer that leaves the choice to the Trainer: its default AdamW."""
 
 Groups: TypeAlias = list[dict[str, Any]]
 
-# Of transformers' Trainer, and the gains of σReparam, which are no weights.
+# The Trainer's own patterns, and the gains of σReparam, which are not weights.
 _WITHOUT_DECAY = ["bias", "layernorm", "rmsnorm", r"ln_\d", r"(?:^|\.)norm(?:$|\.)", r"\.gain$"]
 
 
@@ -42,7 +54,7 @@ def matrix_groups(
 ) -> Groups:
     """Return block matrices, other parameters with weight decay, and those without.
 
-    The matrices' group says how they lie in their parameters, which most optimizers pass over.
+    The matrices' group also describes how they lie in their parameters. Most optimizers ignore it.
     """
     decayed, plain = _split(model)
     views: dict[str, list[MatrixView]] = {}
@@ -91,20 +103,24 @@ def _muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
 
 
 def _pytorch_optimizer_muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
-    try:
-        from pytorch_optimizer import Muon
-    except ImportError as error:
-        raise ConfigurationError(
-            "The optimizer pytorch_optimizer_muon of a sweep needs that package: "
-            "pip install 'hf-pss[evidence]'."
-        ) from error
     matrices, *others = groups
-    # Moonlight's scale 0.2 sqrt(max(m, n)), as ours by default.
-    optimizer: Optimizer = Muon(
+    # Moonlight's scale 0.2 sqrt(max(m, n)), as in our Muon by default.
+    return _packaged(
+        "Muon",
         [{**matrices, "use_muon": True}]
         + [{**g, "use_muon": False, "betas": settings.betas, "eps": settings.eps} for g in others],
         use_adjusted_lr=True,
     )
+
+
+def _packaged(name: str, groups: Groups, **options: Any) -> Optimizer:
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The optimizer {name} comes from pytorch_optimizer: pip install 'hf-pss[evidence]'."
+        ) from error
+    optimizer: Optimizer = getattr(pytorch_optimizer, name)(groups, **options)
     return optimizer
 
 
@@ -116,7 +132,7 @@ OPTIMIZERS: Mapping[str, Callable[[Groups, OptimizerSettings], Optimizer]] = Map
         "pytorch_optimizer_muon": _pytorch_optimizer_muon,
     }
 )
-"""SGD has Nesterov momentum 0.9; both of Muon give AdamW all that is no block matrix."""
+"""SGD has Nesterov momentum 0.9. Both Muons train everything but block matrices with AdamW."""
 
 
 def make_optimizer(
@@ -133,3 +149,60 @@ def make_optimizer(
         )
     groups = matrix_groups(model, settings, matrix_lr_ratio=matrix_lr_ratio)
     return OPTIMIZERS[name](groups, settings)
+
+
+# ---- optimizers that are guards ----
+
+
+def adagc(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """AdamW with each tensor's gradient held to 1.05 times the average of its clipped norms.
+
+    arXiv 2502.11034: β = 0.98, λ_rel = 1.05. For the first 100 steps it clips globally at
+    λ_abs = 1, and the average is the smallest norm so far. These are the package's defaults.
+    """
+    return _replacement("AdaGC", model, settings)
+
+
+def spam(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """Adam with entries held to g² ≤ 5000 v and its moments reset every 500 steps.
+
+    arXiv 2501.06842: cosine warm-up of 150 steps after a reset (the package's default is 50); full
+    density (no sparse momentum). The package does not restart Adam's bias correction at a reset,
+    and judges entries only from the 20th step after one.
+    """
+    return _replacement("SPAM", model, settings, warmup_epoch=150)
+
+
+def stable_spam(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """Adam on gradients with an adaptive limit of entries and an adaptive norm, with resets.
+
+    arXiv 2502.17055: γ₁ = 0.7, γ₂ = 0.9, θ = 0.999, moments reset every 1000 steps; the package's
+    defaults.
+    """
+    return _replacement("StableSPAM", model, settings)
+
+
+def stable_adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """AdamW whose learning rate is divided, tensor by tensor, by max(1, RMS(g/√v)).
+
+    arXiv 2304.13013, algorithm 2: the average corrects v for its bias. The learning rate of the
+    weight decay is divided too.
+    """
+    return _replacement("StableAdamW", model, settings)
+
+
+def reparametrized_adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """AdamW itself; σReparam's gains are among the parameters without decay."""
+    return torch.optim.AdamW(
+        decay_groups(model, settings),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+
+def _replacement(
+    name: str, model: nn.Module, settings: OptimizerSettings, **options: Any
+) -> Optimizer:
+    numbers = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    return _packaged(name, decay_groups(model, settings), **numbers, **options)

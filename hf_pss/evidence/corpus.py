@@ -1,4 +1,4 @@
-"""The built-in corpus: the Python sources that the running interpreter ships."""
+"""Build the built-in corpus from the Python sources that the running interpreter ships."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.data import (
     BlockDataset,
-    Tokens,
     encode_documents,
     pack_blocks,
     train_tokenizer,
@@ -33,9 +32,9 @@ __all__ = ["Corpus", "Progress", "build_corpus", "read_library"]
 
 Progress = Callable[[str], None]
 
-# Not part of the language's library, or (tests) there on some installations only.
+# These are not part of the language's library, or (tests) only some installations have them.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-# A third of the library: 2,048 tokens are learned from it in about a second.
+# A third of the library. Learning 2,048 tokens from it takes about a second.
 _TOKENIZER_BYTES = 4_000_000
 _VALIDATION_FRACTION = 0.05
 _CACHE_VERSION = 1
@@ -43,33 +42,33 @@ _CACHE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file: its path below the library's root, and its text."""
+    """One file, its path relative to the library's root."""
 
     path: str
     text: str
 
     @property
     def rank(self) -> float:
-        """A number in [0, 1) that depends on the path alone: the order of files, and the split."""
+        """A number in [0, 1) from the path alone, which orders and splits the files."""
         return int(hashlib.sha256(self.path.encode()).hexdigest()[:8], 16) / 16**8
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Training and validation blocks of the built-in corpus, with the tokenizer that made them."""
+    """Training and validation blocks of the built-in corpus, and their tokenizer."""
 
     train: BlockDataset
     """Blocks of {"input_ids", "labels"}, each (context_length,), int64."""
     validation: BlockDataset
-    """The same, from files that training never sees."""
+    """The same, from files that are not trained on."""
     tokenizer: PreTrainedTokenizerFast
     """Byte-level BPE; ``<|endoftext|>`` separates files and pads."""
     fingerprint: str
-    """Hash of the sources, the options and the tokenizer's version: equal means the same blocks."""
+    """Hash of the sources, the options and the tokenizer's version; equal for equal blocks."""
     description: str
     """One line for people: Python version, files, bytes, tokens."""
     unigram_entropy_nats: float
-    """Loss of a model that knows the token frequencies of the training text and nothing else."""
+    """Loss of a model that predicts the token frequencies of the training text."""
 
 
 def build_corpus(
@@ -80,26 +79,26 @@ def build_corpus(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokenise the interpreter's own library, or take the tokens of an earlier call from the cache.
+    """Tokenise the interpreter's library, or read the tokens of an earlier call from the cache.
 
-    About 5 % of the files, chosen by a hash of their path, are for validation.
+    A hash of their path selects about 5 % of the files for validation.
 
     Args:
-        vocab_size: tokens of the byte-level BPE trained on the corpus.
-        context_length: tokens a block.
-        max_tokens: cap on the training tokens; None takes the whole library.
+        vocab_size: Number of tokens of the byte-level BPE that is trained on the corpus.
+        context_length: Tokens a block.
+        max_tokens: Largest number of training tokens; None takes the whole library.
         cache_dir: None is ``HF_PSS_CACHE``, or ``~/.cache/hf_pss``.
-        progress: told in a short sentence what is being done, when it is not in the cache.
+        progress: Receives a short description of each step of the work that the cache lacks.
 
     Raises:
-        ConfigurationError: the interpreter ships no sources, or an option leaves no block.
+        ConfigurationError: The interpreter ships no sources, or an option leaves no block.
     """
     sources = _read_library(Path(sysconfig.get_paths()["stdlib"]))
     options: dict[str, Any] = {"vocab_size": vocab_size, "max_tokens": max_tokens}
     fingerprint = _fingerprint(sources, options)
     folder = (cache_dir or _default_cache()) / f"corpus-{fingerprint[:16]}"
     if not folder.is_dir():
-        _fill_atomically(folder, sources, **options, progress=progress or _silent)
+        _fill_atomically(folder, sources, options, progress or (lambda text: None))
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     tokens = {part: np.load(folder / f"{part}.npy") for part in ("train", "validation")}
     return Corpus(
@@ -113,10 +112,10 @@ def build_corpus(
 
 
 def read_library() -> tuple[list[str], list[str]]:
-    """Return the library's files, those to train on and those held out, as texts.
+    """Return the texts of the library's training files and of its held-out files.
 
     Raises:
-        ConfigurationError: the interpreter ships no sources.
+        ConfigurationError: The interpreter ships no sources.
     """
     held_out, kept = _split(_read_library(Path(sysconfig.get_paths()["stdlib"])))
     return [source.text for source in kept], [source.text for source in held_out]
@@ -163,21 +162,16 @@ def _default_cache() -> Path:
 
 
 def _fill_atomically(
-    folder: Path,
-    sources: list[Source],
-    *,
-    vocab_size: int,
-    max_tokens: int | None,
-    progress: Progress,
+    folder: Path, sources: list[Source], options: Mapping[str, Any], progress: Progress
 ) -> None:
-    """Write the cache beside its place and move it there whole: nothing half is ever found."""
+    """Write the cache beside its place and then rename it, so that no reader finds half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        _fill(scratch, sources, vocab_size=vocab_size, max_tokens=max_tokens, progress=progress)
+        _fill(scratch, sources, progress, **options)
         scratch.rename(folder)
     except OSError:
-        # Another process was faster: its corpus is as good as ours.
+        # Another process may have been faster. Its corpus is the same.
         if not folder.is_dir():
             raise
     finally:
@@ -187,20 +181,28 @@ def _fill_atomically(
 def _fill(
     folder: Path,
     sources: list[Source],
+    progress: Progress,
     *,
     vocab_size: int,
     max_tokens: int | None,
-    progress: Progress,
 ) -> None:
     num_bytes = sum(len(source.text.encode()) for source in sources)
     size = f"{len(sources):,} files, {num_bytes / 1e6:.1f} MB"
     progress(f"training a tokenizer on Python's library ({size})")
-    tokenizer = train_tokenizer(_first_bytes(sources, _TOKENIZER_BYTES), vocab_size=vocab_size)
+    tokenizer = train_tokenizer(_last_texts(sources, _TOKENIZER_BYTES), vocab_size=vocab_size)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     progress(f"tokenising Python's library ({size})")
     held_out, kept = _split(sources)
     train = encode_documents((s.text for s in kept), tokenizer, max_tokens=max_tokens)
     validation = encode_documents((s.text for s in held_out), tokenizer)
-    _write(folder, tokenizer, {"train": train, "validation": validation}, size)
+    np.save(folder / "train.npy", train)
+    np.save(folder / "validation.npy", validation)
+    description = (
+        f"Python {platform.python_version()} standard library: {size}, "
+        f"{len(train):,} training and {len(validation):,} validation tokens"
+    )
+    meta = json.dumps({"description": description})
+    (folder / "meta.json").write_text(meta, encoding="utf-8")
 
 
 def _split(sources: list[Source]) -> tuple[list[Source], list[Source]]:
@@ -208,28 +210,10 @@ def _split(sources: list[Source]) -> tuple[list[Source], list[Source]]:
     return held_out, [source for source in sources if source.rank >= _VALIDATION_FRACTION]
 
 
-def _first_bytes(sources: list[Source], limit: int) -> Iterator[str]:
-    # From the end: the held-out files, which come first, must not shape the vocabulary.
+def _last_texts(sources: list[Source], limit: int) -> Iterator[str]:
+    # From the end, because the held-out files come first and must not shape the vocabulary.
     for source in reversed(sources):
         yield source.text
         limit -= len(source.text)
         if limit < 0:
             return
-
-
-def _write(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, tokens: dict[str, Tokens], size: str
-) -> None:
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    for part, values in tokens.items():
-        np.save(folder / f"{part}.npy", values)
-    description = (
-        f"Python {platform.python_version()} standard library: {size}, "
-        f"{len(tokens['train']):,} training and {len(tokens['validation']):,} validation tokens"
-    )
-    meta = {"description": description}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _silent(_: str) -> None:
-    """Report nothing."""

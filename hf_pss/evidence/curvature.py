@@ -1,10 +1,7 @@
-"""Hessian–vector products of any scalar loss, by double backward or differences of gradients.
+"""Curvature of a loss on demand: Hessian–vector products, trace, eigenvalues, spectral density.
 
-Trace of a Hessian, in total and of each parameter, by Hutchinson's estimator.
-
-Extreme eigenvalues of a Hessian by Lanczos with full reorthogonalisation.
-
-Spectral density of a Hessian by stochastic Lanczos quadrature.
+The trace uses Hutchinson's estimator, the eigenvalues Lanczos with full reorthogonalisation, and
+the density stochastic Lanczos quadrature.
 """
 
 from __future__ import annotations
@@ -40,8 +37,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# [ours] Chosen on GPT-2s and a tanh network of 47 to 813,824 parameters, along a random direction
-# and the sharpest: the worst of both is least there, between rounding and the third derivative.
+# [ours] Chosen on GPT-2s and a tanh network of 47 to 813,824 parameters. It minimises the larger
+# error of a random direction and the sharpest one, between rounding and the third derivative.
 _STEP_RATIO = 5
 _DEAD_ENDS = {"torch::autograd::Error", "torch::autograd::NotImplemented"}
 
@@ -49,47 +46,48 @@ HessianMethod = Literal["auto", "double_backward", "differences"]
 
 
 class Hessian:
-    """The Hessian H of a loss in some parameters, as a map v ↦ Hv; nothing n × n is ever built.
+    """The Hessian H of a loss in some parameters, as a map v ↦ Hv. It never builds an n × n matrix.
 
-    By double backward, Hv = ∂(∇L·v)/∂θ (Pearlmutter 1994, Neural Computation 6(1)): the loss is
-    evaluated once, its graph kept as long as this object lives, and each product walks back
-    through it. While it is being built, scaled dot product attention is asked for its ``MATH``
-    kernel, for its fused ones have no second derivative.
+    Double backward computes Hv = ∂(∇L·v)/∂θ (Pearlmutter 1994, Neural Computation 6(1)). It
+    evaluates the loss once, keeps the graph as long as this object lives, and walks back through it
+    for each product. While it builds the graph, scaled dot product attention uses its ``MATH``
+    kernel, because the fused kernels have no second derivative.
 
-    By differences, Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h, two gradients a product: for what has no
-    second derivative at all, such as flash-attn, some compiled code and functions that are marked
-    once-differentiable. Parameters are moved in place and put back bit for bit, so nothing else
-    may use them meanwhile. The step, h‖v‖ = 5 ε^⅓ · rms(θ) with the coarsest ε among the
-    parameters, is [ours]; one in proportion to ‖θ‖ leaves the quadratic region of a large model's
-    sharpest directions. On small GPT-2s in float32 it errs by up to 1.6e-3 of ‖Hv‖, on a tanh
-    network by 5e-5, and in bfloat16, where θ ± hv is rounded, by 8 %; double backward there by
-    1.3e-7 and 0.6 %.
+    Differences compute Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h, two gradients a product. They serve
+    losses without a second derivative, such as flash-attn, some compiled code and functions marked
+    as once-differentiable. They move the parameters in place and restore them bit for bit, so
+    nothing else may use the parameters meanwhile. The step h‖v‖ = 5 ε^⅓ · rms(θ), with the coarsest
+    ε among the parameters, is [ours]. A step in proportion to ‖θ‖ leaves the quadratic region of a
+    large model's sharpest directions. Measured errors relative to ‖Hv‖: up to 1.6e-3 on small
+    GPT-2s in float32, 5e-5 on a tanh network, and 8 % in bfloat16, where θ ± hv is rounded. Double
+    backward errs by 1.3e-7 in float32 and 0.6 % in bfloat16.
 
-    One case is missed by torch and by us: a once-differentiable function followed by linear ones
-    only. Double backward then leaves its curvature out in silence; where a loss ends in such a
-    function, ask for differences.
+    Torch and this class both miss one case: a once-differentiable function that only linear
+    functions follow. Double backward then leaves out its curvature without an error. If your loss
+    ends in such a function, ask for differences.
 
-    Each evaluation starts from the same state of torch's generators and leaves them as it found
-    them: dropout, where it is on, is part of the loss, and training is not disturbed. Neither is
-    ``.grad``. Between building and the last product the parameters must not be updated: double
-    backward raises torch's version error, and differences would measure a moving point.
+    Each evaluation starts from the same state of torch's generators and restores it, so dropout is
+    part of the loss and training is not disturbed. ``.grad`` is not touched either. Do not update
+    the parameters between building and the last product: double backward then raises torch's
+    version error, and differences measure a moving point.
 
     Cost: on demand. On a four-block GPT-2 of width 256 a product takes 2.4 gradients by double
-    backward and 2.8 by differences, building the graph 4.5; memory, the graph of a gradient.
-    In bfloat16 products inherit the dtype's rounding: v and Hv hold 2⁻⁹ of themselves; probes of
-    ±1 are exact in it. Plain tensors of one device and one process: sharded parameters are not
-    gathered, and under data parallelism each rank sees the loss of its own batch.
+    backward and 2.8 by differences. Building the graph takes 4.5, and the memory of a gradient's
+    graph. In bfloat16 products inherit the dtype's rounding: v and Hv are exact to 2⁻⁹ of
+    themselves, and probes of ±1 are exact. Parameters are plain tensors of one device and one
+    process: sharded parameters are not gathered, and under data parallelism each rank uses the loss
+    of its own batch.
 
     Args:
         loss: Evaluates the scalar loss, on the same batch at every call.
-        parameters: By name, each once; all must require a gradient.
-        method: ``auto`` tries double backward, and where torch refuses it logs a warning and takes
+        parameters: Parameters by name, each once. All must require a gradient.
+        method: ``auto`` tries double backward. Where torch refuses, it logs a warning and takes
             differences.
 
     Raises:
-        ConfigurationError: no parameters, one that is given twice or requires no gradient, a loss
-            that is no scalar, or one with reentrant checkpointing.
-        RuntimeError: torch's own, where ``double_backward`` was asked for and is not to be had.
+        ConfigurationError: There are no parameters, one is given twice or requires no gradient, or
+            the loss is not a scalar or uses reentrant checkpointing.
+        RuntimeError: From torch, where you asked for ``double_backward`` and it is impossible.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> Hessian(lambda: (w**3).sum(), {"w": w}).product(torch.tensor([1.0, 1.0])).tolist()
@@ -125,7 +123,7 @@ class Hessian:
                 float64 where a parameter is.
 
         Returns:
-            (n,), of the same dtype; NaN and inf where derivatives are.
+            (n,), of the same dtype; NaN and inf where the derivatives are not finite.
         """
         if self.method == "differences":
             return self._difference(vector)
@@ -146,7 +144,7 @@ class Hessian:
                     materialize_grads=True,
                 )
             _require_derivatives(self._gradients)
-            # Compiled code refuses in the first product, not before.
+            # Compiled code refuses at the first product and no earlier.
             self._double_backward(torch.zeros(self.size, dtype=self.dtype, device=self.device))
         except torch.OutOfMemoryError:
             raise
@@ -181,7 +179,7 @@ class Hessian:
 
     def _double_backward(self, vector: Tensor) -> Tensor:
         parts = self._parts(vector.to(self.dtype))
-        # A loss that is linear in a parameter leaves a gradient without a graph: its rows are zero.
+        # Where the loss is linear in a parameter, its gradient has no graph and its rows are zero.
         held = [(g, v) for g, v in zip(self._gradients, parts, strict=True) if g.requires_grad]
         if not held:
             return torch.zeros_like(vector)
@@ -212,8 +210,8 @@ class Hessian:
         saved = [tensor.detach().clone() for tensor in self._tensors]
         try:
             for tensor, part in zip(self._tensors, self._parts(displacement), strict=True):
-                # Through .data: what is put back bit for bit needs no new version, which would
-                # break the graphs of others.
+                # Through .data, which keeps the tensor's version. A new version would break other
+                # graphs, although the values are restored bit for bit.
                 tensor.data.copy_(tensor.to(self.dtype) + part.view_as(tensor))
             with _same_randomness(self.device):
                 found = torch.autograd.grad(
@@ -234,8 +232,8 @@ class Hessian:
 def _require_derivatives(gradients: Iterable[Tensor]) -> None:
     """Raise `RuntimeError` where a gradient's graph holds one of torch's nodes that only raise.
 
-    Asked for certain inputs, autograd prunes the node of a once-differentiable function, for no
-    input lies behind it, and would return zeros.
+    Autograd prunes the node of a once-differentiable function, because none of the wanted inputs
+    lies behind it, and would return zeros.
     """
     if any(node.name() in _DEAD_ENDS for node in _nodes(gradients)):
         raise RuntimeError("a function in it has no second derivative")
@@ -278,12 +276,12 @@ def _same_randomness(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class TraceEstimate:
-    """A mean over probes; unbiased, in units of loss / parameter²."""
+    """An unbiased mean over probes, in units of loss / parameter²."""
 
     mean: float
     """NaN where a product was not finite."""
     standard_error: float
-    """Sample standard deviation / √probes; NaN for one probe, which cannot know it."""
+    """Sample standard deviation / √probes; NaN for one probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,19 +297,19 @@ class HessianTrace:
 def hessian_trace(hessian: Hessian, *, num_probes: int = 32, seed: int = 0) -> HessianTrace:
     """Estimate tr H = E[vᵀHv] with v_i = ±1 (Hutchinson 1989; PyHessian, arXiv 1912.07145).
 
-    One probe serves all parameters: tr H_pp = E[v_pᵀ(Hv)_p], for v_p and the rest of v are
-    independent. Its variance is Σ_{i≠j∈p} 2 H_ij² + Σ_{i∈p, j∉p} H_ij²; probing each parameter
-    alone would save the second sum and cost a product a parameter. A diagonal H has no error.
+    One probe serves all parameters: tr H_pp = E[v_pᵀ(Hv)_p], because v_p and the rest of v are
+    independent. The variance is Σ_{i≠j∈p} 2 H_ij² + Σ_{i∈p, j∉p} H_ij². Probing each parameter
+    alone would remove the second sum and cost a product per parameter. A diagonal H has no error.
 
     Cost: on demand. One Hessian–vector product a probe and one device-to-host read at the end.
 
     Args:
-        hessian: Of the loss.
-        num_probes: The standard error falls with its root.
-        seed: Of the probes; the host's generator, so the same on every device.
+        hessian: The Hessian of the loss.
+        num_probes: The standard error falls with its square root.
+        seed: Seeds the probes. They are drawn on the host and so are the same on every device.
 
     Raises:
-        ConfigurationError: num_probes below 1.
+        ConfigurationError: num_probes is below 1.
 
     >>> w = torch.nn.Parameter(torch.ones(3))
     >>> hessian_trace(Hessian(lambda: (w**2).sum(), {"w": w})).total.mean
@@ -345,19 +343,19 @@ def _estimate(samples: Tensor) -> TraceEstimate:
     return TraceEstimate(mean=float(samples.mean()), standard_error=error)
 
 
-# In ε of the largest Ritz value, times √n: a remainder below it is rounding, not a direction.
+# In units of ε √n times the largest Ritz value: a smaller remainder is rounding, not a direction.
 _ROUNDING = 10
 _BLOCK_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tridiagonal:
-    """T = QᵀHQ on the Krylov space of a start vector, and what is left outside: HQ = QT + r eᵀ."""
+    """T = QᵀHQ on the Krylov space of a start vector, and the remainder r of HQ = QT + r eᵀ."""
 
     diagonal: Tensor
     """(k,), float64 on the host."""
     off_diagonal: Tensor
-    """(k − 1,), float64 on the host; 0 where a new start vector took over."""
+    """(k − 1,), float64 on the host; 0 where a new start vector begins."""
     remainder: float
     """‖r‖; 0 where the space is invariant, NaN where a product was not finite."""
 
@@ -374,16 +372,16 @@ class ExtremeEigenvalues:
     """Both ends of a Hessian's spectrum, in units of loss / parameter²."""
 
     largest: tuple[float, ...]
-    """λ₁ ≥ λ₂ ≥ …; estimates from below. NaN where a product was not finite."""
+    """λ₁ ≥ λ₂ ≥ …, estimated from below. NaN where a product was not finite."""
     smallest: tuple[float, ...]
-    """λ_n ≤ λ_{n−1} ≤ …, the most negative first; estimates from above."""
+    """λ_n ≤ λ_{n−1} ≤ …, the most negative first, estimated from above."""
     largest_residuals: tuple[float, ...]
-    """‖Hy − θy‖ of each: some eigenvalue lies that near. Only rounding comes on top."""
+    """‖Hy − θy‖ of each: the distance within which an eigenvalue lies, up to rounding."""
     smallest_residuals: tuple[float, ...]
     """The same of `smallest`."""
     by_magnitude: tuple[float, ...]
-    """Those of both ends with the largest |λ|, signed: what power iteration finds, and so what
-    PyHessian's ``eigenvalues`` returns. Its first is negative where |λ_n| > λ₁."""
+    """The values of both ends with the largest |λ|, signed, as power iteration and PyHessian's
+    ``eigenvalues`` return them. The first is negative where |λ_n| > λ₁."""
     num_products: int
     """Hessian–vector products spent."""
 
@@ -398,19 +396,20 @@ def lanczos(
 ) -> Tridiagonal:
     """Tridiagonalise a symmetric map on a Krylov space (Golub & Van Loan, section 10.1).
 
-    Each new vector is made orthogonal to all before it, twice, so that no eigenvalue comes back as
-    a ghost. It keeps one vector of n entries a step, and reads two numbers a step from the device.
+    Each new vector is orthogonalised twice against all earlier ones, so that no eigenvalue appears
+    a second time as a ghost. Each step keeps one vector of n entries, and reads two numbers from
+    the device.
 
     Args:
         product: v ↦ Hv, (n,) to (n,), of a symmetric H.
         start: (n,), float32 or float64, not zero.
-        num_steps: At most; never more than n.
-        generator: On the host. Where the space turns out to be invariant, a new start vector is
-            drawn from it, which finds eigenvalues again that are multiple. None: stop there.
-        is_done: Asked after every step whether this will do.
+        num_steps: The largest number of steps; it is also limited by n.
+        generator: On the host. Where the space turns out to be invariant, Lanczos draws a new start
+            vector from it, and so finds multiple eigenvalues. None: stop there.
+        is_done: Receives the result after every step, and returns whether to stop.
 
     Returns:
-        T; cut short, its remainder NaN, at the first product that is not finite.
+        T. At the first product that is not finite it is cut short, and its remainder is NaN.
     """
     n = start.numel()
     num_steps = min(num_steps, n)
@@ -457,24 +456,24 @@ def hessian_eigenvalues(
 ) -> ExtremeEigenvalues:
     """Return the algebraically largest and smallest eigenvalues.
 
-    Lanczos finds both ends of the spectrum in the same space, and clustered ones sooner than power
-    iteration with deflation. It stops when every residual is at most tolerance · max |θ|. From one
-    start vector an eigenvalue of exact multiplicity shows once, unless so few are distinct that the
-    space is exhausted before.
+    Lanczos finds both ends of the spectrum in the same space, and clustered eigenvalues sooner than
+    power iteration with deflation. It stops when every residual is at most tolerance · max |θ|. One
+    start vector finds an eigenvalue of exact multiplicity once, unless there are so few distinct
+    ones that the space is exhausted first.
 
-    Cost: on demand. One Hessian–vector product a step, and memory for one more vector as long as
-    all parameters together, in float32: 0.5 GB a step for 124M. Three eigenvalues at either end of
-    a fresh GPT-2 of 3.3M parameters took 48 steps.
+    Cost: on demand. Each step takes one Hessian–vector product, and memory for one vector as long
+    as all parameters together: in float32, 0.5 GB a step for 124M parameters. Three eigenvalues at
+    each end of a fresh GPT-2 of 3.3M parameters took 48 steps.
 
     Args:
-        hessian: Of the loss.
-        num_eigenvalues: How many at each end; fewer where there are fewer.
-        num_steps: The most products to spend. Reached first, the residuals say how far it came.
-        tolerance: Relative to the largest magnitude.
-        seed: Of the start vector; the host's generator, so the same on every device.
+        hessian: The Hessian of the loss.
+        num_eigenvalues: Number of eigenvalues at each end, limited by the number of parameters.
+        num_steps: Largest number of products. If it is reached first, see the residuals.
+        tolerance: Largest residual, relative to the largest magnitude.
+        seed: Seeds the start vector. It is drawn on the host and so is the same on every device.
 
     Raises:
-        ConfigurationError: num_eigenvalues or num_steps below 1, or fewer steps than eigenvalues.
+        ConfigurationError: num_eigenvalues is below 1, or num_steps below num_eigenvalues.
 
     >>> w = torch.nn.Parameter(torch.ones(2))
     >>> found = hessian_eigenvalues(Hessian(lambda: w[0] ** 2 - 3 * w[1] ** 2, {"w": w}))
@@ -521,7 +520,7 @@ def _ritz_residuals(found: Tridiagonal) -> tuple[Tensor, Tensor]:
 
 
 class _Basis:
-    """Orthonormal vectors in blocks that are allocated as they fill: most runs stop early."""
+    """Orthonormal vectors in blocks, allocated as they fill because most runs stop early."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -529,7 +528,7 @@ class _Basis:
         self._num_vectors = 0
 
     def add(self, vector: Tensor) -> Tensor:
-        """Normalise a vector that is orthogonal to all before, keep it and return it."""
+        """Normalise a vector that is orthogonal to the others, keep it and return it."""
         place = self._num_vectors % _BLOCK_SIZE
         if place == 0:
             self._blocks.append(self._like.new_zeros(_BLOCK_SIZE, self._like.numel()))
@@ -539,26 +538,26 @@ class _Basis:
         return kept
 
     def project_out(self, vector: Tensor) -> Tensor:
-        """Return what of a vector is orthogonal to all that are kept."""
+        """Return the part of a vector that is orthogonal to all kept ones."""
         for _ in range(2):  # twice is enough (Parlett, section 6.9)
             for block in self._blocks:
                 vector = vector - block.mT @ (block @ vector)
         return vector
 
 
-# [ours] A hundredth of the range: narrower and the nodes of one probe show as teeth.
+# [ours] A hundredth of the range. At a smaller width the nodes of a single probe become visible.
 _WIDTH_RATIO = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class SpectralDensity:
-    """The eigenvalues' distribution as point masses: the mean over probes of Gauss quadratures."""
+    """The distribution of eigenvalues as point masses: a mean over probes of Gauss quadratures."""
 
     nodes: Tensor
     """(N,), float64 on the host, ascending, in units of loss / parameter²; a NaN where a product
     was not finite."""
     weights: Tensor
-    """(N,), float64, ≥ 0, of sum 1: the share of all directions that each node stands for."""
+    """(N,), float64, ≥ 0, of sum 1: the share of all directions that each node represents."""
     num_products: int
     """Hessian–vector products spent."""
 
@@ -567,7 +566,7 @@ class SpectralDensity:
         return float((self.weights * self.nodes**power).sum())
 
     def share_below(self, level: float) -> float:
-        """Return the mass below a level; at 0, the share of directions of negative curvature."""
+        """Return the mass below a level. Below 0 it is the share of negative curvature."""
         if not bool(self.nodes.isfinite().all()):
             return math.nan
         return float(self.weights[self.nodes < level].sum())
@@ -576,7 +575,7 @@ class SpectralDensity:
         """Return Σ w N(x; θ, width²), which integrates to 1.
 
         Args:
-            grid: (g,), where to evaluate, any real floating dtype.
+            grid: (g,), any real floating dtype: the points to evaluate at.
             width: Standard deviation of the Gaussian, in the units of the nodes. None: a hundredth
                 of their range. PyHessian's variance is proportional to the range, so its plots
                 change shape with the loss's unit; this one does not.
@@ -603,20 +602,20 @@ def hessian_density(
     Per probe v: Lanczos from v gives T = SΘSᵀ; its Ritz values θ_j with weights s_{1j}² are the
     nodes and weights of the Gauss quadrature for v's spectral measure (Golub & Meurant 2010,
     section 3), exact for every vᵀH^p v / n with p ≤ 2·steps − 1. Probes are ±1, of length √n
-    exactly, where the paper's are normal and normalised. Between probes the mean is unbiased; nodes
-    far inside a continuous bulk are no eigenvalues.
+    exactly; the paper's are normal and normalised. The mean over probes is unbiased. Nodes far
+    inside a continuous bulk are not eigenvalues.
 
-    Cost: on demand. num_probes × num_steps Hessian–vector products; memory for num_steps vectors
-    as long as all parameters together, in float32.
+    Cost: on demand. num_probes × num_steps Hessian–vector products, and memory for num_steps
+    float32 vectors as long as all parameters together.
 
     Args:
-        hessian: Of the loss.
-        num_probes: More for less scatter.
-        num_steps: More for finer resolution; never more than there are parameters.
-        seed: Of the probes; the host's generator, so the same on every device.
+        hessian: The Hessian of the loss.
+        num_probes: More probes reduce the scatter.
+        num_steps: More steps refine the resolution; limited by the number of parameters.
+        seed: Seeds the probes. They are drawn on the host and so are the same on every device.
 
     Raises:
-        ConfigurationError: num_probes or num_steps below 1.
+        ConfigurationError: num_probes or num_steps is below 1.
 
     >>> w = torch.nn.Parameter(torch.ones(4))
     >>> density = hessian_density(Hessian(lambda: (w**2).sum(), {"w": w}), num_probes=1)

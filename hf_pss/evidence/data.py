@@ -1,4 +1,4 @@
-"""From text to training blocks: train a tokenizer, load documents, tokenise, pack."""
+"""Turn text into training blocks: train a tokenizer, load documents, tokenise, pack."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ END_OF_TEXT = "<|endoftext|>"
 _LOADERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
 _LOADERS |= {".parquet": "parquet"}
 
-# Documents per call: enough for the tokenizer's threads, few enough to stop soon at `max_tokens`.
+# Documents per call: enough for the tokenizer's threads, few enough to stop near `max_tokens`.
 _DOCUMENTS_PER_BATCH = 64
 
 
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of tokens as a causal language model wants them: every label is the input itself.
+    """Blocks of tokens for a causal language model: every label is the input itself.
 
     Args:
         blocks: (num_blocks, context_length), int64.
@@ -66,14 +66,14 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def pack_blocks(tokens: Tokens, *, context_length: int) -> BlockDataset:
-    """Cut a stream of tokens into full blocks; what is left at the end is dropped.
+    """Cut a stream of tokens into full blocks, and drop the incomplete block at the end.
 
     Args:
-        tokens: (num_tokens,), documents already joined with their separators.
-        context_length: tokens a block, at least 2: the model predicts token t + 1 from t.
+        tokens: (num_tokens,), int32: documents already joined with their separators.
+        context_length: Tokens a block. At least 2, because the model predicts token t + 1 from t.
 
     Raises:
-        ConfigurationError: fewer tokens than one block, or nothing to predict in a block.
+        ConfigurationError: The text does not fill one block, or `context_length` is below 2.
 
     >>> pack_blocks(np.arange(7, dtype=np.int32), context_length=3).blocks.tolist()
     [[0, 1, 2], [3, 4, 5]]
@@ -95,10 +95,10 @@ def pack_blocks(tokens: Tokens, *, context_length: int) -> BlockDataset:
 def hold_out(blocks: BlockDataset, *, fraction: float = 0.05) -> tuple[BlockDataset, BlockDataset]:
     """Split off the last blocks for validation: the end of the text, not a random sample.
 
-    Neighbouring blocks share a document: a random split would show the model what it is tested on.
+    Neighbouring blocks share a document, so a random split would leak test text into training.
 
     Raises:
-        ConfigurationError: a fraction outside (0, 1), or fewer than two blocks.
+        ConfigurationError: The fraction is outside (0, 1), or there are fewer than two blocks.
     """
     if not 0 < fraction < 1:
         raise ConfigurationError(
@@ -115,14 +115,14 @@ def hold_out(blocks: BlockDataset, *, fraction: float = 0.05) -> tuple[BlockData
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE, as GPT-2's: any text is tokenised and restored without loss.
+    """Train a byte-level BPE like GPT-2's, which tokenises and restores any text without loss.
 
     Args:
-        texts: what the merges are learned from; a few megabytes suffice.
-        vocab_size: at least 257: the 256 bytes and ``<|endoftext|>``.
+        texts: The texts to learn the merges from; a few megabytes suffice.
+        vocab_size: At least 257: the 256 bytes and ``<|endoftext|>``.
 
     Raises:
-        ConfigurationError: a vocabulary too small to hold the bytes.
+        ConfigurationError: The vocabulary is too small to hold the bytes.
     """
     if vocab_size < 257:
         raise ConfigurationError(
@@ -144,7 +144,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Make a trained `tokenizers.Tokenizer` one that `transformers` saves and collates with."""
+    """Wrap a trained `tokenizers.Tokenizer` so that `transformers` can save and collate with it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -163,15 +163,15 @@ def encode_documents(
     """Tokenise documents into one stream, each followed by the end-of-text token.
 
     Args:
-        documents: read lazily; no more of them than `max_tokens` needs.
-        tokenizer: must name an end-of-text token.
-        max_tokens: cut the stream here; None keeps everything.
+        documents: Read lazily, and only as many as `max_tokens` needs.
+        tokenizer: Needs an end-of-text token.
+        max_tokens: Cut the stream here; None keeps everything.
 
     Returns:
         (num_tokens,), int32.
 
     Raises:
-        ConfigurationError: the tokenizer has no end-of-text token.
+        ConfigurationError: The tokenizer has no end-of-text token.
     """
     pieces: list[Tokens] = []
     num_tokens = 0
@@ -187,10 +187,11 @@ def encode_documents(
 def encode_each(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[int]]:
-    """Return each document's tokens and the end-of-text token after them, as they are asked for.
+    """Return lazily the tokens of each document, followed by the end-of-text token.
 
     Raises:
-        ConfigurationError: the tokenizer has no end-of-text token; at once, not at the first.
+        ConfigurationError: The tokenizer has no end-of-text token. Raised before the first
+            document is read.
     """
     separator = tokenizer.eos_token_id
     if separator is None:
@@ -206,9 +207,9 @@ def encode_each(
 
 
 def unigram_entropy_nats(tokens: Tokens) -> float:
-    """Entropy of the token frequencies, H = −Σ p ln p: the loss of a model without context.
+    """Return the entropy of the token frequencies, H = −Σ p ln p: the loss without any context.
 
-    A run whose loss comes back to this value has lost everything but the word counts.
+    A run whose loss returns to this value has lost everything but the word counts.
 
     >>> round(unigram_entropy_nats(np.array([0, 1, 0, 1], dtype=np.int32)), 4)
     0.6931
@@ -232,19 +233,19 @@ def load_text(
     """Load text from a file or from the Hub, tokenise it, and pack it to full context.
 
     Args:
-        source: a file (``.txt``, ``.md`` and ``.py`` are one document; ``.jsonl``, ``.json`` and
+        source: A file (``.txt``, ``.md`` and ``.py`` are one document; ``.jsonl``, ``.json`` and
             ``.parquet`` hold one a row), a pattern such as ``data/*.jsonl``, or the name of a
             dataset on the Hub.
-        tokenizer: anything of `transformers` with an end-of-text token.
-        context_length: tokens a block.
-        column: where rows keep their text.
-        subset: a Hub dataset's configuration, such as ``wikitext-2-raw-v1``.
-        split: a Hub dataset's split.
-        max_tokens: stop reading here; None reads everything.
-        cache_dir: where `datasets` keeps its copy; None is its own default.
+        tokenizer: A tokenizer of `transformers` with an end-of-text token.
+        context_length: Tokens a block.
+        column: The column that holds the text.
+        subset: A Hub dataset's configuration, such as ``wikitext-2-raw-v1``.
+        split: A Hub dataset's split.
+        max_tokens: Stop reading here; None reads everything.
+        cache_dir: The folder where `datasets` keeps its copy; None is its own default.
 
     Raises:
-        ConfigurationError: no such file or dataset, no such column, no text, or too little of it.
+        ConfigurationError: The file, dataset or column is missing, or it holds too little text.
     """
     documents = read_documents(
         source, column=column, subset=subset, split=split, cache_dir=cache_dir
@@ -263,10 +264,9 @@ def read_documents(
     split: str = "train",
     cache_dir: Path | None = None,
 ) -> Iterator[str]:
-    """Return the documents of a file or of a dataset on the Hub, without the blank ones.
+    """Return lazily the documents of a file or of a dataset on the Hub, without the blank ones.
 
-    The arguments, and the errors, are those of `load_text`. The source is opened at once; its rows
-    are read as they are asked for.
+    Arguments and errors are those of `load_text`. This opens the source at once.
     """
     rows = open_rows(source, column=column, subset=subset, split=split, cache_dir=cache_dir)
     return texts_of(rows, column)
@@ -284,15 +284,15 @@ def open_rows(
     """Open a file, files that a pattern names, or a dataset on the Hub, and check its column.
 
     Args:
-        source: see `load_text`.
-        column: where rows keep their text; None takes rows of any columns.
-        subset: a Hub dataset's configuration.
-        split: a Hub dataset's split.
-        cache_dir: where `datasets` keeps its copy; None is its own default.
-        streaming: read rows as they are asked for, and copy nothing to the disk.
+        source: See `load_text`.
+        column: The column that holds the text; None accepts any columns.
+        subset: A Hub dataset's configuration.
+        split: A Hub dataset's split.
+        cache_dir: The folder where `datasets` keeps its copy; None is its own default.
+        streaming: Read rows lazily, and copy nothing to the disk.
 
     Raises:
-        ConfigurationError: no such file or dataset, or no such column.
+        ConfigurationError: The file, dataset or column is missing.
     """
     options = {"cache_dir": cache_dir, "streaming": streaming}
     rows = _load_rows(str(source), subset=subset, split=split, **options)
@@ -324,7 +324,7 @@ def _load_rows(source: str, *, subset: str | None, split: str, **options: Any) -
         raise ConfigurationError(f"There is no file {source}. Check the path.")
     try:
         return datasets.load_dataset(source, subset, split=split, **options)
-    # RuntimeError: a dataset that is a script, which datasets 4 and later do not run.
+    # RuntimeError: the dataset is a script, which datasets 4 and later refuse to run.
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"There is no file {source!r}, and the Hub gave no dataset of that name "
@@ -341,7 +341,7 @@ def _load_files(paths: Sequence[Path], **options: Any) -> _Rows:
     for path, loader in loaders.items():
         if loader is None:
             raise ConfigurationError(
-                f"The ending of {path.name} says nothing about its format; "
+                f"The format of {path.name} is unknown from its ending; "
                 f"use one of {', '.join(_LOADERS)}."
             )
         if path.stat().st_size == 0:
@@ -363,10 +363,10 @@ def _load_files(paths: Sequence[Path], **options: Any) -> _Rows:
 
 
 def texts_of(rows: _Rows, column: str) -> Iterator[str]:
-    """Yield the texts of a column as they are asked for, without the blank ones.
+    """Yield lazily the texts of a column, without the blank ones.
 
     Raises:
-        ConfigurationError: the column holds something else than text.
+        ConfigurationError: The column holds something other than text.
     """
     for text in _column_of(rows, column):
         if text is None:
@@ -382,8 +382,8 @@ def texts_of(rows: _Rows, column: str) -> Iterator[str]:
 
 def _column_of(rows: _Rows, column: str) -> Iterator[Any]:
     if isinstance(rows, datasets.IterableDataset):
-        # Row by row: `iter(batch_size=...)` gives every DataLoader worker all rows (datasets 5.2).
-        # And as it is: what select_columns returns forgets the epoch.
+        # Row by row, because `iter(batch_size=...)` gives every DataLoader worker all rows
+        # (datasets 5.2). Without select_columns, whose result forgets the epoch.
         for row in rows:
             yield row[column]
         return

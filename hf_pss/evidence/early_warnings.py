@@ -1,13 +1,9 @@
-"""Scores of rules or metrics as a table for the terminal.
-
-What may warn of an explosion: one series of a run's record, and the detector that reads it.
-
-How early a recorded quantity warns of an explosion, and how often it warns of nothing.
+"""Measure how early a recorded quantity warns of an explosion, and how often it warns falsely.
 
 A rule is one series of a run's record and one detector. Rules are compared at an equal rate of
-false alarms, never each at a threshold that happens to suit it: any rule warns early that warns
-always. Give rows of runs that nobody protected: a guard that acts on the warning hides what was
-warned of.
+false alarms and never each at a threshold that happens to suit it, because a rule that always warns
+also warns early. Give rows of unprotected runs: a guard that acts on the warning hides the
+explosion.
 """
 
 from __future__ import annotations
@@ -20,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from hf_pss.detection import (
     GLOBAL,
@@ -34,11 +29,13 @@ from hf_pss.detection import (
 )
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.rows import Row
-from hf_pss.records.strict_json import visible
+from hf_pss.view.numbers import NOTHING
+from hf_pss.view.tables import lean_table
 
 __all__ = [
     "HORIZON_STEPS",
     "RULES",
+    "LeadScore",
     "Record",
     "Score",
     "WarningRule",
@@ -49,48 +46,35 @@ __all__ = [
     "record_of",
     "render_table",
     "score",
-    "score_table",
     "threshold_sweep",
     "warning_steps",
 ]
-
-_NUM_NAMES = 2
-
-
-def score_table(columns: Sequence[str], lines: Iterable[Iterable[str]]) -> Table:
-    """Return a table whose first two columns are names, and all others numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, name in enumerate(columns):
-        is_name = number < _NUM_NAMES
-        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
-    for line in lines:
-        # `Text`, because a name in square brackets would be taken for rich's markup.
-        table.add_row(*(Text(visible(cell)) for cell in line))
-    return table
-
 
 _BASELINE = Baseline(alpha=0.1, calibration_steps=20, patience_steps=50)
 
 
 @dataclass(frozen=True, slots=True)
 class WarningRule:
-    """One series, the detector that reads it, and the thresholds that a sweep tries."""
+    """A series, the detector that reads it, and the thresholds to try."""
 
     series: str
     """A series of `hf_pss.evidence.probes.PROBED`, or ``loss``."""
     detector: Callable[[float], Detector]
     """Builds the detector of a threshold."""
     threshold: float
-    """The published one, or ours."""
+    """The published threshold, or ours."""
     thresholds: tuple[float, ...]
-    """For a sweep, the most sensitive first."""
+    """The thresholds that a comparison tries, the most sensitive first."""
     description: str
     complement: bool = False
-    """Whether one minus the value is read: a floor on it is a ceiling on the value."""
+    """Whether to read one minus the value, so that a floor on it is a ceiling on the value."""
+
+
+_AVERAGE: dict[str, Any] = {"alpha": 0.1, "calibration_steps": 20, "patience_steps": 50}
 
 
 def _ratio(limit: float) -> Detector:
-    # The quantity only routes readings in a controller; here the series is handed over directly.
+    # A controller routes readings by the quantity. Here the detector gets its series directly.
     return RatioDetector(Quantity.GRAD_NORM, limit, _BASELINE)
 
 
@@ -111,7 +95,7 @@ _SHARES = (*(round(0.95 - 0.05 * i, 2) for i in range(19)), 0.02, 0.01)
 RULES: Mapping[str, WarningRule] = MappingProxyType(
     {
         "loss_ratio": WarningRule(
-            "loss", _ratio, 1.2, _RATIOS, "the loss itself: what a warning has to be ahead of"
+            "loss", _ratio, 1.2, _RATIOS, "the loss itself, which a warning has to precede"
         ),
         "grad_norm_ratio": WarningRule(
             "grad_norm_preclip", _ratio, 2.5, _RATIOS, "the published trigger (arXiv 2602.01308)"
@@ -157,52 +141,47 @@ RULES: Mapping[str, WarningRule] = MappingProxyType(
         ),
     }
 )
-"""The rules; ratios and drops refer to an average with α = 0.1, after 20 readings."""
+"""The rules. Ratios and drops refer to a moving average with α = 0.1, after 20 readings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One series of one run: a value a step; None is a reading that was not finite."""
+    """One series of one run. A value is None where the reading was not finite."""
 
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
 
 
 def record_of(row: Row, series: str) -> Record | None:
-    """Return a series of a row: of its probes, its health or its losses; None where it has not it.
+    """Return a series of a row's probes, health or losses; None where it was not recorded.
 
-    A series without one number counts as not recorded, not as broken at every step.
+    A series without a single number counts as not recorded, not as broken at every step.
 
     Raises:
         ConfigurationError: The series and its steps are of different lengths.
     """
-    if series == "loss":
-        steps, values = tuple(range(1, len(row.losses) + 1)), tuple(row.losses)
-    else:
-        held = next((h for h in _records_of(row) if series in h), {})
+    steps, values = tuple(range(1, len(row.losses) + 1)), tuple(row.losses)
+    if series != "loss":
+        sources = (row.extra.get("probes") or {}, row.extra.get("health") or {})
+        held = next((source for source in sources if series in source), {})
         steps, values = tuple(held.get("step", ())), tuple(held.get(series, ()))
         if held and len(steps) != len(values):
             raise ConfigurationError(
                 f"Row {row.id} holds {len(values)} values of {series!r} for {len(steps)} steps; "
-                "store what Probes.to_dict or read_health_series returns, unchanged."
+                "store the results of Probes.to_dict and read_health_series unchanged."
             )
-    known = any(value is not None for value in values)
-    return Record(steps, values) if known else None
-
-
-def _records_of(row: Row) -> tuple[Mapping[str, Any], ...]:
-    return row.extra.get("probes") or {}, row.extra.get("health") or {}
+    return Record(steps, values) if any(value is not None for value in values) else None
 
 
 def warning_steps(
     rule: WarningRule, record: Record, *, threshold: float | None = None
 ) -> tuple[int, ...]:
-    """Return the steps at which the rule warns; a reading that is not finite warns by itself.
+    """Return the steps at which the rule warns. A reading that is not finite always warns.
 
     Args:
-        rule: What to judge with.
-        record: What to judge.
-        threshold: In place of the rule's own.
+        rule: The rule to apply.
+        record: The series to judge.
+        threshold: Replaces the rule's own.
     """
     detector = rule.detector(rule.threshold if threshold is None else threshold)
     warned = []
@@ -217,35 +196,35 @@ def warning_steps(
 
 
 HORIZON_STEPS = 200
-"""A warning counts for an explosion from so many steps before the loss departs."""
+"""A warning counts if the loss departs within this many steps."""
 MARGIN_NATS = 0.1
-"""The loss has left its minimum when it is so far above it."""
+"""The distance from its minimum at which the loss has departed."""
 WINDOW_STEPS = 9
-"""Of the centred median that takes batch noise out of the loss; no lag, unlike a trailing one."""
+"""Width of the centred median that removes batch noise from the loss; it does not lag."""
 
 
 def departure_step(losses: Sequence[float | None], explosion_step: int) -> int:
     """Return the step at which the loss leaves its minimum for good.
 
-    With L̄_t the centred median of `WINDOW_STEPS` losses up to the explosion e, it is one more than
-    the last t ≤ e with L̄_t ≤ min_{s ≤ e} L̄_s + `MARGIN_NATS`, and at most e: a run that stays at a
-    plateau, or breaks at one NaN, departs when its explosion is met. A loss that is not finite is
-    infinite.
+    Let L̄_t be the centred median of `WINDOW_STEPS` losses up to the explosion e. The loss departs
+    one step after the last t ≤ e with L̄_t ≤ min_{s ≤ e} L̄_s + `MARGIN_NATS`, and at e at the
+    latest. A run that stays at a plateau or breaks at one NaN therefore departs at its explosion. A
+    loss that is not finite counts as infinite.
 
     Args:
         losses: From step 1; None where not finite.
-        explosion_step: Where the explosion's definition is met.
+        explosion_step: The step of the explosion, as `find_explosion` returns it.
 
     Raises:
-        ConfigurationError: `explosion_step` is no step of the losses.
+        ConfigurationError: `explosion_step` is outside of the losses.
 
     >>> departure_step([3.0] * 10 + [4.0] * 10, 20)
     11
     """
     if not 1 <= explosion_step <= len(losses):
         raise ConfigurationError(
-            f"You gave the explosion step {explosion_step} of {len(losses)} losses; give one of "
-            "them, counted from 1."
+            f"You gave the explosion step {explosion_step} for {len(losses)} losses; give a step "
+            f"from 1 to {len(losses)}."
         )
     level = [
         math.inf if value is None or not math.isfinite(value) else value
@@ -268,17 +247,16 @@ def lead_time(
     *,
     horizon_steps: int = HORIZON_STEPS,
 ) -> int | None:
-    """Return the steps between the first warning and the loss's departure.
+    """Return the steps from the first warning to the loss's departure.
 
     Args:
         losses: From step 1; None where not finite.
         warnings: Steps, as `warning_steps` returns them.
-        explosion_step: Where the explosion's definition is met.
-        horizon_steps: A warning longer than this before the departure is not of this explosion.
+        explosion_step: The step of the explosion, as `find_explosion` returns it.
+        horizon_steps: Warnings earlier than this before the departure do not count.
 
     Returns:
-        Negative where the loss departed first; None without a warning from the horizon up to the
-        explosion.
+        A negative number where the loss departed first; None where no warning counts.
 
     >>> lead_time([3.0] * 10 + [4.0] * 10, [7, 12], 20)
     4
@@ -289,41 +267,52 @@ def lead_time(
     return None if first is None else departure - first
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What one rule, at one threshold, did over the runs of one recipe (or of all)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeadScore:
+    """Warnings before explosions, and false alarms of healthy runs, in one group of runs."""
 
-    rule: str
     recipe: str
-    threshold: float
     leads: tuple[int | None, ...]
-    """One an explosion, in steps; None where nothing warned."""
+    """Steps from the warning to the loss's departure, one an explosion; None without a warning."""
     num_false_alarms: int
-    """Readings that warned in runs without explosion: one that warns always pays for each."""
+    """Readings of healthy runs that warned. A rule that always warns pays for every one."""
     num_healthy_readings: int
 
     @property
-    def warned_ahead(self) -> tuple[int, ...]:
-        """The leads of explosions that were warned of before the loss departed."""
-        return tuple(lead for lead in self.leads if lead is not None and lead > 0)
-
-    @property
-    def share_warned(self) -> float | None:
-        """Of the explosions, those warned of before the loss departed."""
-        return len(self.warned_ahead) / len(self.leads) if self.leads else None
+    def num_ahead(self) -> int:
+        """Explosions with a warning before the loss departed."""
+        return sum(lead is not None and lead > 0 for lead in self.leads)
 
     @property
     def median_lead(self) -> float | None:
-        """Over all explosions that a warning came for, late ones too."""
+        """The median over all explosions with a warning, including late ones."""
         known = [lead for lead in self.leads if lead is not None]
         return statistics.median(known) if known else None
 
     @property
     def false_alarm_rate(self) -> float | None:
-        """Per 1,000 readings of runs without explosion."""
+        """False alarms per 1,000 readings of healthy runs."""
         if not self.num_healthy_readings:
             return None
         return 1000 * self.num_false_alarms / self.num_healthy_readings
+
+    def cells(self) -> tuple[str, str, str]:
+        """Return the cells of a table: explosions warned ahead, leads, rate of false alarms."""
+        known = [lead for lead in self.leads if lead is not None]
+        rate = self.false_alarm_rate
+        return (
+            f"{self.num_ahead} of {len(self.leads)}" if self.leads else NOTHING,
+            f"{self.median_lead:g} ({min(known)}…{max(known)})" if known else NOTHING,
+            NOTHING if rate is None else f"{rate:.2g}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score(LeadScore):
+    """The score of one rule at one threshold over the runs of one recipe, or of all recipes."""
+
+    rule: str
+    threshold: float
 
 
 def score(
@@ -334,19 +323,19 @@ def score(
     recipe: str = "all",
     horizon_steps: int = HORIZON_STEPS,
 ) -> Score:
-    """Judge one rule over rows; those that did not record its series count for nothing.
+    """Judge one rule over the rows that recorded its series.
 
-    A run is healthy when it finished and never met its recipe's definition of an explosion.
+    A run counts as healthy if it finished and never met its recipe's definition of an explosion.
 
     Args:
-        name: Of a row of `RULES`.
-        rows: Runs that nobody protected.
-        threshold: In place of the rule's own.
-        recipe: What the score is called.
+        name: A key of `RULES`.
+        rows: Unprotected runs.
+        threshold: Replaces the rule's own.
+        recipe: The name of the score.
         horizon_steps: See `lead_time`.
 
     Raises:
-        ConfigurationError: No such rule, or a row is damaged.
+        ConfigurationError: The rule is unknown, or a row is damaged.
     """
     if name not in RULES:
         raise ConfigurationError(f"There is no rule {name!r}; choose one of {', '.join(RULES)}.")
@@ -365,14 +354,21 @@ def score(
         elif row.status == "finished":
             false_alarms += len(warned)
             readings += len(record.steps)
-    return Score(name, recipe, level, tuple(leads), false_alarms, readings)
+    return Score(
+        rule=name,
+        recipe=recipe,
+        threshold=level,
+        leads=tuple(leads),
+        num_false_alarms=false_alarms,
+        num_healthy_readings=readings,
+    )
 
 
 def threshold_sweep(name: str, rows: Sequence[Row]) -> tuple[Score, ...]:
-    """Judge a rule over all rows at each threshold of its grid, the most sensitive first.
+    """Judge a rule over all rows at each of its thresholds, the most sensitive first.
 
     Raises:
-        ConfigurationError: No such rule, or a row is damaged.
+        ConfigurationError: The rule is unknown, or a row is damaged.
     """
     thresholds = RULES[name].thresholds if name in RULES else (0.0,)
     return tuple(score(name, rows, threshold=threshold) for threshold in thresholds)
@@ -381,30 +377,27 @@ def threshold_sweep(name: str, rows: Sequence[Row]) -> tuple[Score, ...]:
 def at_equal_rate(
     rows: Sequence[Row], *, max_false_alarms: float, rules: Sequence[str] = tuple(RULES)
 ) -> tuple[Score, ...]:
-    """Return rule × recipe, each rule at its most sensitive threshold within one rate.
+    """Return a score per rule and recipe, at the rule's most sensitive threshold within a rate.
 
-    One threshold a rule, over all recipes: nobody knows beforehand which explosion will come. It is
-    chosen on the same healthy runs that the rate is reported of; new runs will show a little more.
+    A rule has one threshold over all recipes, because nobody knows beforehand which explosion will
+    come. It is chosen on the same healthy runs whose rate is reported, so expect a slightly higher
+    rate of new runs.
 
     Args:
-        rows: Runs that nobody protected.
+        rows: Unprotected runs.
         max_false_alarms: Per 1,000 readings of all healthy runs together.
-        rules: Names; a rule that no threshold of its grid keeps within the rate is left out, and so
-            is one whose series was recorded in no healthy run.
+        rules: Names. A rule is left out if none of its thresholds keeps the rate, or if no healthy
+            run recorded its series.
 
     Raises:
-        ConfigurationError: No such rule, or a row is damaged.
+        ConfigurationError: A rule is unknown, or a row is damaged.
     """
     found: list[Score] = []
     for name in rules:
-        allowed = (
-            s.threshold
-            for s in threshold_sweep(name, rows)
-            if s.false_alarm_rate is not None and s.false_alarm_rate <= max_false_alarms
-        )
-        threshold = next(allowed, None)
-        if threshold is not None:
-            found += by_recipe(name, rows, threshold=threshold)
+        for one in threshold_sweep(name, rows):
+            if one.false_alarm_rate is not None and one.false_alarm_rate <= max_false_alarms:
+                found += by_recipe(name, rows, threshold=one.threshold)
+                break
     return tuple(found)
 
 
@@ -414,41 +407,28 @@ def by_recipe(
     """Judge a rule over the rows of each recipe that has an explosion or a healthy run.
 
     Raises:
-        ConfigurationError: No such rule, or a row is damaged.
+        ConfigurationError: The rule is unknown, or a row is damaged.
     """
-    recipes = sorted({row.recipe for row in rows})
     scores = (
         score(name, [r for r in rows if r.recipe == recipe], threshold=threshold, recipe=recipe)
-        for recipe in recipes
+        for recipe in sorted({row.recipe for row in rows})
     )
     return tuple(s for s in scores if s.leads or s.num_healthy_readings)
 
 
-_COLUMNS = (
-    "rule",
-    "recipe",
-    "threshold",
-    "warned ahead",
-    "lead, steps",
-    "false /1,000",
-    "healthy",
-)
-
-
 def render_table(scores: Sequence[Score]) -> Table:
     """Return the scores as a table for the terminal."""
-    return score_table(_COLUMNS, map(_cells, scores))
-
-
-def _cells(line: Score) -> tuple[str, ...]:
-    known = [lead for lead in line.leads if lead is not None]
-    rate = line.false_alarm_rate
-    return (
-        line.rule,
-        line.recipe,
-        f"{line.threshold:g}",
-        f"{len(line.warned_ahead)} of {len(line.leads)}" if line.leads else "–",
-        f"{line.median_lead:g} ({min(known)}…{max(known)})" if known else "–",
-        "–" if rate is None else f"{rate:.2g}",
-        str(line.num_healthy_readings),
+    return lean_table(
+        ["rule", "recipe"],
+        ["threshold", "warned ahead", "lead, steps", "false /1,000", "healthy"],
+        rows=(
+            (
+                one.rule,
+                one.recipe,
+                f"{one.threshold:g}",
+                *one.cells(),
+                str(one.num_healthy_readings),
+            )
+            for one in scores
+        ),
     )

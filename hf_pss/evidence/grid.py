@@ -1,4 +1,4 @@
-"""The grid of a sweep: from a YAML file to cells, each of which determines one run."""
+"""Read the grid of a sweep, a YAML file, into cells that each determine one run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.baselines import OPTIMIZERS
+from hf_pss.evidence.baselines import OPTIMIZERS, TRAINERS_OWN
 from hf_pss.evidence.guards.base import Guard
 from hf_pss.evidence.guards.table import GUARDS
-from hf_pss.evidence.processes import versions
 from hf_pss.evidence.recipes import RECIPES, Recipe
-from hf_pss.evidence.rows import Row
+from hf_pss.evidence.rows import Row, versions
 
 __all__ = ["Cell", "read_grid"]
+
+_T = TypeVar("_T")
+
+# Of a recipe's fields, those that lie beside the training's own numbers in a cell's id.
+_BESIDE_TRAINING = (
+    *("architecture", "init_gain", "zero_query", "matrix_lr_ratio", "adam_beta1", "schedule"),
+    *("on_gpu", "fault"),
+)
 
 _BLOCK: dict[str, Any] = {
     "recipes": None,
@@ -39,26 +46,31 @@ _BLOCK: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One run: all that determines it, and nothing else."""
+    """Everything that determines one run."""
 
     recipe_name: str
     recipe: Recipe
     optimizer: str
-    learning_rate: float
+    """A name of `OPTIMIZERS`, or `TRAINERS_OWN`."""
     guard_name: str
     pss: PSSConfig | None = None
-    """PSS with options of the grid's own; None is the table's guard of that name."""
+    """PSS options of the grid itself. None: the guard of that name in the table."""
     seed: int
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """What the grid changed of the recipe; `recipe` has them already."""
+    """The grid's changes of the recipe; `recipe` holds them already."""
     probes_every_steps: int = 0
-    """Rhythm at which early-warning readings are kept; 0 keeps none."""
+    """Steps between early-warning readings; 0 keeps none."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The recipe's peak learning rate."""
+        return self.recipe.learning_rate
 
     @property
     def guard(self) -> Guard:
-        """The guard: of the table, or PSS as the grid wants it."""
+        """The guard: one of the table, or PSS with the grid's options."""
         if self.pss is None:
-            return _of_the_table(self.guard_name)
+            return _table_guard(self.guard_name)
         return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
 
     @property
@@ -68,10 +80,14 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A hash of what determines the run; a guard counts with its name and PSS options."""
-        told = ("description", "explosion")  # what is said of a run does not change it
+        """A hash of everything that determines the run, including the guard's name and options."""
+        recipe = self.recipe.to_dict()
+        for name in ("description", "explosion"):  # they change how a run is reported, not the run
+            del recipe[name]
+        own = {name: recipe.pop(name) for name in _BESIDE_TRAINING}
         parts = [
-            {k: v for k, v in self.recipe.to_dict().items() if k not in told},
+            # Nested as in the first version, so that rows of earlier sweeps count as done.
+            {**own, "training": recipe},
             self.optimizer,
             self.learning_rate,
             [self.guard_name, self.guard.pss.to_dict(), self.guard.max_grad_norm],
@@ -81,7 +97,7 @@ class Cell:
         return _hash([self.recipe_name, *parts])
 
     def new_row(self, **measured: Any) -> Row:
-        """Return the row of this run, with what has been measured of it."""
+        """Return the row of this run with the measured numbers."""
         about: dict[str, Any] = {
             "id": self.id,
             "recipe": self.recipe_name,
@@ -91,25 +107,30 @@ class Cell:
             "guard_id": self.guard_id,
             "changes": dict(self.changes),
             "seed": self.seed,
-            "num_steps": self.recipe.training.num_steps,
+            "num_steps": self.recipe.num_steps,
             "versions": versions(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return Row(**about, **measured)
 
     def check(self) -> None:
-        """Refuse a combination that cannot be run, before anything is.
+        """Make sure that the run is possible.
 
         Raises:
-            ConfigurationError: It says why.
+            ConfigurationError: Guard, optimizer and recipe do not fit together, or the machine has
+                no CUDA device that the recipe needs.
         """
         guard, recipe = self.guard, self.recipe
-        if guard.optimizer is not None and (
-            self.optimizer != "adamw" or recipe.matrix_lr_ratio != 1.0
-        ):
+        has_one_rate = recipe.matrix_lr_ratio == 1.0
+        if guard.optimizer is not None and (self.optimizer != "adamw" or not has_one_rate):
             raise ConfigurationError(
                 f"The guard {self.guard_name} is an optimizer in AdamW's place, with one learning "
-                f"rate for all; the cell {self} asks for another."
+                f"rate for all parameters; the cell {self} asks for another."
+            )
+        if self.optimizer == TRAINERS_OWN and not has_one_rate:
+            raise ConfigurationError(
+                f"The Trainer's own optimizer has one learning rate for all parameters; {self} "
+                "asks for two."
             )
         if guard.needs_fault and recipe.fault is None:
             raise ConfigurationError(
@@ -126,10 +147,10 @@ class Cell:
 
 
 def read_grid(path: Path) -> list[Cell]:
-    """Return the cells of a YAML file: one mapping, or a list of mappings, each a full product.
+    """Return the cells of a YAML file: a mapping or a list of mappings, each a full product.
 
-    Cells that two blocks share are run once. Seeds are the outer loop, so that a sweep that was
-    ended early has compared everything on fewer seeds.
+    Cells that two mappings share are run once. Seeds are the outer loop, so that a sweep that ends
+    early has compared everything on fewer seeds.
 
     Raises:
         ConfigurationError: The file cannot be read, a key or a name is unknown, or a value is
@@ -149,42 +170,33 @@ def read_grid(path: Path) -> list[Cell]:
     for cell in cells.values():
         if meant.setdefault(cell.guard_name, cell.guard_id) != cell.guard_id:
             raise ConfigurationError(
-                f"The grid {path} gives the name {cell.guard_name!r} to two sets of options; a "
-                "table could not tell them apart."
+                f"The grid {path} gives the name {cell.guard_name!r} to two sets of options, which "
+                "a table would mix."
             )
     return sorted(cells.values(), key=lambda cell: cell.seed)
 
 
 def _cells(block: Any) -> Iterator[Cell]:
     found = _checked(block)
-    guards = [_named(entry) for entry in _list(found, "guards")]
-    recipes = [(name, _recipe(name)) for name in _list(found, "recipes")]
     axes = (
         _seeds(found["seeds"]),
-        recipes,
+        [(name, _choice("recipe", name, RECIPES)) for name in _list(found, "recipes")],
         _list(found, "optimizers"),
-        [_number(rate) for rate in _list(found, "learning_rates")],
-        guards,
+        [_learning_rate(value) for value in _list(found, "learning_rates")],
+        [_guard(entry) for entry in _list(found, "guards")],
     )
     for seed, (name, recipe), optimizer, rate, (guard_name, pss) in product(*axes):
-        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-            raise ConfigurationError(
-                f"The grid asks for the optimizer {optimizer!r}; choose of {', '.join(OPTIMIZERS)}."
-            )
-        cell = Cell(
+        _choice("optimizer", optimizer, OPTIMIZERS)
+        yield Cell(
             recipe_name=name,
             recipe=recipe.with_changes({**found["changes"], "learning_rate": rate}),
             changes=found["changes"],
             optimizer=optimizer,
-            learning_rate=rate,
             guard_name=guard_name,
             pss=pss,
             seed=seed,
-            probes_every_steps=_count(found["probes_every_steps"]),
+            probes_every_steps=found["probes_every_steps"],
         )
-        if not 0 < rate < math.inf:
-            raise ConfigurationError(f"A learning rate is above 0 and finite, not {rate!r}.")
-        yield cell
 
 
 def _checked(block: Any) -> dict[str, Any]:
@@ -202,6 +214,10 @@ def _checked(block: Any) -> dict[str, Any]:
         raise ConfigurationError("`changes` of a grid is a mapping from fields to values.")
     if "learning_rate" in changes:
         raise ConfigurationError("Learning rates are an axis: write them as `learning_rates`.")
+    if not _is_count(found["probes_every_steps"]):
+        raise ConfigurationError(
+            f"`probes_every_steps` of a grid is a count; you gave {found['probes_every_steps']!r}."
+        )
     return found
 
 
@@ -222,43 +238,44 @@ def _seeds(value: Any) -> list[int]:
     return list(seeds)
 
 
-def _number(value: Any) -> float:
-    # YAML takes 1e-3, without a dot, for a word.
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"A number is wanted in the grid, not {value!r}.") from error
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _count(value: Any) -> int:
-    if not _is_count(value):
-        raise ConfigurationError(f"A count is wanted in the grid, not {value!r}.")
-    return int(value)
+def _learning_rate(value: Any) -> float:
+    try:
+        rate = float(value)  # YAML reads 1e-3, without a dot, as text
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"A learning rate is a number; you gave {value!r}.") from error
+    if not 0 < rate < math.inf:
+        raise ConfigurationError(f"A learning rate is above 0 and finite; you gave {rate!r}.")
+    return rate
 
 
 def _hash(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _recipe(name: Any) -> Recipe:
-    if not isinstance(name, str) or name not in RECIPES:
+def _choice(what: str, name: Any, table: Mapping[str, _T], hint: str = "") -> _T:
+    if not isinstance(name, str) or name not in table:
         raise ConfigurationError(
-            f"The grid asks for the recipe {name!r}; choose one of {', '.join(RECIPES)}."
+            f"The grid asks for the {what} {name!r}; choose one of {', '.join(table)}{hint}."
         )
-    return RECIPES[name]
+    return table[name]
 
 
-def _named(entry: Any) -> tuple[str, PSSConfig | None]:
-    """Return a guard of the table, or PSS with options of the grid's own.
+def _table_guard(name: str) -> Guard:
+    hint = ", or give PSS options of your own: {name: ..., preset: floor, floor_ratio: 0.5}"
+    return _choice("guard", name, GUARDS, hint)
 
-    The latter is a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
+
+def _guard(entry: Any) -> tuple[str, PSSConfig | None]:
+    """Return a guard's name, and the PSS options where the grid gives its own.
+
+    These are a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
     """
     if isinstance(entry, str):
-        _of_the_table(entry)
+        _table_guard(entry)
         return entry, None
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ConfigurationError(f"A guard is a name or a mapping with a name, not {entry!r}.")
@@ -268,12 +285,3 @@ def _named(entry: Any) -> tuple[str, PSSConfig | None]:
         )
     options = {k: v for k, v in entry.items() if k not in ("name", "preset")}
     return entry["name"], PSSConfig.preset(entry.get("preset", "paper"), **options)
-
-
-def _of_the_table(name: str) -> Guard:
-    if name not in GUARDS:
-        raise ConfigurationError(
-            f"The grid asks for the guard {name!r}; choose one of {', '.join(GUARDS)}, or give "
-            "PSS options of your own: {name: ..., preset: floor, floor_ratio: 0.5}."
-        )
-    return GUARDS[name]

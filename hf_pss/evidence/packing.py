@@ -1,4 +1,4 @@
-"""Packing a stream of documents into full blocks, none in memory longer than its block."""
+"""Pack a stream of documents into full blocks, with one batch of documents in memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["PackedStream", "first_blocks", "is_held_out", "pack_documents", "spl
 def pack_documents(
     documents: Iterable[Sequence[int]], *, context_length: int
 ) -> Iterator[list[int]]:
-    """Cut documents, joined end to end, into full blocks; what is left over starts the next block.
+    """Join documents end to end and cut them into full blocks, lazily.
 
-    Only the very end, shorter than a block, is dropped: there is no padding.
+    No block is padded. Only the incomplete block at the very end is dropped.
 
     Args:
-        documents: Token ids, each document with its separator; read as blocks are asked for.
-        context_length: Tokens a block, at least 2: the model predicts token t + 1 from t.
+        documents: Token ids, each document with its separator.
+        context_length: Tokens a block. At least 2, because the model predicts token t + 1 from t.
 
     Raises:
-        ConfigurationError: Nothing to predict in a block.
+        ConfigurationError: `context_length` is below 2.
 
     >>> list(pack_documents([[1, 2, 0], [3, 0], [4, 5, 6, 0]], context_length=4))
     [[1, 2, 0, 3], [0, 4, 5, 6]]
@@ -50,22 +50,22 @@ def pack_documents(
 
 
 class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
-    """Rows of text, tokenised and packed while they are read: every label is the input itself.
+    """A stream of rows, tokenised and packed while it is read. Every label is the input itself.
 
-    It holds one batch of documents. It has no length, so a run needs ``max_steps``; a resumed run
-    reads again what it has seen, because the Trainer skips it. Several workers of a DataLoader
-    share the rows' files, so more workers than files idle. Under several ranks Accelerate reads
-    on the first and hands each rank its own part of the batch.
+    The stream has no length, so a run needs ``max_steps``. A resumed run reads the blocks it has
+    already seen, because the Trainer skips them one by one. The workers of a DataLoader share the
+    rows' files, so workers beyond the number of files stay idle. Under several ranks Accelerate
+    reads on the first rank and sends each rank its part of the batch.
 
     Args:
-        rows: From ``load_dataset(..., streaming=True)``, or ``to_iterable_dataset()`` of others.
-        tokenizer: Must name an end-of-text token; it follows every document.
+        rows: From ``load_dataset(..., streaming=True)``, or a dataset's ``to_iterable_dataset()``.
+        tokenizer: Needs an end-of-text token, which follows every document.
         context_length: Tokens a block.
-        column: Where rows keep their text.
+        column: The column that holds the text.
 
     Raises:
-        ConfigurationError: The tokenizer has no end-of-text token, or, when read, a column without
-            text.
+        ConfigurationError: The tokenizer has no end-of-text token, or, while reading, the column
+            holds something other than text.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
         context_length: int,
         column: str = "text",
     ) -> None:
-        encode_each([], tokenizer)  # refuses the tokenizer now, not in a worker
+        encode_each([], tokenizer)  # refuses a bad tokenizer here and not later in a worker
         self._rows = rows.select_columns(column)
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._column = column
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew, where the rows are shuffled; the Trainer calls this at every pass."""
+        """Change the order of shuffled rows; the Trainer calls this at every pass."""
         self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # In a DataLoader's worker the rows themselves give that worker's files only.
+        # In a DataLoader's worker the rows yield only that worker's files.
         documents = encode_each(texts_of(self._rows, self._column), self._tokenizer)
         for block in pack_documents(documents, context_length=self._context_length):
             ids = torch.tensor(block)
@@ -95,38 +95,37 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
 
 
 def is_held_out(text: str, *, fraction: float) -> bool:
-    """Tell by a hash of the text whether a document is for validation.
+    """Return whether a document is for validation, by a hash of its text.
 
-    Neither the order of reading nor the number of workers moves a document, and equal documents
-    are on one side.
+    The order of reading and the number of workers do not matter, and equal documents get the same
+    answer.
 
     >>> [is_held_out("a document", fraction=fraction) for fraction in (0.0, 1.0)]
     [False, True]
     """
-    # surrogatepass: what JSON can hold, UTF-8 need not.
+    # JSON can hold lone surrogates, which plain UTF-8 refuses.
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) < fraction * 2**32
 
 
 def split_stream(
     rows: datasets.IterableDataset, *, column: str = "text", fraction: float
 ) -> tuple[datasets.IterableDataset, datasets.IterableDataset]:
-    """Split rows into those to train on and those held out, by `is_held_out`; nothing is read.
+    """Split rows by `is_held_out` into training and validation rows, without reading any.
 
-    Rows whose column holds no text count as those to train on, where reading refuses or skips them.
+    Rows without text in the column count as training rows; reading skips or refuses them.
     """
-    keep = partial(_is_on_side, fraction=fraction, held_out=False)
-    hold = partial(_is_on_side, fraction=fraction, held_out=True)
-    return (
-        rows.filter(keep, input_columns=[column]),
-        rows.filter(hold, input_columns=[column]),
+    train, held_out = (
+        rows.filter(partial(_is_on_side, fraction=fraction, held_out=side), input_columns=[column])
+        for side in (False, True)
     )
+    return train, held_out
 
 
 def first_blocks(stream: PackedStream, num_blocks: int) -> BlockDataset:
-    """Read the first blocks of a stream into memory: what every evaluation measures on.
+    """Read the first blocks of a stream into memory, for evaluation.
 
     Raises:
-        ConfigurationError: The stream holds not one full block.
+        ConfigurationError: The stream does not fill one block.
     """
     blocks = [item["input_ids"] for item in islice(stream, num_blocks)]
     if not blocks:

@@ -1,4 +1,4 @@
-"""What might warn before the loss moves: quantities recorded during a run, for later judgement."""
+"""Record quantities during a run that may warn before the loss moves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import Trainer
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.guards.base import TimedCallback
 from hf_pss.health.jacobian_energy import measure_jacobian_energies
 from hf_pss.health.sign_diversity import SignDiversityMeter
 from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter
@@ -31,25 +32,26 @@ PROBED: Mapping[str, str] = {
     "mean_jacobian_energy": "mean stable Jacobian energy of the matrices",
     "min_sign_diversity": "smallest sign diversity of a matrix's inputs",
     "mean_sign_diversity": "mean sign diversity of the matrices' inputs",
-    "max_spectral_growth": "largest σ₁ / σ₁ before training; matrices that start at zero left out",
+    "max_spectral_growth": "largest σ₁ / σ₁ before training, without matrices that start at zero",
     "max_spectral_residual": "largest residual of the σ₁: above 0.05 one of them is stale",
 }
-"""Each series, and what it holds."""
+"""The meaning of each series."""
 
 
-class Probes(TrainerCallback):
+class Probes(TimedCallback):
     """Records the quantities of `PROBED` at every ``every_steps``-th step, and changes nothing.
 
-    Add it behind PSS's callback, whose gradient norm it takes. Without one the norm is read from
-    the gradients, and only where the Trainer does not clip them.
+    Add it behind PSS's callback, whose gradient norm it records. Without that callback it computes
+    the norm from the gradients, but only where the Trainer does not clip them.
 
     Args:
-        trainer: Whose run is recorded.
-        every_steps: Rhythm of the record: steps N, 2N, …
-        jacobian_energy: Whether to decompose every matrix for it; the dearest of all.
+        trainer: The trainer whose run to record.
+        every_steps: Interval of the record: steps N, 2N, …
+        jacobian_energy: Also record the Jacobian energies. They cost the most, because every matrix
+            is decomposed for them.
 
     Raises:
-        ConfigurationError: `every_steps` below 1.
+        ConfigurationError: `every_steps` is below 1.
     """
 
     def __init__(
@@ -57,19 +59,19 @@ class Probes(TrainerCallback):
     ) -> None:
         if every_steps < 1:
             raise ConfigurationError(f"You gave every_steps={every_steps}; give 1 or more.")
+        super().__init__()
         self.every_steps = every_steps
-        self.seconds = 0.0
-        """Time spent here, in all."""
         self._trainer = trainer
         self._has_energy = jacobian_energy
         self._steps: list[int] = []
         self._series: dict[str, list[float | None]] = {name: [] for name in PROBED}
         self._now: dict[str, float] = {}
+        self._is_due = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON: ``every_steps``, ``seconds``, ``step``, and a list for each series.
 
-        The lists are of one length; None stands where a number is not finite or was not there.
+        The lists have one length. A number that is missing or not finite is None.
         """
         return {
             "every_steps": self.every_steps,
@@ -78,54 +80,36 @@ class Probes(TrainerCallback):
             **{name: list(values) for name, values in self._series.items()},
         }
 
-    # ---- the Trainer's events ----
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Find the matrices and note their first spectral norms."""
-        if model is None:
-            raise ConfigurationError("Probes needs the model in on_train_begin; got none.")
-        started = time.perf_counter()
-        self._model = model
-        parameters = named_parameters_canonical(model)
+    def prepare(self) -> None:
+        """Find the matrices and record their first spectral norms."""
+        parameters = named_parameters_canonical(self.model)
         self._backend = backend_for(parameters)
-        self._views = select_matrices(model).matrices
+        self._views = select_matrices(self.model).matrices
         self._updates = UpdateMeter(
             sorted({view.parameter_name for view in self._views}), self._backend
         )
         self._norms = SpectralNormMeter(self._views, self._backend)
-        self._signs = SignDiversityMeter(model, self._views, self._backend)
+        self._signs = SignDiversityMeter(self.model, self._views, self._backend)
         first = self._norms.measure(parameters)
         self._first = {name: norm.sigma for name, norm in first.items() if norm.sigma > 0}
-        self._listener = next(
+        self._pss = next(
             (c for c in self._trainer.callback_handler.callbacks if isinstance(c, PSSCallback)),
             None,
         )
-        self.seconds += time.perf_counter() - started
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen to the forward passes of this step, if it is a recorded one."""
+    def before_step(self, step: int) -> None:
+        """Capture the forward passes of this step, if it is recorded."""
         self._now = {}
-        if self._is_due(state.global_step + 1):
+        self._is_due = step % self.every_steps == 0
+        if self._is_due:
             self._signs.arm(self._norms.directions())
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Read what there is before the update: gradients, and what the forward passes showed."""
-        if not self._is_due(state.global_step + 1):
-            return
-        started = time.perf_counter()
-        parameters = named_parameters_canonical(self._model)
-        if self._listener is None and not args.max_grad_norm:
+    def before_update(self) -> bool:
+        """Read the gradients, and the captured forward passes."""
+        if not self._is_due:
+            return False
+        parameters = named_parameters_canonical(self.model)
+        if self._pss is None and not self._trainer.args.max_grad_norm:
             grads = [p.grad for p in parameters.values() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
             self._now["grad_norm_preclip"] = self._backend.agree(norm.reshape(1))[0]
@@ -134,50 +118,44 @@ class Probes(TrainerCallback):
             self._note("jacobian_energy", energies.values(), "max")
         self._note("sign_diversity", self._signs.read().values(), "min")
         self._updates.start(parameters)
-        self.seconds += time.perf_counter() - started
+        return False
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the update, before anybody smooths the weights."""
-        if self._is_due(state.global_step + 1):
+        """Measure the update before a guard smooths the weights."""
+        if self._is_due:
             started = time.perf_counter()
-            change = self._updates.stop(named_parameters_canonical(self._model))
+            change = self._updates.stop(named_parameters_canonical(self.model))
             self._now["update_norm"] = self._backend.agree(change)[0]
             self.seconds += time.perf_counter() - started
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Read the weights and put the step on record."""
-        if not self._is_due(state.global_step):
-            return
-        started = time.perf_counter()
-        parameters = named_parameters_canonical(self._model)
+    def after_step(self, step: int) -> bool:
+        """Read the weights and add the step to the record."""
+        if not self._is_due:
+            return False
+        parameters = named_parameters_canonical(self.model)
         ranks = measure_stable_ranks(self._views, parameters, self._backend)
         self._note("stable_rank", ranks.values(), "min")
         self._note_norms(self._norms.measure(parameters))
-        report = self._listener.report if self._listener is not None else None
-        if report is not None and report.step == state.global_step:
+        report = self._pss.report if self._pss is not None else None
+        if report is not None and report.step == step:
             norm = report.scalars.get("grad_norm_preclip", math.nan)
             self._now["grad_norm_preclip"] = norm
-        self._steps.append(state.global_step)
+        self._steps.append(step)
         for name, series in self._series.items():
             value = self._now.get(name, math.nan)
             series.append(value if math.isfinite(value) else None)
-        self.seconds += time.perf_counter() - started
+        return False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no hook behind."""
+        """Remove the hooks from the model."""
         self._signs.disarm()
 
-    def _is_due(self, step: int) -> bool:
-        return step % self.every_steps == 0
-
     def _note(self, name: str, values: Iterable[float], worst: Literal["min", "max"]) -> None:
-        """Note the worst and the mean; nothing if one is NaN, which min and max may pass over."""
+        """Keep the worst and the mean, but nothing if one is NaN, which min and max may ignore."""
         numbers = list(values)
         if not numbers or any(math.isnan(v) for v in numbers):
             return

@@ -1,16 +1,21 @@
-"""The report: one self-contained page, and its figures beside it as PNG."""
+"""Write the report: one self-contained page, and its figures beside it as PNG."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from hf_pss.evidence import report_plots as plots
+from hf_pss.evidence.report_plots import (
+    colour_of,
+    gradient_figure,
+    loss_figure,
+    noise_levels,
+    stable_rank_figure,
+)
 from hf_pss.evidence.report_records import (
     ReportEvent,
     RunDirectory,
@@ -18,20 +23,14 @@ from hf_pss.evidence.report_records import (
     load_run_directory,
 )
 from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
-from hf_pss.runs.durable import write_whole
 from hf_pss.view import canvas
-from hf_pss.view import text_table as text
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
-from hf_pss.view.html_page import MISSING_EXTRA
-
-try:
-    import jinja2
-except ImportError as error:
-    raise ImportError(MISSING_EXTRA) from error
+from hf_pss.view.numbers import significant
+from hf_pss.view.page import inline_svg, render_template, write_page
 
 __all__ = ["write_report"]
 
-# A floor may act at every check: the page shows the first ones, the run's own file has all.
+# A floor may act at every check. The page shows the first events; the run's own file has all.
 _MOST_LINES = 40
 _MOST_DETAILED = 10
 
@@ -49,7 +48,7 @@ class SummaryLine:
 
 @dataclass(frozen=True, slots=True)
 class EventLine:
-    """A line of the table of events: one intervention, or a row of events that are alike."""
+    """A line of the table of events: one intervention, or several similar events in a row."""
 
     first: ReportEvent
     last_step: int
@@ -58,7 +57,7 @@ class EventLine:
 
 @dataclass(frozen=True, slots=True)
 class EventList:
-    """The events of one run, as far as the page shows them."""
+    """The events of one run that the page shows."""
 
     title: str
     path: str
@@ -73,8 +72,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write ``report.html`` and ``figures/*.png``.
 
     Args:
-        run_dir: a run directory; also of a run that was interrupted, or still goes on.
-        out: the page to write, or a folder for it; None is ``run_dir/report.html``.
+        run_dir: A run directory, also of a run that was interrupted or is still running.
+        out: The page to write, or a folder for it. None is ``run_dir/report.html``.
 
     Returns:
         The page's path. It needs no other file and no network.
@@ -86,67 +85,40 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     page = run_dir / "report.html" if out is None else out
     if page.is_dir():
         page = page / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    html = _render(directory, _draw(directory, page.parent / "figures"))
-    write_whole(page, html)  # a browser may have the page open
-    return page
-
-
-def _draw(directory: RunDirectory, folder: Path) -> dict[str, str]:
-    """Save each figure as PNG, and return it as a data URI for the page."""
     with canvas.style():
         figures = {
-            "loss": plots.loss_figure(directory),
-            "gradient_norm": plots.gradient_figure(directory),
-            "stable_rank": plots.stable_rank_figure(directory),
+            "loss": loss_figure(directory),
+            "gradient_norm": gradient_figure(directory),
+            "stable_rank": stable_rank_figure(directory),
         }
-        uris = {}
         for name, figure in figures.items():
             if figure is not None:
-                canvas.save_png(figure, folder / f"{name}.png")
-                encoded = base64.b64encode(canvas.to_svg(figure)).decode("ascii")
-                uris[name] = f"data:image/svg+xml;base64,{encoded}"
-    return uris
-
-
-def _render(directory: RunDirectory, figures: Mapping[str, str]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_pss.evidence", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        name: getattr(text, name)
-        for name in ("fixed", "significant", "count", "percent", "duration")
-    }
-    return environment.get_template("template.html.j2").render(
-        directory=directory,
-        sentences=headline(directory),
-        lines=list(_summary_lines(directory)),
-        figures=figures,
-        noise=plots.noise_levels(directory),
-        roles=_roles(directory),
-        events=[_event_list(run) for run in directory.runs if run.events],
-        methods=[_method(directory, guard) for guard in directory.guards],
-        label=label,
-        outcome=outcome,
-        short_name=_short_name,
-    )
+                canvas.save_png(figure, page.parent / "figures" / f"{name}.png")
+        values = {
+            "directory": directory,
+            "sentences": headline(directory),
+            "lines": list(_summary_lines(directory)),
+            "figures": inline_svg(figures),
+            "noise": noise_levels(directory),
+            "roles": _roles(directory),
+            "events": [_event_list(run) for run in directory.runs if run.events],
+            "methods": [(label(guard), _method(directory, guard)) for guard in directory.guards],
+            "label": label,
+            "outcome": outcome,
+            "short_name": _short_name,
+        }
+    write_page(page, render_template("hf_pss.evidence", "template.html.j2", values))
+    return page
 
 
 def _summary_lines(directory: RunDirectory) -> Iterator[SummaryLine]:
     for guard in directory.guards:
-        runs, tint = (
-            directory.of(guard),
-            plots.colour_of(directory, guard),
-        )
+        runs, colour = directory.of(guard), colour_of(directory, guard)
         results = [result(run) for run in runs]
         for run, one in zip(runs, results, strict=True):
-            yield SummaryLine(label(guard), tint, str(run.seed), one, is_mean=False)
+            yield SummaryLine(label(guard), colour, str(run.seed), one, is_mean=False)
         if len(runs) > 1:
-            yield SummaryLine(label(guard), tint, "mean", mean_result(results), is_mean=True)
+            yield SummaryLine(label(guard), colour, "mean", mean_result(results), is_mean=True)
 
 
 def _short_name(name: str) -> str:
@@ -173,7 +145,7 @@ def _event_list(run: TrainingRun) -> EventList:
 
 
 def _event_lines(events: Sequence[ReportEvent]) -> Iterator[EventLine]:
-    """One line for each intervention; neighbours that nothing was done about share one."""
+    """Yield one line per intervention; neighbouring events that changed nothing share one."""
 
     def likeness(numbered: tuple[int, ReportEvent]) -> tuple[object, ...]:
         index, event = numbered
@@ -185,16 +157,15 @@ def _event_lines(events: Sequence[ReportEvent]) -> Iterator[EventLine]:
         yield EventLine(alike[0], alike[-1].step, len(alike))
 
 
-def _method(directory: RunDirectory, guard: str) -> tuple[str, str]:
-    """What a guard did, as far as its own files tell: detector, threshold, smoothing."""
+def _method(directory: RunDirectory, guard: str) -> str:
+    """Describe what a guard did, from its own files: detector, threshold, smoothing."""
     events = [event for run in directory.of(guard) for event in run.interventions]
     if not events:
-        return label(guard), "did not change a single weight."
+        return "did not change a single weight."
     kinds = sorted({(event.detector, event.smoothing) for event in events})
     named = "; ".join(f"detector {detector}, smoothing {phi}" for detector, phi in kinds)
-    thresholds = np.array([event.threshold for event in events])
-    thresholds = thresholds[np.isfinite(thresholds)]
-    if len(thresholds):
-        low, high = (text.significant(float(edge)) for edge in (thresholds.min(), thresholds.max()))
+    thresholds = [event.threshold for event in events if np.isfinite(event.threshold)]
+    if thresholds:
+        low, high = significant(min(thresholds)), significant(max(thresholds))
         named += f"; threshold {low}" if low == high else f"; thresholds between {low} and {high}"
-    return label(guard), f"{named}."
+    return f"{named}."

@@ -1,4 +1,4 @@
-"""The curves of a run directory: losses, gradient norms, and one wide figure for a README."""
+"""Draw the curves of a run directory: losses, gradient norms, and a wide figure for a README."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hf_pss.view.canvas import (
     Figure,
     Line2D,
     colour,
+    mark_level,
     new_figure,
     save_png,
     style,
@@ -38,19 +39,19 @@ __all__ = [
     "stable_rank_figure",
 ]
 
-# 1/40 of the run takes the noise of single batches and leaves a spike of ten steps visible.
+# 1/40 of the run removes the noise of single batches and keeps a spike of ten steps visible.
 _SMOOTHING_FRACTION = 1 / 40
-# A loss far above the first one tells nothing but that it is lost; the axis ends here.
+# A loss far above the first one only shows that the run is lost, so the axis ends here.
 _LOSS_HEADROOM = 1.15
-# Norms are cut four decades from their median, or one explosion would flatten the rest.
+# Norms are cut four decades from their median. Otherwise one explosion would flatten the rest.
 _GRADIENT_HEADROOM = 1e4
-# A logarithm has no place for zero, nor for what is zero in float32.
+# A logarithmic axis cannot show zero, nor a number that is zero in float32.
 _SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 _DASHES = (0, (3, 2))
 
 
 def moving_average(values: Floats, window: int) -> Floats:
-    """Centred mean over the finite values in a window; NaN where it holds none.
+    """Return the centred mean over the finite values in a window; NaN where it holds none.
 
     >>> moving_average(np.array([1.0, np.nan, 3.0]), 3).tolist()
     [1.0, 2.0, 3.0]
@@ -68,7 +69,7 @@ def moving_average(values: Floats, window: int) -> Floats:
 
 
 def loss_figure(directory: RunDirectory) -> Figure:
-    """Validation loss beside training loss, all guards and seeds."""
+    """Draw validation loss beside training loss, all guards and seeds."""
     figure = new_figure(10, 3.9)
     validation, training = figure.subplots(1, 2)
     for run in directory.runs:
@@ -86,7 +87,7 @@ def loss_figure(directory: RunDirectory) -> Figure:
 
 
 def gradient_figure(directory: RunDirectory) -> Figure:
-    """Gradient norm of each guard's first seed, with baseline, threshold and interventions."""
+    """Draw the gradient norm of each guard's first seed, with its baseline and threshold."""
     figure = new_figure(10, 3.4)
     panels = figure.subplots(1, len(directory.guards), sharex=True, sharey=True, squeeze=False)[0]
     for axes, guard in zip(panels, directory.guards, strict=True):
@@ -106,11 +107,11 @@ def gradient_figure(directory: RunDirectory) -> Figure:
 
 
 def headline_plot(run_dir: Path, out_png: Path) -> None:
-    """Draw the before and after of a run in one wide figure: loss left, stable rank right.
+    """Draw all guards in one wide figure: loss left, stable rank right.
 
     Args:
-        run_dir: a run directory.
-        out_png: where the picture goes.
+        run_dir: A run directory.
+        out_png: The picture to write.
 
     Raises:
         ConfigurationError: `run_dir` holds no run.
@@ -125,7 +126,7 @@ def headline_plot(run_dir: Path, out_png: Path) -> None:
             _plot_mean_and_range(right, [_mean_stable_rank(run) for run in runs], tint)
         _finish(left, f"Validation loss{_seed_note(directory)}")
         _cut_above(left, _loss_limit(directory))
-        _finish(right, "Stable rank, mean over all watched matrices")
+        _finish(right, "Stable rank, mean over all selected matrices")
         right.set_ylim(bottom=0)
         _legend(figure, directory)
         save_png(figure, out_png)
@@ -146,14 +147,14 @@ def _plot_gradient(axes: Axes, run: TrainingRun, tint: str) -> None:
 
 
 def _scale_norms(axes: Axes, norms: Floats) -> None:
-    """Make a shared axis logarithmic, with room at the top, where the interventions are marked."""
+    """Make a shared axis logarithmic, with room at the top for the marks of interventions."""
     norms = norms[norms > _SMALLEST_NORM]
     if not len(norms):
         return
     low, high, median = (float(f(norms)) for f in (np.min, np.max, np.median))
     bottom = max(low / 1.5, median / _GRADIENT_HEADROOM)
     top = 4 * min(high, median * _GRADIENT_HEADROOM)
-    # Limits first: on a logarithmic axis matplotlib would warn of the ones it chose by itself.
+    # Limits first, because matplotlib warns about its own limits on a logarithmic axis.
     axes.set_ylim(bottom, top)
     use_log_scale(axes)
     if high > top:
@@ -161,7 +162,7 @@ def _scale_norms(axes: Axes, norms: Floats) -> None:
 
 
 def _plot_mean_and_range(axes: Axes, curves: Sequence[Curve], tint: str) -> None:
-    """Mean over seeds, where every seed has a finite value, and their range behind it."""
+    """Draw the mean and the range over seeds, where every seed has a finite value."""
     curves = [curve for curve in curves if len(curve)]
     if not curves:
         return
@@ -207,17 +208,7 @@ def _mark_unigram_entropy(axes: Axes, directory: RunDirectory) -> None:
     entropy = directory.unigram_entropy_nats
     low, high = axes.get_ylim()
     if not math.isnan(entropy) and low < entropy < high:
-        axes.axhline(entropy, color="#999999", lw=0.8, ls=":")
-        axes.annotate(
-            "unigram entropy",
-            (1.0, entropy),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            color="#777777",
-            fontsize=7.5,
-        )
+        mark_level(axes, entropy, "unigram entropy")
 
 
 def _mark_nonfinite(axes: Axes, directory: RunDirectory) -> None:

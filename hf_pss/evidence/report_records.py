@@ -225,7 +225,7 @@ class RunDirectory:
 
     @property
     def unigram_entropy_nats(self) -> float:
-        """Loss of a model that knows only the token frequencies; NaN where unknown."""
+        """Loss of a model that predicts the token frequencies; NaN where unknown."""
         return number(self.info.get("unigram_entropy_nats"))
 
 

@@ -1,24 +1,25 @@
-"""What the runs show, in numbers and in sentences that claim no more than was measured.
+"""The results of a demo run, as numbers, as sentences and as a table for the terminal.
 
-The result of a demo run as a table for the terminal.
+The sentences claim no more than was measured.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from hf_pss.evidence.report_records import Curve, RunDirectory, TrainingRun, load_run_directory
-from hf_pss.view import text_table as text
+from hf_pss.view.numbers import count, duration, fixed, percent
+from hf_pss.view.tables import lean_table
 
 __all__ = [
-    "Comparison",
     "Result",
+    "TwinComparison",
     "compare",
     "headline",
     "label",
@@ -28,7 +29,7 @@ __all__ = [
     "result",
 ]
 
-# Losses are shown with three decimals; what rounds to nothing is no difference.
+# Losses are shown with three decimals. Two losses that look the same there are called the same.
 _SAME_LOSS = 0.0005
 
 _LABELS = {
@@ -40,13 +41,13 @@ _LABELS = {
 
 
 def label(guard: str) -> str:
-    """What people call a guard; one the package does not know keeps its own name."""
+    """Return a guard's name for people. A guard unknown to the package keeps its own name."""
     return _LABELS.get(guard, guard)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the summary table; NaN where the run does not say."""
+    """One line of the summary table; NaN where the run has recorded nothing."""
 
     final_eval_loss: float
     best_eval_loss: float
@@ -60,20 +61,20 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """A guard's validation loss beside its twin's, seed by seed."""
+class TwinComparison:
+    """The validation losses of a guard and of its twin, seed by seed."""
 
     guard: str
     losses: tuple[float, ...]
-    """One for each seed where both are finite."""
+    """The guard's loss of each seed in which both are finite."""
     twin_losses: tuple[float, ...]
-    """The reference guard's, same seeds."""
+    """The reference guard's losses, of the same seeds."""
     num_rescued: int
     """Seeds in which only the guard ended finite."""
     num_lost: int
     """Seeds in which only the twin ended finite."""
     finished: bool
-    """False where the pairs had to be compared at their last common evaluation."""
+    """False where no pair has finished: each is compared at its last common evaluation."""
 
     @property
     def differences(self) -> tuple[float, ...]:
@@ -84,86 +85,79 @@ class Comparison:
 
     @property
     def num_pairs(self) -> int:
-        """Seeds for which there is something to say."""
+        """Seeds that can be compared."""
         return len(self.losses) + self.num_rescued + self.num_lost
 
 
 def result(run: TrainingRun) -> Result:
-    """Sum one run up, from its summary or, where it has none yet, from its curves."""
+    """Return one run's line, from its summary or, where it has none yet, from its curves."""
     summary = run.summary
-    num_seen = float(len(run.interventions))
+    num_interventions = len(run.interventions)
+    evals = run.eval_loss.finite
+    best = float(evals.min()) if len(evals) else math.nan
     if summary is None:
         return Result(
             final_eval_loss=_last(run.eval_loss),
-            best_eval_loss=_best(run),
+            best_eval_loss=best,
             final_train_loss=_last(run.loss),
-            num_interventions=num_seen,
+            num_interventions=num_interventions,
             num_nonfinite_steps=float(np.isnan(run.loss.values).sum()),
             overhead_ratio=math.nan,
             train_seconds=math.nan,
             status="unfinished",
         )
-    finished_loss = summary.final_eval_loss
-    if not summary.finished and math.isnan(finished_loss):
-        finished_loss = _last(run.eval_loss)
-    num_interventions, num_nonfinite = summary.num_interventions, summary.num_nonfinite_steps
+    eval_loss, train_loss = summary.final_eval_loss, summary.final_train_loss
+    if not summary.finished and math.isnan(eval_loss):
+        eval_loss = _last(run.eval_loss)
+    if summary.num_interventions is not None:
+        num_interventions = summary.num_interventions
+    num_nonfinite, seconds = summary.num_nonfinite_steps, summary.train_seconds
     return Result(
-        final_eval_loss=finished_loss,
-        best_eval_loss=_best(run),
-        final_train_loss=_or(summary.final_train_loss, _last(run.loss)),
-        num_interventions=num_seen if num_interventions is None else num_interventions,
+        final_eval_loss=eval_loss,
+        best_eval_loss=best,
+        final_train_loss=_last(run.loss) if math.isnan(train_loss) else train_loss,
+        num_interventions=num_interventions,
         num_nonfinite_steps=math.nan if num_nonfinite is None else num_nonfinite,
-        overhead_ratio=_ratio(summary.pss_seconds, summary.train_seconds),
-        train_seconds=summary.train_seconds,
+        overhead_ratio=summary.pss_seconds / seconds if seconds > 0 else math.nan,
+        train_seconds=seconds,
         status=summary.status,
     )
 
 
 def outcome(line: Result) -> str:
-    """Write the final validation loss; a run that came to its end without one has diverged."""
+    """Write the final validation loss. A run that finished without a finite one has diverged."""
     if math.isnan(line.final_eval_loss) and line.status == "finished":
         return "not finite"
-    return text.fixed(line.final_eval_loss)
+    return fixed(line.final_eval_loss)
 
 
-def mean_result(results: list[Result]) -> Result:
-    """Average over the seeds that have finished, or over all where none has.
+def mean_result(results: Sequence[Result]) -> Result:
+    """Return the mean over the seeds that have finished, or over all where none has.
 
-    One seed without a number leaves the mean without it: a mean without the diverged is none.
+    It is NaN where one seed has no number. A mean without the diverged seeds would flatter.
     """
     finished = [one for one in results if one.status == "finished"]
-    status = (
-        f"{len(finished)} of {len(results)} finished" if 0 < len(finished) < len(results) else ""
-    )
-    results = finished or results
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(one, name) for one in results]))
-
-    return Result(
-        final_eval_loss=mean("final_eval_loss"),
-        best_eval_loss=mean("best_eval_loss"),
-        final_train_loss=mean("final_train_loss"),
-        num_interventions=mean("num_interventions"),
-        num_nonfinite_steps=mean("num_nonfinite_steps"),
-        overhead_ratio=mean("overhead_ratio"),
-        train_seconds=mean("train_seconds"),
-        status=status or results[0].status,
-    )
+    taken = finished or results
+    status = taken[0].status
+    if 0 < len(finished) < len(results):
+        status = f"{len(finished)} of {len(results)} finished"
+    names = [field.name for field in fields(Result) if field.name != "status"]
+    means = {name: float(np.mean([getattr(one, name) for one in taken])) for name in names}
+    return Result(**means, status=status)
 
 
-def compare(directory: RunDirectory, guard: str) -> Comparison:
-    """Pair every run of a guard with its twin: the run of the reference guard with the same seed.
+def compare(directory: RunDirectory, guard: str) -> TwinComparison:
+    """Compare every run of a guard with its twin: the reference guard's run of the same seed.
 
-    Pairs that have finished are compared at their end, and then the others are left out. Where
-    none has, each is compared at its last common evaluation.
+    Pairs that have finished are compared at their end, and unfinished pairs are then left out.
+    Where no pair has finished, each is compared at its last common evaluation.
     """
     twins = {run.seed: run for run in directory.of(directory.reference)}
     pairs = [(run, twins[run.seed]) for run in directory.of(guard) if run.seed in twins]
     finished = [pair for pair in pairs if _finished(*pair)]
     losses = [_paired_losses(*pair) for pair in finished or pairs]
     both = [pair for pair in losses if math.isfinite(pair[0]) and math.isfinite(pair[1])]
-    return Comparison(
+    return TwinComparison(
         guard=guard,
         losses=tuple(ours for ours, _ in both),
         twin_losses=tuple(theirs for _, theirs in both),
@@ -174,7 +168,7 @@ def compare(directory: RunDirectory, guard: str) -> Comparison:
 
 
 def headline(directory: RunDirectory) -> list[str]:
-    """The measured result in a few sentences, worded so that they hold as they stand."""
+    """Return the measured result in a few sentences, each of which holds on its own."""
     others = [guard for guard in directory.guards if guard != directory.reference]
     comparisons = [compare(directory, guard) for guard in others]
     sentences = [_sentence(directory, one) for one in comparisons if one.num_pairs]
@@ -192,20 +186,24 @@ def headline(directory: RunDirectory) -> list[str]:
     return sentences
 
 
-def _sentence(directory: RunDirectory, comparison: Comparison) -> str:
+def _sentence(directory: RunDirectory, comparison: TwinComparison) -> str:
     name, twin = label(comparison.guard), label(directory.reference)
+
+    def seeds(number: int) -> str:
+        return "one seed" if number == 1 else f"{number} seeds"
+
     parts = []
     if comparison.losses:
         parts.append(_difference(comparison, twin))
     if comparison.num_rescued:
-        parts.append(f"ended finite in {_seeds(comparison.num_rescued)} where the {twin} did not")
+        parts.append(f"ended finite in {seeds(comparison.num_rescued)} where the {twin} did not")
     if comparison.num_lost:
-        parts.append(f"ended non-finite in {_seeds(comparison.num_lost)} where the {twin} did not")
+        parts.append(f"ended non-finite in {seeds(comparison.num_lost)} where the {twin} did not")
     subject = name if name.startswith("PSS") else f"The {name}"
     return f"{subject} {', and '.join(parts)}."
 
 
-def _difference(comparison: Comparison, twin: str) -> str:
+def _difference(comparison: TwinComparison, twin: str) -> str:
     differences = comparison.differences
     ours, theirs, mean = (
         float(np.mean(values))
@@ -231,11 +229,7 @@ def _difference(comparison: Comparison, twin: str) -> str:
 
 
 def _signed(difference: float) -> str:
-    return f"{difference:+.3f}".replace("-", "−")
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"
+    return f"{difference:+.3f}".replace("-", "−")  # a minus sign, for people
 
 
 def _finished(run: TrainingRun, twin: TrainingRun) -> bool:
@@ -256,70 +250,35 @@ def _last(curve: Curve) -> float:
     return float(curve.values[-1]) if len(curve) else math.nan
 
 
-def _best(run: TrainingRun) -> float:
-    values = run.eval_loss.finite
-    return float(values.min()) if len(values) else math.nan
-
-
-def _or(value: float, instead: float) -> float:
-    return instead if math.isnan(value) else value
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.nan
-
-
-_NUMBERS = (
-    "validation\nloss",
-    "training\nloss",
-    "inter-\nventions",
-    "NaN\nor inf",
-    "overhead",
-    "time",
-)
-
-
 def render_table(run_dir: Path) -> Table:
-    """Put losses, events and overhead of every guard side by side, averaged over its seeds.
+    """Return a table of losses, events and overhead of every guard, averaged over its seeds.
 
     Args:
-        run_dir: a run directory, also of an interrupted run.
+        run_dir: A run directory, also of an interrupted run.
 
     Raises:
         ConfigurationError: `run_dir` holds no run.
     """
     directory = load_run_directory(run_dir)
-    # Lean enough for a terminal of 80 columns.
-    table = Table(
-        title=_title(directory),
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column("guard", no_wrap=True)
-    for name in _NUMBERS:
-        table.add_column(name, justify="right")
+    rows = []
     for guard in directory.guards:
-        mean = mean_result([result(run) for run in directory.of(guard)])
-        # `Text`, because a name in square brackets would be taken for rich's markup.
-        table.add_row(Text(guard), *_cells(mean))
-    return table
-
-
-def _title(directory: RunDirectory) -> str:
+        line = mean_result([result(run) for run in directory.of(guard)])
+        numbers = (count(line.num_interventions), count(line.num_nonfinite_steps))
+        times = (percent(line.overhead_ratio), duration(line.train_seconds))
+        rows.append((guard, outcome(line), fixed(line.final_train_loss), *numbers, *times))
     seeds = len(directory.seeds)
     mean = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
     state = "" if directory.status == "finished" else ", not finished"
-    return f"Twin runs, {mean}{state}"
-
-
-def _cells(line: Result) -> tuple[str, ...]:
-    return (
-        outcome(line),
-        text.fixed(line.final_train_loss),
-        text.count(line.num_interventions),
-        text.count(line.num_nonfinite_steps),
-        text.percent(line.overhead_ratio),
-        text.duration(line.train_seconds),
+    return lean_table(
+        ["guard"],
+        [
+            "validation\nloss",
+            "training\nloss",
+            "inter-\nventions",
+            "NaN\nor inf",
+            "overhead",
+            "time",
+        ],
+        rows=rows,
+        title=f"Twin runs, {mean}{state}",
     )

@@ -1,61 +1,64 @@
-"""One finished run as a row: what it was, how it ended, and its whole curve."""
+"""Keep each run of a sweep as one line of JSON: its settings, its result and its curves."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["Row", "append_row", "drop_unfinished_line", "read_rows"]
+__all__ = ["Row", "append_row", "drop_unfinished_line", "read_rows", "versions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A run; numbers that were not finite are None, so that the file is strict JSON."""
+    """One run. A number that was not finite is None, so that the file is strict JSON."""
 
     id: str
-    """Hash of all that determines the run: recipe, optimizer, learning rate, guard, seed."""
+    """Hash of everything that determines the run: recipe, optimizer, learning rate, guard, seed."""
     recipe: str
     optimizer: str
     learning_rate: float
     guard: str
     guard_id: str = ""
-    """Hash of the guard's options: one name with two of them is two guards."""
+    """Hash of the guard's options, which separates two guards of one name."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """What the grid changed of the recipe."""
+    """The grid's changes of the recipe."""
     seed: int
     num_steps: int
-    """Steps that the recipe asked for."""
+    """Steps of the whole recipe."""
     status: str = "finished"
     """``finished``, ``stopped`` (the guard ended it) or ``failed`` (an error; see `error`)."""
     error: str | None = None
     final_eval_loss: float | None = None
-    """Nats per token at the last step; None where it is not finite or the run did not get there."""
+    """Nats per token at the last step. None: not finite, or the run ended before."""
     unigram_entropy: float = 0.0
-    """Nats; loss of a model that knows the training text's token frequencies only."""
+    """Nats; loss of a model that predicts the training text's token frequencies."""
     losses: tuple[float | None, ...] = ()
-    """Training loss of each step, from step 1."""
+    """Training loss of every step, from step 1."""
     grad_norms: tuple[float | None, ...] = ()
-    """Gradient norm before clipping of each step."""
+    """Gradient norm before clipping of every step."""
     eval_steps: tuple[int, ...] = ()
     eval_losses: tuple[float | None, ...] = ()
     interventions: tuple[int, ...] = ()
-    """Steps at which the guard acted (PSS: interventions)."""
+    """Steps at which the guard acted. For PSS, its interventions."""
     train_seconds: float = 0.0
-    """Training steps, without evaluation."""
+    """Time of the training steps, without evaluation."""
     guard_seconds: float = 0.0
-    """Of these, inside the guard: PSS's own clock, or a guard's callback."""
+    """The part of it inside the guard: in PSS or in a guard's callback."""
     explosion_step: int | None = None
-    """First step at which the recipe's definition of an explosion is met; None for never."""
+    """First step that meets the recipe's definition of an explosion; None if no step does."""
     explosion_kind: str | None = None
     """``non_finite``, ``rise`` or ``plateau``."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Numbers of a recipe's own, such as the step of an injected fault."""
+    """Further numbers: steps of a fault, and series of health and probes."""
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
 
@@ -68,24 +71,24 @@ class Row:
         """Return the row of a line.
 
         Raises:
-            ConfigurationError: The line is no row of this version.
+            ConfigurationError: The line does not hold a row of this version.
         """
         try:
             found = json.loads(line)
             known = {spec.name for spec in fields(cls)}
             if not isinstance(found, dict) or not set(found) <= known:
-                raise ValueError("other fields than a row has")
+                raise ValueError("it has fields that a row lacks")
             lists = {k: tuple(v) for k, v in found.items() if isinstance(v, list)}
             return cls(**{**found, **lists})
         except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"This is no row of a sweep: {error}.") from error
+            raise ConfigurationError(f"This line holds no row of a sweep: {error}.") from error
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file; a last line without an end, of a killed sweep, is passed over.
+    """Yield the rows of a file. Skip a last line without an end, which a killed sweep leaves.
 
     Raises:
-        ConfigurationError: There is no such file, or a whole line is no row; says which.
+        ConfigurationError: The file cannot be read, or a whole line does not hold a row.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -99,7 +102,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row and have it on the disk before returning."""
+    """Add a row, and return once it is on the disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(row.to_line())
         file.flush()
@@ -107,10 +110,20 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Cut what a killed sweep left behind the last whole line."""
+    """Cut off the unfinished last line that a killed sweep leaves."""
     if path.exists():
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    required = ("hf-pss", "torch", "transformers", "accelerate", "tokenizers")
+    found = {"python": platform.python_version(), **{name: version(name) for name in required}}
+    for name in ("pytorch_optimizer", "scipy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

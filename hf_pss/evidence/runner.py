@@ -1,16 +1,23 @@
-"""Run the cells of a grid in parallel processes; what is finished is never done again."""
+"""Run cells in parallel processes. No process outlives its parent; no finished run is repeated."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
+import time
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -25,12 +32,23 @@ from rich.progress import (
 
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.evidence.grid import Cell
-from hf_pss.evidence.processes import end_with_parent, num_cores, signals_interrupt
 from hf_pss.evidence.rows import Row, append_row, drop_unfinished_line, read_rows
 
-__all__ = ["ROWS_FILE", "run_sweep"]
+__all__ = [
+    "LOG_FILE",
+    "ROWS_FILE",
+    "num_cores",
+    "prepare_corpora",
+    "run_cells",
+    "run_sweep",
+    "signals_interrupt",
+]
 
 ROWS_FILE = "rows.jsonl"
+LOG_FILE = "train.log"
+_POLL_SECONDS = 0.2
+_PARENT_POLL_SECONDS = 1.0
+_GRACE_SECONDS = 5.0
 
 
 def run_sweep(
@@ -40,17 +58,17 @@ def run_sweep(
     num_processes: int | None = None,
     console: Console | None = None,
 ) -> str:
-    """Run what is not finished yet, and append one row a run to ``rows.jsonl``.
+    """Run the cells that have no row yet, and append one row a run to ``rows.jsonl``.
 
     Args:
         cells: The grid; see `hf_pss.evidence.grid.read_grid`.
-        output_dir: Made if need be. Rows of an earlier, killed sweep in it count as done; failed
-            runs are tried again.
-        num_processes: Runs at the same time, each on one thread; one a core when None.
+        output_dir: Created if it is missing. Rows of an earlier sweep in it count as done, also
+            where that sweep was killed; failed runs are tried again.
+        num_processes: Runs at the same time, each on one thread. None: one a core.
         console: Where progress is shown.
 
     Returns:
-        ``finished``, ``failed`` (some run ended with an error; its row says which) or
+        ``finished``, ``failed`` (a run ended with an error, which its row holds) or
         ``interrupted``.
 
     Raises:
@@ -67,17 +85,18 @@ def run_sweep(
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"The sweep cannot write to {output_dir}: {error}.") from error
-    lock = FileLock(output_dir / ".lock")
     try:
-        with lock.acquire(timeout=0):
-            return _run_all(cells, output_dir / ROWS_FILE, num_processes, console)
+        with FileLock(output_dir / ".lock").acquire(timeout=0):
+            return _run_missing(cells, output_dir / ROWS_FILE, num_processes, console)
     except Timeout as error:
         raise ConfigurationError(
             f"Another sweep is writing to {output_dir}; wait for it, or give another --output-dir."
         ) from error
 
 
-def _run_all(cells: Sequence[Cell], path: Path, num_processes: int | None, console: Console) -> str:
+def _run_missing(
+    cells: Sequence[Cell], path: Path, num_processes: int | None, console: Console
+) -> str:
     drop_unfinished_line(path)
     done = {row.id for row in read_rows(path) if row.status != "failed"} if path.exists() else set()
     todo = [cell for cell in cells if cell.id not in done]
@@ -85,8 +104,7 @@ def _run_all(cells: Sequence[Cell], path: Path, num_processes: int | None, conso
         console.print(f"{len(cells) - len(todo)} of {len(cells)} runs are there already.")
     if not todo:
         return "finished"
-    _prepare_corpora(todo, console)
-    at_a_time = min(num_processes or num_cores(), len(todo))
+    prepare_corpora(todo, console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -94,29 +112,76 @@ def _run_all(cells: Sequence[Cell], path: Path, num_processes: int | None, conso
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    num_failed = 0
-    with Progress(*columns, console=console) as progress, signals_interrupt():
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("runs", total=len(todo))
-        with _pool(at_a_time) as pool:
-            futures: dict[Future[Row], Cell] = {pool.submit(_run, cell): cell for cell in todo}
-            try:
-                for future in as_completed(futures):
-                    row = _row(future, futures[future])
-                    append_row(path, row)
-                    num_failed += row.status == "failed"
-                    progress.advance(task)
-                    progress.console.print(_told(futures[future], row), highlight=False)
-            except KeyboardInterrupt:
-                return "interrupted"
-            except BrokenProcessPool as error:
-                raise PSSError(
-                    "A run's process was killed from outside, perhaps for its memory. What has "
-                    "finished is kept; the same command, with fewer --processes, goes on."
-                ) from error
-    return "failed" if num_failed else "finished"
+
+        def take(cell: Cell, row: Row) -> None:
+            append_row(path, row)
+            progress.advance(task)
+            progress.console.print(f"{cell}: {_outcome(row)}", highlight=False)
+
+        return run_cells(todo, take, num_processes=num_processes or num_cores())
 
 
-def _row(future: Future[Row], cell: Cell) -> Row:
+def _outcome(row: Row) -> str:
+    if row.status != "finished":
+        return f"{row.status}: {row.error}"
+    loss = "not finite" if row.final_eval_loss is None else f"{row.final_eval_loss:.3f}"
+    exploded = f", {row.explosion_kind} at step {row.explosion_step}" if row.explosion_kind else ""
+    return f"{loss} ({row.train_seconds:.0f} s{exploded})"
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    take: Callable[[Cell, Row], None],
+    *,
+    num_processes: int,
+    folder_of: Callable[[Cell], Path] | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> str:
+    """Train cells in parallel processes, and hand over each row as its run ends.
+
+    Args:
+        cells: What to train.
+        take: Receives a cell and its row; that of a run which raised has the status ``failed``.
+        num_processes: Runs at the same time, each on one thread.
+        folder_of: Where a run keeps its files and its log. None: it keeps none.
+        poll: Called several times a second.
+
+    Returns:
+        ``finished``, ``failed`` (some run ended with an error) or ``interrupted``.
+
+    Raises:
+        ConfigurationError: A cell cannot be run.
+        PSSError: A worker was killed from outside.
+    """
+    is_failed = False
+    size = min(num_processes, len(cells))
+    with signals_interrupt(), _pool(size, is_silent=folder_of is None) as pool:
+        try:
+            pending: dict[Future[Row], Cell] = {
+                pool.submit(_run, cell, folder_of(cell) if folder_of else None): cell
+                for cell in cells
+            }
+            while pending:
+                done, _ = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell = pending.pop(future)
+                    row = _row_of(future, cell)
+                    is_failed |= row.status == "failed"
+                    take(cell, row)
+                poll()
+        except KeyboardInterrupt:
+            return "interrupted"
+        except BrokenProcessPool as error:
+            raise PSSError(
+                "Something outside killed a run's process, perhaps because memory was short. "
+                "Finished runs are kept. Run the same command with fewer --processes to continue."
+            ) from error
+    return "failed" if is_failed else "finished"
+
+
+def _row_of(future: Future[Row], cell: Cell) -> Row:
     """Return the run's row; an error in one run must not end the others."""
     try:
         return future.result()
@@ -127,10 +192,13 @@ def _row(future: Future[Row], cell: Cell) -> Row:
 
 
 @contextmanager
-def _pool(size: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool that is ended at once, with what runs in it, however the block is left."""
+def _pool(size: int, *, is_silent: bool) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool. When the block ends, for whatever reason, all of its processes end too."""
     pool = ProcessPoolExecutor(
-        size, mp_context=get_context("spawn"), initializer=_start, initargs=(os.getpid(),)
+        size,
+        mp_context=get_context("spawn"),
+        initializer=_start,
+        initargs=(os.getpid(), is_silent),
     )
     try:
         yield pool
@@ -139,37 +207,62 @@ def _pool(size: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+        deadline = time.monotonic() + _GRACE_SECONDS
         for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
             process.join()
 
 
-def _start(parent: int) -> None:
-    """Prepare a worker: one thread, for its matrices are too small to share; no word of its own."""
-    import signal
-
+def _start(parent: int, is_silent: bool) -> None:
+    """Prepare a worker process."""
+    _end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     import torch
 
-    end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which ends its runs
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # the matrices are too small to share
+    if is_silent:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 
 
-def _run(cell: Cell) -> Row:
-    from hf_pss.evidence.sweep_worker import run_cell
+def _end_with_parent(parent: int) -> None:
+    """End this process soon after its parent has ended."""
 
-    return run_cell(cell)
+    def poll_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=poll_parent, daemon=True).start()
 
 
-def _prepare_corpora(cells: Sequence[Cell], console: Console) -> None:
-    """Fill the corpus cache once, before several processes want it."""
+def _run(cell: Cell, folder: Path | None) -> Row:
+    from hf_pss.evidence.worker import run_cell, train_cell
+
+    if folder is None:
+        return run_cell(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG_FILE).open("wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    try:
+        return train_cell(cell, folder)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def prepare_corpora(cells: Sequence[Cell], console: Console) -> None:
+    """Fill the corpus cache once, before several processes need it."""
     from hf_pss.evidence.corpus import build_corpus
 
-    kinds = {
-        (cell.recipe.training.vocab_size, cell.recipe.training.context_length) for cell in cells
-    }
-    for vocab_size, context_length in sorted(kinds):
+    for vocab_size, context_length in sorted(
+        {(cell.recipe.vocab_size, cell.recipe.context_length) for cell in cells}
+    ):
         build_corpus(
             vocab_size=vocab_size,
             context_length=context_length,
@@ -178,9 +271,27 @@ def _prepare_corpora(cells: Sequence[Cell], console: Console) -> None:
         )
 
 
-def _told(cell: Cell, row: Row) -> str:
-    if row.status != "finished":
-        return f"{cell}: {row.status}: {row.error}"
-    loss = "not finite" if row.final_eval_loss is None else f"{row.final_eval_loss:.3f}"
-    exploded = f", {row.explosion_kind} at step {row.explosion_step}" if row.explosion_kind else ""
-    return f"{cell}: {loss} ({row.train_seconds:.0f} s{exploded})"
+def num_cores() -> int:
+    """Count the cores that this process may use, where the system reports it, or else all."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP act like Ctrl-C, so that they too leave results and no orphan."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows signal handlers in the main thread only
+        return
+    # Windows has no SIGHUP. Under nohup it is ignored, and stays so.
+    wanted = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
+    handled = [one for one in wanted if signal.getsignal(one) not in (None, signal.SIG_IGN)]
+    before = {one: signal.signal(one, interrupt) for one in handled}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -1,4 +1,4 @@
-"""What paired runs show: differences seed by seed, their intervals, and ranges that can be used."""
+"""Statistics of paired runs: differences by seed, their intervals, and usable learning rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.rows import Row
 
 __all__ = [
-    "Comparison",
+    "PairedDifferences",
     "Setting",
     "best_learning_rate",
     "bootstrap_interval",
@@ -36,12 +36,12 @@ _MIN_SEEDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a comparison of guards holds fixed."""
+    """The parts of a run that a comparison of guards holds fixed."""
 
     recipe: str
     optimizer: str
     changes: tuple[tuple[str, Any], ...] = ()
-    """What the grid changed of the recipe, sorted by name."""
+    """The grid's changes of the recipe, sorted by name."""
 
     @classmethod
     def of(cls, row: Row) -> Self:
@@ -54,16 +54,16 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedDifferences:
     """A guard against a reference, seed by seed; negative differences favour the guard."""
 
     guard: str
     reference: str
     learning_rates: tuple[float, float]
-    """The guard's, and the reference's."""
+    """The guard's rate and the reference's."""
     differences: tuple[float, ...]
-    """Final validation loss of the guard less the reference's, in nats; one for each seed that
-    both have. A run without a finite loss counts as unigram entropy: it has learned no more."""
+    """Final validation loss of the guard minus the reference's, in nats, for each seed that both
+    have. A run without a finite loss counts as unigram entropy, since it has learned no more."""
     interval: tuple[float, float] | None
     """95 % bootstrap interval of the mean; None below 3 seeds."""
 
@@ -79,15 +79,15 @@ class Comparison:
 
 
 def settings_of(rows: Iterable[Row]) -> list[Setting]:
-    """Return what was compared, sorted."""
+    """Return the settings of the rows, sorted."""
     return sorted({Setting.of(row) for row in rows}, key=str)
 
 
 def comparable(rows: Iterable[Row]) -> list[Row]:
-    """Return the newest row of each run that was carried out, refusing guards that are mixed up.
+    """Return the newest row of each run that did not fail.
 
     Raises:
-        ConfigurationError: One name stands for guards with different options in one setting.
+        ConfigurationError: In one setting a guard's name stands for two sets of options.
     """
     newest = {row.id: row for row in rows}
     found = [row for row in newest.values() if row.status != "failed"]
@@ -103,10 +103,10 @@ def comparable(rows: Iterable[Row]) -> list[Row]:
 
 
 def final_loss(row: Row) -> float:
-    """Return the validation loss at the end; unigram entropy where there is none or a higher one.
+    """Return the validation loss at the end, but at most the unigram entropy.
 
-    An exploded run is as good as one that knows the frequencies of tokens only: how far above that
-    it ended says nothing, and infinity has no mean.
+    An exploded run counts like a model of the token frequencies alone. How far above that it ended
+    is meaningless, and infinity has no mean.
     """
     loss = row.final_eval_loss
     return min(loss, row.unigram_entropy) if loss is not None else row.unigram_entropy
@@ -127,7 +127,7 @@ def best_learning_rate(rows: Iterable[Row], setting: Setting, guard: str) -> flo
     """Return the rate of the lowest median loss over seeds.
 
     Raises:
-        ConfigurationError: There is no such run.
+        ConfigurationError: The rows hold no run of this setting and guard.
     """
     losses = losses_by_rate(rows, setting, guard)
     if not losses:
@@ -136,45 +136,46 @@ def best_learning_rate(rows: Iterable[Row], setting: Setting, guard: str) -> flo
 
 
 def usable_range(
-    rows: Iterable[Row], setting: Setting, guard: str, *, within_nats: float = 0.05
+    rows: Sequence[Row], setting: Setting, guard: str, *, within_nats: float = 0.05
 ) -> tuple[float, float]:
-    """Return the lowest and highest rate around the best whose median loss is nearly as good.
+    """Return the lowest and the highest rate around the best whose median loss is nearly as good.
 
-    Rates between must be as good, too. The grid bounds it on both sides, and its steps round it.
+    All rates between them are as good. The grid limits the range on both sides, and its steps
+    round it.
     """
-    rows = list(rows)
     losses = losses_by_rate(rows, setting, guard)
+    best = best_learning_rate(rows, setting, guard)
+    limit = median(losses[best].values()) + within_nats
     rates = list(losses)
-    best = rates.index(best_learning_rate(rows, setting, guard))
-    medians = [median(by_seed.values()) for by_seed in losses.values()]
-    low = high = best
-    while low > 0 and medians[low - 1] <= medians[best] + within_nats:
+    is_good = [median(by_seed.values()) <= limit for by_seed in losses.values()]
+    low = high = rates.index(best)
+    while low > 0 and is_good[low - 1]:
         low -= 1
-    while high < len(rates) - 1 and medians[high + 1] <= medians[best] + within_nats:
+    while high < len(rates) - 1 and is_good[high + 1]:
         high += 1
     return rates[low], rates[high]
 
 
 def compare(
     rows: Sequence[Row], setting: Setting, guard: str, reference: str, rates: tuple[float, float]
-) -> Comparison | None:
-    """Return the paired comparison at these two rates; None where no seed has both."""
+) -> PairedDifferences | None:
+    """Return the paired differences at these two rates; None where no seed has both."""
     ours = losses_by_rate(rows, setting, guard).get(rates[0], {})
     theirs = losses_by_rate(rows, setting, reference).get(rates[1], {})
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
     differences = tuple(ours[seed] - theirs[seed] for seed in seeds)
-    return Comparison(guard, reference, rates, differences, bootstrap_interval(differences))
+    return PairedDifferences(guard, reference, rates, differences, bootstrap_interval(differences))
 
 
 def compare_at_best(
     rows: Sequence[Row], setting: Setting, guard: str, reference: str
-) -> Comparison | None:
-    """Return the comparison of each guard at its own best rate.
+) -> PairedDifferences | None:
+    """Return the paired differences between each guard at its own best rate.
 
-    The rates are chosen on the same runs, for both alike: with few seeds that favours whoever has
-    more rates.
+    The rates are chosen on the same runs that are compared. With few seeds this favours the guard
+    that was tried at more rates.
     """
     rates = tuple(best_learning_rate(rows, setting, name) for name in (guard, reference))
     return compare(rows, setting, guard, reference, (rates[0], rates[1]))
@@ -183,8 +184,8 @@ def compare_at_best(
 def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % bootstrap interval of the mean: BCa, by scipy, from a fixed seed.
 
-    Equal differences have an interval of no width. With 3 to 5 seeds such an interval is too narrow
-    (a simulation in the tests says how much); read it beside the number of wins.
+    Equal differences have an interval of zero width. With 3 to 5 seeds the interval is too narrow
+    (a simulation in the tests measures how much), so read it beside the number of wins.
     """
     if len(differences) < _MIN_SEEDS:
         return None

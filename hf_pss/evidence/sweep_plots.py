@@ -1,7 +1,4 @@
-"""The pictures of a sweep.
-
-Every live metric of a family of runs against the loss: one figure, a panel a metric.
-"""
+"""The pictures of a sweep, and of every live metric of a family of runs against the loss."""
 
 from __future__ import annotations
 
@@ -27,7 +24,16 @@ from hf_pss.evidence.statistics import (
     settings_of,
 )
 from hf_pss.evidence.twin_band import Family, shared_metrics
-from hf_pss.view.canvas import new_figure, save_png, style, to_svg, use_log_scale
+from hf_pss.view.canvas import (
+    COLOURS,
+    REFERENCE_COLOUR,
+    mark_level,
+    new_figure,
+    save_png,
+    style,
+    to_svg,
+    use_log_scale,
+)
 
 __all__ = [
     "plot_all",
@@ -38,20 +44,19 @@ __all__ = [
     "plot_paired",
 ]
 
-_GREY = "#555555"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513", "#000000")
+_COLOURS = (*COLOURS, "#8B4513", "#000000")
 _SMOOTHED_STEPS = 25
 
 Plot = Callable[[Sequence[Row], Setting, str], Figure]
 
 
 def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]:
-    """Draw every picture that the rows give something for; return the files, PNG and SVG.
+    """Draw every picture that the rows allow; return the files, PNG and SVG.
 
     Args:
-        rows: Of any recipes; each recipe and optimizer has its own pictures.
-        folder: Where they go.
-        reference: The guard drawn in grey, and compared with.
+        rows: Rows of any recipes; each recipe and optimizer has its own pictures.
+        folder: The folder of the pictures.
+        reference: The guard that is drawn in grey and compared with.
     """
     files: list[Path] = []
     for setting in settings_of(rows):
@@ -72,7 +77,7 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
 
 
 def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Final validation loss against learning rate: median over seeds, band from best to worst."""
+    """Draw final validation loss against learning rate: median over seeds, and their range."""
     figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     guards = _guards(rows, reference)
@@ -91,17 +96,7 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
         axes.plot(rates[best], medians[best], color=colour, marker="*", markersize=11)
         ends.append((medians[-1], rates[-1], guard, colour))
     _label_ends(axes, ends)
-    entropy = rows[0].unigram_entropy
-    axes.axhline(entropy, color="#999999", linestyle=":", linewidth=1)
-    axes.annotate(
-        "knows token frequencies only",
-        (0.01, entropy),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color="#777777",
-        fontsize=8,
-    )
+    mark_level(axes, rows[0].unigram_entropy, "token frequencies alone", at_left=True)
     axes.set_xscale("log")
     tried = sorted({row.learning_rate for row in rows})
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
@@ -115,7 +110,7 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
 
 
 def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Training loss of every run, a panel a learning rate, a colour a guard."""
+    """Draw the training loss of every run, one panel a learning rate, one colour a guard."""
     rates = sorted({row.learning_rate for row in rows})
     shown = rates if len(rates) <= 3 else [rates[0], rates[len(rates) // 2], rates[-1]]
     guards = _guards(rows, reference)
@@ -133,7 +128,7 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
                 length = min(len(curve) for curve in curves)
                 middle = np.median([curve[:length] for curve in curves], axis=0)
                 axes.plot(middle, color=colour, linewidth=1.6)
-                # A run that ended in NaN is named where it was last finite.
+                # A run that ended in NaN gets its name where it was last finite.
                 known = middle[np.isfinite(middle)]
                 if known.size:
                     ends.append((float(known[-1]), float(length), guard, colour))
@@ -147,7 +142,7 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
 
 
 def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Each guard at its own best rate less the reference at its own: seeds, mean, 95 % interval."""
+    """Draw guard minus reference, each at its best rate: every seed, mean, 95 % interval."""
     found = [
         comparison
         for guard in _guards(rows, reference)
@@ -175,18 +170,18 @@ def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
 
 
 def _guards(rows: Sequence[Row], reference: str) -> list[str]:
-    """The guards in the order of their best loss, so that labels meet their lines."""
+    """Return the guards in the order of their best loss, so that labels stand at their lines."""
     best = {row.guard: min(final_loss(r) for r in rows if r.guard == row.guard) for row in rows}
     return sorted(best, key=lambda guard: (guard != reference, best[guard]))
 
 
 def _colour(guard: str, guards: Sequence[str], reference: str) -> str:
     others = [name for name in guards if name != reference]
-    return _GREY if guard == reference else _COLOURS[others.index(guard) % len(_COLOURS)]
+    return REFERENCE_COLOUR if guard == reference else _COLOURS[others.index(guard) % len(_COLOURS)]
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each name beside the end of its line, apart from its neighbours."""
+    """Write each name beside the end of its line, without touching its neighbours."""
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
     at = -np.inf
@@ -216,16 +211,16 @@ def _smoothed(losses: Sequence[float | None]) -> np.ndarray:
 
 _COLUMNS = 5
 _GREY, _BLUE, _RED, _ORANGE = "#777777", "#0072B2", "#D55E00", "#E69F00"
-_WIDE = 5.0  # what spans more than this factor is drawn on a logarithmic axis
+_WIDE = 5.0  # a range beyond this factor is drawn on a logarithmic axis
 _METRIC_WINDOW = 9
 _DPI = 72  # twenty panels in less than 300 kB
 
 
 def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
-    """Draw each family; return the files, PNG."""
+    """Draw each family; return the PNG files."""
     files = []
     for family in families:
-        # A row of another machine may hold any name, of a file elsewhere too.
+        # A row from another machine may hold any name, including a path out of the folder.
         path = folder / f"metrics-{re.sub(r'[^A-Za-z0-9_.]+', '-', family.recipe)}.png"
         with style(), mpl.rc_context({"savefig.dpi": _DPI}):
             save_png(plot_family(family), path)
@@ -234,12 +229,12 @@ def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
 
 
 def plot_family(family: Family) -> Figure:
-    """One panel a metric: twins blue, exploded runs red, survivors orange; the loss grey.
+    """Draw one panel a metric: twins blue, exploded runs red, survivors orange, the loss grey.
 
-    Bands reach from the smallest to the largest series of the metric, lines are its median over
-    matrices or its only series; both are medians over seeds. The loss is that of the first run that
-    exploded (else of the first survivor), without a scale: the first panel has one. Lines mark the
-    departure of its loss, dashed, and its explosion, or else the first step of its fault.
+    A band reaches from the metric's smallest to its largest series. A line is its median over
+    matrices, or its only series. Both are medians over seeds. The loss is that of the first
+    exploded run (or of the first survivor); only the first panel has its scale. Vertical lines mark
+    the departure of this loss (dashed) and the explosion, or else the first step of the fault.
     """
     shown = (family.exploded or family.survivors)[0]
     metrics = shared_metrics((*family.twins, shown))
@@ -262,9 +257,9 @@ def plot_family(family: Family) -> Figure:
 
 
 def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> tuple[float, float]:
-    """Draw one group; return the smallest and the largest value drawn, inf and −inf for none."""
+    """Draw one group; return its smallest and largest value, or inf and −inf without any."""
     found = {name: [r for row in rows if (r := record_of(row, name))] for name in series}
-    # Of runs that ended early, or read at another rhythm, there is nothing at some of them.
+    # A run that ended early or was read at another interval lacks some of these steps.
     steps = np.array(sorted({s for records in found.values() for r in records for s in r.steps}))
     curves = [
         _over(np.array([_on(steps, r, name) for r in records]), np.nanmedian)
@@ -297,7 +292,7 @@ def _scale(axes: Axes, low: float, high: float) -> None:
 
 
 def _smooth(values: Sequence[float | None]) -> np.ndarray:
-    """Centred medians, which take batch noise out; NaN where the loss has none."""
+    """Return centred medians, which remove batch noise; NaN where the loss is missing."""
     known = np.array([math.nan if v is None else v for v in values])
     half = _METRIC_WINDOW // 2
     windows = (known[max(0, i - half) : i + half + 1] for i in range(len(known)))
@@ -310,11 +305,11 @@ def _smooth(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _over(values: np.ndarray, take: Callable[..., np.ndarray]) -> np.ndarray:
-    """Reduce the first axis, passing over NaN; NaN where there is nothing else."""
-    told = np.full(values.shape[1], np.nan)
+    """Reduce the first axis over finite values; NaN where there are none."""
+    reduced = np.full(values.shape[1], np.nan)
     known = np.isfinite(values).any(axis=0)
-    told[known] = take(np.where(np.isfinite(values), values, np.nan)[:, known], axis=0)
-    return told
+    reduced[known] = take(np.where(np.isfinite(values), values, np.nan)[:, known], axis=0)
+    return reduced
 
 
 def _draw_loss(axes: Axes, row: Row) -> None:
@@ -337,13 +332,13 @@ def _mark(axes: Axes, row: Row) -> None:
 
 
 def _title(family: Family, shown: Row) -> str:
-    def told(rows: Sequence[Row], what: str) -> str:
-        rates = sorted({row.learning_rate for row in rows})
-        return f"{len(rows)} {what} at {', '.join(f'{rate:g}' for rate in rates)}"
-
-    parts = [told(family.twins, "twins (blue)")] if family.twins else ["no healthy twin"]
-    if family.exploded:
-        parts.append(told(family.exploded, "exploded (red)"))
-    if family.survivors:
-        parts.append(told(family.survivors, "neither (orange)"))
+    groups = {
+        "twins (blue)": family.twins,
+        "exploded (red)": family.exploded,
+        "neither (orange)": family.survivors,
+    }
+    parts = [] if family.twins else ["no healthy twin"]
+    for name, rows in groups.items():
+        rates = ", ".join(f"{rate:g}" for rate in sorted({row.learning_rate for row in rows}))
+        parts += [f"{len(rows)} {name} at {rates}"] if rows else []
     return f"{family.recipe}: {'; '.join(parts)}; grey: loss of seed {shown.seed}"

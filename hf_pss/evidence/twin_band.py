@@ -1,30 +1,31 @@
-"""When a live metric leaves the range of healthy twins: ahead of the loss, or for nothing.
+"""Find when a live metric leaves the range of healthy twins, and whether the loss follows.
 
-One rule for all metrics [ours]. A reading at step t is outside where one of the metric's series
-(smallest, median, largest over matrices; the whole model's) is farther from the twins' range than
-a widening times that range's width. The range is that of all twins' readings within `NEAR_STEPS` of
-t, on a logarithmic scale where all of them are above zero: what moves by powers of ten and what
-moves by hundredths are judged alike. A number that is missing where the twins have one is outside;
-of a metric that a run has not recorded at all, nothing is said of that run.
+One rule serves all metrics [ours]. A metric has several series: its smallest, median and largest
+value over matrices, or one number of the whole model. A reading at step t is outside if one of
+them is farther from the twins' range than a widening times that range's width. The range spans all
+twins' readings within `NEAR_STEPS` of t. It is logarithmic where all of them are above zero, so
+that metrics which move by powers of ten and by hundredths are judged alike. A missing number is
+outside where the twins have one. A metric that a run has not recorded at all is not judged.
 
-Twins are runs of the same recipe, optimizer, changes and guard, at its lowest learning rate, that
-did not explode; of a recipe with a fault, the runs of `undamaged` at the fault's own rate. A twin
-is judged against the others.
+Twins are the runs of the same recipe, optimizer, changes and guard, at its lowest learning rate,
+that did not explode. For a recipe with a fault they are the runs of `undamaged` at the fault's own
+rate. A twin is judged against the other twins.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from hf_pss.evidence.early_warnings import Record, departure_step, lead_time, record_of, score_table
+from hf_pss.evidence.early_warnings import LeadScore, Record, departure_step, lead_time, record_of
 from hf_pss.evidence.rows import Row
 from hf_pss.evidence.statistics import Setting
+from hf_pss.view.numbers import NOTHING
+from hf_pss.view.tables import lean_table
 
 __all__ = [
     "NEAR_STEPS",
@@ -40,12 +41,12 @@ __all__ = [
 ]
 
 NEAR_STEPS = 25
-"""Twins' readings this near are compared with: a metric that only runs ahead is not outside."""
+"""A reading is compared with twins' readings this near: one that only runs ahead is not outside."""
 WIDENINGS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""Tried in this order, the most sensitive first."""
+"""The widenings to try, the most sensitive first."""
 _UNDAMAGED = "undamaged"
 _MIN_TWINS = 3
-# Of the probes, only what the live metrics do not hold; and the loss, to be compared with.
+# The probes that the live metrics lack, and the loss for comparison.
 _PROBED = {
     "loss": ("loss",),
     "grad_norm_preclip": ("grad_norm_preclip",),
@@ -57,57 +58,37 @@ _PROBED = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The runs of one setting and guard, and those that they are judged by."""
+    """The runs of one setting and guard, and the twins that they are judged by."""
 
     recipe: str
-    """And its setting, guard and fault's rate, where there are several of one recipe."""
+    """Followed by setting, guard and the fault's rate where a recipe has several families."""
     twins: tuple[Row, ...]
     exploded: tuple[Row, ...]
     survivors: tuple[Row, ...]
-    """Neither: at a higher rate than the twins or with a fault, and no explosion came of it."""
+    """Runs at a higher rate than the twins, or with a fault, that did not explode."""
 
 
-@dataclass(frozen=True, slots=True)
-class MetricScore:
-    """What one metric did over one family."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricScore(LeadScore):
+    """The score of one metric over one family. Its healthy runs are the family's twins."""
 
     metric: str
-    recipe: str
-    """The family's."""
     widening: float
     """The smallest of `WIDENINGS` within the wanted rate of false alarms, over all families."""
-    leads: tuple[int | None, ...]
-    """One an explosion: steps from the first reading outside to the loss's departure; of runs that
-    recorded the metric."""
     first_steps: tuple[int | None, ...]
-    """The step of that reading."""
-    num_false_alarms: int
-    """Readings of twins outside the range of the others; of survivors too, where they count."""
-    num_healthy_readings: int
+    """The step of the first reading outside, one an explosion."""
     num_survivors_outside: int
-    """Survivors with a reading outside: what differs with the rate, not with the explosion."""
+    """Survivors with a reading outside: the metric differs with the rate, not the explosion."""
     num_survivors: int
-    """That recorded the metric."""
+    """Survivors that recorded the metric."""
     num_unrecorded: int = 0
-    """Explosions in runs that did not."""
-
-    @property
-    def num_ahead(self) -> int:
-        """Explosions that were warned of before the loss departed."""
-        return sum(lead is not None and lead > 0 for lead in self.leads)
-
-    @property
-    def median_lead(self) -> float | None:
-        """Over all explosions that a reading outside came for, late ones too."""
-        known = [lead for lead in self.leads if lead is not None]
-        return statistics.median(known) if known else None
+    """Explosions in runs that did not record the metric."""
 
 
 def families_of(rows: Iterable[Row]) -> tuple[Family, ...]:
-    """Group rows that hold health series by what a comparison of guards holds fixed, and by guard.
+    """Group the rows with health series by setting and guard, sorted by recipe.
 
-    Rows of a fault are grouped by learning rate, too. A group without an explosion and a survivor
-    is none. Families are sorted by recipe.
+    Rows with a fault are grouped by learning rate too. A group needs an explosion or a survivor.
     """
     watched = [row for row in rows if row.extra.get("health") and row.status != "failed"]
     groups: dict[_Key, list[Row]] = {}
@@ -128,7 +109,7 @@ def families_of(rows: Iterable[Row]) -> tuple[Family, ...]:
 
 
 _Key = tuple[Setting, str, float | None]
-"""Setting, guard, and a fault's learning rate."""
+"""Setting, guard, and the learning rate of a run with a fault."""
 
 
 def _key_of(row: Row) -> _Key:
@@ -156,27 +137,27 @@ def _twins_of(key: _Key, watched: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def metrics_of(row: Row) -> dict[str, tuple[str, ...]]:
-    """Return each metric that the row holds, with the names of its series for `record_of`."""
+    """Return the metrics of a row, each with the names of its series for `record_of`."""
     found = {name: tuple(s for s in own if record_of(row, s)) for name, own in _PROBED.items()}
     for series in row.extra.get("health", ()):
         metric, _, end = series.partition("/")
-        if series != "step" and not end.startswith("num_"):  # counts
+        if series != "step" and not end.startswith("num_"):  # these are counts
             found[metric] = (*found.get(metric, ()), series)
     return {metric: own for metric, own in found.items() if own}
 
 
 def shared_metrics(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """Return what `metrics_of` says of the first row, for metrics that all of the rows hold."""
+    """Return the `metrics_of` the first row that all rows hold."""
     held = [metrics_of(row) for row in rows]
     return {m: s for m, s in held[0].items() if all(m in one for one in held)} if held else {}
 
 
 def excess_of(row: Row, twins: Sequence[Row], series: Iterable[str]) -> dict[int, float]:
-    """Return, a step, how far the farthest of the series is outside of the twins' range.
+    """Return for each step how far the farthest of the series is outside of the twins' range.
 
-    In widths of the range; 0 is inside, inf a number that is missing where a twin has one, or
-    outside of a range without width. Steps near which the twins have no number are left out, and so
-    are series that the row has not recorded; empty where that is all of them.
+    The unit is the width of the range. 0 is inside. inf is a number that is missing where a twin
+    has one, or any number outside of a range of zero width. Steps near which the twins have no
+    number are left out, and so are series that the row has not recorded.
     """
     found: dict[int, float] = {}
     for name in series:
@@ -191,7 +172,7 @@ def excess_of(row: Row, twins: Sequence[Row], series: Iterable[str]) -> dict[int
                 for s, v in zip(record.steps, record.values, strict=True)
                 if abs(s - step) <= NEAR_STEPS and v is not None
             ]
-            # A first reading lacks rates of change in every run: that is nobody's trouble.
+            # The first reading of every run lacks rates of change, and must not count as broken.
             if near and (value is not None or any(s == step for s, _ in near)):
                 excess = _excess(value, [v for _, v in near])
                 found[step] = max(found.get(step, 0.0), excess)
@@ -204,16 +185,16 @@ def score_metrics(
     """Judge every metric over every family, each at its smallest widening within one rate.
 
     Args:
-        families: See `families_of`. One with fewer than three twins is passed over: a twin is
-            judged against the others, and one other has no range.
-        max_false_alarms: Per 1,000 readings of all twins together. Chosen on the same readings that
-            it is reported of: new runs will show a little more.
-        with_survivors: Whether a survivor outside is a false alarm too. Without, what differs with
-            the learning rate warns of every explosion, and of everything else at that rate.
+        families: See `families_of`. A family with fewer than three twins is skipped, because a twin
+            is judged against the others, and a single other twin has no range.
+        max_false_alarms: Per 1,000 readings of all twins together. The widening is chosen on the
+            readings whose rate is reported, so expect a slightly higher rate of new runs.
+        with_survivors: Count a survivor outside as a false alarm too. Otherwise a metric that
+            differs with the learning rate warns of every run at a higher rate.
 
     Returns:
-        Metric × family; a metric that no widening keeps within the rate, or that some twin did not
-        record, is left out.
+        One score per metric and family. A metric is left out if no widening keeps it within the
+        rate, or if some twin did not record it.
     """
     found: list[MetricScore] = []
     families = [family for family in families if len(family.twins) >= _MIN_TWINS]
@@ -232,29 +213,27 @@ def score_metrics(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
+    """How far the runs of a family are outside of its twins, for one metric."""
+
     family: Family
     healthy: tuple[dict[int, float], ...]
     exploded: tuple[tuple[Row, dict[int, float]], ...]
     survivors: tuple[dict[int, float], ...]
-    num_unrecorded: int
 
 
 def _measure(family: Family, series: Sequence[str], with_survivors: bool) -> _Measured:
     twins = family.twins
     calm = tuple(excess_of(row, [t for t in twins if t is not row], series) for row in twins)
-
-    def recorded(rows: Sequence[Row]) -> list[Row]:
-        return [row for row in rows if any(_is_recorded(row, name) for name in series)]
-
-    survivors = tuple(excess_of(row, twins, series) for row in recorded(family.survivors))
-    exploded = tuple((row, excess_of(row, twins, series)) for row in recorded(family.exploded))
-    return _Measured(
-        family,
-        (*calm, *survivors) if with_survivors else calm,
-        exploded,
-        survivors,
-        len(family.exploded) - len(exploded),
+    exploded, survivors = (
+        tuple(
+            (row, excess_of(row, twins, series))
+            for row in rows
+            if any(_is_recorded(row, name) for name in series)
+        )
+        for rows in (family.exploded, family.survivors)
     )
+    spared = tuple(excess for _, excess in survivors)
+    return _Measured(family, (*calm, *spared) if with_survivors else calm, exploded, spared)
 
 
 def _score(metric: str, measured: _Measured, widening: float) -> MetricScore:
@@ -264,75 +243,60 @@ def _score(metric: str, measured: _Measured, widening: float) -> MetricScore:
     leads: list[int | None] = []
     firsts: list[int | None] = []
     for row, excess in measured.exploded:
-        met = row.explosion_step or len(row.losses)
-        lead = lead_time(row.losses, outside(excess), met, horizon_steps=row.num_steps)
+        end = row.explosion_step or len(row.losses)
+        lead = lead_time(row.losses, outside(excess), end, horizon_steps=row.num_steps)
         leads.append(lead)
-        firsts.append(None if lead is None else departure_step(row.losses, met) - lead)
+        firsts.append(None if lead is None else departure_step(row.losses, end) - lead)
     return MetricScore(
-        metric,
-        measured.family.recipe,
-        widening,
-        tuple(leads),
-        tuple(firsts),
-        sum(len(outside(excess)) for excess in measured.healthy),
-        sum(len(excess) for excess in measured.healthy),
-        sum(bool(outside(excess)) for excess in measured.survivors),
-        len(measured.survivors),
-        measured.num_unrecorded,
+        metric=metric,
+        recipe=measured.family.recipe,
+        widening=widening,
+        leads=tuple(leads),
+        first_steps=tuple(firsts),
+        num_false_alarms=sum(len(outside(excess)) for excess in measured.healthy),
+        num_healthy_readings=sum(len(excess) for excess in measured.healthy),
+        num_survivors_outside=sum(bool(outside(excess)) for excess in measured.survivors),
+        num_survivors=len(measured.survivors),
+        num_unrecorded=len(measured.family.exploded) - len(measured.exploded),
     )
 
 
-_COLUMNS = (
-    "metric",
-    "recipe",
-    "widening",
-    "ahead",
-    "lead, steps",
-    "first outside",
-    "false /1,000",
-    "survivors outside",
-)
-
-
 def render_scores(scores: Sequence[MetricScore]) -> Table:
-    """Return the scores as a table for the terminal, a recipe after the other, best leads first."""
-    return score_table(_COLUMNS, map(_cells, sorted(scores, key=_rank)))
+    """Return the scores as a table for the terminal, by recipe, best leads first."""
 
+    def rank(line: MetricScore) -> tuple[str, float, float]:
+        lead = line.median_lead
+        return line.recipe, -line.num_ahead, math.inf if lead is None else -lead
 
-def _rank(line: MetricScore) -> tuple[str, float, float]:
-    lead = line.median_lead
-    return line.recipe, -line.num_ahead, math.inf if lead is None else -lead
+    return lean_table(
+        ["metric", "recipe"],
+        ["widening", "ahead", "lead, steps", "first outside", "false /1,000", "survivors outside"],
+        rows=map(_cells, sorted(scores, key=rank)),
+    )
 
 
 def _cells(line: MetricScore) -> tuple[str, ...]:
-    leads = [lead for lead in line.leads if lead is not None]
+    ahead, lead, rate = line.cells()
     firsts = [step for step in line.first_steps if step is not None]
+    survivors = f"{line.num_survivors_outside} of {line.num_survivors}"
     return (
         line.metric,
         line.recipe,
         f"{line.widening:g}",
-        _ahead(line),
-        f"{line.median_lead:g} ({min(leads)}…{max(leads)})" if leads else "–",
-        f"{min(firsts)}…{max(firsts)}" if firsts else "–",
-        f"{1000 * line.num_false_alarms / line.num_healthy_readings:.2g}",
-        f"{line.num_survivors_outside} of {line.num_survivors}" if line.num_survivors else "–",
+        f"{ahead} ({line.num_unrecorded} not recorded)" if line.num_unrecorded else ahead,
+        lead,
+        f"{min(firsts)}…{max(firsts)}" if firsts else NOTHING,
+        rate,
+        survivors if line.num_survivors else NOTHING,
     )
 
 
-def _ahead(line: MetricScore) -> str:
-    told = f"{line.num_ahead} of {len(line.leads)}" if line.leads else "–"
-    return f"{told} ({line.num_unrecorded} not recorded)" if line.num_unrecorded else told
-
-
 def _is_recorded(row: Row, series: str) -> bool:
-    """Tell a series that was never written from one whose numbers were not finite."""
+    """Return whether a series was recorded, also if none of its numbers was finite."""
     held = {*(row.extra.get("probes") or ()), *(row.extra.get("health") or ())}
-    # Where no matrix ever had a finite number, there is only how many had none.
-    return series == "loss" or not held.isdisjoint((series, f"{_metric_of(series)}/num_nonfinite"))
-
-
-def _metric_of(series: str) -> str:
-    return series.partition("/")[0]
+    # Where no matrix ever had a finite number, only the count of matrices without one is recorded.
+    metric = series.partition("/")[0]
+    return series == "loss" or not held.isdisjoint((series, f"{metric}/num_nonfinite"))
 
 
 def _without_numbers(row: Row) -> Record:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +17,8 @@ from hf_pss.inspection.compare import ChangedMatrix
 from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.inspection.measure import MatrixHealth, spectrum_of
 from hf_pss.records.strict_json import visible
-from hf_pss.runs.durable import write_whole
 from hf_pss.view import canvas
-from hf_pss.view import text_table as text
-from hf_pss.view.html_page import MISSING_EXTRA
+from hf_pss.view.page import inline_svg, render_template
 
 __all__ = [
     "map_figure",
@@ -30,7 +26,6 @@ __all__ = [
     "render_page",
     "series_figure",
     "spectra_figure",
-    "write_page",
 ]
 
 # A drawn label longer than this pushes the map off the page.
@@ -214,12 +209,6 @@ def _short(name: str) -> str:
     return text if len(text) <= _LONGEST_LABEL else "…" + text[-_LONGEST_LABEL:]
 
 
-try:
-    import jinja2
-except ImportError as error:
-    raise ImportError(MISSING_EXTRA) from error
-
-
 _MOST_SPECTRA = 6
 # Largest matrix to decompose for the page alone: 4096 × 4096 takes half a minute.
 _MOST_DECOMPOSED = 2**24
@@ -250,59 +239,31 @@ def render_page(
         OSError: A file can no longer be read.
     """
     with canvas.style():
-        series = _drawn({"series": series_figure(rows)}) if rows else {}
+        series = inline_svg({"series": series_figure(rows)}) if rows else {}
     sections = [_section(one) for one in (inspection, other) if one is not None]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_pss.inspection", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "significant": text.significant,
-        "count": text.count,
-        "percent": text.percent,
-        "visible": visible,
+    values = {
+        "sections": sections,
+        "rows": rows,
+        "series": series,
+        "changes": changes[:_MOST_LINES],
+        "num_changes": len(changes),
+        "most_lines": _MOST_LINES,
+        "nan": math.nan,
     }
-    return environment.get_template("page.html.j2").render(
-        sections=sections,
-        rows=rows,
-        series=series,
-        changes=changes[:_MOST_LINES],
-        num_changes=len(changes),
-        most_lines=_MOST_LINES,
-        nan=math.nan,
-    )
-
-
-def write_page(out: Path, html: str) -> None:
-    """Write a page whole or not at all: one that is open in a browser is never half-written.
-
-    Raises:
-        OSError: It cannot be written. Nothing is left of it.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, html)
+    return render_template("hf_pss.inspection", "page.html.j2", values)
 
 
 def _section(inspection: Inspection) -> Mapping[str, object]:
     shown = list(_spectra(inspection.matrices))
     with canvas.style():
-        drawn = _drawn({"map": map_figure(inspection.matrices), "spectra": spectra_figure(shown)})
+        drawn = inline_svg(
+            {"map": map_figure(inspection.matrices), "spectra": spectra_figure(shown)}
+        )
     return {
         "inspection": inspection,
         "lines": inspection.matrices[:_MOST_LINES],
         "figures": drawn,
         "num_too_large": sum(_is_too_large(one) for one in inspection.matrices[:_MOST_SPECTRA]),
-    }
-
-
-def _drawn(figures: Mapping[str, Figure | None]) -> Mapping[str, str]:
-    return {
-        name: "data:image/svg+xml;base64," + base64.b64encode(canvas.to_svg(figure)).decode("ascii")
-        for name, figure in figures.items()
-        if figure is not None
     }
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hf_pss.inspection.compare import ChangedMatrix
 from hf_pss.inspection.matrices import SMALL
 from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
 from hf_pss.records.strict_json import visible
-from hf_pss.view.text_table import significant
+from hf_pss.view.numbers import plural, significant
+from hf_pss.view.tables import lean_table
 
 __all__ = ["render_changes", "render_inspection", "render_series"]
 
@@ -35,8 +35,8 @@ def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableTy
 
 
 def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> RenderableType:
-    """Return a table of before → after, the matrices that have changed most first."""
-    table = _table("matrix", "σ₁", "stable rank", "‖ΔW‖/‖W‖")
+    """Put the matrices that moved most first, before → after."""
+    table = lean_table(["matrix"], ["σ₁", "stable rank", "‖ΔW‖/‖W‖"])
     prefix = _common_prefix([change.name for change in changes])
     for change in changes[:num_lines]:
         table.add_row(
@@ -51,14 +51,15 @@ def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> Rende
 
 
 def render_series(rows: Sequence[SeriesRow]) -> RenderableType:
-    """Return a table with a line for each checkpoint, in the given order."""
-    table = _table("checkpoint", "stable rank", "lowest", "σ₁", "largest", "not finite", "findings")
+    """Put a line for each checkpoint, in the order given."""
+    numbers = ["stable rank", "lowest", "σ₁", "largest", "not finite", "findings"]
+    table = lean_table(["checkpoint"], numbers)
     for row in rows:
         ranks = (row.median_stable_rank, row.lowest_stable_rank)
-        numbers = map(significant, (*ranks, row.median_sigma1, row.largest_sigma1))
+        shown = map(significant, (*ranks, row.median_sigma1, row.largest_sigma1))
         counts = (f"{row.num_nonfinite:,}", f"{row.num_findings:,}")
         style = "bold red" if row.num_nonfinite else ""
-        table.add_row(Text(visible(row.path.name)), *numbers, *counts, style=style)
+        table.add_row(Text(visible(row.path.name)), *shown, *counts, style=style)
     return Group(Text("Over the checkpoints; stable rank and σ₁ are medians:"), table)
 
 
@@ -74,8 +75,8 @@ def _summary(inspection: Inspection) -> Iterator[Text]:
         yield Text(f"Every number that was read is finite. Findings: {inspection.num_findings}.")
     else:
         yield Text(
-            f"NOT FINITE: NaN or inf in {_counted(bad, 'matrix', 'matrices')} and "
-            f"{_counted(len(inspection.bad_others), 'other tensor', 'other tensors')}. "
+            f"NOT FINITE: NaN or inf in {plural(bad, 'matrix', 'matrices')} and "
+            f"{plural(len(inspection.bad_others), 'other tensor', 'other tensors')}. "
             f"Findings: {inspection.num_findings}.",
             style="bold red",
         )
@@ -89,8 +90,7 @@ def _summary(inspection: Inspection) -> Iterator[Text]:
 def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
     if not inspection.matrices:
         return
-    table = _table("matrix", "shape", "σ₁", "stable rank", "of noise")
-    table.add_column("why", overflow="fold", ratio=1)
+    table = lean_table(["matrix"], ["shape", "σ₁", "stable rank", "of noise"], ["why"])
     prefix = _common_prefix([one.health.name for one in inspection.matrices])
     for one in inspection.matrices[:num_lines]:
         health = one.health
@@ -116,7 +116,7 @@ def _notes(inspection: Inspection) -> Iterator[Text]:
         yield Text(f"Not read: {count:,} tensors ({reason}).", style="yellow")
     searched = Counter(reason for _, reason in inspection.others if reason != SMALL)
     for reason, count in searched.most_common(_MOST_UNREAD):
-        what = _counted(count, "tensor", "tensors")
+        what = plural(count, "tensor", "tensors")
         yield Text(f"Searched for NaN and inf only: {what} ({reason}).", style="dim")
     notes = Counter(one.health.source.note for one in inspection.matrices if one.health.source.note)
     for note, count in notes.items():
@@ -146,18 +146,6 @@ def _common_prefix(names: Sequence[str]) -> str:
 
 def _short(name: str, prefix: str) -> str:
     return visible(name.removeprefix(prefix).replace(".weight", ""))
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def _table(first: str, *numbers: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _arrow(change: ChangedMatrix, what: str) -> str:

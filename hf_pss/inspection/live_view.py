@@ -13,7 +13,7 @@ from hf_pss.records.messages import Alert, AlertLevel, alert_of
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.follow import RunState
-from hf_pss.view.text_table import duration
+from hf_pss.view.numbers import duration, plural
 
 __all__ = ["plain_lines", "render"]
 
@@ -98,8 +98,8 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
     num_shown = min(num_events, len(state.events))
     more = f", the newest {num_shown}" if state.num_events > num_shown else ""
     counts = (
-        _counted(state.num_events, "event"),
-        _counted(state.num_interventions, "intervention"),
+        plural(state.num_events, "event"),
+        plural(state.num_interventions, "intervention"),
     )
     yield Text(f"{', '.join(counts)}{more}:")
     alerts = [alert_of(record) for record in state.events[-num_events:]]
@@ -148,10 +148,6 @@ def _ranks(reading: HealthReading | None) -> Mapping[str, float]:
 def _worst(ranks: Mapping[str, float]) -> Sequence[str]:
     """Return the names, NaN first, then the lowest stable rank."""
     return sorted(ranks, key=lambda name: (not math.isnan(ranks[name]), ranks[name], name))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _sentences(alert: Alert) -> str:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hf_pss.records.strict_json import visible
@@ -16,7 +15,7 @@ from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.rescue.repair import Written
-from hf_pss.view.text_table import marks, sparkline
+from hf_pss.view.tables import lean_table, marks, sparkline
 
 __all__ = ["SCHEMA_VERSION", "as_json", "render_investigation", "render_plan", "render_written"]
 
@@ -161,12 +160,7 @@ def _checkpoints(found: Investigation) -> Iterator[RenderableType]:
     if not found.checkpoints:
         yield Text("No checkpoint.", style="red")
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("checkpoint", overflow="fold")
-    for name in ("written (UTC)", "MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("findings", overflow="fold", ratio=1)
+    table = lean_table(["checkpoint"], ["written (UTC)", "MiB"], ["verdict", "findings"])
     chosen = None if found.choice.chosen is None else found.choice.chosen.path
     for one in reversed(found.checkpoints):
         worst = one.problem or one.worst

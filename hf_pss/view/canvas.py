@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from hf_pss.view.html_page import MISSING_EXTRA
+from hf_pss.view import MISSING_EXTRA
 
 try:
     import matplotlib as mpl
@@ -19,10 +19,13 @@ except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
 
 __all__ = [
+    "COLOURS",
+    "REFERENCE_COLOUR",
     "Axes",
     "Figure",
     "Line2D",
     "colour",
+    "mark_level",
     "new_figure",
     "save_png",
     "style",
@@ -31,8 +34,8 @@ __all__ = [
 ]
 
 # Okabe and Ito's palette, distinguishable with every common kind of colour vision, without yellow.
-_REFERENCE_COLOUR = "#555555"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+REFERENCE_COLOUR = "#555555"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 _STYLE = {
     "axes.edgecolor": "#999999",
@@ -79,6 +82,21 @@ def use_log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(_PlainFormatter())
 
 
+def mark_level(axes: Axes, level: float, text: str, *, at_left: bool = False) -> None:
+    """Draw a dotted horizontal line with its name at one end."""
+    axes.axhline(level, color="#999999", lw=0.8, ls=":")
+    axes.annotate(
+        text,
+        (0.01 if at_left else 1.0, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="left" if at_left else "right",
+        color="#777777",
+        fontsize=7.5,
+    )
+
+
 class _PlainFormatter(LogFormatter):
     """Labels the same ticks as its base class, with plain numbers."""
 
@@ -89,11 +107,11 @@ class _PlainFormatter(LogFormatter):
 def colour(name: str, names: Sequence[str], reference: str) -> str:
     """Return grey for the reference, and one colour for each of the other names."""
     others = [other for other in names if other != reference]
-    return _REFERENCE_COLOUR if name == reference else _COLOURS[others.index(name) % len(_COLOURS)]
+    return REFERENCE_COLOUR if name == reference else COLOURS[others.index(name) % len(COLOURS)]
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, creating its folder."""
+    """Write a figure as PNG, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
 

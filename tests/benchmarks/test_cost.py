@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pss import PSSConfig, PSSController
-from hf_pss.evidence.demo_recipe import DemoRecipe
+from hf_pss.evidence.recipes import Recipe
 from hf_pss.linalg import Clip, leading_triplets
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import named_parameters_canonical
@@ -69,7 +69,7 @@ def test_steps_without_event(preset: str, device: str, capsys: pytest.CaptureFix
     The median of the pairs leaves out what happens at every tenth step only: the floor's check.
     PSS's own clock, as a mean over all steps, holds it.
     """
-    recipe = DemoRecipe()
+    recipe = Recipe()
     set_seed(0)
     model = recipe.model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -17,15 +17,18 @@ from preloaded import Process, children_of, is_running, start, wait_until
 from rich.console import Console
 from small_library import corpus_cache, small_library, use_small_library
 
+from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence import demo_worker as worker
+from hf_pss.evidence.baselines import TRAINERS_OWN
 from hf_pss.evidence.demo import run_demo
-from hf_pss.evidence.demo_recipe import DemoRecipe
-from hf_pss.evidence.processes import num_cores, signals_interrupt
+from hf_pss.evidence.grid import Cell
+from hf_pss.evidence.recipes import Recipe
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
+from hf_pss.evidence.runner import num_cores, signals_interrupt
+from hf_pss.evidence.worker import train_cell
 
-TINY = DemoRecipe(
+TINY = Recipe(
     num_layers=1,
     width=16,
     num_heads=2,
@@ -47,7 +50,7 @@ def _corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_library(monkeypatch)
 
 
-def start_demo(recipe: DemoRecipe, out: Path, *real: str, **options: Any) -> Process:
+def start_demo(recipe: Recipe, out: Path, *real: str, **options: Any) -> Process:
     environment = {**os.environ, "HF_PSS_CACHE": str(corpus_cache()), "COLUMNS": "200"}
     words = (out, small_library(), json.dumps(recipe.to_dict()), json.dumps(options))
     return start(PROGRAM, *words, *real, env=environment)
@@ -161,27 +164,25 @@ def test_what_cannot_be_removed_is_said_before_anything_starts(tmp_path: Path) -
 
 def test_a_step_that_is_not_finite_is_null_and_not_zero(tmp_path: Path) -> None:
     """The Trainer's filter logs a loss of NaN as 0.0, which would pass for the best of all."""
-    recipe = replace(TINY, learning_rate=1e30)
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
-    worker.main(tmp_path, "plain", 0, parent=os.getppid())
-    rows = [r for r in _read_lines(tmp_path / "plain" / "seed-0" / "metrics.jsonl") if "loss" in r]
-    losses = [row["loss"] for row in rows]
+    cell = Cell(
+        recipe_name="slow_damage",
+        recipe=replace(TINY, learning_rate=1e30),
+        optimizer=TRAINERS_OWN,
+        guard_name="plain",
+        pss=PSSConfig(observe_only=True),
+        seed=0,
+    )
+    row = train_cell(cell, tmp_path)
+    lines = [r for r in _read_lines(tmp_path / "metrics.jsonl") if "loss" in r]
+    losses = [line["loss"] for line in lines]
     num_bad = losses.count(None)
     assert 0 < num_bad < len(losses)
     assert 0.0 not in losses
-    assert rows[-1]["nonfinite_steps"] == num_bad
-    summary = json.loads((tmp_path / "plain" / "seed-0" / "summary.json").read_text())
-    assert summary["final_train_loss"] is None
-    assert summary["num_nonfinite_steps"] == num_bad
+    assert lines[-1]["nonfinite_steps"] == num_bad
+    assert row.losses.count(None) == num_bad
 
 
-def test_a_run_whose_demo_is_gone_does_not_begin(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is gone"):
-        worker.main(tmp_path, "plain", 0, parent=0)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its cores")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the cores of a process")
 def test_only_cores_that_it_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:

@@ -16,13 +16,13 @@ from transformers import Trainer, set_seed
 
 from hf_pss import PSSConfig, RecoveryConfig
 from hf_pss.evidence.corpus import Corpus, build_corpus
-from hf_pss.evidence.demo_recipe import DemoRecipe
+from hf_pss.evidence.recipes import Recipe
 
 STEPS = 3000
 EVERY_STEPS = 50
 SEED = 20260201
 # The demo's own rate is chosen to hurt its model; this one does not.
-RECIPE = DemoRecipe(num_steps=STEPS, learning_rate=3e-3)
+RECIPE = Recipe(num_steps=STEPS, learning_rate=3e-3)
 # Two-sided: a run that ends better than its twin by more has not learned the same, either.
 LOSS_DRIFT_NATS = 0.05
 MEMORY_DRIFT_MIB = 100

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from hf_pss.errors import SelectionError
 from hf_pss.inspection.compare import compare
 from hf_pss.inspection.health_export import as_json, write_json
-from hf_pss.inspection.health_page import noise_quantiles, render_page, series_figure, write_page
+from hf_pss.inspection.health_page import noise_quantiles, render_page, series_figure
 from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
 from hf_pss.inspection.matrix_survey import (
     Inspection,
@@ -28,6 +28,7 @@ from hf_pss.inspection.matrix_survey import (
 from hf_pss.models.selection.by_name import Place, place_of
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import open_checkpoint
+from hf_pss.view.page import write_page
 
 EVIL = "h.0.\x1b[2J\u202e<script>.weight"
 

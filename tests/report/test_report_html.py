@@ -15,7 +15,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
 from hf_pss.view import canvas
-from hf_pss.view import text_table as text
+from hf_pss.view import numbers as text
 
 VOID = {"meta", "img", "br"}
 
@@ -87,7 +87,7 @@ def test_the_page_needs_no_other_file(twins: Path) -> None:
 
 
 @pytest.mark.usefixtures("words_only")
-def test_the_page_says_what_was_measured(twins: Path) -> None:
+def test_the_page_shows_the_measured_numbers(twins: Path) -> None:
     words = Page(write_report(twins)).text
     assert "The stable-rank floor ended at a validation loss of 4.300, 0.500 below" in words
     assert "This is one seed" in words
@@ -225,18 +225,18 @@ def test_events_without_an_answer_are_listed_and_neighbours_share_a_line(
 
 
 @pytest.mark.usefixtures("words_only")
-def test_the_page_says_that_the_plain_twin_is_watched(twins: Path) -> None:
-    assert "its overhead is that of watching" in Page(write_report(twins)).text
+def test_the_page_explains_the_plain_twin(twins: Path) -> None:
+    assert "its overhead is the cost of observing" in Page(write_report(twins)).text
 
 
 @pytest.mark.usefixtures("words_only")
-def test_without_a_plain_twin_nothing_is_said_about_it(files: Any) -> None:
+def test_without_a_plain_twin_the_page_does_not_mention_it(files: Any) -> None:
     files.run("floor")
-    assert "that of watching" not in Page(write_report(files.info())).text
+    assert "cost of observing" not in Page(write_report(files.info())).text
 
 
 @pytest.mark.usefixtures("words_only")
-def test_the_page_goes_where_it_is_told(twins: Path, tmp_path: Path) -> None:
+def test_the_page_is_written_to_the_given_place(twins: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     assert write_report(twins, tmp_path / "site") == tmp_path / "site" / "report.html"
     named = write_report(twins, tmp_path / "new" / "page.html")

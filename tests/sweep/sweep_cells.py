@@ -39,7 +39,6 @@ def cell(guard: str = "none", *, fault: Fault | None = None, seed: int = 0, **mo
         recipe_name=name,
         recipe=replace(recipe, fault=fault),
         optimizer=optimizer,
-        learning_rate=1e-3,
         guard_name=guard,
         seed=seed,
         probes_every_steps=probes,

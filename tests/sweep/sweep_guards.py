@@ -9,14 +9,14 @@ from helpers import arguments, gpt2, token_rows
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from hf_pss import PSSTrainer
-from hf_pss.evidence.guards.base import ActingCallback, Guard, OptimizerSettings
+from hf_pss.evidence.guards.base import Guard, OptimizerSettings, TimedCallback
 
 SETTINGS = OptimizerSettings(learning_rate=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 
 
 def trainer_of(
     folder: Path, guard: Guard, *, model: PreTrainedModel | None = None, **options: Any
-) -> tuple[Trainer, ActingCallback | None]:
+) -> tuple[Trainer, TimedCallback | None]:
     set_seed(7)
     model = model if model is not None else gpt2(num_layers=2)
     if guard.prepare is not None:

@@ -12,8 +12,7 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-from hf_pss.evidence import runner
-from hf_pss.evidence import sweep_worker as worker
+from hf_pss.evidence import runner, worker
 from hf_pss.evidence.grid import Cell, read_grid
 from hf_pss.evidence.rows import Row
 

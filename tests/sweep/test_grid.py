@@ -1,4 +1,4 @@
-"""Grids: what is meant by a file, and what is said of one that means nothing."""
+"""Grid files: the cells that they produce, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cells(tmp_path: Path) -> Cells:
 def test_a_number_without_a_dot_is_a_number(cells: Cells) -> None:
     (only,) = cells(BASE)
     assert only.learning_rate == 1e-3
-    assert only.recipe.training.learning_rate == 1e-3
+    assert only.recipe.learning_rate == 1e-3
 
 
 def test_a_block_is_the_full_product_seeds_outermost(cells: Cells) -> None:
@@ -61,9 +61,9 @@ def test_cells_that_blocks_share_are_run_once(cells: Cells) -> None:
 
 def test_changes_reach_the_training_and_the_recipe(cells: Cells) -> None:
     (only,) = cells(BASE + "changes: {num_layers: 1, init_gain: 4.0}")
-    assert only.recipe.training.num_layers == 1
+    assert only.recipe.num_layers == 1
     assert only.recipe.init_gain == 4.0
-    assert RECIPES["wide"].training.num_layers == 6
+    assert RECIPES["wide"].num_layers == 6
 
 
 def test_pss_with_options_of_its_own(cells: Cells) -> None:
@@ -74,12 +74,12 @@ def test_pss_with_options_of_its_own(cells: Cells) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("colour: red\n" + BASE, "no key colour; it has recipes"),
         (BASE.replace("wide", "huge"), "'huge'; choose one of slow_damage"),
         (BASE.replace("none", "prayer"), "'prayer'; choose one of none"),
-        (BASE + "optimizers: [adam]", "'adam'; choose of adamw"),
+        (BASE + "optimizers: [adam]", "'adam'; choose one of adamw"),
         (BASE + "changes: {depth: 3}", "no depth; it has"),
         (BASE + "changes: {num_layers: 0}", "num_layers must be above 0"),
         (BASE + "changes: [1]", "is a mapping"),
@@ -100,10 +100,10 @@ def test_pss_with_options_of_its_own(cells: Cells) -> None:
         ("{: [", "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_said_with_what_is_allowed(cells: Cells, text: str, told: str) -> None:
+def test_an_error_names_the_mistake_and_the_choices(cells: Cells, text: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         cells(text)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_grids_that_are_shipped_can_be_read(path: Path) -> None:
         (BASE + "changes: {schedule: cosine}", "warmup_stable_decay or constant or ramp"),
         (BASE + "changes: {num_steps: true}", "is like 800"),
         (BASE + "changes: {learning_rate: 1.0}", "an axis"),
-        (BASE + "probes_every_steps: -1", "A count is wanted"),
+        (BASE + "probes_every_steps: -1", "is a count"),
         (BASE + "seeds: [-1]", "whole numbers"),
         (BASE.replace("1e-3", "-1e-3"), "above 0"),
         (BASE.replace("none", "rescue_reset"), "has none"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_pss.evidence.baselines import adagc, spam, stable_adamw, stable_spam
 from hf_pss.evidence.guards.base import OptimizerSettings
-from hf_pss.evidence.guards.other_optimizers import adagc, spam, stable_adamw, stable_spam
 
 LR, B1, B2, EPS, WD = 1e-2, 0.9, 0.99, 1e-8, 0.1
 SETTINGS = OptimizerSettings(learning_rate=LR, betas=(B1, B2), eps=EPS, weight_decay=WD)

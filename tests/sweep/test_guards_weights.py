@@ -1,4 +1,4 @@
-"""Guards on the weights: what they promise of the matrices, and when they act."""
+"""Guards on the weights: the promised properties of the matrices, and the steps of action."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from helpers import gpt2, token_rows
 from sweep_guards import trainer_of
 
 from hf_pss import PSSConfig, select_matrices
-from hf_pss.evidence.guards.at_triggers import LearningRateDrop
 from hf_pss.evidence.guards.base import Guard
+from hf_pss.evidence.guards.gradients import LearningRateDrop
 from hf_pss.evidence.guards.weights import ScheduledSmoothing, SpectralCap, sigma_reparam_
 from hf_pss.linalg import spectral_norm
 from hf_pss.models.selection import named_parameters_canonical

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hf_pss.evidence.sweep_worker import read_health_series
+from hf_pss.evidence.worker import read_health_series
 from hf_pss.records.steps import HealthReading
 from hf_pss.runs.records_files import health_line, reading_line
 

@@ -178,7 +178,7 @@ def test_a_score_counts_explosions_leads_and_false_alarms() -> None:
     found = score("grad_norm_ratio", [early, late, silent, healthy, stopped, unrecorded])
     departure = departure_step(losses, 240)
     assert found.leads == (departure - 190, departure - 220, None)
-    assert found.share_warned == pytest.approx(1 / 3)
+    assert found.num_ahead == 1
     assert found.false_alarm_rate == pytest.approx(4.0)
     assert found.median_lead == pytest.approx(departure - 205)
 
@@ -190,7 +190,7 @@ def test_a_rule_that_warns_always_pays_for_every_reading() -> None:
         row([3.0] * 250, probes_of(min_stable_rank=[*low])),
     ]
     found = score("min_stable_rank_floor", rows)
-    assert found.share_warned == 1
+    assert found.num_ahead == len(found.leads) == 1
     assert found.false_alarm_rate == 1000
     assert at_equal_rate(rows, max_false_alarms=5, rules=["min_stable_rank_floor"]) == ()
 
@@ -239,8 +239,22 @@ def test_damage_and_unknown_rules_are_named() -> None:
 
 def test_the_tables_show_what_was_counted() -> None:
     scores = (
-        Score("grad_norm_ratio", "deep[24]", 2.5, (12, -3, None), 1, 2000),
-        Score("loss_ratio", "flat", 1.2, (), 0, 0),
+        Score(
+            rule="grad_norm_ratio",
+            recipe="deep[24]",
+            threshold=2.5,
+            leads=(12, -3, None),
+            num_false_alarms=1,
+            num_healthy_readings=2000,
+        ),
+        Score(
+            rule="loss_ratio",
+            recipe="flat",
+            threshold=1.2,
+            leads=(),
+            num_false_alarms=0,
+            num_healthy_readings=0,
+        ),
     )
     console = Console(width=200, record=True, file=None, quiet=False)
     with console.capture() as captured:

@@ -43,7 +43,7 @@ def test_a_fault_is_marked_where_nothing_exploded_and_gaps_are_drawn() -> None:
 
 
 def test_runs_of_different_lengths_and_rhythms_share_a_panel() -> None:
-    """A guard that stops a run ends its series; the median goes on with the others."""
+    """A guard that stops a run ends its series; the median continues with the others."""
     rows = family_of_rows()
     health = {name: values[:12] for name, values in rows[3].extra["health"].items()}
     rows[3] = replace(rows[3], losses=rows[3].losses[:EXPLOSION], extra={"health": health})

@@ -1,4 +1,4 @@
-"""Treatments after a fault: each does what it says, once, at the fault's end."""
+"""Treatments after a fault: each acts once, at the fault's end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures: drawn from what there is, without a warning, names beside their lines."""
+"""Pictures of a sweep: drawn from the rows there are, without a warning."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.grid import Cell, read_grid
 from hf_pss.evidence.rows import append_row
 from hf_pss.evidence.runner import ROWS_FILE, run_sweep
-from hf_pss.evidence.sweep_worker import run_cell
+from hf_pss.evidence.worker import run_cell
 
 PROGRAM = Path(__file__).with_name("sweep_process.py")
 

@@ -1,4 +1,4 @@
-"""One cell, trained: what its row holds, and that nothing leaks from one run into the next."""
+"""One trained cell: its row, and that nothing leaks from one run into the next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.recipes import Fault
 from hf_pss.evidence.rows import Row
-from hf_pss.evidence.sweep_worker import run_cell
+from hf_pss.evidence.worker import run_cell
 
 STEPS = 4
 # A floor at which fresh matrices already lie.

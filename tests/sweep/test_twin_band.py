@@ -1,4 +1,4 @@
-"""What leaves the range of healthy twins, when, and how often a twin does."""
+"""Metrics outside of the range of healthy twins, their leads and their false alarms."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_metrics_gather_their_series_and_pass_over_counts() -> None:
     }
 
 
-# ---- what is outside ----
+# ---- readings outside of the range ----
 
 
 def test_the_distance_is_in_widths_of_the_range_on_a_logarithmic_scale() -> None:
@@ -146,7 +146,7 @@ def test_a_missing_number_is_outside_where_a_twin_has_one_and_nowhere_else() -> 
 
 
 def test_a_metric_that_a_run_never_recorded_says_nothing_of_it() -> None:
-    """Another preset, or a version without it: that is no number that broke."""
+    """Another preset or version may lack the metric; that is not a broken number."""
     rows = family_of_rows()
     health = {k: v for k, v in rows[3].extra["health"].items() if "stable_rank" not in k}
     rows[3] = replace(rows[3], extra={"health": health})

@@ -1,27 +1,31 @@
-"""What a guard is: the one description that every compared protection fits into.
-
-What the guards that act through a callback have in common.
-"""
+"""The description of a guard, and the base class of guards that act through a callback."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_pss.config import PSSConfig
+from hf_pss.errors import ConfigurationError
 
-__all__ = ["ActingCallback", "Guard", "OptimizerSettings"]
+__all__ = ["Guard", "OptimizerSettings", "TimedCallback"]
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW's numbers, which a guard that brings its own optimizer takes over."""
+    """AdamW's numbers, which a guard with its own optimizer takes over."""
 
     learning_rate: float
     betas: tuple[float, float]
@@ -31,43 +35,105 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A protection of a training run: what differs from the same run without one.
+    """A protection of a training run: its differences from the same run without one.
 
-    Everything else (initial weights, order of the data, schedule) is the recipe's.
+    Everything else (initial weights, order of the data, schedule) belongs to the recipe.
     """
 
     description: str
     """One line for tables and ``--help``."""
     source: str
-    """Paper and rule, or the package that the rule is taken from."""
+    """The paper and its rule, or the package that implements it."""
     pss: PSSConfig = field(default_factory=lambda: PSSConfig(observe_only=True))
     """PSS as an observer, unless the guard is PSS."""
     max_grad_norm: float | None = None
-    """Clipping at this global norm; 0 does not clip, None leaves it to the recipe."""
+    """Clipping at this global norm. 0 does not clip; None leaves it to the recipe."""
     optimizer: Callable[[nn.Module, OptimizerSettings], Optimizer] | None = None
-    """Builds the optimizer that takes AdamW's place; None keeps the recipe's."""
+    """Builds the optimizer that replaces AdamW; None keeps the recipe's."""
     callback: Callable[[Trainer], TrainerCallback] | None = None
     """Acts during training; added behind PSS's own callback."""
     needs_fault: bool = False
-    """Whether it treats a run after the recipe's fault, and means nothing without one."""
+    """Whether it treats a run after the recipe's fault, and does nothing without one."""
     prepare: Callable[[nn.Module], None] | None = None
     """Changes the model before training, at the recipe's initial weights."""
 
 
-class ActingCallback(TrainerCallback):
-    """A callback that changes gradients, weights or rates, and says when and for how long."""
+class TimedCallback(TrainerCallback):
+    """A callback that acts around every step, and records for how long and when it changed a run.
+
+    A subclass overrides some of `prepare`, `before_step`, `before_update` and `after_step`.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    lr_scheduler: Any
 
     def __init__(self) -> None:
         self.intervention_steps: list[int] = []
         """Steps, from 1, at which something was changed."""
         self.seconds = 0.0
-        """Time inside the guard, watching included."""
+        """Time spent here in all, including the steps without a change."""
 
-    @contextmanager
-    def clock(self) -> Iterator[None]:
-        """Add the time that the block takes."""
+    def prepare(self) -> None:
+        """Get ready; called once, when training begins."""
+
+    def before_step(self, step: int) -> None:
+        """Act before the forward pass of a step."""
+
+    def before_update(self) -> bool:
+        """Act on the gradients; return whether something was changed."""
+        return False
+
+    def after_step(self, step: int) -> bool:
+        """Act after the optimizer's update; return whether something was changed."""
+        return False
+
+    # ---- the Trainer's events ----
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the objects of the run, and call `prepare`.
+
+        Raises:
+            ConfigurationError: The trainer gave no model.
+        """
+        if model is None:
+            raise ConfigurationError("This callback needs the model in on_train_begin; got none.")
+        self.model, self.lr_scheduler = model, lr_scheduler
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - started
+        self.prepare()
+        self.seconds += time.perf_counter() - started
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call `before_step`."""
+        self.before_step(state.global_step + 1)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call `before_update`, by the clock."""
+        started = time.perf_counter()
+        self._record(state.global_step + 1, self.before_update(), started)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call `after_step`, by the clock."""
+        started = time.perf_counter()
+        self._record(state.global_step, self.after_step(state.global_step), started)
+
+    def _record(self, step: int, has_acted: bool, started: float) -> None:
+        self.seconds += time.perf_counter() - started
+        if has_acted:
+            self.intervention_steps.append(step)

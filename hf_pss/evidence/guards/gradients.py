@@ -1,4 +1,4 @@
-"""Guards that judge the gradient's norm: ZClip scales the gradient, OLMo's skips the step."""
+"""Guards that judge the gradient's norm: scale the gradient, skip the step, or lower the rate."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from torch import nn
 
-from hf_pss.evidence.guards.base import ActingCallback
+from hf_pss.detection import Verdict
+from hf_pss.evidence.guards.base import TimedCallback
+from hf_pss.trainer.callback import PSSCallback
 
-__all__ = ["OlmoSkipStep", "SkipStepRule", "ZClip", "ZClipRule"]
+__all__ = ["LearningRateDrop", "OlmoSkipStep", "SkipStepRule", "ZClip", "ZClipRule"]
 
-# As in their code: keeps a z-score finite when the norm has not varied.
+# As in the authors' code: keeps a z-score finite when the norm has not varied.
 _EPS = 1e-6
 
 
 class ZClipRule:
-    """Mean μ and variance s² of the norm by moving averages, and the norm that a spike gets.
+    """Keep mean μ and variance s² of the norm by moving averages, and limit spikes of it.
 
     With z = (g − μ)/s, a norm with z > z_thresh is brought to μ + (z_thresh²/z)·s. The averages
     take the clipped norm: μ ← αμ + (1 − α)g, then s² ← αs² + (1 − α)(g − μ)²; they start from
     mean and variance of the first 25 norms (ZClip, arXiv 2504.02507, and its authors' code).
 
-    A norm that is not finite is not averaged; theirs averages it and is blind from then on.
+    A norm that is not finite is not averaged. The authors' code averages it, and detects nothing
+    from then on.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class ZClipRule:
         self._calibration_steps = calibration_steps
 
     def limit(self, grad_norm: float) -> float | None:
-        """Take a norm and return what to clip it to; None leaves it."""
+        """Take a norm and return the norm to clip it to; None leaves it."""
         if not math.isfinite(grad_norm):
             return None
         if len(self._first) < self._calibration_steps:
@@ -57,38 +59,32 @@ class ZClipRule:
         return limit
 
 
-class ZClip(ActingCallback):
-    """Clips the global gradient norm by `ZClipRule`; needs ``max_grad_norm=0`` to see it raw."""
+class ZClip(TimedCallback):
+    """Clips the global gradient norm by `ZClipRule`; needs ``max_grad_norm=0``."""
 
     def __init__(self, rule: ZClipRule | None = None) -> None:
         super().__init__()
         self.rule = rule if rule is not None else ZClipRule()
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
+    def before_update(self) -> bool:
         """Scale the gradients of a spike."""
-        with self.clock():
-            gradients = _gradients(model)
-            # The guard's one read to the host.
-            norm = float(nn.utils.get_total_norm(gradients)) if gradients else math.nan
-            limit = self.rule.limit(norm)
-            if limit is not None:
-                torch._foreach_mul_(gradients, limit / norm)
-                self.intervention_steps.append(state.global_step + 1)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # The guard's one read to the host.
+        norm = float(nn.utils.get_total_norm(gradients)) if gradients else math.nan
+        limit = self.rule.limit(norm)
+        if limit is None:
+            return False
+        torch._foreach_mul_(gradients, limit / norm)
+        return True
 
 
 class SkipStepRule:
     """Skip when the loss or the norm exceeds mean + 6 standard deviations of the last 128 values.
 
-    Judges once 64 values are there, as OLMo-core's SkipStepOptimizer does. Every finite value
-    enters its window, skipped or not, as theirs. A value that is not finite is skipped and does
-    not enter; with theirs the 128 steps after it are skipped, too.
+    It judges from the 64th value on, as OLMo-core's SkipStepOptimizer does. As there, every finite
+    value enters its window, whether or not its step is skipped. A step with a value that is not
+    finite is skipped, and the value does not enter. In OLMo-core the 128 steps after it are skipped
+    too.
     """
 
     def __init__(self, *, window_steps: int = 128, sigma_factor: float = 6.0) -> None:
@@ -97,7 +93,7 @@ class SkipStepRule:
         self._windows: tuple[deque[float], ...] = tuple(deque(maxlen=window_steps) for _ in "lg")
 
     def skips(self, loss: float, grad_norm: float) -> bool:
-        """Take a step's loss and norm and tell whether its update must not happen."""
+        """Take a step's loss and norm, and return whether to skip its update."""
         judgements = [
             self._is_outlier(window, value)
             for window, value in zip(self._windows, (loss, grad_norm), strict=True)
@@ -107,18 +103,18 @@ class SkipStepRule:
     def _is_outlier(self, window: deque[float], value: float) -> bool:
         if not math.isfinite(value):
             return True
-        # They count the value itself: 63 before it make 64.
+        # OLMo-core counts the value itself: 63 before it make 64.
         judges = len(window) + 1 >= self._minimum
         limit = _mean_plus(window, self._sigma_factor) if judges else math.inf
         window.append(value)
         return value > limit
 
 
-class OlmoSkipStep(ActingCallback):
+class OlmoSkipStep(TimedCallback):
     """Drops the gradients of a step by `SkipStepRule`.
 
-    Theirs multiplies the update by zero, so that the moments decay and a NaN stays NaN; here the
-    optimizer passes the parameters over and its moments keep their values.
+    OLMo-core multiplies the update by zero, so that the moments decay and a NaN stays NaN. Here the
+    optimizer skips the parameters, and its moments keep their values.
     """
 
     def __init__(
@@ -130,21 +126,42 @@ class OlmoSkipStep(ActingCallback):
         self._read = read
         self.rule = rule if rule is not None else SkipStepRule()
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        """Judge the norm before clipping and the loss."""
-        with self.clock():
-            loss, norm = (math.nan if v is None else v for v in self._read())
-            if self.rule.skips(loss, norm) and model is not None:
-                for parameter in model.parameters():
-                    parameter.grad = None
-                self.intervention_steps.append(state.global_step + 1)
+    def before_update(self) -> bool:
+        """Judge the loss and the norm before clipping."""
+        loss, norm = (math.nan if value is None else value for value in self._read())
+        if not self.rule.skips(loss, norm):
+            return False
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return True
+
+
+class LearningRateDrop(TimedCallback):
+    """Multiplies the learning rate for the rest of the run where PSS would have smoothed.
+
+    Args:
+        pss: Observes with the trigger of the preset ``paper``; called before this callback.
+        factor: On the schedule, and therefore on every later step.
+        cooldown_steps: Steps after a drop without another one, counted as PSS counts them.
+    """
+
+    def __init__(self, pss: PSSCallback, *, factor: float = 0.5, cooldown_steps: int = 10) -> None:
+        super().__init__()
+        self._pss = pss
+        self._factor = factor
+        self._cooldown_steps = cooldown_steps
+
+    def after_step(self, step: int) -> bool:
+        """Lower the rate after a step that PSS judges a spike."""
+        report, past = self._pss.report, self.intervention_steps
+        is_cooling_down = bool(past) and step - past[-1] <= self._cooldown_steps
+        if report is None or report.verdict is not Verdict.SPIKE or is_cooling_down:
+            return False
+        rates = [rate * self._factor for rate in self.lr_scheduler.base_lrs]
+        self.lr_scheduler.base_lrs = rates
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self._factor
+        return True
 
 
 def _mean_plus(values: Sequence[float], sigma_factor: float) -> float:
@@ -152,8 +169,3 @@ def _mean_plus(values: Sequence[float], sigma_factor: float) -> float:
     mean = sum(values) / count
     variance = sum((v - mean) ** 2 for v in values) / max(1, count - 1)
     return mean + sigma_factor * math.sqrt(variance)
-
-
-def _gradients(model: nn.Module | None) -> list[Tensor]:
-    parameters = model.parameters() if model is not None else ()
-    return [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Treatments of a run after a fault of known length: repair the weights, or go back."""
+"""Treatments of a run after a fault of known length: repair the weights, or roll back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import copy
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.guards.weights import MatrixCallback
 from hf_pss.evidence.recipes import Fault
 from hf_pss.linalg import StableRankCap, noise_stable_rank
 from hf_pss.models.optimizer_state import FIRST_MOMENTS
-from hf_pss.models.smoother import smooth_matrices_
 
 __all__ = ["Rescue"]
 
@@ -26,10 +21,10 @@ class Rescue(MatrixCallback):
     """Treats a run once, right after the last step of its fault.
 
     Args:
-        fault: Which steps were harmed.
-        treatment: Cap every matrix at the stable-rank floor ρ · noise; the same and set the
-            optimizer's first moments to zero; only the latter; or restore weights and optimizer as
-            they were before the fault, and go on with the data that comes next.
+        fault: The harmed steps.
+        treatment: Cap every matrix at the stable-rank floor ρ · noise; do this and set the
+            optimizer's first moments to zero; only set them to zero; or restore weights and
+            optimizer as they were before the fault, and continue with the next data.
         floor_ratio: ρ.
     """
 
@@ -40,62 +35,34 @@ class Rescue(MatrixCallback):
         self._floor_ratio = floor_ratio
         self._before: tuple[dict[str, Any], dict[str, Any]] | None = None
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def before_step(self, step: int) -> None:
         """Keep a copy of the healthy run."""
-        if self._treatment == "roll_back" and state.global_step + 1 == self._fault.start:
-            model, optimizer = _given(model, optimizer)
-            self._before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        if self._treatment == "roll_back" and step == self._fault.start:
+            self._before = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
     @torch.no_grad()
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def after_step(self, step: int) -> bool:
         """Treat the run if the fault has just ended."""
-        if state.global_step != self._fault.last_step:
-            return
-        model, optimizer = _given(model, optimizer)
-        with self.clock():
-            if self._before is not None:
-                rates = [group["lr"] for group in optimizer.param_groups]
-                model.load_state_dict(self._before[0])
-                optimizer.load_state_dict(self._before[1])
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-            if self._treatment.startswith("smooth"):
-                parameters, backend = self.stored()
-                floors = {v.name: noise_stable_rank(*v.shape[-2:]) for v in self.views}
-                smooth_matrices_(
-                    self.views,
-                    parameters,
-                    backend,
-                    lambda names: StableRankCap(
-                        torch.tensor([self._floor_ratio * floors[name] for name in names])
-                    ),
-                    max_rank=32,
-                )
-            if self._treatment.endswith("reset"):
-                for moments in optimizer.state.values():
-                    for key in FIRST_MOMENTS:
-                        if key in moments:
-                            moments[key].zero_()
-            self.intervention_steps.append(state.global_step)
-
-
-def _given(model: nn.Module | None, optimizer: Any) -> tuple[nn.Module, Optimizer]:
-    if model is None or optimizer is None:
-        raise ConfigurationError("A rescue needs the trainer's model and optimizer; got none.")
-    return model, getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if step != self._fault.last_step:
+            return False
+        if self._before is not None:
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.model.load_state_dict(self._before[0])
+            self.optimizer.load_state_dict(self._before[1])
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        if self._treatment.startswith("smooth"):
+            floors = {
+                view.name: self._floor_ratio * noise_stable_rank(*view.shape[-2:])
+                for view in self.views
+            }
+            self.smooth(
+                lambda names: StableRankCap(torch.tensor([floors[name] for name in names])),
+                max_rank=32,
+            )
+        if self._treatment.endswith("reset"):
+            for moments in self.optimizer.state.values():
+                for key in FIRST_MOMENTS:
+                    if key in moments:
+                        moments[key].zero_()
+        return True

@@ -8,16 +8,15 @@ from types import MappingProxyType
 from transformers import Trainer, TrainerCallback
 
 from hf_pss.config import PSSConfig
-from hf_pss.evidence.guards.at_triggers import LearningRateDrop
-from hf_pss.evidence.guards.base import Guard
-from hf_pss.evidence.guards.gradients import OlmoSkipStep, ZClip
-from hf_pss.evidence.guards.other_optimizers import (
+from hf_pss.evidence.baselines import (
     adagc,
     reparametrized_adamw,
     spam,
     stable_adamw,
     stable_spam,
 )
+from hf_pss.evidence.guards.base import Guard
+from hf_pss.evidence.guards.gradients import LearningRateDrop, OlmoSkipStep, ZClip
 from hf_pss.evidence.guards.repairs import Rescue, Treatment
 from hf_pss.evidence.guards.weights import (
     REPARAMETRIZED,
@@ -37,21 +36,19 @@ def _olmo_skip(trainer: Trainer) -> TrainerCallback:
     return OlmoSkipStep(lambda: pss.readings)
 
 
-def _random_clip(trainer: Trainer) -> TrainerCallback:
-    return ScheduledSmoothing("clip", random_seed=trainer.args.seed)
-
-
 def _rescue(treatment: Treatment) -> Guard:
     def callback(trainer: Trainer) -> TrainerCallback:
         return Rescue(trainer.recipe.fault, treatment)
 
-    told = {
+    descriptions = {
         "smooth": "matrices capped at the stable-rank floor 0.8 x noise, once, after the fault",
         "smooth_and_reset": "the same, and all first moments set to zero",
         "reset": "only the first moments set to zero",
-        "roll_back": "weights and optimizer as before the fault; on with the next data",
+        "roll_back": "weights and optimizer as before the fault; then the next data",
     }
-    return Guard(description=told[treatment], source="ours", callback=callback, needs_fault=True)
+    return Guard(
+        description=descriptions[treatment], source="ours", callback=callback, needs_fault=True
+    )
 
 
 _ROWS = {
@@ -99,7 +96,7 @@ _ROWS = {
     "olmo_skip": Guard(
         description="update skipped where loss or norm passes mean + 6σ of 128 steps",
         source="OLMo-core's SkipStepOptimizer; non-finite values are skipped and not remembered, "
-        "and moments stand still over a skipped step",
+        "and a skipped step leaves the moments as they are",
         callback=_olmo_skip,
     ),
     "spectral_cap": Guard(
@@ -133,7 +130,7 @@ _ROWS = {
     "random_clip": Guard(
         description="PSS's smoothing at random steps, one in 100",
         source=f"control for {_PSS_PAPER}",
-        callback=_random_clip,
+        callback=lambda t: ScheduledSmoothing("clip", random_seed=t.args.seed),
     ),
     "hammer_every_step": Guard(
         description="σ₁ lowered to σ₂ after every step",

@@ -1,21 +1,17 @@
-"""σReparam: weights that are trained as a gain and a matrix of spectral norm one.
-
-Guards that act on the weights at every step or on a schedule, whatever the gradient does.
-"""
+"""Guards that act on the weights at every step or on a schedule, whatever the gradient does."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.guards.base import ActingCallback
-from hf_pss.linalg import SMOOTHING_FUNCTIONS
+from hf_pss.evidence.guards.base import TimedCallback
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction
 from hf_pss.models.batching import stacks, write_stack_
 from hf_pss.models.distributed import Backend, backend_for
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
@@ -30,7 +26,7 @@ __all__ = [
 ]
 
 REPARAMETRIZED = r"parametrizations\.weight\.original$"
-"""Matches the names that the matrices have afterwards."""
+"""Matches the names of the matrices after `sigma_reparam_`."""
 
 
 class _Gain(nn.Module):
@@ -45,17 +41,17 @@ class _Gain(nn.Module):
 
 @torch.no_grad()
 def sigma_reparam_(model: nn.Module) -> None:
-    """Write every selected weight as Ŵ = γ W/σ₁(W), γ learned (arXiv 2303.06296).
+    """Write every selected weight as Ŵ = γ W/σ₁(W), γ learned (σReparam, arXiv 2303.06296).
 
-    A fused projection is one matrix, with one γ, as in code that fuses. σ₁ is that of torch's
-    `spectral_norm`, one round of power iteration a forward pass. γ starts at σ₁, where the paper
-    starts it at 1, so that the model starts as the same function as without the guard.
+    A fused projection counts as one matrix with one γ. torch's `spectral_norm` estimates σ₁, with
+    one round of power iteration a forward pass. γ starts at σ₁, so that the model is at first the
+    same function as without the guard; the paper starts γ at 1.
     """
     names = dict.fromkeys(view.parameter_name for view in select_matrices(model).matrices)
     for name in names:
         module: Any = model.get_submodule(name.rpartition(".")[0])
         u, sigma, vh = torch.linalg.svd(module.weight.detach(), full_matrices=False)
-        # Its start takes torch's global generator, on which the data's order would depend.
+        # spectral_norm draws from torch's global generator, which must not change the data's order.
         with torch.random.fork_rng(devices=[]):
             parametrizations.spectral_norm(module, "weight")
         norm = module.parametrizations.weight[0]
@@ -68,43 +64,36 @@ def sigma_reparam_(model: nn.Module) -> None:
 _ROUNDS, _FIRST_ROUNDS = 2, 30
 
 
-class MatrixCallback(ActingCallback):
-    """Holds the selection of the model being trained."""
+class MatrixCallback(TimedCallback):
+    """Holds the selected matrices of the model in training."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._model: nn.Module | None = None
-        self.views: tuple[MatrixView, ...] = ()
+    views: tuple[MatrixView, ...] = ()
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
+    def prepare(self) -> None:
         """Select the matrices, as PSS does."""
-        if model is None:
-            raise ConfigurationError("This guard needs the model in on_train_begin; got none.")
-        self._model = model
-        self.views = select_matrices(model).matrices
+        self.views = select_matrices(self.model).matrices
 
     def stored(self) -> tuple[dict[str, nn.Parameter], Backend]:
-        """Return the parameters as they are now, and how they are kept."""
-        parameters = named_parameters_canonical(self._model) if self._model is not None else {}
+        """Return the parameters as they are now, and the backend that reads them."""
+        parameters = named_parameters_canonical(self.model)
         return parameters, backend_for(parameters)
+
+    def smooth(
+        self, smoothing: Callable[[Sequence[str]], SmoothingFunction], *, max_rank: int
+    ) -> None:
+        """Smooth every selected matrix, at most `max_rank` singular values of each."""
+        smooth_matrices_(self.views, *self.stored(), smoothing, max_rank=max_rank)
 
 
 class ScheduledSmoothing(MatrixCallback):
-    """Smooths all selected matrices every P steps, or at random with the same mean rhythm.
+    """Smooths all selected matrices every P steps, or at random as often on average.
 
     Args:
         smoothing: Name of a smoothing function; ``polar`` is MSign's reset.
         every_steps: P.
-        random_seed: Not None: smooth each step with probability 1/P, drawn from a generator of
-            this seed, which no other part of the run shares.
-        max_rank: At most so many singular values of a matrix move; `polar` moves all.
+        random_seed: Smooth each step with probability 1/P, drawn from the guard's own generator
+            of this seed. None: every P steps.
+        max_rank: Largest number of singular values that move in a matrix; `polar` moves all.
     """
 
     def __init__(
@@ -123,26 +112,12 @@ class ScheduledSmoothing(MatrixCallback):
         if random_seed is not None:
             self._dice = torch.Generator().manual_seed(random_seed)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        """Smooth if this step's turn has come."""
-        with self.clock():
-            if not self._is_due(state.global_step):
-                return
-            parameters, backend = self.stored()
-            smooth_matrices_(
-                self.views,
-                parameters,
-                backend,
-                lambda names: self._smoothing(),
-                max_rank=self._max_rank,
-            )
-            self.intervention_steps.append(state.global_step)
+    def after_step(self, step: int) -> bool:
+        """Smooth if the step is due."""
+        if not self._is_due(step):
+            return False
+        self.smooth(lambda names: self._smoothing(), max_rank=self._max_rank)
+        return True
 
     def _is_due(self, step: int) -> bool:
         if self._dice is None:
@@ -154,10 +129,10 @@ class SpectralCap(MatrixCallback):
     """After every update W ← W·min(1, β/σ₁) with β = `factor`·(1 + √(m/n)).
 
     [ours] 1 + √(m/n) is the spectral edge of i.i.d. noise of variance 1/n (n inputs), the map that
-    keeps the size of its input: no scale of the initial weights enters. σ₁ comes from power
-    iteration that goes on from the last step's vectors, two rounds a step (Miyato et al. 2018,
-    arXiv 1802.05957), and so from
-    below: 1.3 % over the cap measured, on width 16 at a learning rate of 1e-2.
+    keeps the size of its input, so the scale of the initial weights does not matter. Power
+    iteration estimates σ₁ from below, two rounds a step from the last step's vectors (Miyato et al.
+    2018, arXiv 1802.05957). Measured: at most 1.3 % over the cap, at width 16 and a learning rate
+    of 1e-2.
     """
 
     def __init__(self, *, factor: float = 1.0) -> None:
@@ -166,28 +141,20 @@ class SpectralCap(MatrixCallback):
         self._vectors: dict[tuple[str, ...], Tensor] = {}
 
     @torch.no_grad()
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        """Scale down what has grown beyond its cap."""
-        with self.clock():
-            parameters, backend = self.stored()
-            has_acted = False
-            for stack in stacks(self.views, parameters, backend):
-                sigma = self._spectral_norms(stack.names, stack.matrices)
-                m, n = stack.matrices.shape[-2:]
-                scale = self._factor * (1 + math.sqrt(m / n)) / sigma
-                # One read to the host a shape; NaN compares false and is left alone.
-                changed = (scale < 1).tolist()
-                scaled = stack.matrices * scale[:, None, None]
-                write_stack_(stack, scaled, changed, parameters, backend)
-                has_acted |= any(changed)
-            if has_acted:
-                self.intervention_steps.append(state.global_step)
+    def after_step(self, step: int) -> bool:
+        """Scale down every matrix that has grown beyond its cap."""
+        parameters, backend = self.stored()
+        has_acted = False
+        for stack in stacks(self.views, parameters, backend):
+            sigma = self._spectral_norms(stack.names, stack.matrices)
+            m, n = stack.matrices.shape[-2:]
+            scale = self._factor * (1 + math.sqrt(m / n)) / sigma
+            # One read to the host a shape. NaN compares false, and such a matrix is left alone.
+            changed = (scale < 1).tolist()
+            scaled = stack.matrices * scale[:, None, None]
+            write_stack_(stack, scaled, changed, parameters, backend)
+            has_acted |= any(changed)
+        return has_acted
 
     def _spectral_norms(self, names: tuple[str, ...], weight: Tensor) -> Tensor:
         v, num_rounds = self._vectors.get(names), _ROUNDS

@@ -26,7 +26,7 @@ from hf_pss.health.verdicts import (
 from hf_pss.models.selection.by_name import place_of
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
-from hf_pss.view.text_table import significant
+from hf_pss.view.numbers import significant
 
 __all__ = ["summary_table"]
 

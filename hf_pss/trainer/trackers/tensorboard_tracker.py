@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_pss.records.messages import Alert
 from hf_pss.records.steps import HealthReading
 from hf_pss.trainer.trackers.tracker import Snapshot, Tracker, histogram_of, label_of, scalars_of
-from hf_pss.view.text_table import significant
+from hf_pss.view.numbers import significant
 
 __all__ = ["TensorBoardTracker"]
 

@@ -1,0 +1,69 @@
+"""Pages that need no other file, no network and no script."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_pss.records.strict_json import visible
+from hf_pss.view import MISSING_EXTRA, numbers
+from hf_pss.view.canvas import Figure, to_svg
+
+try:
+    import jinja2
+except ImportError as error:
+    raise ImportError(MISSING_EXTRA) from error
+
+__all__ = ["inline_svg", "render_template", "write_page"]
+
+_FILTERS = {name: getattr(numbers, name) for name in numbers.__all__ if name != "NOTHING"}
+
+
+def render_template(package: str, name: str, values: Mapping[str, object]) -> str:
+    """Fill a template that lies in a package.
+
+    The functions of `hf_pss.view.numbers` and `visible` are its filters. It escapes every value.
+
+    Args:
+        package: Dotted name of the package.
+        name: File name of the template.
+        values: What the template may use; anything else in it is an error.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {**_FILTERS, "visible": visible}
+    return environment.get_template(name).render(values)
+
+
+def inline_svg(figures: Mapping[str, Figure | None]) -> dict[str, str]:
+    """Return figures as data URIs for ``<img src>``, without those that are None."""
+    return {
+        name: "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure)).decode("ascii")
+        for name, figure in figures.items()
+        if figure is not None
+    }
+
+
+def write_page(out: Path, html: str) -> None:
+    """Write a page as a whole or not at all, so that a browser never opens half of it.
+
+    Raises:
+        OSError: The page cannot be written. No part of it is left.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".hf-pss-{secrets.token_hex(8)}.html")
+    stream = scratch.open("x", encoding="utf-8")  # "x" never follows a link or overwrites a file
+    try:
+        with stream:
+            stream.write(html)
+        scratch.replace(out)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
