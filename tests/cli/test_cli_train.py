@@ -15,12 +15,14 @@ import datasets
 import pytest
 import torch
 from commandline import PROSE, SHORT, Run
+from helpers import train as train_tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_pss.cli.progress import Summary
+from hf_pss import PSSConfig
+from hf_pss.cli.progress import RunSummary
+from hf_pss.cli.resume_choice import advice_after_failure, latest_checkpoint
 from hf_pss.cli.terminal import without_noise
-from hf_pss.cli.training import is_complete, latest_checkpoint, where_to_go_on
 
 # A model, but no causal one.
 T5 = ("--model_config", "t5", "--model_overrides", "num_layers=1")
@@ -215,16 +217,16 @@ def test_observer_says_how_often_it_would_have_intervened(train: Run, text_file:
     assert "would have" not in train(*words, "--overwrite").stdout
 
 
-def test_start_says_what_is_watched(train: Run, text_file: Path) -> None:
+def test_start_names_the_matrices_that_are_watched(train: Run, text_file: Path) -> None:
     stderr = train("--dataset", text_file, "--pss_preset", "anchored", "--max_steps", "1").stderr
-    assert "watching 12 matrices (8 attention, 4 mlp), preset anchored" in stderr
+    assert "PSS: preset anchored, 12 matrices watched" in " ".join(stderr.split())
 
 
 def test_a_run_without_detectors_needs_no_matrix(train: Run, text_file: Path) -> None:
     words = ("--dataset", text_file, "--max_steps", "1", "--pss_detectors", "--pss_exclude", "h")
     result = train(*words)
     assert result.exit_code == 0, result.stderr
-    assert "watching for non-finite steps only" in result.stderr
+    assert "no matrix watched (non-finite steps only)" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_broken_run_names_the_last_healthy_checkpoint(train: Run, text_file: Pat
     ],
 )
 def test_problem_of_a_run(eval_loss: float | None, streak: int, problem: str | None) -> None:
-    summary = Summary(9, 1.0, eval_loss, 0, streak, 0.0, None, streak)
+    summary = RunSummary(9, 1.0, eval_loss, 0, streak, 0.0, None, streak)
     assert (problem in summary.problem) if summary.problem and problem else not problem
 
 
@@ -347,7 +349,7 @@ def test_nonfinite_steps_are_counted(train: Run, text_file: Path) -> None:
         (("--dataset", "prose.txt", "--model_config", "gone.json"), "gone.json cannot be read"),
         (("--dataset", "prose.txt", "--tokenizer", "nowhere"), "the Hub gave no tokenizer"),
         (("--dataset", "prose.txt", "--vocab_size", "10"), "vocabulary of 10"),
-        (("--model", "gpt2"), "Give one of them"),
+        (("--model", "gpt2"), "You gave --model and --model_config"),
         (("--dataset", "nobody/nothing"), "the Hub gave no dataset of that name"),
         (("--dataset", "broken.jsonl"), "broken.jsonl could not be read"),
         (("--max_validation_blocks", "0"), "max_validation_blocks must be at least 1"),
@@ -356,7 +358,7 @@ def test_nonfinite_steps_are_counted(train: Run, text_file: Path) -> None:
         (("--output_dir", "prose.txt/run"), "prose.txt is in the way: it is a file"),
         (("--dataset", "prose.txt", "--pss_include", "nosuch"), "nosuch"),
         (("--resume",), "no checkpoint to resume from"),
-        (("--resume_from_checkpoint", "prose.txt"), "no complete checkpoint"),
+        (("--resume_from_checkpoint", "prose.txt"), "not a complete checkpoint"),
     ],
 )
 def test_mistake(train: Run, text_file: Path, words: tuple[str, ...], message: str) -> None:
@@ -379,7 +381,7 @@ def test_model_that_the_hub_does_not_give(run: Run, text_file: Path) -> None:
 def test_nothing_to_train(run: Run, text_file: Path) -> None:
     result = run("train", "--dataset", text_file, *SHORT)
     assert result.exit_code == 2
-    assert "Say what to train" in result.stderr
+    assert "You gave no model" in result.stderr
 
 
 def test_config_file_with_sizes(run: Run, text_file: Path) -> None:
@@ -393,13 +395,20 @@ def test_config_file_with_sizes(run: Run, text_file: Path) -> None:
 
 
 def test_a_checkpoint_that_was_never_evaluated_is_named_as_unknown(tmp_path: Path) -> None:
-    """And one whose state was cut by a crash is none."""
-    whole, cut = tmp_path / "checkpoint-5", tmp_path / "checkpoint-6"
-    for folder in (whole, cut):
-        folder.mkdir()
-    state = TrainerState(global_step=5, log_history=[{"loss": 3.0, "step": 5}])
-    state.save_to_json(str(whole / "trainer_state.json"))
+    train_tiny(tmp_path, PSSConfig.preset("paper"), max_steps=2, save_steps=2)
+    whole, cut = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
+    cut.mkdir()
     (cut / "trainer_state.json").write_text('{"x')
-    assert is_complete(whole)
-    assert not is_complete(cut)
-    assert f"of unknown health, is {whole}" in where_to_go_on(tmp_path, None)
+    assert f"of unknown health, is {whole}" in advice_after_failure(tmp_path, None)
+    assert "start the run again" in advice_after_failure(tmp_path / "elsewhere", cut)
+
+
+def test_a_healthy_checkpoint_that_cannot_be_resumed_gives_its_weights(tmp_path: Path) -> None:
+    train_tiny(tmp_path, PSSConfig.preset("paper"), max_steps=2, save_steps=2)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    found = json.loads(state.read_text())
+    found["log_history"].append({"eval_loss": 3.0, "step": 2})
+    state.write_text(json.dumps(found))
+    assert "--resume_from_checkpoint continues" in advice_after_failure(tmp_path, None)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert "checkpoint-2: --model starts" in advice_after_failure(tmp_path, None)
