@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import (
@@ -51,6 +52,18 @@ from trl import (
 
 from hf_pss import PSSTrainerMixin, PSSTrainingArguments
 
+ON_CPU = not torch.accelerator.is_available()
+DEFAULTS = {
+    "use_cpu": ON_CPU,  # else the CPU processes of `accelerate launch` would train one model each
+    "bf16": not ON_CPU,
+    "ddp_find_unused_parameters": False,  # every trained parameter is used at every step
+    "lora_target_modules": ["all-linear"],  # every linear layer but the head
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,  # a tenth of all steps
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "logging_steps": 0.01,
+}
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -65,7 +78,8 @@ class ScriptArguments:
     dataset_split: str = "train"
     max_rows: int | None = field(default=None, metadata={"help": "Read at most this many rows."})
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of rows to hold out, at random; 0 evaluates nothing."}
+        default=0.05,
+        metadata={"help": "Share of rows to hold out, at random; 0 evaluates nothing."},
     )
 
 
@@ -73,20 +87,12 @@ class ScriptArguments:
 class FinetuneArguments(SFTConfig, PSSTrainingArguments):
     """SFTConfig with the options of PSS; the defaults are those of SFTConfig, the first base."""
 
-    # Ten times the rate of full fine-tuning suits LoRA (Schulman et al. 2025, "LoRA Without
-    # Regret").
     learning_rate: float | None = field(
         default=None, metadata={"help": "Default: 2e-4 with --use_peft, 2e-5 without."}
     )
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "Learn the assistant's turns only, or the completion."}
     )
-    report_to: str = "none"
-    eval_strategy: str = "steps"
-    eval_steps: float = 0.1
-    save_steps: float = 0.1
-    save_total_limit: int = 2
-    logging_steps: float = 0.01
 
 
 class FinetuneTrainer(PSSTrainerMixin, SFTTrainer):
@@ -107,24 +113,30 @@ def main(
     if "completion" in rows.column_names:  # the completion's own mask needs no marked template
         training.completion_only_loss = training.assistant_only_loss
         training.assistant_only_loss = False
-    if training.learning_rate is None:
-        training.learning_rate = 2e-4 if model.use_peft else 2e-5
+    training.learning_rate = learning_rate(model, training)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+    if not (tokenizer.chat_template or training.chat_template_path):
+        raise ValueError(
+            "The tokenizer has no chat template, as those of base models. Give one with "
+            "--chat_template_path: the name of the instruction-tuned sibling, or a .jinja file, as "
+            "recipes/llm_tiny_cpu/chat.jinja, which needs no tokens of its own."
+        )
     trainer = FinetuneTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=split["train"],
         eval_dataset=split["test"],
-        processing_class=AutoTokenizer.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=training.trust_remote_code,
-        ),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
@@ -134,6 +146,14 @@ def main(
     trainer.save_model()  # with the tokenizer; an adapter alone where there is one
     trainer.save_state()
     return trainer
+
+
+def learning_rate(model: ModelConfig, training: FinetuneArguments) -> float:
+    """Return the rate that was given, or one that suits the weights that are trained."""
+    # Ten times the rate of full fine-tuning suits LoRA (Schulman et al. 2025, "LoRA Without
+    # Regret").
+    default = 2e-4 if model.use_peft else 2e-5
+    return default if training.learning_rate is None else training.learning_rate
 
 
 def load_conversations(script: ScriptArguments) -> Dataset:
@@ -171,6 +191,12 @@ def has_answer(turns: list[dict[str, Any]] | None) -> bool:
     return any(turn["role"] == "assistant" for turn in turns or ())
 
 
+def parse(words: list[str] | None = None) -> Any:
+    """Read the YAML file that ``--config`` names, then the command line, which wins."""
+    parser = TrlParser((ScriptArguments, ModelConfig, FinetuneArguments), allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS)
+    return parser.parse_args_and_config(words, fail_with_unknown_args=True)
+
+
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ModelConfig, FinetuneArguments))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    main(*parse())

@@ -80,12 +80,9 @@ class PretrainArguments(PSSTrainingArguments):
         default=None,
         metadata={"help": "Tokens an update over all devices; sets gradient_accumulation_steps."},
     )
-    eval_strategy: str = "steps"
 
     def __post_init__(self) -> None:
         """Count the micro-batches before DeepSpeed reads them."""
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # else the processes of `accelerate launch` would train alone
         if self.tokens_per_step is not None:
             num_devices = int(os.environ.get("WORLD_SIZE", 1))
             at_once = num_devices * self.per_device_train_batch_size * self.context_length
@@ -179,6 +176,13 @@ def pack(
     return {"input_ids": blocks, "labels": blocks}
 
 
+def parse(words: list[str] | None = None) -> Any:
+    """Read the YAML file that ``--config`` names, then the command line, which wins."""
+    parser = TrlParser((ScriptArguments, PretrainArguments), allow_abbrev=False)
+    # Without use_cpu, the CPU processes of `accelerate launch` would train one model each.
+    parser.set_defaults(eval_strategy="steps", use_cpu=not torch.accelerator.is_available())
+    return parser.parse_args_and_config(words, fail_with_unknown_args=True)
+
+
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, PretrainArguments))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    main(*parse())

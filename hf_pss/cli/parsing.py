@@ -33,7 +33,7 @@ from hf_pss.cli.train_options import (
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.trainer.arguments import PSSTrainingArguments
 
-__all__ = ["make_parser", "one_line", "parse_plan", "suggest"]
+__all__ = ["make_parser", "micro_batches", "one_line", "parse_plan", "suggest"]
 
 # Where one run on one machine needs other values than transformers' defaults. Numbers of steps
 # below 1 are shares of all steps.
@@ -44,6 +44,8 @@ _DEFAULTS = {
     "save_total_limit": 2,
     "logging_steps": 0.01,
     "dataloader_pin_memory": torch.accelerator.is_available(),  # without one, True warns
+    # Otherwise the CPU processes of `accelerate launch` would each train a model of their own.
+    "use_cpu": not torch.accelerator.is_available(),
     # A causal language model uses every parameter at every step, so DDP need not search.
     "ddp_find_unused_parameters": False,
 }
@@ -97,9 +99,6 @@ def make_parser(output_dir: str = "runs/train") -> _Parser:
         allow_abbrev=False,
     )
     parser.set_defaults(output_dir=output_dir, **_DEFAULTS)
-    # Without this, the CPU processes of `accelerate launch` would each train a model of their own.
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
-        parser.set_defaults(use_cpu=True)
     return parser
 
 
@@ -122,7 +121,7 @@ def parse_plan(words: Sequence[str]) -> TrainPlan:
     parser.set_defaults(learning_rate=TUNED_LEARNING_RATE if known.model else FRESH_LEARNING_RATE)
     if known.tokens_per_step is not None:
         # Before the arguments are built, because DeepSpeed reads the number while they are.
-        parser.set_defaults(gradient_accumulation_steps=_micro_batches(known))
+        parser.set_defaults(gradient_accumulation_steps=micro_batches(known))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             list(words), look_for_args_file=False, return_remaining_strings=True
@@ -147,7 +146,7 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _micro_batches(known: argparse.Namespace) -> int:
+def micro_batches(known: argparse.Namespace) -> int:
     """Return the micro-batches a device takes per update for ``--tokens_per_step``."""
     if known.gradient_accumulation_steps != 1:
         raise ConfigurationError(

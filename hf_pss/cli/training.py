@@ -209,15 +209,14 @@ def _load(plan: TrainPlan, checkpoint: Path | None) -> tuple[PreTrainedModel, Te
     options = plan.model
     given = plan.scale.attn_implementation
     attention = {"attn_implementation": given} if given else {}
-    # The resumed text must be cut into the same tokens, and the weights bring their vocabulary. A
-    # checkpoint in shards holds no weights to load here: the Trainer loads them into the model.
-    tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else _find_tokenizer(plan)
+    source = options.model
+    # Not so for a checkpoint in shards: the Trainer loads those into the model.
     if checkpoint and any(checkpoint.glob("model*.safetensors")):
-        source: str | None = str(checkpoint)
-    else:
-        source = options.model
-    if source:
-        model = load_model(source, dtype=options.dtype, **attention)
+        source = str(checkpoint)  # which brings its vocabulary
+    model = load_model(source, dtype=options.dtype, **attention) if source else None
+    # A resumed run must cut its text into the same tokens.
+    tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else _find_tokenizer(plan)
+    if model is not None:
         return model, _load_text(plan, tokenizer)
     config = make_config(str(options.model_config), options.model_overrides)
     text = _load_text(plan, tokenizer)

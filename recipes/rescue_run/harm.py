@@ -1,6 +1,6 @@
 """Run `hf-pss train` while something goes wrong in some of its steps: a tool of compare.py.
 
-    python recipes/rescue_run/harm.py '{"kind": "nan_gradient", "first": 121}' train --model_config ...
+    python recipes/rescue_run/harm.py '{"kind": "nan_gradient", "first": 121}' train ...
 
 The first argument is the harm, as JSON. The others are those of `hf-pss`.
 """

@@ -47,7 +47,7 @@ def options(compare: ModuleType, tmp_path: Path) -> dict[str, str]:
 def test_a_signal_ends_all_of_it(
     compare: ModuleType, options: dict[str, str], tmp_path: Path
 ) -> None:
-    """And what it left is begun anew: a loss is that of a whole run."""
+    """The next call starts the run from its beginning, so a loss is that of a whole run."""
     folder = tmp_path / "run"
     half = folder.with_name("run.part")
 
@@ -57,8 +57,12 @@ def test_a_signal_ends_all_of_it(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate, daemon=True).start()
-    with pytest.raises(SystemExit) as ended:
-        compare.train(folder, {**options, "max_steps": "100000", "eval_steps": "100000"})
+    earlier = signal.signal(signal.SIGTERM, compare.leave)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            compare.train(folder, {**options, "max_steps": "100000", "eval_steps": "100000"})
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     assert ended.value.code == compare.TERMINATED == 143
     assert half.is_dir()
     assert not folder.exists()
@@ -85,6 +89,27 @@ def test_going_back_does_so_without_smoothing(
         assert smoothed == (words == [])
 
 
+@pytest.mark.parametrize(
+    ("harm", "is_broken"),
+    [
+        ({"kind": "nan_gradient", "first": 3}, True),
+        ({"kind": "high_learning_rate", "first": 1, "last": 4, "factor": 3.0}, False),
+        ({"kind": "random_batch", "first": 2, "last": 3}, False),
+    ],
+)
+def test_a_run_is_harmed_in_the_steps_that_are_named(
+    compare: ModuleType,
+    options: dict[str, str],
+    tmp_path: Path,
+    harm: dict[str, object],
+    is_broken: bool,
+) -> None:
+    sound = compare.train(tmp_path / "sound", options)
+    harmed = compare.train(tmp_path / "harmed", options, harm)
+    assert harmed != sound
+    assert (harmed is None) == is_broken
+
+
 def test_a_row_that_fails_does_not_end_the_others(
     compare: ModuleType,
     tmp_path: Path,
@@ -95,12 +120,13 @@ def test_a_row_that_fails_does_not_end_the_others(
         if seed == 0:
             raise RuntimeError("no checkpoint")
         row = {"recipe": name, "seed": seed, "failure": None, "has_steps_left": False}
-        return {**row, "undamaged": 3.0, "untreated": 3.5, "rolled_back": 3.0, "rescued": 3.0}
+        return {**row, "undamaged": 3.0, "untreated": 3.5, "rolled_back": 3.0, "rescued": None}
 
     monkeypatch.setattr(compare, "measure", measure)
     words = ["--output-dir", str(tmp_path), "--seeds", "2", "--recipes", "ramp"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     with pytest.raises(SystemExit, match="ramp, seed 0: no checkpoint"):
         compare.main()
-    assert "| ramp | 1 |" in capsys.readouterr().out
+    line = "| ramp | 1 | none 1 | – | – | 3.000 (1 of 1) | 3.500 (0 of 1) | 3.000 (1 of 1) |"
+    assert f"{line} – (0 of 1) | – | – |" in capsys.readouterr().out
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
