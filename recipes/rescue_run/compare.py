@@ -23,19 +23,22 @@ starts the interrupted run from its beginning.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
-import os
+import runpy
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from harm import harmed
 from transformers import GPT2Tokenizer
 
 NUM_STEPS = 240
@@ -75,7 +78,7 @@ RAMP = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": str(NUM_STEPS),
 }
-# The ways to ruin a run: what harm.py does to its steps, or options that differ from `COMMON`.
+# The ways to ruin a run: arguments of `harmed`, or options that differ from `COMMON`.
 HARMS: dict[str, dict[str, Any]] = {
     "damaged": {"kind": "high_learning_rate", "first": 121, "last": 140, "factor": 30.0},
     "damaged_mildly": {"kind": "high_learning_rate", "first": 121, "last": 125, "factor": 10.0},
@@ -87,25 +90,25 @@ RECIPES = [*HARMS, *RATES]
 ARMS = ("undamaged", "untreated", "rolled_back", "rescued", "failed_at", "lowered")
 
 
-def hf_pss(words: Sequence[str], harm: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Run `hf-pss WORDS` and return its exit code and its stdout.
+def hf_pss(words: Sequence[str]) -> tuple[int, str]:
+    """Run `hf-pss WORDS` in this process; return its exit code and its stdout.
 
     Raises:
-        SystemExit: A signal ended it.
+        KeyboardInterrupt: After a SIGINT, which ends the comparison.
+        SystemExit: After a SIGTERM, likewise: the run saves, and exits with 143.
     """
-    program = ["-m", "hf_pss.cli"]
-    if harm is not None:
-        program = [str(Path(__file__).with_name("harm.py")), json.dumps(harm)]
-    done = subprocess.run(
-        [sys.executable, *program, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode in (INTERRUPTED, TERMINATED):
-        raise SystemExit(done.returncode)
-    return done.returncode, done.stdout
+    out, code = io.StringIO(), 0
+    sys.argv = ["hf-pss", *words]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            runpy.run_module("hf_pss.cli", run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+    if code == TERMINATED:
+        raise SystemExit(code)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code, out.getvalue()
 
 
 def train(
@@ -116,7 +119,8 @@ def train(
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         half = folder.with_name(f"{folder.name}.part")  # the name of an unfinished run
         shutil.rmtree(half, ignore_errors=True)
-        code, _ = hf_pss(["train", "--output_dir", str(half), *words], harm)
+        with harmed(**(harm or {})):
+            code, _ = hf_pss(["train", "--output_dir", str(half), *words])
         if code not in (0, NON_FINITE):
             raise RuntimeError(f"hf-pss train {' '.join(words)} ended with {code}.")
         half.rename(folder)
@@ -218,11 +222,6 @@ def losses_of(rows: Sequence[dict[str, Any]], arm: str) -> str:
     return f"{statistics.mean(row[arm] for row in finite):.3f} ({len(close)} of {len(some)})"
 
 
-def leave(number: int, frame: object) -> None:
-    """End the comparison, and with it the run under way."""
-    raise SystemExit(128 + number)
-
-
 def main() -> None:
     """Measure the rows that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -230,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, leave)
+    torch.set_num_threads(1)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     path = given.output_dir / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
