@@ -128,8 +128,8 @@ def rescue(
     plan = written = None
     if chosen is not None:
         if write is not None:
-            # The noise floor is no measure of sound weights, so a copy of those is not smoothed:
-            # the run that continues holds them to a floor of their own.
+            # The noise floor does not suit sound weights, so a copy of those is not smoothed: the
+            # run that continues holds them to a floor of their own.
             unasked = Smoothing.FLOOR if found.choice.is_last_resort else Smoothing.NONE
             written = _write(
                 chosen,

@@ -44,7 +44,7 @@ def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> Non
 
     Args:
         path: The file to write.
-        option: The option that names it, for the message.
+        option: The option that names it; the message quotes it.
         example: A good file name.
         drawn_by: The module that draws it, which may need an extra.
 

@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_arguments_win_over_yaml(tmp_path: Path) -> None:
+def test_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
     path = write(
         tmp_path / "night.yaml",
         "learning_rate: 3e-3\n"  # YAML 1.1 reads this as a string
@@ -53,7 +53,7 @@ def test_empty_list_in_yaml_means_no_detector(tmp_path: Path) -> None:
     assert parse_plan(["--config", str(path)]).arguments.pss_config().detectors == ()
 
 
-def test_switches_need_no_word() -> None:
+def test_a_boolean_option_needs_no_value() -> None:
     assert parse_plan(["--pss_observe_only", "--bf16", "false"]).arguments.pss_observe_only is True
     assert parse_plan(["--pss_observe_only", "false"]).arguments.pss_observe_only is False
     assert parse_plan([]).arguments.pss_observe_only is False
@@ -82,7 +82,7 @@ def test_defaults() -> None:
         (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file"),
     ],
 )
-def test_mistake_in_arguments(words: list[str], message: str) -> None:
+def test_a_mistake_on_the_command_line_is_named(words: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_plan(words)
     assert message in str(caught.value)
@@ -102,7 +102,7 @@ def test_mistake_in_arguments(words: list[str], message: str) -> None:
         ("pss_max_rank: 0", "max_rank must be a whole number of at least 1"),
     ],
 )
-def test_mistake_in_yaml(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_in_a_yaml_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "run.yaml", text)
     with pytest.raises(ConfigurationError) as caught:
         parse_plan(["--config", str(path)])
@@ -117,7 +117,7 @@ def test_mistake_in_yaml(tmp_path: Path, text: str, message: str) -> None:
         (["--model=gpt2", "--learning_rate", "3"], 3.0),
     ],
 )
-def test_learning_rate_suits_what_is_trained(words: list[str], rate: float) -> None:
+def test_the_default_learning_rate_depends_on_the_model(words: list[str], rate: float) -> None:
     assert parse_plan(words).arguments.learning_rate == rate
     for shown in ("1e-3 for fresh weights", "2e-5 with --model"):
         assert shown in LEARNING_RATE_HELP

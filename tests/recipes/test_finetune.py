@@ -101,10 +101,10 @@ def answers_in(text: str) -> str:
     return "".join(re.findall(r"Assistant:\n(.*?<\|endoftext\|>)", text))
 
 
-# ---- what is left behind ----
+# ---- saved files ----
 
 
-def test_a_full_run_leaves_what_plain_transformers_loads(base: Path) -> None:
+def test_plain_transformers_loads_a_full_run(base: Path) -> None:
     trainer = train(words_of(base, "full"))
     assert len(losses("out")) == 5
     assert all(map(math.isfinite, losses("out")))
@@ -116,7 +116,7 @@ def test_a_full_run_leaves_what_plain_transformers_loads(base: Path) -> None:
     assert not torch.equal(start, logits_of(trainer.model))
 
 
-def test_a_lora_run_leaves_an_adapter_that_peft_loads(base: Path) -> None:
+def test_peft_loads_the_adapter_of_a_lora_run(base: Path) -> None:
     trainer = train(words_of(base, "lora"))
     assert len(losses("out")) == 5
     assert all(map(math.isfinite, losses("out")))
@@ -149,17 +149,17 @@ def test_pss_acts_in_a_full_run(base: Path) -> None:
     assert {event["step"] for event in events_of(Path("out"))} == {1, 2}
 
 
-def test_weights_and_biases_hears_offline(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_logs_offline(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MODE", "offline"), ("DIR", str(Path.cwd())), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     train(words_of(base, "lora", "--report_to", "wandb", "--max_steps", "2"))
     assert "train/pss/interventions" in {key for row in finish_and_read().history for key in row}
 
 
-# ---- what is learned ----
+# ---- labels ----
 
 
-def test_only_what_the_assistant_says_is_learned(base: Path) -> None:
+def test_only_the_assistants_turns_are_learned(base: Path) -> None:
     trainer = train(words_of(base, "full", "--max_steps", "1"))
     pairs = learned_and_whole(trainer)
     assert len(pairs) == 8
@@ -168,7 +168,7 @@ def test_only_what_the_assistant_says_is_learned(base: Path) -> None:
         assert "User:\n" in whole
 
 
-def test_every_token_is_learned_where_asked_for(base: Path) -> None:
+def test_every_token_is_learned_on_request(base: Path) -> None:
     trainer = train(words_of(base, "full", "--max_steps", "1", "--assistant_only_loss", "false"))
     for learned, whole in learned_and_whole(trainer):
         assert learned.startswith(("User:\n", "System:\n"))
@@ -199,7 +199,7 @@ def test_a_completion_is_learned_through_any_template(
         assert whole.startswith("User:\n")
 
 
-def test_rows_keep_what_trl_reads_and_no_more(tmp_path: Path) -> None:
+def test_rows_keep_only_the_columns_that_trl_reads(tmp_path: Path) -> None:
     # As in UltraChat: a prompt without completion beside the messages.
     asked = {"prompt": "Hi.", "messages": [turn("user", "Hi.")]}
     answered = {"prompt": "Hi.", "messages": [turn("user", "Hi."), turn("assistant", "Hello.")]}
@@ -233,7 +233,7 @@ def test_the_files_template_serves_a_model_without_one(base: Path, tmp_path: Pat
 # ---- options ----
 
 
-def test_an_adapter_learns_ten_times_as_fast_unless_told(base: Path) -> None:
+def test_the_default_rate_of_an_adapter_is_ten_times_higher(base: Path) -> None:
     given = ("--use_cpu", "true", "--dataset", "any")
     for words, rate in (
         ((), 2e-5),
@@ -267,7 +267,7 @@ def test_a_run_that_cannot_begin_names_the_reason(
         train(words_of(base, "lora", *words))
 
 
-# ---- as the card says ----
+# ---- the card ----
 
 
 def commands_of(card: Path) -> list[str]:

@@ -188,7 +188,7 @@ def test_a_mistaken_option_is_refused(words: tuple[str, ...], message: str) -> N
         ((*SMALL, "--streaming", "--tokenizer", "nowhere"), "no tokenizer of that name"),
     ],
 )
-def test_a_run_that_cannot_begin_says_why(
+def test_a_run_that_cannot_begin_names_the_reason(
     train: Train, words: tuple[str, ...], message: str
 ) -> None:
     more = () if "--streaming" in words else ("--max_tokens", "20000", "--vocab_size", "300")
@@ -206,7 +206,7 @@ def test_a_stream_needs_an_end(train: Train, stream: tuple[str, ...]) -> None:
 # ---- runs of hf-pss train ----
 
 
-def test_the_tiny_recipe_leaves_what_plain_transformers_loads(train: Train) -> None:
+def test_plain_transformers_loads_the_tiny_recipes_run(train: Train) -> None:
     result = train(*FIVE_STEPS, "--logging_steps", "1", "--output_dir", "out")
     assert "1,024 tokens a step: 1 × 16 sequences of 64, on 1 process" in result.stderr
     for folder in ("out", "out/checkpoint-5"):
@@ -238,9 +238,11 @@ def test_a_stream_resumes_as_if_never_interrupted(train: Train, stream: tuple[st
     assert losses("parts") == losses("whole")[:3]
 
 
-# torch's own tracer looks at the gradient of the logits, which are no leaf (2.13).
+# torch's own tracer looks at the gradient of the logits, which is not a leaf (2.13).
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_compiled_run_is_watched_as_any_other(train: Train, stream: tuple[str, ...]) -> None:
+def test_a_compiled_run_has_the_same_losses_and_health(
+    train: Train, stream: tuple[str, ...]
+) -> None:
     words = [*stream, "--max_steps", "2", "--pss_health_every_steps", "1"]
     train(*words, "--output_dir", "plain")
     train(*words, "--torch_compile_backend", "eager", "--output_dir", "compiled")
@@ -291,7 +293,7 @@ def launch(*words: str) -> tuple[str, str]:
     return out, errors
 
 
-def test_the_module_runs_under_accelerate_as_the_card_says(corpus_cache: Path) -> None:
+def test_the_cards_command_runs_under_accelerate(corpus_cache: Path) -> None:
     assert "-m hf_pss.cli train --config" in (TINY.parent / "README.md").read_text(encoding="utf-8")
     out, errors = launch("-m", "hf_pss.cli", "train", *FIVE_STEPS, "--output_dir", "out")
     assert "2,048 tokens a step" in errors
@@ -302,7 +304,7 @@ def test_the_module_runs_under_accelerate_as_the_card_says(corpus_cache: Path) -
 # ---- the script ----
 
 
-def test_the_script_pretrains_resumes_and_leaves_what_plain_transformers_loads(
+def test_the_script_pretrains_and_resumes(
     rows: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(script.SIZES, "124m", (2, 32, 2))

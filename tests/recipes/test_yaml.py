@@ -1,4 +1,4 @@
-"""Every YAML under recipes/ is read by what it is for, and every command has its files."""
+"""Every YAML under recipes/ is read by its program, and every command has its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPTS = {name: load_script(name) for name in ("pretrain_gpt2", "finetune_llm")
 FILES = sorted(RECIPES.rglob("*.yaml"))
 CARDS = sorted(RECIPES.rglob("README.md"))
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-# A path as it stands in a command or in a comment, without what closes the sentence; not in a URL.
+# A path as it stands in a command or in a comment, without the punctuation behind it; not in a URL.
 PATH = re.compile(r"(?<![\w/])recipes/[\w./-]*\w")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -30,7 +30,7 @@ def name_of(path: Path) -> str:
 
 
 def commands_of(card: Path) -> list[str]:
-    """Return the commands of a card, each on one line, without what stands behind a `#`."""
+    """Return the commands of a card, each on one line, without its comment."""
     text = "".join(BLOCK.findall(card.read_text(encoding="utf-8"))).replace("\\\n", " ")
     return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip()]
 
@@ -77,7 +77,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_yaml_is_read_by_what_it_is_for(path: Path) -> None:
+def test_every_yaml_is_read_by_its_program(path: Path) -> None:
     read(path)
 
 
@@ -138,5 +138,5 @@ def test_every_recipe_is_on_its_card(card: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_folder_has_a_card(path: Path) -> None:
-    # The launcher's files say line by line what they are for.
+    # The launcher's files are commented line by line.
     assert path.parent.name == "accelerate" or (path.parent / "README.md").is_file()
