@@ -165,7 +165,7 @@ def test_a_file_that_is_not_regular_is_exit_code_2(
     make(checkpoint / "model.safetensors")
     result = run("health", checkpoint)
     assert result.exit_code == 2
-    assert "no regular file" in result.stderr
+    assert "not a regular file" in result.stderr
 
 
 def test_links_in_a_circle_are_exit_code_2(run: Run, checkpoint: Path) -> None:
@@ -197,12 +197,12 @@ def test_a_page_replaces_no_file_of_another_kind(
     os.mkfifo(tmp_path / "page.html")
     result = run("health", checkpoint, "--html", tmp_path / "page.html")
     assert result.exit_code == 2
-    assert "no regular file" in result.stderr
+    assert "not a regular file" in result.stderr
     assert (tmp_path / "page.html").is_fifo()
 
 
 @pytest.mark.parametrize("error", [None, MemoryError(), LinAlgError("it did not converge")])
-@pytest.mark.parametrize("when", ["compare.compare", "page.render_page"])
+@pytest.mark.parametrize("when", ["compare.compare", "health_page.render_page"])
 def test_a_failure_while_reading_is_exit_code_2(
     run: Run,
     checkpoint: Path,
