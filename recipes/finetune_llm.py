@@ -107,7 +107,8 @@ def main(
         rows = load_conversations(script)
     split = {"train": rows, "test": None}
     if script.validation_fraction > 0:
-        split = rows.train_test_split(test_size=script.validation_fraction, seed=training.seed)
+        num_held_out = max(1, round(len(rows) * script.validation_fraction))
+        split = rows.train_test_split(test_size=num_held_out, seed=training.seed)
     else:
         training.eval_strategy = "no"
     if "completion" in rows.column_names:  # the completion's own mask needs no marked template
