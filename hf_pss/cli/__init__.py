@@ -1,1 +1,1 @@
-"""The command line, `hf-pss`: demo, train, health, sweep, report."""
+"""The command line, `hf-pss`: one module a command, and the parts that they share."""

@@ -1,4 +1,4 @@
-"""The program `hf-pss`: its commands, and what it says and returns when something goes wrong."""
+"""The program `hf-pss`: its commands, and the message and exit code of an error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from hf_pss.cli.demo_command import demo
 from hf_pss.cli.health_command import health
-from hf_pss.cli.report_command import demo, report
+from hf_pss.cli.report_command import report
 from hf_pss.cli.rescue_command import rescue
 from hf_pss.cli.sweep_command import sweep
 from hf_pss.cli.train_command import TrainCommand, train
@@ -24,9 +25,9 @@ USER_MISTAKE, NON_FINITE, INTERRUPTED = 2, 3, 130
 
 
 class _Commands(TyperGroup):
-    """Turns errors that the user can mend into one message and an exit code.
+    """Turn errors that you can correct into one message and an exit code.
 
-    Any other exception is a bug of ours and keeps its traceback.
+    Any other exception is a bug of this package and keeps its traceback.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -75,24 +76,21 @@ def _options(
 ) -> None:
     """Parametric Singularity Smoothing for Hugging Face Transformers.
 
-    Notices a loss explosion coming, smooths the weights' leading singular values, trains on.
+    Notices an imminent loss explosion, smooths the weights' leading singular values, trains on.
 
-    Exit codes: 0 done, 1 failed, 2 to be mended by you, 3 not finite, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 a mistake that you can correct, 3 not finite, 130 interrupted.
     """
 
 
 app.command()(demo)
 app.command(
     cls=TrainCommand,
-    # Their names are known to transformers, which takes seconds to import: see options.py.
+    # transformers' parser knows its options; importing it takes seconds.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train)
-app.command(
-    epilog="For demo runs only: a run of hf-pss train ends with its table, and has no page."
-)(report)
-app.command()(health)
-app.command()(watch)
-app.command()(rescue)
+app.command(epilog="For demo runs only: hf-pss train prints its table when a run ends.")(report)
+for command in (health, watch, rescue):
+    app.command()(command)
 app.add_typer(sweep, name="sweep")
 
 

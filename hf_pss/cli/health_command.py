@@ -1,4 +1,4 @@
-"""`hf-pss health`: look into a checkpoint on disk, the worst matrices first."""
+"""`hf-pss health`: inspect checkpoints on disk and show the worst matrices first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hf_pss.cli.terminal import check_output
+from hf_pss.cli.terminal import bytes_bar, check_output
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 
 if TYPE_CHECKING:
-    from hf_pss.inspection.compare import ChangedMatrix
-    from hf_pss.inspection.matrix_survey import Inspection, SeriesRow
+    from hf_pss.inspection.matrix_survey import Inspection
 
 __all__ = ["health"]
 
@@ -35,12 +33,13 @@ def health(
     compare: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Another checkpoint of this model: PATH is before, it after. Several make a "
+            help="A later checkpoint of the same model, to compare with PATH. Several make a "
             "series."
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="All singular values, instead of σ₁ in five rounds.")
+        bool,
+        typer.Option("--exact", help="Compute all singular values, not σ₁ alone in five rounds."),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write everything to stdout as JSON, and no table.")
@@ -49,17 +48,17 @@ def health(
         Path | None,
         typer.Option(help="Write a page with maps and spectra. Needs hf-pss\\[report]."),
     ] = None,
-    lines: Annotated[int, typer.Option(min=1, help="The most matrices in the table.")] = 20,
+    lines: Annotated[int, typer.Option(min=1, help="Show at most this many matrices.")] = 20,
 ) -> None:
     """Show which weight matrices of a checkpoint are ill, the worst first, and why.
 
     Searches every number for NaN and inf, and finds matrices of zeros.
 
-    Compares stable ranks (‖W‖²/σ₁²) with noise, and with the same matrix in other blocks.
+    Compares stable ranks (‖W‖²/σ₁²) with those of noise, and of the same matrix in other blocks.
 
-    Training lowers them: a low one says where to look, not that something is broken.
+    Training lowers them: a low one shows where to look, not that something is broken.
 
-    Reads .safetensors and JSON, a tensor at a time; no pickle, and builds no model.
+    Reads .safetensors and JSON, a tensor at a time. Opens no pickle, and builds no model.
 
     [bold]Examples[/bold]
 
@@ -73,8 +72,8 @@ def health(
 
     In a script:  [cyan]hf-pss health step-500 --json > health.json[/cyan]
 
-    [bold]Exit codes[/bold]: 0 all finite, 1 something is not, 2 damaged, nothing to read, no
-    finite number at all, or no page.
+    [bold]Exit codes[/bold]: 0 all numbers are finite, 1 some are not, 2 none is, the checkpoint is
+    damaged or missing, or the page cannot be written.
     """
     if html is not None:
         check_output(
@@ -82,6 +81,7 @@ def health(
         )
     from hf_pss.inspection.compare import compare as compare_inspections
     from hf_pss.inspection.health_export import write_json
+    from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
     from hf_pss.inspection.matrix_survey import series
 
     seen = []
@@ -95,41 +95,32 @@ def health(
     if as_json:
         write_json(sys.stdout, first, other=other, changes=changes, rows=rows)
     else:
-        _show(first, other, changes, rows, num_lines=lines)
+        parts = [render_series(rows)] if rows else []
+        parts.append(render_inspection(first, num_lines=lines))
+        if other is not None:
+            parts.append(render_inspection(other, num_lines=lines))
+            parts.append(render_changes(changes, num_lines=lines))
+        console = Console(soft_wrap=False)
+        for number, part in enumerate(parts):
+            console.print(*([""] if number else []), part, sep="\n")
     if html is not None:
         from hf_pss.inspection.health_page import render_page
+        from hf_pss.view.page import write_page
 
         with _reading(path):
             page = render_page(first, other=other, changes=changes, rows=rows)
-        _write_page(html, page)
+        try:
+            write_page(html, page)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{html} cannot be written: {error.strerror}. Give another --html."
+            ) from error
         if not as_json:
             typer.echo(html)
-    _judge(seen)
+    _exit_by_finiteness(seen)
 
 
-def _show(
-    first: Inspection,
-    other: Inspection | None,
-    changes: tuple[ChangedMatrix, ...],
-    rows: tuple[SeriesRow, ...],
-    *,
-    num_lines: int,
-) -> None:
-    from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
-
-    parts = [render_series(rows)] if rows else []
-    parts.append(render_inspection(first, num_lines=num_lines))
-    if other is not None:
-        parts.append(render_inspection(other, num_lines=num_lines))
-        parts.append(render_changes(changes, num_lines=num_lines))
-    console = Console(soft_wrap=False)
-    for number, part in enumerate(parts):
-        if number > 0:
-            console.print()
-        console.print(part)
-
-
-def _judge(seen: list[Inspection]) -> None:
+def _exit_by_finiteness(seen: list[Inspection]) -> None:
     from hf_pss.records.strict_json import visible
 
     for one in seen:
@@ -144,7 +135,10 @@ def _judge(seen: list[Inspection]) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """End with a message where files vanish, memory ends or LAPACK gives up: 1 means not finite."""
+    """Turn a vanished file, used-up memory or a failure of LAPACK into a message and exit code 2.
+
+    Without this, Python would exit with 1, which means here that a number is not finite.
+    """
     from hf_pss.records.strict_json import visible
 
     try:
@@ -154,7 +148,7 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         what = visible(error.filename or path)
         raise StateError(f"{what} cannot be read: {visible(error.strerror)}.") from error
-    except (MemoryError, RuntimeError) as error:  # torch's for both: memory, LAPACK
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError for both
         why = visible(error) or "the memory is used up"
         raise StateError(f"{visible(path)} could not be measured: {why}.") from error
 
@@ -163,26 +157,11 @@ def _inspect(path: Path, exact: bool) -> Inspection:
     from hf_pss.inspection.matrix_survey import inspect_checkpoint
     from hf_pss.runs.safetensors_files import open_checkpoint
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    name = TextColumn("{task.fields[tensor]}", markup=False)
-    console = Console(stderr=True)
-    bar = Progress(*columns, name, console=console, transient=True, disable=not console.is_terminal)
     checkpoint = open_checkpoint(path)
-    with bar:
+    with bytes_bar() as bar:
         task = bar.add_task("", total=checkpoint.num_bytes, tensor="")
         return inspect_checkpoint(
             checkpoint,
             exact=exact,
             progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
         )
-
-
-def _write_page(out: Path, page: str) -> None:
-    from hf_pss.view.page import write_page
-
-    try:
-        write_page(out, page)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{out} cannot be written: {error.strerror}. Give another --html."
-        ) from error

@@ -22,6 +22,7 @@ from hf_pss.cli.parsing import one_line, suggest
 from hf_pss.errors import ConfigurationError
 
 __all__ = [
+    "SIZES",
     "check_fit",
     "load_model",
     "load_tokenizer",
@@ -30,31 +31,40 @@ __all__ = [
     "read_overrides",
 ]
 
+# Layers, width and heads of GPT-2 (Radford et al. 2019, table 2), with the head width of 64 that
+# the released weights have.
+SIZES = {
+    "124m": {"n_layer": 12, "n_embd": 768, "n_head": 12},
+    "350m": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "774m": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "1.5b": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+}
 
-def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
-    Args:
-        source: A folder or a name on the Hub.
-        options: Of ``AutoTokenizer.from_pretrained``, such as ``revision``.
-
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: It cannot be found.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigurationError(_not_found("tokenizer", source, error)) from error
 
 
-def load_model(source: str, *, dtype: str) -> PreTrainedModel:
+def load_model(source: str, **options: Any) -> PreTrainedModel:
     """Load a causal language model from a folder or the Hub.
 
+    Args:
+        source: The folder, or the name on the Hub.
+        options: Of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
+
     Raises:
-        ConfigurationError: There is none, or it is no causal language model.
+        ConfigurationError: It cannot be found, or is not a causal language model.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(_not_found("model", source, error)) from error
 
@@ -67,7 +77,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
         overrides: ``n_layer=8,n_embd=64``, or a JSON mapping.
 
     Raises:
-        ConfigurationError: No such configuration, or an override that it does not have.
+        ConfigurationError: There is no such configuration, or it has no such option to override.
     """
     values = _read_config(source)
     if values["model_type"] not in CONFIG_MAPPING:
@@ -83,7 +93,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
             raise ConfigurationError(
                 f"{config.model_type} has no {name!r} to override.{suggest(name, known)}"
             )
-    # Built anew: sizes that a config derives from others must follow the changes.
+    # A second construction, because a config derives sizes from the values that change.
     return _configure(values | changes)
 
 
@@ -99,7 +109,7 @@ def make_model(
     Args:
         config: Its vocabulary is set here, in place.
         tokenizer: Gives the vocabulary and the special tokens.
-        vocab_multiple: The embedding's rows are rounded up to a multiple of this: 64 suits GPUs.
+        vocab_multiple: Round the number of embeddings up to a multiple of this; 64 suits GPUs.
         options: Of ``AutoModelForCausalLM.from_config``, such as ``attn_implementation``.
 
     Raises:
@@ -120,10 +130,10 @@ def make_model(
 def check_fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context_length: int
 ) -> None:
-    """Make sure that the model can read every token, and a whole block of them.
+    """Check that the model can read every token, and a whole block of them.
 
     Raises:
-        ConfigurationError: The tokenizer or the context is too large for the model.
+        ConfigurationError: The vocabulary or the context is too large for the model.
     """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -137,6 +147,30 @@ def check_fit(
             f"You asked for a context of {context_length}, but the model reads at most {longest} "
             "tokens. Give a shorter --context_length."
         )
+
+
+def read_overrides(text: str) -> dict[str, Any]:
+    """Read ``n_layer=8,n_embd=64``, or a JSON mapping.
+
+    Raises:
+        ConfigurationError: The text is neither.
+    """
+    if isinstance(values := _parse_value(text), dict):
+        return values
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ConfigurationError(
+                f"--model_overrides takes name=value with commas between; you gave {name!r}."
+            )
+    return {name.strip(): _parse_value(value.strip()) for name, _, value in pairs}
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _not_found(what: str, source: str, error: Exception) -> str:
@@ -153,7 +187,7 @@ def _read_config(source: str) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         return {"model_type": source}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # every JSON file is valid YAML
     except OSError as error:
         raise ConfigurationError(f"The file {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -172,27 +206,3 @@ def _configure(values: dict[str, Any]) -> PretrainedConfig:
         raise ConfigurationError(
             f"A {values['model_type']} config cannot hold these values: {error}"
         ) from error
-
-
-def read_overrides(text: str) -> dict[str, Any]:
-    """Read ``n_layer=8,n_embd=64``, or the mapping that YAML has written as JSON.
-
-    Raises:
-        ConfigurationError: It is neither.
-    """
-    if isinstance(values := _parse_value(text), dict):
-        return values
-    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise ConfigurationError(
-                f"--model_overrides takes name=value with commas between; you gave {name!r}."
-            )
-    return {name.strip(): _parse_value(value.strip()) for name, _, value in pairs}
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -1,29 +1,37 @@
-"""The help of `hf-pss train`: groups, the options that matter, and worked examples."""
+"""The help of `hf-pss train`: groups, the options that matter, and worked examples.
+
+This module imports neither torch nor transformers, so that the page appears at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import Field, fields
-from typing import Any
+from dataclasses import fields
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hf_pss.cli.parsing import LEARNING_RATE_HELP, DataOptions, ModelOptions, RunOptions
+from hf_pss.cli.train_options import (
+    LEARNING_RATE_HELP,
+    DataOptions,
+    ModelOptions,
+    RunOptions,
+    ScaleOptions,
+)
 from hf_pss.config import PRESETS, PSSConfig
 
-__all__ = ["print_all_options", "print_help"]
+__all__ = ["print_help"]
 
 _INTRODUCTION = """\
 Usage: hf-pss train [--config FILE.yaml] [OPTIONS]
 
 Pretrain or fine-tune a causal language model on your text with PSSTrainer: transformers' Trainer \
-that notices a loss explosion coming and smooths the weights' leading singular values.
+that notices an imminent loss explosion and smooths the weights' leading singular values.
 
-Every option works on the command line, as --learning_rate 3e-3 or --learning-rate 3e-3, and as a \
-line of a YAML file, as learning_rate: 3e-3. Arguments win over the file."""
+Give every option on the command line, as --learning_rate 3e-3 or --learning-rate 3e-3, or as a \
+line of a YAML file, as learning_rate: 3e-3. The command line wins over the file."""
 
 _EXAMPLES = """\
 1. Pretrain a small GPT-2 on the Python library, in minutes on a laptop:
@@ -36,31 +44,36 @@ _EXAMPLES = """\
    hf-pss train --model gpt2 --dataset notes.jsonl --text_column body \\
      --learning_rate 5e-5 --output_dir runs/notes
 
-3. Keep the options in a file, change one, go on after an interruption:
+3. Keep the options in a file, change one, continue after an interruption:
 
    hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400
    hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400 --resume
 
 4. Train the weight matrices with Muon, at a rate of its own, and all else with AdamW:
 
-   hf-pss train --model_config gpt2 --model_overrides n_layer=4,n_embd=96 \
-     --context_length 128 --max_steps 500 --learning_rate 1e-2 \
-     --pss_optim muon --pss_optim_args others_lr=3e-3"""
+   hf-pss train --model_config gpt2 --model_overrides n_layer=4,n_embd=96 \\
+     --context_length 128 --max_steps 500 --learning_rate 1e-2 \\
+     --pss_optim muon --pss_optim_args others_lr=3e-3
+
+5. Train on several GPUs, with DDP, FSDP2 or DeepSpeed:
+
+   accelerate launch --config_file recipes/accelerate/ddp.yaml \\
+     -m hf_pss.cli train --config recipes/gpt2_124m/pss.yaml"""
 
 _CLOSING = """\
 All arguments of transformers.TrainingArguments and all pss_* options:
 hf-pss train --help-all
 
-Exit codes: 0 done, 2 to be mended by you, 3 not finite, 130 interrupted."""
+Exit codes: 0 done, 2 a mistake that you can correct, 3 not finite, 130 interrupted."""
 
-# The few of TrainingArguments that most runs set; `--help-all` has the rest.
+# The few of TrainingArguments that most runs set; `--help-all` lists the others.
 _TRAINING = (
     ("output_dir", "Checkpoints and the final model. Default: runs/<name of the YAML file>."),
     ("learning_rate", LEARNING_RATE_HELP),
     (
         "pss_lr_scale",
-        "Factor on the learning rates that are given; with it they hold in a resumed run, too, "
-        "which otherwise keeps those of its checkpoint.",
+        "Multiply all learning rates by this factor. A resumed run keeps its checkpoint's rates; "
+        "with this option it takes the ones you give.",
     ),
     ("max_steps", "Optimizer steps; or use num_train_epochs."),
     ("num_train_epochs", "Passes over the text. Default: 3."),
@@ -68,7 +81,7 @@ _TRAINING = (
     ("gradient_accumulation_steps", "Micro-batches a step. Default: 1."),
     ("warmup_steps", "Steps of linear warm-up."),
     ("lr_scheduler_type", "linear, cosine, warmup_stable_decay, … Default: linear."),
-    ("eval_steps, save_steps", "Rhythm; below 1: a share of all steps. Default: 0.1."),
+    ("eval_steps, save_steps", "Every so many steps; below 1: a share of all. Default: 0.1."),
     ("bf16, fp16", "Mixed precision."),
     ("report_to", "none, wandb, tensorboard, trackio. Default: none."),
     ("seed", "Of weights, data order and dropout. Default: 42."),
@@ -77,13 +90,13 @@ _OPTIMIZER = (
     (
         "pss_optim",
         "muon, normuon, softmuon, softsignum, specmuon, spectra or amuse for the weight matrices, "
-        "AdamW for all else. Default: AdamW, or what --optim says.",
+        "AdamW for all else. Default: AdamW, or the optimizer of --optim.",
     ),
     (
         "pss_optim_args",
         "Its options: momentum=0.95,scale=rms_match,others_lr=3e-4; in YAML also a mapping. "
-        "--learning_rate is that of the matrices; with rms_match, the default, AdamW's carries "
-        "over. --weight_decay, --adam_beta1 and --adam_beta2 mean what they always do.",
+        "--learning_rate is that of the matrices. With rms_match, the default, you can keep "
+        "AdamW's. --weight_decay, --adam_beta1 and --adam_beta2 keep their meaning.",
     ),
 )
 _PSS = (
@@ -100,29 +113,24 @@ _PSS = (
 
 
 def print_help() -> None:
-    """Print the page of ``--help``: quick, because it imports neither torch nor transformers."""
+    """Print the page of ``hf-pss train --help``."""
     console = Console(highlight=False)
     console.print(Text(_INTRODUCTION))
-    for options in (ModelOptions, DataOptions, RunOptions):
-        console.print(_panel(options._argument_group_name, _rows(fields(options))))
+    for options in (ModelOptions, DataOptions, ScaleOptions, RunOptions):
+        rows = (
+            (option.name, option.metadata["help"] + _default(option.default))
+            for option in fields(options)
+        )
+        console.print(_panel(options._argument_group_name, rows))
     console.print(_panel("Training", _TRAINING))
     console.print(_panel("Optimizer", _OPTIMIZER))
-    console.print(_panel("PSS (some; the rest is in --help-all)", _pss_rows()))
+    console.print(_panel("PSS (some; --help-all lists the others)", _pss_rows()))
     console.print(Panel(Text(_EXAMPLES), title="Examples", title_align="left"))
     console.print(Text(_CLOSING))
 
 
-def print_all_options() -> None:
-    """Print every option with its help, as transformers' parser knows them."""
-    from hf_pss.cli.parsing import make_parser
-
-    make_parser().print_help()
-
-
-def _rows(options: Iterable[Field[Any]]) -> Iterable[tuple[str, str]]:
-    for option in options:
-        default = "" if option.default in (None, False) else f" Default: {option.default}."
-        yield option.name, option.metadata["help"] + default
+def _default(value: object) -> str:
+    return "" if value in (None, False) else f" Default: {value}."
 
 
 def _pss_rows() -> Iterable[tuple[str, str]]:

@@ -1,9 +1,4 @@
-"""What a training run came to: the numbers, the table that shows them, and what is wrong.
-
-Progress of a training run in the terminal: a bar, a line an evaluation, and PSS's warnings.
-
-How many steps a run takes, and its rhythms in steps where they were given as shares.
-"""
+"""Show a training run in the terminal: its progress, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -31,20 +26,18 @@ from hf_pss.trainer.callback import PSSCallback
 
 __all__ = [
     "ProgressDisplay",
-    "SessionClock",
-    "Summary",
+    "RunSummary",
     "count_steps",
     "counted",
-    "logged_loss",
     "render_summary",
-    "set_rhythms_",
+    "set_step_counts_",
     "summarise",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """The end of a run; None where there is no such number."""
+class RunSummary:
+    """The end of a run; None stands for a number that the run does not have."""
 
     num_steps: int
     train_loss: float | None
@@ -57,7 +50,7 @@ class Summary:
     num_observed: int | None
     """Events that would have been interventions; None unless the run only observed."""
     nonfinite_streak: int
-    """Length of the row of non-finite steps with which the run ended."""
+    """Number of non-finite steps in a row at the end of the run."""
     health: str | None = None
     """The matrices that look ill, as text; None where nothing was measured."""
 
@@ -68,13 +61,13 @@ class Summary:
 
     @property
     def problem(self) -> str | None:
-        """What makes the run a failure, in a sentence, if anything does."""
+        """The reason why the run is a failure, in a sentence; None if it is not."""
         if self.has_broken_weights:
             return (
                 f"The validation loss is {self.eval_loss}: these weights are unusable, and no "
                 "model was saved."
             )
-        # One alone may be a batch, or a loss scaler that tries its limit.
+        # A single step may be a bad batch, or a loss scaler that raised its scale too far.
         if self.nonfinite_streak > 1:
             return (
                 f"The last {self.nonfinite_streak} steps were not finite: nothing was learned in "
@@ -83,30 +76,7 @@ class Summary:
         return None
 
 
-class SessionClock(TrainerCallback):
-    """Notes what PSS had spent when this session's first step began: earlier sessions' seconds.
-
-    At that moment, because the Trainer may order callbacks anew when it resumes.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._before: float | None = None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note it once."""
-        if self._before is None:
-            self._before = _pss_seconds(self._trainer)
-
-    @property
-    def pss_seconds(self) -> float:
-        """Seconds of PSS in this session."""
-        return 0.0 if self._before is None else _pss_seconds(self._trainer) - self._before
-
-
-def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> Summary:
+def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> RunSummary:
     """Gather the numbers of a run that has ended.
 
     Args:
@@ -115,75 +85,64 @@ def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> 
         pss_seconds: Seconds of PSS in this session.
     """
     history = trainer.state.log_history
-    report = _callback(trainer).report
+    callback = PSSCallback.of(trainer)  # not before: the Trainer replaces it when it resumes
+    report = callback.report
     scalars: Mapping[str, float] = report.scalars if report is not None else {}
-    return Summary(
+    return RunSummary(
         num_steps=trainer.state.global_step,
-        train_loss=next((logged_loss(row) for row in reversed(history) if "loss" in row), None),
+        train_loss=next((_logged_loss(row) for row in reversed(history) if "loss" in row), None),
         eval_loss=next((row["eval_loss"] for row in reversed(history) if "eval_loss" in row), None),
-        num_interventions=_count(scalars.get("interventions")),
-        num_nonfinite_steps=_count(scalars.get("nonfinite_steps")),
+        num_interventions=_whole(scalars.get("interventions")),
+        num_nonfinite_steps=_whole(scalars.get("nonfinite_steps")),
         overhead_ratio=pss_seconds / train_seconds if report is not None else None,
-        num_observed=_count_observed(trainer),
-        nonfinite_streak=_closing_streak(trainer),
-        health=_callback(trainer).health_summary,
+        num_observed=_count_observed(callback, Path(trainer.args.output_dir, EVENTS_FILE)),
+        nonfinite_streak=_closing_streak(callback),
+        health=callback.health_summary,
     )
 
 
-def logged_loss(logs: Mapping[str, float]) -> float:
-    """Return the loss of a training log; NaN where the Trainer's filter has written 0.0 for it.
+def render_summary(summary: RunSummary, model_dir: Path) -> RenderableType:
+    """Put the numbers and the place of the model into a table of two columns, and health below."""
+    perplexity = None if summary.eval_loss is None else math.exp(min(summary.eval_loss, 700.0))
+    overhead = None if summary.overhead_ratio is None else 100 * summary.overhead_ratio
+    rows = [
+        ("steps", summary.num_steps, "{:,}"),
+        ("train loss", summary.train_loss, "{:.4f}"),
+        ("validation loss", summary.eval_loss, "{:.4f}"),
+        ("validation perplexity", perplexity, "{:.4g}"),
+        ("interventions", summary.num_interventions, "{:,}"),
+        ("would have intervened", summary.num_observed, "{:,}"),
+        ("non-finite steps", summary.num_nonfinite_steps, "{:,}"),
+        ("overhead of PSS", overhead, "{:.2f} %"),
+        ("model", "not saved" if summary.has_broken_weights else str(model_dir), "{}"),
+    ]
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value, form in rows:
+        if name != "would have intervened" or value is not None:
+            table.add_row(name, "–" if value is None else form.format(value))
+    # `Text`, because names hold square brackets, which rich takes for markup.
+    return table if summary.health is None else Group(table, Text(summary.health))
 
-    That it does where no step since the log before was finite (``logging_nan_inf_filter``).
+
+def counted(number: float, what: str) -> str:
+    """Return a number and the thing it counts, in the plural unless there is exactly one.
+
+    >>> counted(1, "spike"), counted(1200, "spike")
+    ('1 spike', '1,200 spikes')
     """
+    return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
+
+
+def _logged_loss(logs: Mapping[str, float]) -> float:
+    # The Trainer's `logging_nan_inf_filter` writes 0.0 where no step since the last log was finite.
     is_hidden = logs["loss"] == 0.0 and logs.get("pss/nonfinite_steps", 0) > 0
     return math.nan if is_hidden else float(logs["loss"])
 
 
-def counted(number: float, what: str) -> str:
-    """Return a number and what it counts, with an s where there is not one of them."""
-    return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
-
-
-def render_summary(summary: Summary, model_dir: Path) -> RenderableType:
-    """Put the numbers and the place of the model into a table of two columns; health below it."""
-    perplexity = None if summary.eval_loss is None else math.exp(min(summary.eval_loss, 700.0))
-    overhead = None if summary.overhead_ratio is None else 100 * summary.overhead_ratio
-    observed = (
-        [("would have intervened", f"{summary.num_observed:,}")]
-        if summary.num_observed is not None
-        else []
-    )
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in (
-        ("steps", f"{summary.num_steps:,}"),
-        ("train loss", _text(summary.train_loss, "{:.4f}")),
-        ("validation loss", _text(summary.eval_loss, "{:.4f}")),
-        ("validation perplexity", _text(perplexity, "{:.4g}")),
-        ("interventions", _text(summary.num_interventions, "{:,}")),
-        *observed,
-        ("non-finite steps", _text(summary.num_nonfinite_steps, "{:,}")),
-        ("overhead of PSS", _text(overhead, "{:.2f} %")),
-        ("model", "not saved" if summary.has_broken_weights else str(model_dir)),
-    ):
-        table.add_row(name, value)
-    # `Text`: names hold square brackets, which rich takes for markup.
-    return table if summary.health is None else Group(table, Text(summary.health))
-
-
-def _callback(trainer: Trainer) -> PSSCallback:
-    # Looked up late: the Trainer replaces its callbacks when it resumes.
-    return PSSCallback.of(trainer)
-
-
-def _pss_seconds(trainer: Trainer) -> float:
-    controller = _callback(trainer).controller
-    return controller.seconds if controller is not None else 0.0
-
-
-def _closing_streak(trainer: Trainer) -> int:
-    controller = _callback(trainer).controller
+def _closing_streak(callback: PSSCallback) -> int:
+    controller = callback.controller
     if controller is None:
         return 0
     history = InterventionHistory.from_state_dict(controller.state_dict()["history"])
@@ -191,12 +150,13 @@ def _closing_streak(trainer: Trainer) -> int:
     return history.nonfinite_streak if is_last else 0
 
 
-def _count_observed(trainer: Trainer) -> int | None:
-    controller = _callback(trainer).controller
-    if controller is None or not controller.config.observe_only:
+def _count_observed(callback: PSSCallback, path: Path) -> int | None:
+    if callback.controller is None or not callback.controller.config.observe_only:
         return None
-    log = read_lines(Path(trainer.args.output_dir, EVENTS_FILE), parse_record)
-    if log.num_unreadable:  # lines of another release
+    if not path.is_file():
+        return 0
+    log = read_lines(path, parse_record)
+    if log.num_unreadable:  # another release wrote these lines
         return None
     return sum(
         isinstance(record, Event)
@@ -206,25 +166,25 @@ def _count_observed(trainer: Trainer) -> int | None:
     )
 
 
-def _count(value: float | None) -> int | None:
+def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
 
 
 _COLUMNS = ("step {task.completed}/{task.total}", "{task.fields[loss]}", "{task.fields[events]}")
 
 
 class ProgressDisplay(TrainerCallback):
-    """Shows a run while it is entered as a context; silent on all processes but the first.
+    """Show a run while the context is entered: a bar, a line an evaluation, and PSS's warnings.
+
+    Only the first process writes.
 
     Args:
-        console: Where to; a bar appears on a terminal only, lines everywhere.
+        trainer: The Trainer whose run is shown.
+        console: A bar appears where this is a terminal; lines appear everywhere.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self._trainer = trainer
         self._console = console
         left, *right = (TextColumn(column) for column in _COLUMNS)
         self._bar = Progress(left, BarColumn(), *right, TimeRemainingColumn(), console=console)
@@ -233,6 +193,12 @@ class ProgressDisplay(TrainerCallback):
             console=console, show_path=False, show_time=False, highlighter=NullHighlighter()
         )
         self._loss: float | None = None
+        self._earlier_seconds: float | None = None
+
+    @property
+    def pss_seconds(self) -> float:
+        """Seconds of PSS in this session, without those of the run that it resumed."""
+        return 0.0 if self._earlier_seconds is None else self._all_seconds() - self._earlier_seconds
 
     def __enter__(self) -> Self:
         logging.getLogger("hf_pss").addHandler(self._handler)
@@ -249,11 +215,7 @@ class ProgressDisplay(TrainerCallback):
         logging.getLogger("hf_pss").removeHandler(self._handler)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar, at the step of the checkpoint where the run resumes."""
         visible = state.is_world_process_zero and not args.disable_tqdm
@@ -261,14 +223,17 @@ class ProgressDisplay(TrainerCallback):
             self._task, total=state.max_steps, completed=state.global_step, visible=visible
         )
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move on."""
+        """Note the seconds of earlier sessions: at the first step PSS has its state for certain."""
+        if self._earlier_seconds is None:
+            self._earlier_seconds = self._all_seconds()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar."""
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
@@ -282,7 +247,7 @@ class ProgressDisplay(TrainerCallback):
         """Show the newest loss, and how often PSS acted."""
         if not logs or "loss" not in logs:
             return
-        self._loss = logged_loss(logs)
+        self._loss = _logged_loss(logs)
         events = counted(logs.get("pss/interventions", 0), "intervention")
         if num_bad := logs.get("pss/nonfinite_steps", 0):
             events += f", {counted(num_bad, 'non-finite step')}"
@@ -296,7 +261,7 @@ class ProgressDisplay(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Leave a line behind."""
+        """Print a line that stays."""
         if state.is_world_process_zero and metrics and "eval_loss" in metrics:
             train = "–" if self._loss is None else f"{self._loss:.3f}"
             self._console.print(
@@ -305,11 +270,15 @@ class ProgressDisplay(TrainerCallback):
                 highlight=False,
             )
 
+    def _all_seconds(self) -> float:
+        controller = PSSCallback.of(self._trainer).controller
+        return controller.seconds if controller is not None else 0.0
 
-def set_rhythms_(arguments: TrainingArguments, *, num_blocks: int) -> None:
-    """Turn shares of all steps into steps, as the Trainer does, but in the arguments.
 
-    There a resumed run compares them with its checkpoint's, and would warn of 0.1 against 80.
+def set_step_counts_(arguments: TrainingArguments, *, num_blocks: int) -> None:
+    """Replace shares of all steps by numbers of steps, rounded as the Trainer does.
+
+    A resumed run compares the arguments with its checkpoint's, and would warn of 0.1 against 80.
     """
     total = count_steps(arguments, num_blocks=num_blocks)
     for name in ("logging_steps", "eval_steps", "save_steps"):
@@ -319,12 +288,10 @@ def set_rhythms_(arguments: TrainingArguments, *, num_blocks: int) -> None:
 
 
 def count_steps(arguments: TrainingArguments, *, num_blocks: int) -> int:
-    """Return how many optimizer steps a run over so many blocks takes."""
+    """Return how many optimizer steps a run over `num_blocks` blocks takes."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     batches: float = num_blocks / (arguments.train_batch_size * arguments.world_size)
     whole = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    a_pass: int = max(1, math.ceil(whole / arguments.gradient_accumulation_steps))
-    epochs: float = arguments.num_train_epochs
-    total: int = math.ceil(epochs * a_pass)
-    return total
+    an_epoch: int = max(1, math.ceil(whole / arguments.gradient_accumulation_steps))
+    return math.ceil(float(arguments.num_train_epochs) * an_epoch)

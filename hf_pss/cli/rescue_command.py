@@ -1,4 +1,4 @@
-"""`hf-pss rescue`: what became of a run, where to go on from, and how."""
+"""`hf-pss rescue`: find out how a run failed, and how to continue it."""
 
 from __future__ import annotations
 
@@ -10,90 +10,75 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hf_pss.cli.terminal import check_output
+from hf_pss.cli.terminal import bytes_bar, check_output
 from hf_pss.errors import ConfigurationError, StateError
 
 if TYPE_CHECKING:
     from hf_pss.rescue.candidates import CheckpointReport
+    from hf_pss.rescue.command import ResumePlan
     from hf_pss.rescue.investigate import Investigation
     from hf_pss.rescue.repair import Written
 
-__all__ = ["rescue"]
+__all__ = ["Moments", "Smoothing", "rescue"]
 
 _NONE_USABLE = 1
 
-
-class Smoothing(StrEnum):
-    """How weights are smoothed: up to a floor, by a function of `PSSConfig.smoothing`, or not."""
-
-    FLOOR = "floor"
-    CLIP = "clip"
-    LOG = "log"
-    SOFTPLUS = "softplus"
-    CONVOLUTION = "convolution"
-    SOFTMAX = "softmax"
-    HAMMER = "hammer"
-    POLAR = "polar"
-    NONE = "none"
-
-
-class Moments(StrEnum):
-    """What becomes of the optimizer's state."""
-
-    KEEP = "keep"
-    RESET = "reset"
-    PROJECT = "project"
+# floor smooths up to the noise floor; none does not smooth; the rest are `PSSConfig.smoothing`.
+Smoothing = StrEnum(
+    "Smoothing", "FLOOR CLIP LOG SOFTPLUS CONVOLUTION SOFTMAX HAMMER POLAR NONE", module=__name__
+)
+Moments = StrEnum("Moments", "KEEP RESET PROJECT", module=__name__)
 
 
 def rescue(
     run_dir: Annotated[
-        Path, typer.Argument(help="The folder of a run, with checkpoint-… in it; with PSS or not.")
+        Path, typer.Argument(help="A run's folder, which holds checkpoint-…; with or without PSS.")
     ],
     smoothing: Annotated[
         Smoothing | None,
         typer.Option(
-            help="What is done to the weights on the way. Default: floor; none in a copy, but for "
-            "the last resort.",
+            help="How to smooth the weights on resume. Default: floor. In a copy none, except in "
+            "one that is a last resort.",
         ),
     ] = None,
     margin_steps: Annotated[
-        int, typer.Option(min=0, help="Go back at least so many steps before the failure.")
+        int, typer.Option(min=0, help="Go back at least this many steps before the failure.")
     ] = 20,
     unigram_entropy: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Of the training text, in nats. Default: what hf-pss train kept, or "
-            "ln(vocab_size).",
+            help="Unigram entropy of the training text, in nats. Default: the value that hf-pss "
+            "train kept, or ln(vocab_size).",
         ),
     ] = None,
     failed_at: Annotated[
         int | None,
-        typer.Option(min=0, help="The step from which on it was bad, if you know better."),
+        typer.Option(min=0, help="The first bad step, if you know it better."),
     ] = None,
     write: Annotated[
         Path | None,
         typer.Option(help="Write a repaired copy of the chosen checkpoint to this new folder."),
     ] = None,
     moments: Annotated[
-        Moments, typer.Option(help="With --write: the optimizer's state in the copy.")
+        Moments, typer.Option(help="With --write: the optimizer's first moments in the copy.")
     ] = Moments.KEEP,
     lr_scale: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="A factor on every learning rate. Default: after slow damage, so that the rate "
-            "rises no higher than at the checkpoint, 0.1 at least; else 1.",
+            help="Multiply all learning rates by this factor. Default: 1. After slow damage with a "
+            "rising rate: the largest factor that keeps the rate at the checkpoint's level, but at "
+            "least 0.1.",
         ),
     ] = None,
     skip_batches: Annotated[
         int,
         typer.Option(
             min=0,
-            help="With --write: pass over the data of so many updates after the checkpoint; after "
-            "a spike or NaN the report says how many.",
+            help="With --write: skip the data of this many updates after the checkpoint. After a "
+            "spike or NaN the report names the number.",
         ),
     ] = 0,
     allow_pickle: Annotated[
@@ -111,13 +96,13 @@ def rescue(
         bool, typer.Option("--json", help="Write everything to stdout as JSON, and no table.")
     ] = False,
 ) -> None:
-    """Say when and how a run failed, choose a checkpoint, and print the command to go on.
+    """Find out when and how a run failed, choose a checkpoint, and print the command to continue.
 
-    Reads the log of the newest readable checkpoint, what PSS wrote, and every checkpoint's weights.
+    Reads the log of the newest readable checkpoint, PSS's records, and every checkpoint's weights.
 
-    Chooses the newest complete and finite checkpoint before the failure, and says why no newer one.
+    Chooses the newest complete, finite checkpoint before the failure; the report gives the reasons.
 
-    Reads .safetensors and JSON, a tensor at a time; no pickle unless you allow it with --write.
+    Reads .safetensors and JSON, a tensor at a time. Opens no pickle unless --write allows it.
 
     [bold]Examples[/bold]
 
@@ -137,19 +122,19 @@ def rescue(
     from hf_pss.rescue.command import plan_resume
     from hf_pss.rescue.repair import as_json as written_as_json
     from hf_pss.rescue.rescue_report import as_json as exported
-    from hf_pss.rescue.rescue_report import render_investigation, render_plan, render_written
 
     found = _investigate(run_dir, margin_steps, unigram_entropy, failed_at)
     chosen = found.choice.chosen
     plan = written = None
     if chosen is not None:
         if write is not None:
-            # Noise is no measure of sound weights; the run that goes on holds them by their own.
-            unasked = "floor" if found.choice.is_last_resort else "none"
+            # The noise floor does not suit sound weights, so a copy of those is not smoothed: the
+            # run that continues holds them to a floor of their own.
+            unasked = Smoothing.FLOOR if found.choice.is_last_resort else Smoothing.NONE
             written = _write(
                 chosen,
                 write,
-                smoothing=unasked if smoothing is None else smoothing.value,
+                smoothing=(smoothing or unasked).value,
                 moments=moments.value,
                 lr_scale=1.0 if lr_scale is None else lr_scale,
                 skip_batches=skip_batches,
@@ -172,18 +157,42 @@ def rescue(
         done = None if written is None else written_as_json(written)
         typer.echo(json.dumps(exported(found, plan, done), allow_nan=False))
     else:
-        console = Console(soft_wrap=False)
-        console.print(render_investigation(found))
-        if written is not None:
-            console.print()
-            console.print(render_written(written))
-        if plan is not None:
-            console.print()
-            Console(soft_wrap=True).print(render_plan(plan))
-        if plot is not None:
-            typer.echo(plot)
+        _show(found, written, plan, plot)
     if chosen is None:
         raise typer.Exit(_NONE_USABLE)
+
+
+def _refuse_useless(
+    write: Path | None,
+    moments: Moments,
+    lr_scale: float | None,
+    skip_batches: int,
+    allow_pickle: bool,
+) -> None:
+    if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
+        raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
+    if write is None and (moments is not Moments.KEEP or skip_batches or allow_pickle):
+        raise ConfigurationError(
+            "--moments, --skip-batches and --allow-pickle change the copy that --write OUT "
+            "writes: add it, or leave them out."
+        )
+
+
+def _show(
+    found: Investigation, written: Written | None, plan: ResumePlan | None, plot: Path | None
+) -> None:
+    from hf_pss.rescue.rescue_report import render_investigation, render_plan, render_written
+
+    console = Console(soft_wrap=False)
+    console.print(render_investigation(found))
+    if written is not None:
+        console.print()
+        console.print(render_written(written))
+    if plan is not None:
+        console.print()
+        Console(soft_wrap=True).print(render_plan(plan))
+    if plot is not None:
+        typer.echo(plot)
 
 
 def _investigate(
@@ -192,12 +201,8 @@ def _investigate(
     from hf_pss.records.strict_json import visible
     from hf_pss.rescue.investigate import investigate
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    name = TextColumn("{task.fields[tensor]}", markup=False)
-    console = Console(stderr=True)
-    bar = Progress(*columns, name, console=console, transient=True, disable=not console.is_terminal)
     try:
-        with bar:
+        with bytes_bar() as bar:
             task = bar.add_task("", total=None, tensor="")
             return investigate(
                 run_dir,
@@ -213,23 +218,6 @@ def _investigate(
         ) from error
 
 
-def _refuse_useless(
-    write: Path | None,
-    moments: Moments,
-    lr_scale: float | None,
-    skip_batches: int,
-    allow_pickle: bool,
-) -> None:
-    if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
-        raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
-    given = moments is not Moments.KEEP or skip_batches or allow_pickle
-    if write is None and given:
-        raise ConfigurationError(
-            "--moments, --skip-batches and --allow-pickle are about the copy that --write OUT "
-            "writes: add it, or leave them out."
-        )
-
-
 def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
     from hf_pss.records.strict_json import visible
     from hf_pss.rescue.repair import Repairs, write_repaired
@@ -237,7 +225,7 @@ def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
     try:
         return write_repaired(chosen, target, Repairs(**options))
     except OSError as error:
-        # Of either side: the file says which, where the system names one.
+        # The file may lie on either side; the system does not always name it.
         where = "" if error.filename is None else f" ({visible(error.filename)})"
         raise StateError(
             f"{visible(chosen.path)} could not be copied to {visible(target)}: "

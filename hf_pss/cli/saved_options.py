@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pss.cli.model import read_overrides
-from hf_pss.cli.parsing import TrainPlan, make_parser
+from hf_pss.cli.parsing import make_parser
 from hf_pss.cli.text import BUILT_IN
+from hf_pss.cli.train_options import TrainPlan
 from hf_pss.detection.state import check_version, read_mapping, read_object
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.runs.options import (

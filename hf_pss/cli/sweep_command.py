@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from hf_pss.cli.report_command import require_report_extra
+from hf_pss.cli.report_command import REPORT_MODULE
+from hf_pss.cli.terminal import EXIT_CODES, require_extra
 from hf_pss.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -16,15 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
-_EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
-
 sweep = typer.Typer(
     no_args_is_help=True,
     help="Compare guards in paired runs: same initial weights, same data, for every guard.",
 )
 
 Folder = Annotated[
-    Path, typer.Option("--output-dir", help="The sweep's folder; rows.jsonl lies there.")
+    Path, typer.Option("--output-dir", help="The sweep's folder, which holds rows.jsonl.")
 ]
 Reference = Annotated[str, typer.Option(help="The guard that the others are compared with.")]
 
@@ -40,8 +39,8 @@ def run(
 ) -> None:
     """Run a grid: recipe × optimizer × learning rate × guard × seed.
 
-    Every run is a line of rows.jsonl. Ctrl-C, or a kill, loses the runs under way and no other: the
-    same command goes on where it stopped.
+    Every run is a line of rows.jsonl. Ctrl-C, or a kill, loses only the runs under way: the same
+    command continues where the sweep stopped.
 
     [bold]Example[/bold]  [cyan]hf-pss sweep run recipes/lr_sweep/small.yaml[/cyan]
     """
@@ -51,7 +50,7 @@ def run(
     cells = read_grid(grid)
     console = Console(stderr=True)
     status = run_sweep(cells, output_dir, num_processes=processes, console=console)
-    raise typer.Exit(_EXIT_CODES[status])
+    raise typer.Exit(EXIT_CODES[status])
 
 
 @sweep.command()
@@ -66,14 +65,14 @@ def table(
         bool, typer.Option("--markdown", help="As Markdown, for a document.")
     ] = False,
 ) -> None:
-    """Print what the runs show: losses by rate, paired differences, explosions, cost.
+    """Print losses by rate, paired differences, explosions and cost.
 
-    Intervals are bootstrapped over seeds; the number of seeds stands beside every figure. Works on
-    a sweep that goes on.
+    Intervals are bootstrapped over seeds; the number of seeds stands beside every figure. You can
+    call it while the sweep runs.
     """
     from hf_pss.evidence.sweep_table import render_markdown, render_tables
 
-    rows = _rows(output_dir, reference)
+    rows = _compared(output_dir, reference)
     if markdown:
         typer.echo(render_markdown(rows, reference=reference, target=target))
     else:
@@ -85,14 +84,14 @@ def plot(
     output_dir: Folder = Path("runs/sweep"),
     reference: Reference = "clip",
 ) -> None:
-    """Draw the runs: loss against learning rate, curves, explosions, paired differences.
+    """Draw loss against learning rate, curves, explosions and paired differences.
 
     Ends with the paths of the pictures, PNG and SVG.
     """
-    require_report_extra()
+    require_extra(REPORT_MODULE)
     from hf_pss.evidence.sweep_plots import plot_all
 
-    for path in plot_all(_rows(output_dir, reference), output_dir, reference=reference):
+    for path in plot_all(_compared(output_dir, reference), output_dir, reference=reference):
         typer.echo(path)
 
 
@@ -103,10 +102,10 @@ def warnings(
         float, typer.Option(help="Per 1,000 healthy readings, at which rules are compared.")
     ] = 1.0,
     guard: Annotated[
-        str, typer.Option(help="Whose runs are read: one that acts hides what was warned of.")
+        str, typer.Option(help="Read the runs of this guard; one that acts hides the explosions.")
     ] = "clip",
 ) -> None:
-    """Print how early each warning rule spoke before an explosion, and how often falsely.
+    """Print how early each warning rule fired before an explosion, and how often falsely.
 
     For sweeps with [cyan]probes_every_steps[/cyan] in their grid.
     """
@@ -119,8 +118,8 @@ def warnings(
         )
     if not any(row.explosion_kind is None for row in rows):
         raise ConfigurationError(
-            f"Every run under {guard} in {output_dir} exploded: without a healthy one nobody can "
-            "say how often a rule warns falsely. Add a recipe that trains well to the grid."
+            f"Every run under {guard} in {output_dir} exploded: false warnings can be counted only "
+            "in a healthy one. Add a recipe that trains well to the grid."
         )
     Console().print(render_table(at_equal_rate(rows, max_false_alarms=max_false_alarms)))
 
@@ -140,7 +139,7 @@ def metrics(
     ] = False,
     guard: Annotated[
         str | None,
-        typer.Option(help="Whose runs are read.", show_default="all, each guard's by itself"),
+        typer.Option(help="Read the runs of this guard.", show_default="all, each guard by itself"),
     ] = None,
 ) -> None:
     """Print when each live health metric left its healthy twins' range, and draw all of them.
@@ -149,7 +148,7 @@ def metrics(
     of one recipe, optimizer, change and guard are judged by each other; without three healthy ones
     they are drawn and not judged. Ends with the pictures' paths.
     """
-    require_report_extra()
+    require_extra(REPORT_MODULE)
     from hf_pss.evidence.sweep_plots import plot_metrics
     from hf_pss.evidence.twin_band import families_of, render_scores, score_metrics
 
@@ -181,7 +180,7 @@ def guards() -> None:
     Console().print(shown)
 
 
-def _rows(output_dir: Path, reference: str) -> list[Row]:
+def _compared(output_dir: Path, reference: str) -> list[Row]:
     rows = _read(output_dir)
     known = {row.guard for row in rows}
     if reference not in known:

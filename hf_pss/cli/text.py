@@ -8,31 +8,34 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_pss.cli.parsing import DataOptions
+from hf_pss.cli.train_options import DataOptions
+from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.corpus import build_corpus, read_library
 from hf_pss.evidence.data import (
     BlockDataset,
     encode_documents,
     hold_out,
     load_text,
+    open_rows,
     pack_blocks,
     read_documents,
     train_tokenizer,
 )
+from hf_pss.evidence.packing import PackedStream, first_blocks, split_stream
 
-__all__ = ["BUILT_IN", "Text", "load_training_text"]
+__all__ = ["BUILT_IN", "Text", "load_training_text", "open_stream"]
 
 BUILT_IN = "python"
 
-# A vocabulary is learned from the beginning of a text: a few megabytes suffice.
+# A few megabytes from the beginning of a text suffice to learn a vocabulary from.
 _TOKENIZER_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Tokenised text, split, and what tokenised it."""
+    """Tokenised text in full blocks, split, with its tokenizer."""
 
-    train: BlockDataset
+    train: BlockDataset | PackedStream
     validation: BlockDataset
     tokenizer: PreTrainedTokenizerBase
 
@@ -51,23 +54,55 @@ def load_training_text(
         ConfigurationError: No such text or column, or too little text for the context.
     """
     load = _load_built_in if options.dataset == BUILT_IN else _load_own
-    text = load(options, tokenizer, vocab_size)
-    validation = BlockDataset(text.validation.blocks[: options.max_validation_blocks])
-    return Text(text.train, validation, text.tokenizer)
+    train, validation, tokenizer = load(options, tokenizer, vocab_size)
+    return Text(train, BlockDataset(validation.blocks[: options.max_validation_blocks]), tokenizer)
+
+
+def open_stream(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int, seed: int
+) -> Text:
+    """Open rows that are read while training; only the validation blocks are read here.
+
+    Args:
+        options: Which rows, and what share of them to hold out.
+        tokenizer: Must name an end-of-text token.
+        shuffle_buffer: Shuffle within this many documents.
+        seed: Of the shuffle.
+
+    Raises:
+        ConfigurationError: No such rows or column, or options that have no effect on a stream.
+    """
+    if options.dataset == BUILT_IN:
+        raise ConfigurationError(
+            f"--streaming reads files or a dataset of the Hub; leave it out with {BUILT_IN!r}."
+        )
+    if options.max_tokens is not None:
+        raise ConfigurationError("--max_tokens has no effect on a stream; use --max_steps.")
+    column = options.text_column
+    rows = open_rows(options.dataset, **_source(options), streaming=True)
+    kept, held_out = split_stream(rows, column=column, fraction=options.validation_fraction)
+    train, validation = (
+        PackedStream(part, tokenizer, context_length=options.context_length, column=column)
+        for part in (kept.shuffle(seed=seed, buffer_size=shuffle_buffer), held_out)
+    )
+    return Text(train, first_blocks(validation, options.max_validation_blocks), tokenizer)
+
+
+_Loaded = tuple[BlockDataset, BlockDataset, PreTrainedTokenizerBase]
 
 
 def _load_built_in(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> Text:
+) -> _Loaded:
     length = options.context_length
     if tokenizer is None:
         corpus = build_corpus(
             vocab_size=vocab_size, context_length=length, max_tokens=options.max_tokens
         )
-        return Text(corpus.train, corpus.validation, corpus.tokenizer)
+        return corpus.train, corpus.validation, corpus.tokenizer
     train, held_out = read_library()
     tokens = encode_documents(train, tokenizer, max_tokens=options.max_tokens)
-    return Text(
+    return (
         pack_blocks(tokens, context_length=length),
         pack_blocks(encode_documents(held_out, tokenizer), context_length=length),
         tokenizer,
@@ -76,12 +111,8 @@ def _load_built_in(
 
 def _load_own(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> Text:
-    source: dict[str, Any] = {
-        "column": options.text_column,
-        "subset": options.dataset_subset,
-        "split": options.dataset_split,
-    }
+) -> _Loaded:
+    source = _source(options)
     if tokenizer is None:
         beginning = _first_bytes(read_documents(options.dataset, **source))
         tokenizer = train_tokenizer(beginning, vocab_size=vocab_size)
@@ -92,7 +123,15 @@ def _load_own(
         max_tokens=options.max_tokens,
         **source,
     )
-    return Text(*hold_out(blocks, fraction=options.validation_fraction), tokenizer)
+    return *hold_out(blocks, fraction=options.validation_fraction), tokenizer
+
+
+def _source(options: DataOptions) -> dict[str, Any]:
+    return {
+        "column": options.text_column,
+        "subset": options.dataset_subset,
+        "split": options.dataset_split,
+    }
 
 
 def _first_bytes(documents: Iterable[str]) -> Iterator[str]:

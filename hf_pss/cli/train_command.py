@@ -7,22 +7,24 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from hf_pss.cli.option_help import print_all_options, print_help
+from hf_pss.cli.option_help import print_help
 
 __all__ = ["TrainCommand", "train"]
 
 
 class TrainCommand(TyperCommand):
-    """A command whose options typer does not know: transformers' parser reads them."""
+    """A command whose options typer does not know, because transformers' parser reads them."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print our own page; typer would show the two options that it knows."""
+        """Print our own page; typer would show only the option that it knows."""
         print_help()
 
 
 def _show_all(wanted: bool) -> None:
     if wanted:
-        print_all_options()
+        from hf_pss.cli.parsing import make_parser
+
+        make_parser().print_help()
         raise typer.Exit
 
 

@@ -1,4 +1,4 @@
-"""`hf-pss watch`: follow a live run from the files that it writes."""
+"""`hf-pss watch`: follow a live run through the files that it writes."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def watch(
     run_dir: Annotated[
         Path, typer.Argument(help="The run's output_dir; or one run of a demo: plain/seed-0.")
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show the present state and leave.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
-    lines: Annotated[int, typer.Option(min=1, help="The most matrices to show.")] = 8,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and exit.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 1.0,
+    lines: Annotated[int, typer.Option(min=1, help="Show at most this many matrices.")] = 8,
 ) -> None:
     """Follow a live run in the terminal: its newest log, its events, its worst matrices.
 
     Reads pss_events.jsonl, pss_health.jsonl, and trainer_state.json of the newest checkpoint.
 
-    Changes nothing: from another terminal, or from another machine that sees the folder.
+    Changes nothing: call it in another terminal, or on another machine that sees the folder.
 
-    Files may come later; a run that resumes is followed on; it leaves when the run has ended.
+    Waits for files that do not exist yet, follows a run that resumes, and exits when the run ends.
 
-    Loss and gradient norm are as old as the newest checkpoint: trackers have them live.
+    Loss and gradient norm are as old as the newest checkpoint; trackers show them live.
 
-    Where the output is no terminal, it writes a plain line for each thing that happens.
+    Where the output is not a terminal, it writes a plain line for each thing that happens.
 
     [bold]Examples[/bold]
 
     Beside a training run:  [cyan]hf-pss watch runs/notes[/cyan]
 
-    How it stands now:  [cyan]hf-pss watch runs/notes --once[/cyan]
+    Its present state:  [cyan]hf-pss watch runs/notes --once[/cyan]
 
     Into a file:  [cyan]hf-pss watch runs/notes --every 30 > notes.log &[/cyan]
 
@@ -60,7 +60,7 @@ def watch(
         state = follower.poll()
         if state.is_empty:
             raise StateError(
-                f"{run_dir} holds nothing of a run yet. Without --once, watch waits for it."
+                f"{run_dir} holds no files of a run yet. Without --once, watch waits for them."
             )
         console.print(_screen(state, lines))
     elif console.is_terminal:

@@ -8,13 +8,11 @@ chat.jinja. Nothing is downloaded, and every run writes the same weights.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from transformers import LlamaConfig, set_seed
-
-from hf_pss.cli.model import make_model
-from hf_pss.evidence.data import open_rows, train_tokenizer
+from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/llm_tiny_cpu/base")
@@ -22,12 +20,13 @@ FOLDER = Path("runs/llm_tiny_cpu/base")
 
 def main(folder: Path) -> None:
     """Train the tokenizer, draw the weights, and write both."""
-    rows = open_rows(HERE / "chat.jsonl", column="messages")
+    rows = map(json.loads, (HERE / "chat.jsonl").read_text(encoding="utf-8").splitlines())
     texts = (turn["content"] for row in rows for turn in row["messages"])
-    tokenizer = train_tokenizer(texts, vocab_size=512)
+    # A blank byte-level BPE, as GPT-2's.
+    tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>").train_new_from_iterator(texts, 512)
     tokenizer.chat_template = (HERE / "chat.jinja").read_text(encoding="utf-8")
-    set_seed(0)
     config = LlamaConfig(
+        vocab_size=len(tokenizer),
         num_hidden_layers=4,
         hidden_size=64,
         intermediate_size=192,
@@ -37,8 +36,12 @@ def main(folder: Path) -> None:
         tie_word_embeddings=True,
         # 1 / sqrt(64): the head is the embedding, and no adapter could raise the logits of 0.02.
         initializer_range=0.125,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    model = make_model(config, tokenizer)
+    set_seed(0)
+    model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"{folder}: a Llama of {model.num_parameters():,} parameters")

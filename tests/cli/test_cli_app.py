@@ -21,7 +21,7 @@ def test_help_lists_the_commands(run: Run) -> None:
         assert word in result.output
 
 
-def test_report_says_that_it_is_for_demo_runs(run: Run) -> None:
+def test_help_of_report_names_demo_runs(run: Run) -> None:
     assert "For demo runs only" in run("report", "--help").output
 
 

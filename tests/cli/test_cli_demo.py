@@ -14,7 +14,7 @@ from preloaded import PATIENCE_SECONDS
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """What a demo leaves that was interrupted: one guard, two steps."""
+    """Return the folder of a demo that was interrupted: one guard, two steps."""
     folder = tmp_path / "demo" / "plain" / "seed-0"
     folder.mkdir(parents=True)
     rows = ({"step": step, "loss": 7.0 - step, "grad_norm_preclip": 1.0} for step in range(2))
@@ -33,13 +33,13 @@ def test_report_ends_with_the_path_of_the_page(run: Run, run_dir: Path) -> None:
     assert (run_dir / "report.html").is_file()
 
 
-def test_report_goes_where_it_is_told(run: Run, run_dir: Path, tmp_path: Path) -> None:
+def test_report_is_written_to_the_given_path(run: Run, run_dir: Path, tmp_path: Path) -> None:
     assert run("report", run_dir, "--output", tmp_path / "page.html").exit_code == 0
     assert (tmp_path / "page.html").is_file()
     assert not (run_dir / "report.html").exists()
 
 
-def test_report_of_nothing(run: Run, tmp_path: Path) -> None:
+def test_report_needs_a_folder_of_a_demo(run: Run, tmp_path: Path) -> None:
     missing = run("report", "nowhere")
     assert missing.exit_code == 2
     assert "There is no folder nowhere" in missing.stderr
@@ -49,7 +49,7 @@ def test_report_of_nothing(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["report", "."], ["demo"]])
-def test_missing_extra_is_told_first(words: list[str]) -> None:
+def test_a_missing_extra_is_reported_before_training(words: list[str]) -> None:
     program = (
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"  # as if it were not installed
@@ -73,7 +73,7 @@ def test_missing_extra_is_told_first(words: list[str]) -> None:
         (("--output-dir", "photos/cat.txt"), "is a file"),
     ],
 )
-def test_demo_refuses(run: Run, words: tuple[str, ...], message: str) -> None:
+def test_demo_refuses_mistaken_options(run: Run, words: tuple[str, ...], message: str) -> None:
     Path("photos").mkdir()
     Path("photos/cat.txt").touch()
     result = run("demo", *words)
@@ -81,7 +81,7 @@ def test_demo_refuses(run: Run, words: tuple[str, ...], message: str) -> None:
     assert message in result.stderr
 
 
-def test_help_tells_what_plain_is_and_gives_no_default_as_an_example(run: Run) -> None:
+def test_help_explains_the_plain_twin(run: Run) -> None:
     words = " ".join(run("demo", "--help").output.split())
     assert "bit for bit the plain Trainer" in words
     assert "--learning-rate 1e-2" not in words
@@ -98,7 +98,7 @@ def test_demo_trains_and_reports(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_interrupted_demo_reports_what_there_is(tmp_path: Path) -> None:
+def test_an_interrupted_demo_reports_its_runs_so_far(tmp_path: Path) -> None:
     program = "from hf_pss.cli.app import main; main()"
     words = ("demo", "--steps", "100000", "--guards", "plain", "--output-dir", "out")
     demo = subprocess.Popen(

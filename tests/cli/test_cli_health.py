@@ -158,7 +158,7 @@ def test_pickles_and_nothing_are_exit_code_2(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_no_regular_file_is_exit_code_2(
+def test_a_file_that_is_not_regular_is_exit_code_2(
     run: Run, checkpoint: Path, make: Callable[[Path], None]
 ) -> None:
     (checkpoint / "model.safetensors").unlink()
@@ -184,8 +184,10 @@ def test_a_page_that_cannot_be_written(run: Run, checkpoint: Path, tmp_path: Pat
     assert "Every number that was read is finite" in result.stdout  # the work is not lost
 
 
-def test_a_page_takes_no_other_files_place(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    """--html *.safetensors, as a shell expands it; and what is no file, such as a device."""
+def test_a_page_replaces_no_file_of_another_kind(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A shell may expand ``--html *.safetensors``; the path may also be a device."""
     shard = checkpoint / "model.safetensors"
     before = shard.read_bytes()
     result = run("health", "--html", shard, shard)
@@ -195,20 +197,20 @@ def test_a_page_takes_no_other_files_place(run: Run, checkpoint: Path, tmp_path:
     os.mkfifo(tmp_path / "page.html")
     result = run("health", checkpoint, "--html", tmp_path / "page.html")
     assert result.exit_code == 2
-    assert "no regular file" in result.stderr
+    assert "not a regular file" in result.stderr
     assert (tmp_path / "page.html").is_fifo()
 
 
 @pytest.mark.parametrize("error", [None, MemoryError(), LinAlgError("it did not converge")])
-@pytest.mark.parametrize("when", ["compare.compare", "page.render_page"])
-def test_what_fails_later_is_no_verdict(
+@pytest.mark.parametrize("when", ["compare.compare", "health_page.render_page"])
+def test_a_failure_while_reading_is_exit_code_2(
     run: Run,
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
     when: str,
     error: Exception | None,
 ) -> None:
-    """Exit code 1 says that numbers are not finite; files that vanish halfway say nothing."""
+    """Exit code 1 means that numbers are not finite, so a vanished file must not give it."""
     module, name = when.split(".")
     real = getattr(importlib.import_module(f"hf_pss.inspection.{module}"), name)
 
@@ -227,7 +229,7 @@ def test_what_fails_later_is_no_verdict(
     assert not page.exists()
 
 
-def test_help_teaches(run: Run) -> None:
+def test_help_shows_options_and_examples(run: Run) -> None:
     text = " ".join(run("health", "--help").output.split())
     for words in (
         "--compare",

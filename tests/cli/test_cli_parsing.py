@@ -9,14 +9,9 @@ from typing import get_args
 import pytest
 
 from hf_pss.cli import option_help as help_page
-from hf_pss.cli.parsing import (
-    FRESH_LEARNING_RATE,
-    LEARNING_RATE_HELP,
-    TUNED_LEARNING_RATE,
-    make_parser,
-    parse_plan,
-)
-from hf_pss.cli.progress import count_steps, counted, set_rhythms_
+from hf_pss.cli.parsing import make_parser, parse_plan
+from hf_pss.cli.progress import count_steps, set_step_counts_
+from hf_pss.cli.train_options import FRESH_LEARNING_RATE, LEARNING_RATE_HELP, TUNED_LEARNING_RATE
 from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.arguments import OptimizerName
 
@@ -26,7 +21,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_arguments_win_over_yaml(tmp_path: Path) -> None:
+def test_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
     path = write(
         tmp_path / "night.yaml",
         "learning_rate: 3e-3\n"  # YAML 1.1 reads this as a string
@@ -58,7 +53,7 @@ def test_empty_list_in_yaml_means_no_detector(tmp_path: Path) -> None:
     assert parse_plan(["--config", str(path)]).arguments.pss_config().detectors == ()
 
 
-def test_switches_need_no_word() -> None:
+def test_a_boolean_option_needs_no_value() -> None:
     assert parse_plan(["--pss_observe_only", "--bf16", "false"]).arguments.pss_observe_only is True
     assert parse_plan(["--pss_observe_only", "false"]).arguments.pss_observe_only is False
     assert parse_plan([]).arguments.pss_observe_only is False
@@ -87,7 +82,7 @@ def test_defaults() -> None:
         (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file"),
     ],
 )
-def test_mistake_in_arguments(words: list[str], message: str) -> None:
+def test_a_mistake_on_the_command_line_is_named(words: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_plan(words)
     assert message in str(caught.value)
@@ -96,9 +91,9 @@ def test_mistake_in_arguments(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1e-3", "sets 'learning_rat', which is no option. Did you mean learning_ra"),
+        ("learning_rat: 1e-3", "sets 'learning_rat', which is not an option. Did you mean learni"),
         ("threshold_ratio: 3", "Did you mean pss_threshold_ratio"),
-        ("learning_rate: [1", "no valid YAML"),
+        ("learning_rate: [1", "not valid YAML"),
         ("- learning_rate", "must hold options, one a line"),
         ("config: other.yaml", "sets 'config'"),
         ("learning-rate: fast", "run.yaml sets learning-rate: fast. invalid float value"),
@@ -107,7 +102,7 @@ def test_mistake_in_arguments(words: list[str], message: str) -> None:
         ("pss_max_rank: 0", "max_rank must be a whole number of at least 1"),
     ],
 )
-def test_mistake_in_yaml(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_in_a_yaml_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "run.yaml", text)
     with pytest.raises(ConfigurationError) as caught:
         parse_plan(["--config", str(path)])
@@ -122,9 +117,9 @@ def test_mistake_in_yaml(tmp_path: Path, text: str, message: str) -> None:
         (["--model=gpt2", "--learning_rate", "3"], 3.0),
     ],
 )
-def test_learning_rate_suits_what_is_trained(words: list[str], rate: float) -> None:
+def test_the_default_learning_rate_depends_on_the_model(words: list[str], rate: float) -> None:
     assert parse_plan(words).arguments.learning_rate == rate
-    for shown in ("1e-3 with --model_config", "2e-5 with --model"):
+    for shown in ("1e-3 for fresh weights", "2e-5 with --model"):
         assert shown in LEARNING_RATE_HELP
     assert (FRESH_LEARNING_RATE, TUNED_LEARNING_RATE) == (1e-3, 2e-5)
 
@@ -144,18 +139,13 @@ def test_help_of_pss_options_names_one_default() -> None:
         (["--per_device_train_batch_size", "9", "--dataloader_drop_last"], 33),
     ],
 )
-def test_rhythms_become_steps(words: list[str], num_steps: int) -> None:
+def test_shares_of_all_steps_become_numbers_of_steps(words: list[str], num_steps: int) -> None:
     arguments = parse_plan(["--use_cpu", *words, "--save_steps", "7"]).arguments
     assert count_steps(arguments, num_blocks=101) == num_steps
-    set_rhythms_(arguments, num_blocks=101)
+    set_step_counts_(arguments, num_blocks=101)
     assert arguments.save_steps == 7
     assert arguments.eval_steps == math.ceil(num_steps / 10)
     assert arguments.logging_steps == 1
-
-
-@pytest.mark.parametrize(("number", "said"), [(0, "0 spikes"), (1, "1 spike"), (2, "2 spikes")])
-def test_one_is_singular(number: float, said: str) -> None:
-    assert counted(number, "spike") == said
 
 
 def test_help_page_names_options_that_exist() -> None:

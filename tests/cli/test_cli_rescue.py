@@ -52,7 +52,7 @@ def run_dir(run: Run, trained: list[Path], tmp_path: Path) -> Path:
     return copy
 
 
-def test_what_it_says(run: Run, run_dir: Path) -> None:
+def test_the_report_names_failure_checkpoint_and_command(run: Run, run_dir: Path) -> None:
     result = run("rescue", run_dir)
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
@@ -62,7 +62,7 @@ def test_what_it_says(run: Run, run_dir: Path) -> None:
     assert f"hf-pss train --resume_from_checkpoint {run_dir / 'checkpoint-4'}" in text
 
 
-def test_the_printed_command_goes_on(run: Run, run_dir: Path) -> None:
+def test_the_printed_command_continues_the_run(run: Run, run_dir: Path) -> None:
     data = json.loads(run("rescue", run_dir, "--json").stdout)
     command = data["resume"]["command"]
     assert command[:2] == ["hf-pss", "train"]
@@ -78,7 +78,7 @@ def test_the_printed_command_goes_on(run: Run, run_dir: Path) -> None:
     assert state["global_step"] == 7
 
 
-def test_what_the_course_depends_on_is_in_the_command(run: Run, tmp_path: Path) -> None:
+def test_the_command_has_every_option_that_the_run_depends_on(run: Run, tmp_path: Path) -> None:
     (text := tmp_path / "prose.txt").write_text(PROSE, encoding="utf-8")
     given = ["--seed", "7", "--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "1"]
     given += ["--lr_scheduler_kwargs", '{"num_decay_steps": 2}', "--adam_beta2", "0.98"]
@@ -95,7 +95,7 @@ def test_what_the_course_depends_on_is_in_the_command(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_as_two(run: Run, tmp_path: Path) -> None:
+def test_two_processes_continue_as_two(run: Run, tmp_path: Path) -> None:
     (text := tmp_path / "prose.txt").write_text(PROSE, encoding="utf-8")
     words = (*TINY, *SHORT, "--dataset", text, "--save_steps", "2", "--output_dir", tmp_path / "a")
     programs = Path(sys.executable).parent
@@ -112,26 +112,26 @@ def test_two_processes_go_on_as_two(run: Run, tmp_path: Path) -> None:
     assert state["train_batch_size"] == 4
 
 
-def test_the_entropy_of_the_text_is_known(run: Run, run_dir: Path) -> None:
+def test_the_entropy_of_the_text_is_read_from_the_run(run: Run, run_dir: Path) -> None:
     kept = json.loads((run_dir / "hf_pss_options.json").read_text())["unigram_entropy"]
     assert 0 < kept < math.log(json.loads((run_dir / "config.json").read_text())["vocab_size"])
     assert recorded_entropy(run_dir) == kept
 
 
 @pytest.mark.parametrize("value", ["Infinity", "-1.0", "1e9", "true", '"4"', "null", "[]"])
-def test_an_entropy_that_is_none_is_not_taken(tmp_path: Path, value: str) -> None:
+def test_an_impossible_entropy_is_ignored(tmp_path: Path, value: str) -> None:
     (tmp_path / "hf_pss_options.json").write_text(f'{{"unigram_entropy": {value}}}')
     assert recorded_entropy(tmp_path) is None
 
 
-def test_told_when_it_failed(run: Run, run_dir: Path) -> None:
+def test_failed_at_overrides_the_detected_step(run: Run, run_dir: Path) -> None:
     data = json.loads(run("rescue", run_dir, "--json", "--failed-at", "3").stdout)
     assert data["failure"]["onset_step"] == 3
     assert data["is_last_resort"] is True
     assert "--pss_moments" in data["resume"]["options"]
 
 
-def test_a_run_at_its_end_is_told_apart(run: Run, run_dir: Path) -> None:
+def test_a_finished_run_is_reported_as_such(run: Run, run_dir: Path) -> None:
     (run_dir / "checkpoint-5" / "model.safetensors").write_bytes(
         (run_dir / "checkpoint-4" / "model.safetensors").read_bytes()
     )
@@ -139,7 +139,7 @@ def test_a_run_at_its_end_is_told_apart(run: Run, run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(("rates", "is_said"), [((0.1, 0.2), True), ((0.2, 0.1), False)])
-def test_a_rate_that_will_rise_again_is_told(
+def test_a_rate_that_will_rise_again_is_reported(
     run: Run, run_dir: Path, rates: tuple[float, float], is_said: bool
 ) -> None:
     path = run_dir / "trainer_state.json"
@@ -151,7 +151,7 @@ def test_a_rate_that_will_rise_again_is_told(
     assert ("rises after this checkpoint, from 0.1 to 0.2 at step 5" in said) == is_said
 
 
-def test_json(run: Run, run_dir: Path) -> None:
+def test_json_holds_the_report_and_the_command(run: Run, run_dir: Path) -> None:
     result = run("rescue", run_dir, "--json")
     assert result.exit_code == 0
     data = json.loads(result.stdout)
@@ -172,7 +172,9 @@ def test_json(run: Run, run_dir: Path) -> None:
         ("floor", "--pss_preset floor --pss_floor_reference start --pss_smooth_on_resume true"),
     ],
 )
-def test_smoothing_is_chosen(run: Run, run_dir: Path, smoothing: str, expected: str) -> None:
+def test_smoothing_option_reaches_the_command(
+    run: Run, run_dir: Path, smoothing: str, expected: str
+) -> None:
     words = run("rescue", run_dir, "--json", "--smoothing", smoothing).stdout
     options = json.loads(words)["resume"]["options"]
     assert " ".join(options[4:]) == expected
@@ -184,7 +186,7 @@ def test_without_smoothing_nothing_is_smoothed(run: Run, run_dir: Path) -> None:
     assert parse_plan(command[2:]).arguments.pss_config().observe_only
 
 
-def test_an_unknown_launch_is_a_template(run: Run, run_dir: Path) -> None:
+def test_an_unknown_launch_gives_a_template(run: Run, run_dir: Path) -> None:
     (run_dir / "hf_pss_options.json").unlink()
     text = run("rescue", run_dir).stdout
     line = next(line for line in text.splitlines() if "<your launch command>" in line)
@@ -217,7 +219,7 @@ def test_a_lower_rate_needs_no_copy(run: Run, run_dir: Path) -> None:
     assert "0.5 times the rates that it had" in said
 
 
-def test_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:
+def test_plot_writes_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "failure.png"
     result = run("rescue", run_dir, "--plot", path)
     assert result.exit_code == 0, result.output
@@ -252,7 +254,7 @@ def test_nothing_to_read_is_exit_code_2(run: Run, tmp_path: Path) -> None:
         assert result.stdout == ""
 
 
-def test_names_cannot_command_the_terminal(run: Run, run_dir: Path) -> None:
+def test_control_characters_in_names_are_escaped(run: Run, run_dir: Path) -> None:
     weights = load_file(run_dir / "checkpoint-5" / "model.safetensors")
     evil = {"a.0.\x1b[2J\u202eb.weight": torch.full((8, 8), torch.nan), **weights}
     save_file(evil, run_dir / "checkpoint-5" / "model.safetensors", {"format": "pt"})
@@ -262,7 +264,7 @@ def test_names_cannot_command_the_terminal(run: Run, run_dir: Path) -> None:
 
 
 @opens_pickles
-def test_a_repaired_copy_goes_on(run: Run, run_dir: Path, tmp_path: Path) -> None:
+def test_a_repaired_copy_can_be_continued(run: Run, run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "repaired"
     words = ("--write", out, "--moments", "reset", "--lr-scale", "0.5", "--allow-pickle")
     result = run("rescue", run_dir, *words, "--json")
@@ -283,8 +285,7 @@ def test_a_repaired_copy_goes_on(run: Run, run_dir: Path, tmp_path: Path) -> Non
     assert "The run that you resume has --context_length 32" in run("train", *other).stderr
 
 
-def test_a_copy_is_smoothed_where_that_is_asked_for(run: Run, run_dir: Path) -> None:
-    """Or as the last resort: noise is no measure of sound weights."""
+def test_a_copy_is_smoothed_on_request_or_as_a_last_resort(run: Run, run_dir: Path) -> None:
     as_it_was = load_file(run_dir / "checkpoint-4" / "model.safetensors")
     for words, is_smoothed in (((), False), (("--failed-at", "3"), True)):
         out = run_dir.with_name(f"copy-{is_smoothed}")
@@ -299,8 +300,8 @@ def test_a_copy_is_smoothed_where_that_is_asked_for(run: Run, run_dir: Path) -> 
     assert "sound weights lie below, too" in " ".join(asked.stdout.split())
 
 
-def test_what_cannot_be_copied_is_named(run: Run, run_dir: Path) -> None:
-    """A folder where a file is read is no fault of the target."""
+def test_a_file_that_cannot_be_copied_is_named(run: Run, run_dir: Path) -> None:
+    """The message must not blame the target for a folder in the place of a source file."""
     path = run_dir / "checkpoint-4" / "generation_config.json"
     path.unlink()
     path.write_bytes(b"{}")
@@ -342,7 +343,7 @@ def test_options_that_are_refused(run: Run, run_dir: Path, words: tuple[str, ...
     assert not Path("out").exists()
 
 
-def test_help_teaches(run: Run) -> None:
+def test_help_shows_options_and_examples(run: Run) -> None:
     text = " ".join(run("rescue", "--help").output.split())
     for words in (
         "--plot",

@@ -15,17 +15,21 @@ import datasets
 import pytest
 import torch
 from commandline import PROSE, SHORT, Run
-from safetensors.torch import save_file
+from helpers import train as train_tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_pss.cli.progress import Summary
+from hf_pss import PSSConfig
+from hf_pss.cli.model import make_config
+from hf_pss.cli.parsing import parse_plan
+from hf_pss.cli.progress import RunSummary
+from hf_pss.cli.resume_choice import advice_after_failure
 from hf_pss.cli.terminal import without_noise
-from hf_pss.cli.training import is_complete, latest_checkpoint, where_to_go_on
+from hf_pss.cli.text import load_training_text
+from hf_pss.errors import ConfigurationError
 
-# A model, but no causal one.
+# A model that is not causal.
 T5 = ("--model_config", "t5", "--model_overrides", "num_layers=1")
-RECIPE = Path(__file__).parents[2] / "recipes" / "gpt2_tiny_cpu" / "pss.yaml"
 
 
 def rows() -> list[str]:
@@ -37,7 +41,7 @@ def numbers(folder: Path) -> list[float]:
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
-def test_help_teaches(run: Run) -> None:
+def test_help_shows_options_and_examples(run: Run) -> None:
     output = run("train", "--help").output
     for word in ("--model_config", "--dataset", "--pss_preset", "--help-all", "Exit codes"):
         assert word in output
@@ -51,39 +55,13 @@ def test_help_all_lists_every_argument(run: Run) -> None:
         assert word in result.output
 
 
-@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
-def test_trains_on_a_local_file(train: Run, tmp_path: Path, text_file: Path, ending: str) -> None:
-    table = datasets.Dataset.from_dict({"body": rows()})
-    if ending == "jsonl":
-        text_file = tmp_path / "prose.jsonl"
-        table.to_pandas().to_json(text_file, orient="records", lines=True)
-    elif ending == "parquet":
-        text_file = tmp_path / "prose.parquet"
-        table.to_pandas().to_parquet(text_file)
-    column = () if ending == "txt" else ("--text_column", "body")
-    result = train("--dataset", text_file, *column, "--output_dir", "out")
+def test_trains_on_a_file_and_saves_a_model_that_writes(train: Run, text_file: Path) -> None:
+    result = train("--dataset", text_file, "--output_dir", "out", "--pss_preset", "anchored")
     assert result.exit_code == 0, result.stderr
     for line in ("validation perplexity", "interventions", "non-finite steps", "overhead of PSS"):
         assert line in result.stdout
     assert "validation loss" in result.stderr  # a line an evaluation
-
-
-def test_trains_with_muon(train: Run, tmp_path: Path, text_file: Path) -> None:
-    Path("muon.yaml").write_text("pss_optim: muon\npss_optim_args: {others_lr: 3e-4}\n")
-    words = ("--dataset", text_file, "--output_dir", "out", "--learning_rate", "1e-2")
-    result = train(*words, "--config", "muon.yaml")
-    assert result.exit_code == 0, result.stderr
-    assert "muon trains the weight matrices" in result.stderr
-    state = torch.load(latest_checkpoint(Path("out")) / "optimizer.pt", weights_only=True)
-    rates = [group["initial_lr"] for group in state["param_groups"]]
-    assert rates == [1e-2, 3e-4, 3e-4]
-    mistaken = train(*words, "--config", "muon.yaml", "--pss_optim_args", "momentun=0.9")
-    assert mistaken.exit_code == 2
-    assert "Did you mean momentum" in " ".join(mistaken.stderr.split())
-
-
-def test_saved_model_loads_and_writes(train: Run, text_file: Path) -> None:
-    assert train("--dataset", text_file, "--output_dir", "out").exit_code == 0
+    assert "PSS: preset anchored, 12 matrices watched" in " ".join(result.stderr.split())
     tokenizer = AutoTokenizer.from_pretrained("out")
     model = AutoModelForCausalLM.from_pretrained("out")
     assert model.config.vocab_size == len(tokenizer) == 300
@@ -91,24 +69,37 @@ def test_saved_model_loads_and_writes(train: Run, text_file: Path) -> None:
     written = model.generate(**words, max_new_tokens=3, do_sample=False)
     assert tokenizer.decode(written[0]).startswith("the quick")
 
-
-def test_trains_on_the_built_in_corpus_from_the_recipe(run: Run) -> None:
-    result = run(
-        *("train", "--config", RECIPE, "--max_tokens", "100000", "--max_steps", "5"),
-        *("--max_validation_blocks", "8", "--use_cpu", "--output_dir", "out"),
-        *("--lr_scheduler_kwargs", '{"num_decay_steps": 2}', "--warmup_steps", "1"),
+    other = ("--dataset", text_file, "--vocab_size", "2048", "--output_dir", "tuned")
+    assert (
+        train("--model", "out", "--model_config", "", "--model_overrides", "", *other).exit_code
+        == 0
     )
-    assert result.exit_code == 0, result.stderr
-    assert "535,168 parameters" in result.stderr.replace("\n", " ")
-    assert json.loads(Path("out/config.json").read_text(encoding="utf-8"))["n_layer"] == 8
-
-
-def test_fine_tunes_a_model_with_its_own_tokenizer(train: Run, run: Run, text_file: Path) -> None:
-    assert train("--dataset", text_file, "--output_dir", "base").exit_code == 0
-    common = ("--max_tokens", "100000", "--vocab_size", "2048")
-    result = run("train", "--model", "base", *SHORT, *common, "--output_dir", "tuned")
-    assert result.exit_code == 0, result.stderr
     assert len(AutoTokenizer.from_pretrained("tuned")) == 300
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_rows_of_a_file_are_read(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"prose.{ending}"
+    frame = datasets.Dataset.from_dict({"body": rows()}).to_pandas()
+    if ending == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    words = ["--dataset", str(path), "--text_column", "body", "--context_length", "32"]
+    text = load_training_text(parse_plan([*words, "--use_cpu"]).data, None, vocab_size=300)
+    assert text.train.blocks.shape[1] == 32
+    assert len(text.validation) > 0
+
+
+def test_muon_and_its_options_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "muon.yaml"
+    path.write_text("pss_optim: muon\npss_optim_args: {others_lr: 3e-4}\n")
+    words = ["--config", str(path), "--use_cpu"]
+    arguments = parse_plan(words).arguments
+    assert arguments.pss_optim == "muon"
+    assert "others_lr" in str(arguments.pss_optim_args)
+    with pytest.raises(ConfigurationError, match="Did you mean momentum"):
+        parse_plan([*words, "--pss_optim_args", "momentun=0.9"])
 
 
 def test_resumes_as_if_never_interrupted(train: Run, text_file: Path) -> None:
@@ -139,7 +130,7 @@ def test_resumes_as_if_never_interrupted(train: Run, text_file: Path) -> None:
     assert "checkpoint-5 is already past --max_steps 4" in fewer.stderr
 
 
-def test_resume_passes_over_a_damaged_checkpoint_with_a_line(
+def test_resume_skips_a_damaged_checkpoint_and_logs_it(
     train: Run, text_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ("--dataset", text_file, "--output_dir", "out", "--save_steps", "2")
@@ -160,7 +151,7 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_resume_holds_to_the_options_of_the_run(train: Run, text_file: Path) -> None:
+def test_resume_compares_options_with_those_of_the_run(train: Run, text_file: Path) -> None:
     words = ("--dataset", text_file, "--output_dir", "out", "--save_steps", "2")
     assert train(*words, "--max_steps", "2").exit_code == 0
     kept = json.loads(Path("out/hf_pss_options.json").read_text(encoding="utf-8"))
@@ -182,7 +173,7 @@ def test_resume_holds_to_the_options_of_the_run(train: Run, text_file: Path) -> 
     assert "cannot be read" in train(*resume, "--max_steps", "9").stderr
 
 
-def test_a_resumed_run_is_quiet_and_its_overhead_its_own(
+def test_a_resumed_run_logs_no_warning_and_counts_its_own_overhead(
     train: Run, text_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # into caplog
@@ -204,7 +195,7 @@ def test_a_resumed_run_is_quiet_and_its_overhead_its_own(
     assert [r.getMessage() for r in caplog.records if r.name.startswith("transformers")] == []
 
 
-def test_observer_says_how_often_it_would_have_intervened(train: Run, text_file: Path) -> None:
+def test_an_observing_run_counts_what_it_would_have_done(train: Run, text_file: Path) -> None:
     words = (
         *("--dataset", text_file, "--output_dir", "out", "--pss_preset", "floor"),
         *("--pss_floor_reference", "noise", "--pss_floor_ratio", "100"),
@@ -216,16 +207,11 @@ def test_observer_says_how_often_it_would_have_intervened(train: Run, text_file:
     assert "would have" not in train(*words, "--overwrite").stdout
 
 
-def test_start_says_what_is_watched(train: Run, text_file: Path) -> None:
-    stderr = train("--dataset", text_file, "--pss_preset", "anchored", "--max_steps", "1").stderr
-    assert "watching 12 matrices (8 attention, 4 mlp), preset anchored" in stderr
-
-
 def test_a_run_without_detectors_needs_no_matrix(train: Run, text_file: Path) -> None:
     words = ("--dataset", text_file, "--max_steps", "1", "--pss_detectors", "--pss_exclude", "h")
     result = train(*words)
     assert result.exit_code == 0, result.stderr
-    assert "watching for non-finite steps only" in result.stderr
+    assert "no matrix watched (non-finite steps only)" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +237,7 @@ def test_overwrite_removes_nothing_before_all_is_checked(
     assert not earlier.exists()
 
 
-def test_interrupted_run_says_how_to_go_on(train: Run, text_file: Path) -> None:
+def test_an_interrupted_run_names_the_option_that_continues_it(train: Run, text_file: Path) -> None:
     def interrupt() -> None:
         while not Path("out/checkpoint-2/trainer_state.json").is_file():
             time.sleep(0.01)
@@ -295,12 +281,14 @@ def test_broken_run_names_the_last_healthy_checkpoint(train: Run, text_file: Pat
         (math.inf, 2, "these weights are unusable"),
     ],
 )
-def test_problem_of_a_run(eval_loss: float | None, streak: int, problem: str | None) -> None:
-    summary = Summary(9, 1.0, eval_loss, 0, streak, 0.0, None, streak)
+def test_the_summary_names_the_problem_of_a_run(
+    eval_loss: float | None, streak: int, problem: str | None
+) -> None:
+    summary = RunSummary(9, 1.0, eval_loss, 0, streak, 0.0, None, streak)
     assert (problem in summary.problem) if summary.problem and problem else not problem
 
 
-def test_only_the_two_warnings_are_held_back(
+def test_only_expected_warnings_are_dropped(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # into caplog
@@ -348,7 +336,7 @@ def test_nonfinite_steps_are_counted(train: Run, text_file: Path) -> None:
         (("--dataset", "prose.txt", "--model_config", "gone.json"), "gone.json cannot be read"),
         (("--dataset", "prose.txt", "--tokenizer", "nowhere"), "the Hub gave no tokenizer"),
         (("--dataset", "prose.txt", "--vocab_size", "10"), "vocabulary of 10"),
-        (("--model", "gpt2"), "Give one of them"),
+        (("--model", "gpt2"), "You gave --model and --model_config"),
         (("--dataset", "nobody/nothing"), "the Hub gave no dataset of that name"),
         (("--dataset", "broken.jsonl"), "broken.jsonl could not be read"),
         (("--max_validation_blocks", "0"), "max_validation_blocks must be at least 1"),
@@ -357,10 +345,12 @@ def test_nonfinite_steps_are_counted(train: Run, text_file: Path) -> None:
         (("--output_dir", "prose.txt/run"), "prose.txt is in the way: it is a file"),
         (("--dataset", "prose.txt", "--pss_include", "nosuch"), "nosuch"),
         (("--resume",), "no checkpoint to resume from"),
-        (("--resume_from_checkpoint", "prose.txt"), "no complete checkpoint"),
+        (("--resume_from_checkpoint", "prose.txt"), "not a complete checkpoint"),
     ],
 )
-def test_mistake(train: Run, text_file: Path, words: tuple[str, ...], message: str) -> None:
+def test_a_mistake_is_named_and_leaves_no_folder(
+    train: Run, text_file: Path, words: tuple[str, ...], message: str
+) -> None:
     Path("empty.txt").touch()
     Path("rows.jsonl").write_text('{"body": "text"}\n', encoding="utf-8")
     Path("broken.jsonl").write_text('{"text": "cut', encoding="utf-8")
@@ -371,41 +361,41 @@ def test_mistake(train: Run, text_file: Path, words: tuple[str, ...], message: s
     assert {path.name for path in set(Path().iterdir()) - before} <= {"datasets"}  # no empty runs/
 
 
-def test_model_that_the_hub_does_not_give(run: Run, text_file: Path) -> None:
+def test_a_model_that_the_hub_does_not_have(run: Run, text_file: Path) -> None:
     result = run("train", "--model", "nobody/nothing", "--dataset", text_file, *SHORT)
     assert result.exit_code == 2
     assert "There is no folder 'nobody/nothing', and the Hub gave no model" in result.stderr
 
 
-def test_nothing_to_train(run: Run, text_file: Path) -> None:
+def test_no_model_is_a_mistake(run: Run, text_file: Path) -> None:
     result = run("train", "--dataset", text_file, *SHORT)
     assert result.exit_code == 2
-    assert "Say what to train" in result.stderr
+    assert "You gave no model" in result.stderr
 
 
-def test_config_file_with_sizes(run: Run, text_file: Path) -> None:
+def test_config_file_with_sizes(tmp_path: Path) -> None:
     sizes = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
-    Path("llama.json").write_text(json.dumps(sizes), encoding="utf-8")
-    words = ("--model_config", "llama.json", "--model_overrides", "num_hidden_layers=2")
-    result = run("train", *words, "--dataset", text_file, *SHORT, "--output_dir", "out")
-    assert result.exit_code == 0, result.stderr
-    assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 2
+    path = tmp_path / "llama.json"
+    path.write_text(json.dumps({**sizes, "num_hidden_layers": 1}), encoding="utf-8")
+    config = make_config(str(path), "num_hidden_layers=2")
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 32, 2)
 
 
 def test_a_checkpoint_that_was_never_evaluated_is_named_as_unknown(tmp_path: Path) -> None:
-    """A checkpoint that a resume refuses is not named: its state or its optimizer was cut."""
-    whole, cut, other = (tmp_path / f"checkpoint-{step}" for step in (5, 6, 7))
-    for folder in (whole, cut, other):
-        folder.mkdir()
-        state = TrainerState(global_step=5, log_history=[{"loss": 3.0, "step": 5}])
-        state.save_to_json(str(folder / "trainer_state.json"))
-        save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.save({}, folder / name)
+    train_tiny(tmp_path, PSSConfig.preset("paper"), max_steps=2, save_steps=2)
+    whole, cut = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
+    cut.mkdir()
     (cut / "trainer_state.json").write_text('{"x')
-    optimizer = other / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:200])
-    assert is_complete(whole)
-    assert not is_complete(cut)
-    assert f"of unknown health, is {whole}" in where_to_go_on(tmp_path, None)
+    assert f"of unknown health, is {whole}" in advice_after_failure(tmp_path, None)
+    assert "start the run again" in advice_after_failure(tmp_path / "elsewhere", cut)
+
+
+def test_a_healthy_checkpoint_that_cannot_be_resumed_gives_its_weights(tmp_path: Path) -> None:
+    train_tiny(tmp_path, PSSConfig.preset("paper"), max_steps=2, save_steps=2)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    found = json.loads(state.read_text())
+    found["log_history"].append({"eval_loss": 3.0, "step": 2})
+    state.write_text(json.dumps(found))
+    assert "--resume_from_checkpoint continues" in advice_after_failure(tmp_path, None)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert "checkpoint-2: --model starts" in advice_after_failure(tmp_path, None)

@@ -72,14 +72,14 @@ def test_lines_bounds_the_matrices(run: Run, live: Path) -> None:
     assert "10 more" in run("watch", live, "--once", "--lines", 3).stdout
 
 
-def test_readings_that_are_no_json_are_not_called_missing(run: Run, tmp_path: Path) -> None:
+def test_unreadable_readings_are_not_reported_as_missing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "pss_health.jsonl").write_text('{"step": \n')
     text = run("watch", tmp_path, "--once").stdout
     assert "No stable ranks: none could be read." in text
     assert "Could not be read: 1 of the files' lines and states." in text
 
 
-def test_a_run_that_has_ended_is_left(run: Run, live: Path) -> None:
+def test_watch_exits_when_the_run_has_ended(run: Run, live: Path) -> None:
     end(live)
     result = run("watch", live)
     assert result.exit_code == 0
@@ -101,7 +101,7 @@ def test_nothing_to_read(run: Run, tmp_path: Path) -> None:
     assert "There is no folder" in result.stderr
 
 
-def test_lines_come_while_the_run_goes_on(live: Path) -> None:
+def test_lines_are_written_while_the_run_continues(live: Path) -> None:
     with subprocess.Popen(
         [*PROGRAM, "watch", str(live), "--every", "0.1"], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -118,7 +118,7 @@ def test_lines_come_while_the_run_goes_on(live: Path) -> None:
 
 
 @pytest.mark.parametrize("on_screen", [True, False])
-def test_interrupted(on_screen: bool, live: Path) -> None:
+def test_ctrl_c_is_exit_code_130(on_screen: bool, live: Path) -> None:
     master, slave = pty.openpty()
     out = slave if on_screen else subprocess.PIPE
     with subprocess.Popen(
@@ -143,13 +143,13 @@ def test_interrupted(on_screen: bool, live: Path) -> None:
     assert b"Traceback" not in complaint
 
 
-def test_help_teaches(run: Run) -> None:
+def test_help_shows_options_and_examples(run: Run) -> None:
     text = " ".join(run("watch", "--help").output.split())
     for words in ("--once", "--every", "--lines", "Exit codes", "Examples", "checkpoint"):
         assert words in text
 
 
-def test_imports_nothing_heavy(live: Path) -> None:
+def test_watch_imports_nothing_heavy(live: Path) -> None:
     end(live)
     program = (
         "import sys\n"

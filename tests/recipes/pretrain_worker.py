@@ -1,4 +1,4 @@
-"""One rank of a pretraining run: writes down which blocks it was given, and what was logged."""
+"""One rank of `hf-pss train`, which writes down the blocks that it was given."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts import load_script
+from hf_pss.cli import training
+from hf_pss.cli.app import app
 
-script = load_script("pretrain_gpt2")
 
-
-class Recording(script.PretrainTrainer):
+class Recording(training._TextTrainer):
     blocks: list[list[int]]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -23,8 +22,11 @@ class Recording(script.PretrainTrainer):
 
 def main(folder: Path, words: list[str]) -> None:
     Recording.blocks = []
-    script.PretrainTrainer = Recording
-    code = script.run([*words, "--output_dir", str(folder / "out")])
+    training._TextTrainer = Recording  # type: ignore[misc]
+    try:
+        app(["train", *words, "--output_dir", str(folder / "out")])
+    except SystemExit as end:
+        code = int(end.code or 0)
     outcome = {"code": code, "blocks": Recording.blocks}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(outcome))
     # Gloo's destructor joins a thread that may wait for the interpreter's lock, which that thread's

@@ -1,4 +1,4 @@
-"""Every YAML under recipes/ is read by what it is for, and every command has its files."""
+"""Every YAML under recipes/ is read by its program, and every command has its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPTS = {name: load_script(name) for name in ("pretrain_gpt2", "finetune_llm")
 FILES = sorted(RECIPES.rglob("*.yaml"))
 CARDS = sorted(RECIPES.rglob("README.md"))
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-# A path as it stands in a command or in a comment, without what closes the sentence; not in a URL.
+# A path as it stands in a command or in a comment, without the punctuation behind it; not in a URL.
 PATH = re.compile(r"(?<![\w/])recipes/[\w./-]*\w")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -30,7 +30,7 @@ def name_of(path: Path) -> str:
 
 
 def commands_of(card: Path) -> list[str]:
-    """Return the commands of a card, each on one line, without what stands behind a `#`."""
+    """Return the commands of a card, each on one line, without its comment."""
     text = "".join(BLOCK.findall(card.read_text(encoding="utf-8"))).replace("\\\n", " ")
     return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip()]
 
@@ -45,10 +45,10 @@ def read(path: Path) -> None:
         load_config_from_file(str(path))
     elif path.parent.name == "lr_sweep":
         assert read_grid(path)
+    elif "model_name_or_path" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        SCRIPTS["finetune_llm"].parse(["--config", str(path), "--use_cpu"])
     else:
-        is_tuned = "model_name_or_path" in yaml.safe_load(path.read_text(encoding="utf-8"))
-        script = SCRIPTS["finetune_llm" if is_tuned else "pretrain_gpt2"]
-        script.parse(["--config", str(path), "--use_cpu"])
+        parse_plan(["--config", str(path), "--use_cpu"])
 
 
 def check(command: str) -> None:
@@ -64,6 +64,10 @@ def check(command: str) -> None:
         script.parse([*words[scripts[0] + 1 :], "--use_cpu"])
     elif words[:2] == ["hf-pss", "train"]:
         parse_plan([*words[2:], "--use_cpu"])
+    elif "hf_pss.cli" in words:
+        name, *own = words[words.index("hf_pss.cli") + 1 :]
+        assert name == "train"
+        parse_plan([*own, "--use_cpu"])
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +77,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_yaml_is_read_by_what_it_is_for(path: Path) -> None:
+def test_every_yaml_is_read_by_its_program(path: Path) -> None:
     read(path)
 
 
@@ -86,6 +90,13 @@ def test_a_yaml_with_a_mistake_is_refused(place: str, tmp_path: Path) -> None:
     broken.write_text(sound.read_text(encoding="utf-8") + extra, encoding="utf-8")
     with pytest.raises((ConfigurationError, ValueError)):
         read(broken)
+
+
+@pytest.mark.parametrize("name", sorted((RECIPES / "gpt2_124m").glob("*.yaml")), ids=name_of)
+def test_the_pretraining_script_reads_the_large_recipes(name: Path) -> None:
+    given, arguments = SCRIPTS["pretrain_gpt2"].parse(["--config", str(name)])
+    assert given.streaming
+    assert arguments.gradient_accumulation_steps == 40
 
 
 @pytest.mark.parametrize("path", [*FILES, *CARDS, *RECIPES.rglob("*.py")], ids=name_of)
@@ -111,8 +122,11 @@ def test_every_command_of_a_card_is_understood(card: Path) -> None:
 def test_a_command_with_a_mistake_is_refused() -> None:
     begin = "accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/finetune_llm.py"
     check(f"{begin} --config recipes/llm_tiny_cpu/lora.yaml")
-    with pytest.raises(ConfigurationError, match="Did you mean"):
+    with pytest.raises(ValueError, match="lora_rang"):
         check(f"{begin} --config recipes/llm_tiny_cpu/lora.yaml --lora_rang 8")
+    begin = "accelerate launch --config_file recipes/accelerate/ddp.yaml -m hf_pss.cli train"
+    with pytest.raises(ConfigurationError, match="Did you mean"):
+        check(f"{begin} --config recipes/gpt2_124m/pss.yaml --model_sise 350m")
 
 
 @pytest.mark.parametrize("card", CARDS, ids=name_of)
@@ -124,5 +138,5 @@ def test_every_recipe_is_on_its_card(card: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_folder_has_a_card(path: Path) -> None:
-    # The launcher's files say line by line what they are for.
+    # The launcher's files are commented line by line.
     assert path.parent.name == "accelerate" or (path.parent / "README.md").is_file()

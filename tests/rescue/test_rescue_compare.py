@@ -20,12 +20,15 @@ PROSE = "\n".join(f"line {i}: the quick brown fox jumps over the lazy dog." for 
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does for a script
     spec = importlib.util.spec_from_file_location("rescue_run_compare", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their annotations up here
     spec.loader.exec_module(module)
+    monkeypatch.undo()
     return module
 
 
@@ -47,7 +50,7 @@ def options(compare: ModuleType, tmp_path: Path) -> dict[str, str]:
 def test_a_signal_ends_all_of_it(
     compare: ModuleType, options: dict[str, str], tmp_path: Path
 ) -> None:
-    """Its folder is removed first: the loss is that of a whole run."""
+    """The next call starts the run from its beginning, so a loss is that of a whole run."""
     folder = tmp_path / "run"
     half = folder.with_name("run.part")
 
@@ -85,6 +88,27 @@ def test_going_back_does_so_without_smoothing(
         assert smoothed == (words == [])
 
 
+@pytest.mark.parametrize(
+    ("harm", "is_broken"),
+    [
+        ({"kind": "nan_gradient", "first": 3}, True),
+        ({"kind": "high_learning_rate", "first": 1, "last": 4, "factor": 3.0}, False),
+        ({"kind": "random_batch", "first": 2, "last": 3}, False),
+    ],
+)
+def test_a_run_is_harmed_in_the_steps_that_are_named(
+    compare: ModuleType,
+    options: dict[str, str],
+    tmp_path: Path,
+    harm: dict[str, object],
+    is_broken: bool,
+) -> None:
+    sound = compare.train(tmp_path / "sound", options)
+    harmed = compare.train(tmp_path / "harmed", options, harm)
+    assert harmed != sound
+    assert (harmed is None) == is_broken
+
+
 def test_a_row_that_fails_does_not_end_the_others(
     compare: ModuleType,
     tmp_path: Path,
@@ -95,12 +119,13 @@ def test_a_row_that_fails_does_not_end_the_others(
         if seed == 0:
             raise RuntimeError("no checkpoint")
         row = {"recipe": name, "seed": seed, "failure": None, "has_steps_left": False}
-        return {**row, "undamaged": 3.0, "untreated": 3.5, "rolled_back": 3.0, "rescued": 3.0}
+        return {**row, "undamaged": 3.0, "untreated": 3.5, "rolled_back": 3.0, "rescued": None}
 
     monkeypatch.setattr(compare, "measure", measure)
     words = ["--output-dir", str(tmp_path), "--seeds", "2", "--recipes", "ramp"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     with pytest.raises(SystemExit, match="ramp, seed 0: no checkpoint"):
         compare.main()
-    assert "| ramp | 1 |" in capsys.readouterr().out
+    line = "| ramp | 1 | none 1 | – | – | 3.000 (1 of 1) | 3.500 (0 of 1) | 3.000 (1 of 1) |"
+    assert f"{line} – (0 of 1) | – | – |" in capsys.readouterr().out
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1

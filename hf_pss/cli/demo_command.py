@@ -1,0 +1,89 @@
+"""`hf-pss demo`: train twins on the built-in corpus and write their report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_pss.cli.report_command import REPORT_MODULE, show_report
+from hf_pss.cli.terminal import EXIT_CODES, require_extra
+from hf_pss.errors import ConfigurationError
+
+__all__ = ["demo"]
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … for every guard.")] = 1,
+    guards: Annotated[
+        str, typer.Option(help="Any of plain, anchored, floor, paper; with commas between.")
+    ] = "plain,paper,anchored",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's 800")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's 1e-2")
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at the same time.", show_default="one a core"),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Write into a folder that holds other files."),
+    ] = False,
+) -> None:
+    """Train twins of a small GPT-2: same seed, same data, without PSS and with it.
+
+    The text is the Python library that your interpreter ships: nothing is downloaded.
+
+    PSS observes the plain twin and never changes it: bit for bit the plain Trainer. Its overhead is
+    the cost of observing.
+
+    Ends with a table and the path of report.html. Ctrl-C reports the runs so far.
+
+    [bold]Examples[/bold]
+
+    Three guards side by side, in a few minutes:  [cyan]hf-pss demo[/cyan]
+
+    Means over three seeds:  [cyan]hf-pss demo --seeds 3[/cyan]
+
+    A milder learning rate:  [cyan]hf-pss demo --learning-rate 3e-3 --output-dir runs/mild[/cyan]
+    """
+    require_extra(REPORT_MODULE)
+    if not overwrite:
+        _refuse_foreign_folder(output_dir)
+    from hf_pss.evidence.demo import DEMO_RECIPE, run_demo
+
+    given: dict[str, Any] = {"num_steps": steps, "learning_rate": learning_rate}
+    recipe = replace(DEMO_RECIPE, **{k: v for k, v in given.items() if v is not None})
+    status = run_demo(
+        recipe,
+        output_dir,
+        guards=tuple(dict.fromkeys(name.strip() for name in guards.split(",") if name.strip())),
+        num_seeds=seeds,
+        num_processes=processes,
+        console=Console(stderr=True),
+    )
+    try:
+        show_report(output_dir)
+    except ConfigurationError:
+        # A demo that was interrupted before its first log line has nothing to report.
+        if status == "finished":
+            raise
+    raise typer.Exit(EXIT_CODES[status])
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """Allow an earlier demo, which is replaced without a question; refuse anything else."""
+    if folder.is_file():
+        raise ConfigurationError(f"{folder} is a file; give a folder as --output-dir.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").is_file():
+        raise ConfigurationError(
+            f"{folder} holds files, but no earlier demo. Choose another --output-dir, or add "
+            "--overwrite to write there all the same."
+        )
