@@ -105,12 +105,13 @@ def health(
             console.print(*([""] if number else []), part, sep="\n")
     if html is not None:
         from hf_pss.inspection.health_page import render_page
-        from hf_pss.view.page import write_page
+        from hf_pss.runs.durable import write_whole
 
         with _reading(path):
             page = render_page(first, other=other, changes=changes, rows=rows)
         try:
-            write_page(html, page)
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(html, page)
         except OSError as error:
             raise ConfigurationError(
                 f"{html} cannot be written: {error.strerror}. Give another --html."

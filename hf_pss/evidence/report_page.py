@@ -23,10 +23,11 @@ from hf_pss.evidence.report_records import (
     load_run_directory,
 )
 from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
+from hf_pss.runs.durable import write_whole
 from hf_pss.view import canvas
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
 from hf_pss.view.numbers import significant
-from hf_pss.view.page import inline_svg, render_template, write_page
+from hf_pss.view.page import inline_svg, render_template
 
 __all__ = ["write_report"]
 
@@ -107,7 +108,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
             "outcome": outcome,
             "short_name": _short_name,
         }
-    write_page(page, render_template("hf_pss.evidence", "template.html.j2", values))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(page, render_template("hf_pss.evidence", "template.html.j2", values))
     return page
 
 

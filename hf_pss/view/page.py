@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 
 from hf_pss.records.strict_json import visible
 from hf_pss.view import MISSING_EXTRA, numbers
@@ -16,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(MISSING_EXTRA) from error
 
-__all__ = ["inline_svg", "render_template", "write_page"]
+__all__ = ["inline_svg", "render_template"]
 
 _FILTERS = {name: getattr(numbers, name) for name in numbers.__all__ if name != "NOTHING"}
 
@@ -49,21 +47,3 @@ def inline_svg(figures: Mapping[str, Figure | None]) -> dict[str, str]:
         for name, figure in figures.items()
         if figure is not None
     }
-
-
-def write_page(out: Path, html: str) -> None:
-    """Write a page as a whole or not at all, so that a browser never opens half of it.
-
-    Raises:
-        OSError: The page cannot be written. No part of it is left.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".hf-pss-{secrets.token_hex(8)}.html")
-    stream = scratch.open("x", encoding="utf-8")  # "x" never follows a link or overwrites a file
-    try:
-        with stream:
-            stream.write(html)
-        scratch.replace(out)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise

@@ -27,8 +27,8 @@ from hf_pss.inspection.matrix_survey import (
 )
 from hf_pss.models.selection.by_name import Place, place_of
 from hf_pss.records.strict_json import visible
+from hf_pss.runs.durable import write_whole
 from hf_pss.runs.safetensors_files import open_checkpoint
-from hf_pss.view.page import write_page
 
 EVIL = "h.0.\x1b[2J\u202e<script>.weight"
 
@@ -216,7 +216,7 @@ class Page(HTMLParser):
 def test_page_needs_no_other_file(tmp_path: Path, sick: Inspection) -> None:
     before = inspected(tmp_path / "before", healthy() | {EVIL: torch.randn(80, 80)})
     out = tmp_path / "deep" / "page.html"
-    write_page(out, render_page(before, other=sick, changes=compare(before, sick)))
+    write_whole(out, render_page(before, other=sick, changes=compare(before, sick)))
     page = Page(out)
     assert len(page.fetched) == 4
     assert all(one.startswith("data:image/svg+xml;base64,") for one in page.fetched)
@@ -230,7 +230,7 @@ def test_page_needs_no_other_file(tmp_path: Path, sick: Inspection) -> None:
 
 def test_a_page_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
-        write_page(tmp_path / "page.html", "a lone surrogate \ud800")
+        write_whole(tmp_path / "page.html", "a lone surrogate \ud800")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +246,7 @@ def test_spectra_beyond_any_scale(tmp_path: Path) -> None:
 
 def test_a_page_without_drawable_numbers(tmp_path: Path) -> None:
     inspection = inspected(tmp_path / "x", {"h.0.w": torch.zeros(4, 4), "b": torch.ones(3)})
-    write_page(tmp_path / "page.html", render_page(inspection))
+    write_whole(tmp_path / "page.html", render_page(inspection))
     assert Page(tmp_path / "page.html").fetched == []
 
 
