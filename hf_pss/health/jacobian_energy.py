@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_pss.linalg import leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
-from hf_pss.models.batching import gather, stacks
+from hf_pss.models.batching import stacks
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
@@ -81,10 +81,11 @@ def measure_jacobian_energies(
     held = [view for view in views if view.parameter_name in grads]
     names: list[str] = []
     shares = []
-    for stack in stacks(held, parameters, backend):
-        names += stack.names
-        grad = gather(stack.slots, grads, backend)
-        shares.append(jacobian_energy(stack.matrices, grad, max_rank=max_rank))
+    # Gradients have the shapes, dtypes and devices of their parameters, so their stacks match.
+    both = zip(stacks(held, parameters, backend), stacks(held, grads, backend), strict=True)
+    for weight, grad in both:
+        names += weight.names
+        shares.append(jacobian_energy(weight.matrices, grad.matrices, max_rank=max_rank))
     if not shares:
         return {}
     device = shares[0].device
