@@ -237,7 +237,7 @@ def test_an_interrupted_demo_leaves_no_orphan(how: signal.Signals, tmp_path: Pat
     demo = _start_endless_demo(tmp_path)
     metrics = tmp_path / "plain" / "seed-0" / "metrics.jsonl"
     try:
-        assert _wait_for(lambda: metrics.exists() and metrics.stat().st_size > 4000, 90)
+        assert _wait_for(lambda: metrics.exists() and metrics.stat().st_size > 4000, 300)
         workers = _workers_of(demo)
         assert workers
         demo.send_signal(how)
@@ -257,7 +257,7 @@ def test_a_demo_killed_as_its_run_starts_leaves_no_orphan(tmp_path: Path) -> Non
     """A worker that is still importing has not yet asked for its parent."""
     demo = _start_endless_demo(tmp_path)
     try:
-        assert _wait_for(lambda: _workers_of(demo), 90)
+        assert _wait_for(lambda: _workers_of(demo), 300)
         workers = _workers_of(demo)
     finally:
         demo.kill()
