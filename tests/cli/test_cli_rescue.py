@@ -292,7 +292,7 @@ def test_a_copy_is_smoothed_where_that_is_asked_for(run: Run, run_dir: Path) -> 
         assert same != is_smoothed
         assert "--pss_preset floor" in shown  # the run that goes on is guarded
     asked = run("rescue", run_dir, "--write", run_dir.with_name("asked"), "--smoothing", "floor")
-    assert "sound weights lie below, too" in " ".join(asked.stdout.split())
+    assert "Sound weights lie below that too" in " ".join(asked.stdout.split())
 
 
 def test_what_cannot_be_copied_is_named(run: Run, run_dir: Path) -> None:
