@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,7 +30,7 @@ from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.recorder import RunRecorder
 from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
-from hf_pss.trainer.seams import refuse_backends, trainer_of, wrapped
+from hf_pss.trainer.seams import MIXED_MESHES, refuse_backends, trainer_of, wrapped
 
 __all__ = ["PSSCallback"]
 
@@ -55,7 +55,8 @@ class StepReadings:
     """The same on the host, once the gradient norm is known."""
     grad_norm: float | None = None
     """Global gradient norm before clipping."""
-    has_norm: bool = False
+    measured_ids: frozenset[int] = frozenset()
+    """The ids of the parameters whose gradients ``grad_norm`` covers."""
     update_is_discarded: bool = False
     """DeepSpeed has skipped the update already."""
 
@@ -97,6 +98,8 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._readings = StepReadings()
         self._recorder: RunRecorder | None = None
         self._wrappers = ExitStack()
+        self._trainer: Any = None
+        """The Trainer of the last run."""
         self._smoothed_in: str | None = None
         """The run's folder, once ``smooth_on_resume`` has smoothed the weights for it."""
         self._is_rollback, self._may_repair = False, True
@@ -184,11 +187,21 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
 
         With ``restore_callback_states_from_checkpoint`` the Trainer replaces callbacks by new ones,
         which lack the user's options. PSS restores its state in place, so the original comes back.
+
+        Raises:
+            ConfigurationError: The Trainer has replaced a callback that never joined it.
         """
-        original: PSSCallback = vars(trainer).get("pss_callback", self)
-        if original is not self:
-            callbacks = trainer.callback_handler.callbacks
-            callbacks[next(i for i, one in enumerate(callbacks) if one is self)] = original
+        if "saved_state" not in vars(self):  # the Trainer sets it on the callbacks that it makes
+            return self
+        original: PSSCallback | None = vars(trainer).get("pss_callback")
+        if original is None:
+            raise ConfigurationError(
+                "restore_callback_states_from_checkpoint has replaced the PSSCallback that you "
+                "gave to add_callback() by one without your options. Pass yours in callbacks=[...] "
+                "or attach it with attach()."
+            )
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[next(i for i, one in enumerate(callbacks) if one is self)] = original
         return original
 
     # ---- the Trainer's events ----
@@ -213,6 +226,8 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def _begin(self, trainer: Trainer, model: nn.Module, optimizer: Any) -> None:
         args, state = trainer.args, trainer.state
         self.abort_step()  # an exception may have ended the last run within a step
+        if trainer is not self._trainer:  # a rollback of another trainer is none of this one
+            self._is_rollback, self._may_repair = False, True
         self._readings, self.report = StepReadings(), None
         self.controller = controller = PSSController(
             model,
@@ -266,7 +281,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     ) -> None:
         """Judge the gradient, and drop it where the update must not happen."""
         controller, readings = self.controller, self._readings
-        if controller is None or not readings.has_norm:
+        if controller is None or not readings.measured_ids:
             raise ConfigurationError(
                 "PSSCallback received no gradient norm in this step: this Trainer does not clip "
                 "through Accelerator.clip_grad_norm_. Let its _clip_grad_norm call that."
@@ -319,7 +334,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self.batch_loss = None
         self.close()
 
-    # ---- the three wrapped methods ----
+    # ---- the wrapped methods ----
 
     def _wrap(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -329,6 +344,11 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._wrappers.enter_context(
             wrapped(trainer.accelerator, "clip_grad_norm_", self._around_clipping)
         )
+        # transformers measures by itself where gradients lie on several device meshes (5.17).
+        if getattr(trainer, MIXED_MESHES, None) is not None:
+            self._wrappers.enter_context(
+                wrapped(trainer, MIXED_MESHES, self._around_mixed_mesh_grad_norm)
+            )
 
     def _around_training_step(self, training_step: Any, *args: Any, **kwargs: Any) -> Tensor:
         listening = self.batch_loss.listening() if self.batch_loss is not None else nullcontext()
@@ -337,24 +357,45 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._readings.add_loss(loss)
         return loss
 
-    def _around_clipping(self, clip_grad_norm_: Any, *args: Any, **kwargs: Any) -> Any:
+    def _around_clipping(
+        self, clip_grad_norm_: Any, parameters: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        return self._read_norm(chosen, lambda: clip_grad_norm_(chosen, *args, **kwargs))
+
+    def _around_mixed_mesh_grad_norm(
+        self, grad_norm: Any, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        return self._read_norm(list(model.parameters()), lambda: grad_norm(model, *args, **kwargs))
+
+    def _read_norm(self, parameters: list[Tensor], measure: Callable[[], Any]) -> Any:
         """Bring this step's norm and loss to the host: PSS's one read in a step without an event.
 
         The Trainer gets the norm as a tensor on the CPU, and needs no read of its own to log it.
+        An override of ``_clip_grad_norm`` may clip in groups, or return nothing, so that the
+        Trainer measures again after clipping. Norms of groups are combined. A second norm of the
+        same parameters is not read.
         """
         controller, readings = self.controller, self._readings
-        if controller is None:
-            return clip_grad_norm_(*args, **kwargs)
-        controller.inspect_gradients()  # after clipping, one NaN makes every gradient NaN
-        norm = clip_grad_norm_(*args, **kwargs)
+        ids = frozenset(map(id, parameters))
+        if controller is None or ids <= readings.measured_ids:
+            return measure()
+        if not readings.measured_ids:
+            controller.inspect_gradients()  # after clipping, one NaN makes every gradient NaN
+        norm = measure()
         if self._trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Before 0.19, DeepSpeed returns -1 for a norm that is not finite.
             norm = math.inf if norm is not None and norm < 0 else norm
             readings.update_is_discarded = not self._trainer.model_wrapped.was_step_applied()
-        readings.grad_norm, readings.loss = controller.to_host(norm, readings.device_loss)
-        readings.has_norm = True
-        if isinstance(norm, Tensor) and readings.grad_norm is not None:
-            return torch.tensor(readings.grad_norm, dtype=norm.dtype)
+        on_host, readings.loss = controller.to_host(norm, readings.device_loss)
+        is_a_group = readings.measured_ids and ids.isdisjoint(readings.measured_ids)
+        if is_a_group and on_host is not None and readings.grad_norm is not None:
+            readings.grad_norm = math.hypot(readings.grad_norm, on_host)
+        else:
+            readings.grad_norm = on_host
+        readings.measured_ids |= ids
+        if isinstance(norm, Tensor) and on_host is not None:
+            return torch.tensor(on_host, dtype=norm.dtype)
         return norm
 
     def _around_log(self, log: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

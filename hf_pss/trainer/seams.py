@@ -4,7 +4,8 @@
 
 - ``Trainer.training_step`` returns the loss of each micro-batch.
 - ``Accelerator.clip_grad_norm_`` returns the norm before clipping. The Trainer calls it once a
-  step on every backend, also with ``max_grad_norm=0``.
+  step on every backend, also with ``max_grad_norm=0``. Only where gradients lie on several device
+  meshes, as with expert parallelism, does it call its own `MIXED_MESHES` instead (5.17 or newer).
 - ``Trainer.log`` takes the numbers that PSS adds.
 
 The trainer keeps its class. The private methods that the mixins override are in `PRIVATE_METHODS`.
@@ -27,7 +28,17 @@ from transformers import Trainer, TrainerCallback
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
-__all__ = ["PRIVATE_METHODS", "check_methods", "refuse_backends", "trainer_of", "wrapped"]
+__all__ = [
+    "MIXED_MESHES",
+    "PRIVATE_METHODS",
+    "check_methods",
+    "refuse_backends",
+    "trainer_of",
+    "wrapped",
+]
+
+MIXED_MESHES = "_mixed_mesh_grad_norm"
+"""A private method of Trainer that `PSSCallback` wraps where it exists."""
 
 PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = MappingProxyType(
     {
@@ -49,7 +60,7 @@ PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = Mapping
 )
 """The private methods of Trainer that the mixins override: by name the module that does, the
 parameters that it relies on, and how many arguments the Trainer passes by position (None: not
-checked). Checked with transformers 5.3, 5.17, 5.23 and 5.24."""
+checked). Checked with transformers 5.3.0, 5.17.0, 5.23.0, 5.24.0."""
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A fork for every life, so that nothing is imported twice. ``kill_worker.py OUT phases`` kills in
 every phase of a save, ``kill_worker.py OUT random N SEED`` at N random moments; each writes
-``result.json``.
+``result.json``. ``kill_worker.py OUT phases SafeTrainer`` kills a trainer without PSS.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ from hf_pss.trainer import safe_checkpoints as saving
 STEPS = 8
 KILLED_SAVE = 5
 OPTIONS: dict[str, Any] = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": 2}
+
+
+class SafeTrainer(saving.SafeCheckpointsMixin, Trainer):
+    """Safe checkpoints without PSS."""
+
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "PSSTrainer": {"pss": PSSConfig.preset("paper")},
+    "SafeTrainer": {"trainer_class": SafeTrainer},
+}
 
 
 Patch = Callable[[], None]
@@ -92,13 +102,13 @@ def killing_between_renames() -> None:
         original(staged, target)
 
     saving.move_into_place = patched
-    once = saving.SafeCheckpoints._save_checkpoint
+    once = saving.SafeCheckpointsMixin._save_checkpoint
 
     def twice(self: Any, model: Any, trial: Any) -> None:
         once(self, model, trial)
         once(self, model, trial)
 
-    saving.SafeCheckpoints._save_checkpoint = twice
+    saving.SafeCheckpointsMixin._save_checkpoint = twice
 
 
 PHASES: dict[str, Patch] = {
@@ -129,16 +139,16 @@ def published(folder: Path) -> int:
     return max((int(name[1]) for name in names if name), default=0)
 
 
-def live(folder: Path) -> None:
+def live(folder: Path, kind: str) -> None:
     """Train, or go on where the last life ended."""
     resume = True if published(folder) else None
-    trainer = make_trainer(folder, PSSConfig.preset("paper"), **OPTIONS)
+    trainer = make_trainer(folder, **TRAINERS[kind], **OPTIONS)
     trainer.add_callback(NoteStart())
     trainer.train(resume_from_checkpoint=resume)
     torch.save(trainer.model.state_dict(), folder / "final.pt")
 
 
-def fork(folder: Path, patch: Patch | None = None) -> int:
+def fork(folder: Path, patch: Patch | None = None, kind: str = "PSSTrainer") -> int:
     """Begin a life and return its process id."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "began").unlink(missing_ok=True)
@@ -149,7 +159,7 @@ def fork(folder: Path, patch: Patch | None = None) -> int:
     try:
         if patch is not None:
             patch()
-        live(folder)
+        live(folder, kind)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -180,13 +190,13 @@ def differences_at_the_end(reference: Path, folder: Path) -> list[str]:
     ]
 
 
-def kill_in_phases(out: Path, reference: Path) -> list[dict[str, Any]]:
+def kill_in_phases(out: Path, reference: Path, kind: str = "PSSTrainer") -> list[dict[str, Any]]:
     found = []
     for name, patch in PHASES.items():
         folder = out / name.replace(" ", "_")
-        killed = wait(fork(folder, patch))
+        killed = wait(fork(folder, patch, kind))
         newest = published(folder)
-        ended = wait(fork(folder))
+        ended = wait(fork(folder, kind=kind))
         found.append(
             {
                 "phase": name,
@@ -236,10 +246,11 @@ def main(out: Path, kind: str, *rest: str) -> None:
     warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads; there are none
     torch.set_num_threads(1)
     reference = out / "reference"
-    if wait(fork(reference)) != 0:
+    trainer = rest[0] if kind == "phases" and rest else "PSSTrainer"
+    if wait(fork(reference, kind=trainer)) != 0:
         raise SystemExit("the uninterrupted run failed")
     if kind == "phases":
-        found = kill_in_phases(out, reference)
+        found = kill_in_phases(out, reference, trainer)
     else:
         found = kill_at_random(out, reference, int(rest[0]), int(rest[1]))
     (out / "result.json").write_text(json.dumps(found, indent=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import events_of, make_trainer
-from injectors import DECOMPOSITIONS, FAULTS, SKIPPED, Injector
+from helpers import checkpoint_differences, events_of, make_trainer
+from injectors import DECOMPOSITIONS, FAULTS, LASTING, SKIPPED, Injector
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.runs.checkpoint import examine
 from hf_pss.runs.folder import checkpoints_by_step
+from hf_pss.trainer.rollback import RollbackMixin
+from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
 from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardTracker
 
 STEP = 9
@@ -158,6 +162,83 @@ def test_clocks_that_go_back_change_nothing(
     assert all(0 <= second < 60 for second in seconds)
     for one, other in zip(trainer.model.parameters(), sound.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+# ---- the mixins without PSS ----
+
+
+class SafeTrainer(SafeCheckpointsMixin, Trainer):
+    """Safe checkpoints, and no PSSCallback."""
+
+
+class RollbackTrainer(RollbackMixin, Trainer):
+    """Safe checkpoints and rollback, and no PSSCallback."""
+
+
+class SendsItselfSigterm(TrainerCallback):
+    """Stands for a scheduler that ends the job within a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("fault", [*LASTING, "NaN buffer", "full disk"])
+@pytest.mark.parametrize("step", [STEP, STEP + 1], ids=["between saves", "at a save"])
+def test_rollback_without_pss_survives_what_a_save_finds(
+    fault: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=RollbackTrainer, recovery=RECOVERY, **OPTIONS)
+    injector = Injector(trainer, {step: fault}, monkeypatch)
+    trainer.train()
+    assert injector.done == [(step, fault)]
+    assert trainer.state.global_step == 20
+    assert is_finite(trainer.model)
+    assert [one.name for one in checkpoints_by_step(tmp_path)] == ["checkpoint-20"]
+    assert examine(tmp_path / "checkpoint-20").is_whole
+    assert events_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", [*LASTING, "NaN buffer", "full disk"])
+def test_safe_checkpoints_without_pss_keep_the_last_whole_one(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=SafeTrainer, **OPTIONS)
+    with monkeypatch.context() as patch:
+        Injector(trainer, {STEP + 1: fault}, patch)
+        trainer.train()
+    assert trainer.state.global_step == 20
+    saved = checkpoints_by_step(tmp_path)
+    is_lasting = fault != "full disk"
+    assert [one.name for one in saved] == ["checkpoint-8" if is_lasting else "checkpoint-20"]
+    assert examine(saved[-1]).is_whole
+    assert ("is not saved" if is_lasting else "could not be written") in caplog.text
+    if not is_lasting:
+        return
+    again = make_trainer(tmp_path, trainer_class=SafeTrainer, **OPTIONS)
+    again.train(resume_from_checkpoint=True)
+    assert is_finite(again.model)
+    assert [one.name for one in checkpoints_by_step(tmp_path)] == ["checkpoint-20"]
+
+
+@pytest.mark.parametrize("trainer_class", [SafeTrainer, RollbackTrainer])
+def test_sigterm_without_pss_saves_the_step_and_a_resume_is_exact(
+    trainer_class: type[Trainer], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"max_steps": 8, "save_steps": 8, "trainer_class": trainer_class}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    stopped = make_trainer(tmp_path / "parts", **options)
+    stopped.add_callback(SendsItselfSigterm())
+    with pytest.raises(SystemExit) as caught:
+        stopped.train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [one.name for one in checkpoints_by_step(tmp_path / "parts")] == ["checkpoint-5"]
+    resumed = make_trainer(tmp_path / "parts", **options)
+    resumed.train(resume_from_checkpoint=True)
+    ends = [tmp_path / name / "checkpoint-8" for name in ("whole", "parts")]
+    assert checkpoint_differences(*ends) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # ---- folders ----

@@ -24,8 +24,11 @@ def run_worker(
     return found
 
 
-def test_a_kill_in_any_phase_of_a_save_loses_at_most_that_save(tmp_path: Path) -> None:
-    lives = run_worker(tmp_path, "phases")
+@pytest.mark.parametrize("trainer", ["PSSTrainer", "SafeTrainer"])
+def test_a_kill_in_any_phase_of_a_save_loses_at_most_that_save(
+    trainer: str, tmp_path: Path
+) -> None:
+    lives = run_worker(tmp_path, "phases", trainer)
     assert len(lives) == 11
     for life in lives:
         assert life["killed"] == -9, life
