@@ -31,7 +31,7 @@ from hf_pss import ConfigurationError, PSSCallback, PSSConfig, PSSTrainer
 from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.rollback import RollbackMixin
 
-# Keeps a batch, hooks into attention and reads gradients: all that a step leaves behind if it ends.
+# It keeps a batch, hooks into attention and reads gradients. An exception must not leave these.
 EVERYTHING = PSSConfig.preset(
     "anchored",
     threshold_ratio=1.0001,
@@ -77,7 +77,7 @@ def left_behind(trainer: Trainer) -> list[str]:
 
 
 def step_differences(one: Trainer, other: Trainer) -> list[str]:
-    """Compare two runs without the summary, in which the Trainer counts what was cut off, too."""
+    """Compare two runs without the summary, in which the Trainer counts interrupted steps, too."""
     logs = [[line for line in history(trainer) if "loss" in line] for trainer in (one, other)]
     return [
         *differences(*logs, "log"),
@@ -338,7 +338,7 @@ def test_a_replaced_callback_that_never_joined_is_refused(tmp_path: Path) -> Non
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-# ---- trainers that override what is wrapped ----
+# ---- trainers that override wrapped methods ----
 
 
 class OverridesAll(Trainer):
@@ -368,7 +368,7 @@ class ClipsInGroups(Trainer):
 
 
 class ReturnsNoNorm(Trainer):
-    """Clips and returns nothing, so that the Trainer measures what is left."""
+    """Clips and returns nothing, so that the Trainer measures again after clipping."""
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         self.accelerator.clip_grad_norm_(model.parameters(), 0.1)
