@@ -130,8 +130,15 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         """Return the options that apply to a trainer: the callback's own, or its arguments'.
 
         Raises:
-            ConfigurationError: Both were given, and they differ.
+            ConfigurationError: Both were given, and they differ; or the callback's own are of
+                another type.
         """
+        given: object = self.config
+        if given is not None and not isinstance(given, PSSConfig):
+            raise ConfigurationError(
+                "The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'). You gave "
+                f"{given!r}."
+            )
         from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
         if self.config is None:
             return from_args

@@ -59,8 +59,8 @@ PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = Mapping
     }
 )
 """The private methods of Trainer that the mixins override: by name the module that does, the
-parameters that it relies on, and how many arguments the Trainer passes by position (None: not
-checked). Checked with transformers 5.3.0, 5.17.0, 5.23.0, 5.24.0."""
+parameters that it relies on, and how many arguments an override must take by position (None where
+that is not checked). Checked in transformers 5.3.0, 5.17.0, 5.23.0, 5.24.0."""
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> Non
 
 
 def _takes(method: Any, num_by_position: int) -> bool:
-    """Return whether an unbound method takes so many arguments after ``self``."""
+    """Return whether an unbound method can be called with so many arguments after ``self``."""
     try:
         inspect.signature(method).bind(*[None] * (1 + num_by_position))
     except ValueError:  # written in C: it has no signature to check

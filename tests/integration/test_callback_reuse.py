@@ -31,7 +31,7 @@ from hf_pss import ConfigurationError, PSSCallback, PSSConfig, PSSTrainer
 from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.rollback import RollbackMixin
 
-# Keeps a batch, hooks into attention and reads gradients: all that a step leaves behind if it ends.
+# It keeps a batch, hooks into attention and reads gradients. An exception must not leave these.
 EVERYTHING = PSSConfig.preset(
     "anchored",
     threshold_ratio=1.0001,
@@ -77,7 +77,7 @@ def left_behind(trainer: Trainer) -> list[str]:
 
 
 def step_differences(one: Trainer, other: Trainer) -> list[str]:
-    """Compare two runs without the summary, in which the Trainer counts what was cut off, too."""
+    """Compare two runs without the summary, in which the Trainer counts interrupted steps, too."""
     logs = [[line for line in history(trainer) if "loss" in line] for trainer in (one, other)]
     return [
         *differences(*logs, "log"),
@@ -136,14 +136,19 @@ def test_an_exception_within_a_step_leaves_nothing_for_the_next_run(
 
 
 def test_a_trainer_can_be_copied_after_its_run(tmp_path: Path) -> None:
+    """The copy trains with a callback of its own.
+
+    Its trajectory is not compared: also a plain Trainer's copy has an optimizer whose ``step``,
+    which torch's scheduler has wrapped, still updates the weights of the original.
+    """
     trainer = build(tmp_path, PSSCallback(EAGER))
     trainer.train()
     other = copy.deepcopy(trainer)
     assert PSSCallback.of(other) is not PSSCallback.of(trainer)
-    for one in (other, trainer):
-        set_seed(7)
-        one.train()
-    assert step_differences(trainer, other) == []
+    before = PSSCallback.of(trainer).controller
+    other.train()
+    assert PSSCallback.of(trainer).controller is before
+    assert left_behind(trainer) == left_behind(other) == []
 
 
 def test_a_batch_that_does_not_fit_begins_the_run_again(tmp_path: Path) -> None:
@@ -333,7 +338,7 @@ def test_a_replaced_callback_that_never_joined_is_refused(tmp_path: Path) -> Non
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-# ---- trainers that override what is wrapped ----
+# ---- trainers that override wrapped methods ----
 
 
 class OverridesAll(Trainer):
@@ -363,7 +368,7 @@ class ClipsInGroups(Trainer):
 
 
 class ReturnsNoNorm(Trainer):
-    """Clips and returns nothing, so that the Trainer measures what is left."""
+    """Clips and returns nothing, so that the Trainer measures again after clipping."""
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         self.accelerator.clip_grad_norm_(model.parameters(), 0.1)

@@ -35,9 +35,9 @@ def test_an_interruption_does_not_smooth_again(
 ) -> None:
     run(tmp_path / "straight", broken)
     run(tmp_path / "halves", broken)
-    assert "was smoothed when" not in caplog.text
+    assert "were smoothed when" not in caplog.text
     run(tmp_path / "halves", tmp_path / "halves" / "checkpoint-6")
-    assert "this run was smoothed when it was first resumed" in caplog.text
+    assert "were smoothed when this run was first resumed" in caplog.text
     for name in ("straight", "halves"):
         assert smoothed_at(tmp_path / name) == [2]
     ends = [tmp_path / name / "checkpoint-8" for name in ("straight", "halves")]

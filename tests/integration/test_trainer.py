@@ -380,7 +380,8 @@ def test_a_masked_norm_of_deepspeed_is_inf(steps: bool, tmp_path: Path) -> None:
     try:
         for norm, expected in ((2.0, 2.0), (-1.0, math.inf)):
             callback.on_step_begin(trainer.args, trainer.state, trainer.control)
-            callback._around_clipping(lambda norm=norm: norm)
+            parameters = trainer.model.parameters()
+            callback._around_clipping(lambda parameters, norm=norm: norm, parameters)
             readings = callback._readings
             assert (readings.grad_norm, readings.update_is_discarded) == (expected, not steps)
     finally:
