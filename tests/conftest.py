@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -19,10 +20,20 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_DATASETS_OFFLINE"
 
 from transformers import Trainer  # noqa: E402
 
+# Folders whose tests train or start processes: --fast does not look into them. What does so in
+# other folders it skips.
+HEAVY = ("benchmarks", "cli", "demo", "distributed", "faults", "integration", "invariants")
+HEAVY += ("pretrained", "recipes", "report", "rescue", "sweep")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    told = "skip every test as soon as it starts a process, a Trainer or a compiler"
+    told = "leave out the tests that start a process, a Trainer or a compiler"
     parser.addoption("--fast", action="store_true", help=told)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_heavy = collection_path.parent == Path(__file__).parent and collection_path.name in HEAVY
+    return True if is_heavy and config.getoption("--fast") else None
 
 
 def pytest_sessionstart() -> None:
