@@ -72,6 +72,7 @@ min(m, n) = 192 they are exact.
 **Ours**:
 
 - The scale s. It fits because S/σ_tail has the Frobenius norm of an orthogonal matrix.
-- The direction is UVᵀ alone if the tail is zero to rounding, or if there is no tail (vectors).
+- The direction is UVᵀ alone if the tail is zero to rounding, or if the tail
+  does not exist (vectors).
 - The triplets come from a block Krylov space. The source makes one power iteration on k vectors.
 """
