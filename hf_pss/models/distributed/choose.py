@@ -22,14 +22,14 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
         parameters: The model's parameters by name, as the training loop holds them.
 
     Raises:
-        ConfigurationError: They are split in a way that hf_pss does not support (FSDP1, tensor
-            parallelism).
+        ConfigurationError: The parameters are split in a way that hf_pss does not support (FSDP1,
+            tensor parallelism).
     """
     if not dist.is_available() or not dist.is_initialized():
         return OneProcess()
     layouts, group = set(), None
     for name, parameter in parameters.items():
-        # FSDP1 marks flattened parameters, even where it exposes the original ones.
+        # FSDP1 marks flattened parameters, even if it exposes the original ones.
         if isinstance(parameter, FlatParameter) or hasattr(parameter, "_fsdp_flattened"):
             raise ConfigurationError(
                 f"{name} belongs to FSDP1, which flattens matrices; use FSDP2 "
