@@ -419,7 +419,7 @@ class PSSController:
         policy = self._policy
         if has_overflown:  # A loss scaler overflows by design, and skips those steps itself.
             policy = replace(policy, on_nonfinite="skip")
-        elif step.is_discarded:  # There is no update to hold back, so the option applies as given.
+        elif step.is_discarded:  # No update is left to hold back, so the option applies as given.
             policy = replace(policy, on_nonfinite=self.config.on_nonfinite)
         decision, self._history = policy.decide(
             judgement,

@@ -107,6 +107,6 @@ class FailedInterventions:
 
     def _has_recovered(self) -> bool:
         if self._level is None or not self._losses:
-            return True  # There is no earlier loss to compare with.
+            return True  # No earlier loss exists to compare with.
         recent = [*self._losses][-self._window_steps :]
         return median(recent) <= self._level + _RULE.rise_nats

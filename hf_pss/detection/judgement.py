@@ -47,7 +47,7 @@ class Judgement:
     """The names that fired, the farthest over its threshold first, or those that are not finite."""
     value: float | None = None
     baseline: float | None = None
-    """b_{t-1}, before this reading was learned. None if there is no baseline."""
+    """b_{t-1}, before this reading was learned. None without a baseline."""
     threshold: float | None = None
     """The number at which the reading would fire. None while nothing may fire."""
     new_level: tuple[str, ...] = ()

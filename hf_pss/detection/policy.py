@@ -133,7 +133,7 @@ class Policy:
 
         A step may bring several judgements, or none. A non-finite step counts once. A streak
         consists of non-finite steps with consecutive numbers, whatever else is judged between them.
-        If a non-finite number was read after the update, there is no update to skip.
+        If a non-finite number was read after the update, the update can no longer be skipped.
         """
         if judgement.verdict is Verdict.NON_FINITE:
             history = history.with_nonfinite(step)
