@@ -140,7 +140,7 @@ def _first(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return u₁ (..., m) and v₁ (..., n), zero for a zero matrix, NaN for a non-finite one."""
     triplets = leading_triplets(weight, 1, check_finite=False)
     sigma = triplets.sigma
-    held = torch.where(sigma > 0, 1.0, sigma)  # torch's sign of NaN would be 0
+    held = torch.where(sigma > 0, 1.0, sigma)  # torch.sign(NaN) would be 0
     return triplets.u[..., 0] * held, triplets.v[..., 0] * held
 
 

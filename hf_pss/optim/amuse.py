@@ -13,7 +13,7 @@ from hf_pss.models.distributed import local
 from hf_pss.optim.optimizer import MatrixOptimizer
 
 _BASE = "z"
-"""The state's key, the same as in other schedule-free optimizers."""
+"""The key of z in the state. Other schedule-free optimizers use the same key."""
 
 _OWN: Mapping[str, Any] = {
     "beta1": 0.9,
