@@ -107,8 +107,8 @@ class PSSController:
         self._measurements = Measurements(model, self.config, backend)
         if self.config.moments != "keep" and optimizer is None:
             raise ConfigurationError(
-                f"moments={self.config.moments!r} edits the optimizer's state; give the controller "
-                "its optimizer: PSSController(model, config, optimizer=optimizer)."
+                f"moments={self.config.moments!r} edits the optimizer's state, so the controller "
+                "needs the optimizer: PSSController(model, config, optimizer=optimizer)."
             )
         on_nonfinite = response_to_nonfinite(self.config, self._measurements)
         self._only_observes = only_observes(self.config, self.selection)

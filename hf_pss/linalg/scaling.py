@@ -37,8 +37,8 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return float64 for float64, and float32 for every narrower floating type."""
     if not weight.is_floating_point():
         raise ConfigurationError(
-            f"You gave a matrix of {weight.dtype}; singular values are computed of real floating "
-            "types only. Convert it first, for instance with .float()."
+            f"You gave a matrix of {weight.dtype}; singular values can only be computed for "
+            "real floating types. Convert it first, for instance with .float()."
         )
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -85,5 +85,5 @@ def require_finite(scaled: UnitScaled) -> None:
     where = "It" if scaled.finite.ndim == 0 else f"Of the batch, {len(bad)} (first at {bad[0]})"
     raise NonFiniteError(
         f"You gave a matrix to decompose that is not finite. {where} holds NaN or inf. "
-        "Check with torch.isfinite before, and leave such a matrix out."
+        "Check with torch.isfinite first, and leave such a matrix out."
     )

@@ -323,6 +323,6 @@ def raise_together(error: Exception | None) -> NoReturn:
     if error is not None:
         raise error
     raise ElsewhereError(
-        "Another rank has failed while it read its matrices, so this rank stops, too. The log of "
-        "that rank holds the cause."
+        "Another rank has failed while it read its matrices, so this rank also stops. The log of "
+        "that rank shows the cause."
     )

@@ -75,14 +75,14 @@ def option_warnings(
         )
     if measurements.selection.adapters and config.moments != "keep":
         yield (
-            f"moments={config.moments!r}: the first moments of LoRA factors are kept; only those "
-            "of whole matrices are edited."
+            f"moments={config.moments!r}: the first moments of LoRA factors are kept. Only those "
+            "of complete matrices are edited."
         )
     if has_trainer:
         return
     if config.smooth_on_resume:
         yield (
-            "smooth_on_resume has no effect in a training loop of your own: call smooth_now() "
+            "smooth_on_resume has no effect in your own training loop. Call smooth_now() "
             "once after load_state_dict()."
         )
     if warning := nothing_to_watch(config, measurements):
@@ -102,7 +102,7 @@ def nothing_to_watch(
     if needs_no_matrix(config):
         return None
     guard = (
-        "Steps that are not finite are still reported; observe_only leaves them alone, too."
+        "Steps that are not finite are still reported, but observe_only also leaves them alone."
         if config.observe_only
         else "The guard against steps that are not finite stays."
     )

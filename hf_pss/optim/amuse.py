@@ -119,8 +119,8 @@ class Amuse(MatrixOptimizer):
         beta1, rho, warmup_steps = (group[name] for name in ("beta1", "rho", "warmup_steps"))
         if not 0 < beta1 <= 1 or not rho >= 0 or warmup_steps < 0 or warmup_steps == 1:
             raise ConfigurationError(
-                f"You gave beta1={beta1}, rho={rho}, warmup_steps={warmup_steps}; beta1 is in "
-                "(0, 1], rho 0 or more, and warmup_steps 0 or at least 2."
+                f"You gave beta1={beta1}, rho={rho}, warmup_steps={warmup_steps}; beta1 must "
+                "be in (0, 1], rho 0 or more, and warmup_steps 0 or at least 2."
             )
         super().add_param_group(param_group)
 

@@ -55,7 +55,7 @@ def check_polar(options: Options) -> None:
             )
     num_steps = options["num_steps"]
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-        raise ConfigurationError(f"num_steps is 1 or more, or None; you gave {num_steps!r}.")
+        raise ConfigurationError(f"num_steps must be 1 or more, or None; you gave {num_steps!r}.")
 
 
 def _muon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
@@ -79,8 +79,8 @@ def _check_normuon(options: Options) -> None:
     check_polar(options)
     if not 0 <= options["row_beta"] < 1 or not options["row_eps"] > 0:
         raise ConfigurationError(
-            f"You gave row_beta={options['row_beta']}, row_eps={options['row_eps']}; the first is "
-            "in [0, 1), the second above 0."
+            f"You gave row_beta={options['row_beta']}, row_eps={options['row_eps']}; the first "
+            "must be in [0, 1), and the second above 0."
         )
 
 

@@ -124,8 +124,8 @@ class MatrixOptimizer(Optimizer):
         unknown = param_group.keys() - self.defaults.keys() - own.keys() - {"params", "initial_lr"}
         if unknown:
             raise ConfigurationError(
-                f"{algo} has no option {', '.join(sorted(unknown))}; its own are "
-                f"{', '.join(own) or 'none'}."
+                f"{algo} has no option {', '.join(sorted(unknown))}; its options "
+                f"are {', '.join(own) or 'none'}."
             )
         group = {**own, **param_group}
         super().add_param_group(group)
@@ -346,11 +346,11 @@ def _complete_(group: dict[str, Any]) -> None:
         ("beta2", group["betas"][1]),
     ):
         if not 0 <= value < 1:
-            raise ConfigurationError(f"{name} is at least 0 and below 1; you gave {value!r}.")
+            raise ConfigurationError(f"{name} must be at least 0 and below 1; you gave {value!r}.")
     if not (group["lr"] >= 0 and group["weight_decay"] >= 0 and group["eps"] > 0):
         raise ConfigurationError(
             f"You gave lr={group['lr']}, weight_decay={group['weight_decay']}, "
-            f"eps={group['eps']}; the first two are 0 or more, eps is above 0."
+            f"eps={group['eps']}; the first two must be 0 or more, and eps above 0."
         )
     if group["algo"] == ADAMW:
         return
@@ -362,8 +362,8 @@ def _complete_(group: dict[str, Any]) -> None:
     group["layouts"] = list(group["layouts"] or [WHOLE] * len(group["params"]))
     if len(group["layouts"]) != len(group["params"]):
         raise ConfigurationError(
-            f"A group has one layout for each parameter; you gave {len(group['layouts'])} for "
-            f"{len(group['params'])}."
+            f"A group needs one layout for each parameter; you gave {len(group['layouts'])} "
+            f"layouts for {len(group['params'])} parameters."
         )
     for parameter in group["params"]:
         if parameter.ndim not in (2, 3) or 0 in parameter.shape:

@@ -90,7 +90,9 @@ class QKClip:
         threshold: float = 100.0,
     ) -> None:
         if not threshold > 0:
-            raise ConfigurationError(f"qk_clip is above 0, or 0 for off; you gave {threshold!r}.")
+            raise ConfigurationError(
+                f"qk_clip must be above 0, or 0 to turn it off; you gave {threshold!r}."
+            )
         if not attentions:
             raise ConfigurationError("qk_clip found no attention to clip: leave it out.")
         for attention in attentions:

@@ -153,8 +153,8 @@ def _check(options: Options) -> None:
         )
     if not 0 <= hard <= 1 or not 0 < tolerance < 1:
         raise ConfigurationError(
-            f"You gave hard_fraction={hard}, saturation_tolerance={tolerance}; the first is in "
-            "[0, 1], the second strictly between 0 and 1."
+            f"You gave hard_fraction={hard}, saturation_tolerance={tolerance}; the first must be "
+            "in [0, 1], and the second strictly between 0 and 1."
         )
 
 

@@ -23,8 +23,8 @@ def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, 
         loss = 1.0  # torch's distributed checkpoints make such a step to create the state
     if loss is None:
         raise ConfigurationError(
-            "SpecMuon damps modes by the loss, and was given no loss: call step(closure) with a "
-            "closure that returns it, or set the optimizer's `loss` before the step."
+            "SpecMuon needs the loss to damp modes, but was given no loss. Call step(closure) with "
+            "a closure that returns it, or set the optimizer's `loss` before the step."
         )
     m, n = momenta.shape[-2:]
     scaled = unit_scaled(momenta)
@@ -69,8 +69,8 @@ def _check(options: Options) -> None:
     modes, share = options["num_modes"], options["relaxation"]
     if not isinstance(modes, int) or modes < 1 or not 0 <= share <= 1:
         raise ConfigurationError(
-            f"You gave num_modes={modes}, relaxation={share}; the first is 1 or more, the second "
-            "in [0, 1]."
+            f"You gave num_modes={modes}, relaxation={share}; the first must be 1 or more, "
+            "and the second in [0, 1]."
         )
 
 

@@ -50,8 +50,8 @@ def _check(options: Options) -> None:
     fraction, rounds = options["spike_fraction"], options["num_rounds"]
     if not 0 < fraction <= 1 or not isinstance(rounds, int) or rounds < 0:
         raise ConfigurationError(
-            f"You gave spike_fraction={fraction}, num_rounds={rounds}; the first is above 0 and at "
-            "most 1, the second 0 or more."
+            f"You gave spike_fraction={fraction}, num_rounds={rounds}; the first must be above 0 "
+            "and at most 1, and the second 0 or more."
         )
 
 

@@ -42,15 +42,16 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
     layouts.discard(())
     if len(layouts) > 1:
         raise ConfigurationError(
-            "The model's parameters are split over different groups of ranks; hf_pss divides its "
-            "work over one. Shard all of them over the same device mesh."
+            "The model's parameters are split over different groups of ranks; hf_pss can "
+            "divide its work over only one group. Shard all parameters over the same device mesh."
         )
     if group is not None:
         (replicas,) = layouts
         if sum(map(len, replicas)) != dist.get_world_size():
             raise ConfigurationError(
                 f"The model's parameters are split over {sum(map(len, replicas))} of "
-                f"{dist.get_world_size()} ranks; hf_pss needs all. Leave pipeline parallelism off."
+                f"{dist.get_world_size()} ranks, but hf_pss needs all ranks. "
+                "Leave pipeline parallelism off."
             )
         return Sharded(replicas, group)
     if any(is_zero(parameter) for parameter in parameters.values()):

@@ -41,7 +41,7 @@ class Zero(Replicated):
     def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Return warnings about DeepSpeed's early update and about DeepSpeed's Muon."""
         early = (
-            "DeepSpeed applies an update before its gradient norm is known, so PSS cannot hold one "
+            "DeepSpeed applies an update before its gradient norm is known, so PSS cannot hold it "
             "back. DeepSpeed itself discards an update whose gradient is not finite. If you "
             "disabled that (bf16 with check_grad_overflow: false), such a step ends the run.",
         )
@@ -50,7 +50,7 @@ class Zero(Replicated):
         return (
             *early,
             "DeepSpeed's own Muon reports the norm of the orthogonalised update, which hardly ever "
-            "changes: gradient-norm detectors are blind here; use stable_rank_floor.",
+            "changes, so gradient-norm detectors notice nothing. Use stable_rank_floor instead.",
         )
 
     def full(self, parameter: Tensor) -> Tensor:
