@@ -35,8 +35,8 @@ def neighbour_alignment(writer: Tensor, reader: Tensor) -> Tensor:
 
     This is the cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians.
     It ignores norms, activations, the residual stream between the two matrices, and all directions
-    except the first. For independent random directions of n dimensions its mean is √(2/πn). If σ₁ =
-    σ₂, the first direction can be any direction in a plane, and the number has no meaning.
+    except the first. For independent random directions of n dimensions its mean is √(2/πn). If
+    σ₁ = σ₂, the first direction can be any direction in a plane, and the number has no meaning.
 
     Args:
         writer: (..., m, n), W_l, any real floating dtype.

@@ -260,9 +260,9 @@ def gram_log_det(tokens: Tensor, *, ridge: float = DEFAULT_RIDGE) -> Tensor:
     """Return log det(X̂X̂ᵀ + εI), the log-volume that the normalised tokens span.
 
     arXiv 2601.03385 tracks this quantity over time. The unit length of tokens and the ridge ε are
-    ours. Without a ridge, more tokens than dimensions would give −∞. The value is at least n log ε
-    + log(1 + n/ε), for tokens on one line, and at most n log(1 + ε), for orthogonal tokens. You can
-    compare values only at equal numbers of tokens and equal ridges.
+    ours. Without a ridge, more tokens than dimensions would give −∞. The value is at least
+    n log ε + log(1 + n/ε), for tokens on one line, and at most n log(1 + ε), for orthogonal tokens.
+    You can compare values only at equal numbers of tokens and equal ridges.
 
     Cost: the singular values of an n × d matrix. At 256×768 this takes 17 ms on one CPU thread. The
     Gram matrix would lose the singular values below 3e-4.

@@ -275,9 +275,9 @@ class SmoothedProduct:
 def product_triplets(left: Tensor, right: Tensor, scaling: float = 1.0) -> Triplets:
     """Return all singular triplets of s·B·A, exactly, without forming the m × n product.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A, the r × r matrix s R_B R_Aᵀ = U' Σ V'ᵀ gives U = Q_B U' and V
-    = Q_A V'. The cost is O((m + n) r²). See Golub & Van Loan, Matrix Computations, 4th ed., § 8.6.3
-    (product SVD by factors).
+    With B = Q_B R_B and Aᵀ = Q_A R_A, the r × r matrix s R_B R_Aᵀ = U' Σ V'ᵀ gives U = Q_B U' and
+    V = Q_A V'. The cost is O((m + n) r²). See Golub & Van Loan, Matrix Computations, 4th ed.,
+    § 8.6.3 (product SVD by factors).
 
     Args:
         left: (..., m, r): B, any real floating dtype. Computed in float32, or float64 for float64.

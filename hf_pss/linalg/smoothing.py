@@ -218,9 +218,10 @@ class Hammer:
 class StableRankCap:
     """φ(σ) = min(σ, c) with the largest c for which ‖W*‖_F² / c² ≥ F: the stable-rank floor.
 
-    With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F gives c²
-    = R_j / (F − j). j is the smallest count for which c = σ_{j+1} already satisfies the condition.
-    If the computed values cannot reach the floor, all of them are capped at the last one.
+    With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F
+    gives c² = R_j / (F − j). j is the smallest count for which c = σ_{j+1} already
+    satisfies the condition. If the computed values cannot reach the floor, all of them are
+    capped at the last one.
     """
 
     floor: float | Tensor | None = None

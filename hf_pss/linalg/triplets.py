@@ -59,7 +59,7 @@ def leading_triplets(
 
     The method is Rayleigh–Ritz on a block Krylov space (Musco & Musco 2015, arXiv 1504.05477,
     algorithm 2); see `krylov_space`. Small matrices are decomposed exactly. Matrices are also
-    decomposed exactly if the space would have three quarters of their dimensions.
+    decomposed exactly if the space would have at least three quarters of their dimensions.
 
     Values that have not converged are still consistent. No value is above the true one, U and V are
     orthonormal, and the equation of the longer side of W is exact: WV = UΣ for m >= n, WᵀU = VΣ for
@@ -123,15 +123,15 @@ def quick_triplets(
 
     Below min(m, n) = 128 the method is subspace iteration. Above this size it uses a small Krylov
     space. Both start from a fixed block and end with Rayleigh–Ritz. The function never raises. A
-    matrix that holds NaN or inf gives NaN values. No value is above the true one, and one of WV =
-    UΣ and WᵀU = VΣ holds to rounding. So an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a
+    matrix that holds NaN or inf gives NaN values. No value is above the true one, and one of
+    WV = UΣ and WᵀU = VΣ holds to rounding. So an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a
     contraction, even if the triplets have not converged.
 
-    The second result is ‖W − UΣVᵀ‖_F, (...). It is measured, because for a collapsed matrix ‖W‖_F²
-    − Σσ² would be only rounding.
+    The second result is ‖W − UΣVᵀ‖_F, (...). It is measured, because for a collapsed matrix
+    ‖W‖_F² − Σσ² would be only rounding.
 
-    With the defaults we measured these errors of σ₁. It is low by 2 % on i.i.d. noise of 64×64
-    (worst 6 %), and by 1.3 % on noise of 768×768. If it stands out at 4 times the noise, it is low
+    With the defaults we measured these errors of σ₁. σ₁ is low by 2 % on i.i.d. noise of 64×64
+    (worst 6 %), and by 1.3 % on noise of 768×768. If σ₁ stands out at 4 times the noise, it is low
     by 2e-6, and at twice the noise by up to 0.5 %.
 
     Args:
