@@ -1,4 +1,4 @@
-"""PSSController: measure, judge, decide and smooth in one `step`, for any training loop."""
+"""PSSController, which measures, judges, decides and smooths in one `step`, for any loop."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ T = TypeVar("T")
 
 
 class PSSController:
-    """Parametric Singularity Smoothing (arXiv 2602.01308) for one model in one training loop.
+    """Applies Parametric Singularity Smoothing (arXiv 2602.01308) to one model and training loop.
 
-    In a hand-written loop it replaces the call of ``optimizer.step()``:
+    In a training loop that you write yourself, it replaces the call of ``optimizer.step()``:
 
     >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     >>> optimizer = torch.optim.AdamW(model.parameters())
@@ -69,25 +69,27 @@ class PSSController:
     >>> pss.step(grad_norm, update=optimizer.step).verdict.value
     'calibrating'
 
-    A loop that cannot pass its update as a function calls `before_update` and `after_update` around
-    it. ``smooth_on_resume`` needs a call of `smooth_now` after `load_state_dict`.
+    If your loop cannot pass its update as a function, call `before_update` before it and
+    `after_update` after it. If you use ``smooth_on_resume``, call `smooth_now` after
+    `load_state_dict`.
 
     Args:
-        model: The model being trained, wrapped or not. Parameters are looked up by name at every
-            use, so wrappers may swap them.
-        config: The options; the preset ``anchored`` when None.
-        backend: The storage of the parameters; found from the parameters when None.
-        optimizer: Needed where ``moments`` is not ``keep``: its state is edited in place.
-        evaluate_loss: Computes the loss of one micro-batch, always the same one within a step, with
-            the current weights. An intervention that raises it is taken back (option ``trial``). It
-            may change nothing, the random state included. Without it interventions are not tried,
-            and the controller warns once.
-        speaks: Whether to warn of options without effect in this loop; see `caution`.
+        model: The model being trained, wrapped or not. Its parameters are looked up by name at
+            every use, so wrappers may swap them.
+        config: The options. None means the preset ``anchored``.
+        backend: How parameters are stored. If None, it is determined from the parameters.
+        optimizer: The optimizer, whose state is edited in place. It is needed unless
+            ``moments`` is ``keep``.
+        evaluate_loss: Computes the loss of one micro-batch with the current weights. Within a step
+            it must always use the same micro-batch. It must not change anything, not even the
+            random state. If an intervention raises this loss, it is undone (option ``trial``).
+            Without this function interventions are not tried, and the controller warns once.
+        speaks: Whether to warn of options that have no effect in this loop; see `caution`.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.
-        ConfigurationError: The model is sharded in a way that is not supported, or the optimizer
-            is missing.
+        ConfigurationError: The model is sharded in a way that is not supported, or
+            the optimizer is missing.
     """
 
     def __init__(
@@ -105,15 +107,15 @@ class PSSController:
         self._measurements = Measurements(model, self.config, backend)
         if self.config.moments != "keep" and optimizer is None:
             raise ConfigurationError(
-                f"moments={self.config.moments!r} edits the optimizer's state; give the controller "
-                "its optimizer: PSSController(model, config, optimizer=optimizer)."
+                f"moments={self.config.moments!r} edits the optimizer's state, so the controller "
+                "needs the optimizer: PSSController(model, config, optimizer=optimizer)."
             )
         on_nonfinite = response_to_nonfinite(self.config, self._measurements)
         self._only_observes = only_observes(self.config, self.selection)
         self._triggers = Triggers(self._measurements, self.config)
         self._policy = Policy(
             cooldown_steps=self.config.cooldown_steps,
-            # A controller that only observes spends no budget and starts no cooldown.
+            # A controller that only observes uses no budget and starts no cooldown.
             max_interventions=0 if self._only_observes else self.config.max_interventions,
             on_nonfinite=on_nonfinite,
             max_nonfinite_streak=self.config.max_nonfinite_streak,
@@ -121,7 +123,7 @@ class PSSController:
         self._smoother = ModelSmoother(self._measurements, self.config, optimizer, evaluate_loss)
         self._anchors = self._first_anchors()
         self.health: HealthMonitor | None = None
-        """Measures health beside PSS, with its own clock; None where ``health`` is off."""
+        """The health monitor, which measures its own time. None if ``health`` is off."""
         if self.config.health != "off":
             self.health = HealthMonitor(
                 self.selection,
@@ -152,13 +154,13 @@ class PSSController:
         """Judge the gradient, apply the update unless it would do harm, and smooth if needed.
 
         Args:
-            grad_norm_preclip: Global ℓ₂ norm of the gradient before clipping, as
-                ``clip_grad_norm_`` returns it; after loss-scale unscaling, over all ranks.
-            update: Applies the optimizer's step; not called when the step is to be skipped.
-            loss: This step's loss, which events record.
+            grad_norm_preclip: The global ℓ₂ norm of the gradient before clipping, as
+                ``clip_grad_norm_`` returns it. It must be unscaled, and computed over all ranks.
+            update: Applies the optimizer's step. It is not called if the step must be skipped.
+            loss: The loss of this step, which events record.
 
         Raises:
-            NonFiniteError: The step is not finite and the policy stops the run before its update.
+            NonFiniteError: The step is not finite, and the policy stops the run before its update.
             ConfigurationError: ``update`` cannot be called.
         """
         if not callable(update):
@@ -171,14 +173,15 @@ class PSSController:
         return self.after_update()
 
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
-        """Return numbers as host floats: all tensors among them in one device-to-host read."""
+        """Return numbers as host floats. All tensors among them need one device-to-host read."""
         return self._measurements.to_host(*values)
 
     def inspect_gradients(self) -> None:
-        """Before clipping: record which gradients are finite, so that an error can name the first.
+        """Record which gradients are finite, so that an error can name the first bad one.
 
-        Optional. One pass over the gradients without a device-to-host read. It happens only in runs
-        that stop at a non-finite step or have had one, so it costs a healthy run nothing.
+        This is optional. Call it before clipping. It needs one pass over the gradients without a
+        device-to-host read. It works only in runs that stop at a non-finite step or have had one,
+        so it costs nothing in a healthy run.
         """
         if self.config.on_nonfinite == "stop" or self._history.num_nonfinite_steps > 0:
             started = time.perf_counter()
@@ -193,18 +196,18 @@ class PSSController:
         loss_scaled: bool = False,
         discarded: bool = False,
     ) -> bool:
-        """Judge the gradient of this step and return whether its update may be applied.
+        """Judge the gradient of this step, and return whether its update may be applied.
 
         Args:
-            grad_norm_preclip: Global norm before clipping; None if the loop has none.
-            loss: This step's loss.
-            loss_scaled: A GradScaler is active. It skips overflown gradients itself, so the result
-                is True for these, and only a long streak of them stops the run.
-            discarded: Another library has dropped the update already, as DeepSpeed does where the
-                gradient is not finite.
+            grad_norm_preclip: The global norm before clipping, or None if the loop has none.
+            loss: The loss of this step.
+            loss_scaled: Whether a GradScaler is active. A GradScaler skips overflown gradients
+                itself, so the result is True for these. Only a long streak of them stops the run.
+            discarded: Whether a different library has already dropped the update. DeepSpeed does
+                this if the gradient is not finite.
 
         Raises:
-            NonFiniteError: The policy stops the run. No weight was touched.
+            NonFiniteError: The policy stops the run. No weight was changed.
         """
         started = time.perf_counter()
         self.step_number += 1
@@ -229,7 +232,7 @@ class PSSController:
             before = self.health.seconds
             parameters = self._measurements.parameters()
             self.health.before_update(self.step_number, parameters, grad_norm_preclip)
-            started += self.health.seconds - before  # counted by health, not by this controller
+            started += self.health.seconds - before  # health counts this time, not the controller
         if step.update_applied and self._triggers.reads(Quantity.UPDATE_NORM):
             self._measurements.start_update()
         self.seconds += time.perf_counter() - started
@@ -237,15 +240,15 @@ class PSSController:
 
     @torch.no_grad()
     def after_update(self) -> StepReport:
-        """Judge the weights, carry out the interventions of this step, and report.
+        """Judge the weights, carry out the interventions of this step, and return its report.
 
         Raises:
-            NonFiniteError: The weights themselves are not finite and the policy stops the run.
+            NonFiniteError: The weights are not finite, and the policy stops the run.
         """
         step = self._current if self._current is not None else Step(self.step_number)
         step.is_after_update = True
-        # Health is measured before any smoothing, so that it shows the optimizer's result. A
-        # reading for the report alone does not count as a cost of PSS.
+        # Health is measured before any smoothing, so that it shows the result of the optimizer. A
+        # reading that is only for the report does not count as a cost of PSS.
         stable_ranks, reading = None, None
         if self.health is not None:
             reading = self._read_health(self.health, step)
@@ -279,43 +282,43 @@ class PSSController:
 
     @property
     def is_in_trouble(self) -> bool:
-        """Whether the step in progress has spiked or was not finite."""
+        """Whether the current step spiked or was not finite."""
         return self._current is not None and self._current.is_in_trouble
 
     @property
     def selection(self) -> Selection:
-        """The watched matrices, and the reason why each other parameter is left alone."""
+        """The selected matrices, and the reason why each other parameter is left alone."""
         return self._measurements.selection
 
     def caution(self, spelling: str = "PSSConfig({})") -> str | None:
-        """Return a warning about options that find no matrix in this model; None without any.
+        """Return a warning about options that find no matrix in this model, or None.
 
         Args:
-            spelling: The caller's notation of an option; the braces stand for ``name=value``.
+            spelling: How the caller writes an option. The braces stand for ``name=value``.
         """
         return nothing_to_watch(self.config, self._measurements, spelling)
 
     def stable_ranks(self) -> dict[str, float]:
-        """Return the stable rank of each selected 2-D matrix by name; NaN where one is broken.
+        """Return the stable rank of each selected 2-D matrix by name. A broken matrix has NaN.
 
-        All ranks of a distributed run must call it together.
+        In a distributed run all ranks must make this call together.
         """
         return self._measurements.stable_ranks()
 
     @property
     def pending_records(self) -> tuple[Record, ...]:
-        """Records of a step that an error ended before its report."""
+        """The records of a step that an error ended before its report."""
         return tuple(self._current.records) if self._current is not None else ()
 
     @torch.no_grad()
     def smooth_now(self) -> Intervention:
-        """Smooth all selected matrices at once, to repair a run that failed.
+        """Smooth all selected matrices now, to repair a run that failed.
 
-        With the detector ``stable_rank_floor`` each matrix is raised to its floor, otherwise the
-        smoothing function is applied; ``moments`` says how the first moments change. It does not
-        count against a budget or start a cooldown. With an ``anchor`` nothing is lowered below the
-        record of healthy values. That record comes from a loaded state, or else from the weights
-        that the controller was built with.
+        With the detector ``stable_rank_floor`` each matrix is raised to its floor. Otherwise the
+        smoothing function is applied. ``moments`` determines how the first moments change. The
+        repair does not count against the budget and does not start a cooldown. With an ``anchor``
+        no value is lowered below the record of healthy values. That record comes from a loaded
+        state. Without one, it comes from the weights at the time when the controller was built.
         """
         judgement = Judgement(Verdict.SPIKE, "resume", (GLOBAL,))
         decision = Decision(Action.ACT, "requested")
@@ -349,14 +352,14 @@ class PSSController:
         }
 
     def load_state_dict(self, state: object) -> None:
-        """Continue from a saved state, exactly.
+        """Continue exactly from a saved state.
 
         Args:
-            state: Parsed JSON, not trusted.
+            state: Parsed JSON, which is not trusted.
 
         Raises:
-            StateError: The state is truncated, damaged, of another version, of another model or of
-                other detectors. The controller is then unchanged.
+            StateError: The state is truncated, damaged, of a different version, of a different
+                model or of different detectors. The controller is then unchanged.
         """
         what = "the PSS state"
         check_version(state, _VERSION, what=what)
@@ -368,14 +371,14 @@ class PSSController:
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
-        # The last statement that may raise.
+        # This is the last statement that may raise.
         self._triggers.load_state_dict({key: found[key] for key in self._triggers.state_dict()})
         self._history, self.step_number, self.seconds = history, step_number, seconds
         self._anchors, self._has_loaded = anchors, True
         self._prepare_health()
 
     def reset(self, *, step_number: int = 0) -> None:
-        """Forget everything but floors and healthy values, and count on from the given step."""
+        """Reset everything except floors and healthy values, and count from the given step."""
         self._triggers.reset()
         if self._anchors is not None:
             self._anchors = Anchors(self._anchors.healthy)
@@ -385,7 +388,7 @@ class PSSController:
     # ---- one step, in detail ----
 
     def _warn(self, sentences: Iterable[str]) -> None:
-        """Log warnings on the first rank; iterate on all, because a warning may be collective."""
+        """Log warnings on the first rank. All ranks iterate, as a warning may be collective."""
         for sentence in sentences:
             if self._measurements.backend.rank == 0:
                 logger.warning("%s", sentence)
@@ -414,7 +417,7 @@ class PSSController:
             NonFiniteError: The policy stops the run.
         """
         policy = self._policy
-        if has_overflown:  # A loss scaler overflows by design and skips those steps itself.
+        if has_overflown:  # A loss scaler overflows by design, and skips those steps itself.
             policy = replace(policy, on_nonfinite="skip")
         elif step.is_discarded:  # No update is left to hold back, so the option applies as given.
             policy = replace(policy, on_nonfinite=self.config.on_nonfinite)
@@ -455,7 +458,7 @@ class PSSController:
             logger.log(logging.INFO if has_overflown else logging.WARNING, "%s", line)
 
     def _measured(self, step: Step, measure: Callable[[], dict[str, T]]) -> dict[str, T] | None:
-        """Return a measurement; None, with an event, if a decomposition does not converge.
+        """Return a measurement. If a decomposition does not converge, add an event and return None.
 
         Ranks that share work either all continue or all stop.
         """
@@ -491,7 +494,7 @@ class PSSController:
         )
 
     def _refund(self, step: Step, interventions: Sequence[Intervention]) -> None:
-        """Return budget and cooldown of interventions that changed no weight."""
+        """Give back budget and cooldown of interventions that changed no weight."""
         idle = sum(not each.has_changed_weights for each in interventions)
         on_spikes = [each for each in interventions if each.event.kind is not EventKind.FLOOR]
         last = self._history.last_intervention_step

@@ -1,4 +1,4 @@
-"""Decide from plain numbers whether training is in trouble; no tensor, no model, no optimizer."""
+"""Decide from plain numbers whether training is in trouble, without tensors, model or optimizer."""
 
 from hf_pss.detection.baseline import Baseline as Baseline
 from hf_pss.detection.detectors import DETECTORS as DETECTORS

@@ -1,4 +1,4 @@
-"""The running baseline that a detector compares readings with."""
+"""The running baseline to which a detector compares readings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hf_pss.detection.state import JSON, read_integer, read_number, read_object
 from hf_pss.errors import ConfigurationError
 
-# A quotient by a denormal float64 has lost its digits, and one by 0 is undefined.
+# A quotient by a denormal float64 has lost its digits, and a quotient by 0 is undefined.
 _SMALLEST_LEVEL = sys.float_info.min
 
 
@@ -16,17 +16,17 @@ _SMALLEST_LEVEL = sys.float_info.min
 class Baseline:
     """Exponential moving average of accepted finite values >= 0, with a calibration phase.
 
-    ``b_1 = g_1`` and ``b_t = (1 - alpha) b_{t-1} + alpha g_t`` over the accepted values (the
-    average is the paper's, arXiv 2602.01308; alpha and the rules below are ours). The average
-    starts at the first value, so it has no bias towards zero to correct. Only the weight of that
-    first value remains, ``(1 - alpha)^(t-1)``, and the calibration phase waits until it has faded:
-    0.14 after 20 values at alpha = 0.1.
+    It is ``b_1 = g_1`` and ``b_t = (1 - alpha) b_{t-1} + alpha g_t`` over the accepted values. The
+    average comes from the paper, arXiv 2602.01308. The value of alpha and the rules below are ours.
+    The average starts at the first value, so it has no bias towards zero to correct. But the first
+    value keeps the weight ``(1 - alpha)^(t-1)``. The calibration phase waits until this weight is
+    small: it is 0.14 after 20 values at alpha = 0.1.
 
-    Three rules keep the average from doing harm:
+    Three rules prevent harm from the average:
 
     - A level of 0 (or denormal) has no scale. Nothing is compared with it, and the next value
       restarts the baseline instead of being averaged into it.
-    - A value that fired is refused: the baseline does not learn it.
+    - A value that fired is refused, which means that the baseline does not learn it.
     - After `patience_steps` refusals in a row the baseline restarts at the new level and calibrates
       again. Otherwise one lasting rise would fire at every later step.
 
@@ -38,17 +38,17 @@ class Baseline:
     """
 
     alpha: float
-    """Weight of the newest value, in (0, 1]."""
+    """The weight of the newest value, in (0, 1]."""
     calibration_steps: int
-    """Values to accept before anything may fire, >= 1."""
+    """The number of values to accept before anything may fire, >= 1."""
     patience_steps: int
-    """Refusals in a row after which the new level is accepted, >= 1."""
+    """The number of refusals in a row after which the new level is accepted, >= 1."""
     level: float = 0.0
-    """b_t; 0 before the first value."""
+    """b_t. It is 0 before the first value."""
     num_accepted: int = 0
-    """Values in the average since it last started."""
+    """The number of values in the average since it last started."""
     num_refused: int = 0
-    """Refusals in a row, up to now."""
+    """The current number of refusals in a row."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -62,7 +62,7 @@ class Baseline:
         return self._has_scale and self.num_accepted >= self.calibration_steps
 
     def ratio(self, value: float) -> float | None:
-        """Return ``value / b_{t-1}``; None where the level has no scale; inf where it overflows."""
+        """Return ``value / b_{t-1}``, None if the level has no scale, or inf if it overflows."""
         return value / self.level if self._has_scale else None
 
     def accept(self, value: float) -> None:
@@ -71,13 +71,13 @@ class Baseline:
             self._start_at(value)
             return
         mixed = (1 - self.alpha) * self.level + self.alpha * value
-        # Rounding can lift the mean above both of its parts, which near 1.8e308 would give inf.
+        # Rounding can lift the mean above both values, which near 1.8e308 would give inf.
         self.level = min(mixed, max(self.level, value))
         self.num_accepted += 1
         self.num_refused = 0
 
     def refuse(self, value: float) -> bool:
-        """Do not learn `value`; return True if patience ends and the baseline restarts at it."""
+        """Do not learn `value`. If patience ends, restart the baseline at it and return True."""
         self.num_refused += 1
         if self.num_refused < self.patience_steps:
             return False

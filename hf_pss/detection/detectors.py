@@ -19,60 +19,63 @@ from hf_pss.errors import ConfigurationError, StateError
 
 _VERSION = 1
 
-# The cap that restores a floor leaves a matrix within float32's rounding of it (5e-8 measured).
-# Without this tolerance such a matrix would fire again at every check.
+# The cap that restores a floor brings a matrix only within float32's rounding of it (5e-8
+# measured). Without this tolerance such a matrix would fire again at every check.
 _ROUNDING = 1e-5
 
 
 class Detector(Protocol):
     """Judges the readings of one quantity, and learns from them.
 
-    Every detector keeps these promises, which `tests/contracts` checks for each row of `DETECTORS`:
+    Every detector must have these properties. `tests/contracts` checks them for
+    each row of `DETECTORS`:
 
     - One non-finite reading makes the verdict NON_FINITE. The detector then learns nothing from
       that step, so the step changes no later verdict.
-    - A value that fired is not learned.
+    - The detector does not learn a value that fired.
     - The order of the readings does not matter.
-    - A state that cannot be loaded leaves the detector as it was.
+    - If a state cannot be loaded, the detector is unchanged.
     """
 
     @property
     def name(self) -> str:
-        """Its key in `DETECTORS`."""
+        """The detector's key in `DETECTORS`."""
 
     @property
     def quantity(self) -> Quantity:
-        """The quantity that it reads."""
+        """The quantity that the detector reads."""
 
     def judge(self, readings: Readings) -> Judgement:
         """Judge the readings of one step, then learn from them.
 
         Raises:
-            ConfigurationError: Readings are missing or negative, or the detector cannot judge one
-                of them.
+            ConfigurationError: Readings are missing or negative, or the detector
+                cannot judge one of them.
         """
 
     def state_dict(self) -> dict[str, JSON]:
-        """Return everything the detector learned, as plain JSON."""
+        """Return everything that the detector has learned, as plain JSON."""
 
     def load_state_dict(self, state: object) -> None:
-        """Continue from a saved state: parsed JSON, not trusted.
+        """Continue from a saved state, which is parsed JSON and not trusted.
 
         Raises:
-            StateError: The state is truncated, damaged, of another version or of another detector.
+            StateError: The state is truncated, damaged, of a different version or
+                of a different detector.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """One reading beside its threshold."""
+    """One reading and its threshold."""
 
     name: str
     value: float
     baseline: float | None
     threshold: float | None
     severity: float
-    """Reading over threshold, as a ratio that fires above 1; 0 where nothing may fire."""
+    """The reading over its threshold, as a ratio. It fires above 1, and is
+    0 if nothing may fire."""
 
     @property
     def fired(self) -> bool:
@@ -80,7 +83,7 @@ class _Comparison:
 
 
 class _ComparingDetector(ABC):
-    """Compares each reading with a threshold of its own."""
+    """Compares each reading with a separate threshold."""
 
     def __init__(self, name: str, quantity: Quantity) -> None:
         self.name = name
@@ -88,10 +91,10 @@ class _ComparingDetector(ABC):
 
     @abstractmethod
     def _compare(self, name: str, value: float) -> _Comparison:
-        """Put one finite reading beside its threshold."""
+        """Compare one finite reading with its threshold."""
 
     def _learn(self, comparison: _Comparison) -> bool:
-        """Learn from one reading; return True if its baseline restarts at this value."""
+        """Learn from one reading. Return True if its baseline restarts at this value."""
         return False
 
     def _check(self, readings: Readings) -> None:
@@ -159,7 +162,7 @@ class _ComparingDetector(ABC):
 
 
 class _BaselineDetector(_ComparingDetector):
-    """Compares each reading with its own running baseline."""
+    """Compares each reading with a separate running baseline."""
 
     def __init__(
         self, name: str, quantity: Quantity, limit_ratio: float, new_baseline: Baseline
@@ -171,7 +174,7 @@ class _BaselineDetector(_ComparingDetector):
 
     @abstractmethod
     def _severity(self, ratio: float) -> float:
-        """Map value / baseline to the severity; above 1 fires."""
+        """Map value / baseline to the severity. A severity above 1 fires."""
 
     def _compare(self, name: str, value: float) -> _Comparison:
         baseline = self._baselines.get(name)
@@ -208,8 +211,8 @@ class _BaselineDetector(_ComparingDetector):
 class RatioDetector(_BaselineDetector):
     """Fires when a reading is more than τ times its baseline: ``g_t / b_{t-1} > τ``.
 
-    Section "Detection" of PSS (arXiv 2602.01308) defines it for the global gradient norm, with
-    τ = 2.5. Other quantities, and one baseline for each matrix, are ours.
+    Section "Detection" of PSS (arXiv 2602.01308) defines this for the global gradient norm with τ =
+    2.5. The use of other quantities, and of one baseline for each matrix, is ours.
 
     >>> baseline = Baseline(alpha=0.1, calibration_steps=2, patience_steps=50)
     >>> detector = RatioDetector(Quantity.GRAD_NORM, 2.5, baseline)
@@ -217,7 +220,7 @@ class RatioDetector(_BaselineDetector):
     ['calibrating', 'calibrating', 'normal', 'spike', 'non_finite']
 
     Args:
-        quantity: The quantity that it reads.
+        quantity: The quantity that the detector reads.
         threshold_ratio: τ.
         new_baseline: The baseline that each name starts with.
     """
@@ -232,8 +235,8 @@ class RatioDetector(_BaselineDetector):
 class DropDetector(_BaselineDetector):
     """Fires when a reading falls below a share of its baseline: ``s_t < (1 - drop) b_{t-1}``.
 
-    Ours. Weight decay alone lowers stable ranks slowly, so each matrix is compared with its own
-    recent past and never with an absolute level.
+    This detector is ours. Weight decay alone lowers stable ranks slowly. So each matrix is compared
+    with its recent past, and never with an absolute level.
 
     >>> baseline = Baseline(alpha=0.1, calibration_steps=1, patience_steps=50)
     >>> detector = DropDetector(0.5, baseline)
@@ -249,10 +252,10 @@ class DropDetector(_BaselineDetector):
 
 
 class FloorDetector(_ComparingDetector):
-    """Fires when a stable rank is below the floor of its matrix; learns nothing.
+    """Fires when a stable rank is below the floor of its matrix. It learns nothing.
 
-    Ours. A floor is absolute on purpose, and no patience raises it: a matrix that stays below it
-    stays too singular. The caller chooses the floors.
+    This detector is ours. A floor is absolute on purpose, and no patience raises it, because a
+    matrix that stays below its floor stays too singular. The caller chooses the floors.
 
     >>> FloorDetector({"w": 16.0}).judge({"w": 4.0}).fired
     ('w',)
@@ -289,10 +292,11 @@ class FloorDetector(_ComparingDetector):
 class AnyOf:
     """Passes the readings of a quantity to every detector that reads it.
 
-    Quantities arrive at different moments: gradient norms before each update, stable ranks after
-    every tenth. So readings are judged one quantity at a time, and no detector waits for another.
-    Each gives its own judgement, because the floor may fire at every check of a run that is too hot
-    and must not hide a drop in another matrix.
+    Quantities become available at different times: gradient norms before each update, and
+    stable ranks after every tenth update. So readings are judged one quantity at a time, and no
+    detector waits for a different one. Each detector returns a separate judgement. In a run
+    with too high a learning rate the floor may fire at every check, and it must not hide a drop
+    in a different matrix.
 
     >>> detectors = AnyOf([FloorDetector({"w": 16.0})])
     >>> [judgement.fired for judgement in detectors.judge(Quantity.STABLE_RANK, {"w": 4.0})]
@@ -333,7 +337,7 @@ class AnyOf:
         """Continue all detectors from a saved state (parsed JSON, not trusted), or none of them.
 
         Raises:
-            StateError: The state is damaged, of another version, or of other detectors.
+            StateError: The state is damaged, of a different version, or of different detectors.
         """
         what = "the state of the detectors"
         check_version(state, _VERSION, what)
@@ -349,14 +353,14 @@ class AnyOf:
             raise
 
     def continue_from(self, other: AnyOf) -> None:
-        """Copy the learned state of every detector that the other set has, too."""
+        """Copy the learned state of every detector that is also in the other set."""
         for name, detector in self._detectors.items():
             if name in other._detectors:
                 detector.load_state_dict(other._detectors[name].state_dict())
 
 
 Floors: TypeAlias = Mapping[str, float]
-"""Stable-rank floor of each matrix, by name: the one setting that no option holds."""
+"""The stable-rank floor of each matrix by name. No option holds this setting."""
 
 _Factory: TypeAlias = Callable[[PSSConfig, Floors], Detector]
 
@@ -384,7 +388,7 @@ DETECTORS: dict[str, _Factory] = {
 
 
 def make_detector(name: str, config: PSSConfig, floors: Floors) -> Detector:
-    """Build the detector of that name from the options and floors that it needs.
+    """Build the detector with this name from the options and floors that it needs.
 
     >>> make_detector("grad_norm_ratio", PSSConfig(), {}).quantity.value
     'grad_norm'

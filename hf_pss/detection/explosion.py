@@ -1,4 +1,4 @@
-"""The one definition of an explosion, and of a spike, in a run's logged numbers."""
+"""The definition of an explosion and of a spike in the logged numbers of a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ __all__ = [
     "running_medians",
 ]
 
-# A rule of steps never becomes a rule of a single row, because one row may be an accident.
+# A rule about several steps must not become a rule about one row, which may be an accident.
 _MIN_ROWS = 2
 _MIN_CALIBRATION_ROWS = 3
-# A spike is judged by so many steps before it, a rise at the end of a log by its last ones.
+# A spike is judged by this number of previous steps. A rise at the end of a log is judged by this
+# number of last steps.
 JUMP_STEPS = 5
 
 
@@ -51,11 +52,11 @@ class ExplosionRule:
 
 @dataclass(frozen=True, slots=True)
 class Explosion:
-    """How and when a run exploded."""
+    """The kind of an explosion, and the step at which it began."""
 
     kind: Literal["non_finite", "rise", "plateau"]
     step: int
-    """Counted from 1."""
+    """The step, counted from 1."""
 
 
 def find_explosion(
@@ -63,15 +64,15 @@ def find_explosion(
 ) -> Explosion | None:
     """Return the first explosion in a curve of training losses, or None.
 
-    - ``non_finite``: the loss is NaN, infinite or None for ``num_steps`` steps in a row, or at all
+    - ``non_finite``: The loss is NaN, infinite or None for ``num_steps`` steps in a row, or at all
       steps up to the end. One skipped step is not an explosion.
-    - ``rise``: the median loss of ``smoothing_steps`` steps stays at least ``rise_nats`` above the
-      smallest such median before it, for ``num_steps`` steps in a row, after a descent to below the
-      unigram entropy. The step is the first of these.
-    - ``plateau``: over the last ``plateau_steps`` steps the median loss is not below the unigram
-      entropy less ``plateau_nats``: the model has learned the frequencies of tokens and nothing
-      else. The step is the first of these, or an earlier one since which no median of
-      ``plateau_steps`` steps was below that.
+    - ``rise``: The median loss of ``smoothing_steps`` steps stays at least ``rise_nats`` above its
+      smallest previous value for ``num_steps`` steps in a row. This counts only after a descent to
+      below the unigram entropy. The explosion begins at the first of these steps.
+    - ``plateau``: Over the last ``plateau_steps`` steps the median loss is not below the unigram
+      entropy less ``plateau_nats``. The model has then learned only the frequencies of tokens. The
+      explosion begins at the first of these steps. It begins earlier if all medians of
+      ``plateau_steps`` steps since an earlier step were not below that level.
 
     >>> rule = ExplosionRule(num_steps=3, smoothing_steps=1)
     >>> find_explosion([6.0, 4.0, 3.0, 5.0, 5.0, 5.0], rule, unigram_entropy=6.4)
@@ -90,8 +91,8 @@ def find_rise_at_the_end(
 ) -> int | None:
     """Return the index at which a rise begins that lasts to the end of the losses, or None.
 
-    A run may be stopped soon after a rise. So at the end of a log fewer rows count: at least
-    `num_rows` losses, each ``rise_nats`` above the smallest median before it.
+    A run may be stopped soon after a rise. So fewer rows are required at the end of a log: at least
+    `num_rows` losses, each ``rise_nats`` above the smallest previous median.
     """
     medians = list(running_medians(losses, rule.smoothing_steps))
     lowest = list(itertools.accumulate((math.inf if m is None else m for m in medians), min))
@@ -113,9 +114,9 @@ def find_spikes(
 ) -> list[int]:
     """Return the indices at which the gradient norm or the loss spiked.
 
-    The norm spikes by the default detector's rule: it is more than τ times a moving average that
-    does not learn from refused values. The loss spikes where it lies at least ``rise_nats`` above
-    the median of the `num_rows` losses before it.
+    The norm spikes by the rule of the default detector: it is more than τ times a moving average
+    that does not learn from refused values. The loss spikes if it is at least ``rise_nats`` above
+    the median of the previous `num_rows` losses.
     """
     config = PSSConfig()
     calibration = min(config.calibration_steps, max(_MIN_CALIBRATION_ROWS, len(losses) // 4))
@@ -166,7 +167,7 @@ def _rise(
             continue
         has_descended = lowest < unigram_entropy
         streak = streak + 1 if has_descended and level >= lowest + rule.rise_nats else 0
-        began = step if streak == 1 else began  # steps without a loss may lie between
+        began = step if streak == 1 else began  # there may be steps without a loss in between
         if streak == rule.num_steps:
             return Explosion("rise", began)
         lowest = min(lowest, level)

@@ -1,6 +1,6 @@
 """Recognise a run that interventions do not help, from plain losses and step numbers.
 
-This module does not depend on PSS: it needs the step at which somebody intervened, and the loss.
+This module does not depend on PSS. It needs only the losses and the steps of interventions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _RULE = ExplosionRule()
 
 @dataclass(frozen=True, slots=True)
 class TrainingFailure:
-    """Interventions that did not help, or another reason why a run cannot continue."""
+    """Interventions that did not help, or a different reason why a run cannot continue."""
 
     onset_step: int
-    """The step at which the trouble began; the run was healthy well before it."""
+    """The step at which the trouble began. The run was healthy well before this step."""
     step: int
     """The step at which the failure was found."""
     reason: str
@@ -31,15 +31,17 @@ class TrainingFailure:
 class FailedInterventions:
     """Counts interventions in a row that have failed, and reports when there are too many.
 
-    The rules are ours. An intervention has failed
+    The rules are ours. An intervention fails in two cases:
 
-    - when another one that changes a weight follows within ``window_steps``, or
-    - when the loss has not recovered at the end of that window: the median of the last 25 steps is
-      more than 0.5 nats above the median before the first intervention (the rise of an
-      `ExplosionRule`). It fails once more with every further window that ends without recovery.
+    - A second intervention that changes a weight follows within ``window_steps``.
+    - The loss has not recovered at the end of that window. This means that the median of the
+      last 25 steps is more than 0.5 nats above the median before the first intervention (the
+      rise of an `ExplosionRule`). The intervention fails once more with every further window
+      that ends without recovery.
 
-    ``max_failed`` of these in a row are a failure; a window that ends well resets the count. The
-    upkeep of the stable-rank floor does not count. A resumed run starts with a count of zero.
+    ``max_failed`` of these in a row are a failure. A window that ends with recovery resets the
+    count. Interventions that only maintain the stable-rank floor do not count. A resumed run starts
+    with a count of zero.
 
     >>> failed = FailedInterventions(window_steps=10, max_failed=2)
     >>> found = [failed.update(s, loss=4.0, has_intervened=s in (5, 12, 19)) for s in range(1, 20)]
@@ -47,8 +49,8 @@ class FailedInterventions:
     (5, '2 interventions in a row failed since step 5')
 
     Args:
-        window_steps: Steps within which an intervention has to help.
-        max_failed: Failed interventions in a row that are reported as a failure.
+        window_steps: The number of steps within which an intervention must help.
+        max_failed: The number of failed interventions in a row that is reported as a failure.
     """
 
     def __init__(self, *, window_steps: int, max_failed: int) -> None:
@@ -57,7 +59,7 @@ class FailedInterventions:
         self._level: float | None = None
         self._window_end = self._num_failed = 0
         self.onset_step: int | None = None
-        """The first intervention whose outcome is still open; None in a healthy run."""
+        """The first intervention whose outcome is still open. None in a healthy run."""
 
     def update(
         self,
@@ -67,14 +69,15 @@ class FailedInterventions:
         has_intervened: bool,
         has_changed_weights: bool = True,
     ) -> TrainingFailure | None:
-        """Take one step's numbers, and return the failure that it completes.
+        """Add the numbers of one step, and return the failure that they complete, if any.
 
         Args:
-            step: The step's number.
-            loss: The step's loss.
-            has_intervened: Whether a spike or a drop was answered in this step.
-            has_changed_weights: Whether that changed a weight. PSS leaves sound weights alone. A
-                second spike then proves nothing about smoothing, but the loss still counts.
+            step: The number of the step.
+            loss: The loss of the step.
+            has_intervened: Whether PSS responded to a spike or a drop in this step.
+            has_changed_weights: Whether that response changed a weight. PSS leaves sound
+                weights alone. In that case a second spike proves nothing about smoothing, but
+                the loss still counts.
         """
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
@@ -104,6 +107,6 @@ class FailedInterventions:
 
     def _has_recovered(self) -> bool:
         if self._level is None or not self._losses:
-            return True  # An earlier loss to compare with is missing.
+            return True  # No earlier loss exists to compare with.
         recent = [*self._losses][-self._window_steps :]
         return median(recent) <= self._level + _RULE.rise_nats

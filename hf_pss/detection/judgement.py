@@ -1,4 +1,4 @@
-"""The vocabulary that detectors share with their callers: quantities, readings and verdicts."""
+"""The types that detectors share with their callers: quantities, readings and verdicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 Readings: TypeAlias = Mapping[str, float]
-"""One quantity at one step: name of a matrix -> number; a global quantity has one key, `GLOBAL`."""
+"""The readings of one quantity at one step, by matrix. A global quantity has one key, `GLOBAL`."""
 
 GLOBAL = "global"
 
@@ -24,7 +24,7 @@ class Quantity(StrEnum):
 
 
 class Verdict(StrEnum):
-    """The conclusion of a detector, the least severe first."""
+    """The conclusion of a detector. The least severe one comes first."""
 
     CALIBRATING = "calibrating"
     NORMAL = "normal"
@@ -36,28 +36,29 @@ class Verdict(StrEnum):
 class Judgement:
     """The conclusion of one detector about one set of readings.
 
-    `value`, `baseline` and `threshold` belong to the worst reading, the one farthest over its
-    threshold; while everything is still calibrating, to the first name in sorted order.
+    `value`, `baseline` and `threshold` belong to the worst reading, which is the one
+    farthest over its threshold. While all names are still calibrating, they belong to the
+    first name in sorted order.
     """
 
     verdict: Verdict
     detector: str
     fired: tuple[str, ...] = ()
-    """Names that fired, the farthest over its threshold first; or those that are not finite."""
+    """The names that fired, the farthest over its threshold first, or those that are not finite."""
     value: float | None = None
     baseline: float | None = None
-    """b_{t-1}, before this reading was learned; None without one."""
+    """b_{t-1}, before this reading was learned. None without a baseline."""
     threshold: float | None = None
-    """The number at which the reading would fire; None while nothing may fire."""
+    """The number at which the reading would fire. None while nothing may fire."""
     new_level: tuple[str, ...] = ()
-    """Names that fired for too long, whose baseline therefore restarts at this value."""
+    """The names that fired for too long. Their baselines therefore restart at this value."""
 
 
 _SEVERITY = {verdict: severity for severity, verdict in enumerate(Verdict)}
 
 
 def worst(judgements: Sequence[Judgement]) -> Judgement:
-    """Return the judgement with the most severe verdict; among equals, the first.
+    """Return the judgement with the most severe verdict. Among equals the first one counts.
 
     >>> calm = Judgement(Verdict.NORMAL, "a")
     >>> worst([calm, Judgement(Verdict.SPIKE, "b"), Judgement(Verdict.SPIKE, "c")]).detector

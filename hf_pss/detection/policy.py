@@ -1,4 +1,4 @@
-"""The policy, which turns a judgement into a decision: act, hold still, skip the update or stop."""
+"""The policy, which turns a judgement into a decision: act, wait, skip the update or stop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hf_pss.detection.state import JSON, check_version, read_integer, read_objec
 
 _VERSION = 1
 
-# The floor corrects a lasting state and runs at its own interval. If it shared the cooldown, a
-# floor that acts at every check would silence the spike detectors for the whole run.
+# The floor corrects a lasting state and has a separate interval. If it shared the cooldown, a floor
+# that acts at every check would silence the spike detectors for the whole run.
 _WITHOUT_COOLDOWN = frozenset({"stable_rank_floor"})
 
 
@@ -22,17 +22,17 @@ class Action(StrEnum):
     CONTINUE = "continue"
     """Nothing was noticed."""
     OBSERVE = "observe"
-    """Report the judgement and change nothing; the reason says why."""
+    """Report the judgement and change nothing. The reason explains why."""
     ACT = "act"
     """Smooth now."""
     UNDO = "undo"
-    """Smoothing was tried and reversed; the reason says why."""
+    """Smoothing was tried and reversed. The reason explains why."""
     SKIP_UPDATE = "skip_update"
     """Do not apply this update."""
     STOP = "stop"
-    """End the run now, before the update if the reading came before it."""
+    """End the run now. If the reading came before the update, the update is not applied."""
     ROLL_BACK = "roll_back"
-    """Return to the last healthy checkpoint, and skip the batches that led here."""
+    """Return to the last healthy checkpoint, and skip the batches that led to this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,16 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class InterventionHistory:
-    """Everything that a policy remembers of a run."""
+    """Everything that a policy must know about the past of a run."""
 
     last_intervention_step: int | None = None
-    """The last one by a detector that shares the cooldown."""
+    """The step of the last intervention by a detector that shares the cooldown."""
     num_interventions: int = 0
-    """Over all detectors; the budget counts these."""
+    """The number of interventions by all detectors, which the budget limits."""
     num_nonfinite_steps: int = 0
     last_nonfinite_step: int | None = None
     nonfinite_streak: int = 0
-    """Consecutive non-finite steps that end at `last_nonfinite_step`."""
+    """The number of consecutive non-finite steps that end at `last_nonfinite_step`."""
 
     def state_dict(self) -> dict[str, JSON]:
         """Return the history as plain JSON."""
@@ -62,17 +62,17 @@ class InterventionHistory:
 
     @classmethod
     def from_state_dict(cls, state: object) -> InterventionHistory:
-        """Return the history that was saved; `state` is parsed JSON, not trusted.
+        """Return the history that was saved. `state` is parsed JSON and not trusted.
 
         Raises:
-            StateError: The state is truncated, damaged or of another version.
+            StateError: The state is truncated, damaged or of a different version.
         """
         what = "the history of interventions"
         check_version(state, _VERSION, what)
         empty = cls().state_dict()
         fields = read_object(state, tuple(empty), what)
         del fields["version"]
-        # A field that is None at first counts a step, which may not have come yet.
+        # A field that is None at first holds a step number. That step may not have happened yet.
         numbers: dict[str, Any] = {
             name: None
             if value is None and empty[name] is None
@@ -82,7 +82,7 @@ class InterventionHistory:
         return cls(**numbers)
 
     def with_nonfinite(self, step: int) -> InterventionHistory:
-        """Return the history with one more non-finite step; the same step counts once."""
+        """Return the history with one more non-finite step. The same step counts only once."""
         if step == self.last_nonfinite_step:
             return self
         is_in_a_row = self.last_nonfinite_step == step - 1
@@ -96,9 +96,9 @@ class InterventionHistory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Decides about one judgement at a time; pure: it takes the history and returns the next one.
+    """Decides about one judgement at a time. It is pure: it takes a history and returns the next.
 
-    All rules are ours; no source states any.
+    All rules are ours, because no source states any.
 
     >>> policy = Policy(
     ...     cooldown_steps=10, max_interventions=None, on_nonfinite="skip", max_nonfinite_streak=100
@@ -112,13 +112,14 @@ class Policy:
     """
 
     cooldown_steps: int
-    """After an intervention at step s, none at s+1 … s+this; the stable-rank floor is exempt."""
+    """After step s with an intervention, steps s+1 … s+this have none, except for the floor."""
     max_interventions: int | None
-    """Budget of the whole run, over all detectors; None is unlimited, 0 only observes."""
+    """The budget of the whole run for all detectors. None means no limit, and 0 only observes."""
     on_nonfinite: Literal["skip", "stop"]
-    """Skip the update of a non-finite step, or stop before it."""
+    """Whether to skip the update of a non-finite step, or to stop before it."""
     max_nonfinite_streak: int
-    """With "skip": stop at this many non-finite steps in a row. Such a run learns nothing."""
+    """With "skip", stop at this many non-finite steps in a row, because
+    such a run learns nothing."""
 
     def decide(
         self,
@@ -130,9 +131,9 @@ class Policy:
     ) -> tuple[Decision, InterventionHistory]:
         """Return the decision about one judgement, and the history after it.
 
-        A step may bring several judgements, or none. A non-finite step counts once, and a streak
+        A step may bring several judgements, or none. A non-finite step counts once. A streak
         consists of non-finite steps with consecutive numbers, whatever else is judged between them.
-        A non-finite number that was read after the update leaves no update to skip.
+        If a non-finite number was read after the update, the update can no longer be skipped.
         """
         if judgement.verdict is Verdict.NON_FINITE:
             history = history.with_nonfinite(step)

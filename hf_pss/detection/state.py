@@ -1,4 +1,4 @@
-"""Strict readers of saved JSON: an unexpected value raises a `StateError` that names it."""
+"""Strict readers of saved JSON. An unexpected value raises a `StateError` that names it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ _REMEDY = "Use one that this version of hf_pss wrote."
 
 
 def check_version(state: object, version: int, what: str) -> None:
-    """Refuse a state that is not a JSON object, or that another version wrote.
+    """Reject a state that is not a JSON object, or that a different version wrote.
 
-    Call it before `read_object`: a state of another version has other keys, and the message about
-    its version is the more helpful one.
+    Call this before `read_object`. A state of a different version has different keys, but the
+    message about its version is more helpful.
 
     Args:
-        state: Parsed JSON, not trusted.
-        version: The one version that the caller understands.
-        what: How the message names the state, as in ``"the state of detector 'grad_norm_ratio'"``.
+        state: Parsed JSON, which is not trusted.
+        version: The only version that the caller understands.
+        what: How the message names the state, for example ``"the state of detector
+            'grad_norm_ratio'"``.
 
     Raises:
-        StateError: It is not an object, or ``state["version"]`` is not ``version``.
+        StateError: The state is not an object, or ``state["version"]`` is not ``version``.
     """
     found = read_mapping(state, what).get("version")
     if type(found) is not int or found != version:
@@ -36,7 +37,7 @@ def read_object(value: object, keys: Collection[str], what: str) -> dict[str, ob
     """Return `value` as a dict that has exactly the given keys.
 
     Raises:
-        StateError: It is not an object, a key is missing, or a key is unknown.
+        StateError: `value` is not an object, a key is missing, or a key is unknown.
     """
     found = read_mapping(value, what)
     if missing := sorted(set(keys) - set(found)):
@@ -47,7 +48,7 @@ def read_object(value: object, keys: Collection[str], what: str) -> dict[str, ob
 
 
 def read_mapping(value: object, what: str) -> dict[str, object]:
-    """Return `value` as a dict with free string keys, or raise `StateError`."""
+    """Return `value` as a dict with any string keys, or raise `StateError`."""
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
     raise StateError(f"You gave {_quoted(value)} as {what}; it must be a JSON object. {_REMEDY}")

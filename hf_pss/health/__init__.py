@@ -1,1 +1,1 @@
-"""Metrics of spectral health, each with its formula, source and cost; see `metrics` for a table."""
+"""Metrics of spectral health, with formula, source and cost. `metrics` has a table of them."""

@@ -1,4 +1,4 @@
-"""Alignment of neighbours: whether a matrix amplifies the direction that the one before writes."""
+"""Alignment of neighbours: whether a matrix amplifies the direction that the last one writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Neighbours(NamedTuple):
-    """Names of a matrix that writes into the residual stream, and of one that reads it next."""
+    """Names of a matrix that writes into the residual stream and of one that reads it next."""
 
     writer: str
     reader: str
@@ -33,17 +33,18 @@ class Neighbours(NamedTuple):
 def neighbour_alignment(writer: Tensor, reader: Tensor) -> Tensor:
     """Return |v₁(W_{l+1})ᵀ u₁(W_l)|, in [0, 1].
 
-    The cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians. It
-    ignores norms, activations and the residual stream between the two matrices, and all directions
-    but the first. For independent random directions of n dimensions its mean is √(2/πn). If
-    σ₁ = σ₂, the first direction is any in a plane, and the number has no meaning.
+    This is the cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians.
+    It ignores norms, activations, the residual stream between the two matrices, and all directions
+    except the first. For independent random directions of n dimensions its mean is √(2/πn). If
+    σ₁ = σ₂, the first direction can be any direction in a plane, and the number has no meaning.
 
     Args:
         writer: (..., m, n), W_l, any real floating dtype.
         reader: (..., k, m), W_{l+1}.
 
     Returns:
-        (...), float32, or float64 if both are: 0 if one is zero, NaN if one holds NaN or inf.
+        The alignment, (...), float32, or float64 if both inputs are float64. It is 0 if one matrix
+        is zero, and NaN if one holds NaN or inf.
 
     >>> a = torch.outer(torch.tensor([0.6, 0.8]), torch.tensor([1.0, 0.0, 0.0]))
     >>> round(neighbour_alignment(a, torch.tensor([[1.0, 0.0]])).item(), 6)
@@ -57,12 +58,12 @@ def neighbour_alignment(writer: Tensor, reader: Tensor) -> Tensor:
 def residual_neighbours(views: Sequence[MatrixView]) -> tuple[Neighbours, ...]:
     """Return the pairs of writer and next reader of the residual stream, in the model's order.
 
-    [ours] A sublayer is a run of matrices of one block and one role. The last matrix of a run
-    writes, and all matrices of the next run but its last read. Examples are an attention output
-    with the up projections after it, and a down projection with the q, k, v after it. Pairs whose
-    shapes do not fit, and stacks of experts, are left out. Attention and MLP in parallel count in
-    the order in which the model lists them. Two attentions of one block, as in a T5 decoder, count
-    as one.
+    [ours] A sublayer is a run of matrices with one block and one role. The last matrix of a run
+    writes, and all matrices of the next run except its last one read. For example, the up
+    projections read after an attention output, and q, k and v read after a down projection. Pairs
+    whose shapes do not fit are left out, and so are stacks of experts. If attention and MLP are
+    parallel, they count in the order in which the model lists them. Two attentions of one block, as
+    in a T5 decoder, count as one.
 
     >>> def view(name, role, m, n):
     ...     return MatrixView(name, name, role, "h.0", (m, n), False, None, "")
@@ -90,19 +91,19 @@ def measure_alignments(
 ) -> dict[Neighbours, float]:
     """Return the alignment of each pair of neighbours.
 
-    Cost: full, for sampled steps. The first triplet of each matrix in a pair, by a whole
-    decomposition up to a side of 128; one batched call a shape, and one device-to-host read. Every
-    rank measures all.
+    Cost: full, for sampled steps. The first triplet of each matrix in a pair comes from a complete
+    decomposition up to a side of 128. There is one batched call per shape, and one device-to-host
+    read. Every rank measures all pairs.
 
     Args:
         views: The matrices to read.
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
-        neighbours: The pairs; None takes those of `residual_neighbours`.
+        neighbours: The pairs. None means the result of `residual_neighbours`.
 
     Raises:
         SelectionError: A pair names a matrix that no view holds.
-        ElsewhereError: A decomposition has failed on another rank, which raises its error.
+        ElsewhereError: A decomposition failed on another rank, which raises its own error.
     """
     pairs = residual_neighbours(views) if neighbours is None else tuple(neighbours)
     wanted = {name for pair in pairs for name in pair}
@@ -136,10 +137,10 @@ def measure_alignments(
 
 
 def _first(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u₁ (..., m) and v₁ (..., n): zero for the zero matrix, NaN where it is not finite."""
+    """Return u₁ (..., m) and v₁ (..., n), zero for a zero matrix, NaN for a non-finite one."""
     triplets = leading_triplets(weight, 1, check_finite=False)
     sigma = triplets.sigma
-    held = torch.where(sigma > 0, 1.0, sigma)  # torch's sign of NaN would be 0
+    held = torch.where(sigma > 0, 1.0, sigma)  # torch.sign(NaN) would be 0
     return triplets.u[..., 0] * held, triplets.v[..., 0] * held
 
 

@@ -20,47 +20,47 @@ See: TypeAlias = Callable[[nn.Module, Any, Any], None]
 
 
 class ForwardHooks:
-    """Forward hooks of one training step. No error that they raise reaches the model.
+    """Forward hooks of one training step. Errors that they raise never reach the model.
 
-    They run in training mode and with gradients only, so they skip the pass of a reference model
-    and generation. They also skip the second run of a checkpointed block. A graph that is compiled
-    while they exist leaves them out and stays whole.
+    The hooks run only in training mode and only with gradients, so they skip generation and the
+    pass of a reference model. They also skip the second run of a checkpointed block. If a graph is
+    compiled while the hooks exist, it leaves them out and is not split.
 
     Args:
-        root: The module that contains all hooked modules. The hooks note at its start whether
-            gradients are on, because reentrant checkpointing runs blocks without them. If a part
-            of it is called by itself, gradients are assumed.
+        root: The module that contains all hooked modules. When it starts, the hooks note whether
+            gradients are on, because reentrant checkpointing runs blocks without them. If a part of
+            it is called directly, the hooks assume that gradients are on.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._root, self._has_gradients = root, True
         self._handles: list[RemovableHandle] = []
         self.error: Exception | None = None
-        """The first error of a hook; no hook is called after it."""
+        """The first error of a hook. After it no hook is called."""
         self.seconds = 0.0
-        """Time spent in the hooks."""
+        """The time spent in the hooks."""
 
     def __bool__(self) -> bool:
         return bool(self._handles)
 
     def listen(self) -> None:
-        """Note for each pass whether gradients are on. Call it before `before` and `after`."""
+        """Note for each pass whether gradients are on. Call this before `before` and `after`."""
         self._handles += [
             self._root.register_forward_pre_hook(self._enter),
             self._root.register_forward_hook(self._leave),
         ]
 
     def after(self, module: nn.Module, see: See) -> None:
-        """Call ``see`` with module, inputs and output after each forward of the module."""
+        """Call ``see`` with the module, inputs and output after each forward of the module."""
         self._handles.append(module.register_forward_hook(self._observe(see)))
 
     def before(self, module: nn.Module, see: See) -> None:
-        """Call ``see`` with module, inputs and keyword arguments before each forward."""
+        """Call ``see`` with the module, inputs and keyword arguments before each forward."""
         hook = self._observe(see)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Remove all hooks; `error` and `seconds` stay."""
+        """Remove all hooks. `error` and `seconds` keep their values."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -75,7 +75,7 @@ class ForwardHooks:
 
     def _observe(self, see: See) -> See:
         def hook(module: nn.Module, inputs: Any, last: Any) -> None:
-            # A constant while torch traces, so the rest is not compiled.
+            # This is a constant while torch traces, so torch does not compile the rest.
             if not torch.compiler.is_compiling():
                 self._call(module, inputs, last, see)
 
@@ -97,21 +97,21 @@ class ForwardHooks:
 
 
 Choose: TypeAlias = Callable[[str, Tensor], Tensor]
-"""Maps a block's name and its hidden states (..., d) to the positions of the tokens that count, on
-the host."""
+"""Maps a block's name and its hidden states (..., d) to the positions of the tokens that count. The
+positions are on the host."""
 
 
 class Capture:
     """A uniform sample of the tokens that leave each block.
 
-    Cost: a copy of at most ``max_tokens`` rows a block and forward pass, 0.2 ms of 8,192 tokens of
-    width 768 on one CPU thread, and no device-to-host read.
+    Cost: each forward pass copies at most ``max_tokens`` rows per block. For 8,192 tokens of width
+    768 this takes 0.2 ms on one CPU thread. It does not read from the device.
 
     Args:
-        names: Of the blocks.
-        max_tokens: The most rows to keep of each block, over all forward passes.
-        seed: Of the sample; torch's global generator is left alone.
-        choose: Which tokens count.
+        names: The names of the blocks.
+        max_tokens: The largest number of rows to keep for each block, over all forward passes.
+        seed: The seed of the sample. The global generator of torch is not used.
+        choose: Returns the tokens that count.
     """
 
     def __init__(self, names: Sequence[str], *, max_tokens: int, seed: int, choose: Choose) -> None:
@@ -120,22 +120,24 @@ class Capture:
 
     @property
     def samples(self) -> dict[str, Tensor]:
-        """Tokens by block, (n, d), float32, n ≤ max_tokens; (0, 0) where a block was not applied.
+        """The tokens of each block, (n, d), float32, with n ≤ max_tokens.
 
-        A uniform sample without replacement of all tokens that passed. Blocks that saw equally many
-        tokens, as those of a decoder do, keep the same ones in the same order.
+        The shape is (0, 0) if a block was not applied. The tokens are a uniform sample without
+        replacement of all tokens that passed. If blocks saw equally many tokens, as the blocks of a
+        decoder do, they keep the same tokens in the same order.
         """
         return {name: reservoir.rows for name, reservoir in self._reservoirs.items()}
 
     @property
     def num_seen(self) -> dict[str, int]:
-        """Number of tokens that passed through each block, without masked ones."""
+        """The number of tokens that passed through each block, without masked ones."""
         return {name: reservoir.num_seen for name, reservoir in self._reservoirs.items()}
 
     def add(self, name: str, output: Any) -> None:
         """Add the output of a block.
 
-        It is hidden states (batch, tokens, d), or a tuple, list or mapping that begins with them.
+        The output is hidden states (batch, tokens, d), or a tuple, list or mapping
+        that begins with them.
         """
         hidden = _hidden_states(output)
         if hidden is None or not hidden.is_floating_point():
@@ -146,10 +148,10 @@ class Capture:
 
 
 class _Reservoir:
-    """Keeps the rows with the smallest of independent uniform keys, a uniform sample at any time.
+    """Keeps the rows with the smallest independent uniform keys, which are always a uniform sample.
 
-    (Vitter's reservoirs, ACM TOMS 11(1), in the form of priorities.) The keys are on the host, so
-    no hook waits for the device.
+    This is a form of Vitter's reservoirs (ACM TOMS 11(1)) with priorities. The keys are on the
+    host, so no hook waits for the device.
     """
 
     def __init__(self, max_tokens: int, seed: int) -> None:
@@ -167,7 +169,7 @@ class _Reservoir:
         old, new = kept[kept < num_held], kept[kept >= num_held] - num_held
         rows = _take(tokens, positions[new])
         if num_held:
-            # Held rows come first, and their keys in the same order.
+            # The rows that are already held come first, and their keys are in the same order.
             is_old = kept < num_held
             self._keys = torch.cat([self._keys[is_old], self._keys[~is_old]])
             rows = torch.cat([_take(self.rows, old), rows.to(self.rows.device)])

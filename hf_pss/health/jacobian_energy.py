@@ -16,16 +16,18 @@ from hf_pss.models.selection import MatrixView
 __all__ = ["DEFAULT_MAX_RANK", "jacobian_energy", "measure_jacobian_energies"]
 
 DEFAULT_MAX_RANK = 32
-# An SR of 5 computed as 4.99999 is five directions: fp32 rounding of a sum of squares.
+# Rounding of a sum of squares in fp32 may turn an SR of 5 into 4.99999. It
+# still means 5 directions.
 _ROUNDING = 1e-5
 
 
 def jacobian_energy(weight: Tensor, grad: Tensor, *, max_rank: int = DEFAULT_MAX_RANK) -> Tensor:
     """Return SJE(W) = Σ_{i ≤ k} (u_iᵀ G v_i)² / ‖G‖_F², k = ⌊SR(W)⌋, in [0, 1].
 
-    The quantity comes from arXiv 2602.01308. The projection on pairs (u_i, v_i) and the cap on k
-    are ours. A factor on G, such as that of clipping, does not change it. On a gradient of i.i.d.
-    noise its mean is k / mn. If SR(W) exceeds the cap, the result is a lower bound.
+    The quantity comes from arXiv 2602.01308. The projection on pairs (u_i, v_i) and the cap on
+    k are ours. A factor on G does not change the result, so clipping has no effect. For a
+    gradient of i.i.d. noise the mean of the result is k / mn. If SR(W) exceeds the cap, the
+    result is a lower bound.
 
     Args:
         weight: (..., m, n), any real floating dtype.
@@ -33,8 +35,8 @@ def jacobian_energy(weight: Tensor, grad: Tensor, *, max_rank: int = DEFAULT_MAX
         max_rank: The largest k.
 
     Returns:
-        (...), float32, or float64 for a float64 weight: 0 for a zero weight or gradient, NaN if
-        either holds NaN or inf.
+        The energy, (...), float32, or float64 for a float64 weight. It is 0 if the weight or the
+        gradient is zero, and NaN if either holds NaN or inf.
 
     >>> jacobian_energy(torch.diag(torch.tensor([3.0, 1.0])), torch.eye(2)).item()
     0.5
@@ -44,7 +46,7 @@ def jacobian_energy(weight: Tensor, grad: Tensor, *, max_rank: int = DEFAULT_MAX
     sigma1 = triplets.sigma[..., 0] / scaled.scale
     total = scaled.matrix.square().sum(dim=(-2, -1))
     rank = total / torch.where(sigma1 > 0, sigma1.square(), 1.0)
-    k = (rank * (1 + _ROUNDING)).floor().clamp_min(1)  # SR ≥ 1 but for rounding
+    k = (rank * (1 + _ROUNDING)).floor().clamp_min(1)  # SR ≥ 1 except for rounding
     g = gradient.matrix.to(triplets.u.dtype)
     projected = (triplets.u * (g @ triplets.v)).sum(dim=-2).square()
     dominant = torch.arange(projected.shape[-1], device=k.device) < k.unsqueeze(-1)
@@ -64,8 +66,8 @@ def measure_jacobian_energies(
 ) -> dict[str, float]:
     """Return the stable Jacobian energy of each 2-D matrix by name, before or after clipping.
 
-    Cost: full, for sampled steps. A singular value decomposition of each matrix, whole up to a
-    side of 128; one batched call a shape, and one device-to-host read.
+    Cost: full, for sampled steps. Each matrix gets a singular value decomposition, which is
+    complete up to a side of 128. There is one batched call per shape, and one device-to-host read.
 
     Args:
         views: The matrices to read.
@@ -74,8 +76,8 @@ def measure_jacobian_energies(
         max_rank: The largest number of dominant directions.
 
     Returns:
-        Shares by name. Matrices without a gradient are left out; a share is NaN if its matrix or
-        gradient is not finite.
+        The energies by name. Matrices without a gradient are left out. An energy is NaN if its
+        matrix or gradient is not finite.
     """
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     held = [view for view in views if view.parameter_name in grads]

@@ -1,4 +1,4 @@
-"""Metrics of the hidden states in ordinary training forwards, at sampled steps."""
+"""Metrics of the hidden states in ordinary training forward passes, at sampled steps."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["RepresentationMeter", "WatchAttention", "blocks_of"]
 logger = logging.getLogger(__name__)
 
 StopAttention: TypeAlias = Callable[[], tuple[Mapping[str, Tensor], float]]
-"""Ends the measurement of attention logits. Returns this rank's largest logit of each head, shape
-(heads,), by the attention's name, and the seconds spent."""
+"""Ends the measurement of attention logits. Returns the largest logit of each head on this rank,
+shape (heads,), by the attention's name. Also returns the seconds spent."""
 WatchAttention: TypeAlias = Callable[[], StopAttention]
 """Starts the measurement of attention logits, and returns the function that ends it."""
 
-# Tokens of a block over all micro-batches, and inputs of a layer in each, for each rank [ours].
+# Limits per rank [ours]: tokens of a block over all micro-batches, and inputs of a layer in each.
 _MAX_TOKENS, _MAX_SIGNS = 256, 1024
 _OF_BLOCKS = (
     "token_cosine",
@@ -57,24 +57,27 @@ _BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
 
 
 class RepresentationMeter:
-    """Observes one training step with hooks, and measures three things on each rank.
+    """Observes one training step with hooks, and makes three measurements on each rank.
 
-    - Of each block, a uniform sample of at most 256 output tokens. If the model gets a 2-D
-      ``attention_mask`` of their shape, masked tokens are left out. (The mask of an encoder-decoder
+    - For each block it takes a uniform sample of at most 256 output tokens. If the model gets a 2-D
+      ``attention_mask`` of their shape, masked tokens are left out. (In an encoder-decoder the mask
       belongs to the encoder.)
-    - Of each linear layer, the alignment of at most 1,024 inputs a micro-batch with v₁.
-    - Of each attention with a known scale, the longest input, which bounds its logits.
+    - For each linear layer it measures the alignment of at most 1,024 inputs
+      per micro-batch with v₁.
+    - For each attention with a known scale it finds the longest input, which bounds its logits.
 
-    The hooks exist between `arm` and `read`, see `ForwardHooks`, and leave the model's output the
-    same to the bit. A model that was compiled before `arm` runs none of them. If `read` never
-    comes, as after a step that raised, the first forward pass after an update removes them.
+    The hooks exist between `arm` and `read`, see `ForwardHooks`. They leave the model's
+    output the same to the bit. A model that was compiled before `arm` does not run them. If
+    `read` is never called, for example after a step that raised, the first forward pass after
+    an update removes them.
 
-    Cost: full, for sampled steps. One device-to-host read, and one of the mask a micro-batch.
+    Cost: full, for sampled steps. There is one device-to-host read, and one read of
+    the mask per micro-batch.
 
     Args:
-        model: Wrapped or not.
-        selection: The model's matrices. With adapters, logits are not bounded, because the weights
-            alone do not give queries and keys.
+        model: The model, wrapped or not.
+        selection: The model's matrices. If it has adapters, logits are not bounded, because the
+            weights alone do not give queries and keys.
         backend: How parameters are stored.
     """
 
@@ -99,7 +102,7 @@ class RepresentationMeter:
                 self._layers.setdefault(layer, []).append(view.name)
         self._attentions: Sequence[AttentionHeads] = find_heads(model)[0]
         scales = {a.name: _scale_of(a.module) for a in self._attentions}
-        # With adapters the weights alone do not give queries and keys.
+        # If there are adapters, the weights alone do not give queries and keys.
         self._scales = {
             name: scale
             for name, scale in scales.items()
@@ -129,7 +132,7 @@ class RepresentationMeter:
 
     @property
     def seconds(self) -> float:
-        """Time spent in the hooks of the last armed step, and on its attention logits."""
+        """The time spent in the hooks of the last armed step, and on its attention logits."""
         return self._hooks.seconds + self._logit_seconds
 
     @property
@@ -138,7 +141,7 @@ class RepresentationMeter:
         return self._is_armed
 
     def watch_attention(self, watch: WatchAttention) -> None:
-        """Measure attention logits as well. Without it they are only bounded."""
+        """Measure attention logits as well. Without this call they are only bounded."""
         self._watch = watch
         if self._hooks and self._stop is None:
             self._stop = watch()
@@ -147,7 +150,7 @@ class RepresentationMeter:
         """Register the hooks for one step.
 
         Args:
-            directions: v₁ of the matrices by name, (n,). Others get no sign diversity.
+            directions: v₁ of the matrices by name, (n,). Other matrices get no sign diversity.
         """
         self.disarm()
         self._begin()
@@ -171,7 +174,7 @@ class RepresentationMeter:
             self._stop = self._watch()
 
     def disarm(self) -> None:
-        """Remove the hooks without a reading."""
+        """Remove the hooks without taking a reading."""
         self._is_armed = False
         self._remove_hooks()
 
@@ -184,15 +187,16 @@ class RepresentationMeter:
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, float]]:
         """Remove the hooks, and return each metric by block, matrix or attention.
 
-        All ranks must call it. Metrics are means over the ranks' samples; logits are maxima. Blocks
-        that were not applied are left out. A sample with NaN gives NaN.
+        All ranks must call it. Metrics are means over the samples of all ranks, and
+        logits are maxima. Blocks that were not applied are left out. If a sample contains
+        NaN, its metric is NaN.
 
         Args:
-            parameters: Parameters by canonical name; their norms enter the bound.
+            parameters: Parameters by canonical name. Their norms are part of the bound.
 
         Raises:
             ConfigurationError: No hook ran on any rank.
-            ElsewhereError: A hook has failed on another rank, which raises its error.
+            ElsewhereError: A hook failed on another rank, which raises its own error.
         """
         error = None
         own: dict[tuple[str, str], Tensor] = {}
@@ -213,7 +217,7 @@ class RepresentationMeter:
     # ---- the hooks ----
 
     def _see_batch(self, module: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
-        # Count from the first pass, because schedule-free optimizers swap weights after `arm`.
+        # Count from the first pass, because schedule-free optimizers swap the weights after `arm`.
         num_writes = sum(parameter._version for parameter in self._trained)
         if self._num_writes is None:
             self._num_writes = num_writes
@@ -304,7 +308,7 @@ class RepresentationMeter:
     ) -> dict[str, dict[str, float]]:
         """Exchange the numbers with all ranks, and combine them.
 
-        The layout depends on the model alone, not on this rank's sample.
+        The layout depends only on the model, not on this rank's sample.
         """
         attentions = [attention.name for attention in self._attentions]
         keys = [(metric, name) for metric in _OF_BLOCKS for name in self._blocks]
@@ -373,9 +377,9 @@ class RepresentationMeter:
 
 
 def _scale_of(attention: nn.Module) -> float | None:
-    """Return the factor on q·k; None without such an attribute (GPT-Neo does not scale)."""
+    """Return the factor on q·k, or None without such an attribute (GPT-Neo does not scale)."""
     values = (getattr(attention, name, None) for name in _SCALES)
-    # Not bool, which is an int.
+    # Exclude bool, which is a subclass of int.
     numbers = (v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
     return next((float(v) for v in numbers), None)
 
@@ -383,14 +387,15 @@ def _scale_of(attention: nn.Module) -> float | None:
 def _is_of_encoder(name: str) -> bool:
     """Return whether a block belongs to the encoder, judged by the outermost name.
 
-    A decoder may be a model that calls its own blocks an encoder.
+    Only the outermost name counts, because a decoder may be a model that calls
+    its blocks an encoder.
     """
     parts = (part for part in name.split(".") if part in ("encoder", "decoder"))
     return next(parts, None) == "encoder"
 
 
 def blocks_of(selection: Selection) -> tuple[str, ...]:
-    """Return the names of the blocks with matrices; those of adapters end at the first number."""
+    """Return the names of the blocks with matrices. An adapter's ends at the first number."""
     found = [view.block for view in selection.matrices]
     adapted = (_BLOCK.match(view.name) for view in selection.adapters)
     found += [match.group() for match in adapted if match is not None]

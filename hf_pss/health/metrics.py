@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias
 __all__ = ["METRICS", "PRESETS", "Cost", "Level", "Metric", "metrics_of"]
 
 Cost: TypeAlias = Literal["light", "standard", "full"]
-"""For every step, for every few steps, or for sampled steps. docs/health.md has the times."""
+"""The cost of a metric: cheap enough for every step, for every few steps, or for sampled steps.
+docs/health.md has the times."""
 
 Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer", "representations"]
 """The tensors that a metric reads."""
@@ -21,24 +22,24 @@ class Metric:
     """One row of the table."""
 
     name: str
-    """Unique; the last part of a scalar's name in reports."""
+    """The unique name. It is the last part of a scalar's name in reports."""
     level: Level
     unit: str
-    """"1" for a number without unit; "weight" and "gradient" for the units of those."""
+    """"1" for a number without unit. "weight" and "gradient" mean the units of those tensors."""
     cost: Cost
     module: str
-    """Of the code, below `hf_pss`."""
+    """The module that computes the metric, below `hf_pss`."""
     source: str
-    """Publication of the formula, or a textbook's formula itself; "ours" for our own."""
+    """The publication of the formula, or a formula from a textbook, or "ours"."""
     in_runs: bool = True
-    """Whether `HealthMonitor` measures it. You call the others yourself."""
+    """Whether `HealthMonitor` measures the metric. You call the other metrics yourself."""
 
 
 _LOW_RANK = "Eckart & Young 1936; arXiv 2402.03991; relative: ours"
 _MEASUREMENTS = "models.measurements"
 _OPERATOR = "update_operator"
 _TOKENS = "representations"
-# By level: name, unit, cost, module below `hf_pss.health` unless it has a dot, source.
+# For each level: name, unit, cost, module below `hf_pss.health` unless it has a dot, source.
 _ROWS: Mapping[Level, tuple[tuple[str, str, Cost, str, str], ...]] = {
     "weights": (
         ("spectral_norm", "weight", "light", "tracked", "Golub & Van Loan"),
@@ -105,13 +106,13 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         for name, unit, cost, module, source in rows
     }
 )
-"""Every metric by name, read-only."""
+"""Every metric by name. The mapping is read-only."""
 
 _ORDER: tuple[Cost, ...] = ("light", "standard", "full")
 
 
 def metrics_of(cost: Cost) -> tuple[str, ...]:
-    """Return the names of all metrics that a run of this preset measures, in the table's order.
+    """Return the names of all metrics that a run with this preset measures, in the table's order.
 
     >>> metrics_of("light")[:2], "jacobian_energy" in metrics_of("full")
     (('spectral_norm', 'stable_rank'), False)
@@ -121,4 +122,4 @@ def metrics_of(cost: Cost) -> tuple[str, ...]:
 
 
 PRESETS: Mapping[Cost, tuple[str, ...]] = MappingProxyType({c: metrics_of(c) for c in _ORDER})
-"""Names by preset; each preset contains the one before it."""
+"""The names of the metrics of each preset. Each preset contains the previous one."""

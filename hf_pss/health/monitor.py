@@ -1,4 +1,4 @@
-"""The metrics of a preset, each measured at its moment of a training step."""
+"""The metrics of a preset, each measured at the right moment of a training step."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVERY_STEPS: Mapping[Cost, int] = {"light": 10, "standard": 10, "full": 100}
-"""Default number of steps between readings [ours]."""
+"""The default number of steps between readings [ours]."""
 
 _VERSION = 1
 _WHAT = "the state of the health monitor"
 _LOW_RANK = 8
-# Metrics whose smallest value is the worst. Of all others the largest is.
+# For these metrics the smallest value is the worst. For all other metrics it is the largest.
 _SMALLEST_IS_WORST = {
     "stable_rank",
     "effective_rank",
@@ -61,20 +61,20 @@ class HealthMonitor:
     """Measures one model while it trains, and changes nothing.
 
     Every step refreshes the tracker of σ₁ and updates the spike scores. Every ``every_steps``-th
-    step measures the whole preset, see `hf_pss.health.metrics.PRESETS`; docs/health.md has the
-    share of a step that this takes. An error of a metric becomes one warning that names the metric.
-    If the backend cannot hold an update back, metrics of gradients and of single updates are left
-    out, with one warning.
+    step measures the whole preset, see `hf_pss.health.metrics.PRESETS`. docs/health.md has the
+    share of a step that this takes. If a metric raises an error, the monitor logs one warning that
+    names the metric. If the backend cannot hold an update back, the monitor warns once and leaves
+    out the metrics of gradients and of single updates.
 
     Args:
-        selection: The matrices. Of LoRA products only σ₁, ‖W‖_F and the stable rank are measured.
+        selection: The matrices. For LoRA products only σ₁, ‖W‖_F and the stable rank are measured.
         backend: How parameters are stored. All ranks must make every call.
         preset: ``light``, ``standard`` or ``full``.
-        every_steps: Steps between readings; 0 takes `DEFAULT_EVERY_STEPS`.
-        model: The model whose hidden states `full` measures; None leaves them out.
+        every_steps: Steps between readings. 0 means `DEFAULT_EVERY_STEPS`.
+        model: The model whose hidden states `full` measures. None leaves them out.
 
     Raises:
-        ConfigurationError: The number of steps is below 0, or the preset unknown.
+        ConfigurationError: The number of steps is below 0, or the preset is unknown.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class HealthMonitor:
             )
         self.every_steps = every_steps or DEFAULT_EVERY_STEPS[preset]
         self.seconds = 0.0
-        """Time spent in this object since the start of the run, or since its resumption."""
+        """The time spent in this object since the start of the run, or since it was resumed."""
         self._views, self._adapters = selection.matrices, selection.adapters
         self._backend = backend
         self._is_standard, self._is_full = preset != "light", preset == "full"
@@ -119,16 +119,16 @@ class HealthMonitor:
                 self._representations = RepresentationMeter(model, selection, backend)
 
     def watch_attention(self, watch: WatchAttention) -> None:
-        """Also measure the largest attention logits, by this function, at steps of `full`."""
+        """Also measure the largest attention logits with this function, at the steps of `full`."""
         if self._representations is not None:
             with self._guard("attention_logit_max"):
                 self._representations.watch_attention(watch)
 
     def before_step(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Register the hooks of `full` for the forward passes of a step that is due.
+        """Register the hooks of `full` for the forward passes, if the step is due.
 
         Args:
-            step: Number of the step that begins.
+            step: The number of the step that begins.
             parameters: The model's parameters by canonical name.
         """
         if self._representations is None:
@@ -140,7 +140,7 @@ class HealthMonitor:
                 self._representations.disarm()
 
     def stop(self) -> None:
-        """Remove hooks that are left at the end of a run."""
+        """Remove the hooks that are left at the end of a run."""
         if self._representations is not None:
             with self._guard("representations"):
                 self._representations.disarm()
@@ -152,15 +152,16 @@ class HealthMonitor:
     def before_update(
         self, step: int, parameters: Mapping[str, nn.Parameter], grad_norm_preclip: float | None
     ) -> None:
-        """Measure gradients, clipped or not, and copy the weights, if a reading is due.
+        """Measure the gradients, clipped or not, and copy the weights, if a reading is due.
 
-        If the backend cannot hold an update back, the update is over, and this does nothing.
+        If the backend cannot hold an update back, the update is already done,
+        and this does nothing.
 
         Args:
-            step: Number of the step that ends with this update.
+            step: The number of the step that ends with this update.
             parameters: The model's parameters by canonical name, with gradients.
-            grad_norm_preclip: Global norm before clipping. Without a finite one the gradient norms
-                of matrices are left out.
+            grad_norm_preclip: The global norm before clipping. If it is missing or not finite, the
+                gradient norms of matrices are left out.
         """
         self._grad_norms = {}
         self._step_is_due = self.is_due(step) and self._backend.can_hold_back
@@ -190,13 +191,13 @@ class HealthMonitor:
         loss: float | None = None,
         grad_norm_preclip: float | None = None,
     ) -> HealthReading | None:
-        """Follow the weights, and return a reading if one is due.
+        """Update the tracker of the weights, and return a reading if one is due.
 
         Args:
             step: As in `before_update`.
             parameters: As in `before_update`.
-            optimizer: Holds the second moments; None leaves the preconditioner out.
-            loss: Loss of this step; ranks may have different ones.
+            optimizer: Holds the second moments. None leaves the preconditioner out.
+            loss: The loss of this step. Ranks may have different losses.
             grad_norm_preclip: As in `before_update`.
         """
         with self._clock():
@@ -215,9 +216,9 @@ class HealthMonitor:
     def state(self) -> dict[str, JSON]:
         """Return the spike scores and the reference of the preconditioner, as strict JSON.
 
-        The tracker's vectors, the last values of rates and the updates of the spectral edge are not
-        saved. After a resume the tracker makes a cold start, and the others have no number at
-        first.
+        The vectors of the tracker, the last values of rates and the updates of the spectral edge
+        are not saved. After a resume the tracker makes a cold start, and the other two have no
+        number at first.
         """
         return {
             "version": _VERSION,
@@ -230,7 +231,7 @@ class HealthMonitor:
         """Restore a saved state.
 
         Raises:
-            StateError: The state is damaged or of another kind. The windows are empty.
+            StateError: The state is damaged or of a different kind. The windows are then empty.
         """
         check_version(state, _VERSION, _WHAT)
         found = read_object(state, ("version", "spikes", "reference", "num_references"), _WHAT)
@@ -323,7 +324,7 @@ class HealthMonitor:
             self._compare(both.trimmed_sqrt_condition)
 
     def _compare(self, condition: float) -> None:
-        """Warn on rank 0 if the preconditioner has moved by an order of magnitude."""
+        """Warn on rank 0 if the preconditioner has changed by an order of magnitude."""
         is_finite = math.isfinite(condition)
         before = self._condition_alarm.update(condition) if is_finite else None
         if self._backend.rank != 0:
@@ -373,7 +374,7 @@ class HealthMonitor:
         try:
             matrices |= meter.read(parameters)
         except Exception as error:
-            # Its hooks run inside the model, so they are not tried again.
+            # The hooks run inside the model, so they are not tried again.
             self._representations = None
             self._warn("representations", error, "PSS does not measure it again in this run.")
         self.seconds += meter.seconds
@@ -388,7 +389,7 @@ class HealthMonitor:
 
     @contextmanager
     def _guard(self, metric: str) -> Iterator[None]:
-        """Turn any error of a metric into one warning a metric and run."""
+        """Turn the errors of a metric into one warning per metric and run."""
         try:
             yield
         except Exception as error:
@@ -408,7 +409,7 @@ class HealthMonitor:
 
 
 def describe(reading: HealthReading) -> str:
-    """Return a line of text with the worst value of each metric and its matrix.
+    """Return a line of text with the worst value of each metric and the matrix that has it.
 
     >>> describe(HealthReading(3, matrices={"stable_rank": {"a": 2.0, "b": 1.5}}))
     'Health, step 3: stable_rank 1.5 (b).'
@@ -422,7 +423,7 @@ def describe(reading: HealthReading) -> str:
 
 
 def _worst(metric: str, values: Mapping[str, float]) -> str:
-    """Return the name with the worst value: NaN first, then the smallest or the largest."""
+    """Return the name with the worst value. NaN comes first, then the smallest or the largest."""
     sign = -1.0 if metric in _SMALLEST_IS_WORST else 1.0
     return max(values, key=lambda name: (math.isnan(values[name]), sign * _number(values[name])))
 
@@ -432,7 +433,7 @@ def _number(value: float) -> float:
 
 
 def _summary(values: Collection[float]) -> dict[str, float]:
-    """Return extremes and median of the finite values, and the number of others, if any."""
+    """Return extremes and median of the finite values, and the number of other values, if any."""
     every = list(values)
     finite = [x for x in every if math.isfinite(x)]
     found = {}

@@ -24,16 +24,17 @@ __all__ = [
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
     """Return ‖W_t − W_{t−1}‖_F / ‖W_{t−1}‖_F.
 
-    The inverse of the trust ratio of LARS and LAMB (arXiv 1708.03888, 1904.00962), taken of the
-    update itself, weight decay included. A share of the matrix a step, without unit.
+    This is the inverse of the trust ratio of LARS and LAMB (arXiv 1708.03888, 1904.00962). Here it
+    is computed from the update itself, including weight decay. It is the share of the matrix that
+    changes per step, without unit.
 
     Args:
         before: (..., m, n), any real floating dtype.
         after: (..., m, n).
 
     Returns:
-        (...), float32, or float64 for float64: 0 if nothing has moved, inf if a zero matrix has
-        moved, NaN if one holds NaN or inf.
+        The ratio, (...), float32, or float64 for float64 inputs. It is 0 if nothing has changed,
+        inf if a zero matrix has changed, and NaN if one input holds NaN or inf.
 
     >>> relative_update(torch.eye(2), 1.5 * torch.eye(2)).item()
     0.5
@@ -44,12 +45,12 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
 
 
 class RelativeUpdateMeter:
-    """Measures one update of each 2-D matrix; keeps a copy of the matrices while it happens.
+    """Measures one update of each 2-D matrix, and keeps a copy of the matrices during the update.
 
-    Cost: standard. The memory of one copy and of one parameter's difference, three passes over it
-    at measured steps, and one device-to-host read. If parameters are sharded, every rank measures
-    its own rows. Do not use it with a backend that cannot hold an update back, because both calls
-    would come after the update.
+    Cost: standard. It needs the memory of one copy and of one parameter's difference, three passes
+    over the copy at measured steps, and one device-to-host read. If parameters are sharded, every
+    rank measures the rows that it stores. Do not use it with a backend that cannot hold an update
+    back, because both calls would then come after the update.
 
     Args:
         views: The matrices to read.
@@ -75,9 +76,9 @@ class RelativeUpdateMeter:
     def stop(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
         """Return ‖ΔW‖_F/‖W‖_F of each 2-D matrix by name since `start`, and drop the copy.
 
-        The numbers are those of `relative_update`, except that squares are summed in float32 for
-        any type narrower than float64: entries beyond 1e19 give inf, and those below 1e-22 zero.
-        Empty without a `start`.
+        The numbers are those of `relative_update`, with one difference: for types narrower than
+        float64 the squares are summed in float32. So entries beyond 1e19 give inf, and entries
+        below 1e-22 give zero. Without a `start` the result is empty.
         """
         before, self._before = self._before, {}
         if not before:
@@ -89,7 +90,7 @@ class RelativeUpdateMeter:
         rows: list[Tensor] = []
         for name, slots in by_parameter.items():
             with self._backend.part(parameters[name]) as part:
-                # A parameter's copy is freed as soon as it has been measured.
+                # The copy of a parameter is freed as soon as the parameter has been measured.
                 rows += [pair.to(device) for pair in _squares(slots, before.pop(name), part)]
         squares = torch.stack(rows)
         self._backend.total_(squares)
@@ -101,10 +102,11 @@ class RelativeUpdateMeter:
 
 
 class ChangeRates:
-    """Rates of change of positive numbers by name: (ln x_t − ln x_s) / (t − s), a share a step.
+    """Relative rates of change per step of positive numbers by name: (ln x_t − ln x_s) / (t − s).
 
-    [ours] It applies to σ₁, ‖W‖_F, stable and effective rank. 0.01 is one per cent a step, and the
-    rate of a product is the sum of its factors' rates. A new name has no rate yet.
+    [ours] It applies to σ₁, ‖W‖_F, stable rank and effective rank. A rate of 0.01 is
+    one per cent per step, and the rate of a product is the sum of its factors' rates. A
+    new name has no rate yet.
 
     >>> rates = ChangeRates()
     >>> rates.of(10, {"w": 1.0}), rates.of(12, {"w": math.e})
@@ -115,15 +117,15 @@ class ChangeRates:
         self._last: dict[str, tuple[int, float]] = {}
 
     def of(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the rates since each name's last value, and store these values.
+        """Return the rates since the last value of each name, and store the new values.
 
-        A rate is NaN if one of the two values is not a positive finite number. Such a value is not
-        stored, so one NaN spoils one rate only.
+        A rate is NaN if one of the two values is not positive and finite. Such a value is not
+        stored, so one NaN spoils only one rate.
 
         Args:
-            step: Step of the values. A name whose last value has this step or a later one is
-                skipped.
-            values: Values by name, each in any one unit.
+            step: The step of the values. A name is skipped if its last value comes from
+                this step or a later one.
+            values: The values by name. Each name may have any unit, but must keep it.
         """
         rates = {}
         for name, value in values.items():
@@ -150,11 +152,11 @@ def _square(slot: MatrixRef, stored: Tensor, start: int) -> Tensor:
     piece = slot.view.piece(stored, start, slot.expert)
     if piece is None:
         return stored.new_zeros((), dtype=torch.float64)
-    # In float64 throughout, torch would make a whole copy on a CPU.
+    # If all of this were in float64, torch would copy the complete matrix on a CPU.
     norm: Tensor = torch.linalg.vector_norm(piece.read(), dtype=compute_dtype(stored))
     return norm.double().square()
 
 
 def _ratio(moved: Tensor, norm: Tensor) -> Tensor:
-    """Return the ratio, with 0/0 = 0 for a zero matrix that has not moved."""
+    """Return the ratio, where 0/0 = 0 for a zero matrix that has not changed."""
     return torch.where((moved == 0) & (norm == 0), 0.0, moved / norm)

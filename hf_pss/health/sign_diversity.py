@@ -19,14 +19,15 @@ def spectral_alignment(inputs: Tensor, v: Tensor) -> Tensor:
     """Return cos(x_t, v₁) of each token t.
 
     arXiv 2510.04202 calls it the alignment of a layer's input with its weight's principal singular
-    vector. With outputs in rows that is the right singular vector.
+    vector. If the weight has outputs in rows, this is the right singular vector.
 
     Args:
-        inputs: (..., n), any real floating dtype: the inputs of the layer.
-        v: (n,) or (n, k): unit vectors, in columns.
+        inputs: (..., n), any real floating dtype. These are the inputs of the layer.
+        v: (n,) or (n, k). The unit vectors are in columns.
 
     Returns:
-        (...) or (..., k), float32: 0 for a token of zeros, NaN for a token with NaN or inf.
+        The cosines, (...) or (..., k), float32. A token of zeros gives 0, and a token
+        with NaN or inf gives NaN.
 
     >>> spectral_alignment(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0])).item()
     0.6000000238418579
@@ -39,16 +40,17 @@ def spectral_alignment(inputs: Tensor, v: Tensor) -> Tensor:
 
 
 def sign_diversity(alignment: Tensor) -> Tensor:
-    """Return 1 − |mean of the signs| over the tokens: 1 is balanced, 0 is all on one side.
+    """Return 1 − |mean of the signs| over the tokens. 1 means balanced signs, 0 means equal signs.
 
-    Its collapse warns of an explosion (arXiv 2510.04202). This number is ours: twice the share of
-    the rarer sign. Zeros have no sign and do not count.
+    A collapse of this number warns of an explosion (arXiv 2510.04202). The formula is ours. It is
+    twice the share of the rarer sign. Zeros have no sign and do not count.
 
     Args:
-        alignment: (tokens, ...), as `spectral_alignment` returns it.
+        alignment: (tokens, ...), a result of `spectral_alignment`.
 
     Returns:
-        (...), float32; NaN if an alignment is NaN, or none has a sign.
+        The diversity, (...), float32. It is NaN if an alignment is NaN, or if
+        no alignment has a sign.
 
     >>> sign_diversity(torch.tensor([0.9, 0.1, 0.2, -0.5])).item()
     0.5
@@ -59,9 +61,10 @@ def sign_diversity(alignment: Tensor) -> Tensor:
 class SignDiversityMeter:
     """Counts the signs of the alignments during forward passes, between `arm` and `read`.
 
-    Cost: full, for sampled steps. One product of the inputs with a vector a matrix, and one
-    device-to-host read at the end. Outside of that time it has no hooks. Stacks of experts are
-    left out, because no module has their inputs alone. A padded token counts like any other.
+    Cost: full, for sampled steps. Each matrix needs one product of the inputs with a vector, and
+    the end needs one device-to-host read. Before `arm` and after `read` there are no hooks. Stacks
+    of experts are left out, because no module has their inputs separately. A padded token counts
+    like any other token.
 
     Args:
         model: The model whose linear layers get hooks.
@@ -87,7 +90,7 @@ class SignDiversityMeter:
         """Start counting.
 
         Args:
-            directions: v₁ of each matrix by name, (n,). Matrices without one are left out.
+            directions: v₁ of each matrix by name, (n,). Matrices without a direction are left out.
         """
         self.disarm()
         for module, names in self._modules:
@@ -124,7 +127,7 @@ class SignDiversityMeter:
 
 
 def _count_signs(alignment: Tensor) -> Tensor:
-    """Count positive, negative and NaN alignments: (3, ...)."""
+    """Return the number of positive, negative and NaN alignments, (3, ...)."""
     kinds = (alignment > 0, alignment < 0, alignment.isnan())
     return torch.stack([kind.sum(dim=0, dtype=torch.float32) for kind in kinds])
 

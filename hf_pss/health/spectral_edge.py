@@ -1,4 +1,4 @@
-"""The gap in the spectrum of the last few updates, on random projections."""
+"""The gap in the spectrum of the last few updates, measured on random projections."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ class SpectralEdge:
     """The largest gap in the spectrum of a window of updates (arXiv 2603.28964)."""
 
     sigmas: tuple[float, ...]
-    """Singular values of the W×P matrix of updates, descending, in the units of the weights; NaN if
-    an update is not finite."""
+    """The singular values of the W×P matrix of updates, descending, in the units of the weights.
+    They are NaN if an update is not finite."""
     position: int
-    """k*, the j in [1, W − 1] with the largest σ_j/σ_{j+1}, the number of dominant modes; 0 without
-    a gap."""
+    """k*, the number of dominant modes: the j in [1, W − 1] with the largest σ_j/σ_{j+1}.
+    It is 0 without a gap."""
     ratio: float
-    """σ_k*/σ_{k*+1}, without unit; inf if all later values are rounding, NaN without a gap."""
+    """σ_k*/σ_{k*+1}, without unit. It is inf if all later values are
+    rounding, NaN without a gap."""
 
 
 def spectral_edge(updates: Tensor) -> SpectralEdge:
     """Return the gap of the Gram matrix UUᵀ of a window of updates.
 
-    k* = argmax_j σ_j/σ_{j+1} comes from arXiv 2603.28964, where the collapse of the gap precedes
-    reorganisations such as grokking. It is a weak alarm by itself. We count values below W·ε·σ₁ as
-    zero. Reads from the device.
+    k* = argmax_j σ_j/σ_{j+1} comes from arXiv 2603.28964. In that paper the gap collapses before
+    reorganisations such as grokking. The gap alone is a weak alarm. We count values below W·ε·σ₁ as
+    zero. The function reads from the device.
 
     Args:
         updates: (W, P), one update or its projection in each row, any real floating dtype, W >= 2.
-            The decomposition is in float64.
+            The decomposition is done in float64.
 
     Raises:
-        ConfigurationError: Fewer than two updates.
+        ConfigurationError: There are fewer than two updates.
 
     >>> spectral_edge(torch.diag(torch.tensor([8.0, 4.0, 1.0]))).position
     2
@@ -70,29 +71,30 @@ def spectral_edge(updates: Tensor) -> SpectralEdge:
 
 
 class SpectralEdgeMeter:
-    """Follows the gap over the last W updates of all selected matrices together.
+    """Tracks the gap over the last W updates of all selected matrices together.
 
-    Each matrix is projected to AWB/√(pq) with fixed blocks of random signs A (p×m) and B (n×q). The
-    projection keeps inner products in the mean (two-sided Johnson–Lindenstrauss). Each matrix has
-    blocks of its own, so the errors of many matrices average out. docs/health.md has the measured
-    error of the ratio. The projection is linear, so an update is a difference of projected weights,
-    and no copy of the weights is kept. Its rounding is that of the weights, about 1e-7 of ‖W‖ in
-    fp32.
+    Each matrix is projected to AWB/√(pq), where A (p×m) and B (n×q) are fixed blocks of random
+    signs. The projection preserves inner products on average (two-sided Johnson–Lindenstrauss).
+    Each matrix has separate blocks, so the errors of many matrices average out. docs/health.md has
+    the measured error of the ratio. Since the projection is linear, an update is a difference of
+    projected weights, and no copy of the weights is kept. The rounding is that of the weights,
+    about 1e-7 of ‖W‖ in fp32.
 
-    An update is the change between two calls. The window is not part of any checkpoint, so it is
+    An update is the change between two calls. The window is not saved in checkpoints, so it is
     empty after a resume.
 
-    Cost: standard. One product of each matrix with a narrow block and one device-to-host read a
-    call; in memory the blocks, (m + n)·16 numbers a matrix, and W·256 numbers a matrix on the host.
+    Cost: standard. Each call makes one product of each matrix with a narrow block, and one
+    device-to-host read. The memory per matrix is (m + n)·16 numbers for the blocks, and W·256
+    numbers on the host.
 
     Args:
         views: The matrices to read.
         backend: How parameters are stored.
-        window_size: W, updates, at least 2.
-        width: p and q, columns and rows of the blocks, at least 1.
+        window_size: W, the number of updates, at least 2.
+        width: p and q, the numbers of rows of A and columns of B, at least 1.
 
     Raises:
-        ConfigurationError: A number outside of its range.
+        ConfigurationError: A number is out of range.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class SpectralEdgeMeter:
 
     @torch.no_grad()
     def measure(self, parameters: Mapping[str, nn.Parameter]) -> SpectralEdge | None:
-        """Add the current weights to the window; return the gap, None until the window is full."""
+        """Add the current weights to the window. Return the gap, or None while it is not full."""
         if not self._place:
             return None
         now = self._projected(parameters)
@@ -126,11 +128,12 @@ class SpectralEdgeMeter:
         self._last = now
         if len(self._updates) < (self._updates.maxlen or 0):
             return None
-        # The projections come from fp32 weights, so float32 decides which values are rounding.
+        # The projections come from fp32 weights, so the precision of float32 decides
+        # which values are rounding.
         return spectral_edge(torch.stack(list(self._updates)).float())
 
     def _projected(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Return the projections of all matrices in one row, (P,) float64 on the host."""
+        """Return the projections of all matrices in one row, (P,), float64, on the host."""
         rows = self._width**2
         found: Tensor | None = None
         error: Exception | None = None
@@ -179,6 +182,6 @@ def _gap(larger: float, smaller: float, floor: float) -> float:
 
 
 def _signs(name: str, m: int, n: int) -> Tensor:
-    """Return the same ±1 for a name at every call and on every rank."""
+    """Return the signs ±1 for a name. They are the same at every call and on every rank."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randint(0, 2, (m, n), generator=generator, dtype=torch.int8) * 2 - 1

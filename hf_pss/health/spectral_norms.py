@@ -1,6 +1,6 @@
-"""Spectral norm of every selected matrix, updated by one round of power iteration a call.
+"""Spectral norm of every selected matrix, updated by one round of power iteration per call.
 
-`hf_pss.health.tracked` lists all ways to σ₁, with their accuracy.
+`hf_pss.health.tracked` lists all methods for σ₁ and their accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_pss.models.selection import MatrixView
 
 __all__ = ["SpectralNorm", "SpectralNormMeter"]
 
-# By Weyl, some singular value lies within residual · σ of the estimate.
+# By Weyl's theorem, some singular value lies within residual · σ of the estimate.
 _STALE_ABOVE = 0.05
 
 
@@ -29,11 +29,11 @@ class SpectralNorm:
     """An estimate of σ₁ from below, and the distance of its vectors from a singular pair."""
 
     sigma: float
-    """In the units of the matrix; NaN if it holds NaN or inf."""
+    """In the units of the matrix. It is NaN if the matrix holds NaN or inf."""
     residual: float
-    """‖Wᵀu − ‖Wv‖ v‖ / ‖Wᵀu‖ of the vectors before the round; NaN for a matrix with NaN or inf. If
-    it is small, they belong to some singular value. Only a restart finds one that has become
-    larger."""
+    """‖Wᵀu − ‖Wv‖ v‖ / ‖Wᵀu‖ of the vectors before the round. It is NaN if the matrix holds NaN or
+    inf. If it is small, the vectors belong to some singular value. Only a restart finds a different
+    value that has become larger."""
 
     @property
     def is_stale(self) -> bool:
@@ -42,21 +42,21 @@ class SpectralNorm:
 
 
 class SpectralNormMeter:
-    """Follows σ₁ and v₁ of the selected matrices through training.
+    """Tracks σ₁ and v₁ of the selected matrices during training.
 
-    The first call and every ``restart_every``-th one use `leading_triplets` instead. Power
+    The first call and every ``restart_every``-th call use `leading_triplets` instead, because power
     iteration that has converged to one singular vector never finds a larger one orthogonal to it.
 
-    Cost: light, for every step. Two products of each matrix with a vector, one batched call a shape
-    and one device-to-host read; in memory one vector a matrix.
+    Cost: light, for every step. There are two products of each matrix with a vector, one batched
+    call per shape, and one device-to-host read. The memory is one vector per matrix.
 
     Args:
         views: The matrices to read.
         backend: How parameters are stored.
-        restart_every: Calls between two restarts; 1 restarts at every call.
+        restart_every: The number of calls between two restarts. 1 restarts at every call.
 
     Raises:
-        ConfigurationError: `restart_every` below 1.
+        ConfigurationError: `restart_every` is below 1.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SpectralNormMeter:
         return {name: SpectralNorm(*pair) for name, pair in zip(names, pairs, strict=True)}
 
     def directions(self) -> dict[str, Tensor]:
-        """Return v₁ of each 2-D matrix by name, (n,), after the last call."""
+        """Return v₁ of each 2-D matrix by name, (n,), as of the last call."""
         return {
             name: v
             for names, stacked in self._vectors.items()

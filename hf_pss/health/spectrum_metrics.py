@@ -1,4 +1,4 @@
-"""Metrics of whole spectra: singular values, effective rank, distance to a matrix of low rank."""
+"""Metrics of complete spectra: singular values, effective rank, distance to low rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "quick_low_rank_distance",
 ]
 
-# Triplets beyond K; the best of 0, 4 and 8 by measurement.
+# The number of triplets beyond K. In our measurement 8 was the best of 0, 4 and 8.
 _SPARE = 8
 
 
@@ -32,10 +32,10 @@ _SPARE = 8
 def measure_spectra(
     views: Sequence[MatrixView], parameters: Mapping[str, nn.Parameter], backend: Backend
 ) -> dict[str, tuple[float, ...]]:
-    """Return the singular values of each 2-D matrix by name, in descending order; NaN if broken.
+    """Return the singular values of each 2-D matrix by name, descending. Broken matrices give NaN.
 
-    Cost: full, for sampled steps. One rank decomposes each matrix, and all ranks get the values in
-    one device-to-host read for the whole model.
+    Cost: full, for sampled steps. One rank decomposes each matrix. All ranks get the values in one
+    device-to-host read for the whole model.
 
     Args:
         views: The matrices to read.
@@ -43,8 +43,8 @@ def measure_spectra(
         backend: How parameters are stored.
 
     Raises:
-        DecompositionError: A decomposition has failed on some rank.
-        ElsewhereError: Another error has occurred on another rank, which raises it.
+        DecompositionError: A decomposition failed on some rank.
+        ElsewhereError: A different error occurred on another rank, which raises it.
     """
     lengths = {name: min(shape) for name, shape in matrix_shapes(views).items()}
     longest = max(lengths.values(), default=0)
@@ -59,10 +59,11 @@ def measure_spectra(
 
 
 def effective_rank_of(sigmas: Sequence[float]) -> float:
-    """Return exp(−Σ p_i ln p_i), p_i = σ_i / Σσ, of a whole spectrum.
+    """Return exp(−Σ p_i ln p_i) with p_i = σ_i / Σσ of a complete spectrum.
 
-    Roy & Vetterli 2007, EUSIPCO. In [1, min(m, n)], without unit; 0 for the zero matrix, NaN if one
-    value is NaN, as in `hf_pss.linalg.effective_rank`.
+    The formula is that of Roy & Vetterli 2007, EUSIPCO. The result is in [1, min(m, n)], without
+    unit. It is 0 for the zero matrix and NaN if one value is NaN, as in
+    `hf_pss.linalg.effective_rank`.
 
     >>> round(effective_rank_of([2.0, 2.0, 0.0]), 12)
     2.0
@@ -77,20 +78,20 @@ def effective_rank_of(sigmas: Sequence[float]) -> float:
 def low_rank_distance(weight: Tensor, k: int) -> Tensor:
     """Return (Σ_{i>K} σ_i²)^½ / ‖W‖_F, in [0, 1].
 
-    By Eckart & Young 1936 the numerator is the distance in the Frobenius norm to the nearest matrix
-    of rank K. arXiv 2402.03991 bounds that distance for trained networks, with K the number of
-    classes. The division by the norm and the free choice of K are ours.
+    By Eckart & Young 1936 the numerator is the distance, in the Frobenius norm, to the nearest
+    matrix of rank K. arXiv 2402.03991 bounds that distance for trained networks, where K is the
+    number of classes. The division by the norm and the free choice of K are ours.
 
     Args:
         weight: (..., m, n), any real floating dtype.
-        k: K, at least 1. From min(m, n) on the result is 0.
+        k: K, at least 1. If K is min(m, n) or more, the result is 0.
 
     Returns:
-        (...), float32, or float64 for a float64 weight: 0 for the zero matrix, NaN if the matrix
-        holds NaN or inf. Values below about 1e-6 (float32) are rounding.
+        The distance, (...), float32, or float64 for a float64 weight. It is 0 for the zero matrix,
+        and NaN if the matrix holds NaN or inf. Values below about 1e-6 (float32) are rounding.
 
     Raises:
-        ConfigurationError: `k` below 1.
+        ConfigurationError: `k` is below 1.
 
     >>> low_rank_distance(torch.diag(torch.tensor([4.0, 3.0])), 1).item()
     0.6000000238418579
@@ -105,17 +106,18 @@ def low_rank_distance(weight: Tensor, k: int) -> Tensor:
 def quick_low_rank_distance(weight: Tensor, k: int) -> Tensor:
     """Return an upper bound of `low_rank_distance` from a few products with a narrow block.
 
-    It takes K + 8 triplets of `quick_triplets`, whose rest is measured, not subtracted. On noise
-    and on σ_i ∝ i^-p, p from 0.2 to 2, K up to 16 and sides from 16 to 768, it exceeds the distance
-    by at most 0.014, or 1.9 % of it. (With K triplets alone it would by up to 0.30, if one is
-    missed.) No host read.
+    The bound uses K + 8 triplets of `quick_triplets`, whose remainder is measured, not computed by
+    subtraction. We tested noise and spectra σ_i ∝ i^-p with p from 0.2 to 2, K up to 16 and sides
+    from 16 to 768. The bound exceeded the distance by at most 0.014, or 1.9 % of it. (With only K
+    triplets it would exceed it by up to 0.30, if one triplet is missed.) The function does not read
+    from the device.
 
     Args:
         weight: (..., m, n), any real floating dtype.
         k: K, as in `low_rank_distance`.
 
     Raises:
-        ConfigurationError: `k` below 1.
+        ConfigurationError: `k` is below 1.
 
     >>> quick_low_rank_distance(torch.diag(torch.tensor([4.0, 3.0])), 2).item() < 1e-6
     True
@@ -123,7 +125,7 @@ def quick_low_rank_distance(weight: Tensor, k: int) -> Tensor:
     _check(k)
     scaled = unit_scaled(weight)
     triplets, rest = quick_triplets(scaled.matrix, k + _SPARE)
-    # The values beyond K are orthogonal to the rest.
+    # The values beyond K are orthogonal to the remainder.
     tail = torch.linalg.vector_norm(triplets.sigma[..., k:], dim=-1)
     return _share(torch.hypot(rest, tail), frobenius_norm(scaled.matrix), scaled.finite)
 
@@ -139,15 +141,15 @@ def measure_low_rank_distances(
 ) -> dict[str, float]:
     """Return the relative distance to rank K of each 2-D matrix by name.
 
-    Cost: full, for sampled steps: twice that of the stable rank, or that of the effective rank with
-    `exact`; one batched call a shape, and one device-to-host read.
+    Cost: full, for sampled steps. It costs twice as much as the stable rank, or as much as the
+    effective rank with `exact`. There is one batched call per shape, and one device-to-host read.
 
     Args:
         views: The matrices to read.
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
         k: K, the same for all matrices.
-        exact: Take every singular value instead of the upper bound.
+        exact: Compute every singular value instead of the upper bound.
     """
     _check(k)
     distance: Callable[[Tensor, int], Tensor]

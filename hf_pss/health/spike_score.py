@@ -1,4 +1,4 @@
-"""The share of recent steps at which a series exceeded its own recent values by far."""
+"""The share of recent steps at which a series was far above its previous values."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ __all__ = ["SpikeScore"]
 _VERSION = 1
 _WHAT = "the state of a SpikeScore"
 _KEYS = ("version", "num_steps", "window", "spikes", "nonfinite")
-# A constant window has no scale. The number is OLMo's.
+# If all values of the window are equal, it has no scale. The number comes from OLMo.
 _NO_SCALE = 1e-10
 
 
 class SpikeScore:
-    """Counts x_t > mean + 6σ of the 128 values before it, as a share of the last 10,000 steps.
+    """Counts x_t > mean + 6σ of the previous 128 values, as a share of the last 10,000 steps.
 
     The rule is that of OLMo-core's stability monitor, applied to loss and gradient norm. σ is the
-    window's population standard deviation. A spike enters the window like any other value. A window
-    that is not full yet, or has σ < 1e-10, reports no spike.
+    population standard deviation of the window. A spike enters the window like any other value. If
+    the window is not full yet, or has σ < 1e-10, no spike is reported.
 
-    Two details are ours. NaN and inf count as spikes and do not enter the window, which one NaN
-    would spoil for 128 steps. Before `num_recent_steps` the score is the share of the steps so far.
+    Two details are ours. First, NaN and inf count as spikes, but do not enter the window, because
+    one NaN would spoil it for 128 steps. Second, before `num_recent_steps` have passed, the score
+    is the share of the steps so far.
 
-    Cost: light, on the host. 128 numbers and two passes over them a step.
+    Cost: light, on the host. It keeps 128 numbers and makes two passes over them per step.
 
     Args:
-        window_size: Number of earlier values to compare with, at least 2.
+        window_size: Number of previous values to compare with, at least 2.
         num_recent_steps: Number of steps that the score covers, at least 1.
-        num_sigmas: Distance above the mean at which a spike begins, above 0.
+        num_sigmas: Distance above the mean, in σ, at which a spike begins. It is above 0.
 
     Raises:
-        ConfigurationError: A number is outside of its range.
+        ConfigurationError: A number is out of range.
 
     >>> score = SpikeScore(window_size=4, num_recent_steps=10)
     >>> [score.update(x) for x in (1.0, 1.1, 0.9, 1.0, 5.0)]
@@ -64,7 +65,8 @@ class SpikeScore:
         self._num_recent_steps = num_recent_steps
         self._num_sigmas = num_sigmas
         self._num_steps = 0
-        # Step numbers of rare events. Ten thousand flags would enlarge every checkpoint.
+        # The step numbers of rare events. A flag for each of ten thousand steps would
+        # enlarge every checkpoint.
         self._spikes: deque[int] = deque()
         self._nonfinite: deque[int] = deque()
 
@@ -85,13 +87,13 @@ class SpikeScore:
 
     @property
     def score(self) -> float:
-        """Spikes as a share of the recent steps, in [0, 1]; NaN before the first."""
+        """Spikes as a share of the recent steps, in [0, 1]. It is NaN before the first step."""
         steps = min(self._num_steps, self._num_recent_steps)
         return len(self._spikes) / steps if steps else math.nan
 
     @property
     def num_nonfinite(self) -> int:
-        """Number of recent steps with NaN or inf, which count as spikes, too."""
+        """The number of recent steps with NaN or inf. These also count as spikes."""
         return len(self._nonfinite)
 
     def state(self) -> dict[str, JSON]:
@@ -108,8 +110,8 @@ class SpikeScore:
         """Restore a saved state, and return self.
 
         Raises:
-            StateError: The state is truncated, of another version or of another kind. The score is
-                unchanged.
+            StateError: The state is truncated, of a different version or of a different kind. The
+                score is then unchanged.
         """
         check_version(state, _VERSION, _WHAT)
         found = read_object(state, _KEYS, _WHAT)
@@ -127,7 +129,7 @@ class SpikeScore:
     def _stands_out(self, value: float) -> bool:
         if len(self._window) != self._window.maxlen:
             return False
-        # Deviations of values near the largest float would overflow without the scale.
+        # Without the scale, deviations of values near the largest float would overflow.
         scale = max(map(abs, self._window)) or 1.0
         window = [x / scale for x in self._window]
         mean = math.fsum(window) / len(window)

@@ -9,23 +9,23 @@ from hf_pss.linalg.scaling import unit_scaled
 
 __all__ = ["orthonormal_rows", "power_round", "ritz_round"]
 
-# In units of ‖W‖_F², and of a row's length: far above the rounding of fp32.
+# In units of ‖W‖_F² and of a row's length. It is far above the rounding of fp32.
 _LOST = 1e-5
 
 
 def power_round(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do one round of power iteration: u = Wv / ‖Wv‖, σ = ‖Wᵀu‖, v ← Wᵀu / σ.
 
-    Golub & Van Loan, Matrix Computations, section 8.2, on WᵀW.
+    This is the method of Golub & Van Loan, Matrix Computations, section 8.2, applied to WᵀW.
 
     Args:
         weight: (..., m, n), any real floating dtype.
         v: (..., n), unit vectors, float32, or float64 for a float64 weight.
 
     Returns:
-        σ (...), not above σ₁ but for rounding; the new v (..., n), which is the old one if the
-        matrix is not finite or maps it to zero; the residual (...) of the old v, which is 1 if a
-        nonzero matrix maps it to zero.
+        Three tensors. The first is σ (...), which is not above σ₁ except for rounding. The second
+        is the new v (..., n). It is the old one if the matrix is not finite or maps it to zero. The
+        third is the residual (...) of the old v, which is 1 if a nonzero matrix maps it to zero.
 
     >>> weight = torch.diag(torch.tensor([2.0, 1.0]))
     >>> sigma, v, residual = power_round(weight, torch.tensor([1.0, 0.0]))
@@ -54,10 +54,10 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
         squares: (N,): ‖W‖_F².
 
     Returns:
-        The new vectors, an orthonormal basis of WᵀWV, which are the old ones if that is zero or not
-        finite; and (N, 3) in float64: ‖WᵀWz‖/‖Wz‖ of the Ritz vector z, ‖W‖_F and the residual. The
-        first and the last are NaN if an input is not finite. ‖W‖_F is always √squares. The residual
-        is 1 if a nonzero matrix maps z to zero.
+        Two tensors. The first holds the new vectors, an orthonormal basis of WᵀWV. They are the old
+        ones if WᵀWV is zero or not finite. The second is (N, 3) in float64: ‖WᵀWz‖/‖Wz‖ of the Ritz
+        vector z, ‖W‖_F and the residual. The first and the last number are NaN if an input is not
+        finite. ‖W‖_F is always √squares. The residual is 1 if a nonzero matrix maps z to zero.
 
     >>> w = torch.diag(torch.tensor([2.0, 1.0]))
     >>> v = torch.eye(2)[None]
@@ -66,7 +66,7 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
     """
     is_finite = images.isfinite().all(dim=-1).all(dim=-1) & squares.isfinite()
     clean = torch.where(is_finite[:, None, None], images, 0.0)
-    # A matrix may have jumped far from its last scale. Squares of its images must not overflow.
+    # A matrix may be far from its last scale. The squares of its images must not overflow.
     peak = clean.abs().amax(dim=(-2, -1))
     peak = torch.where(peak > 0, peak, 1.0)
     z, w = _rotated(vectors, clean / peak[:, None, None])
@@ -74,7 +74,7 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
     length = torch.linalg.vector_norm(w[:, 0], dim=-1)
     is_seen = ritz > 0
     divisor = torch.where(is_seen, ritz, 1.0)
-    # The quotient of a Ritz value that is pure rounding has no meaning.
+    # If a Ritz value is pure rounding, its quotient has no meaning.
     sigma = torch.where(is_seen, length / divisor.sqrt() * peak.sqrt(), 0.0)
     off = torch.linalg.vector_norm(w[:, 0] - ritz[:, None] * z[:, 0], dim=-1)
     residual = torch.where(is_seen, off / divisor, (squares > 0).to(ritz.dtype))
@@ -85,13 +85,13 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
 
 
 def _rotated(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Ritz vectors and their images, the larger value first."""
+    """Return the Ritz vectors and their images, the one with the larger value first."""
     if vectors.shape[1] == 1:
         return vectors, images
     core = vectors @ images.mT
     a, d = core[:, 0, 0], core[:, 1, 1]
     b = (core[:, 0, 1] + core[:, 1, 0]) / 2
-    # The rotation that diagonalises a symmetric 2 × 2 matrix. eigh would read from the device.
+    # This rotation diagonalises a symmetric 2 × 2 matrix. eigh would read from the device.
     angle = torch.atan2(2 * b, a - d) / 2
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
@@ -99,7 +99,7 @@ def _rotated(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_pair(w: Tensor, z: Tensor) -> Tensor:
-    """Orthonormalise by Gram–Schmidt, twice; take z where the second image is lost."""
+    """Orthonormalise by Gram–Schmidt, twice. Use z if the second image is lost."""
     first = _unit(w[:, 0], z[:, 0])
     if w.shape[1] == 1:
         return first.unsqueeze(1)
@@ -121,10 +121,10 @@ def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def orthonormal_rows(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
-    """Return orthonormal rows, orthogonal to those of the basis.
+    """Return orthonormal rows that are orthogonal to the rows of the basis.
 
-    A row in the span of the basis, or a zero row, leaves only rounding, which after some rounds
-    lies in the span as well. The filler's row replaces it.
+    If a row is zero or lies in the span of the basis, only rounding remains of it. After some
+    rounds this rounding also lies in the span. The row of the filler then replaces it.
     """
     length = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
     block = block / length.clamp_min(torch.finfo(block.dtype).tiny)

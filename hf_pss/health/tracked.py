@@ -1,21 +1,23 @@
 """σ₁, ‖W‖_F and the stable rank of every selected matrix, tracked from step to step.
 
-The package has six ways to σ₁. Each serves a purpose of its own, so each keeps its accuracy:
+The package has six methods for σ₁. Each one has a different purpose and a different accuracy. All
+methods but the first approach σ₁ from below.
 
-- `spectral_norm` without ``num_rounds``: exact, by SVD. For bounds of attention logits and for
-  `hf-pss health --exact`.
-- `spectral_norm` and `quick_stable_rank` with `QUICK_ROUNDS`: σ₁ from below. On noise the stable
-  rank is too high by at most 0.3 % up to a side of 64, and 4 % at 768×768. Computed from scratch at
-  each reading. For detectors, `hf-pss health` and matrices that this tracker cannot scale.
-- `leading_triplets`: from below, on noise of 768×768 within 1e-4. Computed from scratch every 50
-  steps for the floor's record (`hf_pss.models.anchors`), by the call that smoothing makes, so an
-  unchanged matrix gives the same bits.
-- `quick_triplets`: from below, on noise of 64×64 by 2 % on average. Computed from scratch.
-- `SpectrumTracker`, here: from below, by one round of subspace iteration a step. A value is stale
-  above a residual of 0.02, which bounds its error by 1 %. For the health metrics of a run.
-- `hf_pss.health.spectral_norms`: from below, by one round of power iteration a call, and by
-  `leading_triplets` every 50 calls. A value is stale above a residual of 0.05. For the probes of
-  sweeps, whose records hold its numbers.
+- `spectral_norm` without ``num_rounds`` is exact and uses an SVD. The bounds of attention logits
+  and `hf-pss health --exact` use it.
+- `spectral_norm` and `quick_stable_rank` with `QUICK_ROUNDS` start from scratch at each reading. On
+  noise the stable rank is too high by at most 0.3 % up to a side of 64, and by at most 4 % at
+  768×768. The detectors, `hf-pss health` and matrices that this tracker cannot scale use them.
+- `leading_triplets` is within 1e-4 on noise of 768×768. It starts from scratch every 50 steps for
+  the record that `hf_pss.models.anchors` keeps. Smoothing makes the same call, so an unchanged
+  matrix gives the same bits.
+- `quick_triplets` is low by 2 % on average on noise of 64×64. It starts from scratch.
+- `SpectrumTracker`, in this module, makes one round of subspace iteration per step. A value is
+  stale if its residual is above 0.02, so the error of other values is at most 1 %. The health
+  metrics of a run use it.
+- `hf_pss.health.spectral_norms` makes one round of power iteration per call, and uses
+  `leading_triplets` every 50 calls. A value is stale if its residual is above 0.05. The probes of
+  sweeps use it, because their records hold its numbers.
 """
 
 from __future__ import annotations
@@ -38,72 +40,73 @@ from hf_pss.models.selection import MatrixView
 
 __all__ = ["SpectrumTracker", "TrackedSpectrum"]
 
-# Vectors per matrix. The second follows the direction that may overtake the first. With two, the
-# cache serves all but the first of a block's five uses.
+# Vectors per matrix. The second one tracks the direction that may overtake the first. With two
+# vectors, a block is used five times, and all uses but the first are served by the cache.
 _WIDTH = 2
-# Elements of a block: 1 MiB of fp32, the L2 cache of one core.
+# Elements of a block. 1 MiB of fp32 fits into the L2 cache of one core.
 _BLOCK_ELEMENTS = 2**18
-# Rounds of the Krylov space of the first refresh, before its one ordinary round.
+# Rounds of the Krylov space in the first refresh, before its one ordinary round.
 _COLD_ROUNDS = 16
-# Extra rounds in a step for a matrix with a large residual. The limit is half the stale one,
-# because the vectors of a changing matrix lag behind before the residual shows it [ours].
+# Extra rounds per step for a matrix with a large residual. The limit is half the limit for stale
+# values, because the vectors of a changing matrix lag behind before the residual shows it [ours].
 _EXTRA_ROUNDS, _EXTRA_ABOVE = 2, 0.01
-# Rounds a step on devices with enough bandwidth.
+# Rounds per step on devices with enough bandwidth.
 _DEVICE_ROUNDS = 2
-# By Weyl, a value of WᵀW lies within residual · σ² of σ², so a value of W within half that share.
+# By Weyl's theorem, an eigenvalue of WᵀW lies within residual · σ² of σ². So a singular value of W
+# lies within half of that share.
 _STALE_ABOVE = 0.02
 _SEED = 20261121
-# fp32 elements (64 MiB) in one batched call on an accelerator, and of the Krylov spaces that a cold
-# start holds at a time.
+# The number of fp32 elements (64 MiB) in one batched call on an accelerator. It also limits the
+# Krylov spaces that a cold start holds at the same time.
 _MAX_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedSpectrum:
-    """The numbers of one matrix, in its units; all NaN if it holds NaN or inf."""
+    """The numbers of one matrix, in its units. All are NaN if the matrix holds NaN or inf."""
 
     sigma: float
-    """σ₁ from below."""
+    """σ₁, approached from below."""
     frobenius: float
     """‖W‖_F."""
     residual: float
-    """‖WᵀWv − s²v‖ / s² of the tracked unit vector v, s = ‖Wv‖. Some singular value lies within
-    half of that share. It is near 0 if a direction stands out. On noise, whose first values lie
-    close together, it is far above the error of σ₁."""
+    """‖WᵀWv − s²v‖ / s² of the tracked unit vector v, with s = ‖Wv‖. Some singular value lies
+    within half of that share. The residual is near 0 if one direction stands out. On noise, whose
+    first values are close together, it is far above the error of σ₁."""
 
     @property
     def stable_rank(self) -> float:
-        """‖W‖_F² / σ₁², from above; 0 for the zero matrix, as in `hf_pss.linalg.stable_rank`."""
+        """‖W‖_F² / σ₁², from above. 0 for the zero matrix, as in `hf_pss.linalg.stable_rank`."""
         if self.sigma == 0:
             return 0.0 if self.frobenius == 0 else math.nan
         return (self.frobenius / self.sigma) ** 2
 
     @property
     def is_stale(self) -> bool:
-        """Whether the bound on σ₁'s error exceeds 1 %, or is NaN."""
+        """Whether the bound on the error of σ₁ exceeds 1 %, or is NaN."""
         return not self.residual <= _STALE_ABOVE
 
 
 @dataclass(slots=True)
 class _Group:
-    """Matrices whose vectors have one length, dtype and device; k = 2."""
+    """Matrices whose vectors have the same length, dtype and device. k is 2."""
 
     slots: tuple[MatrixRef, ...]
     vectors: Tensor
-    """(N, k, c), orthonormal rows; c is the stored tensor's last dimension."""
+    """(N, k, c), orthonormal rows. c is the last dimension of the stored tensor."""
     scale: Tensor
     """(N,), the last σ₁. Vectors are divided by it before a product, so that nothing overflows."""
     found: Tensor
-    """(N, 3), float64: σ₁, ‖W‖_F, the residual; on the device. NaN before the first round."""
+    """(N, 3), float64, on the device: σ₁, ‖W‖_F and the residual. NaN before the first round."""
 
     def chunks(self, size: int) -> Iterator[_Group]:
-        """Yield the group in parts of that many matrices, which share its memory."""
+        """Yield the group in parts of ``size`` matrices. The parts share the group's memory."""
         for first in range(0, len(self.slots), size):
             at = slice(first, first + size)
             yield _Group(self.slots[at], self.vectors[at], self.scale[at], self.found[at])
 
     def some(self, at: Sequence[int], index: Tensor) -> _Group:
-        """Return a copy of the group with these matrices alone."""
+        """Return a copy of the group with only these matrices."""
         kept = (x.index_select(0, index) for x in (self.vectors, self.scale, self.found))
         return _Group(tuple(self.slots[i] for i in at), *kept)
 
@@ -115,26 +118,27 @@ class _Group:
 
 
 class SpectrumTracker:
-    """Follows σ₁ and ‖W‖_F of the selected matrices by one reading of the weights a step.
+    """Tracks σ₁ and ‖W‖_F of the selected matrices by reading the weights once per step.
 
-    Subspace iteration on SᵀS with two vectors and Rayleigh–Ritz (Golub & Van Loan, Matrix
-    Computations, section 8.2.4), S the matrix as it is stored. For each block of rows that fits in
-    the cache it computes u = S_b V, Y += S_bᵀu and f += ‖S_b‖², so main memory is read once. From
-    the Ritz vector z it takes σ = ‖SᵀSz‖ / ‖Sz‖, below σ₁ and above ‖Sz‖.
+    The method is subspace iteration on SᵀS with two vectors and Rayleigh–Ritz (Golub & Van
+    Loan, Matrix Computations, section 8.2.4), where S is the matrix as it is stored. For each
+    block of rows that fits into the cache it computes u = S_b V, Y += S_bᵀu and f += ‖S_b‖². So
+    it reads main memory only once. From the Ritz vector z it computes σ = ‖SᵀSz‖ / ‖Sz‖, which
+    is below σ₁ and above ‖Sz‖.
 
-    The first `refresh`, also after a resume, builds a block Krylov space of 16 rounds instead,
-    because no checkpoint holds the vectors.
+    The first `refresh` of a run, including a resumed one, builds a block Krylov space of 16 rounds
+    instead, because checkpoints do not hold the vectors.
 
     Cost: light, for every step, without a read from the device until `read`. Under FSDP2 each rank
-    multiplies its own rows, and one sum over ranks joins a round. Replicas each do all the work.
-    So do the ranks of ZeRO, on the copy for the forward pass; stage 3 gathers it one parameter at a
-    time, in every round.
+    multiplies the rows that it stores, and one sum over ranks combines them in each round. Under
+    DDP each replica does all the work. Each rank of ZeRO also does all the work, on the copy for
+    the forward pass. Stage 3 gathers that copy in every round, one parameter at a time.
 
     Args:
-        views: The matrices to follow.
+        views: The matrices to track.
         backend: How parameters are stored.
-        batched: Stack equal shapes for one batched call each, which is slower on a CPU. None does
-            so on all devices but a CPU.
+        batched: Stack matrices of equal shape for one batched call. This is slower on a CPU. None
+            means yes on all devices except a CPU.
     """
 
     def __init__(
@@ -149,11 +153,11 @@ class SpectrumTracker:
 
     @torch.no_grad()
     def refresh(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Update all numbers to the current weights; only a cold start reads from the device.
+        """Update all numbers to the current weights. Only a cold start reads from the device.
 
-        Matrices with a residual above 1 % get up to two more rounds. On a CPU they get them at
-        once. On other devices, and if parameters are sharded, those found by the last `read` do.
-        All ranks must call it.
+        Matrices with a residual above 1 % get up to two more rounds. On a CPU they get these rounds
+        immediately. On other devices, and if parameters are sharded, only the matrices that the
+        last `read` found get them. All ranks must call it.
         """
         if not self._slots:
             return
@@ -161,7 +165,7 @@ class SpectrumTracker:
             groups = self._grouped(parameters)
             for group in groups:
                 self._start_cold(group, parameters)
-            # Only now, so that a cold start that raises is repeated.
+            # Set this last, so that a cold start that raises is repeated.
             self._groups = groups
         for group in self._groups:
             for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
@@ -180,12 +184,13 @@ class SpectrumTracker:
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
         """Return the numbers of the last `refresh` by name, with one device-to-host read.
 
-        Squares of entries beyond 1e19 or below 1e-22 do not fit into fp32. Such matrices, and those
-        that hold inf or only zeros, are measured apart, scaled, with one or two more reads. All
-        ranks must call it.
+        Squares of entries beyond 1e19 or below 1e-22 do not fit into fp32. Matrices with such
+        entries, and matrices that hold inf or only zeros, are scaled and measured separately, with
+        one or two more reads. All ranks must call it.
 
         Args:
-            parameters: As in `refresh`; only those few matrices are read.
+            parameters: As in `refresh`. Only the few matrices that are
+                measured separately are read.
         """
         if not self._groups:
             return {}
@@ -204,7 +209,7 @@ class SpectrumTracker:
         return {slot.name: found[slot.name] for slot in self._slots}
 
     def measure(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
-        """Refresh and read."""
+        """Call `refresh` and return the result of `read`."""
         self.refresh(parameters)
         return self.read(parameters)
 
@@ -212,26 +217,27 @@ class SpectrumTracker:
     def directions(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return v₁ of each matrix by name, (n,), from the last `refresh`.
 
-        It is on the device and has length 1; zeros for a zero matrix, NaN for one that is not
-        finite. All ranks must call it.
+        Each vector is on the device and has length 1. It is zero for a zero matrix, and NaN for a
+        matrix that is not finite. All ranks must call it.
         """
         found: dict[str, Tensor] = {}
         for group in self._groups:
             sigma = group.found[:, :1]
-            # 0, 1 or NaN.
+            # The value is 0, 1 or NaN.
             known = torch.where(sigma.isnan(), sigma, (sigma > 0).double()).to(group.vectors.dtype)
             for slot, vector in zip(group.slots, group.vectors[:, 0] * known, strict=True):
                 found[slot.name] = vector
                 if not slot.view.transposed:
                     continue
-                # Stored as inputs × outputs, so the vector is u₁; one product gives v₁.
+                # The matrix is stored as inputs × outputs, so the vector is
+                # u₁. One product gives v₁.
                 v = vector.new_zeros(slot.shape[1])
                 parameter = parameters[slot.view.parameter_name]
                 with self._backend.read_part(parameter) as part:
                     is_whole = len(part.tensor) == parameter.shape[0]
                     stored = _stored(slot, part, is_whole=is_whole)
                     if stored is not None:
-                        # The rows of an expert are never divided among ranks.
+                        # The rows of one expert are never divided among ranks.
                         start = 0 if slot.expert is not None else part.start
                         v[start : start + len(stored)] = stored.to(v.dtype) @ vector
                 found[slot.name] = v
@@ -264,14 +270,15 @@ class SpectrumTracker:
         return groups
 
     def _unsettled_in(self, group: _Group) -> list[int]:
-        """Return the matrices that need more rounds, by their residuals on a CPU, else by `read`.
+        """Return the matrices that need more rounds.
 
-        Replicas find the same matrices, and their rounds need no other rank.
+        On a CPU their current residuals decide, and otherwise the last `read`. All replicas find
+        the same matrices, and their rounds need no other rank.
         """
         waits = self._backend.is_shared and type(self._backend) is not Replicated
         if group.found.device.type != "cpu" or waits:
             return [i for i, slot in enumerate(group.slots) if slot.name in self._unsettled]
-        # More rounds do not help a residual of NaN.
+        # If the residual is NaN, more rounds do not help.
         return [i for i, off in enumerate(group.found[:, 2].tolist()) if off > _EXTRA_ABOVE]
 
     def _round(
@@ -281,7 +288,7 @@ class SpectrumTracker:
         *,
         is_first: bool = True,
     ) -> None:
-        """Do one round. The first of a refresh measures ‖W‖_F, too."""
+        """Do one round. The first round of a refresh also measures ‖W‖_F."""
         images, squares = self._products(group, group.vectors, parameters, squares=is_first)
         moved, found = ritz_round(group.vectors, images, squares)
         found[:, :2] *= group.scale.double().unsqueeze(-1)
@@ -293,8 +300,9 @@ class SpectrumTracker:
     def _start_cold(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put the two leading Ritz vectors of a block Krylov space of SᵀS into the group.
 
-        Musco & Musco 2015, arXiv 1504.05477, algorithm 2, on the Gram matrix, which has the first
-        values and loses those below 3e-4 σ₁. Decompositions read LAPACK's status from the device.
+        This is algorithm 2 of Musco & Musco 2015, arXiv 1504.05477, on the Gram matrix. The Gram
+        matrix keeps the first values and loses those below 3e-4 σ₁. The decompositions read
+        LAPACK's status from the device.
         """
         num_rows = 2 * (_COLD_ROUNDS + 1) * group.vectors.shape[1]  # of the basis and its images
         size = max(1, _MAX_ELEMENTS // (num_rows * group.vectors.shape[2]))
@@ -326,7 +334,7 @@ class SpectrumTracker:
         _, rotation = torch.linalg.eigh((core + core.mT).double() / 2)
         leading = rotation[..., -basis.shape[1] :].flip(-1)[..., : group.vectors.shape[1]]
         vectors = leading.to(basis.dtype).mT @ basis
-        # The round that follows multiplies these vectors again, so its value is below σ₁.
+        # The next round multiplies these vectors again, so its value is below σ₁.
         group.vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
 
     def _products(
@@ -339,7 +347,7 @@ class SpectrumTracker:
     ) -> tuple[Tensor, Tensor]:
         """Return SᵀSv / scale² of all vectors, (N, k, c), and ‖S‖_F² / scale², (N,).
 
-        Without `squares` ones take the place of the latter.
+        Without `squares`, the second tensor holds ones.
         """
         inverse = group.scale.reciprocal()
         scaled = vectors * inverse[:, None, None]
@@ -347,7 +355,8 @@ class SpectrumTracker:
         norms = [vectors.new_zeros(())] * len(group.slots)
         batch: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = {}
         is_batched = vectors.device.type != "cpu" if self._batched is None else self._batched
-        # A product with a vector keeps one core busy, so each core takes matrices of its own.
+        # A product with a vector keeps only one core busy, so each core works
+        # on different matrices.
         tasks: dict[int, Future[Tensor]] = {}
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for i, slot in enumerate(group.slots):
@@ -363,7 +372,7 @@ class SpectrumTracker:
                     tasks[i] = pool.submit(
                         _add_blockwise_, images[i], stored, scaled[i], norm=squares
                     )
-                    if self._backend.is_shared:  # the tensor may exist for this look only
+                    if self._backend.is_shared:  # the tensor may exist only during this read
                         tasks[i].result()
         for i, task in tasks.items():
             norms[i] = task.result()
@@ -380,9 +389,9 @@ class SpectrumTracker:
     def _measured_apart(
         self, names: Collection[str], parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, TrackedSpectrum]:
-        """Measure matrices that overflow or vanish, whose vectors and residuals have no meaning.
+        """Measure matrices that overflow or vanish. Their vectors and residuals have no meaning.
 
-        Collective, like `measure_each`; every rank has the same names.
+        Collective, like `measure_each`. Every rank passes the same names.
         """
 
         def measured(
@@ -420,16 +429,17 @@ def _stored(slot: MatrixRef, part: Part, *, is_whole: bool) -> Tensor | None:
     return found.mT if slot.view.transposed else found
 
 
-@torch.no_grad()  # which a thread begins without
+@torch.no_grad()  # a new thread starts without it
 def _add_blockwise_(images: Tensor, stored: Tensor, vectors: Tensor, *, norm: bool) -> Tensor:
-    """Add SᵀSv to each of the images, a block of S at a time; return ‖S‖_F, or 0."""
+    """Add SᵀSv to each of the images, one block of S at a time. Return ‖S‖_F, or 0."""
     found = [images.new_zeros(())]
     for part in torch.split(stored, max(1, _BLOCK_ELEMENTS // stored.shape[-1])):
         block = part.to(images.dtype)
         for image, vector in zip(images, vectors, strict=True):
-            # On a CPU products with a narrow matrix are far slower than those with vectors.
+            # On a CPU, products with a narrow matrix are far slower than products with vectors.
             image.addmv_(block.mT, torch.mv(block, vector))
-        # One norm of all is slow for rows that lie apart, and one a row for adjacent rows.
+        # For rows that are not adjacent, one norm of all rows is slow. For adjacent rows, one norm
+        # per row is slow.
         if norm and block.is_contiguous():
             found.append(torch.linalg.vector_norm(block))
         elif norm:
@@ -457,7 +467,7 @@ def _add_batched_(
 
 
 def _usable(scale: Tensor, otherwise: Tensor) -> Tensor:
-    """Return these scales where they and their inverses are normal numbers, else the others."""
+    """Return the scales that are normal numbers with normal inverses, and else the other values."""
     scale, tiny = scale.to(otherwise.dtype), torch.finfo(otherwise.dtype).tiny
     return torch.where((scale >= tiny) & (scale <= 1 / tiny), scale, otherwise)
 
@@ -471,9 +481,9 @@ def _sent(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tenso
 
 
 def _is_plausible(one: TrackedSpectrum) -> bool:
-    """Return whether no square has overflown or vanished: ‖W‖_F is at least σ₁, neither is 0.
+    """Return whether no square overflowed or vanished: ‖W‖_F is at least σ₁, and neither is 0.
 
-    A sum of squares is NaN only if an entry is. Such a matrix has no other numbers.
+    A sum of squares is NaN only if an entry is NaN. For such a matrix there are no other numbers.
     """
     if math.isnan(one.frobenius):
         return True

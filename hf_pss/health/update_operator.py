@@ -1,9 +1,10 @@
-"""Non-normality of the linearised update J = I − ηMH, H the Hessian and M Adam's diagonal.
+"""Non-normality of the linearised update J = I − ηMH. H is the Hessian and M is Adam's diagonal.
 
-A non-normal J may amplify for some steps although every eigenvalue lies inside the unit circle.
-arXiv 2605.23476 measures κ(V), the condition number of J's eigenvectors, and finds it an order of
-magnitude higher in unstable phases. This module has a bound of κ(V) from Adam's second moments
-alone, the size of the commutator [H, M], and the curvatures at which momentum makes κ(V) infinite.
+A non-normal J may amplify for some steps although every eigenvalue is inside the unit circle. arXiv
+2605.23476 measures κ(V), the condition number of J's eigenvectors. It finds that κ(V) is an order
+of magnitude higher in unstable phases. This module computes three quantities: a bound of κ(V) from
+Adam's second moments alone, the size of the commutator [H, M], and the curvatures at which momentum
+makes κ(V) infinite.
 """
 
 from __future__ import annotations
@@ -37,41 +38,41 @@ __all__ = [
 ]
 
 SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")
-"""Keys of v in the state of Adam and its family. AMSGrad divides by the maximum."""
+"""The keys of v in the state of Adam and its family. AMSGrad divides by the maximum."""
 
 ALARM_RATIO = 10.0
 """The factor in κ(V) between stable and unstable phases (arXiv 2605.23476)."""
 
-# Readings before the alarm has a reference, and the weight of the newest [ours].
+# The number of readings before the alarm has a reference, and the weight of the newest one [ours].
 _CALIBRATION_READINGS, _ALPHA = 10, 0.1
-# An exponent and three bits of the mantissa: the middle of a bin is within 1/16 of its values, and
-# its root within 1/32.
+# The shift keeps the exponent and three bits of the mantissa. So the middle of a bin is within 1/16
+# of its values, and its root is within 1/32.
 _SHIFT, _NUM_BINS = 20, 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """The range of d = √v̂ + ε over one matrix, in units of its gradient; M = 1/d."""
+    """The range of d = √v̂ + ε over one matrix, in units of its gradient. M is 1/d."""
 
     smallest: float
-    """All four are NaN if a v is NaN, inf or negative."""
+    """The minimum. All four numbers are NaN if an entry of v is NaN, inf or negative."""
     largest: float
     low: float
-    """Quantile at the share `trim` from below, to 3 %."""
+    """The quantile at the share `trim` from below, accurate to 3 %."""
     high: float
-    """Quantile at the share `trim` from above, to 3 %."""
+    """The quantile at the share `trim` from above, accurate to 3 %."""
 
     @property
     def sqrt_condition(self) -> float:
-        """√κ(M) = √(max d / min d), the bound of arXiv 2605.23476; inf if min d is 0."""
+        """√κ(M) = √(max d / min d), the bound of arXiv 2605.23476. It is inf if min d is 0."""
         return _root_ratio(self.largest, self.smallest)
 
     @property
     def trimmed_sqrt_condition(self) -> float:
-        """The same ratio between two quantiles [ours], to 3 %.
+        """The same ratio between two quantiles [ours], accurate to 3 %.
 
-        It bounds nothing, but a single dead weight with d = ε does not decide it, so it suits an
-        alarm better.
+        It is not a bound. But a single dead weight with d = ε does not determine it, so it is more
+        suitable for an alarm.
         """
         return _root_ratio(self.high, self.low)
 
@@ -81,11 +82,11 @@ def denominators(second_moment: Tensor, *, eps: float, bias_correction: Tensor |
 
     Args:
         second_moment: v, any shape, any real floating dtype, not negative.
-        eps: ε, which torch.optim adds outside of the root.
-        bias_correction: 1 − β₂ᵗ, in (0, 1]; 1 for none.
+        eps: ε, which torch.optim adds outside the root.
+        bias_correction: 1 − β₂ᵗ, in (0, 1]. 1 means no correction.
 
     Returns:
-        float32, or float64 for float64.
+        The denominators in float32, or float64 for float64.
 
     >>> denominators(torch.tensor([0.25]), eps=0.5, bias_correction=0.25).tolist()
     [1.5]
@@ -95,18 +96,18 @@ def denominators(second_moment: Tensor, *, eps: float, bias_correction: Tensor |
 
 
 def sqrt_condition(denominator: Tensor) -> Tensor:
-    """Return √κ(M) = √(max d / min d) of each matrix, M = diag(1/d), d = √v̂ + ε.
+    """Return √κ(M) = √(max d / min d) of each matrix, where M = diag(1/d) and d = √v̂ + ε.
 
-    MH is similar to the symmetric M^½HM^½ = QΛQᵀ, so V = M^½Q holds eigenvectors of J = I − ηMH,
-    and κ(V) = √κ(M) needs no Hessian (arXiv 2605.23476). With eigenvectors of unit length κ is at
-    most √n times that of the best scaling (van der Sluis 1969), so the bound is not exact. For one
-    matrix it concerns that matrix's block of H.
+    MH is similar to the symmetric M^½HM^½ = QΛQᵀ, so V = M^½Q holds eigenvectors of J = I − ηMH.
+    Therefore κ(V) = √κ(M) needs no Hessian (arXiv 2605.23476). With eigenvectors of unit length κ
+    is at most √n times the κ of the best scaling (van der Sluis 1969), so the bound is not exact.
+    If you pass one matrix, the bound applies to that matrix's block of H.
 
     Args:
         denominator: (..., m, n), positive.
 
     Returns:
-        (...), at least 1; inf if one d is 0, NaN if one is NaN or inf.
+        The root, (...), at least 1. It is inf if one d is 0, and NaN if one d is NaN or inf.
 
     >>> sqrt_condition(torch.tensor([[1.0, 4.0], [2.0, 16.0]])).item()
     4.0
@@ -127,25 +128,25 @@ def measure_denominators(
 ) -> dict[str, Denominators]:
     """Return the range of √v̂ + ε of each 2-D matrix by name.
 
-    Cost: standard, for sampled steps: a few passes over v, one of them to count it into 2,048 bins,
-    and one device-to-host read. If v is sharded, every rank counts its own rows, and the counts are
-    added up. The pieces of ZeRO are not rows, so every rank assembles the v of one matrix at a
-    time. There ε comes from the first group, and v has no bias correction, which changes the weight
-    of ε beside it.
+    Cost: standard, for sampled steps. It needs a few passes over v, one of which counts v into
+    2,048 bins, and one device-to-host read. If v is sharded, every rank counts the rows that it
+    stores, and the counts are added up. The pieces of ZeRO are not rows, so every rank assembles
+    the v of one matrix at a time. In that case ε comes from the first group. Also v has no bias
+    correction, which changes the weight of ε relative to v.
 
     Args:
         views: The matrices to read.
         parameters: The model's parameters by canonical name.
         optimizer: Holds v. ε and β₂ are those of the parameter's group.
         backend: How parameters and their moments are stored.
-        trim: Share of the weights that the trimmed version ignores at each end, in [0, 0.5).
+        trim: The share of the weights that the trimmed version ignores at each end, in [0, 0.5).
 
     Returns:
-        Ranges by name. Matrices without a second moment are left out: before the first step, or
-        with an optimizer that keeps none.
+        The ranges by name. Matrices without a second moment are left out. This happens before the
+        first step, and with optimizers that keep no second moment.
 
     Raises:
-        ConfigurationError: `trim` is outside of its range.
+        ConfigurationError: `trim` is out of range.
     """
     if not 0 <= trim < 0.5:
         raise ConfigurationError(f"You gave trim={trim}; give a share in [0, 0.5).")
@@ -180,9 +181,9 @@ def measure_denominators(
 
 
 def whole_model(ranges: Mapping[str, Denominators]) -> Denominators:
-    """Return the range over all matrices: that of M for the whole model [ours].
+    """Return the range over all matrices, which is the range of M for the whole model [ours].
 
-    The quantiles of the result are the widest of all matrices; NaN if one matrix has NaN.
+    The quantiles of the result are the widest of all matrices. They are NaN if one matrix has NaN.
 
     >>> a, b = Denominators(1.0, 4.0, 1.0, 4.0), Denominators(2.0, 16.0, 2.0, 8.0)
     >>> whole_model({"a": a, "b": b}).sqrt_condition
@@ -200,18 +201,18 @@ def whole_model(ranges: Mapping[str, Denominators]) -> Denominators:
 
 
 class ConditionAlarm:
-    """Compares √κ(M) with its own moving average, which begins again after each alarm [ours]."""
+    """Compares √κ(M) with its moving average, which restarts after each alarm [ours]."""
 
     def __init__(self) -> None:
         self.reference = 0.0
         """The moving average."""
         self.num_readings = 0
-        """Readings in it."""
+        """The number of readings in the moving average."""
 
     def update(self, condition: float) -> float | None:
-        """Take a finite value; return the reference from which it has moved, or None.
+        """Add a finite value. Return the reference from which it has moved, or None.
 
-        The first 10 readings after the start or an alarm only calibrate.
+        The first 10 readings after the start or after an alarm only calibrate.
         """
         has_reference = self.num_readings >= _CALIBRATION_READINGS
         before = None
@@ -224,9 +225,9 @@ class ConditionAlarm:
 
 
 def has_moved(reference: float, now: float) -> bool:
-    """Return whether the bound has risen or fallen by the paper's order of magnitude, or is NaN.
+    """Return whether the bound changed by the paper's order of magnitude up or down, or is NaN.
 
-    Our reference is the bound's own moving average. An absolute level has no meaning, because ε
+    Our reference is the moving average of the bound. An absolute level has no meaning, because ε
     alone can determine it.
 
     >>> has_moved(100.0, 300.0), has_moved(100.0, 1000.0), has_moved(100.0, 9.0)
@@ -247,20 +248,21 @@ def _root_ratio(larger: float, smaller: float) -> float:
 def _bias_correction(
     optimizer: Optimizer, parameter: Tensor, group: Mapping[str, object]
 ) -> Tensor | float:
-    """Return 1 − β₂ᵗ, on the device that counts the steps; 1 if the optimizer counts none."""
+    """Return 1 − β₂ᵗ on the device that counts the steps, or 1 if the optimizer counts none."""
     step = optimizer.state.get(parameter, {}).get("step")
     betas = group.get("betas")
     if step is None or not isinstance(betas, tuple | list):
         return 1.0
     correction: Tensor = 1 - float(betas[1]) ** torch.as_tensor(step, dtype=torch.float64)
-    # A 0-dimensional tensor works with any device and keeps the other operand's dtype.
+    # A 0-dimensional tensor works with any device and keeps the dtype of the other operand.
     return correction if correction.device.type != "cpu" else float(correction)
 
 
 def _counted(v: Tensor, correction: Tensor | float, backend: Backend) -> Tensor:
-    """Return a row to be summed over ranks: extrema in this rank's place, then counts by bits of v.
+    """Return a row to be summed over ranks: this rank's extrema, then the counts by bits of v.
 
-    √v̂ + ε grows with v, so extrema and quantiles of v suffice.
+    √v̂ + ε grows with v, so the extrema and quantiles of v are sufficient. The extrema are in this
+    rank's place of the row.
     """
     extrema = torch.zeros(backend.world_size, 4, dtype=torch.float64, device=v.device)
     counts = torch.zeros(_NUM_BINS, dtype=torch.int64, device=v.device)
@@ -268,11 +270,11 @@ def _counted(v: Tensor, correction: Tensor | float, backend: Backend) -> Tensor:
         v = v if v.stride(-1) == 1 else v.mT  # as stored, because the order does not matter
         low, high = torch.aminmax(v)
         is_bad = ~(low.isfinite() & high.isfinite() & (low >= 0))
-        # NaN would spoil the other ranks' numbers in the sum, so a flag stands for it.
+        # NaN would spoil the numbers of the other ranks in the sum, so a flag represents it.
         ends = [torch.where(is_bad, 1.0, x.double()) for x in (low, high)]
         bias = torch.as_tensor(correction, dtype=torch.float64, device=v.device)
         extrema[backend.rank] = torch.stack([1.0 + is_bad.double(), bias, *ends])
-        # The bits of non-negative floats have the order of the floats; -0 counts as negative.
+        # The bits of non-negative floats have the same order as the floats. -0 counts as negative.
         bits = v.reshape(-1).float().view(torch.int32) >> _SHIFT
         bins = bits.clamp_(0, _NUM_BINS - 1).long()
         # Integer sums do not depend on the order. bincount would read its maximum from the device.
@@ -285,9 +287,9 @@ def _ranges(row: Tensor, eps: float, world_size: int, trim: float) -> Denominato
     here = extrema[extrema[:, 0] > 0]  # 0: no row of the matrix; 1: numbers; 2: NaN or inf
     if len(here) == 0 or bool((here[:, 0] > 1).any()):
         return _BROKEN
-    correction = float(here[0, 1]) or 1.0  # a state before its first step
+    correction = float(here[0, 1]) or 1.0  # 0 if the state has made no step yet
     smallest, largest = float(here[:, 2].min()), float(here[:, 3].max())
-    # The middle of a bin may lie outside the range of its values.
+    # The middle of a bin may be outside the range of its values.
     low, high = (
         min(max(_quantile(counts, share), smallest), largest) for share in (trim, 1 - trim)
     )
@@ -296,7 +298,7 @@ def _ranges(row: Tensor, eps: float, world_size: int, trim: float) -> Denominato
 
 
 def _quantile(counts: Tensor, share: float) -> float:
-    """Return the middle of the first bin up to which at least this share, and one value, lies."""
+    """Return the middle of the first bin up to which the counts reach this share, and 1."""
     wanted = max(math.ceil(share * float(counts.sum()) - 1e-6), 1)  # 1e-6: rounding of the product
     index = int((counts.cumsum(0) < wanted).sum())
     middle = torch.tensor((index << _SHIFT) + (1 << (_SHIFT - 1)), dtype=torch.int32)
@@ -310,24 +312,25 @@ def commutator_size(
     num_directions: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """Return √(mean ‖[H, M]z‖²), z random signs over √n, M = diag(1/d): ≈ ‖[H, M]‖_F/√n.
+    """Return √(mean ‖[H, M]z‖²) ≈ ‖[H, M]‖_F/√n, with M = diag(1/d) and z random signs over √n.
 
-    The commutator makes Adam's update operator non-normal (arXiv 2605.23476). We sample its
-    Frobenius norm with Hutchinson's directions. It is 0 if M is a multiple of the identity.
+    The commutator makes Adam's update operator non-normal (arXiv 2605.23476). We sample
+    its Frobenius norm with Hutchinson's directions. The commutator is 0 if M is a
+    multiple of the identity.
 
-    Cost: full. Two Hessian–vector products a direction, without a read from the device.
+    Cost: full. There are two Hessian–vector products per direction, and no read from the device.
 
     Args:
-        product: Maps z, tensors of the parameters' shapes, to Hz.
-        denominator: d = √v̂ + ε by parameter.
-        num_directions: At least 1; the error falls with its root.
-        seed: Of the directions. The global random state is left alone.
+        product: Maps z, a list of tensors with the parameters' shapes, to Hz.
+        denominator: d = √v̂ + ε for each parameter.
+        num_directions: At least 1. The error falls with the square root of this number.
+        seed: The seed of the directions. The global random state is not used.
 
     Returns:
-        Scalar, in the units of H/d; NaN if a number is not finite.
+        A scalar in the units of H/d. It is NaN if a number is not finite.
 
     Raises:
-        ConfigurationError: Fewer than one direction, or no parameter.
+        ConfigurationError: There is fewer than one direction, or no parameter.
 
     >>> h = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> d = torch.tensor([1.0, 2.0])
@@ -357,19 +360,19 @@ def commutator_size(
 def exceptional_points(lr: float, beta: float) -> tuple[float, float]:
     """Return λ* = (1 ∓ √β)²/η, the curvatures at which the modes of heavy-ball momentum coalesce.
 
-    There the companion matrix [[1 + β − ηλ, −β], [1, 0]] of x ← x − ηλx + β(x − x₋₁) has a double
-    eigenvalue and one eigenvector, and κ(V) is infinite (arXiv 2605.23476). Between the two points
-    the mode oscillates. Stability ends above both, at 2(1 + β)/η.
+    At these curvatures the companion matrix [[1 + β − ηλ, −β], [1, 0]] of x ← x − ηλx + β(x − x₋₁)
+    has a double eigenvalue and one eigenvector, and κ(V) is infinite (arXiv 2605.23476). Between
+    the two points the mode oscillates. Stability ends above both, at 2(1 + β)/η.
 
     Args:
-        lr: η. With torch's SGD it is the learning rate times (1 − dampening).
+        lr: η. For torch's SGD it is the learning rate times (1 − dampening).
         beta: Momentum, in [0, 1).
 
     Returns:
         The lower and the upper point, in units of the Hessian's eigenvalues.
 
     Raises:
-        ConfigurationError: A number is outside of its range.
+        ConfigurationError: A number is out of range.
 
     >>> exceptional_points(0.5, 0.25)
     (0.5, 4.5)
@@ -383,12 +386,12 @@ def exceptional_points(lr: float, beta: float) -> tuple[float, float]:
 
 
 def exceptional_distance(curvature: float, lr: float, beta: float) -> float:
-    """Return min |λ − λ*|/λ* over both exceptional points, without unit; the division is ours.
+    """Return min |λ − λ*|/λ* over both exceptional points, without unit. The division is ours.
 
     Args:
         curvature: λ, an eigenvalue of the Hessian, for instance the largest.
         lr: As in `exceptional_points`.
-        beta: As there.
+        beta: As in `exceptional_points`.
 
     >>> round(exceptional_distance(4.05, 0.5, 0.25), 3)
     0.1

@@ -1,6 +1,6 @@
-"""Apply a smoothing function to the leading singular values of matrices: W* = W + U(φ(Σ) − Σ)Vᵀ.
+"""Smoothing of the leading singular values of matrices, W* = W + U(φ(Σ) − Σ)Vᵀ.
 
-A LoRA product s·B·A is smoothed through an edit of both factors.
+A LoRA product s·B·A is smoothed by an edit of both factors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.linalg.smoothing import SmoothingFunction, Spectrum
 from hf_pss.linalg.triplets import DEFAULT_ROUNDS, Triplets, leading_triplets
 
-# Rounds to measure σ₁ after the edit. It leaves equal leading values, for which the iteration
-# converges slowest. On the capped matrices of SmolLM2-135M 12 rounds read σ₁ low by at most 0.5 %,
-# 8 rounds by 1.1 %.
+# The number of rounds to measure σ₁ after the edit. The edit leaves equal leading values, and for
+# these the iteration converges slowest. On the capped matrices of SmolLM2-135M σ₁ was too low by at
+# most 0.5 % with 12 rounds, and by at most 1.1 % with 8 rounds.
 _MEASURING_ROUNDS = 12
 
 
@@ -27,13 +27,15 @@ class SmoothingStatus(IntEnum):
     """The effect of smoothing on a matrix."""
 
     UNCHANGED = 0
-    """φ asks for no change above rounding: the matrix is returned bit for bit."""
+    """φ asks for no change above rounding, so the matrix is returned bit for bit."""
     SMOOTHED = 1
-    """Its leading values were moved."""
+    """The leading values of the matrix were moved."""
     TRUNCATED = 2
-    """Moved, but only down to the last computed value; a larger max_rank could go further."""
+    """The values were moved, but only down to the last computed value. A larger max_rank could
+    lower them further."""
     RANK_DEFICIENT = 3
-    """Left alone, because its reference level is zero to rounding and smoothing would erase it."""
+    """The matrix was left alone. Its reference level is zero to rounding, so
+    smoothing would erase it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,34 +43,34 @@ class Smoothed:
     """Matrices after `smooth_spectrum`, and the changes of their spectra."""
 
     weight: Tensor
-    """(..., m, n), dtype of the input, new memory."""
+    """(..., m, n), new memory with the dtype of the input."""
     u: Tensor
-    """(..., m, K), left singular vectors, in columns."""
+    """(..., m, K), left singular vectors in columns."""
     sigma_before: Tensor
     """(..., K), leading singular values, descending."""
     sigma_after: Tensor
     """(..., K), their new values: `sigma_target` times `gain`."""
     sigma_target: Tensor
-    """(..., K), φ(Σ); equal to `sigma_before`, bit for bit, where a value is not moved."""
+    """(..., K), φ(Σ). A value that is not moved equals `sigma_before` bit for bit."""
     gain: Tensor
-    """(...): factor on the whole matrix after the edit; 1 unless ‖W‖_F is kept."""
+    """(...): the factor on the whole matrix after the edit. It is 1 unless ‖W‖_F is kept."""
     v: Tensor
-    """(..., n, K), right singular vectors; a good `start` for the next call."""
+    """(..., n, K), right singular vectors. They are a good `start` for the next call."""
     residual: Tensor
-    """(..., K), see `Triplets`."""
+    """(..., K), as in `Triplets`."""
     rank: Tensor
-    """(...) int64: k, how many values counted as dominant."""
+    """(...) int64: k, the number of values that counted as dominant."""
     stable_rank_before: Tensor
-    """(...): 0 for the zero matrix."""
+    """(...). It is 0 for the zero matrix."""
     spectral_norm_after: Tensor
-    """(...): σ₁ of the edited weight, measured from below (see `smooth_spectrum`). It lies above
+    """(...): σ₁ of the edited weight, measured from below (see `smooth_spectrum`). It is above
     sigma_after[0] if the iteration missed a part of the spectrum."""
     stable_rank_after: Tensor
-    """(...): of the edited weight, with that σ₁."""
+    """(...): the stable rank of the edited weight, computed with that σ₁."""
     changed: Tensor
     """(...) bool."""
     status: Tensor
-    """(...) int64: a `SmoothingStatus` each."""
+    """(...) int64: one `SmoothingStatus` for each matrix."""
 
 
 def smooth_spectrum(
@@ -83,31 +85,33 @@ def smooth_spectrum(
 ) -> Smoothed:
     """Smooth the dominant singular values: W* = W + U_k (φ(Σ_k) − Σ_k) V_kᵀ (arXiv 2602.01308).
 
-    k = ⌊SR(W)⌋, within [1, min(max_rank, r − 1)], r = min(m, n). [ours] The reference level is
-    σ_{k+1}. A matrix whose reference level is zero to rounding (rank-deficient, zero, 1×n and n×1
-    matrices) is left alone, and its status records that. No value goes below the last computed one,
-    σ_{max_rank+1}, because the values below it, which are unknown, would then lead.
+    k is ⌊SR(W)⌋, limited to [1, min(max_rank, r − 1)] with r = min(m, n). [ours] The reference
+    level is σ_{k+1}. If the reference level of a matrix is zero to rounding, the matrix is left
+    alone, and its status records this. This applies to rank-deficient, zero, 1×n and n×1 matrices.
+    No value is lowered below the last computed one, σ_{max_rank+1}. Otherwise the values below it,
+    which are unknown, would become the largest.
 
     Above min(m, n) = 128 the triplets are iterated. Even then, a φ that raises no value raises no
     singular value of W, to rounding (4e-9 σ₁ measured), because the edit is W times a contraction.
-    But σ₁ may stay above φ's level: after `Clip` with 33 values it was 4 % above the exact σ_33 on
-    noise at 768×768, 2 % at 256×256, 0.2 % on σ_i ∝ i^-0.15. So `spectral_norm_after` is measured
-    on the edited matrix, from below by at most 0.5 % on the matrices of a pretrained LLM
-    (SmolLM2-135M); `stable_rank_after` is above by twice that.
+    But σ₁ may stay above φ's level. After `Clip` with 33 values it was above the exact σ_33 by 4 %
+    on noise at 768×768, by 2 % on noise at 256×256, and by 0.2 % on σ_i ∝ i^-0.15. So
+    `spectral_norm_after` is measured on the edited matrix. On the matrices of a pretrained LLM
+    (SmolLM2-135M) it is too low by at most 0.5 %. `stable_rank_after` is too high by twice that.
 
     Args:
-        weight: (..., m, n), any real floating dtype; not changed. The edit is computed in float32
-            (float64 for float64), added once and rounded once.
-        phi: The smoothing function, see `SMOOTHING_FUNCTIONS`.
-        max_rank: At most so many values move; a φ of the whole spectrum has no such bound.
-        keep_frobenius: Rescale each changed matrix to its ‖W‖_F.
+        weight: (..., m, n), any real floating dtype. It is not changed. The edit is computed in
+            float32 (float64 for float64), added once and rounded once.
+        phi: The smoothing function; see `SMOOTHING_FUNCTIONS`.
+        max_rank: The largest number of values that may move. A φ of the whole
+            spectrum has no such limit.
+        keep_frobenius: Whether to rescale each changed matrix to its previous ‖W‖_F.
         start: (..., n, b), guesses for v, as in `leading_triplets`.
         num_rounds: Rounds of Krylov iteration, as in `leading_triplets`.
-        check_finite: Raise on NaN and inf, which costs one device-to-host read.
+        check_finite: Whether to raise on NaN and inf, which costs one device-to-host read.
 
     Raises:
-        NonFiniteError: A matrix holds NaN or inf (with check_finite).
-        ConfigurationError: max_rank is below 1, or `leading_triplets` refuses an argument.
+        NonFiniteError: A matrix holds NaN or inf, and check_finite is true.
+        ConfigurationError: max_rank is below 1, or `leading_triplets` rejects an argument.
 
     >>> from hf_pss.linalg import Clip
     >>> smooth_spectrum(torch.diag(torch.tensor([9.0, 2.0, 1.0])), Clip()).weight.diag().tolist()
@@ -164,15 +168,15 @@ class Plan:
     """The new singular values of matrices, before the matrices are edited."""
 
     after: Tensor
-    """(..., K), φ(Σ); bit for bit Σ in an unchanged matrix."""
+    """(..., K), φ(Σ). In an unchanged matrix it equals Σ bit for bit."""
     gain: Tensor
-    """(...), factor on the whole matrix after the edit."""
+    """(...), the factor on the whole matrix after the edit."""
     rank: Tensor
     """(...) int64: k."""
     changed: Tensor
     """(...) bool."""
     deficient: Tensor
-    """(...) bool: the reference level is zero to rounding."""
+    """(...) bool: whether the reference level is zero to rounding."""
 
 
 def plan_values(
@@ -184,15 +188,15 @@ def plan_values(
     keep_frobenius: bool,
     shape: tuple[int, int],
 ) -> Plan:
-    """Apply φ to leading singular values, within the limits that `smooth_spectrum` states.
+    """Apply φ to leading singular values, within the limits that `smooth_spectrum` describes.
 
     Args:
         sigma: (..., K), descending.
-        tail: (...), Frobenius norm of the remaining spectrum.
+        tail: (...), the Frobenius norm of the remaining spectrum.
         phi: The smoothing function.
-        max_rank: At most so many values count as dominant.
-        keep_frobenius: Choose a gain that restores ‖W‖_F.
-        shape: (m, n) of the matrix.
+        max_rank: The largest number of values that may count as dominant.
+        keep_frobenius: Whether to choose a gain that restores ‖W‖_F.
+        shape: The shape (m, n) of the matrix.
     """
     num_values = sigma.shape[-1]
     rank = _stable_rank(sigma, tail).floor().to(torch.int64)
@@ -213,7 +217,7 @@ def plan_values(
 
 
 def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
-    """Return ‖W − UΣVᵀ‖_F; ‖W‖_F² − Σσ² of a collapsed matrix would be only rounding."""
+    """Return ‖W − UΣVᵀ‖_F. For a collapsed matrix ‖W‖_F² − Σσ² would be only rounding."""
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
     if sigma.shape[-1] == min(weight.shape[-2:]):
         return torch.zeros_like(sigma[..., 0])
@@ -222,7 +226,7 @@ def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
 
 
 def _plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return W + L Rᵀ, (..., m, n), without another matrix of that size in memory."""
+    """Return W + L Rᵀ, (..., m, n), without a second matrix of that size in memory."""
     m, n = matrix.shape[-2:]
     flat = torch.baddbmm(
         matrix.reshape(-1, m, n),
@@ -233,7 +237,7 @@ def _plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _stable_rank(values: Tensor, tail: Tensor, largest: Tensor | None = None) -> Tensor:
-    """Return (Σσ*² + tail²) / σ₁² = (‖W‖_F² − Σ(σ² − σ*²)) / σ₁²; σ₁ is σ*₁ unless given."""
+    """Return (Σσ*² + tail²) / σ₁² = (‖W‖_F² − Σ(σ² − σ*²)) / σ₁². σ₁ is σ*₁ unless it is given."""
     largest = values[..., :1] if largest is None else largest.unsqueeze(-1)
     unit = torch.where(largest > 0, largest, 1.0)
     ratios = torch.cat([values, tail.unsqueeze(-1)], dim=-1) / unit
@@ -250,35 +254,35 @@ def status_of(deficient: Tensor, changed: Tensor, down_to_last: Tensor) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class SmoothedProduct:
-    """Factors after `smooth_product`, and the changes of their product's spectrum."""
+    """The factors after `smooth_product`, and the changes of their product's spectrum."""
 
     left: Tensor
-    """(..., m, r): B*, dtype of the input."""
+    """(..., m, r): B*, with the dtype of the input."""
     right: Tensor
     """(..., r, n): A*."""
     sigma_before: Tensor
-    """(..., K), all singular values of s·B·A, descending; K = min(r, m, n)."""
+    """(..., K), all singular values of s·B·A, descending. K is min(r, m, n)."""
     sigma_after: Tensor
-    """(..., K), those of s·B*·A*, before rounding."""
+    """(..., K), the singular values of s·B*·A* before rounding."""
     rank: Tensor
-    """(...) int64: k, how many values counted as dominant."""
+    """(...) int64: k, the number of values that counted as dominant."""
     changed: Tensor
     """(...) bool."""
     status: Tensor
-    """(...) int64: a `SmoothingStatus` each."""
+    """(...) int64: one `SmoothingStatus` for each product."""
 
 
 def product_triplets(left: Tensor, right: Tensor, scaling: float = 1.0) -> Triplets:
     """Return all singular triplets of s·B·A, exactly, without forming the m × n product.
 
-    B = Q_B R_B and Aᵀ = Q_A R_A; the r × r matrix s R_B R_Aᵀ = U' Σ V'ᵀ gives U = Q_B U' and
-    V = Q_A V'. O((m + n) r²). Golub & Van Loan, Matrix Computations, 4th ed., § 8.6.3 (product SVD
-    by factors).
+    With B = Q_B R_B and Aᵀ = Q_A R_A, the r × r matrix s R_B R_Aᵀ = U' Σ V'ᵀ gives U = Q_B U' and
+    V = Q_A V'. The cost is O((m + n) r²). See Golub & Van Loan, Matrix Computations, 4th ed.,
+    § 8.6.3 (product SVD by factors).
 
     Args:
-        left: (..., m, r): B, any real floating dtype; computed in float32, float64 for float64.
+        left: (..., m, r): B, any real floating dtype. Computed in float32, or float64 for float64.
         right: (..., r, n): A.
-        scaling: s, of either sign.
+        scaling: s, which may have either sign.
 
     >>> b, a = torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0, 3.0]])
     >>> product_triplets(b, a, 0.5).sigma.tolist()
@@ -306,30 +310,30 @@ def smooth_product(
 ) -> SmoothedProduct:
     """Smooth the dominant singular values of s·B·A by an edit of both factors.
 
-    With ρ_i = φ(σ)_i / σ_i, [ours]
+    Let ρ_i = φ(σ)_i / σ_i. The new factors are [ours]
 
         B* = B − U diag(1 − √ρ) Uᵀ B,    A* = A − A V diag(1 − √ρ) Vᵀ
 
-    and s·B*·A* = U φ(Σ) Vᵀ, exactly. Each factor takes half of the change, in the logarithm. An
-    edit of B alone would leave A, and with it B's gradient, which is proportional to A, as large as
-    before.
+    Then s·B*·A* = U φ(Σ) Vᵀ, exactly. On a logarithmic scale, each factor takes half of the change.
+    An edit of only B would leave A as large as before. The gradient of B is proportional to A, so
+    it would also stay as large as before.
 
-    A product that is zero (LoRA starts at B = 0), of rank one, or not finite is returned bit for
-    bit.
+    A product that is zero (LoRA starts at B = 0), of rank one, or not finite
+    is returned bit for bit.
 
     Args:
-        left: (..., m, r): B, any real floating dtype; not changed.
+        left: (..., m, r): B, any real floating dtype. It is not changed.
         right: (..., r, n): A.
-        phi: The smoothing function; it sees the whole spectrum, k = ⌊SR⌋ within
-            [1, min(max_rank, K − 1)].
+        phi: The smoothing function. It gets the whole spectrum, and k is ⌊SR⌋ limited to [1,
+            min(max_rank, K − 1)].
         scaling: s.
-        max_rank: How many values may count as dominant.
-        keep_frobenius: Rescale a changed product to the Frobenius norm it had.
+        max_rank: The largest number of values that may count as dominant.
+        keep_frobenius: Whether to rescale a changed product to its previous Frobenius norm.
     """
     triplets = product_triplets(left, right, scaling)
     finite = triplets.sigma.isfinite().all(dim=-1)
     sigma = torch.where(finite.unsqueeze(-1), triplets.sigma, 0.0)
-    # These are all singular values of the product, so nothing remains of the spectrum.
+    # These are all singular values of the product, so the rest of the spectrum is empty.
     none_left = torch.zeros_like(sigma[..., 0])
     shape = (max(left.shape[-2], right.shape[-1]), sigma.shape[-1])
     plan = plan_values(

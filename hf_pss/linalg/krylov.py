@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _SEED = 20260201
-# In ε of a column's norm: a smaller remainder of the column is only rounding.
+# In units of ε and a column's norm. If less than this remains of the column, it is only rounding.
 _ROUNDING = 10
 
 
@@ -17,24 +17,24 @@ class KrylovSpace:
     """Bases of V = span{X, (WᵀW)X, …, (WᵀW)^q X} and U = WV, and W between them: WV = U·core."""
 
     u: Tensor
-    """(..., m, K), orthonormal columns."""
+    """(..., m, K), with orthonormal columns."""
     core: Tensor
-    """(..., K, K): UᵀWV; its singular values are the Ritz values."""
+    """(..., K, K): UᵀWV. Its singular values are the Ritz values."""
     v: Tensor
-    """(..., n, K), orthonormal columns."""
+    """(..., n, K), with orthonormal columns."""
 
 
 def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> KrylovSpace:
-    """Bidiagonalise W by blocks, keeping each new block orthogonal to all before.
+    """Bidiagonalise W by blocks, and keep each new block orthogonal to all previous ones.
 
-    Block Golub–Kahan–Lanczos (Golub, Luk & Overton 1981, ACM TOMS 7(2)) with full
-    re-orthogonalisation. W is multiplied once by each block of V and once, transposed, by each but
-    the last of U.
+    This is block Golub–Kahan–Lanczos (Golub, Luk & Overton 1981, ACM TOMS 7(2)) with full
+    re-orthogonalisation. W is multiplied once by each block of V. Wᵀ is multiplied once by each
+    block of U except the last one.
 
     Args:
         tall: (..., m, n), float32 or float64, m >= n, of unit scale.
         start: (..., n, b): X.
-        num_rounds: q; fewer are taken if the space becomes complete earlier.
+        num_rounds: q. If the space becomes complete earlier, fewer rounds are made.
     """
     m, n = tall.shape[-2:]
     width = start.shape[-1]
@@ -50,14 +50,14 @@ def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> KrylovSpace:
         v[..., new], image[..., new] = block, product(tall, block)
         u[..., new] = _orthonormal(image[..., new], u[..., :done], fill_u.roll(done, dims=-2))
         # Multiply Wᵀ by an orthonormal block, not by W V. In fp32 WᵀW would lose every direction
-        # below 3e-4 of σ₁, where the rest of a collapsed matrix lies.
+        # below 3e-4 of σ₁, which contains the rest of a collapsed matrix.
         if new.stop < num_blocks * width:
             block = product(tall.mT, u[..., new])
     return KrylovSpace(u=u, core=u.mT @ image, v=v)
 
 
 def cold_start(weight: Tensor, num_columns: int) -> Tensor:
-    """Return the same normal block (..., n, b) at every call, without torch's global RNG."""
+    """Return a normal block (..., n, b), the same at every call, without torch's global RNG."""
     n = weight.shape[-1]
     return _normal(weight, n, min(num_columns, n)).expand(*weight.shape[:-2], -1, -1)
 
@@ -72,14 +72,15 @@ def _normal(weight: Tensor, num_rows: int, num_columns: int) -> Tensor:
 def product(matrix: Tensor, block: Tensor) -> Tensor:
     """Return W X as (XᵀWᵀ)ᵀ.
 
-    On a CPU this is up to three times as fast for a narrow X, and gives LAPACK's column order.
+    On a CPU this is up to three times as fast for a narrow X, and it gives LAPACK's column order.
     """
     return (block.mT @ matrix.mT).mT
 
 
 def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
-    # Of a column in the span of the basis only rounding remains, so a random direction replaces it.
-    # The projection is repeated because the first one may leave rounding within the span.
+    # If a column is in the span of the basis, only rounding remains of it, so a random
+    # direction replaces it. The projection is repeated because the first one may leave
+    # rounding within the span.
     limit = _ROUNDING * torch.finfo(block.dtype).eps * block.norm(dim=-2)
     for _ in range(2):
         block = block - basis @ (basis.mT @ block)

@@ -11,13 +11,15 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.krylov import cold_start, krylov_space
 from hf_pss.linalg.scaling import UnitScaled, unit_scaled
 
-# Block of 4, five multiplications by WᵀW: chosen on 2026-11-20 (torch 2.13, 1 thread) against other
-# blocks, plain power iteration, squaring WᵀW and eigvalsh: the smallest error at equal time.
+# A block of 4 columns and five multiplications by WᵀW. Of all variants these had the smallest error
+# at equal time (2026-11-20, torch 2.13, 1 thread). The others were different blocks, plain power
+# iteration, squaring WᵀW, and eigvalsh.
 _BLOCK = 4
 QUICK_ROUNDS = 5
-# After 6 squarings another eigenvalue has the weight (λ_i/λ_1)^128.
+# After 6 squarings any other eigenvalue has the weight (λ_i/λ_1)^128.
 _NUM_SQUARINGS = 6
-# Up to this size squaring WᵀW costs less than a Krylov space: 16 × 256×64, 1.0 ms against 2.1.
+# Up to this size, squaring WᵀW is faster than a Krylov space. For 16 × 256×64 it takes 1.0 ms, and
+# the space takes 2.1 ms.
 _SMALL = 64
 
 
@@ -38,21 +40,21 @@ def frobenius_norm(weight: Tensor) -> Tensor:
 
 
 def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
-    """Return σ₁, exactly, or from below by block Krylov iteration.
+    """Return σ₁, either exactly or from below by block Krylov iteration.
 
-    The iteration takes the Rayleigh–Ritz value of W on the Krylov space
-    span{X, (WᵀW)X, …, (WᵀW)^q X} with a fixed random block X of four columns
-    (Musco & Musco 2015, arXiv 1504.05477, algorithm 2). It reads nothing back to the host.
+    The iteration returns the Rayleigh–Ritz value of W on the Krylov space span{X, (WᵀW)X, …,
+    (WᵀW)^q X} with a fixed random block X of four columns (Musco & Musco 2015, arXiv 1504.05477,
+    algorithm 2). It does not read from the device.
 
     Args:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
-        num_rounds: q, multiplications by WᵀW; more is closer. When min(m, n) <= 64 the space is
-            complete for any q. None: the exact value by SVD, which reads LAPACK's status from a
-            CUDA device.
+        num_rounds: q, the number of multiplications by WᵀW. A larger number is more exact. If
+            min(m, n) <= 64, the space is complete for any q. None means the exact value by SVD,
+            which reads LAPACK's status from a CUDA device.
 
     Returns:
-        (...), float32, or float64 for float64. The iterated value is never above σ₁ except for
-        rounding.
+        The norm, (...), float32, or float64 for float64. The iterated value is never above σ₁
+        except for rounding.
 
     Raises:
         ConfigurationError: num_rounds is below 1.
@@ -67,15 +69,16 @@ def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
 def stable_rank(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
     """Return SR(W) = ‖W‖_F² / σ₁², in [1, min(m, n)].
 
-    The zero matrix gives 0, because it has no leading direction. A floor relative to 0 never fires.
+    The zero matrix has no leading direction, so the result for it is 0. A floor
+    relative to 0 never fires.
 
     Args:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
-        num_rounds: As in `spectral_norm`; the iterated result is never below SR except for
-            rounding.
+        num_rounds: As in `spectral_norm`. The iterated result is never below
+            SR except for rounding.
 
     Returns:
-        (...), float32, or float64 for float64.
+        The stable rank, (...), float32, or float64 for float64.
 
     >>> stable_rank(torch.eye(5)).item()
     5.0
@@ -89,16 +92,16 @@ def stable_rank(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
 def quick_stable_rank(weight: Tensor) -> Tensor:
     """Return SR(W) from above in five rounds, without a device-to-host read.
 
-    It is cheap enough for a call every few steps.
+    The function is cheap enough for a call every few steps.
 
-    On i.i.d. noise, the hardest spectrum, it exceeds SR by at most 0.3 % up to min(m, n) = 64 and
-    4 % at 768×768; on a matrix whose σ₁ stands out, only by rounding.
+    On i.i.d. noise, which is the hardest spectrum, the result exceeds SR by at most 0.3 % up to
+    min(m, n) = 64, and by at most 4 % at 768×768. If σ₁ stands out, it exceeds SR only by rounding.
 
     Args:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
 
     Returns:
-        (...), float32, or float64 for float64.
+        The stable rank, (...), float32, or float64 for float64.
 
     >>> quick_stable_rank(torch.zeros(3, 2)).item()
     0.0
@@ -113,7 +116,8 @@ def effective_rank(weight: Tensor) -> Tensor:
         weight: (..., m, n), any real floating dtype. A matrix that holds NaN or inf gives NaN.
 
     Returns:
-        (...), float32, or float64 for float64; 0 for the zero matrix, as in `stable_rank`.
+        The rank, (...), float32, or float64 for float64. It is 0 for the zero
+        matrix, as in `stable_rank`.
 
     >>> round(effective_rank(torch.eye(4)).item(), 4)
     4.0
@@ -129,7 +133,7 @@ def effective_rank(weight: Tensor) -> Tensor:
 def noise_stable_rank(m: int, n: int) -> float:
     """Return mn / (√m + √n)², the stable rank of a large m×n matrix of i.i.d. noise.
 
-    ‖W‖_F² ≈ mn and σ₁ ≈ √m + √n for unit variance (Bai & Yin 1993).
+    The formula uses ‖W‖_F² ≈ mn and σ₁ ≈ √m + √n for unit variance (Bai & Yin 1993).
 
     >>> noise_stable_rank(64, 64)
     16.0

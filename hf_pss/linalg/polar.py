@@ -1,6 +1,6 @@
 """The polar factor UVᵀ of W = UΣVᵀ, exactly and by polynomial iteration (Newton–Schulz).
 
-The table of schedules holds coefficients, their source and the measured band of the result.
+The table of schedules holds the coefficients, their source and the measured band of the result.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class PolynomialSchedule:
-    """Odd quintics p(x) = ax + bx³ + cx⁵, applied in turn to every singular value."""
+    """Odd quintics p(x) = ax + bx³ + cx⁵ that are applied in turn to every singular value."""
 
     coefficients: tuple[Triple, ...]
-    """(a, b, c) for each step; a longer iteration repeats the last."""
+    """(a, b, c) for each step. A longer iteration repeats the last one."""
     source: str
     """The publication of the coefficients."""
     interval: tuple[float, float]
-    """Singular values, relative to ‖W‖_F, for which the band holds."""
+    """The range of singular values, relative to ‖W‖_F, for which the band holds."""
     band: tuple[float, float]
-    """Their range after the full schedule in exact arithmetic; a test measures it."""
+    """The range of these values after the full schedule in exact arithmetic. A test measures it."""
 
     def steps(self, num_steps: int | None) -> tuple[Triple, ...]:
-        """Return the triples of an iteration of num_steps (None: the whole schedule)."""
+        """Return the triples of num_steps steps of the iteration, or of the complete schedule."""
         count = len(self.coefficients) if num_steps is None else num_steps
         missing = max(0, count - len(self.coefficients))
         return self.coefficients[:count] + self.coefficients[-1:] * missing
 
 
 def _with_safety(coefficients: tuple[Triple, ...], factor: float) -> tuple[Triple, ...]:
-    # Returns p(x / factor). Rounding may push a value above 1, where a tight polynomial would
-    # diverge. The last step is safe without it.
+    # Return p(x / factor). Rounding may push a value above 1, where a tight polynomial would
+    # diverge. The last step is safe without this.
     *first, last = coefficients
     return (*((a / factor, b / factor**3, c / factor**5) for a, b, c in first), last)
 
@@ -103,19 +103,19 @@ POLYNOMIAL_SCHEDULES: dict[str, PolynomialSchedule] = {
 
 
 def polar_factor(weight: Tensor) -> Tensor:
-    """Return UVᵀ, the semi-orthogonal matrix nearest to W (Higham 2008, theorem 8.4).
+    """Return UVᵀ, the semi-orthogonal matrix that is nearest to W (Higham 2008, theorem 8.4).
 
-    For a rank-deficient W it is the partial isometry U_ρV_ρᵀ of the ρ singular values above
-    σ₁·max(m, n)·ε; for the zero matrix it is zero.
+    For a rank-deficient W the result is the partial isometry U_ρV_ρᵀ of the ρ singular values above
+    σ₁·max(m, n)·ε. For the zero matrix it is zero.
 
     Args:
         weight: (..., m, n), any real floating dtype.
 
     Returns:
-        (..., m, n), float32, or float64 for float64.
+        The polar factor, (..., m, n), float32, or float64 for float64.
 
     Raises:
-        NonFiniteError: A matrix holds NaN or inf; the check reads from the device once.
+        NonFiniteError: A matrix holds NaN or inf. The check reads from the device once.
 
     >>> polar_factor(torch.diag(torch.tensor([4.0, 0.5]))).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
@@ -138,20 +138,21 @@ def newton_schulz(
 ) -> Tensor:
     """Approximate UVᵀ by X ← X (aI + bG + cG²), G = XᵀX, from X = W / ‖W‖_F.
 
-    It consists of multiplications only, as an optimizer's update needs it. A singular value that,
-    relative to ‖W‖_F, lies in the schedule's interval ends in its band, to 1e-6 in float32; a
-    smaller one stays below the band. Matrices at least twice as long as wide are iterated through
-    their Gram matrix.
+    The iteration consists only of multiplications, which an optimizer's update needs. Consider a
+    singular value relative to ‖W‖_F. If it is in the schedule's interval, it ends in the band, to
+    1e-6 in float32. If it is smaller, it stays below the band. If a matrix is at least twice as
+    long as wide, the iteration works on its Gram matrix.
 
     Args:
-        weight: (..., m, n), any real floating dtype. A matrix with NaN or inf gives NaN; nothing is
-            read back to the host.
+        weight: (..., m, n), any real floating dtype. A matrix with NaN or inf gives NaN. The
+            function does not read from the device.
         schedule: A row of `POLYNOMIAL_SCHEDULES`.
-        num_steps: The number of steps; None: as many as the schedule has.
-        dtype: The dtype of the iteration, such as torch.bfloat16; None: that of the result.
+        num_steps: The number of steps. None means the number of steps in the schedule.
+        dtype: The dtype of the iteration, such as torch.bfloat16. None means
+            the dtype of the result.
 
     Returns:
-        (..., m, n), float32, or float64 for float64.
+        The approximation, (..., m, n), float32, or float64 for float64.
 
     Raises:
         ConfigurationError: The schedule is unknown, or num_steps is below 1.
@@ -163,26 +164,27 @@ def newton_schulz(
     require_matrix(weight)
     result_dtype = compute_dtype(weight)
     x = _of_unit_norm(weight.detach(), dtype or result_dtype).flatten(0, -3)
-    # Iterate on contiguous rows; the result then has the memory layout of the weight.
+    # Iterate on contiguous rows. The result then has the memory layout of the weight.
     is_flipped = x.stride(-1) != 1
     x = x.mT if is_flipped else x
-    # On a CPU a batch of one is slower than a matrix.
+    # On a CPU a batch of one matrix is slower than a single matrix.
     x = _iterate(x[0], steps)[None] if len(x) == 1 else _iterate(x, steps)
     return (x.mT if is_flipped else x).to(result_dtype).reshape(weight.shape)
 
 
-# In n³ for m = a·n, a plain step takes 2a + 1 products, a Gram form of three steps 2a + 9.
+# In units of n³ for m = a·n, a plain step takes 2a + 1, and a Gram form of
+# three steps takes 2a + 9.
 _GRAM_ASPECT = 2
-# The Gram form needs singular values of similar size, which two plain steps ensure. Without them it
-# would diverge in bfloat16 where one direction leads by a factor of 10. The product of polynomials
-# amplifies rounding, so it is applied after three steps and the Gram matrix is computed again.
+# The Gram form needs singular values of similar size, which two plain steps ensure. Without them,
+# it would diverge in bfloat16 if one direction leads by a factor of 10. The product of polynomials
+# amplifies rounding, so it is applied after three steps, and the Gram matrix is computed again.
 _PLAIN_STEPS, _GRAM_STEPS = 2, 3
 
 
 def _of_unit_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return W / ‖W‖_F, at least three dimensions; NaN where W holds NaN or inf."""
+    """Return W / ‖W‖_F with at least three dimensions. If W holds NaN or inf, it is NaN."""
     weight = weight if weight.ndim > 2 else weight[None]
-    # The norm of order inf would take as long on a CPU as a step of the iteration.
+    # On a CPU the norm of order inf would take as long as a step of the iteration.
     ends = weight.amax((-2, -1), keepdim=True), -weight.amin((-2, -1), keepdim=True)
     largest = torch.maximum(*ends).to(compute_dtype(weight))
     is_finite = largest.isfinite()
@@ -212,7 +214,7 @@ def _in_plain_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
 
 
 def _in_gram_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
-    """Iterate on R = XᵀX: R ← R P², Q ← Q P with P = aI + bR + cR², and return X Q."""
+    """Iterate on R = XᵀX by R ← R P², Q ← Q P with P = aI + bR + cR², and return X Q."""
     gram = _gram(x)
     factors: list[Tensor] = []
     for a, b, c in steps:
@@ -226,16 +228,16 @@ def _in_gram_form(x: Tensor, steps: Sequence[Triple]) -> Tensor:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Return XᵀX, or XXᵀ where X is wide: the smaller one."""
+    """Return the smaller Gram matrix: XᵀX, or XXᵀ if X is wide."""
     return _symmetric(x.mT, x) if x.shape[-2] >= x.shape[-1] else _symmetric(x, x.mT)
 
 
 def _on_the_short_side(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of X P, or of P X where X is wide."""
+    """Return the factors of X P, or of P X if X is wide."""
     return (x, factor) if x.shape[-2] >= x.shape[-1] else (factor, x)
 
 
-# On a CPU, blocks below the diagonal are copied where that is faster than multiplying.
+# On a CPU, blocks below the diagonal are copied if this is faster than multiplying.
 _STRIPED_FROM, _NUM_STRIPS = 512, 4
 
 
@@ -247,7 +249,7 @@ def _symmetric(
     beta: float = 1.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """Return β Y + α L R where that is symmetric: (..., n, m) times (..., m, n); Y is `plus`."""
+    """Return the symmetric β Y + α L R. Y is `plus`. L is (..., n, m), and R is (..., m, n)."""
     n = left.shape[-2]
     if not left.is_cpu or n < _STRIPED_FROM:
         return _multiply_add(plus, left, right, beta=beta, alpha=alpha)
@@ -265,7 +267,7 @@ def _symmetric(
 def _multiply_add(
     y: Tensor | None, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
-    """Return β Y + α L R, rounded once, for one matrix or several; without Y, L R."""
+    """Return β Y + α L R, rounded once, for one or several matrices. Without Y return L R."""
     if y is None:
         return left @ right
     multiply = torch.addmm if y.ndim == 2 else torch.baddbmm

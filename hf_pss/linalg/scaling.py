@@ -15,15 +15,15 @@ _MAX_EXPONENT = 126
 
 @dataclass(frozen=True, slots=True)
 class UnitScaled:
-    """Matrices divided by a power of two, without rounding; non-finite ones become zero."""
+    """Matrices divided by a power of two, without rounding. Non-finite matrices become zero."""
 
     matrix: Tensor
-    """(..., m, n), float32 or float64; the largest magnitude of each matrix lies in [0.5, 1),
-    or as near as a normal scale allows at the ends of the exponent range."""
+    """(..., m, n), float32 or float64. The largest magnitude of each matrix is in [0.5, 1). At the
+    ends of the exponent range it is as close as a normal scale allows."""
     scale: Tensor
     """(...), a power of two: ``weight = matrix * scale``."""
     finite: Tensor
-    """(...) bool: False where the matrix holds NaN or inf."""
+    """(...) bool. It is False if the matrix holds NaN or inf."""
 
     def restore(self, values: Tensor) -> Tensor:
         """Return results for the scaled matrices, (...) or (..., K), in the original units."""
@@ -34,17 +34,17 @@ class UnitScaled:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return float64 for float64, float32 for every narrower floating type."""
+    """Return float64 for float64, and float32 for every narrower floating type."""
     if not weight.is_floating_point():
         raise ConfigurationError(
-            f"You gave a matrix of {weight.dtype}; singular values are computed of real floating "
-            "types only. Convert it first, for instance with .float()."
+            f"You gave a matrix of {weight.dtype}; singular values can only be computed for "
+            "real floating types. Convert it first, for instance with .float()."
         )
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def require_matrix(weight: Tensor) -> None:
-    """Raise `ConfigurationError` for fewer than two dimensions, no rows or no columns."""
+    """Raise `ConfigurationError` if there are fewer than two dimensions, no rows or no columns."""
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ConfigurationError(
             f"You gave a tensor of shape {tuple(weight.shape)}; a weight matrix has shape "
@@ -53,10 +53,10 @@ def require_matrix(weight: Tensor) -> None:
 
 
 def unit_scaled(weight: Tensor) -> UnitScaled:
-    """Divide each matrix by the power of two next above its largest magnitude.
+    """Divide each matrix by the power of two just above its largest magnitude.
 
     Args:
-        weight: (..., m, n), any real floating dtype; any batch shape, also an empty one.
+        weight: (..., m, n), any real floating dtype. The batch shape may be anything, even empty.
 
     Raises:
         ConfigurationError: The tensor has fewer than two dimensions, no rows, no columns, or a
@@ -78,12 +78,12 @@ def unit_scaled(weight: Tensor) -> UnitScaled:
 
 
 def require_finite(scaled: UnitScaled) -> None:
-    """Raise a `NonFiniteError` that names the bad matrices; one device-to-host read."""
+    """Raise a `NonFiniteError` that names the bad matrices. This makes one device-to-host read."""
     if bool(scaled.finite.all()):
         return
     bad = (~scaled.finite).nonzero().tolist()
     where = "It" if scaled.finite.ndim == 0 else f"Of the batch, {len(bad)} (first at {bad[0]})"
     raise NonFiniteError(
         f"You gave a matrix to decompose that is not finite. {where} holds NaN or inf. "
-        "Check with torch.isfinite before, and leave such a matrix out."
+        "Check with torch.isfinite first, and leave such a matrix out."
     )

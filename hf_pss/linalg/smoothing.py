@@ -1,10 +1,9 @@
-"""The smoothing functions φ, which map the leading singular values of a matrix, and their table.
+"""The smoothing functions φ, their table, and the stable-rank floors of matrices.
 
-[ours] The paper (arXiv 2602.01308) names its functions and gives no formula. With σ_1 ≥ … ≥ σ_k
-the k = ⌊SR⌋ dominant values and s = σ_{k+1} the reference level, every φ keeps the order and never
-raises σ_1.
-
-The end of this module derives the stable-rank floor of each matrix.
+A smoothing function maps the leading singular values of a matrix. [ours] The paper (arXiv
+2602.01308) names its functions but gives no formulas. Let σ_1 ≥ … ≥ σ_k be the k = ⌊SR⌋
+dominant values, and s = σ_{k+1} the reference level. Every φ keeps the order of the
+values and never raises σ_1.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ class Spectrum:
     sigma: Tensor
     """(..., K), float32 or float64: the leading singular values, descending."""
     rank: Tensor
-    """(...) int64: k, how many of them are dominant; k < K unless min(m, n) is 1."""
+    """(...) int64: k, the number of dominant values. k < K unless min(m, n) is 1."""
     tail: Tensor
-    """(...): Frobenius norm of the rest, ‖W‖_F² = Σσ² + tail². It is stored separately, because the
-    rounding of ‖W‖_F² would exceed the rest of a collapsed matrix."""
+    """(...): the Frobenius norm of the rest, ‖W‖_F² = Σσ² + tail². It is stored separately because
+    the rounding of ‖W‖_F² would exceed the rest of a collapsed matrix."""
     shape: tuple[int, int]
     """(m, n)."""
 
@@ -44,21 +43,21 @@ class Spectrum:
 
     @property
     def unit(self) -> Tensor:
-        """(..., 1): σ₁, or 1 for the zero matrix; divide by it before squaring."""
+        """(..., 1): σ₁, or 1 for the zero matrix. Divide by it before squaring."""
         return torch.where(self.sigma[..., :1] > 0, self.sigma[..., :1], 1.0)
 
     def energy(self) -> Tensor:
-        """(..., K + 1): the squares of sigma and tail, in units of σ₁²."""
+        """(..., K + 1): the squares of sigma and tail in units of σ₁²."""
         return (torch.cat([self.sigma, self.tail.unsqueeze(-1)], dim=-1) / self.unit).square()
 
     @property
     def reference(self) -> Tensor:
-        """(..., 1): s = σ_{k+1}; zero if the matrix has fewer values."""
+        """(..., 1): s = σ_{k+1}. It is zero if the matrix has fewer values."""
         return functional.pad(self.sigma, (0, 1)).gather(-1, self.rank.unsqueeze(-1))
 
     @property
     def rounding(self) -> Tensor:
-        """(..., 1): σ₁·max(m, n)·ε, below which a value is zero; as in numpy's matrix_rank."""
+        """(..., 1): σ₁·max(m, n)·ε. Smaller values count as zero, as in numpy's matrix_rank."""
         return self.sigma[..., :1] * (max(self.shape) * torch.finfo(self.sigma.dtype).eps)
 
     def index(self) -> Tensor:
@@ -66,20 +65,20 @@ class Spectrum:
         return torch.arange(self.sigma.shape[-1], device=self.sigma.device)
 
     def move_dominant(self, values: Tensor) -> Tensor:
-        """Replace the dominant values, limited to the range from s to σ against rounding."""
+        """Replace the dominant values. Limit them to the range from s to σ because of rounding."""
         held = torch.maximum(torch.minimum(values, self.sigma), self.reference)
         return torch.where(self.index() < self.rank.unsqueeze(-1), held, self.sigma)
 
 
 class SmoothingFunction(Protocol):
-    """A map φ on leading singular values, batched and pure; it does not see the matrix itself."""
+    """A map φ on leading singular values, batched and pure. It does not use the matrix itself."""
 
     @property
     def whole_spectrum(self) -> bool:
-        """True when φ must see all min(m, n) values."""
+        """Whether φ needs all min(m, n) values."""
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
-        """Return the new values (..., K), descending; s may be taken to be positive."""
+        """Return the new values (..., K), descending. You may assume that s is positive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """φ(σ) = s (1 + ln(σ/s)): φ(σ) ≈ σ near s, logarithmic above; s ≤ φ ≤ σ as ln x ≤ x − 1."""
+    """φ(σ) = s (1 + ln(σ/s)). φ(σ) ≈ σ near s, and s ≤ φ ≤ σ because ln x ≤ x − 1."""
 
     whole_spectrum: ClassVar[bool] = False
 
@@ -109,11 +108,11 @@ class Log:
 class Softplus:
     """φ(σ) = c − T softplus((s − σ)/T) with c = s + T ln 2: a soft minimum of σ and a cap.
 
-    The cap c is the one for which φ(s) = s, so that s ≤ φ(σ) ≤ min(σ, c).
+    The cap c is chosen so that φ(s) = s. It follows that s ≤ φ(σ) ≤ min(σ, c).
     """
 
     temperature: float = 1.0
-    """T in units of s; a small T flattens like `Clip`."""
+    """T in units of s. With a small T this function flattens like `Clip`."""
     whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -130,15 +129,15 @@ class Softplus:
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """φ(σ)_i = mean of σ_{i−h} … σ_{i+h}, over the k dominant values and s, mirrored at both ends.
+    """φ(σ)_i = mean of σ_{i−h} … σ_{i+h} over the k dominant values and s, mirrored at both ends.
 
-    Keeps the sum of these k + 1 values; all stay between s and σ₁. The mean includes s, which
-    therefore rises; without it φ would be the identity for k = 1, the worst collapse. h is at most
-    k, because a wider window would wrap around and reverse the order.
+    φ keeps the sum of these k + 1 values, and all of them stay between s and σ₁. The mean includes
+    s, which therefore rises. Without s, φ would be the identity for k = 1, which is the worst
+    collapse. h is at most k, because a wider window would wrap around and reverse the order.
     """
 
     width: int = 3
-    """2h + 1, odd."""
+    """2h + 1, which is odd."""
     whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -164,12 +163,12 @@ class Convolution:
 class Softmax:
     """φ(σ)_i = Σσ · softmax(σ/T)_i over the k dominant values and s.
 
-    Keeps the sum of these k + 1 values, which include s for the reason given in `Convolution`. With
-    T ≥ σ₁ the ratios e^((σ_i−σ_j)/T) are at most σ_i/σ_j, so all stay between s and σ₁.
+    φ keeps the sum of these k + 1 values. They include s for the reason given in `Convolution`.
+    With T ≥ σ₁ the ratios e^((σ_i−σ_j)/T) are at most σ_i/σ_j, so all values stay between s and σ₁.
     """
 
     temperature: float = 1.0
-    """T in units of σ₁, at least 1; a large T makes all values equal to their mean."""
+    """T in units of σ₁, at least 1. With a large T all values become equal to their mean."""
     whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -187,7 +186,7 @@ class Softmax:
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """φ(σ) = min(σ, β) for every value, dominant or not: a cap on the spectral norm."""
+    """φ(σ) = min(σ, β) for every value, dominant or not. This is a cap on the spectral norm."""
 
     level: float = 1.0
     """β, in the units of the matrix."""
@@ -203,7 +202,7 @@ class Cap:
 
 @dataclass(frozen=True, slots=True)
 class Hammer:
-    """φ(σ₁) = σ₂ and no other change: an edit of rank one."""
+    """φ(σ₁) = σ₂ and no other change. This is an edit of rank one."""
 
     whole_spectrum: ClassVar[bool] = False
 
@@ -217,15 +216,17 @@ class Hammer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StableRankCap:
-    """φ(σ) = min(σ, c), c the largest level with ‖W*‖_F² / c² ≥ F: the stable-rank floor.
+    """φ(σ) = min(σ, c) with the largest c for which ‖W*‖_F² / c² ≥ F: the stable-rank floor.
 
-    With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F gives
-    c² = R_j / (F − j); j is the smallest count for which c = σ_{j+1} already satisfies it. If the
-    computed values cannot reach the floor, all of them are capped at the last one.
+    With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F
+    gives c² = R_j / (F − j). j is the smallest count for which c = σ_{j+1} already
+    satisfies the condition. If the computed values cannot reach the floor, all of them are
+    capped at the last one.
     """
 
     floor: float | Tensor | None = None
-    """F, or (...) one for each matrix; None: the stable rank of noise of the matrix's shape."""
+    """F, or (...) with one floor for each matrix. None means the stable rank
+    of noise of its shape."""
     whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -253,23 +254,24 @@ class StableRankCap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Anchored:
-    """φ with limits: no value moves past its level when the matrix was last healthy [ours].
+    """φ with limits. No value moves past its level when the matrix was last healthy [ours].
 
-    With a_i the recorded leading values, σ* = min(max(φ(σ), lower), upper), where
-    lower_i = min(σ_i, (1 + t) a_i) and upper_i = max(σ_i, a_i / (1 + t)). The record ends at K; for
-    i > K lower_i = min(σ_i, (1 + t) a_K) and upper_i = σ_i. A matrix whose values are within t of
-    its record is left alone, and so is one without a record (a_1 zero or NaN).
+    Let a_i be the recorded leading values and t the tolerance. Then σ* = min(max(φ(σ), lower),
+    upper) with lower_i = min(σ_i, (1 + t) a_i) and upper_i = max(σ_i, a_i / (1 + t)). The record
+    ends at K. For i > K the limits are lower_i = min(σ_i, (1 + t) a_K) and upper_i = σ_i. A matrix
+    whose values are within t of its record is left alone. A matrix without a record (a_1 is zero or
+    NaN) is also left alone.
     """
 
     phi: SmoothingFunction
     record: Tensor
     """(..., K): a, descending, in the units of the matrix."""
     tolerance: float = 0.05
-    """t: the relative growth that is allowed."""
+    """t, the relative growth that is allowed."""
 
     @property
     def whole_spectrum(self) -> bool:
-        """That of φ."""
+        """Whether φ needs all values."""
         return self.phi.whole_spectrum
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
@@ -292,7 +294,7 @@ class Anchored:
 class PolarReset:
     """φ(σ) = ‖W‖_F / √ρ for all ρ non-zero values: MSign's W ← ‖W‖_F UVᵀ / ‖UVᵀ‖_F.
 
-    Source: arXiv 2602.01734. Keeps ‖W‖_F; values below the mean square rise.
+    The source is arXiv 2602.01734. φ keeps ‖W‖_F, so values below the root mean square rise.
     """
 
     whole_spectrum: ClassVar[bool] = True
@@ -324,23 +326,23 @@ def _require(condition: bool, given: str, allowed: str) -> None:
 
 Shapes = Mapping[str, tuple[int, int]]
 
-# Median stable rank in units of noise: 1.03 to 1.09 for the fresh weights of seven architectures,
-# 0.34 for SmolLM2-135M (docs/experiments.md, 2026-11-30).
+# The median stable rank in units of noise was 1.03 to 1.09 for the fresh weights of seven
+# architectures, and 0.34 for SmolLM2-135M (docs/experiments.md, 2026-11-30).
 _TRAINED_BELOW = 0.8
-# The share of its stable rank that a trained matrix must keep. A sound fine-tuning may lose the
-# rest.
+# The share of its stable rank that a trained matrix must keep. A sound
+# fine-tuning may lose the rest.
 _TRAINED_SHARE = 0.5
 
 
 def starting_ranks(shapes: Shapes, measured: Mapping[str, float]) -> dict[str, float]:
-    """Return the stable rank that each floor refers to: the matrix's own, at most that of noise.
+    """Return the stable rank that each floor refers to: the measured one, at most that of noise.
 
     >>> starting_ranks({"low": (64, 64), "zero": (64, 64)}, {"low": 9.0, "zero": 0.0})
     {'low': 9.0, 'zero': 16.0}
 
     Args:
-        shapes: (m, n) of each matrix, by name.
-        measured: Their stable ranks when PSS began.
+        shapes: The shape (m, n) of each matrix, by name.
+        measured: The stable ranks of the matrices when PSS began.
     """
     noise = _of_noise(shapes)
     # Zero (a zero-initialised projection) and NaN are not evidence of a healthy level.
@@ -349,14 +351,14 @@ def starting_ranks(shapes: Shapes, measured: Mapping[str, float]) -> dict[str, f
 
 
 def looks_trained(shapes: Shapes, ranks: Mapping[str, float]) -> bool:
-    """Return whether weights have been trained: far more singular than noise, by the median [ours].
+    """Return whether the median stable rank, far below that of noise, shows training [ours].
 
     >>> looks_trained({"a": (64, 64), "b": (64, 64)}, {"a": 4.0, "b": 9.0})
     True
 
     Args:
-        shapes: (m, n) of each matrix, by name.
-        ranks: Their stable ranks; zero, NaN and other names are ignored.
+        shapes: The shape (m, n) of each matrix, by name.
+        ranks: The stable ranks of the matrices. Zero, NaN and other names are ignored.
     """
     measured = {name: ranks.get(name, 0.0) / rank for name, rank in _of_noise(shapes).items()}
     shares = [share for share in measured.values() if 0 < share < math.inf]
@@ -366,9 +368,9 @@ def looks_trained(shapes: Shapes, ranks: Mapping[str, float]) -> bool:
 def floors_at(ratio: float, shapes: Shapes, starts: Mapping[str, float]) -> dict[str, float]:
     """Return the floor of each matrix: ρ times its starting stable rank.
 
-    For weights that look trained it is ρ/2 times that: their leading directions are learned, so
-    only a collapse should be stopped. Without a starting rank,
-    that of noise is used.
+    For weights that look trained the floor is ρ/2 times that rank. Their leading directions are
+    learned, so the floor should only prevent a collapse. Without a starting rank, the stable rank
+    of noise is used.
 
     >>> floors_at(0.5, {"fresh": (64, 64), "new": (64, 64)}, {"fresh": 15.0})
     {'fresh': 7.5, 'new': 8.0}

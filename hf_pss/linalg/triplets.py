@@ -12,38 +12,39 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.krylov import cold_start, krylov_space, product
 from hf_pss.linalg.scaling import require_finite, unit_scaled
 
-# Measured on 2026-11-21 (torch 2.13, 1 thread, k = 33, 768×768) among blocks of 8 to 41 and 2 to 16
-# rounds: 15 ms a matrix, σ_33 of noise within 3 %, of i^-0.2 within 3e-4. Six rounds: 11 ms, 8 %
-# and 6e-3. torch.svd_lowrank with niter=2: 6 ms, 9 % and 6 %.
+# The choice is based on measurements on 2026-11-21 (torch 2.13, 1 thread, k = 33, 768×768) with
+# blocks of 8 to 41 and 2 to 16 rounds. 8 rounds take 15 ms per matrix, and σ_33 is exact to 3 % on
+# noise and to 3e-4 on i^-0.2. Six rounds take 11 ms, with 8 % and 6e-3. torch.svd_lowrank with
+# niter=2 takes 6 ms, with 9 % and 6 %.
 DEFAULT_ROUNDS = 8
 _BLOCK = 16
 # For `quick_triplets`: (values, columns of the first block, multiplications by WᵀW). Small matrices
-# take subspace iteration, because the number of calls dominates their time.
+# use subspace iteration, because the number of calls dominates their time.
 _QUICK_SMALL, _QUICK_LARGE = (8, 8, 3), (16, 8, 4)
 _QUICK_SMALL_BELOW = 128
-# The least number of dimensions of the Krylov space for each wanted value.
+# The smallest number of dimensions of the Krylov space for each requested value.
 _SPACE = 3
-# Below it, in units of σ₁, W v / σ is not a unit vector to float32's precision.
+# Below this value, in units of σ₁, W v / σ is not a unit vector to float32's precision.
 _NEARLY_ZERO = 1e-5
-# The whole SVD takes 1.1 ms for 128×128, an iteration 1.2.
+# The complete SVD of a 128×128 matrix takes 1.1 ms, and an iteration takes 1.2 ms.
 _EXACT_UP_TO = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Triplets:
-    """Leading singular triplets: W v_i ≈ σ_i u_i and Wᵀ u_i ≈ σ_i v_i, σ descending."""
+    """Leading singular triplets W v_i ≈ σ_i u_i and Wᵀ u_i ≈ σ_i v_i with descending σ."""
 
     u: Tensor
-    """(..., m, k), orthonormal columns."""
+    """(..., m, k), with orthonormal columns."""
     sigma: Tensor
     """(..., k), descending, in the units of the matrix."""
     v: Tensor
-    """(..., n, k), orthonormal columns."""
+    """(..., n, k), with orthonormal columns."""
     residual: Tensor
-    """(..., k): ‖Wᵀu − σv‖ / σ₁ for m >= n, ‖W v − σu‖ / σ₁ for m < n; the other norm is zero to
-    rounding by construction. 0 for the zero matrix."""
+    """(..., k): ‖Wᵀu − σv‖ / σ₁ for m >= n, and ‖W v − σu‖ / σ₁ for m < n. The other norm is zero
+    to rounding by construction. The residual is 0 for the zero matrix."""
     is_exact: bool
-    """Whether they come from a full decomposition, not from an iteration."""
+    """Whether the triplets come from a complete decomposition, not from an iteration."""
 
 
 def leading_triplets(
@@ -56,30 +57,31 @@ def leading_triplets(
 ) -> Triplets:
     """Return the k leading singular triplets of each matrix.
 
-    Rayleigh–Ritz on a block Krylov space (Musco & Musco 2015, arXiv 1504.05477, algorithm 2), see
-    `krylov_space`. Small matrices are decomposed exactly, and so are matrices of which the space
-    would take three quarters.
+    The method is Rayleigh–Ritz on a block Krylov space (Musco & Musco 2015, arXiv 1504.05477,
+    algorithm 2); see `krylov_space`. Small matrices are decomposed exactly. Matrices are also
+    decomposed exactly if the space would have at least three quarters of their dimensions.
 
-    Values that have not converged are still consistent. None is above the true one, U and V are
+    Values that have not converged are still consistent. No value is above the true one, U and V are
     orthonormal, and the equation of the longer side of W is exact: WV = UΣ for m >= n, WᵀU = VΣ for
-    m < n. So an edit W − U(Σ − Σ*)Vᵀ with Σ* <= Σ is W times a contraction: it raises no singular
+    m < n. So an edit W − U(Σ − Σ*)Vᵀ with Σ* <= Σ is W times a contraction. It raises no singular
     value of W, and changes ‖W‖_F² by exactly Σ(σ*² − σ²). `residual` measures the convergence.
 
-    Measured error of σ₁ and of σ_33, k = 33, as a share of each: noise at 768×768 1e-4 and 0.03,
-    at 256×256 1e-6 and 0.005; σ_i ∝ i^-0.2 at 768×768 1e-6 and 4e-4.
+    The measured errors of σ₁ and of σ_33 for k = 33, as a share of each, are: 1e-4 and
+    0.03 for noise at 768×768, 1e-6 and 0.005 for noise at 256×256, and 1e-6 and 4e-4 for
+    σ_i ∝ i^-0.2 at 768×768.
 
     Args:
-        weight: (..., m, n), any real floating dtype; computed in float32, or float64 for float64.
-        k: Number of triplets; at most min(m, n) are returned.
-        start: (..., n, b), guesses for v, such as those of an earlier step; k of them are used.
-            Missing columns are filled deterministically, without the global random state.
-        num_rounds: Multiplications by WᵀW; 0 uses `start` unchanged.
-        check_finite: Raise on NaN and inf, which costs one device-to-host read. False: such a
-            matrix gives NaN values and a residual of NaN.
+        weight: (..., m, n), any real floating dtype. Computed in float32, or float64 for float64.
+        k: The number of triplets. At most min(m, n) are returned.
+        start: (..., n, b), guesses for v, such as those of an earlier step. The first k of them are
+            used. Missing columns are filled deterministically, without the global random state.
+        num_rounds: The number of multiplications by WᵀW. With 0, `start` is used unchanged.
+        check_finite: Whether to raise on NaN and inf, which costs one device-to-host read. If
+            false, such a matrix gives NaN values and a residual of NaN.
 
     Raises:
-        NonFiniteError: A matrix holds NaN or inf (with check_finite).
-        ConfigurationError: k < 1, a count is negative, or the start has another shape.
+        NonFiniteError: A matrix holds NaN or inf, and check_finite is true.
+        ConfigurationError: k < 1, a count is negative, or the start has the wrong shape.
 
     >>> leading_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0])), 2).sigma.tolist()
     [5.0, 3.0]
@@ -119,21 +121,24 @@ def quick_triplets(
 ) -> tuple[Triplets, Tensor]:
     """Return the k leading triplets, and the norm of the rest, at a fraction of an SVD's cost.
 
-    Below min(m, n) = 128 by subspace iteration, above it in a small Krylov space; both start from a
-    fixed block and end with Rayleigh–Ritz. Never raises; a matrix that holds NaN or inf gives NaN
-    values. No value is above the true one, and one of WV = UΣ and WᵀU = VΣ holds to rounding. So an
-    edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a contraction, converged or not.
+    Below min(m, n) = 128 the method is subspace iteration. Above this size it uses a small Krylov
+    space. Both start from a fixed block and end with Rayleigh–Ritz. The function never raises. A
+    matrix that holds NaN or inf gives NaN values. No value is above the true one, and one of
+    WV = UΣ and WᵀU = VΣ holds to rounding. So an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a
+    contraction, even if the triplets have not converged.
 
-    The second result is ‖W − UΣVᵀ‖_F, (...). It is measured, because ‖W‖_F² − Σσ² of a collapsed
-    matrix would be only rounding.
+    The second result is ‖W − UΣVᵀ‖_F, (...). It is measured, because for a collapsed matrix
+    ‖W‖_F² − Σσ² would be only rounding.
 
-    Measured with the defaults: σ₁ low by 2 % on i.i.d. noise of 64×64 (worst 6 %), by 1.3 % on
-    768×768; by 2e-6 where it stands out at 4 times the noise, by up to 0.5 % at twice.
+    With the defaults we measured these errors of σ₁. σ₁ is low by 2 % on i.i.d. noise of 64×64
+    (worst 6 %), and by 1.3 % on noise of 768×768. If σ₁ stands out at 4 times the noise, it is low
+    by 2e-6, and at twice the noise by up to 0.5 %.
 
     Args:
-        weight: (..., m, n), any real floating dtype; computed in float32, or float64 for float64.
-        k: Number of triplets; at most min(m, n) are returned. 8 below 128, 16 above.
-        num_rounds: Multiplications by WᵀW; 3 below 128, 4 above.
+        weight: (..., m, n), any real floating dtype. Computed in float32, or float64 for float64.
+        k: The number of triplets. At most min(m, n) are returned. The default is 8
+            below 128, and 16 above.
+        num_rounds: The number of multiplications by WᵀW. The default is 3 below 128, and 4 above.
 
     >>> quick_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0])))[0].sigma.round().tolist()
     [5.0, 3.0, 1.0]
@@ -167,7 +172,7 @@ def _subspace(matrix: Tensor, k: int, num_rounds: int) -> tuple[Tensor, Tensor, 
     for _ in range(num_rounds):
         u = torch.linalg.qr(product(matrix, torch.linalg.qr(right).Q)).Q
         right = product(matrix.mT, u)
-    # The SVD of (n, k) is computed from its R factor, k×k.
+    # The SVD of an (n, k) matrix is computed from its R factor, which is k×k.
     v, core = torch.linalg.qr(right)
     rotate_v, sigma, rotate_u = torch.linalg.svd(core)
     return u @ rotate_u.mT, sigma, v @ rotate_v
@@ -192,8 +197,8 @@ def _exact(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _exact_by_gram(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k leading triplets of a float32 matrix, from eigenvectors of WᵀW in float64.
 
-    Float64 resolves every value above 1e-8 σ₁, more than float32 entries determine. 64×64 takes
-    0.4 ms, where the SVD takes 0.7 (2026-11-30, torch 2.13, one thread).
+    Float64 resolves every value above 1e-8 σ₁, which is more than float32 entries determine. For
+    64×64 this takes 0.4 ms, and the SVD takes 0.7 ms (2026-11-30, torch 2.13, one thread).
     """
     exact = tall.double()
     squares, v = torch.linalg.eigh(exact.mT @ exact)
@@ -203,7 +208,7 @@ def _exact_by_gram(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if bool((sigma[..., -1] > _NEARLY_ZERO * sigma[..., 0]).all()):
         u = image / sigma.unsqueeze(-2)
     else:
-        # QR completes U where σ is nearly zero, and changes a column at most by its sign.
+        # QR completes U where σ is nearly zero. Otherwise it changes at most the sign of a column.
         u, core = torch.linalg.qr(image)
         u *= torch.where(core.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
     return u.to(tall.dtype), sigma.to(tall.dtype), v.to(tall.dtype)

@@ -27,20 +27,20 @@ from hf_pss.models.smoother import FAILED, NON_FINITE, RAISED, PhiFor, matrix_ch
 from hf_pss.records.events import MatrixChange
 
 _COLLAPSED = 2.0
-# Elements of factors in one batched call.
+# The number of elements of factors in one batched call.
 _MAX_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpectrum:
-    """Numbers of one product s·B·A: 0 where B or s is zero, NaN where a factor is not finite."""
+    """The numbers of one product s·B·A. 0 if B or s is zero, NaN if a factor is not finite."""
 
     sigma: float
-    """σ₁, exact."""
+    """The exact σ₁."""
     frobenius: float
     stable_rank: float
     leading: tuple[float, ...] = ()
-    """The leading singular values, as many as `Anchors` records."""
+    """The leading singular values. There are as many as `Anchors` records."""
 
 
 @torch.no_grad()
@@ -49,12 +49,13 @@ def measure_adapter_spectra(
 ) -> dict[str, AdapterSpectrum]:
     """Return σ₁, ‖s·B·A‖_F and the stable rank of each product by name.
 
-    Every rank measures all products, because the factors are small. One device-to-host read.
+    Every rank measures all products, because the factors are small. There is
+    one device-to-host read.
 
     Args:
         views: The products to read.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters.
+        backend: How parameters are stored.
     """
     alike: dict[tuple[object, ...], list[_Factors]] = {}
     for factors in _factors(views, parameters, backend.full):
@@ -69,7 +70,7 @@ def measure_adapter_spectra(
         size = max(1, _MAX_ELEMENTS // (left[0].numel() + right[0].numel()))
         pairs = zip(torch.split(left, size), torch.split(right, size), strict=True)
         sigma = torch.cat([product_triplets(b, a).sigma for b, a in pairs])
-        # s changes no stable rank, unless it is zero.
+        # s does not change the stable rank, unless it is zero.
         own = [view for factors in group for view in factors.views]
         on = torch.tensor([view.scaling != 0 for view in own], device=left.device)
         names += [view.name for view in own]
@@ -102,23 +103,24 @@ def smooth_adapters_(
     keep_frobenius: bool = False,
     before_write: Callable[[Collection[str]], None] | None = None,
 ) -> tuple[MatrixChange, ...]:
-    """Smooth the dominant singular values of products, in place, by an edit of both factors.
+    """Smooth the dominant singular values of products in place, by an edit of both factors.
 
-    The first rank decides and sends its result, so that replicas stay equal bit for bit; the
-    factors are small. They are read and written in the optimizer's precision, fp32 under ZeRO.
+    The first rank computes the result and sends it to the others, so that replicas stay equal bit
+    for bit. This is cheap, because the factors are small. The factors are read and written in the
+    optimizer's precision, which is fp32 under ZeRO.
 
     Args:
         views: The selected products.
-        parameters: The model's parameters by canonical name; factors change in place.
-        backend: The storage of the parameters.
+        parameters: The model's parameters by canonical name. Factors change in place.
+        backend: How parameters are stored.
         phi_for: As in `hf_pss.models.smoother.smooth_matrices_`.
-        names: Only these products; all when None.
-        max_rank: At most so many singular values of a product move.
+        names: The products to smooth. None means all.
+        max_rank: The largest number of singular values of a product that may move.
         keep_frobenius: Rescale each smoothed product to its previous Frobenius norm.
         before_write: As in `hf_pss.models.smoother.smooth_matrices_`.
 
     Raises:
-        ElsewhereError: The first rank has failed; it raises the error itself.
+        ElsewhereError: The first rank failed, and raises its own error.
     """
     changes: list[MatrixChange] = []
     wanted = [view for view in views if names is None or view.name in names]
@@ -180,7 +182,7 @@ def frozen_collapses(
     """Return the stable ranks below 2 of the frozen weights that the adapters are added to.
 
     An edit of s·B·A cannot remove a direction of W₀ outside the span of B, so the caller warns.
-    Quantised bases, integers or packed, are skipped.
+    Quantised bases, whether integer or packed, are skipped.
     """
     bases: dict[str, MatrixView] = {}
     for view in views:
@@ -188,7 +190,7 @@ def frozen_collapses(
         if base is None or not base.is_floating_point() or view.base_name is None:
             continue
         shape = tuple(getattr(base, "ds_shape", base.shape))
-        # A transposed base has the same stable rank. A packed base has another shape.
+        # A transposed base has the same stable rank. A packed base has a different shape.
         if shape[-2:] in (view.shape, view.shape[::-1]) and len(shape) in (2, 3):
             name = view.base_name
             bases[name] = MatrixView(name, name, "mlp", "", shape, False, None, "frozen base")
@@ -198,13 +200,13 @@ def frozen_collapses(
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The factors of products that share parameters: one product, or an adapter's experts."""
+    """The factors of products that share parameters: one product, or the experts of an adapter."""
 
     views: tuple[AdapterView, ...]
     left: Tensor
-    """(len(views), m, r): B, a copy."""
+    """A copy of B, (len(views), m, r)."""
     right: Tensor
-    """(len(views), r, n): A, a copy."""
+    """A copy of A, (len(views), r, n)."""
 
 
 def _factors(
@@ -212,7 +214,7 @@ def _factors(
     parameters: Mapping[str, nn.Parameter],
     read: Callable[[Tensor], Tensor],
 ) -> Iterator[_Factors]:
-    """Yield the factors of all products, whole, on every rank."""
+    """Yield the complete factors of all products on every rank."""
     for _, group in itertools.groupby(views, key=lambda view: (view.left_name, view.right_name)):
         own = tuple(group)
         experts = [view.expert for view in own]
@@ -222,7 +224,7 @@ def _factors(
 
 
 def _left(view: AdapterView, whole: Tensor) -> Tensor:
-    # PEFT stores the experts of B innermost, and those of A outermost.
+    # PEFT stores the experts of B along the last dimension, and those of A along the first one.
     return torch.unflatten(whole, 1, (-1, view.num_experts)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The record of each matrix's leading singular values when it was last known healthy [ours]."""
+"""A record of each matrix's leading singular values from when it was last healthy [ours]."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from hf_pss.errors import StateError
 from hf_pss.linalg import leading_triplets
 
 NUM_RECORDED = 8
-"""K, the number of recorded leading values of a matrix."""
+"""K, the number of leading values that are recorded for each matrix."""
 # The record is 50 to 100 steps old. So it is older than the onset of a spike, and recent enough for
-# a network that learns.
+# a network that still learns.
 _EVERY_STEPS = 50
 _KEYS = ("healthy", "candidate", "candidate_step", "trouble_step")
 
 Values: TypeAlias = Mapping[str, Sequence[float]]
-"""Leading singular values, descending, in the units of each matrix, by name."""
+"""The leading singular values of each matrix by name, descending, in the units of the matrix."""
 
 
 def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
-    """Return the K leading singular values of each matrix, (b, K); a small one ends in zeros.
+    """Return the K leading singular values of each matrix, (b, K), padded with zeros.
 
-    The computation is that of smoothing, so a matrix that has not changed has the recorded values
-    to the last bit. (Smoothing functions of the whole spectrum decompose large matrices more
-    exactly; the tolerance of `Anchored` covers the difference.)
+    The computation is the same as in smoothing, so a matrix that has not changed has the recorded
+    values to the last bit. (Smoothing functions of the whole spectrum decompose large matrices more
+    exactly. The tolerance of `Anchored` covers the difference.)
 
     Args:
         matrices: (b, m, n).
-        max_rank: The same as for smoothing.
+        max_rank: The same value as for smoothing.
     """
     num_values = min(max_rank + 1, *matrices.shape[-2:])
     sigma = leading_triplets(matrices, num_values, check_finite=False).sigma[..., :NUM_RECORDED]
@@ -49,11 +49,11 @@ def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
 
 
 class Anchors:
-    """A record that follows a healthy run, and stops at the first sign of trouble.
+    """A record that follows a healthy run and stops at the first sign of trouble.
 
-    Every 50 steps the leading values are measured. They become the record 50 steps later, unless a
-    spike or a non-finite step has come in between. So the recorded weights were followed by at
-    least 50 steps without trouble.
+    The leading values are measured every 50 steps. They become the record 50 steps later, unless a
+    spike or a non-finite step has occurred in the meantime. So at least 50 steps without trouble
+    followed the recorded weights.
 
     >>> anchors = Anchors({"w": [4.0]})
     >>> for step in range(50, 151, 50):
@@ -67,7 +67,7 @@ class Anchors:
 
     def __init__(self, start: Values) -> None:
         self.healthy = start
-        """No leading value is set below these."""
+        """The record. No leading value is lowered below these values."""
         self._candidate = start
         self._candidate_step = 0
         self._trouble_step = -1
@@ -78,17 +78,17 @@ class Anchors:
         return step % _EVERY_STEPS == 0
 
     def note_trouble(self, step: int) -> None:
-        """Remember that this step spiked or was not finite."""
+        """Store that this step spiked or was not finite."""
         self._trouble_step = step
 
     def update(self, step: int, values: Values) -> None:
-        """Take the values of all matrices after a step."""
+        """Add the values of all matrices after a step."""
         if self._trouble_step < self._candidate_step:
             self.healthy = self._candidate
         self._candidate, self._candidate_step = values, step
 
     def levels(self, names: Sequence[str]) -> Tensor:
-        """Return the record of these matrices, (len(names), K); zeros where there is none."""
+        """Return the record of these matrices, (len(names), K). Matrices without one get zeros."""
         rows = [[v for v in self.healthy.get(name, ()) if v > 0] for name in names]
         # The last value of a small matrix fills the rest of its row.
         return torch.tensor(
@@ -96,7 +96,7 @@ class Anchors:
         )
 
     def state_dict(self) -> dict[str, JSON]:
-        """Return the record as plain JSON; the row of a matrix that was not finite is empty."""
+        """Return the record as plain JSON. The row of a matrix that was not finite is empty."""
         return {
             "healthy": _encoded(self.healthy),
             "candidate": _encoded(self._candidate),
@@ -109,11 +109,11 @@ class Anchors:
         """Return the record that was saved.
 
         Args:
-            state: Parsed JSON, not trusted.
+            state: Parsed JSON, which is not trusted.
             names: The matrices that the record must name.
 
         Raises:
-            StateError: The record is damaged, or names other matrices.
+            StateError: The record is damaged, or names different matrices.
         """
         what = "the record of leading singular values"
         found = read_object(state, _KEYS, what)

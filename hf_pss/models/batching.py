@@ -1,6 +1,7 @@
-"""Weight matrices in stacks of equal shape, so that one batched call serves many of them.
+"""Weight matrices in stacks of equal shape, so that one batched call handles many of them.
 
-Several ranks share the work: each reads and decomposes its own stacks, and sends small results.
+If there are several ranks, they share the work. Each rank reads and decomposes some of the stacks,
+and sends small results to the others.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from hf_pss.errors import ElsewhereError
 from hf_pss.models.distributed import Backend, owners_of
 from hf_pss.models.selection import MatrixView
 
-# fp32 elements in one batched call (64 MiB): bounds the extra memory of a whole-model reading. A
-# larger matrix has a stack of its own.
+# The number of fp32 elements in one batched call (64 MiB). It bounds the extra memory of reading a
+# whole model. A larger matrix gets a separate stack.
 _MAX_ELEMENTS = 2**24
-# Columns of a decomposition's work: small matrices are decomposed whole, large ones iterated.
+# The number of columns that a decomposition works on. Small matrices are decomposed completely, and
+# large ones are iterated.
 _MAX_COLUMNS = 144
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixRef:
-    """The origin of one 2-D matrix of a stack: a view, and which expert of it (None: all)."""
+    """The origin of one 2-D matrix of a stack: a view, and the expert in it (None: all of it)."""
 
     name: str
     view: MatrixView
@@ -43,29 +45,29 @@ class MatrixRef:
         return self.matrix_view.read(stored if self.expert is None else stored[self.expert - start])
 
     def write_(self, full: Tensor, matrix: Tensor) -> None:
-        """Write the matrix into its whole parameter."""
+        """Write the matrix into its complete parameter."""
         self.matrix_view.write_(full if self.expert is None else full[self.expert], matrix)
 
     @property
     def matrix_view(self) -> MatrixView:
-        """The view of this matrix alone, inside its expert's part of the parameter."""
+        """The view of only this matrix, inside its expert's part of the parameter."""
         return replace(self.view, shape=self.shape)
 
 
 Round: TypeAlias = tuple[tuple[MatrixRef, ...], ...]
-"""The matrices that all ranks work on at the same time: one stack for each rank, or none."""
+"""The matrices that all ranks work on at the same time. Each rank has one stack, or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Matrices of one shape: ``matrices`` is (len(names), m, n), a copy in the stored dtype."""
+    """Matrices of one shape. ``matrices`` is (len(names), m, n), a copy in the stored dtype."""
 
     refs: tuple[MatrixRef, ...]
     matrices: Tensor
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The matrices' names, in the order of the stack."""
+        """The names of the matrices, in the order of the stack."""
         return tuple(ref.name for ref in self.refs)
 
     def where(self, kept: Sequence[bool]) -> Self:
@@ -75,7 +77,7 @@ class Stack:
 
 
 def matrix_refs(views: Iterable[MatrixView]) -> tuple[MatrixRef, ...]:
-    """Return every 2-D matrix of the views, named as the view, with ``[e]`` for each expert."""
+    """Return every 2-D matrix of the views. Its name is the view's, plus ``[e]`` for expert e."""
     return tuple(
         MatrixRef(view.name if expert is None else f"{view.name}[{expert}]", view, expert)
         for view in views
@@ -84,12 +86,12 @@ def matrix_refs(views: Iterable[MatrixView]) -> tuple[MatrixRef, ...]:
 
 
 def matrix_names(views: Iterable[MatrixView]) -> tuple[str, ...]:
-    """Return a name for each 2-D matrix; see `matrix_refs`."""
+    """Return a name for each 2-D matrix, as in `matrix_refs`."""
     return tuple(ref.name for ref in matrix_refs(views))
 
 
 def matrix_shapes(views: Iterable[MatrixView]) -> dict[str, tuple[int, int]]:
-    """Return (m, n), outputs and inputs, for each 2-D matrix by name."""
+    """Return (m, n), the outputs and inputs, of each 2-D matrix by name."""
     return {ref.name: ref.shape for ref in matrix_refs(views)}
 
 
@@ -112,18 +114,18 @@ def assign_rounds(
     *,
     names: Collection[str] | None = None,
 ) -> tuple[Round, ...]:
-    """Divide the selected matrices over ranks, by cost, in stacks of equal shape.
+    """Divide the selected matrices over ranks by cost, in stacks of equal shape.
 
-    Every rank computes the same division. All matrices of a parameter have one owner, so that it is
-    gathered once; the most expensive parameter goes to the least loaded rank. In each round a rank
-    has one stack. Experts come in order, with all matrices of one beside each other, so that a
-    round needs few rows of their parameter.
+    Every rank computes the same division. All matrices of a parameter have the same owner, so that
+    the parameter is gathered once. The most expensive parameter goes to the rank with the least
+    work. In each round a rank has one stack. Experts come in order, and all matrices of one expert
+    are next to each other, so that a round needs few rows of their parameter.
 
     Args:
         views: The views to read.
         parameters: The model's parameters by canonical name.
         world_size: The number of ranks that share the work.
-        names: Only these 2-D matrices; all when None.
+        names: The 2-D matrices to include. None means all.
     """
     of_parameter: dict[str, list[MatrixRef]] = {}
     for ref in matrix_refs(views):
@@ -155,7 +157,7 @@ def _chunks(
 
 
 def expert_rows(refs: Iterable[MatrixRef]) -> slice | None:
-    """Return the rows of the stored parameter that hold these experts; None where it has none."""
+    """Return the rows of the stored parameter that hold these experts, or None without experts."""
     experts = [ref.expert for ref in refs]
     found = [expert for expert in experts if expert is not None]
     return slice(min(found), max(found) + 1) if len(found) == len(experts) else None
@@ -164,7 +166,7 @@ def expert_rows(refs: Iterable[MatrixRef]) -> slice | None:
 def read_round(
     one_round: Round, parameters: Mapping[str, Tensor], backend: Backend
 ) -> Stack | None:
-    """Return this rank's stack of a round, None where it has none; collective."""
+    """Return this rank's stack of a round, or None if it has none. The call is collective."""
     own: list[Tensor] = []
     for owner, refs in enumerate(one_round):
         for name, group in by_parameter(refs):
@@ -174,7 +176,7 @@ def read_round(
                 own += [ref.read(stored, 0 if rows is None else rows.start) for ref in group]
     if not own:
         return None
-    # One large matrix is a stack of its own, and is not copied.
+    # A single large matrix has a separate stack, and is not copied.
     return Stack(one_round[backend.rank], own[0][None] if len(own) == 1 else torch.stack(own))
 
 
@@ -187,7 +189,7 @@ def stacks(
 
 
 def gather(refs: Iterable[MatrixRef], parameters: Mapping[str, Tensor], backend: Backend) -> Tensor:
-    """Return a copy of matrices of one shape on every rank, (len(refs), m, n); collective."""
+    """Return a copy of matrices of one shape on every rank, (len(refs), m, n). Collective."""
     matrices: list[Tensor] = []
     for name, group in by_parameter(refs):
         full = backend.full(parameters[name])
@@ -202,14 +204,14 @@ def write_stack_(
     parameters: Mapping[str, Tensor],
     backend: Backend,
 ) -> None:
-    """Write the changed matrices of a stack into the model, each parameter once.
+    """Write the changed matrices of a stack into the model, opening each parameter once.
 
     Args:
         stack: The stack that the matrices were read into.
-        matrices: (len(stack.names), m, n), their new values.
-        changed: Which of them to write; the others keep their bits.
+        matrices: The new values of the matrices, (len(stack.names), m, n).
+        changed: Whether to write each matrix. The others keep their bits.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters.
+        backend: How parameters are stored.
     """
     new = {
         ref: matrix
@@ -229,12 +231,12 @@ def measure_each(
     backend: Backend,
     measure: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
-    """Return a number for each 2-D matrix by name; one rank measures it and sends it to all.
+    """Return a number for each 2-D matrix by name. One rank measures it and sends it to all.
 
     Args:
         views: The views to read.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters.
+        backend: How parameters are stored.
         measure: Maps a stack (b, m, n) to numbers of shape (b,).
     """
 
@@ -253,18 +255,18 @@ def measure_rows(
     *,
     width: int,
 ) -> dict[str, tuple[float, ...]]:
-    """Return ``width`` numbers for each 2-D matrix by name; otherwise as `measure_each`.
+    """Return ``width`` numbers for each 2-D matrix by name, and otherwise act as `measure_each`.
 
     Args:
         views: The views to read.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters.
+        backend: How parameters are stored.
         measure: Maps a stack (b, m, n) to numbers of shape (b, width).
-        width: How many numbers for each matrix.
+        width: The number of values for each matrix.
 
     Raises:
-        DecompositionError: Decompositions have failed on some ranks, and no other error.
-        ElsewhereError: Another rank had an error, which that rank raises itself.
+        DecompositionError: Decompositions failed on some ranks, and no other error occurred.
+        ElsewhereError: A different rank had an error, which that rank raises.
     """
     names: list[str] = []
     numbers: list[Tensor] = []
@@ -275,8 +277,8 @@ def measure_rows(
             try:
                 found = measure(stack.matrices)
             except Exception as caught:
-                # Raised at once, it would leave the other ranks waiting in a collective call. So
-                # this rank continues with them to the end, where all raise.
+                # If this rank raised the error now, the other ranks would wait in a collective
+                # call. So it continues with them to the end, where all ranks raise.
                 if error is None or isinstance(error, LinAlgError):
                     error = caught
         for owner, refs in enumerate(one_round):
@@ -293,13 +295,13 @@ def measure_rows(
 
 
 class DecompositionError(LinAlgError):  # type: ignore[misc]
-    """A decomposition has failed on some rank. Every rank raises this, so training can continue."""
+    """A decomposition failed on some rank. Every rank raises this, so training can continue."""
 
 
 def _summed(
     numbers: Sequence[Tensor], error: Exception | None, device: torch.device, backend: Backend
 ) -> list[float]:
-    """Return the sum of all ranks' numbers, or raise on all ranks if one had an error."""
+    """Return the sum of all ranks' numbers, or raise on all ranks if one rank had an error."""
     has_failed = isinstance(error, LinAlgError)
     flags = torch.tensor([float(has_failed), float(error is not None and not has_failed)])
     every = torch.cat([number.to(device) for number in (*numbers, flags)])
@@ -313,7 +315,7 @@ def _summed(
 
 
 def raise_together(error: Exception | None) -> NoReturn:
-    """Raise this rank's own error, or `ElsewhereError` where another rank had one.
+    """Raise the error of this rank, or `ElsewhereError` if a different rank had one.
 
     Raises:
         ElsewhereError: ``error`` is None.
@@ -321,6 +323,6 @@ def raise_together(error: Exception | None) -> NoReturn:
     if error is not None:
         raise error
     raise ElsewhereError(
-        "Another rank has failed while it read its matrices, so this rank stops, too. The log of "
-        "that rank holds the cause."
+        "Another rank has failed while it read its matrices, so this rank also stops. The log of "
+        "that rank shows the cause."
     )

@@ -1,4 +1,4 @@
-"""Carry one intervention out: smooth, try the result, undo it or edit the optimizer's state."""
+"""Carry out one intervention: smooth, try the result, undo it or edit the optimizer's state."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 class ModelSmoother:
-    """Smooths one model as its options say, and changes nothing else.
+    """Smooths one model according to its options, and changes nothing else.
 
     Args:
-        measurements: Of the model to smooth.
+        measurements: The measurements of the model to smooth.
         config: The options.
-        optimizer: Its state is edited in place; see ``moments``.
-        evaluate_loss: Computes the loss that an intervention is tried on; see ``trial``.
+        optimizer: The optimizer, whose state is edited in place; see ``moments``.
+        evaluate_loss: Computes the loss with which an intervention is tried; see ``trial``.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class ModelSmoother:
         floors: Mapping[str, float],
         anchors: Anchors | None,
     ) -> Intervention:
-        """Smooth the model in place, and undo that if a trial shows that it raises the loss.
+        """Smooth the model in place, and undo this if a trial shows that it raises the loss.
 
         Args:
-            event: The event to answer.
-            judgement: Its judgement, which names the matrices that fired.
-            is_floor: Whether to raise each matrix to its floor; otherwise apply ``smoothing``.
+            event: The event that smoothing responds to.
+            judgement: The judgement of the event. It names the matrices that fired.
+            is_floor: Whether to raise each matrix to its floor. If false, ``smoothing`` is applied.
             floors: The stable-rank floor of each matrix.
-            anchors: The record of healthy values; None for no limits.
+            anchors: The record of healthy values. None means no limits.
         """
         started = time.perf_counter()
         trial = self._trial(event, is_floor=is_floor, is_anchored=anchors is not None)
@@ -80,7 +80,7 @@ class ModelSmoother:
             parameters,
             floor_cap=_floor_cap(floors) if is_floor else None,
             phi_for=self._smoothing_function(anchors),
-            # Adapters have no floor. A repair that a person asked for smooths them all the same.
+            # Adapters have no floor, but a repair that a person asked for smooths them as well.
             includes_adapters=is_repair or not is_floor,
             names=self._names_to_smooth(judgement, is_floor=is_floor),
             before_write=None if trial is None else trial.before_write,
@@ -109,7 +109,7 @@ class ModelSmoother:
         and_then: Callable[[Sequence[Edit]], None] | None,
         **options: Any,
     ) -> tuple[MatrixChange, ...]:
-        """Smooth whole matrices by the floor's cap or by φ, and LoRA products by φ."""
+        """Smooth complete matrices by the floor's cap or by φ, and LoRA products by φ."""
         options |= {
             "max_rank": self._config.max_rank,
             "keep_frobenius": self._config.keep_frobenius,
@@ -132,7 +132,7 @@ class ModelSmoother:
         return phi_for
 
     def _trial(self, event: Event, *, is_floor: bool, is_anchored: bool) -> Trial | None:
-        """Return a trial for one intervention; None where none is wanted or possible."""
+        """Return a trial for one intervention, or None if no trial is wanted or possible."""
         is_wanted = self._config.trial == "all" or (self._config.trial == "spikes" and not is_floor)
         if not is_wanted or self._evaluate_loss is None:
             return None
@@ -141,12 +141,12 @@ class ModelSmoother:
             self._measurements.model,
             self._measurements.backend,
             self._config.trial_margin_ratio,
-            # An anchored edit is safe by construction, and a repair is what the user asked for.
+            # An anchored edit is safe by construction, and the user has asked for a repair.
             keeps_untried=is_anchored or event.kind is EventKind.RESUME,
         )
 
     def _names_to_smooth(self, judgement: Judgement, *, is_floor: bool) -> frozenset[str] | None:
-        """Return the matrices that an intervention may change; None for all."""
+        """Return the matrices that an intervention may change, or None for all."""
         if GLOBAL in judgement.fired:
             return None
         return frozenset(judgement.fired) if is_floor or self._config.scope == "fired" else None

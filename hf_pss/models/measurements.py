@@ -42,15 +42,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GradientProbe:
-    """Norm of each parameter's gradient, on the device until `nonfinite` reads it.
+    """The norm of each parameter's gradient. It stays on the device until `nonfinite` reads it.
 
-    Take it before clipping: clipping by a NaN norm makes every gradient NaN, and so hides the
-    parameter where the NaN began.
+    Take the probe before clipping. Clipping by a NaN norm makes every gradient NaN, and this hides
+    the parameter where the NaN began.
     """
 
     names: tuple[str, ...]
     norms: tuple[Tensor, ...]
-    """Of this rank's part of each gradient."""
+    """The norms of this rank's part of each gradient."""
 
     @classmethod
     @torch.no_grad()
@@ -62,9 +62,9 @@ class GradientProbe:
         return cls(tuple(grads), _norms(list(grads.values())))
 
     def nonfinite(self, backend: Backend) -> tuple[str, ...]:
-        """Return the parameters, in the model's order, whose gradient holds NaN or inf; one read.
+        """Return the parameters, in the model's order, whose gradient holds NaN or inf. One read.
 
-        On several ranks all must call.
+        If there are several ranks, all of them must make this call.
         """
         if not self.norms:
             return ()
@@ -85,18 +85,18 @@ def measure_matrix_grad_norms(
 ) -> dict[str, float]:
     """Return the gradient norm of each 2-D matrix by name, as it was before clipping.
 
-    Clipping and loss scaling multiply all gradients by one factor, so the current norms are
-    rescaled such that their total is the norm before clipping.
+    Clipping and loss scaling multiply all gradients by one factor. The current norms are therefore
+    rescaled so that their total is the norm before clipping.
 
     Args:
         views: The matrices to measure.
         parameters: The model's parameters by canonical name, with gradients.
-        backend: The storage of the parameters.
-        grad_norm_preclip: The global norm before clipping, finite.
-        groups: Parameters that count as one matrix, by its name.
+        backend: How parameters are stored.
+        grad_norm_preclip: The global norm before clipping. It is finite.
+        groups: Parameters that count as one matrix, by the name of that matrix.
 
     Returns:
-        Names to norms; matrices without a gradient are left out.
+        The norm of each matrix by name. Matrices without a gradient are left out.
     """
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     held = [view for view in views if view.parameter_name in grads]
@@ -135,7 +135,7 @@ def _norm(ref: MatrixRef, part: Part) -> Tensor:
 
 
 def _norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the norm of each, never in a half dtype, because fp16 ends at 65,504."""
+    """Return the norm of each tensor, never in a half dtype, because fp16 ends at 65,504."""
     if not tensors:
         return ()
     dtypes = {compute_dtype(tensor) for tensor in tensors}
@@ -144,7 +144,7 @@ def _norms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the squared norm of all their entries, float64, on that device."""
+    """Return the squared norm of the entries of all tensors, float64, on that device."""
     norms = [norm.to(device, torch.float64) for norm in _norms(tensors)]
     return torch.stack(norms).square().sum()
 
@@ -153,23 +153,23 @@ def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def measure_stable_ranks(
     views: Sequence[MatrixView], parameters: Mapping[str, nn.Parameter], backend: Backend
 ) -> dict[str, float]:
-    """Return the stable rank of each 2-D matrix by name; NaN where a matrix holds NaN or inf.
+    """Return the stable rank of each 2-D matrix by name, NaN if the matrix holds NaN or inf.
 
-    Cost: a few products of each matrix with a narrow block, one batched call a shape, and one
-    device-to-host read for the whole model.
+    Cost: a few products of each matrix with a narrow block. There is one batched call per shape,
+    and one device-to-host read for the whole model.
 
     Args:
         views: The matrices to measure.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters.
+        backend: How parameters are stored.
     """
     return measure_each(views, parameters, backend, quick_stable_rank)
 
 
 class UpdateMeter:
-    """Measures one update: ‖W_t − W_{t−1}‖ over the named parameters.
+    """Measures one update as ‖W_t − W_{t−1}‖ over the named parameters.
 
-    Cost: the memory of one copy of them, and three passes over it at every step.
+    Cost: the memory of one copy of the parameters, and three passes over it at every step.
     """
 
     def __init__(self, names: Sequence[str], backend: Backend) -> None:
@@ -204,12 +204,13 @@ _MAX_NAMED = 3
 
 
 class Measurements:
-    """Measures one model; decides nothing and changes nothing.
+    """Measures one model. It makes no decisions and changes nothing.
 
     Args:
-        model: Its parameters are looked up by name every time, so wrappers may swap them.
-        config: Selects the matrices to measure.
-        backend: The storage of the parameters; found from the parameters when None.
+        model: The model. Its parameters are looked up by name every time, so
+            wrappers may swap them.
+        config: The options that select the matrices to measure.
+        backend: How parameters are stored. If None, it is determined from the parameters.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.
@@ -220,7 +221,7 @@ class Measurements:
     def __init__(self, model: nn.Module, config: PSSConfig, backend: Backend | None) -> None:
         _check(model, config)
         self.model = model
-        """The measured model, wrapped or not."""
+        """The measured model, which may be wrapped."""
         self._config = config
         self.backend = backend if backend is not None else backend_for(self.parameters())
         self.selection = select_watched(model, config)
@@ -236,15 +237,16 @@ class Measurements:
         return named_parameters_canonical(self.model)
 
     def fingerprint(self) -> str:
-        """Return a short hash of the names and shapes of the watched matrices."""
+        """Return a short hash of the names and shapes of the selected matrices."""
         products = {view.name: view.shape for view in self._adapters}
         rows = (f"{name} {m}x{n}" for name, (m, n) in {**self.shapes, **products}.items())
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
     def to_host(self, *values: float | Tensor | None) -> list[float | None]:
-        """Return numbers as host floats: all tensors among them in one device-to-host read.
+        """Return numbers as host floats. All tensors among them need one device-to-host read.
 
-        On several ranks the result is the mean over ranks, of floats too: every rank must call.
+        If there are several ranks, each number is the mean over ranks, even if it is a float. So
+        every rank must make this call.
         """
         if self.backend.is_shared:
             device = next(iter(self.model.parameters())).device
@@ -256,7 +258,8 @@ class Measurements:
         host: Iterator[float] = iter(())
         if tensors:
             is_exact = any(tensor.dtype == torch.float64 for tensor in tensors)
-            # In a model that is spread over devices, the loss and the norm lie on different ones.
+            # If a model is spread over several devices, the loss and the norm
+            # are on different ones.
             target = (tensors[0].device, torch.float64 if is_exact else torch.float32)
             host = iter(self.backend.agree(torch.stack([tensor.to(*target) for tensor in tensors])))
         return [next(host) if isinstance(v, Tensor) else v for v in values]
@@ -266,10 +269,10 @@ class Measurements:
         self._probe = GradientProbe.take(self.model.named_parameters(), self.backend)
 
     def first_nonfinite_gradients(self) -> tuple[str, ...]:
-        """Return the first parameters whose gradient is not finite; one device-to-host read.
+        """Return the first parameters whose gradient is not finite, with one device-to-host read.
 
-        Empty when every gradient is NaN and `inspect_gradients` was not called before clipping,
-        because clipping by a NaN norm makes every gradient NaN.
+        If every gradient is NaN, the result is empty unless `inspect_gradients` was called before
+        clipping. The reason is that clipping by a NaN norm makes every gradient NaN.
         """
         probe = self._probe or GradientProbe.take(self.model.named_parameters(), self.backend)
         broken = probe.nonfinite(self.backend)
@@ -284,7 +287,7 @@ class Measurements:
     def matrix_grad_norms(self, grad_norm_preclip: float) -> Readings:
         """Return the gradient norm of each matrix before clipping.
 
-        For a LoRA product it is the norm of both factors' gradients.
+        For a LoRA product this is the norm of the gradients of both factors.
         """
         return measure_matrix_grad_norms(
             self.selection.matrices,
@@ -295,7 +298,7 @@ class Measurements:
         )
 
     def start_update(self) -> None:
-        """Copy the watched parameters before the update."""
+        """Copy the selected parameters before the update."""
         self._meter.start(self.parameters())
 
     def update_norm(self) -> Readings:
@@ -305,7 +308,7 @@ class Measurements:
         return {GLOBAL: self.backend.agree(self._meter.stop(self.parameters()))[0]}
 
     def stable_ranks(self) -> dict[str, float]:
-        """Return the stable rank of each matrix and LoRA product; NaN where one is broken."""
+        """Return the stable rank of each matrix and LoRA product. Broken ones give NaN."""
         parameters = self.parameters()
         return {
             **measure_stable_ranks(self.selection.matrices, parameters, self.backend),
@@ -313,15 +316,15 @@ class Measurements:
         }
 
     def spectral_norms(self) -> dict[str, float]:
-        """Return σ₁ of each matrix, without LoRA products: those start at zero, and only grow."""
+        """Return σ₁ of each matrix, without LoRA products, which start at zero and only grow."""
         return measure_each(
             self.selection.matrices, self.parameters(), self.backend, _quick_spectral_norm
         )
 
     def leading_values(self) -> dict[str, list[float]]:
-        """Return the leading singular values of each matrix and LoRA product, those above zero.
+        """Return the leading singular values above zero of each matrix and LoRA product.
 
-        An empty list stands for a matrix that is zero or not finite.
+        An empty list means that a matrix is zero or not finite.
         """
         parameters = self.parameters()
         rows: dict[str, tuple[float, ...]] = measure_rows(
@@ -364,7 +367,7 @@ def needs_no_matrix(config: PSSConfig) -> bool:
 
 
 def select_watched(model: nn.Module, config: PSSConfig) -> Selection:
-    """Return the matrices that these options select; there may be none.
+    """Return the matrices that these options select. There may be none.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.

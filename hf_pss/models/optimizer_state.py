@@ -1,4 +1,4 @@
-"""Edit an optimizer's state after smoothing: first moments, and the sequence z of schedule-free."""
+"""Edit an optimizer's state after smoothing: first moments, and z of schedule-free optimizers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_pss.models.distributed import Backend, Part
 from hf_pss.models.smoother import Edit
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-"""Names of the first moment: in Adam and its family; in SGD and Muon."""
+"""The names of the first moment, in Adam and its family, and in SGD and Muon."""
 SCHEDULE_FREE_STATES = ("z",)
-"""States of schedule-free optimizers that hold weights, laid out like the parameter."""
+"""The states of schedule-free optimizers that hold weights, laid out like the parameter."""
 
 
 @torch.no_grad()
@@ -27,24 +27,25 @@ def edit_first_moments_(
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
 ) -> int:
-    """Remove from the first moment M of each smoothed matrix its effect on the moved values [ours].
+    """Remove from each smoothed matrix's first moment M its effect on the moved values [ours].
 
-    ``project``: M ← M − Σ u_i (u_iᵀ M v_i) v_iᵀ over the singular values that were moved. To first
-    order a step along M changes σ_i by u_iᵀ M v_i, so a step of momentum SGD leaves the values
-    where smoothing put them; Adam's division by √v̂ makes that approximate. ``reset``: M ← 0.
+    ``project`` sets M ← M − Σ u_i (u_iᵀ M v_i) v_iᵀ over the singular values that were moved. To
+    first order a step along M changes σ_i by u_iᵀ M v_i. So a step of SGD with momentum leaves the
+    values where smoothing put them. For Adam this is only approximate, because it divides by √v̂.
+    ``reset`` sets M ← 0.
 
-    A matrix without a first moment (no step yet, or an optimizer without any) is skipped. The
-    second moment stays.
+    Matrices without a first moment are skipped. This happens before the first step, and with
+    optimizers that have no first moment. The second moment does not change.
 
     Args:
-        rule: See above.
-        optimizer: Its state is edited in place.
-        edits: The edits of the matrices; the same on every rank.
+        rule: ``project`` or ``reset``.
+        optimizer: The optimizer, whose state is edited in place.
+        edits: The edits of the matrices. They are the same on every rank.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters, and with them of their moments.
+        backend: How parameters and their moments are stored.
 
     Returns:
-        How many matrices had a first moment.
+        The number of matrices that had a first moment.
     """
     num_edited = 0
     for edit, part in _states_of(optimizer, FIRST_MOMENTS, edits, parameters, backend):
@@ -67,10 +68,10 @@ def edit_first_moments_(
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer is schedule-free: ours, or of the package of that name.
+    """Return whether an optimizer is schedule-free: ours, or of the package `schedulefree`.
 
-    The group entry ``train_mode`` decides, because a state called z proves nothing: that of FTRL is
-    a sum of gradients.
+    The group entry ``train_mode`` decides. A state called z is not sufficient, because the z of
+    FTRL is a sum of gradients.
     """
     return all("train_mode" in group for group in optimizer.param_groups)
 
@@ -84,23 +85,25 @@ def edit_schedule_free_(
 ) -> int:
     """Repeat the edits of the parameters on the sequence z of a schedule-free optimizer [ours].
 
-    x = z + (y − z)/β is linear. With the same W ← g·(W + U (σ* − σ) Vᵀ) on y, which is in the
-    parameter, and on z, which is in the state, x receives the same edit. The alternative, smoothing
-    z by its own spectrum, needs a second decomposition and smooths x less where the two edits
-    differ: a polar reset at β = 0.6 brought σ₁ of x from 1.31 to 0.94 with the first and to 1.26
-    with the second. The second holds σ₁ of y down for longer: 20 steps after a clip from 1.37 to
-    0.86, at β = 0.9, it was 1.11 with the first, 1.02 with the second, and 1.22 with z unchanged.
+    x = z + (y − z)/β is linear. The parameter holds y and the state holds z. If both get the same
+    edit W ← g·(W + U (σ* − σ) Vᵀ), x receives it as well.
+
+    The alternative is to smooth z by its own spectrum. This needs a second decomposition, and it
+    smooths x less where the two edits differ. At β = 0.6 a polar reset changed σ₁ of x from 1.31 to
+    0.94 with our method, and to 1.26 with the alternative. The alternative keeps σ₁ of y low for
+    longer. At β = 0.9 a clip changed σ₁ of y from 1.37 to 0.86. After 20 more steps it was 1.11
+    with our method, 1.02 with the alternative, and 1.22 with z unchanged.
 
     Optimizers that are not schedule-free are skipped.
 
     Args:
-        optimizer: Its state is edited in place.
-        edits: The edits of the parameters; the same on every rank.
+        optimizer: The optimizer, whose state is edited in place.
+        edits: The edits of the parameters. They are the same on every rank.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters, and with them of z.
+        backend: How parameters and z are stored.
 
     Returns:
-        How many matrices had such a state.
+        The number of matrices that had such a state.
     """
     if not is_schedule_free(optimizer):
         return 0
@@ -118,10 +121,11 @@ def _states_of(
     parameters: Mapping[str, nn.Parameter],
     backend: Backend,
 ) -> Iterator[tuple[Edit, Part]]:
-    """Yield each edit with this rank's part of its parameter's state, which may be changed.
+    """Yield each edit with this rank's part of its parameter's state. You may change that part.
 
-    The first of the named states that a parameter has is opened once for all its edits; a parameter
-    without any is skipped. Collective: every rank iterates to the end.
+    A parameter may have several of the named states. The first of them is opened once for all edits
+    of the parameter. Parameters without any are skipped. The call is collective, so every rank must
+    iterate to the end.
     """
     by_ref = {edit.ref: edit for edit in edits}
     for name, group in by_parameter(by_ref):

@@ -1,4 +1,4 @@
-"""Check the options against one model and its backend: refuse some, and warn of others."""
+"""Check the options against one model and its backend: reject some, and warn of others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def response_to_nonfinite(config: PSSConfig, measurements: Measurements) -> Lite
     """Return the response to a non-finite step that the backend allows.
 
     Raises:
-        ConfigurationError: An option needs gradients that are gone, or an update held back.
+        ConfigurationError: An option needs gradients that no longer exist, or needs
+            to hold an update back.
     """
     if measurements.backend.can_hold_back:
         return config.on_nonfinite
@@ -50,14 +51,14 @@ def response_to_nonfinite(config: PSSConfig, measurements: Measurements) -> Lite
 def option_warnings(
     config: PSSConfig, measurements: Measurements, *, has_loss: bool, has_trainer: bool
 ) -> Iterator[str]:
-    """Yield warnings about options without effect, or with a dangerous one. Collective.
+    """Yield warnings about options that have no effect or a dangerous effect. Collective.
 
     Args:
         config: The options.
-        measurements: The model's.
+        measurements: The measurements of the model.
         has_loss: Whether the controller was given ``evaluate_loss``.
-        has_trainer: Whether a Trainer's callback honours the options that need one, and warns of
-            missing matrices itself.
+        has_trainer: Whether the callback of a Trainer applies the options that need one. The
+            callback also warns of missing matrices.
     """
     yield from measurements.backend.cautions(measurements.parameters())
     acts_on_spikes = config.reacts_to_spikes and not config.observe_only
@@ -74,14 +75,14 @@ def option_warnings(
         )
     if measurements.selection.adapters and config.moments != "keep":
         yield (
-            f"moments={config.moments!r}: the first moments of LoRA factors are kept; only those "
-            "of whole matrices are edited."
+            f"moments={config.moments!r}: the first moments of LoRA factors are kept. Only those "
+            "of complete matrices are edited."
         )
     if has_trainer:
         return
     if config.smooth_on_resume:
         yield (
-            "smooth_on_resume has no effect in a training loop of your own: call smooth_now() "
+            "smooth_on_resume has no effect in your own training loop. Call smooth_now() "
             "once after load_state_dict()."
         )
     if warning := nothing_to_watch(config, measurements):
@@ -91,17 +92,17 @@ def option_warnings(
 def nothing_to_watch(
     config: PSSConfig, measurements: Measurements, spelling: str = "PSSConfig({})"
 ) -> str | None:
-    """Return a warning about detectors that find no matrix in this model; None without any.
+    """Return a warning about detectors that find no matrix in this model, or None.
 
     Args:
         config: The options.
-        measurements: The model's.
-        spelling: The caller's notation of an option; the braces stand for ``name=value``.
+        measurements: The measurements of the model.
+        spelling: How the caller writes an option. The braces stand for ``name=value``.
     """
     if needs_no_matrix(config):
         return None
     guard = (
-        "Steps that are not finite are still reported; observe_only leaves them alone, too."
+        "Steps that are not finite are still reported, but observe_only also leaves them alone."
         if config.observe_only
         else "The guard against steps that are not finite stays."
     )

@@ -27,9 +27,10 @@ from hf_pss.models.distributed import Backend, Part
 from hf_pss.models.selection import MatrixView
 from hf_pss.records.events import MatrixChange
 
-# The status of a matrix, as ranks send it; `SmoothingStatus` has the numbers below.
+# The status of a matrix, as ranks send it. `SmoothingStatus` has the numbers below 8.
 NON_FINITE, FAILED, RAISED = 8, 9, 10
-"""Not decomposed; a decomposition that did not converge; an error that ends the run."""
+"""The statuses of a matrix that was not decomposed, of a decomposition that did not converge, and
+of an error that ends the run."""
 STATUS_NAMES = {
     **{int(status): status.name.lower() for status in SmoothingStatus},
     NON_FINITE: "non_finite",
@@ -42,15 +43,15 @@ PhiFor = Callable[[Sequence[str]], SmoothingFunction]
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """W ← g · (W + Σ (σ*_i − σ_i) u_i v_iᵀ), over the singular values that move."""
+    """W ← g · (W + Σ (σ*_i − σ_i) u_i v_iᵀ), summed over the singular values that move."""
 
     ref: MatrixRef
     u: Tensor
-    """(m, k), k the number of values that move."""
+    """(m, k), where k is the number of values that move."""
     before: Tensor
-    """(k,), σ."""
+    """σ, (k,)."""
     after: Tensor
-    """(k,), σ*, before the gain."""
+    """σ* before the gain, (k,)."""
     v: Tensor
     """(n, k)."""
     gain: float
@@ -71,18 +72,18 @@ class Outcome:
 
     refs: tuple[MatrixRef, ...]
     rows: list[list[float]]
-    """For each matrix: status, number of moved values, k, σ₁ and stable rank before and after,
-    gain."""
+    """The numbers of each matrix: status, number of moved values, k, σ₁ and stable rank before and
+    after, and the gain."""
     edits: tuple[Edit, ...] = ()
-    """Of the matrices that change, in their order."""
+    """The edits of the matrices that change, in their order."""
     made: tuple[Stack, Smoothed] | None = None
     """The decomposed matrices, on the rank that decomposed them."""
     error: Exception | None = None
-    """An error of this rank, to be raised once all ranks have its status."""
+    """An error of this rank. It is raised when all ranks have received its status."""
 
     @classmethod
     def of(cls, stack: Stack, phi_for: PhiFor, *, max_rank: int, keep_frobenius: bool) -> Outcome:
-        """Decompose and smooth a stack; an error is kept in the result."""
+        """Decompose and smooth a stack. If an error occurs, it is stored in the result."""
         try:
             return cls._smoothed(stack, phi_for, max_rank, keep_frobenius)
         except Exception as error:
@@ -170,16 +171,16 @@ def _numbers(smoothed: Smoothed) -> Tensor:
 def exchange(
     one_round: Round, own: Outcome | None, parameters: Mapping[str, Tensor], backend: Backend
 ) -> list[Outcome]:
-    """Return every rank's outcome of a round, on all ranks; two broadcasts each.
+    """Return every rank's outcome of a round, on all ranks. Each outcome needs two broadcasts.
 
-    For each matrix eight numbers are sent and, where it changes, U, σ, σ* and V of the values that
-    move: (m + n + 2) · k floats, against m · n of the matrix.
+    Eight numbers are sent for each matrix. If the matrix changes, U, σ, σ* and V of the values that
+    move are also sent. These are (m + n + 2) · k floats, and the matrix has m · n.
 
     Args:
         one_round: The matrices that each rank worked on.
-        own: This rank's outcome; None where it had no matrix.
+        own: The outcome of this rank, or None if it had no matrix.
         parameters: The model's parameters by canonical name.
-        backend: The storage of the parameters.
+        backend: How parameters are stored.
     """
     return [
         _sent(own if owner == backend.rank else None, owner, refs, parameters, backend)
@@ -219,7 +220,7 @@ def _sent(
 
 
 def apply_edits_(edits: Iterable[Edit], parameters: Mapping[str, Tensor], backend: Backend) -> None:
-    """Make the edits on every rank's part of the parameters; each parameter is opened once."""
+    """Make the edits on every rank's part of the parameters. Each parameter is opened once."""
     by_ref = {edit.ref: edit for edit in edits}
     for name, group in by_parameter(by_ref):
         with backend.part(parameters[name], expert_rows(group)) as part:
@@ -242,27 +243,28 @@ def smooth_matrices_(
 ) -> tuple[MatrixChange, ...]:
     """Smooth the dominant singular values of matrices in place: W ← W + U_k (φ(Σ_k) − Σ_k) V_kᵀ.
 
-    The ranks share the work, and equal shapes go through one batched call. A matrix that holds NaN
-    or inf, or whose decomposition fails, is reported and not written.
+    The ranks share the work, and matrices of equal shape share one batched call. If a matrix holds
+    NaN or inf, or its decomposition fails, it is reported and not written.
 
     Args:
         views: The selected matrices.
-        parameters: The model's parameters by canonical name; those of changed matrices change in
-            place.
-        backend: The storage of the parameters.
-        phi_for: Returns the smoothing function for a batch of matrices, given their names in order;
-            its level may differ from matrix to matrix.
-        names: Only these 2-D matrices; all when None.
-        max_rank: At most so many singular values of a matrix move.
+        parameters: The model's parameters by canonical name. Those of changed
+            matrices change in place.
+        backend: How parameters are stored.
+        phi_for: Returns the smoothing function for a batch of matrices, given their names in order.
+            Its level may differ from matrix to matrix.
+        names: The 2-D matrices to smooth. None means all.
+        max_rank: The largest number of singular values of a matrix that may move.
         keep_frobenius: Rescale each smoothed matrix to its previous Frobenius norm.
-        before_write: Called on every rank with the names of the parameters to be written next.
-        and_then: Called on every rank with the edits that were made.
+        before_write: A function that every rank calls with the names of the
+            parameters to be written next.
+        and_then: A function that every rank calls with the edits that were made.
 
     Returns:
         The change of each matrix, in the model's order.
 
     Raises:
-        ElsewhereError: Another rank's work has ended in an error, which that rank raises itself.
+        ElsewhereError: An error ended the work of a different rank, which raises it.
     """
     changes: dict[str, MatrixChange] = {}
     for one_round in assign_rounds(views, parameters, backend.world_size, names=names):
@@ -278,8 +280,8 @@ def smooth_matrices_(
             before_write(written)
         for outcome in outcomes:
             if backend.is_shared:
-                # Every rank applies the received edit, also the rank that computed it. Replicas
-                # stay equal bit for bit because all of them perform the same operations.
+                # Every rank applies the received edit, including the rank that computed it.
+                # Replicas stay equal bit for bit because all of them perform the same operations.
                 apply_edits_(outcome.edits, parameters, backend)
             elif outcome.made is not None:
                 decomposed, smoothed = outcome.made
@@ -288,14 +290,14 @@ def smooth_matrices_(
             changes |= {change.name: change for change in outcome.changes()}
             if and_then is not None:
                 and_then(outcome.edits)
-    # In the model's order, which does not depend on the number of ranks.
+    # The changes are in the model's order, which does not depend on the number of ranks.
     return tuple(changes[name] for name in matrix_names(views) if name in changes)
 
 
 def _agreed(
     one_round: Round, own: Outcome | None, parameters: Mapping[str, Tensor], backend: Backend
 ) -> list[Outcome]:
-    """Return the outcomes of all ranks, or raise together."""
+    """Return the outcomes of all ranks, or raise on all of them."""
     if not backend.is_shared:
         if own is not None and own.error is not None:
             raise own.error

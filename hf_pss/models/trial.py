@@ -18,35 +18,36 @@ logger = logging.getLogger(__name__)
 EvaluateLoss = Callable[[], float | Tensor | None]
 """Returns the loss of one micro-batch with the current weights, or None.
 
-It changes nothing, the random state included, and returns the same loss for the same weights."""
+The function changes nothing, not even the random state. It returns the same
+loss for the same weights."""
 
 
 @dataclass(slots=True)
 class Trial:
-    """Compares the loss before and after an edit, and takes a harmful edit back.
+    """Compares the loss before and after an edit, and undoes a harmful edit.
 
-    A trial copies this rank's storage of each edited parameter, so that an edit that is taken back
-    leaves no trace, not even of rounding. The copies need as much memory as the gradients of the
-    edited matrices, which a Trainer has freed at this point of a step.
+    A trial copies what this rank stores of each edited parameter. So an edit that is undone leaves
+    no trace, not even of rounding. The copies need as much memory as the gradients of the edited
+    matrices, which a Trainer has already freed at this point of a step.
 
-    All ranks must make the same calls; the losses are the means over ranks.
+    All ranks must make the same calls. The losses are means over ranks.
     """
 
     evaluate: EvaluateLoss
     model: nn.Module
     backend: Backend
     margin_ratio: float
-    """An edit may raise the loss by this share of its absolute value."""
+    """The share of the loss's absolute value by which an edit may raise the loss."""
     keeps_untried: bool
     """Whether to keep an edit that cannot be tried because the loss is None."""
     loss_before: float | None = None
-    """None until it is measured, and where `evaluate` returns None."""
+    """None until it is measured, and None if `evaluate` returns None."""
     loss_after: float | None = None
     _has_begun: bool = False
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def before_write(self, names: Collection[str]) -> None:
-        """Copy these parameters; at the first call, measure the loss."""
+        """Copy these parameters. The first call also measures the loss."""
         if not self._has_begun:
             self._has_begun = True
             self.loss_before = self._loss()
@@ -57,7 +58,7 @@ class Trial:
             self._kept[name] = self.backend.keep(parameters[name])
 
     def is_kept(self) -> bool:
-        """Measure the loss again; return whether the edit stays, or take it back."""
+        """Measure the loss again. Return whether the edit stays, and undo it if not."""
         if not self._kept:
             return True
         if self.loss_before is not None:
@@ -71,7 +72,7 @@ class Trial:
 
     @property
     def why_not(self) -> str:
-        """The reason why an edit was taken back."""
+        """The reason why an edit was undone."""
         if self.loss_before is None or self.loss_after is None:
             return "there was no loss to try it on"
         return "it raised the loss"
@@ -86,10 +87,10 @@ class Trial:
 
     @torch.no_grad()
     def _loss(self) -> float | None:
-        """Return the mean loss over ranks; None if that of a rank is None.
+        """Return the mean loss over ranks, or None if one rank has None.
 
-        An error of a user's code ends a run of several ranks, because the others wait within the
-        forward pass. A single process continues without the trial.
+        If a user's code raises an error, a run with several ranks ends, because the other ranks
+        wait inside the forward pass. A single process continues without the trial.
         """
         loss: float | Tensor | None = None
         try:

@@ -35,17 +35,17 @@ _FLOOR = "stable_rank_floor"
 
 
 class Triggers:
-    """Judges one model's gradients and weights; decides nothing and changes nothing.
+    """Judges one model's gradients and weights. It makes no decisions and changes nothing.
 
     Args:
-        measurements: Read only when a detector needs the quantity.
+        measurements: The measurements of the model. They are made only if a detector needs them.
         config: The detectors and their settings.
     """
 
     def __init__(self, measurements: Measurements, config: PSSConfig) -> None:
         self._measurements = measurements
         self._config = config
-        # LoRA products have no floor, so a model without other matrices has none either.
+        # LoRA products have no floor, so a model without other matrices has no floors either.
         self._names = tuple(
             name for name in config.detectors if name != _FLOOR or measurements.selection.matrices
         )
@@ -55,15 +55,15 @@ class Triggers:
 
     @property
     def has_floors(self) -> bool:
-        """Whether some matrix has a floor."""
+        """Whether at least one matrix has a floor."""
         return _FLOOR in self._names
 
     def reads(self, quantity: Quantity) -> bool:
-        """Return whether some detector reads this."""
+        """Return whether at least one detector reads this quantity."""
         return quantity in self._detectors.quantities
 
     def judge_gradient(self, norm: float | None, loss: float | None) -> Iterator[Judgement]:
-        """Judge a step before its update; a non-finite step is judged by that alone."""
+        """Judge a step before its update. If it is not finite, nothing else is judged."""
         if norm is not None and not math.isfinite(norm):
             where = self._measurements.first_nonfinite_gradients()
             yield Judgement(Verdict.NON_FINITE, "grad_norm", where, value=norm)
@@ -82,7 +82,7 @@ class Triggers:
             yield from self._judge_finite(Quantity.UPDATE_NORM, self._measurements.update_norm())
 
     def judge_weights(self, quantity: Quantity, readings: Readings) -> Iterator[Judgement]:
-        """Judge the weights by the stable rank, or σ₁, of each matrix."""
+        """Judge the weights by the stable rank or σ₁ of each matrix."""
         # A zero matrix has no leading direction to judge.
         judged = {name: value for name, value in readings.items() if value != 0}
         yield from self._judge_finite(quantity, judged)
@@ -99,10 +99,10 @@ class Triggers:
     def load_state_dict(self, state: object) -> None:
         """Continue from a saved state (parsed JSON, not trusted), or stay unchanged.
 
-        Detectors that both runs have continue; detectors that only this run has start fresh.
+        Detectors that both runs have continue. Detectors that only this run has start fresh.
 
         Raises:
-            StateError: The state is damaged, or belongs to another model.
+            StateError: The state is damaged, or belongs to a different model.
         """
         what = "the PSS state"
         found = read_object(state, tuple(self.state_dict()), what=what)
@@ -115,7 +115,7 @@ class Triggers:
         starts = self._read_starting_ranks(found["starting_ranks"])
         floors = self._floors_from(starts)
         names = [read_text(n, what="a detector") for n in read_list(found["watched"], what=what)]
-        # A floor detector needs floors, even where only the saved run had one.
+        # A floor detector needs floors, even if only the saved run had one.
         shapes = self._measurements.shapes
         levels = floors or floors_at(self._config.floor_ratio, shapes, starts)
         possible = {name for name in DETECTORS if name != _FLOOR or levels}
@@ -136,7 +136,7 @@ class Triggers:
         self._detectors.continue_from(saved)
 
     def reset(self) -> None:
-        """Forget everything but the floors."""
+        """Reset everything except the floors."""
         self._detectors = AnyOf(
             [make_detector(name, self._config, self.floors) for name in self._names]
         )
@@ -153,8 +153,8 @@ class Triggers:
         }
 
     def _judge_finite(self, quantity: Quantity, readings: Readings) -> Iterator[Judgement]:
-        # This step can no longer be skipped. So one broken matrix gets a judgement of its own, and
-        # the detectors still judge all others.
+        # This step can no longer be skipped. So the broken matrices get a separate judgement, and
+        # the detectors still judge all other matrices.
         finite = {name: value for name, value in readings.items() if math.isfinite(value)}
         if broken := sorted(readings.keys() - finite.keys()):
             yield Judgement(
@@ -163,14 +163,14 @@ class Triggers:
         yield from self._judge(quantity, finite)
 
     def _judge(self, quantity: Quantity, readings: Readings) -> list[Judgement]:
-        # There may be no reading: all matrices can be frozen, zero or broken.
+        # There may be no reading, because all matrices can be frozen, zero or broken.
         return self._detectors.judge(quantity, readings) if readings else []
 
     def _measure_starting_ranks(self) -> dict[str, float]:
-        """Return the stable ranks that floors refer to; none where noise is the reference."""
+        """Return the stable ranks that floors refer to. It is empty if noise is the reference."""
         if not self.has_floors or self._config.floor_reference == "noise":
             return {}
-        # The approximation is that of later checks, so that its error cancels.
+        # Later checks use the same approximation, so its error cancels.
         shapes, ranks = self._measurements.shapes, self._measurements.stable_ranks()
         return starting_ranks(shapes, {name: ranks[name] for name in shapes})
 

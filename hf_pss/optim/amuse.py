@@ -13,7 +13,7 @@ from hf_pss.models.distributed import local
 from hf_pss.optim.optimizer import MatrixOptimizer
 
 _BASE = "z"
-"""The state's key, the same as in other schedule-free optimizers."""
+"""The key of z in the state. Other schedule-free optimizers use the same key."""
 
 _OWN: Mapping[str, Any] = {
     "beta1": 0.9,
@@ -24,19 +24,21 @@ _OWN: Mapping[str, Any] = {
     "lr_max": 0.0,
     "train_mode": True,
 }
-"""Entries of a group beside those of `MatrixOptimizer`: options, then the averaging's progress."""
+"""The entries that `Amuse` adds to a group of `MatrixOptimizer`. The options come first, then the
+progress of the average."""
 
 
 def interpolation(step: int, *, beta1: float, rho: float, warmup_steps: int) -> float:
     """Return β_t, the weight of the average x in the point y where gradient t is taken.
 
-    β₁ until the end of warm-up, T₀, then 1 − ((T₀ − 1)/(t − 1))^ρ (1 − β₁), which tends to 1.
+    β_t is β₁ until the end of warm-up at T₀. After that it is 1 − ((T₀ − 1)/(t − 1))^ρ (1 − β₁),
+    which tends to 1.
 
     Args:
         step: t, counted from 1.
         beta1: β₁.
         rho: ρ.
-        warmup_steps: T₀; with 0 the result is always β₁.
+        warmup_steps: T₀. If it is 0, the result is always β₁.
 
     Example:
         >>> [interpolation(t, beta1=0.9, rho=1.0, warmup_steps=3) for t in (1, 3, 5)]
@@ -51,42 +53,45 @@ def interpolation(step: int, *, beta1: float, rho: float, warmup_steps: int) -> 
 class Amuse(MatrixOptimizer):
     """Schedule-free averaging around the rules of `MatrixOptimizer` (arXiv 2605.22432).
 
-    With D the direction of a group's rule, whose momentum averages gradients taken at y:
+    Let D be the direction of the group's rule, whose momentum averages the
+    gradients taken at y. Then:
 
         y_t = (1 − β_t) z_t + β_t x_t
         z_{t+1} = (1 − η λ) z_t − η D
         x_{t+1} = (1 − c) x_t + c z_{t+1}
 
-    and β_t from `interpolation`. A parameter holds y while training and x after `eval`; the state
-    holds z, and x is recovered as z + (y − z)/β. Evaluate and save between `eval` and `train`;
-    `ScheduleFreeCallback` does so in a Trainer.
+    `interpolation` gives β_t. A parameter holds y during training and x after `eval`. The state
+    holds z, and x is recovered as z + (y − z)/β. Call `eval` before you evaluate or save, and
+    `train` afterwards. In a Trainer, `ScheduleFreeCallback` makes these calls.
 
-    c = w_t / Σ_{i ≤ t} w_i with w_t = (the highest η so far)², the weights of Schedule-Free AdamW
-    (Defazio et al. 2024, arXiv 2405.15682): 1/t at a constant rate. The paper prints 1/(t + 1),
-    which also counts the starting point. Its authors' program squares the rate of the current step,
-    which is the same as long as the rate does not decay.
+    The weight c is w_t / Σ_{i ≤ t} w_i with w_t = (the highest η so far)². These are the weights of
+    Schedule-Free AdamW (Defazio et al. 2024, arXiv 2405.15682). At a constant rate c is 1/t. The
+    paper prints 1/(t + 1), which also counts the starting point. The authors' program squares the
+    rate of the current step instead of the highest one, which gives the same weights as long as the
+    rate does not decay.
 
-    Weight decay acts on z, and groups of ``algo="adamw"`` take Schedule-Free AdamW's direction, a
-    gradient over √v̂ without a first moment; both as in the authors' program. That program computes
-    y_{t+1} with β_t and recovers x with β_{t+1}; here both are β_{t+1}, as in the paper's first
-    line.
+    Two details follow the authors' program. Weight decay acts on z. Groups of ``algo="adamw"``
+    use the direction of Schedule-Free AdamW, which is the gradient over √v̂ without a first
+    moment. In one detail this class follows the first line of the paper instead: it uses
+    β_{t+1} both to compute y_{t+1} and to recover x. The program computes y_{t+1} with β_t and
+    recovers x with β_{t+1}.
 
-    x is as exact as the stored y and z. Every optimizer loses small steps to the rounding of
-    bfloat16 parameters, and the average, which moves by small parts, loses more: after 300 steps on
-    noise at η = 0.002, the error of x was 0.49 of the distance it moved, that of z 0.37. Keep
-    parameters in float32, and use autocast.
+    x is as exact as the stored y and z. Every optimizer loses small steps when it rounds to
+    bfloat16 parameters. The average moves in small steps, so it loses more. After 300 steps on
+    noise at η = 0.002, the error of x was 0.49 of the distance that x had moved. For z it was 0.37.
+    Keep the parameters in float32, and use autocast.
 
-    All parameters of a group share t. A parameter without a gradient in a step keeps its x and z,
-    and its y follows β (ours).
+    All parameters of a group share t. If a parameter has no gradient in a step, its x and z stay
+    the same, and its y follows β (ours).
 
     Args:
         params: Parameter groups, each with ``algo``; see `MatrixOptimizer`.
-        beta1: β₁, in (0, 1]; with 0, x could not be recovered from y.
+        beta1: β₁, in (0, 1]. With 0, x could not be recovered from y.
         rho: ρ, 0 or more.
-        warmup_steps: T₀, the steps over which a scheduler raises η. With 0, β_t is always β₁
-            (ours), which is plain schedule-free. With 1 the formula would take gradients at x from
-            the second step on.
-        options: Those of `MatrixOptimizer`. Of ``betas``, only the second is used.
+        warmup_steps: T₀, the number of steps over which a scheduler raises η. With 0, β_t is always
+            β₁ (ours), which is plain schedule-free averaging. 1 is not allowed, because the formula
+            would then take the gradients at x from the second step on.
+        options: The options of `MatrixOptimizer`. Only the second of ``betas`` is used.
 
     Raises:
         ConfigurationError: A number is out of range.
@@ -107,20 +112,20 @@ class Amuse(MatrixOptimizer):
         super().__init__(params, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; x, y and z start at its parameters."""
+        """Add a group. Its x, y and z start at the values of its parameters."""
         for name, value in self._own.items():  # a copied optimizer has only these defaults
             self.defaults.setdefault(name, value)
         group = {**self.defaults, **param_group}
         beta1, rho, warmup_steps = (group[name] for name in ("beta1", "rho", "warmup_steps"))
         if not 0 < beta1 <= 1 or not rho >= 0 or warmup_steps < 0 or warmup_steps == 1:
             raise ConfigurationError(
-                f"You gave beta1={beta1}, rho={rho}, warmup_steps={warmup_steps}; beta1 is in "
-                "(0, 1], rho 0 or more, and warmup_steps 0 or at least 2."
+                f"You gave beta1={beta1}, rho={rho}, warmup_steps={warmup_steps}; beta1 must "
+                "be in (0, 1], rho 0 or more, and warmup_steps 0 or at least 2."
             )
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load a state; without an average in it, the average starts at the weights."""
+        """Load a state. If it contains no average, the average starts at the weights."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name in _OWN:
@@ -128,12 +133,12 @@ class Amuse(MatrixOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Put y into the parameters, where gradients are taken, unless it is there already."""
+        """Put y, where gradients are taken, into the parameters, unless they already hold it."""
         self._switch(is_training=True)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Put x into the parameters, to evaluate and to save, unless it is there already."""
+        """Put x into the parameters for evaluation and saving, unless they already hold it."""
         self._switch(is_training=False)
 
     @torch.no_grad()
@@ -165,8 +170,9 @@ class Amuse(MatrixOptimizer):
         zs = [self._base(p) for p in params]
         self._towards_z_(params, 1.0 - 1.0 / _beta(group, 0))  # y becomes x
         super()._move_(zs, directions, group)
-        # Moving towards z by c gives the new x, and from there by 1 − β the new y; this is one
-        # interpolation. A rate that has always been 0 has moved nothing, so nothing is averaged.
+        # Moving towards z by c gives the new x, and moving on by 1 − β gives the new y.
+        # One interpolation does both. If the rate has always been 0, nothing has moved,
+        # so nothing is averaged.
         c = group["lr_max"] ** 2 / group["weight_sum"] if group["lr_max"] else 0.0
         self._towards_z_(params, 1.0 - (1.0 - c) * _beta(group, 1))
 
@@ -206,14 +212,14 @@ class Amuse(MatrixOptimizer):
 
 
 def _count_(group: dict[str, Any]) -> None:
-    """Update the numbers that the weights of the average are computed from."""
+    """Update the numbers from which the weights of the average are computed."""
     group["iteration"] += 1
     group["lr_max"] = max(group["lr_max"], float(group["lr"]))
     group["weight_sum"] += group["lr_max"] ** 2
 
 
 def _beta(group: dict[str, Any], ahead: int) -> float:
-    """Return β ``ahead`` iterations on; between steps the parameters hold y with that of 1."""
+    """Return β for ``ahead`` iterations from now. Between steps the y in the parameters uses 1."""
     return interpolation(
         max(group["iteration"] + ahead, 1),
         beta1=group["beta1"],

@@ -1,4 +1,4 @@
-"""Turn whole momenta into whole directions, in stacks of equal shape and bounded size."""
+"""Compute the directions of complete momenta, in stacks of equal shape and bounded size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hf_pss.models.distributed import ComputedTensor
 from hf_pss.optim.layout import Layout, runs_of
 from hf_pss.optim.update_rule import Options, Rule, State
 
-# The largest number of elements in a stack: enough to keep a GPU busy. On a CPU large matrices gain
-# nothing from batching, so a stack there fits into the cache.
+# The largest number of elements in a stack. On a GPU it is large enough to keep the device busy. On
+# a CPU batching does not speed up large matrices, so there a stack must fit into the cache.
 _MAX_ELEMENTS = 2**26
 _MAX_ELEMENTS_CPU = 2**20
 
@@ -23,10 +23,10 @@ class MomentumJob:
     """One parameter's momentum, its layout and its rule's state."""
 
     momentum: Tensor
-    """Whole, laid out like the parameter."""
+    """The complete momentum, laid out like the parameter."""
     layout: Layout
     state: State
-    """The rule's state, part by part: ``name.0``, ``name.1``, …"""
+    """The rule's state for each part: ``name.0``, ``name.1``, …"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class _Slice:
     part: int
     momenta: Tensor
     target: Tensor
-    """(matrices, runs, rows, inputs); the momenta have runs and rows in one dimension."""
+    """Shape (matrices, runs, rows, inputs). The momenta have runs and rows in one dimension."""
     state: State
 
     def __len__(self) -> int:
@@ -47,10 +47,10 @@ class _Slice:
 def directions_of(
     jobs: Mapping[int, MomentumJob], rule: Rule, options: Options
 ) -> dict[int, ComputedTensor]:
-    """Return the rule's direction for every job, by its key.
+    """Return the direction that the rule gives for each job, under the job's key.
 
     Args:
-        jobs: Of any shapes, on one device.
+        jobs: Jobs of any shapes, all on one device.
         rule: The rule.
         options: The options of the parameter group.
     """
@@ -68,7 +68,7 @@ def directions_of(
                 new_states.setdefault((piece.key, f"{name}.{piece.part}"), []).append(value)
     states: dict[int, State] = {key: {} for key in jobs}
     for (key, name), pieces in new_states.items():
-        # A copy, because a view would keep and save the whole stack's memory.
+        # This is a copy, because a view would keep and save the memory of the whole stack.
         states[key][name] = torch.cat(pieces)
     return {key: ComputedTensor(directions[key], states[key]) for key in jobs}
 
@@ -77,7 +77,7 @@ def _slices(jobs: Mapping[int, MomentumJob], directions: Mapping[int, Tensor]) -
     for key, job in jobs.items():
         momenta, targets = (runs_of(t, job.layout) for t in (job.momentum, directions[key]))
         for part, (runs, target) in enumerate(zip(momenta, targets, strict=True)):
-            momentum = runs.flatten(1, 2)  # copies only where the rows lie within heads
+            momentum = runs.flatten(1, 2)  # a copy only if the rows lie within heads
             ending = f".{part}"
             state = {
                 name.removesuffix(ending): value

@@ -35,23 +35,24 @@ def matrix_groups(
     per_head: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups: weight matrices for a rule, the rest, decayed or not, for AdamW.
+    """Return the parameter groups: weight matrices for a rule, and the rest for AdamW.
 
-    The matrices are those that PSS selects, so the rule moves the same matrices that PSS smooths.
-    Each factor of a LoRA adapter is a matrix (ours).
+    The first group holds the matrices that PSS selects, so the rule moves the same matrices that
+    PSS smooths. Each factor of a LoRA adapter is a matrix (ours). The other parameters form two
+    groups, one with weight decay and one without.
 
     Args:
-        model: Its trainable parameters are grouped; frozen ones are left out.
+        model: The model. Its trainable parameters are grouped, and frozen ones are left out.
         algo: A row of `RULES`.
         include: As in `select_matrices`.
         exclude: As in `select_matrices`.
-        no_decay: Canonical names without weight decay, among the parameters that AdamW moves; None:
-            all with fewer than two dimensions.
-        others_lr: Learning rate of the other parameters; None: the optimizer's.
-        per_head: Whether each head of a query, key or value projection, and of a gate beside the
-            queries, is a matrix of its own, where its rows are known. Kimi K3, arXiv 2607.24653,
-            section 2.5, divides Q, K and V.
-        options: Options of the matrices' group.
+        no_decay: Canonical names of parameters that AdamW moves without weight decay. If None,
+            these are all parameters with fewer than two dimensions.
+        others_lr: Learning rate of the other parameters. If None, they use the optimizer's rate.
+        per_head: Whether to treat each head of a query, key or value projection, or of a gate
+            beside the queries, as a separate matrix if its rows are known. Kimi K3, arXiv
+            2607.24653, section 2.5, divides Q, K and V.
+        options: Options of the group of matrices.
 
     Raises:
         SelectionError: The model has no matrix that could be selected, or a pattern matches none.
@@ -91,13 +92,14 @@ def matrix_groups(
 def _layouts_by_head(
     model: nn.Module, views: Mapping[str, Sequence[MatrixView]], layouts: Mapping[str, Layout]
 ) -> dict[str, Layout]:
-    """Return the layouts of projections with heads; warn of projections with unknown heads."""
+    """Return the layouts of projections with heads. Warn of projections with unknown heads."""
     found, unknown = {}, []
     for site in survey(model):
         held = views.get(site.name, ()) if site.tied_to is None else ()
         rows = head_rows(site, held) if held else None
         num_rows = sum(view.shape[-2] for view in held)
-        # A fused projection with excluded parts has a layout without parts: it is one matrix.
+        # If parts of a fused projection are excluded, its layout has no parts.
+        # It counts as one matrix.
         is_complete = bool(held) and (held[0].rows is None or bool(layouts[site.name][1]))
         if rows is not None and is_complete:
             layout = layouts[site.name]
@@ -125,8 +127,8 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
 
     Args:
         model: The model to train.
-        algo: A row of `RULES`, or ``amuse``: `Amuse` on Muon.
-        options: Those of `matrix_groups`, of the rule, and of `MatrixOptimizer` or `Amuse`.
+        algo: A row of `RULES`, or ``amuse`` for `Amuse` with Muon's rule.
+        options: The options of `matrix_groups`, of the rule, and of `MatrixOptimizer` or `Amuse`.
 
     Raises:
         ConfigurationError: An option is unknown or out of range.
@@ -153,13 +155,13 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
     names = ("include", "exclude", "no_decay", "others_lr", "per_head")
     grouping = {name: options.pop(name) for name in names if name in options}
     optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
-    if backend_for({}).rank == 0:  # the first rank of the run, for any storage of parameters
+    if backend_for({}).rank == 0:  # the first rank of the run, however parameters are stored
         logger.info("%s", describe_groups(optimizer))
     return optimizer
 
 
 def known_options(algo: str) -> dict[str, Any]:
-    """Return the options of `build_optimizer` beside the model and ``algo``, with their defaults.
+    """Return the options of `build_optimizer`, except the model and ``algo``, with their defaults.
 
     Args:
         algo: As in `build_optimizer`.
@@ -179,7 +181,7 @@ def _kind_and_rule(algo: str) -> tuple[type[MatrixOptimizer], str]:
 
 
 def describe_groups(optimizer: MatrixOptimizer) -> str:
-    """Return a table with a line for each group, and its number of parameters moved by heads."""
+    """Return a table of the groups, with the number of parameters that are moved by heads."""
     lines = [f"{'algo':<10}{'parameters':>11}{'entries':>16}{'lr':>11}{'decay':>8}"]
     for group in optimizer.param_groups:
         entries = sum(parameter.numel() for parameter in group["params"])

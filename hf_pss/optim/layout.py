@@ -1,4 +1,4 @@
-"""The layout of separate matrices within a parameter, as plain values, and views by it."""
+"""The layout of separate matrices within a parameter as plain values, and views made from it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_pss.models.selection.pairs import AdapterView
 
 Part: TypeAlias = tuple[int, int, int] | tuple[int, int, int, int]
 Layout: TypeAlias = tuple[bool, tuple[Part, ...]]
-"""Whether inputs come first, and for each part's output rows (start, size, period) as in
-`RowPattern`. An optional fourth number, the rows of one head, makes every head a matrix of its own.
-A parameter that is one matrix has no parts. The values are plain, because an optimizer's checkpoint
-is loaded without unpickling classes."""
+"""Whether inputs come first, and the output rows of each part: (start, size, period), as in
+`RowPattern`. A part may have a fourth number, the rows of one head. Every head is then a separate
+matrix. A parameter that is one matrix has no parts. The values are plain because an optimizer's
+checkpoint is loaded without unpickling classes."""
 
 _NUMBERS_BY_HEAD = 4
 
@@ -24,9 +24,9 @@ WHOLE: Layout = (False, ())
 
 
 def layout_of(views: Sequence[MatrixView]) -> Layout:
-    """Return the layout of these views, all of one parameter.
+    """Return the layout of these views, which all belong to one parameter.
 
-    A parameter whose views leave rows out counts as one matrix.
+    If the views leave out rows of the parameter, the parameter counts as one matrix.
     """
     transposed = views[0].transposed
     parts = tuple((v.rows.start, v.rows.size, v.rows.period) for v in views if v.rows is not None)
@@ -36,16 +36,16 @@ def layout_of(views: Sequence[MatrixView]) -> Layout:
 
 
 def by_head(layout: Layout, *, num_rows: int, head_rows: Sequence[int]) -> Layout:
-    """Return the layout in which every head is a matrix of its own.
+    """Return the layout in which every head is a separate matrix.
 
-    Neighbours with heads of equal size become one part, so that the heads of [q|k|v] form one
-    stack.
+    Neighbouring parts with heads of equal size become one part, so that the heads of
+    [q|k|v] form one stack.
 
     Args:
-        layout: As `layout_of` returns it.
+        layout: A result of `layout_of`.
         num_rows: Output rows of the parameter.
-        head_rows: Rows of a head in each part, each a divisor of the part's rows in a period. A
-            layout without parts counts as one part.
+        head_rows: The number of rows of a head in each part. It divides the number of rows that the
+            part has in a period. A layout without parts counts as one part.
 
     Example:
         >>> fused = (True, ((0, 8, 24), (8, 8, 24), (16, 8, 24)))  # GPT-2, two heads of 4
@@ -64,7 +64,7 @@ def by_head(layout: Layout, *, num_rows: int, head_rows: Sequence[int]) -> Layou
     for start, size, period, rows in joined:
         if size in (rows, period) or period == num_rows:
             divided.append((start, size, period, rows))
-        else:  # one view needs heads at equal distances
+        else:  # a single view needs heads at equal distances
             divided += [(at, rows, period, rows) for at in range(start, start + size, rows)]
     return transposed, tuple(divided)
 
@@ -77,12 +77,12 @@ def is_by_head(layout: Layout) -> bool:
 def layouts_of_factors(view: AdapterView, *, num_rows: int) -> dict[str, Layout]:
     """Return the layouts of an adapter's factors B and A, by parameter name.
 
-    PEFT stores the E experts of A one below the other, and those of B column by column. Each of the
-    latter is read transposed, so that update scales swap its inputs and outputs.
+    PEFT stores the E experts of A one below the other, and the experts of B column by column. The
+    experts of B are read transposed, so update scales swap their inputs and outputs.
 
     Args:
-        view: Any product of the two.
-        num_rows: Of A's parameter, E·r.
+        view: Any product of the two factors.
+        num_rows: The number of rows of A's parameter, E·r.
     """
     count = view.num_experts
     if count == 1:
@@ -94,13 +94,14 @@ def layouts_of_factors(view: AdapterView, *, num_rows: int) -> dict[str, Layout]
 
 
 def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
-    """Return views (matrices, runs, rows, inputs), one for each part of a tensor.
+    """Return one view (matrices, runs, rows, inputs) for each part of a tensor.
 
-    A matrix consists of its runs, one below the other: a single run, or one run for each head if
-    its rows lie within heads.
+    A matrix consists of runs, one below the other. It has one run for each head if its rows lie
+    within heads, and otherwise a single run.
 
     Args:
-        stored: (rows, columns), or (experts, rows, columns), of the parameter's shape.
+        stored: The tensor, with the parameter's shape: (rows, columns), or
+            (experts, rows, columns).
         layout: The parameter's layout.
     """
     transposed, parts = layout
@@ -112,7 +113,8 @@ def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
     for start, size, period, *head in parts:
         runs = torch.unflatten(whole, 1, (-1, period)).narrow(2, start, size)
         if head:
-            # Only a single matrix has heads, not a stack of experts. `view` raises if it must copy.
+            # Only a single matrix has heads. A stack of experts has none. `view`
+            # raises if it must copy.
             runs = runs.view(-1, 1, *head, runs.shape[-1])
         found.append(runs)
     return found
@@ -121,7 +123,7 @@ def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
 def matrices_of(stored: Tensor, layout: Layout) -> list[Tensor]:
     """Return (matrices, outputs, inputs) for each part of a tensor.
 
-    A view, except for projections whose rows come in runs within heads.
+    The result is a view, unless the rows of a projection come in runs within heads.
 
     Args:
         stored: As in `runs_of`.

@@ -17,11 +17,11 @@ _DTYPES = ("auto", "float32", "bfloat16")
 
 
 def polar_direction(momenta: Tensor, options: Options) -> Tensor:
-    """Return UVᵀ of each momentum UΣVᵀ, to the schedule's band, without update scale.
+    """Return UVᵀ of each momentum UΣVᵀ, as exact as the schedule's band, without the update scale.
 
     Args:
         momenta: (b, m, n), float32.
-        options: ``schedule``, ``num_steps`` and ``dtype``.
+        options: The options ``schedule``, ``num_steps`` and ``dtype``.
     """
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(options["dtype"])
     return newton_schulz(
@@ -33,10 +33,10 @@ def polar_direction(momenta: Tensor, options: Options) -> Tensor:
 
 
 def fast_dtype(tensor: Tensor) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it faster than float32."""
+    """Return bfloat16 if the device multiplies it faster than float32, and else float32."""
     if not tensor.is_cpu:
         return torch.bfloat16
-    # Releases of torch without this function (up to 2.9) use float32.
+    # Releases of torch up to 2.9 lack this function. They use float32.
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_native = known.get("avx512_bf16") or known.get("amx_bf16")
     return torch.bfloat16 if is_native else torch.float32
@@ -55,7 +55,7 @@ def check_polar(options: Options) -> None:
             )
     num_steps = options["num_steps"]
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-        raise ConfigurationError(f"num_steps is 1 or more, or None; you gave {num_steps!r}.")
+        raise ConfigurationError(f"num_steps must be 1 or more, or None; you gave {num_steps!r}.")
 
 
 def _muon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
@@ -79,8 +79,8 @@ def _check_normuon(options: Options) -> None:
     check_polar(options)
     if not 0 <= options["row_beta"] < 1 or not options["row_eps"] > 0:
         raise ConfigurationError(
-            f"You gave row_beta={options['row_beta']}, row_eps={options['row_eps']}; the first is "
-            "in [0, 1), the second above 0."
+            f"You gave row_beta={options['row_beta']}, row_eps={options['row_eps']}; the first "
+            "must be in [0, 1), and the second above 0."
         )
 
 
@@ -89,8 +89,8 @@ _POLAR = {"schedule": "polar_express_4", "num_steps": None, "dtype": "auto"}
 MUON = Rule(defaults=MappingProxyType(_POLAR), check=check_polar, direction=_muon)
 """K. Jordan et al. 2024, kellerjordan.github.io/posts/muon: D = s(m, n) · UVᵀ.
 
-``schedule``, ``num_steps``: as in `newton_schulz`. ``dtype``: the type to iterate in; auto:
-bfloat16 where the device multiplies it faster.
+``schedule`` and ``num_steps`` are those of `newton_schulz`. ``dtype`` is the type of the iteration.
+``auto`` means bfloat16 if the device multiplies it faster than float32.
 """
 
 NORMUON = Rule(
@@ -98,10 +98,10 @@ NORMUON = Rule(
     check=_check_normuon,
     direction=_normuon,
 )
-"""Li et al. 2025, arXiv 2510.05491: with O = UVᵀ and v ← β₂ v + (1 − β₂) mean_j O_ij²,
+"""Li et al. 2025, arXiv 2510.05491. Let O = UVᵀ and v ← β₂ v + (1 − β₂) mean_j O_ij². Then:
 
     Ô_ij = O_ij / (√v_i + ε),   D = s(m, n) · ‖O‖_F / ‖Ô‖_F · Ô.
 
-``row_beta``: β₂; ``row_eps``: ε. The paper's factor 0.2·√(mn) / ‖Ô‖_F equals that of `rms_match`
-where ‖O‖_F = √min(m, n).
+``row_beta`` is β₂, and ``row_eps`` is ε. The paper's factor 0.2·√(mn) / ‖Ô‖_F equals the factor of
+`rms_match` if ‖O‖_F = √min(m, n).
 """

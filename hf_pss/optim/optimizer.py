@@ -1,4 +1,4 @@
-"""One optimizer for a whole model: a rule moves its weight matrices, AdamW all others."""
+"""One optimizer for a whole model: a rule moves its weight matrices, and AdamW moves the rest."""
 
 from __future__ import annotations
 
@@ -28,46 +28,50 @@ from hf_pss.optim.update_rule import UPDATE_SCALES, State
 
 ADAMW = "adamw"
 
-# Elements that a rank takes from gradient to weight at once. This bounds the memory of a step, and
-# on a CPU keeps it in the cache.
+# The number of elements that a rank takes from gradient to weight at once. This bounds the memory
+# of a step. On a CPU it keeps the data in the cache.
 _AT_ONCE = 2**28
 _ON_A_CPU = 2**22
 
 
 class MatrixOptimizer(Optimizer):
-    """A rule of `RULES` for weight matrices and AdamW for the rest, one parameter group each.
+    """Moves weight matrices by a rule of `RULES`, and all other parameters by AdamW.
 
-    With momentum M ← μ M + (1 − μ) G and, with Nesterov, U = μ M + (1 − μ) G, a matrix moves by
+    The momentum is M ← μ M + (1 − μ) G. With Nesterov, U = μ M + (1 − μ) G, and otherwise U = M. A
+    matrix then moves by
 
         W ← (1 − η λ) W − η D(U),
 
-    where D is the rule's direction with its update scale. A fused projection moves part by part, a
-    transposed (Conv1D) weight by its true outputs and inputs, a stack of experts one by one; equal
-    shapes are one batched call. With ``algo="muon"``, ``schedule="keller"`` and
-    ``scale="aspect_clamped"`` this is ``torch.optim.Muon``, apart from fused projections.
+    where D is the rule's direction, including its update scale. The rule treats each part of a
+    fused projection, and each expert of a stack, as a separate matrix. It reads a transposed
+    (Conv1D) weight by its true outputs and inputs. Matrices of equal shape share one batched call.
+    With ``algo="muon"``, ``schedule="keller"`` and ``scale="aspect_clamped"`` this is
+    ``torch.optim.Muon``, apart from fused projections.
 
-    `build_optimizer` makes the groups of a model. A group of ``algo="adamw"`` reads ``lr``,
-    ``betas``, ``eps`` and ``weight_decay``. A group of a rule reads all but ``betas`` and ``eps``,
-    the rule's own options, and ``layouts``, one `Layout` for each parameter.
+    Each parameter group belongs to one rule or to AdamW. `build_optimizer` makes the groups of a
+    model. A group of ``algo="adamw"`` reads ``lr``, ``betas``, ``eps`` and ``weight_decay``. A
+    group of a rule reads all options except ``betas`` and ``eps``. It also reads the options of the
+    rule and ``layouts``, which has one `Layout` for each parameter.
 
-    Parameters may be DTensors of FSDP2 or HSDP: one rank gathers each matrix, computes its
-    direction and sends the others their rows. `share_work_` divides the work of DDP likewise.
+    Parameters may be DTensors of FSDP2 or HSDP. One rank then gathers each matrix,
+    computes its direction and sends the other ranks their rows. `share_work_` divides the
+    work of DDP in the same way.
 
     Args:
         params: Parameter groups, each with ``algo``.
         lr: η.
         momentum: μ.
-        nesterov: See above.
-        weight_decay: λ, decoupled.
+        nesterov: Whether U contains the current gradient, as in the formula above.
+        weight_decay: λ, which is decoupled.
         cautious: Decay only those entries of matrices that the update moves towards zero, so that
             decay never works against the update (Chen et al. 2025, arXiv 2510.12402).
         scale: A row of `UPDATE_SCALES`.
-        betas: AdamW's.
-        eps: AdamW's.
+        betas: The betas of AdamW.
+        eps: The ε of AdamW.
 
     Attributes:
-        loss: The step's loss, for rules that read it: the closure's result, or the value that the
-            training loop sets before each step.
+        loss: The loss of the step, for rules that read it. It is the closure's result, or the value
+            that the training loop sets before each step.
 
     Raises:
         ConfigurationError: A name is unknown, a number is out of range, a parameter in a rule's
@@ -106,7 +110,7 @@ class MatrixOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with the defaults of its rule.
+        """Add a group with the defaults of its rule.
 
         Raises:
             ConfigurationError: See `MatrixOptimizer`.
@@ -120,8 +124,8 @@ class MatrixOptimizer(Optimizer):
         unknown = param_group.keys() - self.defaults.keys() - own.keys() - {"params", "initial_lr"}
         if unknown:
             raise ConfigurationError(
-                f"{algo} has no option {', '.join(sorted(unknown))}; its own are "
-                f"{', '.join(own) or 'none'}."
+                f"{algo} has no option {', '.join(sorted(unknown))}; its options "
+                f"are {', '.join(own) or 'none'}."
             )
         group = {**own, **param_group}
         super().add_param_group(group)
@@ -132,28 +136,28 @@ class MatrixOptimizer(Optimizer):
             raise
 
     def share_work_(self, sharing: Sharing) -> None:
-        """Divide the work on whole parameters over ranks; pass `Replicas` for DDP."""
+        """Divide the work on whole parameters over ranks. For DDP, pass `Replicas`."""
         self._sharing[None] = sharing
 
     def _reset_sharing(self) -> None:
-        # Keyed by the ranks that parameters are split over; None for whole parameters.
+        # The keys are the ranks that parameters are split over, or None for whole parameters.
         self._sharing: dict[Ranks | None, Sharing] = {None: Alone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, a pickle or a loaded state; these hold no process groups."""
+        """Restore a copy, a pickle or a loaded state. None of these holds process groups."""
         super().__setstate__(state)
         if "_sharing" not in self.__dict__:  # a loaded state keeps the groups in use
             self.loss = None
             self._reset_sharing()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the rules' states keep their dtype, whatever that of the parameters is.
+        """Load a state. The rules' states keep their dtype, whatever the parameters' dtype is.
 
-        If ``per_head`` divides a parameter into other matrices than in the saved run, its momentum
-        continues, and the rule's state of each matrix restarts.
+        ``per_head`` may divide a parameter into different matrices than in the saved run. In that
+        case the momentum of the parameter continues, and the rule's state of each matrix restarts.
 
         Raises:
-            ValueError: The state belongs to an optimizer with other groups.
+            ValueError: The state belongs to an optimizer with different groups.
         """
         models = [group["layouts"] for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -172,7 +176,7 @@ class MatrixOptimizer(Optimizer):
                 if not _is_of_a_rule(name):
                     continue
                 if parameter in redivided:
-                    del self.state[parameter][name]  # it belongs to other matrices
+                    del self.state[parameter][name]  # it belongs to different matrices
                 else:
                     self.state[parameter][name] = value.to(parameter.device)
 
@@ -180,8 +184,9 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step and return the closure's result.
 
-        A gradient with NaN or inf makes its matrix NaN and changes no other. The caller must skip
-        such a step, as PSS does. Parameters without a gradient are left alone.
+        If the gradient of a matrix contains NaN or inf, that matrix becomes NaN, and no other
+        matrix changes. The caller must skip such a step, as PSS does. Parameters without a gradient
+        are not changed.
 
         Raises:
             ConfigurationError: A gradient is sparse.
@@ -202,7 +207,7 @@ class MatrixOptimizer(Optimizer):
             if held:
                 move = self._step_others if group["algo"] == ADAMW else self._step_matrices
                 move(group, held)
-        self.loss = None  # it does not hold for the next step
+        self.loss = None  # it is not valid for the next step
         return result
 
     # ---- matrices ----
@@ -243,7 +248,7 @@ class MatrixOptimizer(Optimizer):
         self._move_(params, [result.tensor for result in moved], group)
 
     def _updates(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Tensor]:
-        """Update the momentum, and return the input of the rule, this rank's rows of it."""
+        """Update the momentum, and return this rank's rows of the rule's input."""
         mu = group["momentum"]
         momenta = [local(self._zeros(p, "momentum_buffer")) for p in params]
         gradients = [local(p.grad) for p in params if p.grad is not None]
@@ -255,7 +260,7 @@ class MatrixOptimizer(Optimizer):
     def _move_(
         self, params: Sequence[Tensor], directions: Sequence[Tensor], group: dict[str, Any]
     ) -> None:
-        """W ← (1 − η λ) W − η D, on this rank's rows."""
+        """Apply W ← (1 − η λ) W − η D to this rank's rows."""
         weights = [local(p) for p in params]
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
@@ -270,19 +275,19 @@ class MatrixOptimizer(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_on(self, parameter: Tensor) -> int:
-        # On the host, so that a rule that needs the number does not wait for the device.
+        # The count is on the host, so a rule that needs it does not wait for the device.
         state = self.state[parameter]
         state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)).cpu() + 1
         return int(state["step"])
 
-    # ---- the rest ----
+    # ---- other parameters ----
 
     def _step_others(self, group: dict[str, Any], held: Sequence[int]) -> None:
         params = [group["params"][i] for i in held]
         for parameter in params:
             state = self.state[parameter]
             count = state.get("step", torch.zeros((), dtype=torch.float32))
-            state["step"] = count.to(parameter.device)  # where the fused kernel wants it
+            state["step"] = count.to(parameter.device)  # the fused kernel needs it there
         adamw(
             [local(p) for p in params],
             [local(p.grad) for p in params if p.grad is not None],
@@ -325,7 +330,7 @@ def _parts(layout: Sequence[Any]) -> list[list[int]]:
 
 
 def _is_of_a_rule(name: str) -> bool:
-    """Return whether a state belongs to a rule: its name ends in a point and a part's number."""
+    """Return whether a state belongs to a rule: its name ends in a dot and a part's number."""
     return "." in name
 
 
@@ -341,11 +346,11 @@ def _complete_(group: dict[str, Any]) -> None:
         ("beta2", group["betas"][1]),
     ):
         if not 0 <= value < 1:
-            raise ConfigurationError(f"{name} is at least 0 and below 1; you gave {value!r}.")
+            raise ConfigurationError(f"{name} must be at least 0 and below 1; you gave {value!r}.")
     if not (group["lr"] >= 0 and group["weight_decay"] >= 0 and group["eps"] > 0):
         raise ConfigurationError(
             f"You gave lr={group['lr']}, weight_decay={group['weight_decay']}, "
-            f"eps={group['eps']}; the first two are 0 or more, eps is above 0."
+            f"eps={group['eps']}; the first two must be 0 or more, and eps above 0."
         )
     if group["algo"] == ADAMW:
         return
@@ -357,8 +362,8 @@ def _complete_(group: dict[str, Any]) -> None:
     group["layouts"] = list(group["layouts"] or [WHOLE] * len(group["params"]))
     if len(group["layouts"]) != len(group["params"]):
         raise ConfigurationError(
-            f"A group has one layout for each parameter; you gave {len(group['layouts'])} for "
-            f"{len(group['params'])}."
+            f"A group needs one layout for each parameter; you gave {len(group['layouts'])} "
+            f"layouts for {len(group['params'])} parameters."
         )
     for parameter in group["params"]:
         if parameter.ndim not in (2, 3) or 0 in parameter.shape:

@@ -17,26 +17,26 @@ from hf_pss.models.selection.heads import AttentionHeads, HeadRows
 def clip_factors(maxima: Tensor, *, threshold: float, num_key_heads: int) -> tuple[Tensor, Tensor]:
     """Return the factors on the query rows and the key rows of each head.
 
-    With γ_h = min(1, τ/S_h), and one key head shared by the query heads of group g:
+    Let γ_h = min(1, τ/S_h), and let the query heads of group g share one key head. The factors are
 
         c_g = √(max_{h ∈ g} γ_h) for the keys,   γ_h / c_g for the queries.
 
-    q·k is linear in both, so the logits of head h are multiplied by c_g · γ_h/c_g = γ_h, and the
-    largest becomes γ_h S_h = min(S_h, τ). So no head is above τ afterwards, and none is scaled more
-    than necessary. A head with its own keys gets γ_h/√γ_h = √γ_h on both sides, the rule of Kimi K2
-    (arXiv 2507.20534, section 2.1). If a head of a group is not clipped, c_g = 1, and the keys and
-    that head keep their bits, as the paper's shared rotary keys do. The paper has no formula for
-    groups; this one is ours.
+    q·k is linear in both factors, so the logits of head h are multiplied by c_g · γ_h/c_g = γ_h.
+    The largest logit becomes γ_h S_h = min(S_h, τ). So no head exceeds τ afterwards, and no head is
+    scaled more than necessary. If a head does not share its keys, it gets γ_h/√γ_h = √γ_h on both
+    sides, which is the rule of Kimi K2 (arXiv 2507.20534, section 2.1). If one head of a group is
+    not clipped, c_g = 1. The keys and that head then keep their bits, as the paper's shared rotary
+    keys do. The paper has no formula for groups, so this one is ours.
 
     Args:
-        maxima: (h,), float32: S_h, the largest scaled logit of each head; −inf for a head that was
-            not used. Values up to the threshold give a factor of 1, and so do NaN and inf, which
-            scaling cannot repair.
+        maxima: (h,), float32: S_h, the largest scaled logit of each head. It is −inf for a head
+            that was not used. Values up to the threshold give a factor of 1. NaN and inf also give
+            1, because scaling cannot repair them.
         threshold: τ.
-        num_key_heads: A divisor of h; neighbouring query heads share a key head.
+        num_key_heads: A divisor of h. Neighbouring query heads share a key head.
 
     Returns:
-        (h,) and (num_key_heads,), float32.
+        The factors of the query heads, (h,), and of the key heads, (num_key_heads,), float32.
 
     Example:
         >>> clip_factors(torch.tensor([400.0, 50.0]), threshold=100.0, num_key_heads=2)
@@ -56,14 +56,14 @@ def _is_clipped(maxima: Tensor, threshold: float) -> Tensor:
 
 
 class QKClip:
-    """Clips a model's heads after each step of an optimizer; biases scale with their weights.
+    """Clips a model's heads after each step of an optimizer. Biases are scaled like their weights.
 
-    The logits are those of the forward pass before the step, as in the paper. The update itself may
-    raise the next step's logits above the threshold again. Momentum does not change. A step in
-    which no parameter had a gradient clips nothing.
+    The logits come from the forward pass before the step, as in the paper. The update itself may
+    raise the logits of the next step above the threshold again. The momentum does not change. If no
+    parameter had a gradient in a step, nothing is clipped.
 
-    Cost: one multiplication of the query and key weights a step, by 1 where nothing is clipped, so
-    that only `scalars` reads from the device. With a training loop of your own::
+    Cost: one multiplication of the query and key weights per step. The factor is 1 where nothing is
+    clipped, so only `scalars` reads from the device. In your own training loop::
 
         from hf_pss.trainer.attention_maxima import AttentionMaxima
 
@@ -73,9 +73,9 @@ class QKClip:
 
     Args:
         attentions: The result of `find_heads`.
-        take: Returns the largest logits since its previous call, (attentions, heads), float32, the
-            same on every rank; rows are padded behind their heads.
-        threshold: τ, above 0; the paper's is 100.
+        take: Returns the largest logits since its previous call, (attentions, heads), float32. They
+            are the same on every rank. Rows are padded after their last head.
+        threshold: τ, above 0. The paper uses 100.
 
     Raises:
         ConfigurationError: The threshold is not above 0, there is nothing to clip, or a projection
@@ -90,7 +90,9 @@ class QKClip:
         threshold: float = 100.0,
     ) -> None:
         if not threshold > 0:
-            raise ConfigurationError(f"qk_clip is above 0, or 0 for off; you gave {threshold!r}.")
+            raise ConfigurationError(
+                f"qk_clip must be above 0, or 0 to turn it off; you gave {threshold!r}."
+            )
         if not attentions:
             raise ConfigurationError("qk_clip found no attention to clip: leave it out.")
         for attention in attentions:
@@ -99,7 +101,7 @@ class QKClip:
         self._attentions = tuple(attentions)
         self._take = take
         self._threshold = threshold
-        # Since the last call of `scalars`: (attentions, heads), on the device.
+        # The values since the last call of `scalars`: (attentions, heads), on the device.
         self._largest: Tensor | None = None
         self._is_clipped: Tensor | None = None
 
@@ -108,20 +110,20 @@ class QKClip:
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             held = (p.grad is not None for group in optimizer.param_groups for p in group["params"])
-            maxima = self._take()  # also drops those of a step that was held back
+            maxima = self._take()  # also drops the maxima of a step that was held back
             if any(held):
                 self.clip_(maxima)
 
         optimizer.register_step_post_hook(after_step)
 
     def scalars(self) -> dict[str, float]:
-        """Return the clipping since the previous call, and forget it; {} without a step.
+        """Return the clipping since the previous call and reset it. Return {} without a step.
 
-        One device-to-host read; every rank has the same numbers.
+        This makes one device-to-host read. Every rank gets the same numbers.
 
         Returns:
-            ``max_attention_logit``: the largest before clipping, NaN where one was seen;
-            ``clipped_heads``: how many heads were scaled at least once.
+            ``max_attention_logit`` is the largest logit before clipping, or NaN if one was NaN.
+            ``clipped_heads`` is the number of heads that were scaled at least once.
         """
         if self._largest is None or self._is_clipped is None:
             return {}
@@ -159,7 +161,7 @@ class QKClip:
 
 
 def _scale_rows_(projection: HeadRows, factors: Tensor, backend: Backend) -> None:
-    """Multiply the projection's output rows, on this rank, by one factor for each row."""
+    """Multiply each output row of the projection that is on this rank by its factor."""
     weight = _weight(projection.linear)
     num_rows = weight.shape[1 if projection.view.transposed else 0]
     stored = factors.new_ones(num_rows)
@@ -176,7 +178,7 @@ def _scale_rows_(projection: HeadRows, factors: Tensor, backend: Backend) -> Non
 
 
 def _own_rows(stored: Tensor, part: Part) -> Tensor:
-    """Return the factors of a part's rows, on its device; layers may lie on several devices."""
+    """Return the factors of a part's rows on its device. Layers may be on several devices."""
     return stored[part.start : part.start + len(part.tensor)].to(part.tensor.device)
 
 

@@ -13,7 +13,7 @@ from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.optim.muon import MUON, check_polar, polar_direction
 from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
 
-# κ: keeps √loss and its quotients finite at a loss of zero.
+# κ, which keeps √loss and the quotients with it finite if the loss is zero.
 _OFFSET = 1e-8
 
 
@@ -23,8 +23,8 @@ def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, 
         loss = 1.0  # torch's distributed checkpoints make such a step to create the state
     if loss is None:
         raise ConfigurationError(
-            "SpecMuon damps modes by the loss, and was given no loss: call step(closure) with a "
-            "closure that returns it, or set the optimizer's `loss` before the step."
+            "SpecMuon needs the loss to damp modes, but was given no loss. Call step(closure) with "
+            "a closure that returns it, or set the optimizer's `loss` before the step."
         )
     m, n = momenta.shape[-2:]
     scaled = unit_scaled(momenta)
@@ -39,7 +39,7 @@ def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, 
         before = _relaxed(state["energy"], state["dissipation"], energy, options["relaxation"])
     else:
         before = energy.expand_as(sigma)
-    # h g² of h = η/σ, g = σ/E.
+    # This is h g² with h = η/σ and g = σ/E.
     rate = options["lr"] * sigma / energy.square()
     after = before / (1 + rate / 2)
     dissipation = rate * after.square()
@@ -57,9 +57,9 @@ def _specmuon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, 
 
 
 def _relaxed(scalar: Tensor, dissipation: Tensor, energy: Tensor, share: float) -> Tensor:
-    """Move r̃ towards E, as near as r² <= r̃² + ψD allows.
+    """Move r̃ as close to E as r² <= r̃² + ψD allows.
 
-    ξ r̃ + (1 − ξ)E with the least ξ in [0, 1] that satisfies it, which is a minimum.
+    The result is ξ r̃ + (1 − ξ)E with the smallest ξ in [0, 1] that satisfies this, in closed form.
     """
     return torch.minimum(energy, (scalar.square() + share * dissipation).sqrt())
 
@@ -69,8 +69,8 @@ def _check(options: Options) -> None:
     modes, share = options["num_modes"], options["relaxation"]
     if not isinstance(modes, int) or modes < 1 or not 0 <= share <= 1:
         raise ConfigurationError(
-            f"You gave num_modes={modes}, relaxation={share}; the first is 1 or more, the second "
-            "in [0, 1]."
+            f"You gave num_modes={modes}, relaxation={share}; the first must be 1 or more, "
+            "and the second in [0, 1]."
         )
 
 
@@ -79,19 +79,28 @@ SPECMUON = Rule(
     check=_check,
     direction=_specmuon,
 )
-"""Lu, Zhang & Lin 2026, arXiv 2602.16167: each of the k leading modes has a scalar r that follows
-E = √(loss + κ) like an energy. With O = UVᵀ of the momentum M and σ_j of M/‖M‖_F,
+"""Lu, Zhang & Lin 2026, arXiv 2602.16167. Each of the k leading modes has a scalar r that follows
+E = √(loss + κ) like an energy. Let O = UVᵀ be the polar factor of the momentum M, and let σ_j be
+the singular values of M/‖M‖_F. Then:
 
     r̃_j = r_j / (1 + ½ η σ_j / E²),   D = s(m, n) · (O − Σ_j (1 − r̃_j/E) u_j u_jᵀ O).
 
-Before that, r_j = min(E, √(r̃_j² + ψ η σ_j r̃_j² / E²)), where the root takes the values of the
-previous step: the relaxation of Jiang, Zhang & Zhao 2022, J. Comput. Phys. 456, in closed form; at
-first r_j = E. So r never rises. While the loss falls, r is E and the rule is Muon times r̃_j/r_j.
-Where the loss lies above its lowest level, the leading modes are scaled by about √(lowest/loss).
+At the first step r_j = E. Before every later step r_j is set to
+min(E, √(r̃_j² + ψ η σ_j r̃_j² / E²)), where the root uses the values of the previous step. This is
+the relaxation of Jiang, Zhang & Zhao 2022, J. Comput. Phys. 456, in closed form. It follows that r
+never rises. While the loss falls, r equals E, and the rule is Muon times r̃_j/r_j. While the loss
+is above its lowest level, the rule scales the leading modes by about √(lowest/loss).
 
-**Ours**, where the text is ambiguous: momentum is applied before the modes are computed, not after;
-the modes beyond k are those of Muon; g² = (σ/E)², not its root; η is the learning rate; the loss
-after a step is the loss of the next step, on another batch, so that nothing is computed twice;
-κ = 1e-8; a negative loss counts as 0. ``num_modes``: k; ``relaxation``: ψ. The other options are
-Muon's.
+**Ours**, where the text is ambiguous:
+
+- Momentum is applied before the modes are computed, not after.
+- The modes beyond k are those of Muon.
+- g² is (σ/E)², not its root.
+- η is the learning rate.
+- The loss after a step is the loss of the next step, on a different batch. So no
+  loss is computed twice.
+- κ = 1e-8.
+- A negative loss counts as 0.
+
+``num_modes`` is k, and ``relaxation`` is ψ. The other options are those of Muon.
 """

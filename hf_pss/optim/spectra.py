@@ -1,4 +1,4 @@
-"""Spectra: reduce the few dominant directions of the momentum to the level of all others."""
+"""Spectra: reduce the few dominant directions of the momentum to the level of the other ones."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def _spectra(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, S
 
 
 def _levelled(momenta: Tensor, triplets: Triplets) -> Tensor:
-    """Spikes at 1 and the tail at root mean square 1: UVᵀ + (M − UΣVᵀ)/σ_tail."""
+    """Set spikes to 1 and the tail's root mean square to 1: UVᵀ + (M − UΣVᵀ)/σ_tail."""
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
     m, n = momenta.shape[-2:]
     rounding = max(m, n) * torch.finfo(sigma.dtype).eps * sigma[:, :1]
-    # Measure the rest, because ‖M‖² − Σσ² of a nearly rank-deficient matrix is only rounding.
+    # Measure the rest, because for a nearly rank-deficient matrix ‖M‖² − Σσ² is only rounding.
     rest = momenta - (u * sigma.unsqueeze(-2)) @ v.mT
     norm = torch.linalg.matrix_norm(rest, keepdim=True)
     level = norm / max(1, min(m, n) - sigma.shape[-1]) ** 0.5
@@ -50,8 +50,8 @@ def _check(options: Options) -> None:
     fraction, rounds = options["spike_fraction"], options["num_rounds"]
     if not 0 < fraction <= 1 or not isinstance(rounds, int) or rounds < 0:
         raise ConfigurationError(
-            f"You gave spike_fraction={fraction}, num_rounds={rounds}; the first is above 0 and at "
-            "most 1, the second 0 or more."
+            f"You gave spike_fraction={fraction}, num_rounds={rounds}; the first must be above 0 "
+            "and at most 1, and the second 0 or more."
         )
 
 
@@ -60,14 +60,19 @@ SPECTRA = Rule(
     check=_check,
     direction=_spectra,
 )
-"""Huang et al. 2026, arXiv 2602.11185: with the k leading triplets of the momentum M = UΣVᵀ + tail,
+"""Huang et al. 2026, arXiv 2602.11185. With the k leading triplets, the momentum is
+M = UΣVᵀ + tail. Then:
 
     S = σ_tail UVᵀ + tail,   σ_tail = ‖tail‖_F / √(min(m, n) − k),   D = s(m, n) · S / σ_tail,
 
-k = round(spike_fraction · min(m, n)), at least 1. The triplets start from the right vectors of the
-previous step and take ``num_rounds`` multiplications by MᵀM; up to min(m, n) = 192 they are exact.
+where k = round(spike_fraction · min(m, n)), but at least 1. The triplets start from the
+right vectors of the previous step and take ``num_rounds`` multiplications by MᵀM. Up to
+min(m, n) = 192 they are exact.
 
-**Ours**: the scale s, which fits because S/σ_tail has the Frobenius norm of an orthogonal matrix;
-UVᵀ alone where the tail is zero to rounding or does not exist (vectors); a block Krylov space for
-the triplets, where the source takes one power iteration on k vectors.
+**Ours**:
+
+- The scale s. It fits because S/σ_tail has the Frobenius norm of an orthogonal matrix.
+- The direction is UVᵀ alone if the tail is zero to rounding, or if the tail
+  does not exist (vectors).
+- The triplets come from a block Krylov space. The source makes one power iteration on k vectors.
 """

@@ -1,8 +1,8 @@
 """Records of events and interventions, and their form as one line of strict JSON each.
 
-A number that is NaN or infinite is written as null, and the key ``non_finite`` of the record then
-holds its value: ``{"value": null, "non_finite": {"value": "inf"}}``. So every line is strict JSON,
-other readers see null, and `from_json_line` still restores the record exactly.
+A number that is NaN or infinite is written as null. The key ``non_finite`` of the record then holds
+its value: ``{"value": null, "non_finite": {"value": "inf"}}``. So every line is strict JSON, other
+programs read null, and `from_json_line` still restores the record exactly.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class EventKind(StrEnum):
     NON_FINITE = "non_finite"
     RESUME = "resume"
     FAILURE = "failure"
-    """Interventions did not help; the decision says how the run ended or continued."""
+    """Interventions did not help. The decision describes how the run ended or continued."""
     ERROR = "error"
-    """An operation of PSS failed, a decomposition or a save; training continued."""
+    """An operation of PSS failed, such as a decomposition or a save. Training continued."""
 
 
 _KINDS = {
@@ -64,9 +64,9 @@ class Event:
     baseline: float | None = None
     threshold: float | None = None
     fired: tuple[str, ...] = ()
-    """Names of the readings that fired, the farthest over its threshold first."""
+    """The names of the readings that fired, the farthest over its threshold first."""
     new_level: tuple[str, ...] = ()
-    """Names that fired for too long, whose baseline therefore restarts at this level."""
+    """The names that fired for too long. Their baselines therefore restart at this level."""
     loss: float | None = None
     decision: Action
     reason: str
@@ -113,25 +113,25 @@ class MatrixChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intervention:
-    """An event that was answered by smoothing."""
+    """An event to which PSS responded by smoothing."""
 
     event: Event
     smoothing: str
     seconds: float
     loss_before: float | None = None
-    """Loss of a micro-batch right before the edit; None where the edit was not tried."""
+    """The loss of a micro-batch just before the edit. None if the edit was not tried."""
     loss_after: float | None = None
-    """Loss of the same micro-batch right after it; the event's decision says if it was kept."""
+    """The loss of the same micro-batch just after it. The event's decision says if it was kept."""
     matrices: tuple[MatrixChange, ...]
 
     @property
     def num_changed(self) -> int:
-        """How many matrices were changed, for good or until the edit was taken back."""
+        """The number of matrices that were changed, for good or until the edit was undone."""
         return sum(change.status in ("smoothed", "truncated") for change in self.matrices)
 
     @property
     def has_changed_weights(self) -> bool:
-        """Whether a matrix differs from before."""
+        """Whether at least one matrix differs from before."""
         return self.num_changed > 0 and self.event.decision is not Action.UNDO
 
 
@@ -160,10 +160,10 @@ def from_json_line(line: str) -> Record:
     """Return the record of a line that `to_json_line` wrote.
 
     Raises:
-        StateError: It is malformed, of another version, or of an unknown kind.
+        StateError: The line is malformed, of a different version, or of an unknown kind.
     """
     try:
-        parsed = json.loads(line)  # accepts a bare NaN, which the readers of all fields refuse
+        parsed = json.loads(line)  # accepts a bare NaN, which the readers of all fields reject
         check_version(parsed, VERSION, "an event")
         return _decode(dict(parsed))
     except (ValueError, RecursionError) as error:
@@ -174,7 +174,7 @@ def from_json_line(line: str) -> Record:
 
 
 def _encode(values: dict[str, Any]) -> dict[str, JSON]:
-    """Replace numbers that are not finite by null, and name them in ``non_finite``."""
+    """Replace numbers that are not finite by null, and list them in ``non_finite``."""
     non_finite: dict[str, JSON] = {
         name: str(value)
         for name, value in values.items()
@@ -256,8 +256,8 @@ def _optional(read: Callable[[object, str], object]) -> Callable[[object, str], 
     return lambda value, what: None if value is None else read(value, what)
 
 
-# Keyed by the annotation, which is a string in this file, so a new field needs no second table. A
-# field of a new type fails in the first test that reads a record.
+# The keys are annotations, which are strings in this file, so a new field needs no second table. If
+# a field has a new type, the first test that reads a record fails.
 _READERS: dict[str, Callable[[object, str], object]] = {
     "int": read_integer,
     "int | None": _optional(read_integer),

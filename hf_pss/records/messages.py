@@ -1,6 +1,6 @@
-"""All words for people about an event: log lines, alerts for trackers and errors, with advice.
+"""All text for people about an event: log lines, alerts for trackers, and errors with advice.
 
-The choice of records that deserve a message, and the advice in each, are ours.
+The choice of records that get a message is ours, and so is the advice.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def intervention_line(record: Intervention, *, file_name: str) -> str:
 
 
 class AlertLevel(StrEnum):
-    """Importance of an alert; every tracker has these three levels."""
+    """The importance of an alert. Every tracker has these three levels."""
 
     INFO = "info"
     WARN = "warn"
@@ -142,14 +142,14 @@ class Alert:
     step: int
     level: AlertLevel
     title: str
-    """Below 64 characters, the limit of W&B."""
+    """A title below 64 characters, which is the limit of W&B."""
     happened: str
     done: str
     advice: str
 
     @property
     def text(self) -> str:
-        """The three sentences in one."""
+        """The three sentences as one text."""
         return f"{self.happened} {self.done} {self.advice}"
 
 
@@ -182,18 +182,19 @@ def alert_of(record: Record) -> Alert:
 
 
 class Alerts:
-    """Passes every rare record on as an alert, and frequent ones ever less often.
+    """Reports every rare record as an alert, and frequent records less and less often.
 
-    Every intervention on a spike or a drop, every failure and every stop becomes an alert. Records
-    that may come at every check (the floor's upkeep, events that were only observed, non-finite
-    steps) become one for the first three of a kind, then for the 10th, the 100th, and so on.
+    Every intervention on a spike or a drop, every failure and every stop becomes an alert. Other
+    records may come at every check. These are the floor's routine interventions, events that were
+    only observed, and non-finite steps. They become an alert for the first three of a kind, then
+    for the 10th, the 100th, and so on.
     """
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[EventKind, Action]] = Counter()
 
     def of(self, record: Record) -> Alert | None:
-        """Return the alert about a record, or None after many of the same kind."""
+        """Return the alert about a record, or None after many records of the same kind."""
         event = record.event if isinstance(record, Intervention) else record
         self._counts[event.kind, event.decision] += 1
         is_rare = (

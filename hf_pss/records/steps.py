@@ -1,4 +1,4 @@
-"""One training step as plain numbers: its state while it runs, its report, and a health reading."""
+"""One training step as plain numbers: its state while it runs, its report, and its health."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hf_pss.records.events import Event, Record
 
 @dataclass(frozen=True, slots=True)
 class HealthReading:
-    """The health metrics of one step. Numbers may be NaN or inf, which marks a broken matrix."""
+    """The health metrics of one step. A number that is NaN or inf marks a broken matrix."""
 
     step: int
-    """Optimizer steps done."""
+    """The number of optimizer steps so far."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """One number for the whole model by a metric's name, or by metric and summary:
+    """One number for the whole model by the name of a metric, or by metric and summary:
     ``stable_rank/min``."""
     matrices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By a metric's name, one number for each matrix by its name."""
+    """For each metric by name, one number for each matrix by name."""
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Singular values in descending order by the matrix's name, at the steps that sample them."""
+    """Singular values by the name of the matrix, descending, at the steps that sample them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,32 +36,32 @@ class StepReport:
     records: tuple[Record, ...]
     """Events and interventions, in the order in which they happened."""
     scalars: Mapping[str, float]
-    """Finite numbers for the log; a number that is not finite, or not defined yet, is left out."""
+    """Finite numbers for the log. Numbers that are not finite or not yet defined are left out."""
     is_in_trouble: bool
-    """Whether this step spiked or was not finite; a stable rank below its floor is neither."""
+    """Whether this step spiked or was not finite. A stable rank below its floor does not count."""
     stable_ranks: Mapping[str, float] | None
-    """Every matrix's stable rank every ``health_every_steps``; None with ``health``."""
+    """The stable rank of every matrix, every ``health_every_steps``. None with ``health``."""
     health: HealthReading | None = None
-    """The metrics that ``health`` asks for, of the weights before they were smoothed."""
+    """The metrics that ``health`` asks for. They describe the weights before smoothing."""
 
 
 @dataclass(slots=True)
 class Step:
-    """The step in progress, from before its update until its report."""
+    """The current step, from before its update until its report."""
 
     number: int
     loss: float | None = None
     grad_norm_preclip: float | None = None
     update_applied: bool = True
     is_discarded: bool = False
-    """Whether another library dropped the update before this step was judged."""
+    """Whether a different library dropped the update before this step was judged."""
     last_intervention_step: int | None = None
-    """Of the detectors that share the cooldown, before this step."""
+    """The step of the last intervention, before this step, of detectors that share the cooldown."""
     is_after_update: bool = False
     judgements: list[Judgement] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     to_smooth: list[tuple[Event, Judgement]] = field(default_factory=list)
-    """Events to answer by smoothing once the update is done, in this order."""
+    """The events to which PSS responds by smoothing when the update is done, in this order."""
 
     @property
     def is_in_trouble(self) -> bool:
@@ -73,7 +73,7 @@ class Step:
         )
 
     def is_due(self, every_steps: int) -> bool:
-        """Return whether something with this interval happens now; 0 means never."""
+        """Return whether something with this interval is due now. 0 means never."""
         return every_steps > 0 and self.number % every_steps == 0
 
     def report(

@@ -1,6 +1,6 @@
 """Read JSON from files that may come from anyone: limited in size, strict, without duplicate keys.
 
-Also make text from such files safe to show in a terminal.
+This module also makes text from such files safe to show in a terminal.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from hf_pss.errors import StateError
 
 __all__ = ["number_of", "parse_object", "read_object", "reason_of", "visible"]
 
-# Characters of a name that are shown.
+# The number of characters of a name that are shown.
 _LONGEST = 300
 
 
 def read_object(path: Path, *, max_bytes: int, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
-    Memory: up to 25 bytes for each byte of the file, as measured for a list of empty lists.
+    Reading takes up to 25 bytes of memory for each byte of the file. We measured this for
+    a list of empty lists.
 
     Args:
         path: The file.
-        max_bytes: A larger file is not read.
-        allow_nonfinite: Accept the words NaN and Infinity, which the Trainer writes.
+        max_bytes: The largest size. A larger file is not read.
+        allow_nonfinite: Whether to accept the words NaN and Infinity, which the Trainer writes.
 
     Raises:
-        StateError: The file is not a regular file, is too large, is not strict JSON, or does not
-            hold an object.
+        StateError: The file is not a regular file, is too large, is not strict JSON, or
+            does not hold an object.
         OSError: The file is missing or cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
@@ -51,13 +52,13 @@ def parse_object(raw: bytes, *, what: str, allow_nonfinite: bool = False) -> dic
     """Parse one JSON object.
 
     Args:
-        raw: UTF-8.
+        raw: The text in UTF-8.
         what: The subject of the error message.
-        allow_nonfinite: Accept NaN and Infinity as numbers.
+        allow_nonfinite: Whether to accept NaN and Infinity as numbers.
 
     Raises:
-        StateError: The text is not strict JSON (a duplicate key, NaN or Infinity, too deep
-            nesting), or is not an object.
+        StateError: The text is not strict JSON, or is not an object. Duplicate keys, NaN, Infinity
+            and too deep nesting are not strict JSON.
     """
     try:
         parsed = json.loads(
@@ -75,7 +76,7 @@ def parse_object(raw: bytes, *, what: str, allow_nonfinite: bool = False) -> dic
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Programs differ in which of two equal keys they use, so such a file is refused.
+    # Programs differ in which of two equal keys they use, so such a file is rejected.
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
@@ -88,7 +89,7 @@ def _no_constant(text: str) -> Any:
 
 
 def number_of(value: object) -> float | None:
-    """Return a JSON number as a float, inf where it overflows; None for any other value."""
+    """Return a JSON number as a float, or inf if it overflows. Return None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -98,10 +99,10 @@ def number_of(value: object) -> float | None:
 
 
 def visible(name: object) -> str:
-    r"""Write every character that does not print as its escape, and cut a very long text.
+    r"""Replace every character that does not print by its escape, and cut a very long text.
 
-    A tensor's name may hold escape sequences, line breaks, and marks that turn the direction of
-    writing.
+    A tensor's name may hold escape sequences, line breaks, and marks that change
+    the direction of writing.
 
     >>> visible("h.0\x1b[2J.weight")
     'h.0\\x1b[2J.weight'
@@ -115,5 +116,5 @@ def visible(name: object) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's message, safe to show; for one of the system, without the file's name."""
+    """Return an error's message, safe to show. For a system error the file's name is left out."""
     return visible(error.strerror if isinstance(error, OSError) else error)

@@ -1,8 +1,8 @@
-"""Storage of parameters over ranks: the only package that handles DDP, DTensor and ZeRO.
+"""How parameters are stored over ranks. Only this package handles DDP, DTensor and ZeRO.
 
-The rest of the package uses a `Backend`. It reads whole parameters, or the part of one that this
-rank stores, sends small results from the rank that computed them to all others, and makes every
-rank decide alike.
+The other packages use a `Backend`. A backend reads complete parameters, or the part of a parameter
+that this rank stores. It sends small results from the rank that computed them to all others, and
+makes sure that all ranks make the same decisions.
 """
 
 from hf_pss.models.distributed.backend import Backend as Backend

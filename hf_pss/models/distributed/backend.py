@@ -1,4 +1,4 @@
-"""The interface to a model that is spread over ranks; one process, and DDP's replicas."""
+"""The interface to a model that is spread over ranks, with backends for one process and DDP."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ class Part:
     """Rows ``start`` to ``start + len(tensor)`` of a stored tensor, along its first dimension."""
 
     tensor: Tensor
-    """Writable; may have no row at all."""
+    """A writable tensor. It may have no rows."""
     start: int = 0
 
 
 class Backend(ABC):
-    """The storage of a model's parameters over devices and ranks.
+    """How the parameters of a model are stored over devices and ranks.
 
-    Every method is collective (all ranks call it, in the same order), except `part` where every
-    rank holds whole parameters. The ranks that share work are numbered 0 … ``world_size − 1``.
+    Every method is collective, which means that all ranks call it in the same order. The only
+    exception is `part` if every rank holds complete parameters. The ranks that share work have the
+    numbers 0 … ``world_size − 1``.
     """
 
     is_shared: ClassVar[bool] = False
@@ -36,13 +37,13 @@ class Backend(ABC):
     """Whether the gradient norm is known before the update happens."""
 
     def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return warnings about this backend for the user, a sentence each."""
+        """Return warnings about this backend for the user. Each warning is one sentence."""
         return ()
 
     @property
     @abstractmethod
     def rank(self) -> int:
-        """This rank, among those that share work."""
+        """The number of this rank among the ranks that share work."""
 
     @property
     @abstractmethod
@@ -51,33 +52,33 @@ class Backend(ABC):
 
     @abstractmethod
     def full(self, parameter: Tensor) -> Tensor:
-        """Return the whole parameter on every rank, detached, for reading only."""
+        """Return the complete parameter on every rank, detached. The caller must not change it."""
 
     @abstractmethod
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
-        """Make ``full``, the same on every rank, the value of the parameter everywhere."""
+        """Set the parameter on all ranks to ``full``, which must be the same on every rank."""
 
     @abstractmethod
     def keep(self, parameter: Tensor) -> Tensor:
-        """Return a copy of this rank's storage of a parameter, for `put_back_`."""
+        """Return a copy of what this rank stores of a parameter, for `put_back_`."""
 
     @abstractmethod
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
-        """Restore the parameter, bit for bit, as it was when `keep` was called on every rank."""
+        """Restore the parameter, bit for bit, to its value when every rank called `keep`."""
 
     def master(self, parameter: Tensor) -> Tensor:
-        """Return `full` of the copy that the optimizer updates, which may be more precise."""
+        """Return `full` of the copy that the optimizer updates. It may be more precise."""
         return self.full(parameter)
 
     @abstractmethod
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Return rows ``start:stop`` (None: all) at the owner, for reading; None elsewhere."""
+        """Return rows ``start:stop`` (None: all) on the owner, for reading, and None elsewhere."""
 
     @abstractmethod
     def part(self, parameter: Tensor, rows: slice | None = None) -> AbstractContextManager[Part]:
-        """Give this rank's part of a parameter, to be changed in place until the block ends.
+        """Give this rank's part of a parameter. You may change it in place until the block ends.
 
-        Changes outside of the rows may be lost.
+        Changes outside the given rows may be lost.
         """
 
     @abstractmethod
@@ -91,28 +92,28 @@ class Backend(ABC):
         """Give `part` of the first of these optimizer states that the parameter has, or None."""
 
     def read_part(self, parameter: Tensor) -> AbstractContextManager[Part]:
-        """Give this rank's part of a parameter, as the forward pass uses it, for reading only."""
+        """Give this rank's part of a parameter for reading, as the forward pass uses it."""
         return self.part(parameter)
 
     def read_moment(
         self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
     ) -> AbstractContextManager[Part | None]:
-        """Give `read_part` of the first of these optimizer states that it has, or None."""
+        """Give `read_part` of the first of these optimizer states that exists, or None."""
         return self.moment_part(optimizer, parameter, names)
 
     @abstractmethod
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite a tensor on every rank with the owner's."""
+        """Overwrite a tensor on every rank with the owner's tensor."""
 
     @abstractmethod
     def total_(self, tensor: Tensor) -> None:
-        """Add up, in place, the ranks' shares of a sum over `part` or `read_part`."""
+        """Add up, in place, the ranks' contributions to a sum over `part` or `read_part`."""
 
     @abstractmethod
     def sum_to_host(self, values: Tensor) -> list[float]:
         """Return the sum of device numbers, shape (k,), over all ranks, as host floats.
 
-        Each number belongs to one rank; all others hold 0 in its place.
+        Each number belongs to one rank. All other ranks hold 0 in its place.
         """
 
     @abstractmethod
@@ -122,20 +123,20 @@ class Backend(ABC):
 
 @dataclass(frozen=True, slots=True)
 class OneProcess(Backend):
-    """One process: every parameter is whole and local, and nothing is communicated."""
+    """One process. Every parameter is complete and local, and nothing is communicated."""
 
     @property
     def rank(self) -> int:
-        """The only rank."""
+        """The number of the only rank."""
         return 0
 
     @property
     def world_size(self) -> int:
-        """One."""
+        """The number of ranks, which is one."""
         return 1
 
     def full(self, parameter: Tensor) -> Tensor:
-        """Return the parameter itself, detached: the same memory."""
+        """Return the detached parameter, which shares its memory."""
         return parameter.detach()
 
     def keep(self, parameter: Tensor) -> Tensor:
@@ -143,23 +144,23 @@ class OneProcess(Backend):
         return parameter.detach().clone()
 
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
-        """Copy it back."""
+        """Copy ``kept`` back into the parameter."""
         parameter.detach().copy_(kept)
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
-        """Copy ``full`` into the parameter, unless it is the parameter's own memory."""
+        """Copy ``full`` into the parameter, unless both share the same memory."""
         if full.data_ptr() != parameter.data_ptr():
             with torch.no_grad():
                 parameter.copy_(full)
 
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Return the parameter itself, or these rows of it."""
+        """Return the parameter or the given rows of it, without a copy."""
         whole = parameter.detach()
         return None if owner != self.rank else whole if rows is None else whole[rows]
 
     @contextmanager
     def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
-        """Give the whole parameter."""
+        """Give the complete parameter."""
         yield Part(parameter.detach())
 
     @contextmanager
@@ -170,7 +171,7 @@ class OneProcess(Backend):
         names: Sequence[str],
         rows: slice | None = None,
     ) -> Iterator[Part | None]:
-        """Give the whole moment."""
+        """Give the complete moment."""
         moment = moment_of(optimizer, parameter, names)
         yield Part(moment) if moment is not None else None
 
@@ -178,20 +179,20 @@ class OneProcess(Backend):
         """Do nothing."""
 
     def total_(self, tensor: Tensor) -> None:
-        """Do nothing: a part is the whole."""
+        """Do nothing, because a part is the complete tensor."""
 
     def sum_to_host(self, values: Tensor) -> list[float]:
         """Return the numbers."""
         return self.agree(values)
 
     def agree(self, values: Tensor) -> list[float]:
-        """Return the numbers. This is the step's one device-to-host read."""
+        """Return the numbers. This is the only device-to-host read of the step."""
         host: list[float] = values.tolist()
         return host
 
 
 class ManyRanks(Backend):
-    """Numbers that several ranks reduce to the same host floats."""
+    """Combines the numbers of several ranks into the same host floats on all of them."""
 
     is_shared: ClassVar[bool] = True
 
@@ -200,20 +201,20 @@ class ManyRanks(Backend):
         return _all_reduced(values)
 
     def agree(self, values: Tensor) -> list[float]:
-        """Return the mean over all ranks of the run, so that NaN on one is NaN on all.
+        """Return the mean over all ranks of the run. NaN on one rank gives NaN on all.
 
-        In float64 the mean of equal float32 numbers is that number, bit for bit.
+        The mean of equal float32 numbers, computed in float64, is the same number bit for bit.
         """
         return _all_reduced(values, divisor=dist.get_world_size())
 
 
 @dataclass(frozen=True, slots=True)
 class Replicated(ManyRanks, OneProcess):
-    """DDP: every rank holds every parameter, and all make the same edit.
+    """DDP: every rank holds every parameter, and all ranks make the same edit.
 
-    Gradients and weights are bit-identical on all ranks, but losses are not: a NaN on one rank must
-    not make that rank alone skip an update. One rank decomposes each matrix and sends the result;
-    all apply it by the same operations, so replicas stay equal bit for bit.
+    Gradients and weights are bit-identical on all ranks, but losses are not. If one rank has NaN,
+    the other ranks must also skip the update. One rank decomposes each matrix and sends the result.
+    All ranks apply it by the same operations, so replicas stay equal bit for bit.
     """
 
     @property
@@ -223,11 +224,11 @@ class Replicated(ManyRanks, OneProcess):
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """The number of all ranks."""
         return dist.get_world_size()
 
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Broadcast."""
+        """Broadcast the owner's tensor."""
         dist.broadcast(tensor, owner)
 
 
@@ -241,15 +242,15 @@ def _all_reduced(values: Tensor, divisor: int = 1) -> list[float]:
 def to_owner(
     piece: Tensor, lengths: Sequence[int], owner: int, group: dist.ProcessGroup | None
 ) -> Tensor | None:
-    """Concatenate the ranks' pieces at the owner, and return None elsewhere.
+    """Concatenate the ranks' pieces on the owner, and return None on other ranks.
 
-    Only the pieces are transferred, and only the owner needs memory for them.
+    Only the pieces are transferred, and only the owner needs memory for all of them.
 
     Args:
-        piece: (lengths[rank], ...), this rank's.
-        lengths: Length of every rank's piece, in the group's order; 0 for none.
-        owner: Its rank within the group.
-        group: All ranks of it must call.
+        piece: (lengths[rank], ...), the piece of this rank.
+        lengths: The length of every rank's piece, in the group's order. 0 means no piece.
+        owner: The owner's rank within the group.
+        group: The group. All its ranks must make the call.
     """
     is_owner = dist.get_rank(group) == owner
     sends = [len(piece) if rank == owner else 0 for rank in range(len(lengths))]

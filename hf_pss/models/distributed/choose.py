@@ -22,14 +22,14 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
         parameters: The model's parameters by name, as the training loop holds them.
 
     Raises:
-        ConfigurationError: They are split in a way that hf_pss does not support (FSDP1, tensor
-            parallelism).
+        ConfigurationError: The parameters are split in a way that hf_pss does not support (FSDP1,
+            tensor parallelism).
     """
     if not dist.is_available() or not dist.is_initialized():
         return OneProcess()
     layouts, group = set(), None
     for name, parameter in parameters.items():
-        # FSDP1 marks flattened parameters, even where it exposes the original ones.
+        # FSDP1 marks flattened parameters, even if it exposes the original ones.
         if isinstance(parameter, FlatParameter) or hasattr(parameter, "_fsdp_flattened"):
             raise ConfigurationError(
                 f"{name} belongs to FSDP1, which flattens matrices; use FSDP2 "
@@ -42,15 +42,16 @@ def backend_for(parameters: Mapping[str, Tensor]) -> Backend:
     layouts.discard(())
     if len(layouts) > 1:
         raise ConfigurationError(
-            "The model's parameters are split over different groups of ranks; hf_pss divides its "
-            "work over one. Shard all of them over the same device mesh."
+            "The model's parameters are split over different groups of ranks; hf_pss can "
+            "divide its work over only one group. Shard all parameters over the same device mesh."
         )
     if group is not None:
         (replicas,) = layouts
         if sum(map(len, replicas)) != dist.get_world_size():
             raise ConfigurationError(
                 f"The model's parameters are split over {sum(map(len, replicas))} of "
-                f"{dist.get_world_size()} ranks; hf_pss needs all. Leave pipeline parallelism off."
+                f"{dist.get_world_size()} ranks, but hf_pss needs all ranks. "
+                "Leave pipeline parallelism off."
             )
         return Sharded(replicas, group)
     if any(is_zero(parameter) for parameter in parameters.values()):

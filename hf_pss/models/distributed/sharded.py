@@ -20,7 +20,7 @@ from hf_pss.models.distributed.backend import ManyRanks, Part, moment_of, to_own
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a plain tensor; a DTensor, such as FSDP2's gradient norm, is gathered."""
+    """Return a plain tensor. A DTensor, such as FSDP2's gradient norm, is gathered."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -32,10 +32,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:
-    """Return the ranks that a parameter is split over; None where it is replicated everywhere.
+    """Return the ranks that a parameter is split over, or None if every rank holds all of it.
 
     Raises:
-        ConfigurationError: It is split in another way than FSDP2 and HSDP do.
+        ConfigurationError: The parameter is not split in the way of FSDP2 and HSDP.
     """
     dimension = _split_dimension(name, parameter)
     if dimension is None:
@@ -45,12 +45,12 @@ def shard_group(name: str, parameter: DTensor) -> dist.ProcessGroup | None:
 
 
 def shard_ranks(name: str, parameter: DTensor) -> tuple[tuple[int, ...], ...]:
-    """Return the global ranks that a parameter is split over, a row for each replica.
+    """Return the global ranks that a parameter is split over, with one row for each replica.
 
-    Empty where it is replicated everywhere.
+    The result is empty if every rank holds the complete parameter.
 
     Raises:
-        ConfigurationError: As `shard_group`.
+        ConfigurationError: As in `shard_group`.
     """
     dimension = _split_dimension(name, parameter)
     if dimension is None:
@@ -76,18 +76,20 @@ def _split_dimension(name: str, parameter: DTensor) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Sharded(ManyRanks):
-    """Every rank stores some rows of each parameter; only its owner sees a whole matrix.
+    """Every rank stores some rows of each parameter. Only the owner has a complete matrix.
 
-    Under HSDP all ranks of all replicas share the work. A matrix has one owner, which gathers the
-    rows from its own replica and sends the result to every rank, so replicas stay equal bit for
-    bit. After an evaluation FSDP2 temporarily replaces shards by plain tensors. These methods run
-    after an update, when the shards are back, and they check the type of each tensor anyway.
+    Under HSDP all ranks of all replicas share the work. Each matrix has one owner. The owner
+    gathers the rows from its replica and sends the result to every rank, so replicas stay equal
+    bit for bit. After an evaluation FSDP2 temporarily replaces shards by plain tensors. The
+    methods of this class run after an update, when the shards are back, but they still check
+    the type of each tensor.
     """
 
     replicas: tuple[tuple[int, ...], ...]
-    """Global ranks: a row for each replica, one under FSDP2, in the order of the shards."""
+    """Global ranks, in the order of the shards. Each replica has one row, and
+    FSDP2 has one replica."""
     group: dist.ProcessGroup
-    """The ranks of this rank's row."""
+    """The ranks in the same row as this rank."""
 
     @property
     def rank(self) -> int:
@@ -96,7 +98,7 @@ class Sharded(ManyRanks):
 
     @property
     def world_size(self) -> int:
-        """The ranks of all replicas."""
+        """The number of ranks in all replicas."""
         return len(self._ranks)
 
     @property
@@ -112,11 +114,11 @@ class Sharded(ManyRanks):
         return _part(parameter.detach()).tensor.clone()
 
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
-        """Copy them back."""
+        """Copy the rows back."""
         _part(parameter.detach()).tensor.copy_(kept)
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
-        """Keep this rank's rows."""
+        """Store this rank's rows of the value."""
         with torch.no_grad():
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(
@@ -125,7 +127,7 @@ class Sharded(ManyRanks):
             parameter.copy_(full)
 
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Gather the shards of these rows, at the owner only."""
+        """Gather the shards of these rows on the owner only."""
         stored = parameter.detach()
         first, last = (0, len(stored)) if rows is None else (rows.start, rows.stop)
         if not isinstance(stored, DTensor) or Shard(0) not in stored.placements:
@@ -133,8 +135,8 @@ class Sharded(ManyRanks):
             return whole[first:last] if owner == self.rank else None
         num_shards = len(self.replicas[0])
         if owner // num_shards != self.rank // num_shards:
-            return None  # another replica has the same rows
-        size = -(-len(stored) // num_shards)  # as torch.chunk: the last shards may be short
+            return None  # a different replica has the same rows
+        size = -(-len(stored) // num_shards)  # as in torch.chunk: the last shards may be short
         ends = [max(first, min(last, size * shard)) for shard in range(num_shards + 1)]
         lengths = [after - before for before, after in itertools.pairwise(ends)]
         shard = self.rank % num_shards
@@ -161,7 +163,7 @@ class Sharded(ManyRanks):
         yield _part(moment) if moment is not None else None
 
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Broadcast to all replicas."""
+        """Broadcast the tensor to all replicas."""
         dist.broadcast(tensor, self._ranks[owner])
 
     def total_(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Division of work on a list of tensors over ranks; one process does all of it."""
+"""Division of work on a list of tensors over ranks. A single process does all of it."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ Ranks: TypeAlias = dist.ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class ComputedTensor:
-    """The result of one tensor's work, and the state to keep for the next step."""
+    """The result of the work on one tensor, and the state to keep for the next step."""
 
     tensor: Tensor
-    """Of the given tensor's shape: all of it, or this rank's rows."""
+    """A tensor with the shape of the given one. It is complete, or holds this rank's rows."""
     state: dict[str, Tensor]
-    """Small, and stored on all ranks."""
+    """The state. It is small, and all ranks store it."""
 
 
 Compute: TypeAlias = Callable[[Mapping[int, Tensor]], dict[int, ComputedTensor]]
-"""Maps whole tensors, by their place in the list of parameters, to their results."""
+"""Maps complete tensors, by their place in the list of parameters, to their results."""
 
 
 class Sharing(Protocol):
-    """Divides work on one tensor for each parameter, laid out like it, over ranks."""
+    """Divides work over ranks. There is one tensor for each parameter, laid out like it."""
 
     @property
     def num_shares(self) -> int:
-        """The number of ranks that a tensor's rows are spread over; 1 where each has all rows."""
+        """The number of ranks that a tensor's rows are spread over. 1 if each rank has all rows."""
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[ComputedTensor]:
-        """Return the results of all tensors: this rank's rows of each, states in full.
+        """Return the results of all tensors: this rank's rows of each tensor, and complete states.
 
-        Collective: every rank has the same parameters, in the same order.
+        This is collective. Every rank has the same parameters in the same order.
 
         Args:
-            params: The parameters; DTensors where they are sharded.
-            tensors: This rank's rows of each.
-            compute: Called once, with the tensors that this rank owns.
+            params: The parameters. They are DTensors if they are sharded.
+            tensors: This rank's rows of each tensor.
+            compute: A function that is called once, with the tensors that this rank owns.
         """
 
 
 class Alone:
-    """One process: it owns everything."""
+    """One process, which owns all tensors."""
 
     num_shares = 1
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[ComputedTensor]:
-        """Compute everything here."""
+        """Compute all results in this process."""
         found = compute(dict(enumerate(tensors)))
         return [found[i] for i in range(len(params))]
 
@@ -69,7 +69,7 @@ class Alone:
 class Replicas:
     """DDP: every rank has every tensor, computes its share and sends it to the others.
 
-    All apply the result of one rank, so replicas stay equal bit for bit.
+    All ranks apply the result of the same rank, so replicas stay equal bit for bit.
     """
 
     num_shares = 1
@@ -81,7 +81,7 @@ class Replicas:
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[ComputedTensor]:
-        """Compute the share of this rank, and gather the others'."""
+        """Compute this rank's share, and gather the shares of the other ranks."""
         owners = _owners(params, dist.get_world_size(self._group))
         rank = dist.get_rank(self._group)
         found = compute({i: m for i, m in enumerate(tensors) if owners[i] == rank})
@@ -94,9 +94,10 @@ class Replicas:
 
 
 class Shards:
-    """FSDP2 and HSDP: one rank gathers a tensor, computes, and returns to each rank its rows.
+    """FSDP2 and HSDP: one rank gathers a tensor, computes, and sends each rank its rows.
 
-    Two all-to-alls a step, each of as many bytes as this rank stores of the tensors.
+    Each step needs two all-to-alls. Each transfers as many bytes of the
+    tensors as this rank stores.
     """
 
     def __init__(self, group: Ranks) -> None:
@@ -111,14 +112,14 @@ class Shards:
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
     ) -> list[ComputedTensor]:
-        """Gather, compute, send back."""
+        """Gather the tensors, compute, and send the results back."""
         rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
         owners = _owners(params, world_size)
         places = [[i for i, owner in enumerate(owners) if owner == r] for r in range(world_size)]
         mine = places[rank]
 
         def part(place: int, holder: int) -> slice:
-            rows = -(-params[place].shape[0] // world_size)  # as torch.chunk
+            rows = -(-params[place].shape[0] // world_size)  # as in torch.chunk
             return slice(holder * rows, (holder + 1) * rows)
 
         def count(place: int, holder: int) -> int:
@@ -151,7 +152,7 @@ class Shards:
     def _exchange(
         self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], *, like: Tensor
     ) -> list[list[Tensor]]:
-        """Send a list of flat tensors to each rank; return those received, of these sizes."""
+        """Send flat tensors to each rank. Return the received ones, which have these sizes."""
         sent = _joined([tensor for theirs in outgoing for tensor in theirs], [like])
         totals = [sum(theirs) for theirs in sizes]
         received = like.new_empty(sum(totals))
@@ -171,8 +172,8 @@ class Shards:
 class _StateExchange:
     """Sends the state of each parameter from its owner to all ranks.
 
-    Every rank stores all states, so that any rank can save them and a run can resume with other
-    owners.
+    Every rank stores all states, so that any rank can save them and a run can resume
+    with different owners.
     """
 
     def __init__(self, group: Ranks | None) -> None:
@@ -186,7 +187,7 @@ class _StateExchange:
         owners: Sequence[int],
         like: Tensor,
     ) -> list[dict[str, Tensor]]:
-        """Return the states of all parameters, given those that this rank computed."""
+        """Return the states of all parameters, given the states that this rank computed."""
         if any(id(p) not in self._shapes for p in params):
             self._learn(params, found)
         shapes = [self._shapes[id(p)] for p in params]
@@ -198,7 +199,7 @@ class _StateExchange:
         return [_unpacked(value, own) for value, own in zip(values, shapes, strict=True)]
 
     def _learn(self, params: Sequence[Tensor], found: Mapping[int, ComputedTensor]) -> None:
-        """Exchange the shapes of each parameter's state, once: at first only its owner has them."""
+        """Exchange the shapes of each state once, because at first only the owner has them."""
         mine = {i: {n: tuple(v.shape) for n, v in m.state.items()} for i, m in found.items()}
         every: list[dict[int, dict[str, tuple[int, ...]]] | None]
         every = [None] * dist.get_world_size(self._group)
@@ -213,9 +214,9 @@ def _owners(params: Sequence[Tensor], world_size: int) -> list[int]:
 
 
 def owners_of(costs: Sequence[int], world_size: int) -> list[int]:
-    """Return the owner of each task; the most expensive task goes to the least loaded rank.
+    """Return the owner of each task. The most expensive task goes to the rank with the least work.
 
-    Every rank computes the same list; tasks of equal cost keep their order.
+    Every rank computes the same list. Tasks of equal cost keep their order.
     """
     loads, owners = [0] * world_size, [0] * len(costs)
     for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -226,15 +227,15 @@ def owners_of(costs: Sequence[int], world_size: int) -> list[int]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's rows of a tensor, as a plain one that shares its memory."""
+    """Return this rank's rows of a tensor, as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shards_of(parameter: Tensor) -> Ranks | None:
-    """Return the ranks that a parameter is split over; None where it is whole on each.
+    """Return the ranks that a parameter is split over, or None if each rank has all of it.
 
     Raises:
-        ConfigurationError: It is split in another way than FSDP2 and HSDP do.
+        ConfigurationError: The parameter is not split in the way of FSDP2 and HSDP.
     """
     return shard_group("A parameter", parameter) if isinstance(parameter, DTensor) else None
 
@@ -242,7 +243,7 @@ def shards_of(parameter: Tensor) -> Ranks | None:
 def _unpacked(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     pieces = flat.split_with_sizes([prod(shape) for shape in shapes.values()])
     named = zip(shapes.items(), pieces, strict=True)
-    # A copy, because a view would keep and save the whole gathered buffer.
+    # This is a copy, because a view would keep and save the whole gathered buffer.
     return {name: piece.view(shape).clone() for (name, shape), piece in named}
 
 
@@ -253,7 +254,7 @@ def _joined(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
 def _all_gather(
     mine: Tensor, owners: Sequence[int], sizes: Sequence[int], group: Ranks | None
 ) -> list[Tensor]:
-    """Return the owners' tensors, in the parameters' order, from each owner's flat buffer."""
+    """Return the owners' tensors, in the parameters' order, from the flat buffer of each owner."""
     world_size = dist.get_world_size(group)
     totals = [
         sum(size for size, o in zip(sizes, owners, strict=True) if o == r)

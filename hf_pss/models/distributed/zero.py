@@ -17,30 +17,31 @@ from hf_pss.models.distributed.backend import Part, Replicated, to_owner
 
 
 def is_zero(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed holds a parameter's fp32 master; it marks those, at any stage."""
+    """Return whether DeepSpeed holds a parameter's fp32 master. It marks these at any stage."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 @dataclass(frozen=True, slots=True)
 class Zero(Replicated):
-    """Reads the copy for the forward pass; writes the fp32 master and that copy.
+    """Reads the copy for the forward pass. Writes the fp32 master and the copy.
 
-    The next step would undo an edit of the copy alone, and the next forward pass would not see an
-    edit of the master alone. The copy is whole on every rank under stages 1 and 2; under stage 3
-    the owner gathers the rows that it reads. The master is a flat array, of which each rank stores
-    a piece that may end in the middle of a row. The rows that an edit touches are assembled on all
-    ranks, and each rank then stores its own piece.
+    Both must be written. The next step would undo an edit of only the copy, and the next forward
+    pass would ignore an edit of only the master. Under stages 1 and 2 the copy is complete on every
+    rank. Under stage 3 the owner gathers the rows that it reads. The master is a flat array. Each
+    rank stores a piece of it that may end in the middle of a row. The rows that an edit changes are
+    assembled on all ranks, and each rank then stores its piece.
 
-    DeepSpeed applies the update inside ``backward``: when its norm is known, the gradients are gone
-    and the update has happened. DeepSpeed itself drops an update that is not finite.
+    DeepSpeed applies the update inside ``backward``. When the gradient norm is known, the
+    gradients no longer exist, and the update has already happened. DeepSpeed itself drops an
+    update that is not finite.
     """
 
     can_hold_back: ClassVar[bool] = False
 
     def cautions(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return warnings about DeepSpeed's early update, and about its own Muon."""
+        """Return warnings about DeepSpeed's early update and about DeepSpeed's Muon."""
         early = (
-            "DeepSpeed applies an update before its gradient norm is known, so PSS cannot hold one "
+            "DeepSpeed applies an update before its gradient norm is known, so PSS cannot hold it "
             "back. DeepSpeed itself discards an update whose gradient is not finite. If you "
             "disabled that (bf16 with check_grad_overflow: false), such a step ends the run.",
         )
@@ -49,7 +50,7 @@ class Zero(Replicated):
         return (
             *early,
             "DeepSpeed's own Muon reports the norm of the orthogonalised update, which hardly ever "
-            "changes: gradient-norm detectors are blind here; use stable_rank_floor.",
+            "changes, so gradient-norm detectors notice nothing. Use stable_rank_floor instead.",
         )
 
     def full(self, parameter: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class Zero(Replicated):
 
         if is_zero(parameter):
             safe_set_full_fp32_param(parameter, full.float())
-        # Where the copy is split too, all ranks receive rank 0's value.
+        # If the copy is also split, all ranks receive the value of rank 0.
         source = 0 if hasattr(parameter, "ds_id") else None
         with GatheredParameters([parameter], modifier_rank=source), torch.no_grad():
             parameter.copy_(full.to(parameter.dtype))
@@ -80,7 +81,7 @@ class Zero(Replicated):
         return _piece(parameter, None)[0].clone()
 
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
-        """Copy it back, and rebuild the copy for the forward pass from all ranks' pieces."""
+        """Copy the piece back, and rebuild the copy for the forward pass from all ranks' pieces."""
         if not _has_master(parameter):
             self.write_back_(parameter, kept)
             return
@@ -88,16 +89,16 @@ class Zero(Replicated):
         piece.copy_(kept)
         _store(parameter, None, piece)
         with self.part(parameter):
-            pass  # `part` writes the master into the copy as it closes
+            pass  # `part` writes the master into the copy when it closes
 
     def master(self, parameter: Tensor) -> Tensor:
-        """Return the fp32 master; the copy where there is none (frozen under stage 3)."""
+        """Return the fp32 master, or the copy if there is none (frozen under stage 3)."""
         if not _has_master(parameter):
             return self.full(parameter)
         return _Opened.of(parameter, None, None).tensor
 
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
-        """Gather these rows of the copy under stage 3; under the others they are local."""
+        """Gather these rows of the copy under stage 3. Under the other stages they are local."""
         rows = rows or slice(0, _stored_shape(parameter)[0])
         if not _is_split(parameter):
             return parameter.detach()[rows] if owner == self.rank else None
@@ -119,7 +120,7 @@ class Zero(Replicated):
 
     @contextmanager
     def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
-        """Give these rows of the fp32 master; at the end write them and those of the copy."""
+        """Give these rows of the fp32 master. Write them, and those of the copy, at the end."""
         if not _has_master(parameter):
             whole = self.full(parameter).clone()
             yield Part(whole)
@@ -135,7 +136,7 @@ class Zero(Replicated):
             with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 parameter[opened.rows].copy_(opened.tensor)
             return
-        if hasattr(parameter, "ds_id"):  # this piece outlasts a copy that is whole only for now
+        if hasattr(parameter, "ds_id"):  # the copy may be complete only for now; this piece stays
             opened.write_piece_(stored.ds_tensor)
         if not _is_split(parameter):
             parameter.detach()[opened.rows].copy_(opened.tensor)
@@ -158,14 +159,14 @@ class Zero(Replicated):
 
     @contextmanager
     def read_part(self, parameter: Tensor) -> Iterator[Part]:
-        """Give the whole copy; under stage 3 it is gathered, one parameter at a time."""
+        """Give the complete copy. Under stage 3 it is gathered, one parameter at a time."""
         yield Part(self.full(parameter))
 
     @contextmanager
     def read_moment(
         self, optimizer: Optimizer, parameter: Tensor, names: Sequence[str]
     ) -> Iterator[Part | None]:
-        """Assemble the whole moment on every rank, in fp32, and write nothing back."""
+        """Assemble the complete moment on every rank, in fp32, and write nothing back."""
         opened = self._opened_moment(parameter, names, None)
         yield None if opened is None else Part(opened.tensor)
 
@@ -175,15 +176,15 @@ class Zero(Replicated):
         for name in self._kept_states(parameter, names):
             try:
                 return _Opened.of(parameter, name, rows)
-            except KeyError:  # stage 3; on all ranks alike
+            except KeyError:  # stage 3, and the same on all ranks
                 continue
         return None
 
     def _kept_states(self, parameter: Tensor, names: Sequence[str]) -> list[str]:
         """Return the names of the states that exist.
 
-        Under stages 1 and 2 a rank that stores nothing of the parameter has none of its states, and
-        would leave the other ranks waiting. So the ranks exchange the names first.
+        Under stages 1 and 2 a rank may store nothing of the parameter. It then has none of the
+        states, and would leave the other ranks waiting. So the ranks exchange the names first.
         """
         if hasattr(parameter, "ds_id"):
             return list(names)
@@ -195,18 +196,18 @@ class Zero(Replicated):
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """Rows of an fp32 master, or of an optimizer's state, assembled on all ranks."""
+    """Rows of an fp32 master or of an optimizer's state, assembled on all ranks."""
 
     parameter: Any
     name: str | None
-    """Of the state; None for the master itself."""
+    """The name of the state. None means the master."""
     rows: slice
     tensor: Tensor
-    """(rows, ...), fp32."""
+    """The rows, (rows, ...), fp32."""
     piece: Tensor
-    """This rank's piece of the flattened parameter; may be empty."""
+    """This rank's piece of the flattened parameter. It may be empty."""
     start: int
-    """Offset of that piece, in elements."""
+    """The offset of that piece, in elements."""
 
     @classmethod
     def of(cls, parameter: Any, name: str | None, rows: slice | None) -> _Opened:
@@ -228,7 +229,7 @@ class _Opened:
         _store(self.parameter, self.name, self.piece)
 
     def write_piece_(self, piece: Tensor) -> None:
-        """Overwrite the rows within a tensor that is laid out like this rank's piece."""
+        """Overwrite the rows in a tensor that is laid out like this rank's piece."""
         mine, here = self._overlap(piece)
         with torch.no_grad():
             mine.copy_(here)
@@ -265,7 +266,7 @@ def _piece(parameter: Any, name: str | None) -> tuple[Tensor, int, Any]:
 
 
 def _store(parameter: Any, name: str | None, piece: Tensor) -> None:
-    """Store a changed piece from `_piece`, which under stage 3 may be a copy."""
+    """Store a changed piece that `_piece` returned. Under stage 3 it may be a copy."""
     if not hasattr(parameter, "ds_id"):
         return
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -285,7 +286,7 @@ def _stored_shape(parameter: Tensor) -> torch.Size:
 
 
 def _is_split(parameter: Tensor) -> bool:
-    """Return whether the copy is split now; under stage 3 small parameters are whole."""
+    """Return whether the copy is split now. Under stage 3 small parameters are not split."""
     status = getattr(parameter, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
 

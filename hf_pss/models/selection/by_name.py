@@ -1,7 +1,7 @@
-"""The rules that need no model: they read names, class names, shapes and numbers of a config.
+"""The rules that need no model. They read names, class names, shapes and numbers of a config.
 
-`select_matrices` applies them to a model, `hf_pss.inspection` and `hf_pss.rescue` to the tensors
-of a checkpoint. Both must choose the same matrices.
+`select_matrices` applies them to a model. `hf_pss.inspection` and `hf_pss.rescue` apply them to the
+tensors of a checkpoint. Both must choose the same matrices.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 Steps: TypeAlias = Sequence[tuple[str, str]]
-"""Name and class name of each module around a tensor, from the innermost outwards to below the
-block. A class name may be empty."""
+"""The name and class name of each module around a tensor. The order is from the innermost module
+outwards to the module just below the block. A class name may be empty."""
 
 ADAPTER_FACTOR = "LoRA factor: the matrix is the product"
 MIXER = "state-space or convolutional mixer"
@@ -48,9 +48,10 @@ _RECURRENT_NAME = re.compile(r"mamba|mixer|ssm|rwkv", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|qkv|^att_proj$", re.IGNORECASE)
 # FocalNet's `modulation` mixes tokens, as attention does in other models.
 _TOKEN_MIXER_CLASS = re.compile(r"attn|attention|^(?:FSDP)?Focal", re.IGNORECASE)
-# Why the matrices of a module are not selected, by the module's name or by its class. A norm
-# without conditioning holds no matrix. Names and classes of wrappers around a whole layer (PreNorm,
-# DBRX's norm_attn_norm) and of linear layers with a norm (timm's LinearNorm) must not match.
+# The reasons why the matrices of a module are not selected, by the module's name or class. A
+# norm without conditioning holds no matrix. Names and classes of wrappers around a whole
+# layer (PreNorm, DBRX's norm_attn_norm) must not match, and neither must linear layers with a
+# norm (timm's LinearNorm).
 _PURPOSES = (
     (
         _OUTPUT_HEAD,
@@ -84,11 +85,12 @@ _PURPOSES = (
         re.compile(r"Embed(?:s|der|dings?)?(?:\dD)?$|RelPos(?:Mlp|Bias)"),
     ),
 )
-# Anchored at the end: class names begin with the model's name, and JetMoeMoA is attention.
+# The pattern is anchored at the end: class names begin with the model's name, and
+# JetMoeMoA is attention.
 _MLP_CLASS = re.compile(r"(?:MLP|Mlp|MoE|MoeBlock|FFN|FeedForward)$")
 _MLP_NAME = re.compile(r"^(?:mlp|ffn|feed_forward|moe)$", re.IGNORECASE)
-# A checkpoint has no classes. What a module holds stands for its class where its name does not
-# suffice: Nemotron-H calls attention, MLP and Mamba alike `mixer`.
+# A checkpoint has no classes. If the name of a module does not suffice, the names of its children
+# determine its class. For example, Nemotron-H uses the name `mixer` for attention, MLP and Mamba.
 _CLASS_BY_CHILDREN: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"time_decay"}), "Rwkv"),
     (frozenset({"time_mix_key"}), "Rwkv"),
@@ -100,7 +102,8 @@ _CLASS_BY_CHILDREN: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"up_proj", "down_proj"}), "MLP"),
 )
 
-# Parts of a name, at most: the work below grows with their square, and a file may be hostile.
+# The largest number of parts of a name. The work below grows with its square, and
+# a file may be hostile.
 _MOST_PARTS = 64
 
 # The block is the first number of the path, as in transformer.h.3.attn.c_attn.
@@ -113,11 +116,11 @@ class Place:
     """The position of a matrix in its network, read from its name."""
 
     stack: str
-    """The path in front of the block's number: ``model.layers``; empty without a number."""
+    """The path before the block's number, such as ``model.layers``. Empty without a number."""
     block: int | None
-    """The block's number; None outside the repeated blocks, such as embeddings and heads."""
+    """The block's number. None outside the repeated blocks, as for embeddings and heads."""
     kind: str
-    """The path behind the block's number, equal in all blocks: ``mlp.experts.*.down_proj``."""
+    """The path after the block's number, equal in all blocks: ``mlp.experts.*.down_proj``."""
 
 
 def place_of(name: str) -> Place:
@@ -159,14 +162,14 @@ def steps_by_name(name: str, children: Mapping[str, frozenset[str]]) -> Steps:
     """Return the modules around a tensor of a checkpoint, with the classes that they seem to have.
 
     Args:
-        name: The tensor's.
+        name: The name of the tensor.
         children: The result of `children_by_module` for all tensors.
 
     >>> names = ["h.0.mixer.A_log", "h.0.mixer.D", "h.0.mixer.in_proj.weight"]
     >>> steps_by_name(names[2], children_by_module(names))
     (('in_proj', ''), ('mixer', 'Mamba'))
     """
-    # The name of a bare parameter counts, such as relative_position_bias_table.
+    # The name of a bare parameter also counts, such as relative_position_bias_table.
     modules = name.removesuffix(".weight").split(".", _MOST_PARTS)
     block = next((i for i, part in enumerate(modules) if part.isdecimal()), -1)
     return tuple(
@@ -180,9 +183,9 @@ def _likely_class(children: frozenset[str]) -> str:
 
 
 def role_of(steps: Steps) -> Role | None:
-    """Return the role by the names around a parameter, innermost first; None for recurrent mixers.
+    """Return the role by the names around a parameter, innermost first. None for recurrent mixers.
 
-    The class of a module is asked before its name.
+    The class of a module has priority over its name.
     """
     for name, class_name in steps:
         if _RECURRENT_CLASS.search(class_name):
@@ -199,8 +202,8 @@ def role_of(steps: Steps) -> Role | None:
 def why_no_block_matrix(steps: Steps) -> str | None:
     """Return why a matrix inside a block does not belong to its attention or MLP.
 
-    The innermost name decides: the projections of an attention module are attention, whichever
-    module holds it.
+    The innermost name decides. For example, the projections of an attention module are attention,
+    whichever module holds it.
 
     Example:
         >>> why_no_block_matrix([("linear", "Linear"), ("norm1", "AdaLayerNormZero")])
@@ -224,13 +227,13 @@ def why_no_projection(
     vocabularies: Collection[int],
     block_inputs: Collection[int],
 ) -> str | None:
-    """Return why a parameter inside a block is not selected; None for attention and MLP.
+    """Return why a parameter inside a block is not selected, or None for attention and MLP.
 
     Args:
-        steps: The modules around it.
+        steps: The modules around the parameter.
         shape: (..., m, n), outputs first.
-        vocabularies: Numbers of rows of the model's embeddings.
-        block_inputs: Numbers of inputs of the block's matrices.
+        vocabularies: The numbers of rows of the model's embeddings.
+        block_inputs: The numbers of inputs of the block's matrices.
     """
     if any(_ROUTER_NAME.search(name) or _ROUTER_CLASS.search(kind) for name, kind in steps):
         return "router"
@@ -249,8 +252,9 @@ def _is_output_head(
 ) -> bool:
     """Return whether a matrix in a block seems to give one number for each word.
 
-    Small models often have as many hidden units as words. But another matrix of the block reads
-    hidden units, gated or not, and no matrix reads the output of a head.
+    In small models the number of hidden units often equals the number of words. But
+    then a different matrix of the block reads the hidden units, gated or not. No matrix
+    reads the output of a head.
     """
     if len(shape) != 2 or shape[0] not in vocabularies or shape[0] <= shape[1]:
         return False

@@ -26,7 +26,7 @@ __all__ = [
     "is_of_heads",
 ]
 
-# Names of projections that are not fused.
+# The names of projections that are not fused.
 _PROJECTIONS: Mapping[str, str] = {
     **dict.fromkeys(("q_proj", "query", "q_lin", "q", "wq", "query_proj", "q_attn", "to_q"), "q"),
     **dict.fromkeys(("k_proj", "key", "k_lin", "k", "wk", "key_proj", "to_k"), "k"),
@@ -38,7 +38,7 @@ _LATENT_HEAD_DIM = "qk_head_dim"
 _VALUE_HEAD_DIM = "v_head_dim"
 _NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-# Parameters that are added to logits, so they leave queries and keys unchanged.
+# Parameters that are added to logits. They leave queries and keys unchanged.
 _HARMLESS = frozenset({"sinks", "relative_position_bias_table"})
 _CROSS = re.compile(r"cross_?att|encoder_att|encdecatt", re.IGNORECASE)
 _NORM = re.compile(r"^(?:q|k|qk|query|key)_?(?:layer)?_?norms?$|^[qk]_b_norm$")
@@ -46,11 +46,11 @@ _NORM = re.compile(r"^(?:q|k|qk|query|key)_?(?:layer)?_?norms?$|^[qk]_b_norm$")
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Number and width of the heads of an attention module."""
+    """The number and width of the heads of an attention module."""
 
     num_heads: int
     num_key_heads: int
-    """Fewer than `num_heads` if neighbouring heads share them."""
+    """The number of key heads. It is less than `num_heads` if neighbouring heads share them."""
     head_dim: int
 
 
@@ -62,7 +62,7 @@ class HeadRows:
     view: MatrixView
 
     def stored_rows(self, device: torch.device) -> Tensor:
-        """Return the stored output row of each row of the projection, head after head."""
+        """Return the stored output row of each row of the projection, head by head."""
         return self.view.stored_rows(device)
 
 
@@ -76,11 +76,11 @@ class AttentionHeads:
     query: HeadRows
     key: HeadRows
     is_cross_attention: bool = False
-    """Whether keys come from another sequence, judged by attribute, class and names."""
+    """Whether keys come from a different sequence, judged by attribute, class and names."""
 
 
 def heads_of(owner: nn.Module) -> Heads | None:
-    """Return the heads of an attention module, from its attributes and its config.
+    """Return the heads of an attention module, read from its attributes and its config.
 
     Args:
         owner: The module whose forward uses the projections.
@@ -99,8 +99,8 @@ def head_rows(site: Site, views: Sequence[MatrixView]) -> tuple[int, ...] | None
         views: All views of the parameter.
 
     Returns:
-        None if a number is unknown, and for views without heads, such as an output projection, the
-        compressed keys of latent attention or an MLP.
+        The numbers. None if a number is unknown, and for views without heads. Such views are an
+        output projection, the compressed keys of latent attention, or an MLP.
     """
     if len(site.shape) != 2 or role_of(site.steps) != "attention":
         return None
@@ -121,7 +121,8 @@ def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
 def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
     """Return the attention modules with known heads, and the reasons for all others, by name.
 
-    An attention module is one with a projection that is named or divided as query.
+    A module counts as attention if one of its projections is named or divided
+    as a query projection.
 
     Args:
         model: Any module, wrapped or not.
@@ -152,7 +153,7 @@ def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
 
 
 def _numbers_of(owner: nn.Module) -> tuple[int | None, int | None, int | None]:
-    """Return the numbers of heads and of key heads, and the width of a head; None if unknown."""
+    """Return the numbers of heads and of key heads, and the width of a head. None if unknown."""
     config = getattr(owner, "config", None)
     num_heads = _first(owner, _NUM_HEADS) or _first(config, ("num_attention_heads",))
     num_key_heads = _first(owner, _NUM_KEY_HEADS) or _first(config, _NUM_KEY_HEADS[:1])
@@ -165,7 +166,7 @@ def _why_unknown(owner: nn.Module, rows: Mapping[str, HeadRows]) -> str | None:
     norms = [name for name, child in owner.named_children() if _NORM.match(name)]
     if norms:
         return f"{norms[0]} normalises a projection's output, so its scale changes no logit"
-    holders = (owner, getattr(owner, "config", None))  # DBRX has it on the module alone
+    holders = (owner, getattr(owner, "config", None))  # DBRX has it only on the module
     if any(getattr(holder, "clip_qkv", None) is not None for holder in holders):
         return "clip_qkv clips a projection's output, so logits do not scale with weights"
     heads = heads_of(owner)
@@ -198,10 +199,10 @@ def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
     label = _label(site, view)
     num_rows = view.shape[-2]
     if label == "k_nope" or (label == "v" and site.leaf == "kv_b_proj"):
-        return view.rows.size if view.rows is not None else None  # one run a head
+        return view.rows.size if view.rows is not None else None  # one run per head
     if label not in ("q", "k", "v", "gate"):
         return None
-    # Latent attention has as many keys as heads, also if its config has another number.
+    # Latent attention has one key per head, even if its config has a different number.
     num_heads, num_key_heads, head_dim = _numbers_of(site.owner)
     special = {"q": (_LATENT_HEAD_DIM,), "v": (_VALUE_HEAD_DIM,)}.get(label, ())
     width = _first(site.owner, special) or head_dim
@@ -224,5 +225,5 @@ def _label(site: Site, view: MatrixView) -> str:
 
 def _first(holder: Any, names: Sequence[str]) -> int | None:
     values = (getattr(holder, name, None) for name in names)
-    # A bool is an int, but not a number of heads. Some configs write 0 for None.
+    # bool is a subclass of int, but not a number of heads. Some configs write 0 for None.
     return next((v for v in values if type(v) is int and v > 0), None)

@@ -31,13 +31,15 @@ __all__ = [
 class RowPattern:
     """The output rows r with ``start <= r mod period < start + size``.
 
-    Every fused layout in this file is such a pattern: one period of all rows for GPT-2's [Q|K|V],
-    one period a head for GPT-NeoX, a period of two rows for interleaved gate and up projections.
+    Every fused layout in this file has this form. GPT-2's [Q|K|V] has one period of
+    all rows, GPT-NeoX has one period per head, and interleaved gate and up projections
+    have periods of two rows.
 
     Attributes:
-        start: First row of the part within a period, in rows.
-        size: Rows of the part in each period.
-        period: Rows after which the pattern repeats; divides the number of stored output rows.
+        start: The first row of the part within a period.
+        size: The number of rows of the part in each period.
+        period: The number of rows after which the pattern repeats. It divides the number
+            of stored output rows.
     """
 
     start: int
@@ -51,11 +53,11 @@ class RowPattern:
 
 
 Parts: TypeAlias = tuple[tuple[str, int], ...]
-"""(label, rows) of each part in stored order; the sequence repeats until the rows end."""
+"""(label, rows) of each part in stored order. The sequence repeats until the rows end."""
 
 LayoutRule: TypeAlias = Callable[[Any, int], Parts]
 """Maps (owner of the projection, its number of output rows) to parts. A rule reads attributes of
-the owner, which is a module, or a namespace with the numbers of a config."""
+the owner. The owner is a module, or a namespace with the numbers of a config."""
 
 _FUSED_NAME = re.compile(
     r"qkv|query_key_value|c_attn|w_?pack|gate_?up|in_proj_weight|in_proj_ba|to_kv|^kv_proj|kv_[ab]_proj"
@@ -64,7 +66,7 @@ _FUSED_NAME = re.compile(
 )
 
 
-# For checkpoints, which have no modules.
+# These names are for checkpoints, which have no modules.
 _THIRDS = {"in_proj_weight", "qkv", "Wqkv", "c_attn", "qkv_linear"}
 _CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
@@ -80,7 +82,8 @@ _LINEAR_ATTENTION = {
 def class_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's class and its bases, most derived first.
 
-    Bases count, because FSDP2 gives every module that it shards a class derived from its own.
+    The bases count, because FSDP2 replaces the class of every module that it
+    shards by a derived class.
     """
     return tuple(base.__name__ for base in type(module).__mro__)
 
@@ -90,8 +93,8 @@ def find_layout(owner: nn.Module, leaf: str, num_rows: int) -> Parts | None:
 
     Args:
         owner: The module whose forward divides the projection's output.
-        leaf: Name of the projection inside the owner, such as ``c_attn``.
-        num_rows: Output rows of the stored matrix.
+        leaf: The name of the projection inside the owner, such as ``c_attn``.
+        num_rows: The number of output rows of the stored matrix.
     """
     return _divided(class_names(owner), owner, leaf, num_rows)
 
@@ -119,17 +122,18 @@ def layout_by_config(
     *,
     is_cross_attention: bool = False,
 ) -> Parts | None:
-    """Return the parts of a fused 2-D projection without its module.
+    """Return the parts of a fused 2-D projection without reading a module.
 
     The rules are those of `find_layout` with the classes of the config's ``model_type``. For other
-    models the name and the shape decide: three times as many outputs as inputs are q, k and v.
+    models the name and the shape decide: if there are three times as many outputs as inputs, the
+    parts are q, k and v.
 
     Args:
-        leaf: Name of the projection, such as ``c_attn``.
-        num_rows: Output rows of the stored matrix.
-        num_columns: Its inputs.
-        config: Parsed ``config.json``, not trusted; empty where there is none.
-        is_cross_attention: Whether queries have a projection of their own.
+        leaf: The name of the projection, such as ``c_attn``.
+        num_rows: The number of output rows of the stored matrix.
+        num_columns: The number of its inputs.
+        config: Parsed ``config.json``, which is not trusted. Empty if there is none.
+        is_cross_attention: Whether there is a separate projection for queries.
 
     >>> layout_by_config("query_key_value", 12, 4, {"model_type": "bloom", "n_head": 2})
     (('q', 2), ('k', 2), ('v', 2))
@@ -150,7 +154,7 @@ def layout_by_config(
 def _numbers(
     config: Mapping[str, Any], num_columns: int, is_cross_attention: bool
 ) -> SimpleNamespace:
-    """Return a config's numbers under the names that modules give them."""
+    """Return a config's numbers under the names that modules use for them."""
 
     def number(*names: str, default: int | None = None) -> int | None:
         values = (config.get(name) for name in names)
@@ -180,7 +184,7 @@ def _numbers(
 
 
 def _attention_rows(numbers: SimpleNamespace) -> set[int]:
-    """Return the possible numbers of rows of q, k and v together, because a config may be wrong."""
+    """Return the possible numbers of rows of q, k and v together. A config may be wrong."""
     heads, groups, width = numbers.num_heads, numbers.num_kv_heads, numbers.head_dim
     found = {3 * numbers.embed_dim}
     if heads and width:
@@ -201,9 +205,9 @@ def config_stores_inputs_first(
     """Return whether a checkpoint stores the leaves in `CONV1D_LEAVES` as (in, out).
 
     Args:
-        model_type: Of the config; None where there is none.
-        fused_shapes: Stored shapes of the 2-D tensors that are named ``c_attn``. Such a projection
-            makes three outputs of one input, so its long side shows which one it is.
+        model_type: The ``model_type`` of the config, or None if there is none.
+        fused_shapes: The stored shapes of the 2-D tensors named ``c_attn``. Such a projection makes
+            three outputs from one input, so its long side is the output side.
     """
     if model_type in _CONV1D_TYPES:
         return True
@@ -328,7 +332,7 @@ def _olmo_attention(owner: Any, rows: int) -> Parts:
 
 
 def _olmo_mlp(owner: Any, rows: int) -> Parts:
-    # Only a gated activation halves its input.
+    # Only a gated activation halves the size of its input.
     if getattr(getattr(owner, "act", None), "output_multiplier", None) != 0.5:
         raise LookupError("act.output_multiplier")
     return _equal("up", "gate")(owner, rows)
@@ -369,7 +373,7 @@ _TIMM_QKV = """
 """
 
 # Classes of packages that the tests do not install, so no test notices a new name. The source is
-# the forward of timm 1.0.31, diffusers 0.42.1, litgpt 0.5.13 (and 0.5.3, whose projection is
+# the forward of timm 1.0.31, diffusers 0.42.1, litgpt 0.5.13 (and 0.5.3, where the projection is
 # `attn`), ai2-olmo 0.6.0, ai2-olmo-core 3.0.0, the DINOv2, xFormers and nanoGPT repositories, and
 # InternLM2's code.
 FOREIGN_LAYOUTS: Mapping[str, LayoutRule] = {

@@ -18,18 +18,18 @@ _NESTED = re.compile(r"(?:\.base_layer)+$")
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """The product s·B·A of an adapter; holds names and numbers, never tensors.
+    """The product s·B·A of an adapter. It holds names and numbers, never tensors.
 
     Attributes:
-        name: The adapted module with the adapter in brackets, ``…q_proj[default]``, and the number
-            of an expert, if there are several: ``…experts.down_proj[default][2]``.
-        left_name: Canonical name of B's parameter, (m, r), or (m, r·E) for E experts.
-        right_name: Canonical name of A's parameter, (r, n), or (E·r, n).
-        base_name: Canonical name of the frozen weight below; None if it is not a plain parameter.
+        name: The adapted module with the adapter in brackets: ``…q_proj[default]``. If there are
+            several experts, the number of the expert follows: ``…experts.down_proj[default][2]``.
+        left_name: The canonical name of B's parameter, (m, r), or (m, r·E) for E experts.
+        right_name: The canonical name of A's parameter, (r, n), or (E·r, n).
+        base_name: The canonical name of the frozen weight, or None if it is not a plain parameter.
         scaling: The factor s.
-        shape: (m, n), of the product.
-        num_experts: E; 1 for a linear map.
-        expert: Number of the expert.
+        shape: The shape (m, n) of the product.
+        num_experts: E, which is 1 for a linear map.
+        expert: The number of the expert.
     """
 
     name: str
@@ -43,19 +43,19 @@ class AdapterView:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """The names that a pattern may match: its own and those of its factors."""
+        """The names that a pattern may match: that of the product and those of its factors."""
         return self.name, self.left_name, self.right_name
 
 
 def find_adapters(model: nn.Module) -> tuple[tuple[AdapterView, ...], dict[str, str]]:
     """Return the products of all LoRA adapters in training, and reasons for the other factors.
 
-    An adapter is recognised by its structure in PEFT: a module with `lora_A`, `lora_B` and
-    `scaling` by the adapter's name.
+    An adapter is recognised by its structure in PEFT: a module has `lora_A`, `lora_B` and
+    `scaling`, each with an entry for the adapter's name.
 
     Returns:
-        The products, in the model's order; and the reason for each factor without a product, by
-        its canonical name.
+        The products in the model's order, and the reason for each factor without a product
+        by its canonical name.
     """
     views: list[AdapterView] = []
     left_out: dict[str, str] = {}
@@ -72,7 +72,7 @@ def find_adapters(model: nn.Module) -> tuple[tuple[AdapterView, ...], dict[str, 
 
 def _adapters_of(module: nn.Module) -> Iterator[str]:
     lefts, rights = getattr(module, "lora_B", None), getattr(module, "lora_A", None)
-    # Tuners of other kinds use the same names for bare parameters, as AdaLoRA does. They are not
+    # Tuners of other kinds, such as AdaLoRA, use the same names for bare parameters. These are not
     # products of two matrices.
     if isinstance(lefts, nn.ModuleDict) and isinstance(rights, nn.ModuleDict):
         yield from (adapter for adapter in lefts if adapter in rights)
@@ -120,7 +120,7 @@ def _views(
 
 
 def _base_name(path: str, module: Any, parameter: str) -> str | None:
-    """Return the name of the weight below an adapter; None if it is not a plain parameter."""
+    """Return the name of the weight under an adapter, or None if it is not a plain parameter."""
     inner, path = getattr(module, "base_layer", None), f"{path}.base_layer"
     while (deeper := getattr(inner, "base_layer", None)) is not None:
         inner, path = deeper, f"{path}.base_layer"

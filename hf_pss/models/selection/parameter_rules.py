@@ -1,6 +1,6 @@
 """The rules for one parameter of a model: whether it is selected, and as which matrices.
 
-The advice for a model of which no matrix is selected.
+If no matrix of a model is selected, this module also gives advice on what to do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 _EXPERTS_CLASS = re.compile(r"Experts?$")
 _MAX_REASONS = 4
-_LORA_KIND = "LORA"  # of peft.PeftType
+_LORA_KIND = "LORA"  # a name in peft.PeftType
 _NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)|^\d+(?=\\\.)")
 
@@ -90,7 +90,7 @@ def matrices_of(site: Site, included_by: str | None) -> list[MatrixView]:
 
     Args:
         site: A usable parameter.
-        included_by: The pattern that included it against the rules; None where the rules do.
+        included_by: The pattern that included it against the rules. None if the rules include it.
     """
     transposed = stores_inputs_first(site.module)
     *experts, rows, columns = site.shape
@@ -154,8 +154,8 @@ def what_to_do(model: nn.Module, *, exclude: Sequence[str] = (), spelling: str =
 
     Args:
         model: Any module, wrapped or not.
-        exclude: The caller's ``exclude`` patterns, which win over an ``include``.
-        spelling: The caller's syntax of an option; the braces stand for ``name=value``.
+        exclude: The caller's ``exclude`` patterns, which take priority over an ``include``.
+        spelling: How the caller writes an option. The braces stand for ``name=value``.
     """
     kinds = _adapter_kinds(model)
     if others := [kind for kind in kinds if kind != _LORA_KIND]:
@@ -172,14 +172,14 @@ def what_to_do(model: nn.Module, *, exclude: Sequence[str] = (), spelling: str =
 def example_pattern(model: nn.Module, *, exclude: Sequence[str] = ()) -> str | None:
     """Return an ``include`` pattern for the largest matrix that a pattern can select.
 
-    It matches the matrix in every block. None if the model has no such matrix.
+    The pattern matches this matrix in every block. The result is None if there is no such matrix.
     """
     sites = [
         site
         for site in survey(model)
         if _can_be_named(site) and not any(re.search(pattern, site.name) for pattern in exclude)
     ]
-    # 2-D parameters come first, because the orientation of a stack is a guess.
+    # 2-D parameters come first, because the orientation of a stack is only a guess.
     best = max(sites, key=lambda site: (len(site.shape) == 2, _size(site)), default=None)
     return None if best is None else _NUMBER.sub(r"\\d+", re.escape(best.name))
 
@@ -202,7 +202,7 @@ def _raw(pattern: str) -> str:
 
 
 def _adapter_kinds(model: nn.Module) -> list[str]:
-    """Return the kinds of PEFT adapters that a model carries."""
+    """Return the kinds of PEFT adapters that a model has."""
     kinds: dict[str, None] = {}
     for module in model.modules():
         configs = getattr(module, "peft_config", None)

@@ -37,27 +37,29 @@ def select_matrices(
 ) -> Selection:
     r"""Find the attention and MLP weight matrices in the repeated blocks of a model.
 
-    It selects the weights of nn.Linear (and its subclasses), of transformers' Conv1D and of
-    nn.MultiheadAttention, and 3-D stacks of experts. A fused projection with a known layout becomes
-    one matrix for each part. With an unknown layout it stays one matrix, and its reason notes that.
-    The following are not selected, and the table has the reason for each:
+    The function selects the weights of nn.Linear (and its subclasses), of transformers' Conv1D and
+    of nn.MultiheadAttention. It also selects 3-D stacks of experts. A fused projection with a known
+    layout becomes one matrix for each part. A fused projection with an unknown layout stays one
+    matrix, and its reason notes this. The following are not selected, and the table gives the
+    reason for each:
 
-    - embeddings and output heads, tied or not, inside a block or not;
+    - embeddings and output heads, whether tied or not, and whether inside a block or not;
     - modulation and conditioning layers, which often start at 0, and embedders of timesteps and
       positions;
     - matrices that a block shares with a module outside of all blocks;
-    - routers, convolutions, vectors, recurrent mixers, adapters' factors, frozen parameters;
+    - routers, convolutions, vectors, recurrent mixers, adapters' factors, and frozen parameters;
     - everything outside of the repeated blocks.
 
     Args:
         model: Any module, wrapped or not. Only names, shapes and flags are read.
         roles: The roles to select.
-        include: Regular expressions searched in canonical parameter names. A trainable 2-D or 3-D
-            parameter that matches is selected against all rules. If it is not a known projection,
-            it is read as stored: (out, in), or (stack, out, in).
-        exclude: Regular expressions searched in parameter and matrix names; they win over
-            `include`. A pattern that ends in ``\[v\]$`` excludes one part of fused projections.
-        min_dim: Matrices with fewer rows or columns are skipped unless a pattern includes them.
+        include: Regular expressions that are searched in canonical parameter names. A trainable 2-D
+            or 3-D parameter that matches is selected even against the rules. If it is not a known
+            projection, it is read as stored: (out, in), or (stack, out, in).
+        exclude: Regular expressions that are searched in parameter and matrix names. They
+            take priority over `include`. A pattern that ends in ``\[v\]$`` excludes one
+            part of fused projections.
+        min_dim: Matrices with fewer rows or columns are skipped, unless a pattern includes them.
         may_be_empty: Return an empty selection instead of raising if no matrix is selected.
 
     Returns:
@@ -65,7 +67,7 @@ def select_matrices(
 
     Raises:
         SelectionError: No matrix is selected and `may_be_empty` is false. Or a pattern is not a
-            regular expression, matches nothing, or includes only impossible parameters.
+            regular expression, matches nothing, or matches only parameters that cannot be selected.
         ConfigurationError: A role is unknown, `min_dim` is below 1, or a list is one string.
 
     Example:
@@ -95,7 +97,8 @@ def select_matrices(
             exclusions.append(Exclusion(site.name, site.shape, reason))
             continue
         for view in matrices_of(site, included_by if unwanted else None):
-            # The matrix's name begins with the parameter's, but `weight$` must match the latter.
+            # The matrix's name begins with the parameter's name, but `weight$`
+            # must match the latter.
             excluded_by = _first_match(exclude_patterns, view.name, site.name)
             if excluded_by is not None:
                 out = Exclusion(view.name, view.shape, f"excluded by {excluded_by!r}")
@@ -167,7 +170,7 @@ def _compiled(patterns: Sequence[str], option: str) -> list[re.Pattern[str]]:
 
 
 def _first_match(patterns: Iterable[re.Pattern[str]], *names: str) -> str | None:
-    """Return the first pattern found in one of the names."""
+    """Return the first pattern that is found in one of the names."""
     return next((p.pattern for p in patterns if any(map(p.search, names))), None)
 
 

@@ -21,8 +21,8 @@ __all__ = [
     "survey",
 ]
 
-# Of torch.compile, activation checkpointing and FSDP1. DDP's `module.` is removed at the start
-# only, because further inside it may be a model's own name.
+# Prefixes of torch.compile, activation checkpointing and FSDP1. DDP's `module.` is removed only at
+# the start, because further inside it may be a name in the model.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)"
 )
@@ -41,16 +41,18 @@ class Site:
     """One parameter and its place in the model.
 
     Attributes:
-        name: Canonical name of the parameter.
-        shape: Full shape, also under ZeRO-3, where the parameter itself is empty between uses.
+        name: The canonical name of the parameter.
+        shape: The full shape. Under ZeRO-3 the parameter is empty between uses.
         parameter: The parameter. Only its flags are read, never its values.
         module: The module that holds it.
-        owner: The module whose forward uses it: the parent of an nn.Linear, else `module`.
-        leaf: The projection's name inside `owner`: ``c_attn``, ``in_proj_weight``.
-        steps: Name and class name of the modules from `module` outwards to below the block.
-        block: Name of the repeated block; None outside of all blocks.
-        tied_to: Canonical name of the same parameter met earlier.
-        shared_with: Canonical name of the same parameter outside of all blocks, if it has one.
+        owner: The module whose forward uses it. This is the parent of an nn.Linear,
+            and otherwise `module`.
+        leaf: The name of the projection inside `owner`: ``c_attn``, ``in_proj_weight``.
+        steps: The name and class name of each module from `module` outwards
+            to just below the block.
+        block: The name of the repeated block, or None outside all blocks.
+        tied_to: The canonical name under which the same parameter occurred earlier.
+        shared_with: The canonical name of the same parameter outside all blocks, if it has one.
         is_embedding: Whether an embedding or the output head holds the parameter, tied or not.
         vocabularies: The numbers of rows of the model's embeddings.
         block_inputs: The numbers of inputs that the matrices of the block have.
@@ -72,12 +74,12 @@ class Site:
 
     @property
     def own_name(self) -> str:
-        """The parameter's name inside `module`."""
+        """The name of the parameter inside `module`."""
         return self.name.rpartition(".")[2]
 
 
 def canonical_name(name: str) -> str:
-    """Return a module's or parameter's name without the prefixes that wrappers put into it.
+    """Return a module's or parameter's name without the prefixes that wrappers add to it.
 
     Example:
         >>> canonical_name("module._orig_mod.h.0._checkpoint_wrapped_module.mlp.weight")
@@ -87,12 +89,12 @@ def canonical_name(name: str) -> str:
 
 
 def named_parameters_canonical(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by canonical name; tied ones only under their first name."""
+    """Return the model's parameters by canonical name. Tied ones have only their first name."""
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def survey(model: nn.Module) -> Iterator[Site]:
-    """Yield every parameter of a model with its place; tied ones once for each name."""
+    """Yield every parameter of a model with its place. Tied parameters occur once per name."""
     modules = {
         canonical_name(name): module for name, module in model.named_modules(remove_duplicate=False)
     }
@@ -141,9 +143,9 @@ def survey(model: nn.Module) -> Iterator[Site]:
 def find_blocks(modules: dict[str, nn.Module]) -> set[str]:
     """Return the names of the repeated blocks: the composite children of the outermost stacks.
 
-    A stack is an nn.ModuleList, or an nn.Sequential that repeats a class; a child counts where it
-    has children itself and holds a matrix. So lists of plain nn.Linear (heads) and stacks of
-    convolutions are none. A block that is used under a second name is a block there too.
+    A stack is an nn.ModuleList, or an nn.Sequential that repeats a class. A child is a block if it
+    has children and holds a matrix. So lists of plain nn.Linear (heads) and stacks of convolutions
+    have no blocks. If a block is used under a second name, it is a block under that name as well.
     """
     blocks: set[str] = set()
     for name, module in modules.items():
@@ -177,7 +179,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _enclosing(name: str, blocks: set[str]) -> str | None:
-    """Return the block that is, or contains, the named module."""
+    """Return the block that is or contains the named module."""
     while name:
         if name in blocks:
             return name
@@ -216,5 +218,5 @@ def _embedding_rows(model: nn.Module) -> dict[int, int]:
 
 
 def stored_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the whole parameter's shape; under ZeRO-3 it has one of its own."""
+    """Return the shape of the complete parameter, which ZeRO-3 stores separately."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

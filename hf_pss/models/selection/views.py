@@ -23,13 +23,13 @@ _BLOCK_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a matrix that lies in some rows of the parameter that stores it.
+    """The part of a matrix that is inside some rows of the parameter that stores it.
 
     Attributes:
-        stored: Those rows as stored; of a stack, the rows of the expert.
-        rows: Index of the covered rows of the matrix.
-        columns: Index of the covered columns of the matrix.
-        index: Index of the piece in ``stored``.
+        stored: These rows as stored. For a stack they are the rows of the expert.
+        rows: The index of the covered rows of the matrix.
+        columns: The index of the covered columns of the matrix.
+        index: The index of the piece in ``stored``.
         transposed: Whether ``stored`` has inputs first.
     """
 
@@ -40,7 +40,7 @@ class Piece:
     transposed: bool
 
     def read(self) -> Tensor:
-        """Return the piece, (rows, columns) of the matrix; it may share memory."""
+        """Return the piece, (rows, columns) of the matrix. It may share memory."""
         found = self.stored[self.index]
         return found.mT if self.transposed else found
 
@@ -54,19 +54,20 @@ class Piece:
 class MatrixView:
     """One weight matrix inside a parameter. It holds names and numbers, never tensors.
 
-    Sharding replaces parameter objects after the selection, so look a view up by name each time:
-    ``view.read(named_parameters_canonical(model)[view.parameter_name])``.
+    Sharding replaces parameter objects after the selection, so look up the parameter by name each
+    time: ``view.read(named_parameters_canonical(model)[view.parameter_name])``.
 
     Attributes:
-        name: Unique; the parameter's name, with the part in brackets if the parameter holds several
-            matrices: ``transformer.h.0.attn.c_attn.weight[q]``.
-        parameter_name: Canonical name of the parameter, without the prefixes of wrappers.
-        role: Attention or MLP, the part of the block that uses the matrix.
-        block: Name of the repeated block that holds the matrix.
-        shape: ``(..., m, n)``, m outputs, n inputs; experts come first.
+        name: The unique name of the matrix. It is the parameter's name. If the parameter holds
+            several matrices, the part follows in brackets:
+            ``transformer.h.0.attn.c_attn.weight[q]``.
+        parameter_name: The canonical name of the parameter, without the prefixes of wrappers.
+        role: The part of the block that uses the matrix, attention or MLP.
+        block: The name of the repeated block that holds the matrix.
+        shape: ``(..., m, n)`` with m outputs and n inputs. Experts come first.
         transposed: Whether the parameter stores (in, out), as GPT-2's Conv1D does.
-        rows: Output rows of the parameter that belong to the matrix; None for all of them.
-        reason: Reason for the selection and the division, in words.
+        rows: The output rows of the parameter that belong to the matrix. None means all.
+        reason: The reason for the selection and the division, in words.
     """
 
     name: str
@@ -79,18 +80,19 @@ class MatrixView:
     reason: str
 
     def read(self, parameter: Tensor) -> Tensor:
-        """Return the matrix inside a tensor laid out like the parameter.
+        """Return the matrix inside a tensor that is laid out like the parameter.
 
         Args:
-            parameter: A tensor of the stored, full shape, any dtype: the parameter, its gradient or
-                its momentum.
+            parameter: A tensor with the full stored shape and any dtype: the parameter, its
+                gradient or its momentum.
 
         Returns:
-            (..., m, n), detached. It shares the parameter's memory if the rows are evenly spaced,
-            and is a copy if they come in runs. Change it through `write_` only.
+            The matrix, (..., m, n), detached. It shares the parameter's memory if the rows
+            are evenly spaced, and is a copy if they come in runs. Change the parameter
+            only through `write_`.
 
         Raises:
-            SelectionError: The tensor is not of the parameter's full shape.
+            SelectionError: The tensor does not have the parameter's full shape.
 
         Example:
             >>> stored = torch.arange(12.0).reshape(6, 2)  # two heads of [q|k|v], one row each
@@ -106,12 +108,13 @@ class MatrixView:
         """Overwrite the matrix inside a tensor laid out like the parameter, and no other entry.
 
         Args:
-            parameter: A tensor of the stored, full shape, written in place, outside of autograd.
-            matrix: (..., m, n) as `read` returns it. It is cast to the parameter's dtype and
-                device.
+            parameter: A tensor with the full stored shape. It is written in
+                place, outside autograd.
+            matrix: (..., m, n), as `read` returns it. It is cast to the
+                parameter's dtype and device.
 
         Raises:
-            SelectionError: One of the tensors is not of the expected shape.
+            SelectionError: One of the tensors does not have the expected shape.
         """
         if tuple(matrix.shape) != self.shape:
             raise SelectionError(
@@ -124,13 +127,13 @@ class MatrixView:
             self._part(parameter).copy_(matrix)
 
     def piece(self, stored: Tensor, start: int, expert: int | None = None) -> Piece | None:
-        """Return the part of the matrix in some rows of the stored parameter; None for no part.
+        """Return the part of the matrix in some rows of the stored parameter, or None without one.
 
         Args:
-            stored: Rows of the parameter from ``start`` on, along its first dimension. Of a stack
-                that is the dimension of experts.
-            start: Number of the first row.
-            expert: Number of the expert in a stack.
+            stored: The rows of the parameter from ``start`` on, along its first dimension. For a
+                stack this is the dimension of experts.
+            start: The number of the first row.
+            expert: The number of the expert in a stack.
         """
         if expert is not None:
             if not start <= expert < start + len(stored):
@@ -184,7 +187,7 @@ class MatrixView:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """A parameter, or a part of one, that was not selected, and the reason."""
+    """A parameter or a part of one that was not selected, and the reason."""
 
     parameter_name: str
     shape: tuple[int, ...]
@@ -198,12 +201,12 @@ class Selection:
     matrices: tuple[MatrixView, ...]
     exclusions: tuple[Exclusion, ...]
     adapters: tuple[AdapterView, ...] = ()
-    """Products of LoRA factors, which no parameter holds."""
+    """The products of LoRA factors. No parameter holds them."""
 
     def table(self) -> str:
         """Return an aligned text table: name, shape, role, reason.
 
-        Exclusions that differ only in the number of their block share a line.
+        Exclusions share a line if they differ only in the number of their block.
         """
         matrices = [(v.name, _dimensions(v.shape), v.role, v.reason) for v in self.matrices]
         alike = Counter(
