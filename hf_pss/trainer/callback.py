@@ -30,7 +30,7 @@ from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.recorder import RunRecorder
 from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
-from hf_pss.trainer.seams import MIXED_MESHES, refuse_backends, trainer_of, wrapped
+from hf_pss.trainer.seams import refuse_backends, trainer_of, wrapped
 
 __all__ = ["PSSCallback"]
 
@@ -351,11 +351,6 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._wrappers.enter_context(
             wrapped(trainer.accelerator, "clip_grad_norm_", self._around_clipping)
         )
-        # transformers measures by itself where gradients lie on several device meshes (5.17).
-        if getattr(trainer, MIXED_MESHES, None) is not None:
-            self._wrappers.enter_context(
-                wrapped(trainer, MIXED_MESHES, self._around_mixed_mesh_grad_norm)
-            )
 
     def _around_training_step(self, training_step: Any, *args: Any, **kwargs: Any) -> Tensor:
         listening = self.batch_loss.listening() if self.batch_loss is not None else nullcontext()
@@ -369,11 +364,6 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     ) -> Any:
         chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         return self._read_norm(chosen, lambda: clip_grad_norm_(chosen, *args, **kwargs))
-
-    def _around_mixed_mesh_grad_norm(
-        self, grad_norm: Any, model: nn.Module, *args: Any, **kwargs: Any
-    ) -> Any:
-        return self._read_norm(list(model.parameters()), lambda: grad_norm(model, *args, **kwargs))
 
     def _read_norm(self, parameters: list[Tensor], measure: Callable[[], Any]) -> Any:
         """Bring this step's norm and loss to the host: PSS's one read in a step without an event.

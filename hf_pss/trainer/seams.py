@@ -4,8 +4,7 @@
 
 - ``Trainer.training_step`` returns the loss of each micro-batch.
 - ``Accelerator.clip_grad_norm_`` returns the norm before clipping. The Trainer calls it once a
-  step on every backend, also with ``max_grad_norm=0``. Only where gradients lie on several device
-  meshes, as with expert parallelism, does it call its own `MIXED_MESHES` instead (5.17 or newer).
+  step on every backend that PSS supports, also with ``max_grad_norm=0``.
 - ``Trainer.log`` takes the numbers that PSS adds.
 
 The trainer keeps its class. The private methods that the mixins override are in `PRIVATE_METHODS`.
@@ -29,16 +28,12 @@ from transformers import Trainer, TrainerCallback
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
 __all__ = [
-    "MIXED_MESHES",
     "PRIVATE_METHODS",
     "check_methods",
     "refuse_backends",
     "trainer_of",
     "wrapped",
 ]
-
-MIXED_MESHES = "_mixed_mesh_grad_norm"
-"""A private method of Trainer that `PSSCallback` wraps where it exists."""
 
 PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = MappingProxyType(
     {

@@ -42,7 +42,7 @@ EVERYTHING = PSSConfig.preset(
     health="full",
     health_every_steps=2,
 )
-WRAPPED = ("training_step", "log", "compute_loss", "_mixed_mesh_grad_norm")
+WRAPPED = ("training_step", "log", "compute_loss")
 EVENTS = (
     "on_step_begin",
     "on_substep_end",
@@ -374,16 +374,7 @@ class ReturnsNoNorm(Trainer):
         self.accelerator.clip_grad_norm_(model.parameters(), 0.1)
 
 
-class OnSeveralMeshes(Trainer):
-    """Behaves as if its gradients lay on several device meshes."""
-
-    def _has_mixed_mesh_grads(self, model: nn.Module) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(
-    "trainer_class", [OverridesAll, ClipsInGroups, ReturnsNoNorm, OnSeveralMeshes]
-)
+@pytest.mark.parametrize("trainer_class", [OverridesAll, ClipsInGroups, ReturnsNoNorm])
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}],
