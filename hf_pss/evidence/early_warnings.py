@@ -67,8 +67,7 @@ class WarningRule:
     """The thresholds that a comparison tries, the most sensitive first."""
     description: str
     complement: bool = False
-    """Whether the detector reads one minus the value. A floor on the complement is a ceiling
-    on the value."""
+    """Whether the detector reads one minus the value, so that a floor acts as a ceiling."""
 
 
 _AVERAGE: dict[str, Any] = {"alpha": 0.1, "calibration_steps": 20, "patience_steps": 50}
@@ -381,8 +380,7 @@ def threshold_sweep(name: str, rows: Sequence[Row]) -> tuple[Score, ...]:
 def at_equal_rate(
     rows: Sequence[Row], *, max_false_alarms: float, rules: Sequence[str] = tuple(RULES)
 ) -> tuple[Score, ...]:
-    """Return a score per rule and recipe, at the most sensitive threshold within a
-    false-alarm rate.
+    """Return a score per rule and recipe, at the most sensitive threshold within one alarm rate.
 
     A rule has one threshold over all recipes, because nobody knows beforehand which explosion will
     come. The threshold is chosen on the same healthy runs whose rate is reported, so expect a
