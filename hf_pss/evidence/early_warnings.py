@@ -299,8 +299,7 @@ class LeadScore:
         return 1000 * self.num_false_alarms / self.num_healthy_readings
 
     def cells(self) -> tuple[str, str, str]:
-        """Return the cells of a table: explosions with an early warning, leads,
-        false-alarm rate."""
+        """Return the cells of a table: explosions warned of early, leads, false-alarm rate."""
         known = [lead for lead in self.leads if lead is not None]
         rate = self.false_alarm_rate
         return (

@@ -61,7 +61,8 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
         rows: The result of ``load_dataset(..., streaming=True)``, or of a dataset's
             ``to_iterable_dataset()``.
         tokenizer: A tokenizer with an end-of-text token, which follows every document.
-        context_length: Tokens per block. column: The column that holds the text.
+        context_length: Tokens per block.
+        column: The column that holds the text.
 
     Raises:
         ConfigurationError: The tokenizer has no end-of-text token, or, while reading, the column

@@ -155,8 +155,7 @@ class Probes(TimedCallback):
         self._signs.disarm()
 
     def _note(self, name: str, values: Iterable[float], worst: Literal["min", "max"]) -> None:
-        """Keep the worst and the mean, or nothing if a value is NaN, which min and
-        max may ignore."""
+        """Keep the worst and the mean, or neither if a value is NaN: min and max may ignore it."""
         numbers = list(values)
         if not numbers or any(math.isnan(v) for v in numbers):
             return

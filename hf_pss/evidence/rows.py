@@ -52,7 +52,7 @@ class Row:
     train_seconds: float = 0.0
     """Time of the training steps, without evaluation."""
     guard_seconds: float = 0.0
-    """The part of `train_seconds` that PSS or the guard's callback took."""
+    """The part of `train_seconds` that PSS and the guard's callback took."""
     explosion_step: int | None = None
     """First step that meets the recipe's definition of an explosion; None if no step does."""
     explosion_kind: str | None = None
