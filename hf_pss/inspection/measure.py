@@ -187,8 +187,8 @@ def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHeal
     """Measure a matrix, or every matrix of a stack.
 
     Cost: this reads the matrix once, or seven times if it is larger than `WHOLE_BYTES`. Memory: at
-    most four times the size of the matrix or `WHOLE_BYTES`, whichever is smaller. Quick values have
-    the error of `quick_stable_rank`.
+    most four times the size of the matrix or stack, or of `WHOLE_BYTES` if that is smaller. Quick
+    values have the error of `quick_stable_rank`.
 
     Args:
         matrix: The matrix, or stack of matrices, to read.
