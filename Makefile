@@ -56,7 +56,7 @@ test-all: $(READY)
 	$(MAKE) test-versions
 
 # These are the oldest supported release, one in between, and the newest. make test-versions VERSIONS=newest
-# TORCH=2.9.1 also changes torch. Without an index of CPU builds, that is a CUDA wheel of 5 to 7 GB with its dependencies.
+# TORCH=2.9.1 also changes torch. Without an index of CPU builds, pip gets a CUDA wheel: 5 to 7 GB with all dependencies.
 VERSIONS ?= 5.3.0 5.17.0 newest
 test-versions: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/versions/matrix.py $(VERSIONS) $(if $(TORCH),--torch $(TORCH)) --pytest -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -45,7 +45,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
     Raises:
-        ConfigurationError: There is no such tokenizer.
+        ConfigurationError: The folder and the Hub do not have such a tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(source)
@@ -61,7 +61,7 @@ def load_model(source: str, **options: Any) -> PreTrainedModel:
         options: Options of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
 
     Raises:
-        ConfigurationError: There is no such model, or it is not a causal language model.
+        ConfigurationError: The model was not found, or it is not a causal language model.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(source, **options)
@@ -77,7 +77,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
         overrides: ``n_layer=8,n_embd=64``, or a JSON mapping.
 
     Raises:
-        ConfigurationError: There is no such configuration, or it has no such option to override.
+        ConfigurationError: The configuration, or an option to override, does not exist.
     """
     values = _read_config(source)
     if values["model_type"] not in CONFIG_MAPPING:

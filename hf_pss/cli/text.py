@@ -52,7 +52,8 @@ def load_training_text(
         vocab_size: Vocabulary of a tokenizer that is trained here.
 
     Raises:
-        ConfigurationError: There is no such text or column, or too little text for the context.
+        ConfigurationError: The text or the column does not exist, or the text does
+            not fill a block.
     """
     load = _load_built_in if options.dataset == BUILT_IN else _load_own
     train, validation, tokenizer = load(options, tokenizer, vocab_size)
@@ -71,7 +72,7 @@ def open_stream(
         seed: Seed of the shuffle.
 
     Raises:
-        ConfigurationError: There are no such rows or column, or an option has no
+        ConfigurationError: The rows or the column do not exist, or an option has no
             effect on a stream.
     """
     if options.dataset == BUILT_IN:

@@ -235,7 +235,7 @@ def plot_family(family: Family) -> Figure:
     matrices, or the only series. Both are medians over seeds. The loss is that of the first
     exploded run, or of the first survivor if none exploded. Only the first panel has a scale for
     the loss. A dashed vertical line marks the departure of this loss, and a solid one the
-    explosion. If there is no explosion, one line marks the first step of the fault.
+    explosion. Without an explosion, one line marks the first step of the fault.
     """
     shown = (family.exploded or family.survivors)[0]
     metrics = shared_metrics((*family.twins, shown))
