@@ -182,7 +182,7 @@ def headline(directory: RunDirectory) -> list[str]:
     num_pairs = max((one.num_pairs for one in comparisons), default=0)
     if num_pairs == 1:
         sentences.append(
-            "This is one seed: another may move these numbers, and could turn a small difference."
+            "This is one seed: others may change these numbers or reverse a small difference."
         )
     return sentences
 
