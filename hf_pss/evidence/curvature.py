@@ -77,7 +77,7 @@ class Hessian:
     it needs the memory of a gradient's graph. In bfloat16, products inherit the rounding of the
     dtype: v and Hv have a relative error of 2⁻⁹, and probes of ±1 are exact. The parameters must be
     plain tensors on one device in one process. This class does not gather sharded parameters, and
-    under data parallelism each rank uses the loss of its own batch.
+    under data parallelism each rank uses the loss of its batch.
 
     Args:
         loss: Evaluates the scalar loss, on the same batch at every call.

@@ -245,7 +245,7 @@ def load_text(
         subset: Configuration of the Hub dataset, such as ``wikitext-2-raw-v1``.
         split: A Hub dataset's split.
         max_tokens: Number of tokens at which reading stops; None reads everything.
-        cache_dir: The folder where `datasets` keeps its copy; None is its own default.
+        cache_dir: The folder in which `datasets` keeps a copy. None means its default folder.
 
     Raises:
         ConfigurationError: The file, dataset or column is missing, or it holds too little text.
@@ -291,7 +291,7 @@ def open_rows(
         column: The column that holds the text; None accepts any columns.
         subset: A Hub dataset's configuration.
         split: A Hub dataset's split.
-        cache_dir: The folder where `datasets` keeps its copy; None is its own default.
+        cache_dir: The folder in which `datasets` keeps a copy. None means its default folder.
         streaming: Read the rows lazily, and copy nothing to the disk.
 
     Raises:

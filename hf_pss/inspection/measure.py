@@ -44,7 +44,7 @@ _MAX_EXPONENT = 126
 
 
 def streamed_norms(pieces: Pieces, num_columns: int) -> tuple[float, float]:
-    """Return ‖A‖_F and an estimate of σ₁ from below, as `spectral_norm` gives it in five rounds.
+    """Return a lower estimate of σ₁, as `spectral_norm` gives it in five rounds, and ‖A‖_F.
 
     The method is Rayleigh–Ritz on the Krylov space of AᵀA (Musco & Musco 2015, arXiv 1504.05477).
     Its fp32 products are accurate enough for σ₁, but not for values below 3e-4 σ₁. Cost: seven
