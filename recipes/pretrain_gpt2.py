@@ -13,7 +13,7 @@ Every option works on the command line, as --learning_rate 6e-4, and as a line o
 learning_rate: 6e-4. The command line wins over the file. --help lists all options.
 
 To continue after an interruption, run the same command with --resume_from_checkpoint true. The
-script then reads a stream again up to the place where it stopped; with --ignore_data_skip it starts
+script then reads a stream again up to the place where it stopped. With --ignore_data_skip it starts
 from the beginning of the stream. --include_num_input_tokens_seen all adds tokens per second to the
 logs, and --report_to wandb sends the logs to Weights & Biases.
 
@@ -78,7 +78,7 @@ class PretrainArguments(PSSTrainingArguments):
     context_length: int = 1024
     tokens_per_step: int | None = field(
         default=None,
-        metadata={"help": "Tokens an update over all devices; sets gradient_accumulation_steps."},
+        metadata={"help": "Tokens per update over all devices. Sets gradient_accumulation_steps."},
     )
 
     def __post_init__(self) -> None:

@@ -228,7 +228,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _as_words(name: str, value: Any) -> Iterator[str]:
-    """Write a YAML entry as command-line words; null leaves an option at its default."""
+    """Write a YAML entry as command-line words. null leaves an option at its default."""
     if isinstance(value, list):
         yield from (f"--{name}", *map(str, value))
     elif value is not None:

@@ -42,7 +42,7 @@ Options: TypeAlias = dict[str, Any]
 
 
 class KeepOptions(TrainerCallback):
-    """Writes the options when training begins, unless they are None: unknown, in a resumed run."""
+    """Writes the options when training begins, unless a resumed run does not know them (None)."""
 
     def __init__(self, options: Options | None) -> None:
         self._options = options

@@ -102,7 +102,7 @@ class ScaleOptions:
         "if the model has it.",
     )
     tokens_per_step: int | None = _option(
-        None, "Tokens per update over all devices. This sets gradient_accumulation_steps."
+        None, "Tokens per update over all devices. Sets gradient_accumulation_steps."
     )
     streaming: bool = _option(
         False, "Read the rows of files or of the Hub during training. This needs --max_steps."

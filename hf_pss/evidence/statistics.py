@@ -116,7 +116,7 @@ def final_loss(row: Row) -> float:
 def losses_by_rate(
     rows: Iterable[Row], setting: Setting, guard: str
 ) -> dict[float, dict[int, float]]:
-    """Return final losses by learning rate, then by seed; rates ascend."""
+    """Return the final losses by ascending learning rate, then by seed."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row.guard == guard and Setting.of(row) == setting:

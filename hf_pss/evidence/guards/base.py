@@ -81,11 +81,11 @@ class TimedCallback(TrainerCallback):
         """Act before the forward pass of a step."""
 
     def before_update(self) -> bool:
-        """Act on the gradients; return whether something was changed."""
+        """Act on the gradients, and return whether something was changed."""
         return False
 
     def after_step(self, step: int) -> bool:
-        """Act after the optimizer's update; return whether something was changed."""
+        """Act after the optimizer's update, and return whether something was changed."""
         return False
 
     # ---- the Trainer's events ----
