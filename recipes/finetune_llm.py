@@ -15,20 +15,20 @@ What is trained:
     … --use_peft                                         LoRA; --lora_r and its neighbours
     … --use_peft --load_in_4bit                          QLoRA; needs bitsandbytes
 
-The text is rows of .jsonl or .parquet files, or of the Hub, in one of two forms. Both pass through
-the model's chat template, and the model learns only the assistant's turns: labels are -100
-elsewhere.
+The text comes as rows of .jsonl or .parquet files, or from the Hub, in one of two forms. Both pass
+through the model's chat template. The model learns only the assistant's turns: the labels of all
+other tokens are -100.
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"prompt": "…", "completion": "…"}                   or lists of messages
 
 `messages` need a template that marks the assistant's turns with {% generation %}. trl has such a
-version for many models and uses it by itself. For others, give a marked copy of the template with
---chat_template_path, or rows with prompt and completion, or --assistant_only_loss false, which
-learns every token.
+template for many models and uses it automatically. For other models, give a marked copy of the
+template with --chat_template_path, or give rows with prompt and completion. You can also train on
+every token with --assistant_only_loss false.
 
 To continue after an interruption, run the same command with --resume_from_checkpoint true.
---report_to wandb logs to Weights & Biases, and WANDB_MODE=offline keeps that here.
+--report_to wandb logs to Weights & Biases, and WANDB_MODE=offline keeps the logs on this machine.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from hf_pss import PSSTrainerMixin, PSSTrainingArguments
 
 ON_CPU = not torch.accelerator.is_available()
 DEFAULTS = {
-    "use_cpu": ON_CPU,  # else the CPU processes of `accelerate launch` would train one model each
+    "use_cpu": ON_CPU,  # else each CPU process of `accelerate launch` trains a model alone
     "bf16": not ON_CPU,
     "ddp_find_unused_parameters": False,  # every trained parameter is used at every step
     "lora_target_modules": ["all-linear"],  # every linear layer but the head
@@ -85,7 +85,7 @@ class ScriptArguments:
 
 @dataclass
 class FinetuneArguments(SFTConfig, PSSTrainingArguments):
-    """SFTConfig with the options of PSS; the defaults are those of SFTConfig, the first base."""
+    """SFTConfig with the options of PSS. Its defaults are those of SFTConfig, the first base."""
 
     learning_rate: float | None = field(
         default=None, metadata={"help": "Default: 2e-4 with --use_peft, 2e-5 without."}
@@ -111,7 +111,7 @@ def main(
         split = rows.train_test_split(test_size=num_held_out, seed=training.seed)
     else:
         training.eval_strategy = "no"
-    if "completion" in rows.column_names:  # the completion's own mask needs no marked template
+    if "completion" in rows.column_names:  # completions have a mask and need no marked template
         training.completion_only_loss = training.assistant_only_loss
         training.assistant_only_loss = False
     training.learning_rate = learning_rate(model, training)
@@ -144,13 +144,13 @@ def main(
     checkpoint = training.resume_from_checkpoint  # a path, or a word that the Trainer cannot read
     words = {"true": True, "false": False}
     trainer.train(resume_from_checkpoint=words.get(str(checkpoint).lower(), checkpoint))
-    trainer.save_model()  # with the tokenizer; an adapter alone where there is one
+    trainer.save_model()  # with the tokenizer; with LoRA, only the adapter
     trainer.save_state()
     return trainer
 
 
 def learning_rate(model: ModelConfig, training: FinetuneArguments) -> float:
-    """Return the rate that was given, or one that suits the weights that are trained."""
+    """Return the given rate, or one that suits the weights that are trained."""
     # Ten times the rate of full fine-tuning suits LoRA (Schulman et al. 2025, "LoRA Without
     # Regret").
     default = 2e-4 if model.use_peft else 2e-5
@@ -158,9 +158,9 @@ def learning_rate(model: ModelConfig, training: FinetuneArguments) -> float:
 
 
 def load_conversations(script: ScriptArguments) -> Dataset:
-    """Return the rows that hold an answer, with the columns that trl reads and no others.
+    """Return the rows that hold an answer, with only the columns that trl reads.
 
-    The other columns must go: trl takes a row with a ``prompt`` for one with a completion.
+    The other columns must go, because trl expects a completion wherever it finds a ``prompt``.
     """
     loader = LOADERS.get(Path(script.dataset).suffix)
     source: dict[str, Any] = {"path": script.dataset, "name": script.dataset_subset}
@@ -180,7 +180,7 @@ def load_conversations(script: ScriptArguments) -> Dataset:
 
 
 def as_turns(row: dict[str, Any]) -> dict[str, Any]:
-    """Make one turn each of a prompt and a completion that are plain text."""
+    """Turn a prompt and a completion that are plain text into one turn each."""
     return {
         name: [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
         for name, role in (("prompt", "user"), ("completion", "assistant"))
@@ -188,12 +188,12 @@ def as_turns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_answer(turns: list[dict[str, Any]] | None) -> bool:
-    """Return whether the assistant speaks in these turns."""
+    """Return whether one of these turns is the assistant's."""
     return any(turn["role"] == "assistant" for turn in turns or ())
 
 
 def parse(words: list[str] | None = None) -> Any:
-    """Read the YAML file that ``--config`` names, then the command line, which wins."""
+    """Read the YAML file that ``--config`` names, then the command line, which takes priority."""
     parser = TrlParser((ScriptArguments, ModelConfig, FinetuneArguments), allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args_and_config(words, fail_with_unknown_args=True)

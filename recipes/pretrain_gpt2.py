@@ -4,20 +4,20 @@ r"""Pretrain GPT-2 from random weights with PSSTrainer: an example to copy and c
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/pretrain_gpt2.py \
         --config recipes/gpt2_124m/pss.yaml --max_steps 20000
 
-You do not need this script to pretrain a model: `hf-pss train` reads the same YAML files, and does
-more. Copy the script where you want a loop, a model or a text of your own. It uses public names
-only. Apart from options, text and model, which any script has, three things are of hf_pss:
-PSSTrainingArguments, PSSTrainer and the `pss_preset` in the YAML file.
+You do not need this script to pretrain a model: `hf-pss train` reads the same YAML files and does
+more. Copy the script if you want to write your own loop, model or text. It uses public names only.
+Any script has options, a text and a model. Three things come from hf_pss: PSSTrainingArguments,
+PSSTrainer and the `pss_preset` in the YAML file.
 
 Every option works on the command line, as --learning_rate 6e-4, and as a line of the YAML file, as
 learning_rate: 6e-4. The command line wins over the file. --help lists all options.
 
-To continue after an interruption, run the same command with --resume_from_checkpoint true. A stream
-is then read again up to the place where it was; --ignore_data_skip starts it from its beginning.
---include_num_input_tokens_seen all adds tokens per second to the logs, and --report_to wandb sends
-the logs to Weights & Biases.
+To continue after an interruption, run the same command with --resume_from_checkpoint true. The
+script then reads a stream again up to the place where it stopped. With --ignore_data_skip it starts
+from the beginning of the stream. --include_num_input_tokens_seen all adds tokens per second to the
+logs, and --report_to wandb sends the logs to Weights & Biases.
 
-Needs trl for its command-line parser: pip install trl
+The script needs trl for the command-line parser: pip install trl
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from trl import TrlParser
 
 from hf_pss import PSSTrainer, PSSTrainingArguments
 
-# Layers, width and heads of GPT-2 (Radford et al. 2019, table 2), with the head width of 64 that
-# the released weights have.
+# Layers, width and heads of GPT-2 (Radford et al. 2019, table 2). As in the released weights, the
+# width of a head is 64.
 SIZES = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "774m": (36, 1280, 20)}
 SIZES["1.5b"] = (48, 1600, 25)
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -73,12 +73,12 @@ class ScriptArguments:
 
 @dataclass
 class PretrainArguments(PSSTrainingArguments):
-    """The training arguments, with the number of tokens in place of the number of sequences."""
+    """The training arguments, with the number of tokens instead of the number of sequences."""
 
     context_length: int = 1024
     tokens_per_step: int | None = field(
         default=None,
-        metadata={"help": "Tokens an update over all devices; sets gradient_accumulation_steps."},
+        metadata={"help": "Tokens per update over all devices. Sets gradient_accumulation_steps."},
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ def main(script: ScriptArguments, args: PretrainArguments) -> PSSTrainer:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    checkpoint = args.resume_from_checkpoint  # a path, or a word, which the Trainer would not read
+    checkpoint = args.resume_from_checkpoint  # a path, or a word that the Trainer cannot read
     words = {"true": True, "false": False}
     trainer.train(resume_from_checkpoint=words.get(str(checkpoint).lower(), checkpoint))
     trainer.save_model()  # with the tokenizer: plain transformers loads the folder
@@ -116,7 +116,7 @@ def main(script: ScriptArguments, args: PretrainArguments) -> PSSTrainer:
 def build_model(
     script: ScriptArguments, args: PretrainArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Return a GPT-2 with fresh weights, without dropout."""
+    """Return a GPT-2 with fresh weights and without dropout."""
     num_layers, width, num_heads = SIZES[script.model_size]
     config = GPT2Config(
         n_layer=num_layers,
@@ -138,7 +138,7 @@ def build_model(
 def load_text(
     script: ScriptArguments, args: PretrainArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | IterableDataset, Dataset]:
-    """Return packed text to train on, and the first blocks of the held-out documents."""
+    """Return packed training text, and the first blocks of the held-out documents."""
     loader = LOADERS.get(Path(script.dataset).suffix)
     source: dict[str, Any] = {"path": script.dataset, "name": script.dataset_subset}
     if loader is not None:
@@ -161,7 +161,7 @@ def load_text(
 
 
 def is_held_out(text: str) -> bool:
-    """Choose one document in twenty by its content, so that every worker agrees."""
+    """Choose one document in twenty by its content, so that all workers agree."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 20 == 0
 
 
@@ -177,9 +177,9 @@ def pack(
 
 
 def parse(words: list[str] | None = None) -> Any:
-    """Read the YAML file that ``--config`` names, then the command line, which wins."""
+    """Read the YAML file that ``--config`` names, then the command line, which takes priority."""
     parser = TrlParser((ScriptArguments, PretrainArguments), allow_abbrev=False)
-    # Without use_cpu, the CPU processes of `accelerate launch` would train one model each.
+    # Without use_cpu, each CPU process of `accelerate launch` would train a separate model.
     parser.set_defaults(eval_strategy="steps", use_cpu=not torch.accelerator.is_available())
     return parser.parse_args_and_config(words, fail_with_unknown_args=True)
 

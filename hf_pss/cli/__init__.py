@@ -1,1 +1,1 @@
-"""The command line, `hf-pss`: one module a command, and the parts that they share."""
+"""The command line, `hf-pss`: one module per command, and the parts that commands share."""

@@ -25,7 +25,7 @@ USER_MISTAKE, NON_FINITE, INTERRUPTED = 2, 3, 130
 
 
 class _Commands(TyperGroup):
-    """Turn errors that you can correct into one message and an exit code.
+    """Turn errors that a user can correct into one message and an exit code.
 
     Any other exception is a bug of this package and keeps its traceback.
     """
@@ -76,7 +76,7 @@ def _options(
 ) -> None:
     """Parametric Singularity Smoothing for Hugging Face Transformers.
 
-    Notices an imminent loss explosion, smooths the weights' leading singular values, trains on.
+    Detects an imminent loss explosion, smooths the weights' leading singular values and continues.
 
     Exit codes: 0 done, 1 failed, 2 a mistake that you can correct, 3 not finite, 130 interrupted.
     """

@@ -20,7 +20,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … for every guard.")] = 1,
     guards: Annotated[
-        str, typer.Option(help="Any of plain, anchored, floor, paper; with commas between.")
+        str, typer.Option(help="Any of plain, anchored, floor, paper, separated by commas.")
     ] = "plain,paper,anchored",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the recipe's 800")
@@ -30,7 +30,7 @@ def demo(
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at the same time.", show_default="one a core"),
+        typer.Option(min=1, help="Runs at the same time.", show_default="one per core"),
     ] = None,
     overwrite: Annotated[
         bool,
@@ -41,10 +41,10 @@ def demo(
 
     The text is the Python library that your interpreter ships: nothing is downloaded.
 
-    PSS observes the plain twin and never changes it: bit for bit the plain Trainer. Its overhead is
-    the cost of observing.
+    PSS observes the plain twin and never changes it, so this twin is bit for bit the plain Trainer.
+    Its overhead is the cost of observing.
 
-    Ends with a table and the path of report.html. Ctrl-C reports the runs so far.
+    At the end it prints a table and the path of report.html. Ctrl-C reports the runs so far.
 
     [bold]Examples[/bold]
 
@@ -79,7 +79,7 @@ def demo(
 
 
 def _refuse_foreign_folder(folder: Path) -> None:
-    """Allow an earlier demo, which is replaced without a question; refuse anything else."""
+    """Allow an earlier demo, which is replaced without a question, and refuse anything else."""
     if folder.is_file():
         raise ConfigurationError(f"{folder} is a file; give a folder as --output-dir.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").is_file():

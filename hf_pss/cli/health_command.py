@@ -50,15 +50,15 @@ def health(
     ] = None,
     lines: Annotated[int, typer.Option(min=1, help="Show at most this many matrices.")] = 20,
 ) -> None:
-    """Show which weight matrices of a checkpoint are ill, the worst first, and why.
+    """Show which weight matrices of a checkpoint look unhealthy, the worst first, and why.
 
     Searches every number for NaN and inf, and finds matrices of zeros.
 
-    Compares stable ranks (‖W‖²/σ₁²) with those of noise, and of the same matrix in other blocks.
+    Compares stable ranks (‖W‖²/σ₁²) with those of noise and of the same matrix in other blocks.
 
-    Training lowers them: a low one shows where to look, not that something is broken.
+    Training lowers stable ranks: a low one shows where to look, not that something is broken.
 
-    Reads .safetensors and JSON, a tensor at a time. Opens no pickle, and builds no model.
+    Reads .safetensors and JSON, one tensor at a time. Opens no pickle and builds no model.
 
     [bold]Examples[/bold]
 
@@ -136,9 +136,9 @@ def _exit_by_finiteness(seen: list[Inspection]) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn a vanished file, used-up memory or a failure of LAPACK into a message and exit code 2.
+    """Turn a missing file, a lack of memory or a failure of LAPACK into a message and exit code 2.
 
-    Without this, Python would exit with 1, which means here that a number is not finite.
+    Otherwise Python would exit with 1, which for this command means that a number is not finite.
     """
     from hf_pss.records.strict_json import visible
 

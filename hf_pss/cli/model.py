@@ -1,4 +1,4 @@
-"""The model that `hf-pss train` trains: weights that exist, or fresh ones from a configuration."""
+"""The model that `hf-pss train` trains: existing weights, or fresh ones from a configuration."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = [
     "read_overrides",
 ]
 
-# Layers, width and heads of GPT-2 (Radford et al. 2019, table 2), with the head width of 64 that
-# the released weights have.
+# Layers, width and heads of GPT-2 (Radford et al. 2019, table 2). As in the released weights, the
+# width of a head is 64.
 SIZES = {
     "124m": {"n_layer": 12, "n_embd": 768, "n_head": 12},
     "350m": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
@@ -45,7 +45,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
     Raises:
-        ConfigurationError: It cannot be found.
+        ConfigurationError: The folder and the Hub do not have such a tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(source)
@@ -58,10 +58,10 @@ def load_model(source: str, **options: Any) -> PreTrainedModel:
 
     Args:
         source: The folder, or the name on the Hub.
-        options: Of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
+        options: Options of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
 
     Raises:
-        ConfigurationError: It cannot be found, or is not a causal language model.
+        ConfigurationError: The model was not found, or it is not a causal language model.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(source, **options)
@@ -77,7 +77,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
         overrides: ``n_layer=8,n_embd=64``, or a JSON mapping.
 
     Raises:
-        ConfigurationError: There is no such configuration, or it has no such option to override.
+        ConfigurationError: The configuration, or an option to override, does not exist.
     """
     values = _read_config(source)
     if values["model_type"] not in CONFIG_MAPPING:
@@ -93,7 +93,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
             raise ConfigurationError(
                 f"{config.model_type} has no {name!r} to override.{suggest(name, known)}"
             )
-    # A second construction, because a config derives sizes from the values that change.
+    # The config is built a second time, because it derives sizes from the values that change.
     return _configure(values | changes)
 
 
@@ -104,13 +104,13 @@ def make_model(
     vocab_multiple: int = 1,
     **options: Any,
 ) -> PreTrainedModel:
-    """Return fresh weights, from torch's global seed, for the tokenizer's vocabulary.
+    """Return a model for the tokenizer's vocabulary, with weights from torch's global generator.
 
     Args:
-        config: Its vocabulary is set here, in place.
+        config: The configuration. This function sets its vocabulary in place.
         tokenizer: Gives the vocabulary and the special tokens.
         vocab_multiple: Round the number of embeddings up to a multiple of this; 64 suits GPUs.
-        options: Of ``AutoModelForCausalLM.from_config``, such as ``attn_implementation``.
+        options: Options of ``AutoModelForCausalLM.from_config``, such as ``attn_implementation``.
 
     Raises:
         ConfigurationError: No causal language model has such a configuration.
@@ -130,7 +130,7 @@ def make_model(
 def check_fit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context_length: int
 ) -> None:
-    """Check that the model can read every token, and a whole block of them.
+    """Check that the model can read every token and a full block of tokens.
 
     Raises:
         ConfigurationError: The vocabulary or the context is too large for the model.

@@ -49,7 +49,7 @@ _EXAMPLES = """\
    hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400
    hf-pss train --config recipes/gpt2_tiny_cpu/pss.yaml --max_steps 400 --resume
 
-4. Train the weight matrices with Muon, at a rate of its own, and all else with AdamW:
+4. Train the weight matrices with Muon, and everything else with AdamW at a different rate:
 
    hf-pss train --model_config gpt2 --model_overrides n_layer=4,n_embd=96 \\
      --context_length 128 --max_steps 500 --learning_rate 1e-2 \\
@@ -66,7 +66,7 @@ hf-pss train --help-all
 
 Exit codes: 0 done, 2 a mistake that you can correct, 3 not finite, 130 interrupted."""
 
-# The few of TrainingArguments that most runs set; `--help-all` lists the others.
+# The few options of TrainingArguments that most runs set. `--help-all` lists the others.
 _TRAINING = (
     ("output_dir", "Checkpoints and the final model. Default: runs/<name of the YAML file>."),
     ("learning_rate", LEARNING_RATE_HELP),
@@ -77,26 +77,27 @@ _TRAINING = (
     ),
     ("max_steps", "Optimizer steps; or use num_train_epochs."),
     ("num_train_epochs", "Passes over the text. Default: 3."),
-    ("per_device_train_batch_size", "Blocks a step and device. Default: 8."),
-    ("gradient_accumulation_steps", "Micro-batches a step. Default: 1."),
+    ("per_device_train_batch_size", "Blocks per step and device. Default: 8."),
+    ("gradient_accumulation_steps", "Micro-batches per step. Default: 1."),
     ("warmup_steps", "Steps of linear warm-up."),
     ("lr_scheduler_type", "linear, cosine, warmup_stable_decay, … Default: linear."),
-    ("eval_steps, save_steps", "Every so many steps; below 1: a share of all. Default: 0.1."),
+    ("eval_steps, save_steps", "Interval in steps, or below 1 a share of all steps. Default: 0.1."),
     ("bf16, fp16", "Mixed precision."),
     ("report_to", "none, wandb, tensorboard, trackio. Default: none."),
-    ("seed", "Of weights, data order and dropout. Default: 42."),
+    ("seed", "Seed of weights, data order and dropout. Default: 42."),
 )
 _OPTIMIZER = (
     (
         "pss_optim",
         "muon, normuon, softmuon, softsignum, specmuon, spectra or amuse for the weight matrices, "
-        "AdamW for all else. Default: AdamW, or the optimizer of --optim.",
+        "AdamW for everything else. Default: AdamW, or the optimizer of --optim.",
     ),
     (
         "pss_optim_args",
-        "Its options: momentum=0.95,scale=rms_match,others_lr=3e-4; in YAML also a mapping. "
-        "--learning_rate is that of the matrices. With rms_match, the default, you can keep "
-        "AdamW's. --weight_decay, --adam_beta1 and --adam_beta2 keep their meaning.",
+        "Options of pss_optim, as momentum=0.95,scale=rms_match,others_lr=3e-4. In YAML this may "
+        "be a mapping. --learning_rate applies to the matrices. With rms_match, the default, you "
+        "can keep the rate of AdamW. --weight_decay, --adam_beta1 and --adam_beta2 keep their "
+        "meaning.",
     ),
 )
 _PSS = (

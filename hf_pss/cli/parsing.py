@@ -1,6 +1,6 @@
 """Read the options of `hf-pss train`.
 
-Options come from a YAML file and from the command line. A YAML entry is read as if its option stood
+Options come from a YAML file and from the command line. The parser treats a YAML entry as an option
 on the command line, so both have the same types and the same error messages.
 """
 
@@ -35,8 +35,8 @@ from hf_pss.trainer.arguments import PSSTrainingArguments
 
 __all__ = ["make_parser", "micro_batches", "one_line", "parse_plan", "suggest"]
 
-# Where one run on one machine needs other values than transformers' defaults. Numbers of steps
-# below 1 are shares of all steps.
+# Defaults that differ from those of transformers, because they suit one run on one machine. Numbers
+# of steps below 1 are shares of all steps.
 _DEFAULTS = {
     "eval_strategy": "steps",
     "eval_steps": 0.1,
@@ -44,16 +44,17 @@ _DEFAULTS = {
     "save_total_limit": 2,
     "logging_steps": 0.01,
     "dataloader_pin_memory": torch.accelerator.is_available(),  # without one, True warns
-    # Otherwise the CPU processes of `accelerate launch` would each train a model of their own.
+    # Otherwise each CPU process of `accelerate launch` would train a separate model.
     "use_cpu": not torch.accelerator.is_available(),
-    # A causal language model uses every parameter at every step, so DDP need not search.
+    # A causal language model uses every parameter at every step, so DDP need not look
+    # for unused ones.
     "ddp_find_unused_parameters": False,
 }
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # None stands for the preset's value, which the help text itself names.
+        # None stands for the value of the preset, which the help text names.
         names_own = action.dest.startswith("pss_") and action.dest != "pss_preset"
         names_own = names_own or action.dest == "learning_rate"
         return action.help if names_own else super()._get_help_string(action)
@@ -64,7 +65,7 @@ class _Parser(HfArgumentParser):
         raise ConfigurationError(f"{message}. See `{self.prog} --help-all`.")
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse, and name an option once in an error: argparse writes --max_steps/--max-steps."""
+        """Parse, and name an option once in errors: argparse writes --max_steps/--max-steps."""
         try:
             return super().parse_known_args(*args, **kwargs)
         except argparse.ArgumentError as error:
@@ -76,7 +77,7 @@ class _Parser(HfArgumentParser):
         # transformers declares --report_to, which may name several trackers, as a single word.
         if kwargs.get("nargs") == "+" or names[0] == "--report_to":
             kwargs["nargs"] = "*"
-        # Make `--tf32` mean `--tf32 true`; transformers requires the word where None is allowed.
+        # Make `--tf32` mean `--tf32 true`: transformers requires the word if None is allowed.
         elif kwargs.get("type") is string_to_bool and "nargs" not in kwargs:
             kwargs |= {"nargs": "?", "const": True}
         if names[0] == "--learning_rate":
@@ -103,9 +104,10 @@ def make_parser(output_dir: str = "runs/train") -> _Parser:
 
 
 def parse_plan(words: Sequence[str]) -> TrainPlan:
-    """Read the options of the YAML file that ``--config`` names, then the command line, which wins.
+    """Read the options of the YAML file that ``--config`` names, then those of the command line.
 
-    ``output_dir`` defaults to ``runs/<name of the YAML file>``.
+    The command line wins over the file. ``output_dir`` defaults to ``runs/<name of
+    the YAML file>``.
 
     Args:
         words: The command line after `hf-pss train`.
@@ -120,7 +122,7 @@ def parse_plan(words: Sequence[str]) -> TrainPlan:
     known = parser.parse_known_args(words)[0]
     parser.set_defaults(learning_rate=TUNED_LEARNING_RATE if known.model else FRESH_LEARNING_RATE)
     if known.tokens_per_step is not None:
-        # Before the arguments are built, because DeepSpeed reads the number while they are.
+        # This comes before the arguments are built, because DeepSpeed reads the number during that.
         parser.set_defaults(gradient_accumulation_steps=micro_batches(known))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -142,12 +144,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Return the first line of an error: Hugging Face appends advice that does not apply here."""
+    """Return the first line of an error, without advice of Hugging Face that does not apply."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def micro_batches(known: argparse.Namespace) -> int:
-    """Return the micro-batches a device takes per update for ``--tokens_per_step``."""
+    """Return the number of micro-batches per device and update for ``--tokens_per_step``."""
     if known.gradient_accumulation_steps != 1:
         raise ConfigurationError(
             "--tokens_per_step sets gradient_accumulation_steps: give one of the two."
@@ -186,7 +188,7 @@ def _config_path(words: Sequence[str]) -> Path | None:
 def _words_of_file(path: Path, parser: _Parser) -> list[str]:
     """Return a YAML file's options as command-line words.
 
-    Each option is parsed alone first, so that the error names the line of the file.
+    This parses each option alone first, so that an error names the line of the file.
     """
     words: list[str] = []
     for key, value in _read_yaml(path).items():
@@ -226,7 +228,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _as_words(name: str, value: Any) -> Iterator[str]:
-    """Write a YAML entry as command-line words; null leaves an option at its default."""
+    """Write a YAML entry as command-line words. null leaves an option at its default."""
     if isinstance(value, list):
         yield from (f"--{name}", *map(str, value))
     elif value is not None:
@@ -234,5 +236,5 @@ def _as_words(name: str, value: Any) -> Iterator[str]:
 
 
 def _as_word(value: Any) -> str:
-    # As JSON, which argparse's types read back as true, 0.001 or a mapping.
+    # This writes JSON, which argparse's types read back as true, 0.001 or a mapping.
     return value if isinstance(value, str) else json.dumps(value, default=str)

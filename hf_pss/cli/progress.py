@@ -37,22 +37,22 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """The end of a run; None stands for a number that the run does not have."""
+    """The result of a run. None stands for a number that the run does not have."""
 
     num_steps: int
     train_loss: float | None
-    """The last one logged: the mean over the steps since the log before."""
+    """The last logged loss, which is the mean over the steps since the previous log."""
     eval_loss: float | None
     num_interventions: int | None
     num_nonfinite_steps: int | None
     overhead_ratio: float | None
-    """Seconds of PSS over seconds of training, in this session."""
+    """Seconds in PSS divided by seconds of training, in this session."""
     num_observed: int | None
-    """Events that would have been interventions; None unless the run only observed."""
+    """Number of events that would have been interventions; None unless the run only observed."""
     nonfinite_streak: int
     """Number of non-finite steps in a row at the end of the run."""
     health: str | None = None
-    """The matrices that look ill, as text; None where nothing was measured."""
+    """A text about the matrices that look unhealthy; None if nothing was measured."""
 
     @property
     def has_broken_weights(self) -> bool:
@@ -61,7 +61,7 @@ class RunSummary:
 
     @property
     def problem(self) -> str | None:
-        """The reason why the run is a failure, in a sentence; None if it is not."""
+        """The reason why the run failed, in a sentence; None if it did not fail."""
         if self.has_broken_weights:
             return (
                 f"The validation loss is {self.eval_loss}: these weights are unusable, and no "
@@ -80,9 +80,9 @@ def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> 
     """Gather the numbers of a run that has ended.
 
     Args:
-        trainer: It has trained.
-        train_seconds: Wall time of this session's training, evaluations included.
-        pss_seconds: Seconds of PSS in this session.
+        trainer: The Trainer of that run.
+        train_seconds: Wall time of this session's training, with the evaluations.
+        pss_seconds: Seconds in PSS during this session.
     """
     history = trainer.state.log_history
     callback = PSSCallback.of(trainer)  # not before: the Trainer replaces it when it resumes
@@ -102,7 +102,7 @@ def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> 
 
 
 def render_summary(summary: RunSummary, model_dir: Path) -> RenderableType:
-    """Put the numbers and the place of the model into a table of two columns, and health below."""
+    """Put the numbers and the model's folder into a table of two columns, and the health below."""
     perplexity = None if summary.eval_loss is None else math.exp(min(summary.eval_loss, 700.0))
     overhead = None if summary.overhead_ratio is None else 100 * summary.overhead_ratio
     rows = [
@@ -122,12 +122,12 @@ def render_summary(summary: RunSummary, model_dir: Path) -> RenderableType:
     for name, value, form in rows:
         if name != "would have intervened" or value is not None:
             table.add_row(name, "–" if value is None else form.format(value))
-    # `Text`, because names hold square brackets, which rich takes for markup.
+    # This is a `Text`, because names hold square brackets, which rich would read as markup.
     return table if summary.health is None else Group(table, Text(summary.health))
 
 
 def counted(number: float, what: str) -> str:
-    """Return a number and the thing it counts, in the plural unless there is exactly one.
+    """Return a number and the name of what it counts, in the plural unless the number is 1.
 
     >>> counted(1, "spike"), counted(1200, "spike")
     ('1 spike', '1,200 spikes')
@@ -136,7 +136,7 @@ def counted(number: float, what: str) -> str:
 
 
 def _logged_loss(logs: Mapping[str, float]) -> float:
-    # The Trainer's `logging_nan_inf_filter` writes 0.0 where no step since the last log was finite.
+    # The Trainer's `logging_nan_inf_filter` writes 0.0 if no step since the last log was finite.
     is_hidden = logs["loss"] == 0.0 and logs.get("pss/nonfinite_steps", 0) > 0
     return math.nan if is_hidden else float(logs["loss"])
 
@@ -156,7 +156,7 @@ def _count_observed(callback: PSSCallback, path: Path) -> int | None:
     if not path.is_file():
         return 0
     log = read_lines(path, parse_record)
-    if log.num_unreadable:  # another release wrote these lines
+    if log.num_unreadable:  # a different release wrote these lines
         return None
     return sum(
         isinstance(record, Event)
@@ -174,13 +174,13 @@ _COLUMNS = ("step {task.completed}/{task.total}", "{task.fields[loss]}", "{task.
 
 
 class ProgressDisplay(TrainerCallback):
-    """Show a run while the context is entered: a bar, a line an evaluation, and PSS's warnings.
+    """Show a run inside a context: a bar, one line per evaluation, and PSS's warnings.
 
     Only the first process writes.
 
     Args:
         trainer: The Trainer whose run is shown.
-        console: A bar appears where this is a terminal; lines appear everywhere.
+        console: The output. The bar appears only if this is a terminal; the lines always appear.
     """
 
     def __init__(self, trainer: Trainer, console: Console) -> None:
@@ -197,7 +197,7 @@ class ProgressDisplay(TrainerCallback):
 
     @property
     def pss_seconds(self) -> float:
-        """Seconds of PSS in this session, without those of the run that it resumed."""
+        """Seconds in PSS during this session, without those of the run that it resumed."""
         return 0.0 if self._earlier_seconds is None else self._all_seconds() - self._earlier_seconds
 
     def __enter__(self) -> Self:
@@ -217,7 +217,7 @@ class ProgressDisplay(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the bar, at the step of the checkpoint where the run resumes."""
+        """Show the bar, which starts at the step of the checkpoint if the run resumes."""
         visible = state.is_world_process_zero and not args.disable_tqdm
         self._bar.reset(
             self._task, total=state.max_steps, completed=state.global_step, visible=visible
@@ -226,7 +226,7 @@ class ProgressDisplay(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the seconds of earlier sessions: at the first step PSS has its state for certain."""
+        """Note the seconds of earlier sessions, which PSS has loaded before the first step."""
         if self._earlier_seconds is None:
             self._earlier_seconds = self._all_seconds()
 
@@ -244,7 +244,7 @@ class ProgressDisplay(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest loss, and how often PSS acted."""
+        """Show the newest loss and the number of interventions."""
         if not logs or "loss" not in logs:
             return
         self._loss = _logged_loss(logs)
@@ -278,7 +278,8 @@ class ProgressDisplay(TrainerCallback):
 def set_step_counts_(arguments: TrainingArguments, *, num_blocks: int) -> None:
     """Replace shares of all steps by numbers of steps, rounded as the Trainer does.
 
-    A resumed run compares the arguments with its checkpoint's, and would warn of 0.1 against 80.
+    A resumed run compares its arguments with those in the checkpoint. It would warn that 0.1
+    differs from 80.
     """
     total = count_steps(arguments, num_blocks=num_blocks)
     for name in ("logging_steps", "eval_steps", "save_steps"):

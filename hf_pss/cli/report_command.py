@@ -1,4 +1,4 @@
-"""`hf-pss report`: write the report of a demo run, a second time or elsewhere."""
+"""`hf-pss report`: write the report of a demo run again, or to a different place."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report(
 
 
 def show_report(run_dir: Path, output: Path | None = None) -> None:
-    """Write the page and print the table; the page's path is the last line."""
+    """Write the page, print the table, and print the page's path as the last line."""
     from hf_pss.evidence.report_page import write_report
     from hf_pss.evidence.report_results import render_table
 

@@ -24,7 +24,8 @@ __all__ = ["Moments", "Smoothing", "rescue"]
 
 _NONE_USABLE = 1
 
-# floor smooths up to the noise floor; none does not smooth; the rest are `PSSConfig.smoothing`.
+# FLOOR raises stable ranks to the noise floor, and NONE does not smooth. The others are values of
+# `PSSConfig.smoothing`.
 Smoothing = StrEnum(
     "Smoothing", "FLOOR CLIP LOG SOFTPLUS CONVOLUTION SOFTMAX HAMMER POLAR NONE", module=__name__
 )
@@ -38,8 +39,8 @@ def rescue(
     smoothing: Annotated[
         Smoothing | None,
         typer.Option(
-            help="How to smooth the weights on resume. Default: floor. In a copy none, except in "
-            "one that is a last resort.",
+            help="How to smooth the weights on resume. Default: floor. The default for a copy is "
+            "none, unless the copy is a last resort.",
         ),
     ] = None,
     margin_steps: Annotated[
@@ -102,7 +103,7 @@ def rescue(
 
     Chooses the newest complete, finite checkpoint before the failure; the report gives the reasons.
 
-    Reads .safetensors and JSON, a tensor at a time. Opens no pickle unless --write allows it.
+    Reads .safetensors and JSON, one tensor at a time. Opens no pickle unless --write allows it.
 
     [bold]Examples[/bold]
 
@@ -128,8 +129,8 @@ def rescue(
     plan = written = None
     if chosen is not None:
         if write is not None:
-            # The noise floor does not suit sound weights, so a copy of those is not smoothed: the
-            # run that continues holds them to a floor of their own.
+            # The noise floor does not suit sound weights, so a copy of sound weights is not
+            # smoothed. The run that continues gives them a floor from their own stable ranks.
             unasked = Smoothing.FLOOR if found.choice.is_last_resort else Smoothing.NONE
             written = _write(
                 chosen,
@@ -225,7 +226,7 @@ def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
     try:
         return write_repaired(chosen, target, Repairs(**options))
     except OSError as error:
-        # The file may lie on either side; the system does not always name it.
+        # The file may be in the source or in the copy, and the system does not always name it.
         where = "" if error.filename is None else f" ({visible(error.filename)})"
         raise StateError(
             f"{visible(chosen.path)} could not be copied to {visible(target)}: "

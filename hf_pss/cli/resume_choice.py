@@ -1,4 +1,4 @@
-"""The checkpoint that `hf-pss train` resumes from, and the one it recommends after a failure."""
+"""The checkpoint from which `hf-pss train` resumes, and the one that it advises after a failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def choose_checkpoints(plan: TrainPlan) -> tuple[Path | None, list[Path]]:
     Raises:
         ConfigurationError: There is nothing to resume, nothing left to train, or the folder holds
             an earlier run.
-        StateError: There are checkpoints, and none is whole.
+        StateError: There are checkpoints, but none is complete.
     """
     output_dir = Path(plan.arguments.output_dir)
     given = str(plan.arguments.resume_from_checkpoint or "false")
@@ -46,7 +46,7 @@ def choose_checkpoints(plan: TrainPlan) -> tuple[Path | None, list[Path]]:
     step, max_steps = _step_of(latest), plan.arguments.max_steps
     if step is None:
         raise ConfigurationError(f"{latest} is not a complete checkpoint: no {STATE_FILE}.")
-    if 0 < max_steps <= step:  # the Trainer would take one more step even so (5.23)
+    if 0 < max_steps <= step:  # the Trainer would still take one more step (5.23)
         where = "at" if step == max_steps else "past"
         raise ConfigurationError(
             f"{latest.name} is already {where} --max_steps {max_steps}. Give more steps, or start "
@@ -59,8 +59,8 @@ def latest_checkpoint(output_dir: Path, *, accepts_fresh: bool = False) -> Path 
     """Return the newest checkpoint that can be resumed, and log the newer ones that cannot.
 
     Args:
-        output_dir: The run's folder. None is returned where it holds no checkpoint at all.
-        accepts_fresh: Also take one that lacks the optimizer's or the schedule's state.
+        output_dir: The run's folder. The result is None if it holds no checkpoint at all.
+        accepts_fresh: Also accept a checkpoint without the optimizer's or the schedule's state.
 
     Raises:
         StateError: There are checkpoints, but none can be resumed.
@@ -75,7 +75,7 @@ def advice_after_failure(output_dir: Path, resumed: Path | None) -> str:
 
     Args:
         output_dir: The run's folder.
-        resumed: The checkpoint that the run had resumed from, which may lie elsewhere.
+        resumed: The checkpoint from which the run had resumed. It may be in a different folder.
     """
     candidates = [*([resumed] if resumed else []), *checkpoints_by_step(output_dir)]
     usable = [found for found in map(examine, candidates) if found.problem is None]
@@ -101,7 +101,7 @@ def _step_of(checkpoint: Path) -> int | None:
 
 
 def _evaluations(checkpoint: Path) -> list[float]:
-    """Return the validation losses at the checkpoint's own step."""
+    """Return the validation losses at the step of the checkpoint."""
     log = read_log(checkpoint / STATE_FILE)
     rows = (row for row in log.rows if row.step == log.global_step)
     return [row.eval_loss for row in rows if row.eval_loss is not None]

@@ -28,21 +28,21 @@ from hf_pss.runs.options import (
 __all__ = ["KeepOptions", "options_to_keep"]
 
 _VERSION = 1
-# The weights were made for these. Other data or another rate are allowed.
+# These must stay the same, because the weights depend on them. The data and the rate may change.
 _BINDING = (
     *("model", "model_config", "model_overrides", "tokenizer", "vocab_size", "dtype"),
     "context_length",
 )
-# These are for `hf-pss rescue`. A resumed run does not give them as options.
+# These are for `hf-pss rescue`. A resumed run does not have them as options.
 _NOT_COMPARED = ("training", "paths", "unigram_entropy")
-# The value may also be a name on the Hub or a kind of model.
+# The value may also be a name on the Hub or a model type.
 _MAY_BE_PATHS = ("model", "model_config", "tokenizer", "dataset")
 
 Options: TypeAlias = dict[str, Any]
 
 
 class KeepOptions(TrainerCallback):
-    """Writes the options when training begins, unless those of a resumed run are unknown (None)."""
+    """Writes the options when training begins, unless a resumed run does not know them (None)."""
 
     def __init__(self, options: Options | None) -> None:
         self._options = options
@@ -58,17 +58,17 @@ class KeepOptions(TrainerCallback):
 def options_to_keep(
     plan: TrainPlan, checkpoint: Path | None, *, warn: Callable[[str], None]
 ) -> Options | None:
-    """Return the options for `KeepOptions`: the given ones, or those that a resumed run began with.
+    """Return the options for `KeepOptions`: the given ones, or those of the run that is resumed.
 
     Raises:
-        ConfigurationError: A resumed run has another model or context length, or the file of its
-            options is damaged.
+        ConfigurationError: A resumed run has a different model or context length, or the file with
+            its options is damaged.
     """
     given = _options_of(plan)
     if checkpoint is None:
         return given
     path = options_file(checkpoint)
-    if path is None:  # a checkpoint of another program
+    if path is None:  # a checkpoint of a different program
         return None
     kept = _read(path, given)
     for name in (name for name in given if not _is_the_same(name, given, kept)):
@@ -114,7 +114,7 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
         known.discard("gradient_checkpointing")  # the older name, which causes a warning
     for name in (name for name in TRAINING_OPTIONS if name in known):
         value = getattr(arguments, name)
-        # It turns None into False.
+        # TrainingArguments turns None into False.
         is_unset = name == "activation_checkpointing" and value is False
         is_default = is_unset or value == parser.get_default(name)
         if not is_default or name == "per_device_train_batch_size":
@@ -123,12 +123,12 @@ def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
 
 
 def _local_paths(options: Options) -> dict[str, str]:
-    """Return the absolute paths of options that name files. A rescue may run elsewhere."""
+    """Return the absolute paths of options that name files, because a rescue may run elsewhere."""
     given = {name: options[name] for name in _MAY_BE_PATHS if options[name]}
     if given["dataset"] == BUILT_IN:
         del given["dataset"]
     paths = {name: Path(value).expanduser() for name, value in given.items()}
-    if "model_config" in paths and not paths["model_config"].suffix:  # a kind, such as gpt2
+    if "model_config" in paths and not paths["model_config"].suffix:  # a model type, such as gpt2
         del paths["model_config"]
     return {name: str(path.resolve()) for name, path in paths.items() if os.path.exists(path)}
 

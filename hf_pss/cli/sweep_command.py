@@ -34,13 +34,13 @@ def run(
     output_dir: Folder = Path("runs/sweep"),
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at the same time.", show_default="one a core"),
+        typer.Option(min=1, help="Runs at the same time.", show_default="one per core"),
     ] = None,
 ) -> None:
     """Run a grid: recipe × optimizer × learning rate × guard × seed.
 
-    Every run is a line of rows.jsonl. Ctrl-C, or a kill, loses only the runs under way: the same
-    command continues where the sweep stopped.
+    Every run adds a line to rows.jsonl. Ctrl-C or a kill loses only the runs under way, and the
+    same command continues where the sweep stopped.
 
     [bold]Example[/bold]  [cyan]hf-pss sweep run recipes/lr_sweep/small.yaml[/cyan]
     """
@@ -59,16 +59,16 @@ def table(
     reference: Reference = "clip",
     target: Annotated[
         float | None,
-        typer.Option(help="Loss for the table of steps to it.", show_default="none"),
+        typer.Option(help="Add a table of the steps to this loss.", show_default="none"),
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="As Markdown, for a document.")
+        bool, typer.Option("--markdown", help="Print Markdown, for a document.")
     ] = False,
 ) -> None:
     """Print losses by rate, paired differences, explosions and cost.
 
-    Intervals are bootstrapped over seeds; the number of seeds stands beside every figure. You can
-    call it while the sweep runs.
+    Intervals are bootstrapped over seeds, and the number of seeds is beside every figure. You can
+    call this command while the sweep runs.
     """
     from hf_pss.evidence.sweep_table import render_markdown, render_tables
 
@@ -86,7 +86,7 @@ def plot(
 ) -> None:
     """Draw loss against learning rate, curves, explosions and paired differences.
 
-    Ends with the paths of the pictures, PNG and SVG.
+    At the end it prints the paths of the pictures, which are PNG and SVG files.
     """
     require_extra(REPORT_MODULE)
     from hf_pss.evidence.sweep_plots import plot_all
@@ -99,15 +99,15 @@ def plot(
 def warnings(
     output_dir: Folder = Path("runs/sweep"),
     max_false_alarms: Annotated[
-        float, typer.Option(help="Per 1,000 healthy readings, at which rules are compared.")
+        float, typer.Option(help="Compare rules at this many per 1,000 healthy readings.")
     ] = 1.0,
     guard: Annotated[
-        str, typer.Option(help="Read the runs of this guard; one that acts hides the explosions.")
+        str, typer.Option(help="Read the runs of this guard. One that acts hides the explosions.")
     ] = "clip",
 ) -> None:
     """Print how early each warning rule fired before an explosion, and how often falsely.
 
-    For sweeps with [cyan]probes_every_steps[/cyan] in their grid.
+    This needs a sweep with [cyan]probes_every_steps[/cyan] in its grid.
     """
     from hf_pss.evidence.early_warnings import at_equal_rate, render_table
 
@@ -128,7 +128,7 @@ def warnings(
 def metrics(
     output_dir: Folder = Path("runs/sweep"),
     max_false_alarms: Annotated[
-        float, typer.Option(help="Per 1,000 readings of healthy twins, at which all are compared.")
+        float, typer.Option(help="Compare metrics at this many per 1,000 readings of twins.")
     ] = 1.0,
     with_survivors: Annotated[
         bool,
@@ -144,9 +144,10 @@ def metrics(
 ) -> None:
     """Print when each live health metric left its healthy twins' range, and draw all of them.
 
-    For sweeps whose guard measures [cyan]health[/cyan], as recipes/lr_sweep/health.yaml does. Runs
-    of one recipe, optimizer, change and guard are judged by each other; without three healthy ones
-    they are drawn and not judged. Ends with the pictures' paths.
+    This needs a sweep whose guard measures [cyan]health[/cyan], such as
+    recipes/lr_sweep/health.yaml. It compares runs that have the same recipe, optimizer, changes and
+    guard. If fewer than three of these are healthy, it draws them and does not judge them. At the
+    end it prints the paths of the pictures.
     """
     require_extra(REPORT_MODULE)
     from hf_pss.evidence.sweep_plots import plot_metrics

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXIT_CODES", "bytes_bar", "check_output", "require_extra", "without_noise"]
 
-# By the status that a demo or a sweep returns.
+# Exit codes, by the status that a demo or a sweep returns.
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
@@ -28,7 +28,7 @@ def require_extra(module: str) -> None:
     """Check that a module which needs an optional dependency can be imported.
 
     Raises:
-        ConfigurationError: It cannot; the message names the extra to install.
+        ConfigurationError: The import fails. The message names the extra to install.
     """
     try:
         importlib.import_module(module)
@@ -37,16 +37,16 @@ def require_extra(module: str) -> None:
 
 
 def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> None:
-    """Refuse a file that cannot be drawn, or that would replace a file of another kind.
+    """Refuse a file that cannot be drawn, or that would replace a file of a different kind.
 
-    A shell that expands ``--html *.safetensors`` passes a shard here: so the path must end as
-    `example` does.
+    A shell that expands ``--html *.safetensors`` passes a shard here. So the path must have the
+    suffix of `example`.
 
     Args:
         path: The file to write.
-        option: The option that names it; the message quotes it.
+        option: The option that names the file. The message quotes it.
         example: A good file name.
-        drawn_by: The module that draws it, which may need an extra.
+        drawn_by: The module that draws the file. It may need an extra.
 
     Raises:
         ConfigurationError: The message gives the reason and a better path.
@@ -65,7 +65,7 @@ def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> Non
 
 
 def bytes_bar() -> Progress:
-    """Return a bar over bytes that names the tensor at hand; hidden unless stderr is a terminal."""
+    """Return a bar that counts bytes and names the current tensor; it shows only in a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     name = TextColumn("{task.fields[tensor]}", markup=False)
@@ -82,9 +82,9 @@ _MISSING = "There were missing keys in the checkpoint model loaded: "
 def without_noise(model: nn.Module) -> Iterator[None]:
     """Drop log records of transformers that a sound run produces.
 
-    - Checkpoints saved within a second are ordered by their number, as they should be.
+    - Checkpoints that are saved within a second are ordered by their number, which is right.
     - A checkpoint omits keys that are tied to others; a record of any other missing key is kept.
-    - A model warns of padding at its first forward, though packed blocks have none.
+    - A model warns of padding at its first forward pass, although packed blocks have none.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     tied = named.keys() - dict(model.named_parameters()).keys()

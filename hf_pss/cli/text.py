@@ -1,4 +1,4 @@
-"""The text that `hf-pss train` learns from: blocks to train and to validate on, and a tokenizer."""
+"""The text for `hf-pss train`: blocks for training, blocks for validation, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = ["BUILT_IN", "Text", "load_training_text", "open_stream"]
 
 BUILT_IN = "python"
 
-# A few megabytes from the beginning of a text suffice to learn a vocabulary from.
+# A few megabytes from the beginning of a text suffice to learn a vocabulary.
 _TOKENIZER_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Tokenised text in full blocks, split, with its tokenizer."""
+    """Tokenised text in full blocks, split into training and validation, with the tokenizer."""
 
     train: BlockDataset | PackedStream
     validation: BlockDataset
@@ -46,12 +46,14 @@ def load_training_text(
     """Load, tokenise and split the text.
 
     Args:
-        options: Which text, and how much of it.
-        tokenizer: None trains a byte-level BPE of `vocab_size` tokens on the text.
-        vocab_size: Used where a tokenizer is trained.
+        options: The options that say which text to load, and how much of it.
+        tokenizer: The tokenizer. With None a byte-level BPE of `vocab_size` tokens is
+            trained on the text.
+        vocab_size: Vocabulary of a tokenizer that is trained here.
 
     Raises:
-        ConfigurationError: No such text or column, or too little text for the context.
+        ConfigurationError: The text or the column does not exist, or the text does
+            not fill a block.
     """
     load = _load_built_in if options.dataset == BUILT_IN else _load_own
     train, validation, tokenizer = load(options, tokenizer, vocab_size)
@@ -61,16 +63,17 @@ def load_training_text(
 def open_stream(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int, seed: int
 ) -> Text:
-    """Open rows that are read while training; only the validation blocks are read here.
+    """Open rows that training reads later, and read only the validation blocks now.
 
     Args:
-        options: Which rows, and what share of them to hold out.
-        tokenizer: Must name an end-of-text token.
-        shuffle_buffer: Shuffle within this many documents.
-        seed: Of the shuffle.
+        options: The options that say which rows to open, and what share of them to hold out.
+        tokenizer: A tokenizer with an end-of-text token.
+        shuffle_buffer: Number of documents within which rows are shuffled.
+        seed: Seed of the shuffle.
 
     Raises:
-        ConfigurationError: No such rows or column, or options that have no effect on a stream.
+        ConfigurationError: The rows or the column do not exist, or an option has no
+            effect on a stream.
     """
     if options.dataset == BUILT_IN:
         raise ConfigurationError(

@@ -13,10 +13,10 @@ __all__ = ["TrainCommand", "train"]
 
 
 class TrainCommand(TyperCommand):
-    """A command whose options typer does not know, because transformers' parser reads them."""
+    """A command with options that typer does not know, because transformers' parser reads them."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print our own page; typer would show only the option that it knows."""
+        """Print our page, because typer would show only the option that it knows."""
         print_help()
 
 

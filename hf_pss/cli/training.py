@@ -1,4 +1,4 @@
-"""Run `hf-pss train`: load model and text, train, save, and print a summary."""
+"""Run `hf-pss train`: load the model and the text, train, save, and print a summary."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _TextTrainer(ThroughputTrainerMixin, PSSTrainer):
 
 
 class _RemoveCheckpoints(TrainerCallback):
-    """Remove an earlier run's checkpoints where training begins, when every check has passed."""
+    """Removes an earlier run's checkpoints when training begins and every check has passed."""
 
     def __init__(self, checkpoints: list[Path]) -> None:
         self._checkpoints = checkpoints
@@ -82,30 +82,30 @@ class _RemoveCheckpoints(TrainerCallback):
 
 
 def run_training(plan: TrainPlan) -> None:
-    """Train as planned, on one process or on many, and print a summary to stdout.
+    """Train according to the plan, in one process or in several, and print a summary to stdout.
 
-    ``output_dir`` then holds the model and its tokenizer, its checkpoints, and PSS's events.
+    ``output_dir`` then holds the model, the tokenizer, the checkpoints, and PSS's events.
 
     Raises:
         ConfigurationError: A model, text or checkpoint is missing, or they do not fit together.
-        NonFiniteError: The run stopped at a step that was not finite, or ended with weights that
-            are not.
+        NonFiniteError: The run stopped at a step that was not finite, or its final
+            weights are not finite.
     """
-    transformers.utils.logging.disable_progress_bar()  # the terminal has a bar of our own
+    transformers.utils.logging.disable_progress_bar()  # our own bar is on the terminal
     datasets.disable_progress_bars()
     plan = replace(plan, model=_named_model(plan))
     _check_reporters(plan.arguments.report_to)
     _check_folder(Path(plan.arguments.output_dir))
     console = Console(stderr=True, quiet=plan.arguments.process_index > 0)
     checkpoint, replaced = choose_checkpoints(plan)
-    kept = None  # of a stream: `hf-pss rescue` does not know its options
+    kept = None  # for a stream, whose options `hf-pss rescue` does not know
     if not plan.scale.streaming:
         kept = options_to_keep(
             plan, checkpoint, warn=lambda text: console.print(text, style="yellow", markup=False)
         )
     with console.status("Loading the model and the text …"):
         model, text = _load(plan, checkpoint)
-    num_blocks = 0  # of a stream, whose run has --max_steps
+    num_blocks = 0  # for a stream, which needs --max_steps
     if isinstance(text.train, BlockDataset):
         num_blocks = len(text.train)
         if checkpoint is None and kept is not None:
@@ -127,7 +127,8 @@ def run_training(plan: TrainPlan) -> None:
     trainer.add_callback(_RemoveCheckpoints(replaced))  # after PSS, which may refuse the model
     trainer.add_callback(KeepOptions(kept))
     _train(trainer, console, checkpoint)
-    # Only here: after an error, other ranks may wait in a collective, and this would wait for them.
+    # This is not in a finally block: after an error, other ranks may wait in a collective, and this
+    # call would wait for them.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -161,7 +162,7 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
 
 
 def _named_model(plan: TrainPlan) -> ModelOptions:
-    """Return the options of the one model that is named, with ``--model_size`` spelled out."""
+    """Return the options of the one model that is given, with ``--model_size`` spelled out."""
     model, size = plan.model, plan.scale.model_size
     options = {
         "--model": model.model,
@@ -205,14 +206,14 @@ def _check_folder(path: Path) -> None:
 
 
 def _load(plan: TrainPlan, checkpoint: Path | None) -> tuple[PreTrainedModel, Text]:
-    """Load model and text, and first the one that fails faster."""
+    """Load the model and the text, and begin with the one that fails faster."""
     options = plan.model
     given = plan.scale.attn_implementation
     attention = {"attn_implementation": given} if given else {}
     source = options.model
-    # Not so for a checkpoint in shards: the Trainer loads those into the model.
+    # A checkpoint in shards is not used here, because the Trainer loads its shards into the model.
     if checkpoint and any(checkpoint.glob("model*.safetensors")):
-        source = str(checkpoint)  # which brings its vocabulary
+        source = str(checkpoint)  # which has the right vocabulary
     model = load_model(source, dtype=options.dtype, **attention) if source else None
     # A resumed run must cut its text into the same tokens.
     tokenizer = load_tokenizer(str(checkpoint)) if checkpoint else _find_tokenizer(plan)
@@ -226,7 +227,7 @@ def _load(plan: TrainPlan, checkpoint: Path | None) -> tuple[PreTrainedModel, Te
 
 
 def _find_tokenizer(plan: TrainPlan) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer; None where one is to be trained on the text."""
+    """Load the tokenizer. None means that one will be trained on the text."""
     if source := plan.model.tokenizer or plan.model.model:
         return load_tokenizer(source)
     if plan.scale.streaming or (plan.scale.model_size and plan.data.dataset != BUILT_IN):

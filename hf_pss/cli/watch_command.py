@@ -1,4 +1,4 @@
-"""`hf-pss watch`: follow a live run through the files that it writes."""
+"""`hf-pss watch`: follow a live run by means of the files that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def watch(
     run_dir: Annotated[
         Path, typer.Argument(help="The run's output_dir; or one run of a demo: plain/seed-0.")
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show the present state and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the current state and exit.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 1.0,
     lines: Annotated[int, typer.Option(min=1, help="Show at most this many matrices.")] = 8,
 ) -> None:
@@ -46,7 +46,7 @@ def watch(
 
     Beside a training run:  [cyan]hf-pss watch runs/notes[/cyan]
 
-    Its present state:  [cyan]hf-pss watch runs/notes --once[/cyan]
+    Its current state:  [cyan]hf-pss watch runs/notes --once[/cyan]
 
     Into a file:  [cyan]hf-pss watch runs/notes --every 30 > notes.log &[/cyan]
 

@@ -1,4 +1,4 @@
-"""The optimizers of a sweep and of its guards, all over the same groups of parameters."""
+"""The optimizers of a sweep and of its guards, all with the same groups of parameters."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ __all__ = [
 ]
 
 TRAINERS_OWN = "trainer"
-"""Name of a cell's optimizer that leaves the choice to the Trainer: its default AdamW."""
+"""The optimizer name with which a cell leaves the choice to the Trainer, whose default is AdamW."""
 
 Groups: TypeAlias = list[dict[str, Any]]
 
-# The Trainer's own patterns, and the gains of σReparam, which are not weights.
+# The Trainer's patterns, and one for the gains of σReparam, which are not weights.
 _WITHOUT_DECAY = ["bias", "layernorm", "rmsnorm", r"ln_\d", r"(?:^|\.)norm(?:$|\.)", r"\.gain$"]
 
 
 def decay_groups(model: nn.Module, settings: OptimizerSettings) -> Groups:
-    """Return the parameters with weight decay, and those without: biases, norms and gains."""
+    """Return the parameters with weight decay, and those without it: biases, norms and gains."""
     decayed, plain = _split(model)
     return [
         {"params": list(decayed.values()), "weight_decay": settings.weight_decay},
@@ -52,9 +52,10 @@ def decay_groups(model: nn.Module, settings: OptimizerSettings) -> Groups:
 def matrix_groups(
     model: nn.Module, settings: OptimizerSettings, *, matrix_lr_ratio: float = 1.0
 ) -> Groups:
-    """Return block matrices, other parameters with weight decay, and those without.
+    """Return the block matrices, the other parameters with weight decay, and those without it.
 
-    The matrices' group also describes how they lie in their parameters. Most optimizers ignore it.
+    The group of the matrices also describes their layout in the parameters. Most optimizers ignore
+    that description.
     """
     decayed, plain = _split(model)
     views: dict[str, list[MatrixView]] = {}
@@ -104,7 +105,7 @@ def _muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
 
 def _pytorch_optimizer_muon(groups: Groups, settings: OptimizerSettings) -> Optimizer:
     matrices, *others = groups
-    # Moonlight's scale 0.2 sqrt(max(m, n)), as in our Muon by default.
+    # This is Moonlight's scale, 0.2 sqrt(max(m, n)). It is also the default of our Muon.
     return _packaged(
         "Muon",
         [{**matrices, "use_muon": True}]
@@ -132,7 +133,7 @@ OPTIMIZERS: Mapping[str, Callable[[Groups, OptimizerSettings], Optimizer]] = Map
         "pytorch_optimizer_muon": _pytorch_optimizer_muon,
     }
 )
-"""SGD has Nesterov momentum 0.9. Both Muons train everything but block matrices with AdamW."""
+"""SGD has Nesterov momentum 0.9. Both Muons use AdamW for everything but block matrices."""
 
 
 def make_optimizer(
@@ -157,42 +158,43 @@ def make_optimizer(
 def adagc(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """AdamW with each tensor's gradient held to 1.05 times the average of its clipped norms.
 
-    arXiv 2502.11034: β = 0.98, λ_rel = 1.05. For the first 100 steps it clips globally at
-    λ_abs = 1, and the average is the smallest norm so far. These are the package's defaults.
+    arXiv 2502.11034 with β = 0.98 and λ_rel = 1.05. For the first 100 steps it clips globally at
+    λ_abs = 1, and the smallest norm so far serves as the average. These numbers are the
+    package's defaults.
     """
     return _replacement("AdaGC", model, settings)
 
 
 def spam(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """Adam with entries held to g² ≤ 5000 v and its moments reset every 500 steps.
+    """Adam that limits entries to g² ≤ 5000 v and resets its moments every 500 steps.
 
-    arXiv 2501.06842: cosine warm-up of 150 steps after a reset (the package's default is 50); full
-    density (no sparse momentum). The package does not restart Adam's bias correction at a reset,
-    and judges entries only from the 20th step after one.
+    arXiv 2501.06842 with a cosine warm-up of 150 steps after a reset (the package's default is 50)
+    and full density, which means no sparse momentum. The package does not restart Adam's bias
+    correction at a reset. After a reset it limits entries only from the 20th step on.
     """
     return _replacement("SPAM", model, settings, warmup_epoch=150)
 
 
 def stable_spam(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """Adam on gradients with an adaptive limit of entries and an adaptive norm, with resets.
+    """Adam with resets, on gradients whose entries and norm have adaptive limits.
 
-    arXiv 2502.17055: γ₁ = 0.7, γ₂ = 0.9, θ = 0.999, moments reset every 1000 steps; the package's
-    defaults.
+    arXiv 2502.17055 with γ₁ = 0.7, γ₂ = 0.9, θ = 0.999 and a reset of the moments every 1000 steps.
+    These numbers are the package's defaults.
     """
     return _replacement("StableSPAM", model, settings)
 
 
 def stable_adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """AdamW whose learning rate is divided, tensor by tensor, by max(1, RMS(g/√v)).
+    """AdamW that divides the learning rate of each tensor by max(1, RMS(g/√v)).
 
-    arXiv 2304.13013, algorithm 2: the average corrects v for its bias. The learning rate of the
-    weight decay is divided too.
+    arXiv 2304.13013, algorithm 2, whose average corrects v for its bias. This optimizer also
+    divides the learning rate in the weight decay.
     """
     return _replacement("StableAdamW", model, settings)
 
 
 def reparametrized_adamw(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """AdamW itself; σReparam's gains are among the parameters without decay."""
+    """AdamW, with σReparam's gains among the parameters without weight decay."""
     return torch.optim.AdamW(
         decay_groups(model, settings),
         lr=settings.learning_rate,

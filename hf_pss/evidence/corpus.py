@@ -32,7 +32,7 @@ __all__ = ["Corpus", "Progress", "build_corpus", "read_library"]
 
 Progress = Callable[[str], None]
 
-# These are not part of the language's library, or (tests) only some installations have them.
+# These are not part of the language's library. The tests exist in only some installations.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 # A third of the library. Learning 2,048 tokens from it takes about a second.
 _TOKENIZER_BYTES = 4_000_000
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def rank(self) -> float:
-        """A number in [0, 1) from the path alone, which orders and splits the files."""
+        """A number in [0, 1) that depends on the path alone; it orders and splits the files."""
         return int(hashlib.sha256(self.path.encode()).hexdigest()[:8], 16) / 16**8
 
 
@@ -60,11 +60,12 @@ class Corpus:
     train: BlockDataset
     """Blocks of {"input_ids", "labels"}, each (context_length,), int64."""
     validation: BlockDataset
-    """The same, from files that are not trained on."""
+    """Blocks of the same form, from the held-out files."""
     tokenizer: PreTrainedTokenizerFast
     """Byte-level BPE; ``<|endoftext|>`` separates files and pads."""
     fingerprint: str
-    """Hash of the sources, the options and the tokenizer's version; equal for equal blocks."""
+    """Hash of the sources, the options and the tokenizer's version. Equal hashes mean
+    equal blocks."""
     description: str
     """One line for people: Python version, files, bytes, tokens."""
     unigram_entropy_nats: float
@@ -79,16 +80,17 @@ def build_corpus(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokenise the interpreter's library, or read the tokens of an earlier call from the cache.
+    """Tokenise the interpreter's library, or read the tokens from the cache of an earlier call.
 
     A hash of their path selects about 5 % of the files for validation.
 
     Args:
         vocab_size: Number of tokens of the byte-level BPE that is trained on the corpus.
-        context_length: Tokens a block.
-        max_tokens: Largest number of training tokens; None takes the whole library.
-        cache_dir: None is ``HF_PSS_CACHE``, or ``~/.cache/hf_pss``.
-        progress: Receives a short description of each step of the work that the cache lacks.
+        context_length: Tokens per block.
+        max_tokens: Largest number of training tokens. With None the corpus is the whole library.
+        cache_dir: Folder of the cache. None means ``HF_PSS_CACHE``, or ``~/.cache/hf_pss``.
+        progress: Receives a short description of each step of the work, if the cache
+            lacks the tokens.
 
     Raises:
         ConfigurationError: The interpreter ships no sources, or an option leaves no block.
@@ -164,14 +166,14 @@ def _default_cache() -> Path:
 def _fill_atomically(
     folder: Path, sources: list[Source], options: Mapping[str, Any], progress: Progress
 ) -> None:
-    """Write the cache beside its place and then rename it, so that no reader finds half of it."""
+    """Write the cache under a temporary name and rename it, so that no reader finds half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         _fill(scratch, sources, progress, **options)
         scratch.rename(folder)
     except OSError:
-        # Another process may have been faster. Its corpus is the same.
+        # Another process may have been faster. It has written the same corpus.
         if not folder.is_dir():
             raise
     finally:
@@ -211,7 +213,8 @@ def _split(sources: list[Source]) -> tuple[list[Source], list[Source]]:
 
 
 def _last_texts(sources: list[Source], limit: int) -> Iterator[str]:
-    # From the end, because the held-out files come first and must not shape the vocabulary.
+    # The sample comes from the end, because the held-out files come first and must not shape
+    # the vocabulary.
     for source in reversed(sources):
         yield source.text
         limit -= len(source.text)

@@ -1,7 +1,7 @@
 """Curvature of a loss on demand: Hessian–vector products, trace, eigenvalues, spectral density.
 
-The trace uses Hutchinson's estimator, the eigenvalues Lanczos with full reorthogonalisation, and
-the density stochastic Lanczos quadrature.
+Hutchinson's estimator gives the trace, Lanczos with full reorthogonalisation gives the eigenvalues,
+and stochastic Lanczos quadrature gives the spectral density.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# [ours] Chosen on GPT-2s and a tanh network of 47 to 813,824 parameters. It minimises the larger
-# error of a random direction and the sharpest one, between rounding and the third derivative.
+# [ours] We chose the step on GPT-2s and a tanh network of 47 to 813,824 parameters. A smaller step
+# adds rounding error, and a larger one adds error from the third derivative. This value minimises
+# the larger of two errors: that in a random direction and that in the sharpest direction.
 _STEP_RATIO = 5
 _DEAD_ENDS = {"torch::autograd::Error", "torch::autograd::NotImplemented"}
 
@@ -46,48 +47,48 @@ HessianMethod = Literal["auto", "double_backward", "differences"]
 
 
 class Hessian:
-    """The Hessian H of a loss in some parameters, as a map v ↦ Hv. It never builds an n × n matrix.
+    """The Hessian H of a loss in some parameters, as a map v ↦ Hv without an n × n matrix.
 
-    Double backward computes Hv = ∂(∇L·v)/∂θ (Pearlmutter 1994, Neural Computation 6(1)). It
-    evaluates the loss once, keeps the graph as long as this object lives, and walks back through it
-    for each product. While it builds the graph, scaled dot product attention uses its ``MATH``
-    kernel, because the fused kernels have no second derivative.
+    There are two methods. Double backward computes Hv = ∂(∇L·v)/∂θ (Pearlmutter 1994, Neural
+    Computation 6(1)). It evaluates the loss once, keeps the graph as long as this object lives, and
+    walks back through the graph for each product. While it builds the graph, scaled dot product
+    attention uses its ``MATH`` kernel, because the fused kernels have no second derivative.
 
-    Differences compute Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h, two gradients a product. They serve
-    losses without a second derivative, such as flash-attn, some compiled code and functions marked
-    as once-differentiable. They move the parameters in place and restore them bit for bit, so
-    nothing else may use the parameters meanwhile. The step h‖v‖ = 5 ε^⅓ · rms(θ), with the coarsest
-    ε among the parameters, is [ours]. A step in proportion to ‖θ‖ leaves the quadratic region of a
-    large model's sharpest directions. Measured errors relative to ‖Hv‖: up to 1.6e-3 on small
-    GPT-2s in float32, 5e-5 on a tanh network, and 8 % in bfloat16, where θ ± hv is rounded. Double
-    backward errs by 1.3e-7 in float32 and 0.6 % in bfloat16.
+    Differences compute Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h with two gradients per product. They
+    serve losses without a second derivative, such as flash-attn, some compiled code and functions
+    marked as once-differentiable. They move the parameters in place and restore them bit for bit,
+    so nothing else may use the parameters at the same time. The step h‖v‖ = 5 ε^⅓ · rms(θ) is
+    [ours]; ε is the coarsest among the parameters. A step in proportion to ‖θ‖ would leave the
+    quadratic region of a large model's sharpest directions. The measured errors, relative to ‖Hv‖,
+    are up to 1.6e-3 on small GPT-2s in float32, 5e-5 on a tanh network, and 8 % in bfloat16, where
+    θ ± hv is rounded. The errors of double backward are 1.3e-7 in float32 and 0.6 % in bfloat16.
 
     Torch and this class both miss one case: a once-differentiable function that only linear
     functions follow. Double backward then leaves out its curvature without an error. If your loss
     ends in such a function, ask for differences.
 
     Each evaluation starts from the same state of torch's generators and restores it, so dropout is
-    part of the loss and training is not disturbed. ``.grad`` is not touched either. Do not update
-    the parameters between building and the last product: double backward then raises torch's
-    version error, and differences measure a moving point.
+    part of the loss and training is not disturbed. This class does not touch ``.grad`` either. Do
+    not update the parameters before you have computed the last product. If you do, double backward
+    raises torch's version error, and differences measure a moving point.
 
-    Cost: on demand. On a four-block GPT-2 of width 256 a product takes 2.4 gradients by double
-    backward and 2.8 by differences. Building the graph takes 4.5, and the memory of a gradient's
-    graph. In bfloat16 products inherit the dtype's rounding: v and Hv are exact to 2⁻⁹ of
-    themselves, and probes of ±1 are exact. Parameters are plain tensors of one device and one
-    process: sharded parameters are not gathered, and under data parallelism each rank uses the loss
-    of its own batch.
+    Cost: on demand. On a four-block GPT-2 of width 256, a product takes as long as 2.4 gradients by
+    double backward and 2.8 by differences. Building the graph takes as long as 4.5 gradients, and
+    it needs the memory of a gradient's graph. In bfloat16, products inherit the rounding of the
+    dtype: v and Hv have a relative error of 2⁻⁹, and probes of ±1 are exact. The parameters must be
+    plain tensors on one device in one process. This class does not gather sharded parameters, and
+    under data parallelism each rank uses the loss of its batch.
 
     Args:
         loss: Evaluates the scalar loss, on the same batch at every call.
         parameters: Parameters by name, each once. All must require a gradient.
-        method: ``auto`` tries double backward. Where torch refuses, it logs a warning and takes
-            differences.
+        method: ``auto`` tries double backward. If torch refuses, ``auto`` logs a warning and
+            uses differences.
 
     Raises:
         ConfigurationError: There are no parameters, one is given twice or requires no gradient, or
             the loss is not a scalar or uses reentrant checkpointing.
-        RuntimeError: From torch, where you asked for ``double_backward`` and it is impossible.
+        RuntimeError: You asked for ``double_backward``, and torch cannot do it.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> Hessian(lambda: (w**3).sum(), {"w": w}).product(torch.tensor([1.0, 1.0])).tolist()
@@ -119,8 +120,8 @@ class Hessian:
         """Return Hv.
 
         Args:
-            vector: (n,), the parameters flattened and joined in order, of `dtype`: float32, or
-                float64 where a parameter is.
+            vector: (n,), the parameters flattened and joined in order. Its dtype is `dtype`:
+                float64 if a parameter is float64, else float32.
 
         Returns:
             (n,), of the same dtype; NaN and inf where the derivatives are not finite.
@@ -144,7 +145,7 @@ class Hessian:
                     materialize_grads=True,
                 )
             _require_derivatives(self._gradients)
-            # Compiled code refuses at the first product and no earlier.
+            # Compiled code raises its error at the first product and no earlier.
             self._double_backward(torch.zeros(self.size, dtype=self.dtype, device=self.device))
         except torch.OutOfMemoryError:
             raise
@@ -179,7 +180,8 @@ class Hessian:
 
     def _double_backward(self, vector: Tensor) -> Tensor:
         parts = self._parts(vector.to(self.dtype))
-        # Where the loss is linear in a parameter, its gradient has no graph and its rows are zero.
+        # Where the loss is linear in a parameter, that gradient has no graph and those
+        # rows are zero.
         held = [(g, v) for g, v in zip(self._gradients, parts, strict=True) if g.requires_grad]
         if not held:
             return torch.zeros_like(vector)
@@ -230,7 +232,7 @@ class Hessian:
 
 
 def _require_derivatives(gradients: Iterable[Tensor]) -> None:
-    """Raise `RuntimeError` where a gradient's graph holds one of torch's nodes that only raise.
+    """Raise `RuntimeError` if a gradient's graph holds one of torch's nodes that only raise.
 
     Autograd prunes the node of a once-differentiable function, because none of the wanted inputs
     lies behind it, and would return zeros.
@@ -276,22 +278,22 @@ def _same_randomness(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class TraceEstimate:
-    """An unbiased mean over probes, in units of loss / parameter²."""
+    """An unbiased estimate of a trace, the mean over probes, in units of loss / parameter²."""
 
     mean: float
     """NaN where a product was not finite."""
     standard_error: float
-    """Sample standard deviation / √probes; NaN for one probe."""
+    """Sample standard deviation / √(number of probes); NaN for one probe."""
 
 
 @dataclass(frozen=True, slots=True)
 class HessianTrace:
-    """tr H, and the trace of every parameter's own block on its diagonal; the parts add up."""
+    """tr H, and the trace of each parameter's diagonal block; these traces add up to tr H."""
 
     total: TraceEstimate
     by_parameter: dict[str, TraceEstimate]
     num_products: int
-    """Hessian–vector products spent: one a probe."""
+    """Number of Hessian–vector products: one per probe."""
 
 
 def hessian_trace(hessian: Hessian, *, num_probes: int = 32, seed: int = 0) -> HessianTrace:
@@ -301,11 +303,12 @@ def hessian_trace(hessian: Hessian, *, num_probes: int = 32, seed: int = 0) -> H
     independent. The variance is Σ_{i≠j∈p} 2 H_ij² + Σ_{i∈p, j∉p} H_ij². Probing each parameter
     alone would remove the second sum and cost a product per parameter. A diagonal H has no error.
 
-    Cost: on demand. One Hessian–vector product a probe and one device-to-host read at the end.
+    Cost: on demand. Each probe takes one Hessian–vector product. One device-to-host read
+    follows at the end.
 
     Args:
         hessian: The Hessian of the loss.
-        num_probes: The standard error falls with its square root.
+        num_probes: Number of probes. The standard error falls with its square root.
         seed: Seeds the probes. They are drawn on the host and so are the same on every device.
 
     Raises:
@@ -357,7 +360,7 @@ class Tridiagonal:
     off_diagonal: Tensor
     """(k − 1,), float64 on the host; 0 where a new start vector begins."""
     remainder: float
-    """‖r‖; 0 where the space is invariant, NaN where a product was not finite."""
+    """‖r‖; 0 if the space is invariant, NaN if a product was not finite."""
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values (k,), ascending, and T's eigenvectors (k, k) in columns."""
@@ -376,9 +379,9 @@ class ExtremeEigenvalues:
     smallest: tuple[float, ...]
     """λ_n ≤ λ_{n−1} ≤ …, the most negative first, estimated from above."""
     largest_residuals: tuple[float, ...]
-    """‖Hy − θy‖ of each: the distance within which an eigenvalue lies, up to rounding."""
+    """‖Hy − θy‖ of each value. Up to rounding, an eigenvalue is within this distance."""
     smallest_residuals: tuple[float, ...]
-    """The same of `smallest`."""
+    """The residuals of `smallest`."""
     by_magnitude: tuple[float, ...]
     """The values of both ends with the largest |λ|, signed, as power iteration and PyHessian's
     ``eigenvalues`` return them. The first is negative where |λ_n| > λ₁."""
@@ -403,13 +406,14 @@ def lanczos(
     Args:
         product: v ↦ Hv, (n,) to (n,), of a symmetric H.
         start: (n,), float32 or float64, not zero.
-        num_steps: The largest number of steps; it is also limited by n.
-        generator: On the host. Where the space turns out to be invariant, Lanczos draws a new start
-            vector from it, and so finds multiple eigenvalues. None: stop there.
+        num_steps: The largest number of steps; n also limits it.
+        generator: A generator on the host. If the space turns out to be invariant, Lanczos
+            draws a new start vector from the generator, and so finds multiple eigenvalues. With
+            None it stops there.
         is_done: Receives the result after every step, and returns whether to stop.
 
     Returns:
-        T. At the first product that is not finite it is cut short, and its remainder is NaN.
+        T. It ends at the first product that is not finite, and the remainder is then NaN.
     """
     n = start.numel()
     num_steps = min(num_steps, n)
@@ -456,19 +460,19 @@ def hessian_eigenvalues(
 ) -> ExtremeEigenvalues:
     """Return the algebraically largest and smallest eigenvalues.
 
-    Lanczos finds both ends of the spectrum in the same space, and clustered eigenvalues sooner than
-    power iteration with deflation. It stops when every residual is at most tolerance · max |θ|. One
-    start vector finds an eigenvalue of exact multiplicity once, unless there are so few distinct
-    ones that the space is exhausted first.
+    Lanczos finds both ends of the spectrum in the same space, and it finds clustered eigenvalues
+    sooner than power iteration with deflation. It stops when every residual is at most tolerance ·
+    max |θ|. One start vector finds a multiple eigenvalue only once, unless so few eigenvalues are
+    distinct that the space is exhausted first.
 
-    Cost: on demand. Each step takes one Hessian–vector product, and memory for one vector as long
-    as all parameters together: in float32, 0.5 GB a step for 124M parameters. Three eigenvalues at
-    each end of a fresh GPT-2 of 3.3M parameters took 48 steps.
+    Cost: on demand. Each step takes one Hessian–vector product and the memory of one vector as long
+    as all parameters together. In float32 that is 0.5 GB per step for 124M parameters. Three
+    eigenvalues at each end of a fresh GPT-2 of 3.3M parameters took 48 steps.
 
     Args:
         hessian: The Hessian of the loss.
         num_eigenvalues: Number of eigenvalues at each end, limited by the number of parameters.
-        num_steps: Largest number of products. If it is reached first, see the residuals.
+        num_steps: Largest number of products. If the search stops there, check the residuals.
         tolerance: Largest residual, relative to the largest magnitude.
         seed: Seeds the start vector. It is drawn on the host and so is the same on every device.
 
@@ -545,7 +549,8 @@ class _Basis:
         return vector
 
 
-# [ours] A hundredth of the range. At a smaller width the nodes of a single probe become visible.
+# [ours] The width is a hundredth of the range. With a smaller one, the nodes of a single probe
+# become visible.
 _WIDTH_RATIO = 0.01
 
 
@@ -554,10 +559,10 @@ class SpectralDensity:
     """The distribution of eigenvalues as point masses: a mean over probes of Gauss quadratures."""
 
     nodes: Tensor
-    """(N,), float64 on the host, ascending, in units of loss / parameter²; a NaN where a product
+    """(N,), float64 on the host, ascending, in units of loss / parameter²; NaN where a product
     was not finite."""
     weights: Tensor
-    """(N,), float64, ≥ 0, of sum 1: the share of all directions that each node represents."""
+    """(N,), float64, ≥ 0, with sum 1: the share of all directions that each node represents."""
     num_products: int
     """Hessian–vector products spent."""
 
@@ -566,7 +571,7 @@ class SpectralDensity:
         return float((self.weights * self.nodes**power).sum())
 
     def share_below(self, level: float) -> float:
-        """Return the mass below a level. Below 0 it is the share of negative curvature."""
+        """Return the mass below a level. The mass below 0 is the share of negative curvature."""
         if not bool(self.nodes.isfinite().all()):
             return math.nan
         return float(self.weights[self.nodes < level].sum())
@@ -576,9 +581,9 @@ class SpectralDensity:
 
         Args:
             grid: (g,), any real floating dtype: the points to evaluate at.
-            width: Standard deviation of the Gaussian, in the units of the nodes. None: a hundredth
-                of their range. PyHessian's variance is proportional to the range, so its plots
-                change shape with the loss's unit; this one does not.
+            width: Standard deviation of the Gaussian, in the units of the nodes. None means a
+                hundredth of their range. PyHessian makes the variance proportional to the range, so
+                its plots change shape with the unit of the loss. These plots do not.
 
         Returns:
             (g,), float64.
@@ -599,19 +604,20 @@ def hessian_density(
 ) -> SpectralDensity:
     """Estimate the density of H's eigenvalues (Ghorbani, Krishnan & Xiao 2019, arXiv 1901.10159).
 
-    Per probe v: Lanczos from v gives T = SΘSᵀ; its Ritz values θ_j with weights s_{1j}² are the
-    nodes and weights of the Gauss quadrature for v's spectral measure (Golub & Meurant 2010,
-    section 3), exact for every vᵀH^p v / n with p ≤ 2·steps − 1. Probes are ±1, of length √n
-    exactly; the paper's are normal and normalised. The mean over probes is unbiased. Nodes far
-    inside a continuous bulk are not eigenvalues.
+    For each probe v, Lanczos from v gives T = SΘSᵀ. Its Ritz values θ_j and the weights s_{1j}² are
+    the nodes and weights of the Gauss quadrature for v's spectral measure (Golub & Meurant 2010,
+    section 3). The quadrature is exact for every vᵀH^p v / n with p ≤ 2·steps − 1. The entries of a
+    probe are ±1, so its length is exactly √n. The paper uses normalised normal vectors. The mean
+    over probes is unbiased. Nodes far inside a continuous bulk are not eigenvalues.
 
-    Cost: on demand. num_probes × num_steps Hessian–vector products, and memory for num_steps
-    float32 vectors as long as all parameters together.
+    Cost: on demand. It takes num_probes × num_steps Hessian–vector products, and memory for
+    num_steps float32 vectors as long as all parameters together.
 
     Args:
         hessian: The Hessian of the loss.
-        num_probes: More probes reduce the scatter.
-        num_steps: More steps refine the resolution; limited by the number of parameters.
+        num_probes: Number of probes. More probes reduce the scatter.
+        num_steps: Steps per probe, limited by the number of parameters. More steps
+            refine the resolution.
         seed: Seeds the probes. They are drawn on the host and so are the same on every device.
 
     Raises:

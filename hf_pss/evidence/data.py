@@ -43,12 +43,12 @@ END_OF_TEXT = "<|endoftext|>"
 _LOADERS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
 _LOADERS |= {".parquet": "parquet"}
 
-# Documents per call: enough for the tokenizer's threads, few enough to stop near `max_tokens`.
+# Documents per call: enough for the tokenizer's threads, and few enough to stop near `max_tokens`.
 _DOCUMENTS_PER_BATCH = 64
 
 
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of tokens for a causal language model: every label is the input itself.
+    """Blocks of tokens for a causal language model. The labels are the inputs.
 
     Args:
         blocks: (num_blocks, context_length), int64.
@@ -69,8 +69,8 @@ def pack_blocks(tokens: Tokens, *, context_length: int) -> BlockDataset:
     """Cut a stream of tokens into full blocks, and drop the incomplete block at the end.
 
     Args:
-        tokens: (num_tokens,), int32: documents already joined with their separators.
-        context_length: Tokens a block. At least 2, because the model predicts token t + 1 from t.
+        tokens: (num_tokens,), int32. The documents are already joined with their separators.
+        context_length: Tokens per block; at least 2, because the model predicts token t + 1 from t.
 
     Raises:
         ConfigurationError: The text does not fill one block, or `context_length` is below 2.
@@ -93,9 +93,10 @@ def pack_blocks(tokens: Tokens, *, context_length: int) -> BlockDataset:
 
 
 def hold_out(blocks: BlockDataset, *, fraction: float = 0.05) -> tuple[BlockDataset, BlockDataset]:
-    """Split off the last blocks for validation: the end of the text, not a random sample.
+    """Split off the last blocks, which are the end of the text, for validation.
 
-    Neighbouring blocks share a document, so a random split would leak test text into training.
+    The split is not random, because neighbouring blocks can share a document: a random split would
+    leak validation text into training.
 
     Raises:
         ConfigurationError: The fraction is outside (0, 1), or there are fewer than two blocks.
@@ -118,8 +119,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     """Train a byte-level BPE like GPT-2's, which tokenises and restores any text without loss.
 
     Args:
-        texts: The texts to learn the merges from; a few megabytes suffice.
-        vocab_size: At least 257: the 256 bytes and ``<|endoftext|>``.
+        texts: The texts from which the tokenizer learns its merges; a few megabytes suffice.
+        vocab_size: Size of the vocabulary. It is at least 257, for the 256 bytes and
+            ``<|endoftext|>``.
 
     Raises:
         ConfigurationError: The vocabulary is too small to hold the bytes.
@@ -163,9 +165,9 @@ def encode_documents(
     """Tokenise documents into one stream, each followed by the end-of-text token.
 
     Args:
-        documents: Read lazily, and only as many as `max_tokens` needs.
-        tokenizer: Needs an end-of-text token.
-        max_tokens: Cut the stream here; None keeps everything.
+        documents: The documents. They are read lazily, and no more of them than `max_tokens` needs.
+        tokenizer: A tokenizer with an end-of-text token.
+        max_tokens: Length at which the stream is cut; None keeps everything.
 
     Returns:
         (num_tokens,), int32.
@@ -207,9 +209,10 @@ def encode_each(
 
 
 def unigram_entropy_nats(tokens: Tokens) -> float:
-    """Return the entropy of the token frequencies, H = −Σ p ln p: the loss without any context.
+    """Return the entropy of the token frequencies, H = −Σ p ln p.
 
-    A run whose loss returns to this value has lost everything but the word counts.
+    This is the loss of a model without any context. A run whose loss returns to this value knows
+    nothing but the token frequencies.
 
     >>> round(unigram_entropy_nats(np.array([0, 1, 0, 1], dtype=np.int32)), 4)
     0.6931
@@ -230,19 +233,19 @@ def load_text(
     max_tokens: int | None = None,
     cache_dir: Path | None = None,
 ) -> BlockDataset:
-    """Load text from a file or from the Hub, tokenise it, and pack it to full context.
+    """Load text from a file or from the Hub, tokenise it, and pack it into full blocks.
 
     Args:
-        source: A file (``.txt``, ``.md`` and ``.py`` are one document; ``.jsonl``, ``.json`` and
-            ``.parquet`` hold one a row), a pattern such as ``data/*.jsonl``, or the name of a
-            dataset on the Hub.
+        source: A file, a pattern such as ``data/*.jsonl``, or the name of a dataset on the Hub. A
+            ``.txt``, ``.md`` or ``.py`` file is one document. A ``.jsonl``, ``.json`` or
+            ``.parquet`` file holds one document per row.
         tokenizer: A tokenizer of `transformers` with an end-of-text token.
-        context_length: Tokens a block.
+        context_length: Tokens per block.
         column: The column that holds the text.
-        subset: A Hub dataset's configuration, such as ``wikitext-2-raw-v1``.
+        subset: Configuration of the Hub dataset, such as ``wikitext-2-raw-v1``.
         split: A Hub dataset's split.
-        max_tokens: Stop reading here; None reads everything.
-        cache_dir: The folder where `datasets` keeps its copy; None is its own default.
+        max_tokens: Number of tokens at which reading stops; None reads everything.
+        cache_dir: The folder in which `datasets` keeps a copy. None means its default folder.
 
     Raises:
         ConfigurationError: The file, dataset or column is missing, or it holds too little text.
@@ -264,9 +267,9 @@ def read_documents(
     split: str = "train",
     cache_dir: Path | None = None,
 ) -> Iterator[str]:
-    """Return lazily the documents of a file or of a dataset on the Hub, without the blank ones.
+    """Return a lazy iterator over the documents of a file or a Hub dataset, without blank ones.
 
-    Arguments and errors are those of `load_text`. This opens the source at once.
+    The arguments and errors are those of `load_text`. This function opens the source at once.
     """
     rows = open_rows(source, column=column, subset=subset, split=split, cache_dir=cache_dir)
     return texts_of(rows, column)
@@ -281,22 +284,22 @@ def open_rows(
     cache_dir: Path | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a file, files that a pattern names, or a dataset on the Hub, and check its column.
+    """Open a file, the files that match a pattern, or a dataset on the Hub, and check its column.
 
     Args:
         source: See `load_text`.
         column: The column that holds the text; None accepts any columns.
         subset: A Hub dataset's configuration.
         split: A Hub dataset's split.
-        cache_dir: The folder where `datasets` keeps its copy; None is its own default.
-        streaming: Read rows lazily, and copy nothing to the disk.
+        cache_dir: The folder in which `datasets` keeps a copy. None means its default folder.
+        streaming: Read the rows lazily, and copy nothing to the disk.
 
     Raises:
         ConfigurationError: The file, dataset or column is missing.
     """
     options = {"cache_dir": cache_dir, "streaming": streaming}
     rows = _load_rows(str(source), subset=subset, split=split, **options)
-    # A stream of JSON lines does not know its columns before its first row.
+    # The columns of a stream of JSON lines are unknown before its first row.
     names = rows.column_names or list(next(iter(rows), {}))
     if column is not None and names and column not in names:
         raise ConfigurationError(
@@ -324,7 +327,7 @@ def _load_rows(source: str, *, subset: str | None, split: str, **options: Any) -
         raise ConfigurationError(f"There is no file {source}. Check the path.")
     try:
         return datasets.load_dataset(source, subset, split=split, **options)
-    # RuntimeError: the dataset is a script, which datasets 4 and later refuse to run.
+    # RuntimeError means that the dataset is a script, which datasets 4 and later do not run.
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"There is no file {source!r}, and the Hub gave no dataset of that name "
@@ -363,7 +366,7 @@ def _load_files(paths: Sequence[Path], **options: Any) -> _Rows:
 
 
 def texts_of(rows: _Rows, column: str) -> Iterator[str]:
-    """Yield lazily the texts of a column, without the blank ones.
+    """Yield the texts of a column lazily, without the blank ones.
 
     Raises:
         ConfigurationError: The column holds something other than text.
@@ -382,8 +385,9 @@ def texts_of(rows: _Rows, column: str) -> Iterator[str]:
 
 def _column_of(rows: _Rows, column: str) -> Iterator[Any]:
     if isinstance(rows, datasets.IterableDataset):
-        # Row by row, because `iter(batch_size=...)` gives every DataLoader worker all rows
-        # (datasets 5.2). Without select_columns, whose result forgets the epoch.
+        # This reads row by row, because `iter(batch_size=...)` gives every DataLoader worker
+        # all rows (datasets 5.2). It does not use select_columns, because the result of that
+        # forgets the epoch.
         for row in rows:
             yield row[column]
         return

@@ -1,4 +1,4 @@
-"""The demo: a small sweep whose runs keep their files, so that a page can show them."""
+"""The demo: a small sweep that keeps the files of its runs, so that a page can show them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ DEMO_RECIPE = RECIPES[_RECIPE_NAME]
 
 TWINS: Mapping[str, PSSConfig] = MappingProxyType(
     {
-        # Bit for bit the plain Trainer: PSS observes and records, and changes nothing.
+        # PSS observes and records but changes nothing, so this trains bit for bit as the
+        # plain Trainer.
         "plain": PSSConfig(observe_only=True),
         **{name: PSSConfig.preset(name) for name in PRESETS},
     }
 )
-"""Guards that train on the same data from the same seed."""
+"""The guards of the demo. All train from the same seed on the same data."""
 
 _VERSION = 1
 # The numbers of a recipe that the report shows.
@@ -57,14 +58,16 @@ def run_demo(
     num_processes: int | None = None,
     console: Console | None = None,
 ) -> str:
-    """Train every guard with every seed and write the run directory that the report reads.
+    """Train every guard with every seed, and write the run directory that the report reads.
 
     Args:
         recipe: What to train.
-        output_dir: Created if it is missing; results of an earlier demo in it are replaced.
+        output_dir: The run directory. It is created if it is missing, and results of an earlier
+            demo in it are replaced.
         guards: Names from `TWINS`.
         num_seeds: Train the seeds 0 … num_seeds − 1 under every guard.
-        num_processes: Runs at a time. None: one a core that this process may use.
+        num_processes: Number of runs at a time. None means one for each core that this
+            process may use.
         console: Where progress is shown.
 
     Returns:
@@ -209,14 +212,14 @@ def _show(progress: Progress, task: TaskID, row: Mapping[str, Any] | None) -> No
 
 
 def _last_row(path: Path) -> dict[str, Any] | None:
-    """Return the last whole training row of a file that a run may still be writing."""
+    """Return the last complete training row of a file that a run may still be writing."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2048))
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    # The block may begin inside a line; such a half line cannot hold both keys.
+    # The block may begin inside a line. Such a partial line cannot hold both keys.
     rows = (line for line in reversed(lines) if line.startswith(b'{"step":') and b'"loss"' in line)
     return next(map(json.loads, rows), None)
 
@@ -249,7 +252,7 @@ def _folder(out: Path, cell: Cell) -> Path:
 def _remove_earlier_demo(out: Path) -> None:
     """Remove every file of an earlier demo that could be mistaken for a result of the next one.
 
-    Files that no demo writes stay, and so do the folders that hold them.
+    Files that no demo writes stay, and so do their folders.
 
     Raises:
         ConfigurationError: A file cannot be removed.

@@ -1,9 +1,9 @@
 """Measure how early a recorded quantity warns of an explosion, and how often it warns falsely.
 
-A rule is one series of a run's record and one detector. Rules are compared at an equal rate of
-false alarms and never each at a threshold that happens to suit it, because a rule that always warns
-also warns early. Give rows of unprotected runs: a guard that acts on the warning hides the
-explosion.
+A rule is one series of a run's record and one detector. This module compares rules at an equal rate
+of false alarms, because a rule that always warns also warns early. It never compares each rule at a
+threshold that happens to suit that rule. Give it rows of unprotected runs: a guard that acts on the
+warning hides the explosion.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class WarningRule:
     series: str
     """A series of `hf_pss.evidence.probes.PROBED`, or ``loss``."""
     detector: Callable[[float], Detector]
-    """Builds the detector of a threshold."""
+    """Builds the detector for a threshold."""
     threshold: float
-    """The published threshold, or ours."""
+    """The published threshold; ours where none is published."""
     thresholds: tuple[float, ...]
     """The thresholds that a comparison tries, the most sensitive first."""
     description: str
     complement: bool = False
-    """Whether to read one minus the value, so that a floor on it is a ceiling on the value."""
+    """Whether the detector reads one minus the value, so that a floor acts as a ceiling."""
 
 
 _AVERAGE: dict[str, Any] = {"alpha": 0.1, "calibration_steps": 20, "patience_steps": 50}
@@ -141,7 +141,7 @@ RULES: Mapping[str, WarningRule] = MappingProxyType(
         ),
     }
 )
-"""The rules. Ratios and drops refer to a moving average with α = 0.1, after 20 readings."""
+"""The rules. Ratios and drops compare with a moving average (α = 0.1) of at least 20 readings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +153,9 @@ class Record:
 
 
 def record_of(row: Row, series: str) -> Record | None:
-    """Return a series of a row's probes, health or losses; None where it was not recorded.
+    """Return a series of a row's probes, health or losses; None if it was not recorded.
 
-    A series without a single number counts as not recorded, not as broken at every step.
+    A series without any number counts as not recorded, not as non-finite at every step.
 
     Raises:
         ConfigurationError: The series and its steps are of different lengths.
@@ -198,7 +198,7 @@ def warning_steps(
 HORIZON_STEPS = 200
 """A warning counts if the loss departs within this many steps."""
 MARGIN_NATS = 0.1
-"""The distance from its minimum at which the loss has departed."""
+"""The loss has departed when it is this far above its minimum."""
 WINDOW_STEPS = 9
 """Width of the centred median that removes batch noise from the loss; it does not lag."""
 
@@ -208,8 +208,8 @@ def departure_step(losses: Sequence[float | None], explosion_step: int) -> int:
 
     Let L̄_t be the centred median of `WINDOW_STEPS` losses up to the explosion e. The loss departs
     one step after the last t ≤ e with L̄_t ≤ min_{s ≤ e} L̄_s + `MARGIN_NATS`, and at e at the
-    latest. A run that stays at a plateau or breaks at one NaN therefore departs at its explosion. A
-    loss that is not finite counts as infinite.
+    latest. So the loss of a run that stays on a plateau, or that one NaN breaks, departs at the
+    explosion. A loss that is not finite counts as infinite.
 
     Args:
         losses: From step 1; None where not finite.
@@ -256,7 +256,7 @@ def lead_time(
         horizon_steps: Warnings earlier than this before the departure do not count.
 
     Returns:
-        A negative number where the loss departed first; None where no warning counts.
+        The lead in steps. It is negative if the loss departed first, and None if no warning counts.
 
     >>> lead_time([3.0] * 10 + [4.0] * 10, [7, 12], 20)
     4
@@ -269,18 +269,20 @@ def lead_time(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeadScore:
-    """Warnings before explosions, and false alarms of healthy runs, in one group of runs."""
+    """Warnings before explosions and false alarms in healthy runs, for one group of runs."""
 
     recipe: str
     leads: tuple[int | None, ...]
-    """Steps from the warning to the loss's departure, one an explosion; None without a warning."""
+    """For each explosion, the steps from the warning to the loss's departure; None
+    without a warning."""
     num_false_alarms: int
-    """Readings of healthy runs that warned. A rule that always warns pays for every one."""
+    """Number of readings of healthy runs that warned. A rule that always warns pays for
+    every one of them."""
     num_healthy_readings: int
 
     @property
     def num_ahead(self) -> int:
-        """Explosions with a warning before the loss departed."""
+        """Number of explosions with a warning before the loss departed."""
         return sum(lead is not None and lead > 0 for lead in self.leads)
 
     @property
@@ -297,7 +299,7 @@ class LeadScore:
         return 1000 * self.num_false_alarms / self.num_healthy_readings
 
     def cells(self) -> tuple[str, str, str]:
-        """Return the cells of a table: explosions warned ahead, leads, rate of false alarms."""
+        """Return the cells of a table: explosions warned of early, leads, false-alarm rate."""
         known = [lead for lead in self.leads if lead is not None]
         rate = self.false_alarm_rate
         return (
@@ -377,17 +379,17 @@ def threshold_sweep(name: str, rows: Sequence[Row]) -> tuple[Score, ...]:
 def at_equal_rate(
     rows: Sequence[Row], *, max_false_alarms: float, rules: Sequence[str] = tuple(RULES)
 ) -> tuple[Score, ...]:
-    """Return a score per rule and recipe, at the rule's most sensitive threshold within a rate.
+    """Return a score per rule and recipe, at the most sensitive threshold within one alarm rate.
 
     A rule has one threshold over all recipes, because nobody knows beforehand which explosion will
-    come. It is chosen on the same healthy runs whose rate is reported, so expect a slightly higher
-    rate of new runs.
+    come. The threshold is chosen on the same healthy runs whose rate is reported, so expect a
+    slightly higher rate in new runs.
 
     Args:
         rows: Unprotected runs.
-        max_false_alarms: Per 1,000 readings of all healthy runs together.
-        rules: Names. A rule is left out if none of its thresholds keeps the rate, or if no healthy
-            run recorded its series.
+        max_false_alarms: The most false alarms per 1,000 readings of all healthy runs together.
+        rules: Names of rules. A rule is left out if none of its thresholds keeps the rate, or if no
+            healthy run recorded its series.
 
     Raises:
         ConfigurationError: A rule is unknown, or a row is damaged.

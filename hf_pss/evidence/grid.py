@@ -1,4 +1,4 @@
-"""Read the grid of a sweep, a YAML file, into cells that each determine one run."""
+"""Read the grid of a sweep from a YAML file into cells, each of which determines one run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Cell", "read_grid"]
 
 _T = TypeVar("_T")
 
-# Of a recipe's fields, those that lie beside the training's own numbers in a cell's id.
+# The fields of a recipe that enter a cell's id beside the numbers of the training.
 _BESIDE_TRAINING = (
     *("architecture", "init_gain", "zero_query", "matrix_lr_ratio", "adam_beta1", "schedule"),
     *("on_gpu", "fault"),
@@ -51,15 +51,15 @@ class Cell:
     recipe_name: str
     recipe: Recipe
     optimizer: str
-    """A name of `OPTIMIZERS`, or `TRAINERS_OWN`."""
+    """A name from `OPTIMIZERS`, or `TRAINERS_OWN`."""
     guard_name: str
     pss: PSSConfig | None = None
-    """PSS options of the grid itself. None: the guard of that name in the table."""
+    """PSS options that the grid gives. None means the guard of that name in the table."""
     seed: int
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """The grid's changes of the recipe; `recipe` holds them already."""
+    """The grid's changes to the recipe; `recipe` already has them."""
     probes_every_steps: int = 0
-    """Steps between early-warning readings; 0 keeps none."""
+    """Steps between two early-warning readings; with 0 there are none."""
 
     @property
     def learning_rate(self) -> float:
@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def guard(self) -> Guard:
-        """The guard: one of the table, or PSS with the grid's options."""
+        """The guard: one from the table, or PSS with the grid's options."""
         if self.pss is None:
             return _table_guard(self.guard_name)
         return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
@@ -86,7 +86,8 @@ class Cell:
             del recipe[name]
         own = {name: recipe.pop(name) for name in _BESIDE_TRAINING}
         parts = [
-            # Nested as in the first version, so that rows of earlier sweeps count as done.
+            # This has the nesting of the first version, so that rows of earlier sweeps
+            # count as done.
             {**own, "training": recipe},
             self.optimizer,
             self.learning_rate,
@@ -114,7 +115,7 @@ class Cell:
         return Row(**about, **measured)
 
     def check(self) -> None:
-        """Make sure that the run is possible.
+        """Check that the run is possible.
 
         Raises:
             ConfigurationError: Guard, optimizer and recipe do not fit together, or the machine has
@@ -147,10 +148,11 @@ class Cell:
 
 
 def read_grid(path: Path) -> list[Cell]:
-    """Return the cells of a YAML file: a mapping or a list of mappings, each a full product.
+    """Return the cells of a YAML file, which holds one mapping or a list of mappings.
 
-    Cells that two mappings share are run once. Seeds are the outer loop, so that a sweep that ends
-    early has compared everything on fewer seeds.
+    Each mapping stands for the full product of its lists. Cells that two mappings share are
+    run once. The seeds are the outer loop, so a sweep that ends early has compared
+    everything on fewer seeds.
 
     Raises:
         ConfigurationError: The file cannot be read, a key or a name is unknown, or a value is
@@ -229,7 +231,7 @@ def _list(found: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _seeds(value: Any) -> list[int]:
-    """Return seeds 0 … n−1 for a number n, or those listed."""
+    """Return the seeds 0 … n−1 for a number n, or the listed seeds."""
     seeds = list(range(value)) if _is_count(value) else value
     if not isinstance(seeds, (list, tuple)) or not seeds or not all(map(_is_count, seeds)):
         raise ConfigurationError(
@@ -270,9 +272,9 @@ def _table_guard(name: str) -> Guard:
 
 
 def _guard(entry: Any) -> tuple[str, PSSConfig | None]:
-    """Return a guard's name, and the PSS options where the grid gives its own.
+    """Return a guard's name, and its PSS options if the grid gives them.
 
-    These are a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
+    An entry with options is a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
     """
     if isinstance(entry, str):
         _table_guard(entry)

@@ -1,4 +1,4 @@
-"""Pack a stream of documents into full blocks, with one batch of documents in memory."""
+"""Pack a stream of documents into full blocks, and hold one batch of documents in memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def pack_documents(
 ) -> Iterator[list[int]]:
     """Join documents end to end and cut them into full blocks, lazily.
 
-    No block is padded. Only the incomplete block at the very end is dropped.
+    This function pads no block. It drops only the incomplete block at the very end.
 
     Args:
-        documents: Token ids, each document with its separator.
-        context_length: Tokens a block. At least 2, because the model predicts token t + 1 from t.
+        documents: Token ids of each document, with the separator at the end.
+        context_length: Tokens per block; at least 2, because the model predicts token t + 1 from t.
 
     Raises:
         ConfigurationError: `context_length` is below 2.
@@ -50,17 +50,18 @@ def pack_documents(
 
 
 class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
-    """A stream of rows, tokenised and packed while it is read. Every label is the input itself.
+    """A stream of rows that is tokenised and packed while it is read. The labels are the inputs.
 
     The stream has no length, so a run needs ``max_steps``. A resumed run reads the blocks it has
-    already seen, because the Trainer skips them one by one. The workers of a DataLoader share the
-    rows' files, so workers beyond the number of files stay idle. Under several ranks Accelerate
-    reads on the first rank and sends each rank its part of the batch.
+    already seen, because the Trainer skips them one by one. The workers of a DataLoader divide the
+    files of the rows among themselves, so workers beyond the number of files stay idle. If there
+    are several ranks, Accelerate reads on the first rank and sends each rank its part of the batch.
 
     Args:
-        rows: From ``load_dataset(..., streaming=True)``, or a dataset's ``to_iterable_dataset()``.
-        tokenizer: Needs an end-of-text token, which follows every document.
-        context_length: Tokens a block.
+        rows: The result of ``load_dataset(..., streaming=True)``, or of a dataset's
+            ``to_iterable_dataset()``.
+        tokenizer: A tokenizer with an end-of-text token, which follows every document.
+        context_length: Tokens per block.
         column: The column that holds the text.
 
     Raises:
@@ -83,11 +84,11 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
         self._column = column
 
     def set_epoch(self, epoch: int) -> None:
-        """Change the order of shuffled rows; the Trainer calls this at every pass."""
+        """Change the order of shuffled rows. The Trainer calls this at the start of every pass."""
         self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # In a DataLoader's worker the rows yield only that worker's files.
+        # In a worker of a DataLoader, the rows yield only the files of that worker.
         documents = encode_each(texts_of(self._rows, self._column), self._tokenizer)
         for block in pack_documents(documents, context_length=self._context_length):
             ids = torch.tensor(block)
@@ -95,10 +96,10 @@ class PackedStream(IterableDataset[dict[str, torch.Tensor]]):
 
 
 def is_held_out(text: str, *, fraction: float) -> bool:
-    """Return whether a document is for validation, by a hash of its text.
+    """Return whether a document is for validation, which a hash of its text decides.
 
-    The order of reading and the number of workers do not matter, and equal documents get the same
-    answer.
+    The order of reading and the number of workers do not matter. Equal documents get
+    the same answer.
 
     >>> [is_held_out("a document", fraction=fraction) for fraction in (0.0, 1.0)]
     [False, True]
@@ -112,7 +113,8 @@ def split_stream(
 ) -> tuple[datasets.IterableDataset, datasets.IterableDataset]:
     """Split rows by `is_held_out` into training and validation rows, without reading any.
 
-    Rows without text in the column count as training rows; reading skips or refuses them.
+    Rows without text in the column count as training rows. Reading them later skips them or
+    raises an error.
     """
     train, held_out = (
         rows.filter(partial(_is_on_side, fraction=fraction, held_out=side), input_columns=[column])

@@ -1,4 +1,4 @@
-"""Record quantities during a run that may warn before the loss moves."""
+"""Record quantities of a run that may warn of an explosion before the loss moves."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ PROBED: Mapping[str, str] = {
 
 
 class Probes(TimedCallback):
-    """Records the quantities of `PROBED` at every ``every_steps``-th step, and changes nothing.
+    """Records the quantities of `PROBED` every ``every_steps`` steps, and changes nothing.
 
-    Add it behind PSS's callback, whose gradient norm it records. Without that callback it computes
-    the norm from the gradients, but only where the Trainer does not clip them.
+    Add this callback after PSS's callback, whose gradient norm it records. Without PSS's callback
+    it computes the norm from the gradients, but only if the Trainer does not clip them.
 
     Args:
         trainer: The trainer whose run to record.
-        every_steps: Interval of the record: steps N, 2N, …
-        jacobian_energy: Also record the Jacobian energies. They cost the most, because every matrix
-            is decomposed for them.
+        every_steps: Interval N of the record, which holds steps N, 2N, …
+        jacobian_energy: Also record the Jacobian energies. They cost the most, because they need a
+            decomposition of every matrix.
 
     Raises:
         ConfigurationError: `every_steps` is below 1.
@@ -71,7 +71,7 @@ class Probes(TimedCallback):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON: ``every_steps``, ``seconds``, ``step``, and a list for each series.
 
-        The lists have one length. A number that is missing or not finite is None.
+        All lists have the same length. A number that is missing or not finite is None.
         """
         return {
             "every_steps": self.every_steps,
@@ -98,14 +98,14 @@ class Probes(TimedCallback):
         )
 
     def before_step(self, step: int) -> None:
-        """Capture the forward passes of this step, if it is recorded."""
+        """Capture the forward passes of this step if the step is due."""
         self._now = {}
         self._is_due = step % self.every_steps == 0
         if self._is_due:
             self._signs.arm(self._norms.directions())
 
     def before_update(self) -> bool:
-        """Read the gradients, and the captured forward passes."""
+        """Read the gradients and the captured forward passes."""
         if not self._is_due:
             return False
         parameters = named_parameters_canonical(self.model)
@@ -155,7 +155,7 @@ class Probes(TimedCallback):
         self._signs.disarm()
 
     def _note(self, name: str, values: Iterable[float], worst: Literal["min", "max"]) -> None:
-        """Keep the worst and the mean, but nothing if one is NaN, which min and max may ignore."""
+        """Keep the worst and the mean, or neither if a value is NaN: min and max may ignore it."""
         numbers = list(values)
         if not numbers or any(math.isnan(v) for v in numbers):
             return

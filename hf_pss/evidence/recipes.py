@@ -1,4 +1,4 @@
-"""The trainings that a demo or a sweep runs: small models, some harmed on purpose."""
+"""The trainings of demos and sweeps: small models, some of them harmed on purpose."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["RECIPES", "Fault", "Recipe"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Harm done to a run on purpose, over the steps ``start`` … ``start + num_steps − 1``."""
+    """Deliberate harm to a run, over the steps ``start`` … ``start + num_steps − 1``."""
 
     kind: Literal["random_batch", "nan_gradient", "high_learning_rate"]
     """Uniformly drawn tokens, one NaN in every gradient, or the learning rate times `factor`."""
@@ -35,7 +35,7 @@ class Fault:
     factor: float = 1.0
 
     def covers(self, step: int) -> bool:
-        """Return whether this fault harms the step, counted from 1."""
+        """Return whether this fault harms the step; steps are counted from 1."""
         return self.start <= step < self.start + self.num_steps
 
     @property
@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A model, its training, and the definition of an explosion in it.
+    """A model, its training, and the definition of an explosion in that training.
 
     The defaults train a GPT-2 of 8 layers at a learning rate above its best one.
     """
@@ -67,21 +67,23 @@ class Recipe:
     eval_every_steps: int = 100
     num_eval_blocks: int = 256
     health_every_steps: int = 20
-    """Interval of the demo's health readings; the guards of a sweep set their own."""
+    """Interval of the health readings in the demo. In a sweep the guards set the interval."""
     architecture: Literal["gpt2", "post_ln"] = "gpt2"
-    """GPT-2, whose blocks normalise their input, or GPT-1, whose blocks normalise their output."""
+    """GPT-2 normalises the input of each block, and ``post_ln`` is GPT-1, which
+    normalises the output."""
     init_gain: float = 1.0
-    """Factor on the initial block matrices."""
+    """Factor on the initial values of the block matrices."""
     zero_query: bool = False
     """W_Q starts at zero, so that every token attends equally to all (GPT-2 only)."""
     matrix_lr_ratio: float = 1.0
-    """Learning rate of block matrices over the learning rate of the other parameters."""
+    """Ratio of the learning rate of the block matrices to that of the other parameters."""
     adam_beta1: float = 0.9
     schedule: Literal["warmup_stable_decay", "constant", "ramp"] = "warmup_stable_decay"
-    """After a linear warm-up: constant, then linear decay to zero over the last 40 % of the steps;
-    constant to the end; or (``ramp``) a linear rise from zero over the whole run."""
+    """``warmup_stable_decay`` and ``constant`` begin with a linear warm-up and then stay constant.
+    The first decays linearly to zero over the last 40 % of the steps. ``ramp`` rises linearly from
+    zero over the whole run."""
     on_gpu: bool = False
-    """Train in bfloat16 on a CUDA device, compiled. Refused where there is no such device."""
+    """Train in bfloat16 on a CUDA device, compiled. Without such a device the run is an error."""
     fault: Fault | None = None
     explosion: ExplosionRule = field(default_factory=ExplosionRule)
 
@@ -97,7 +99,7 @@ class Recipe:
             )
 
     def with_changes(self, changes: Mapping[str, Any]) -> Recipe:
-        """Return the recipe with some fields replaced, as a grid file gives them.
+        """Return the recipe with some fields replaced by those of a grid file.
 
         Raises:
             ConfigurationError: A field is unknown, or a value has the wrong type or range.
@@ -112,14 +114,14 @@ class Recipe:
         return replace(self, **changes)
 
     def model(self) -> PreTrainedModel:
-        """Return the untrained model; its weights come from torch's global seed."""
+        """Return the untrained model, with weights from torch's global generator."""
         sizes: dict[str, Any] = {
             "n_layer": self.num_layers,
             "n_embd": self.width,
             "n_head": self.num_heads,
             "n_positions": self.context_length,
             "vocab_size": self.vocab_size,
-            # Without dropout a step draws no random number, and twins differ by their guard alone.
+            # Without dropout a step draws no random number, so twins differ by their guard alone.
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         }
         model: PreTrainedModel
@@ -138,7 +140,7 @@ class Recipe:
         return model
 
     def arguments(self, output_dir: Path, seed: int) -> TrainingArguments:
-        """Return the training arguments of one run, the same for every guard.
+        """Return the training arguments of one run; they are the same for every guard.
 
         Raises:
             ConfigurationError: The recipe needs a CUDA device and this machine has none.
@@ -197,7 +199,7 @@ _WORDS = {
 
 
 def _check_like(name: str, value: Any, now: Any) -> None:
-    """Refuse a value of another type than the field's. YAML reads 1e-1, without a dot, as text."""
+    """Refuse a value of the wrong type, such as 1e-1, which YAML reads as text."""
     if name in _WORDS and value not in _WORDS[name]:
         raise ConfigurationError(f"{name} is {' or '.join(_WORDS[name])}; you gave {value!r}.")
     kinds = (int, float) if isinstance(now, float) else (type(now),)
@@ -206,7 +208,7 @@ def _check_like(name: str, value: Any, now: Any) -> None:
         raise ConfigurationError(f"{name} of a recipe is like {now!r}; you gave {value!r}{hint}.")
 
 
-# Half the default's depth and batch: a step takes a third of the time.
+# With half the depth and batch size of the default, a step takes a third of the time.
 _TINY: dict[str, Any] = {"num_layers": 4, "batch_size": 8, "num_steps": 600}
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -282,4 +284,4 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
     }
 )
-"""Every recipe, by the name that a grid gives. Learning rates are the grid's."""
+"""Every recipe, by the name that a grid gives. The grid sets the learning rate."""

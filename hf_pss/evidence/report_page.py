@@ -1,4 +1,4 @@
-"""Write the report: one self-contained page, and its figures beside it as PNG."""
+"""Write the report: one self-contained page, and its figures as PNG files beside it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from hf_pss.view.page import inline_svg, render_template
 
 __all__ = ["write_report"]
 
-# A floor may act at every check. The page shows the first events; the run's own file has all.
+# A floor may act at every check. The page shows the first events, and the file of the run has all.
 _MOST_LINES = 40
 _MOST_DETAILED = 10
 
 
 @dataclass(frozen=True, slots=True)
 class SummaryLine:
-    """A line of the summary table: one seed, or the mean over a guard's seeds."""
+    """A line of the summary table: one seed of a guard, or the mean over its seeds."""
 
     guard: str
     colour: str
@@ -73,8 +73,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write ``report.html`` and ``figures/*.png``.
 
     Args:
-        run_dir: A run directory, also of a run that was interrupted or is still running.
-        out: The page to write, or a folder for it. None is ``run_dir/report.html``.
+        run_dir: A run directory. The run may be interrupted or still running.
+        out: The page to write, or a folder for it. None means ``run_dir/report.html``.
 
     Returns:
         The page's path. It needs no other file and no network.
@@ -147,7 +147,7 @@ def _event_list(run: TrainingRun) -> EventList:
 
 
 def _event_lines(events: Sequence[ReportEvent]) -> Iterator[EventLine]:
-    """Yield one line per intervention; neighbouring events that changed nothing share one."""
+    """Yield one line per intervention, and one for neighbouring events that changed nothing."""
 
     def likeness(numbered: tuple[int, ReportEvent]) -> tuple[object, ...]:
         index, event = numbered
@@ -160,7 +160,7 @@ def _event_lines(events: Sequence[ReportEvent]) -> Iterator[EventLine]:
 
 
 def _method(directory: RunDirectory, guard: str) -> str:
-    """Describe what a guard did, from its own files: detector, threshold, smoothing."""
+    """Describe from the files of a guard what it did: detector, threshold, smoothing."""
     events = [event for run in directory.of(guard) for event in run.interventions]
     if not events:
         return "did not change a single weight."

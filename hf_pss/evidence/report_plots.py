@@ -39,19 +39,21 @@ __all__ = [
     "stable_rank_figure",
 ]
 
-# 1/40 of the run removes the noise of single batches and keeps a spike of ten steps visible.
+# A window of 1/40 of the run removes the noise of single batches and keeps a spike of ten
+# steps visible.
 _SMOOTHING_FRACTION = 1 / 40
 # A loss far above the first one only shows that the run is lost, so the axis ends here.
 _LOSS_HEADROOM = 1.15
-# Norms are cut four decades from their median. Otherwise one explosion would flatten the rest.
+# The axis of the norms ends four decades from their median. Otherwise one explosion would
+# flatten the rest.
 _GRADIENT_HEADROOM = 1e4
-# A logarithmic axis cannot show zero, nor a number that is zero in float32.
+# A logarithmic axis can show neither zero nor a number that is zero in float32.
 _SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 _DASHES = (0, (3, 2))
 
 
 def moving_average(values: Floats, window: int) -> Floats:
-    """Return the centred mean over the finite values in a window; NaN where it holds none.
+    """Return the centred mean over the finite values in a window; NaN if it holds none.
 
     >>> moving_average(np.array([1.0, np.nan, 3.0]), 3).tolist()
     [1.0, 2.0, 3.0]
@@ -69,7 +71,7 @@ def moving_average(values: Floats, window: int) -> Floats:
 
 
 def loss_figure(directory: RunDirectory) -> Figure:
-    """Draw validation loss beside training loss, all guards and seeds."""
+    """Draw the validation loss beside the training loss, for all guards and seeds."""
     figure = new_figure(10, 3.9)
     validation, training = figure.subplots(1, 2)
     for run in directory.runs:
@@ -87,7 +89,7 @@ def loss_figure(directory: RunDirectory) -> Figure:
 
 
 def gradient_figure(directory: RunDirectory) -> Figure:
-    """Draw the gradient norm of each guard's first seed, with its baseline and threshold."""
+    """Draw the gradient norm, baseline and threshold of each guard's first seed."""
     figure = new_figure(10, 3.4)
     panels = figure.subplots(1, len(directory.guards), sharex=True, sharey=True, squeeze=False)[0]
     for axes, guard in zip(panels, directory.guards, strict=True):
@@ -107,11 +109,11 @@ def gradient_figure(directory: RunDirectory) -> Figure:
 
 
 def headline_plot(run_dir: Path, out_png: Path) -> None:
-    """Draw all guards in one wide figure: loss left, stable rank right.
+    """Draw all guards in one wide figure: the loss on the left, the stable rank on the right.
 
     Args:
         run_dir: A run directory.
-        out_png: The picture to write.
+        out_png: The file to write.
 
     Raises:
         ConfigurationError: `run_dir` holds no run.
@@ -154,7 +156,8 @@ def _scale_norms(axes: Axes, norms: Floats) -> None:
     low, high, median = (float(f(norms)) for f in (np.min, np.max, np.median))
     bottom = max(low / 1.5, median / _GRADIENT_HEADROOM)
     top = 4 * min(high, median * _GRADIENT_HEADROOM)
-    # Limits first, because matplotlib warns about its own limits on a logarithmic axis.
+    # The limits come first, because matplotlib warns about its default limits on a
+    # logarithmic axis.
     axes.set_ylim(bottom, top)
     use_log_scale(axes)
     if high > top:
@@ -268,7 +271,7 @@ def colour_of(directory: RunDirectory, guard: str) -> str:
 
 
 def stable_rank_figure(directory: RunDirectory) -> Figure | None:
-    """Draw the stable ranks of each guard's first seed; None where no run has recorded one."""
+    """Draw the stable ranks of each guard's first seed; None if no run has recorded one."""
     panels = [
         HeatMapPanel(
             title=f"{label(guard)}, seed {run.seed}",

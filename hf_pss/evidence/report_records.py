@@ -1,6 +1,6 @@
-"""Read the directory of a demo into frozen records; a missing number is NaN.
+"""Read the directory of a demo into frozen records, in which a missing number is NaN.
 
-The runs may be complete, interrupted, or cut in the middle of a line.
+The runs may be complete or interrupted, and a file may end in the middle of a line.
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ class StableRanks:
 
 @dataclass(frozen=True, slots=True)
 class ReportEvent:
-    """One line of ``pss_events.jsonl`` as the report shows it; a number that is missing is NaN."""
+    """One line of ``pss_events.jsonl`` as the report shows it. A missing number is NaN."""
 
     step: int
     kind: EventKind
     detector: str
     decision: Action
     reason: str
-    """Of the decision: ``cooldown``, ``budget``, ``observe only``."""
+    """The reason of the decision: ``cooldown``, ``budget``, ``observe only``."""
     value: float
     threshold: float
     is_intervention: bool = False
-    """Whether weights were smoothed. Only then the fields below are set."""
+    """Whether weights were smoothed. If not, the fields below are not set."""
     smoothing: str = ""
     seconds: float = math.nan
     matrices: tuple[MatrixChange, ...] = ()
@@ -139,7 +139,7 @@ class ReportEvent:
 
     @property
     def changed(self) -> tuple[MatrixChange, ...]:
-        """The matrices whose σ₁ fell, the most singular first."""
+        """The matrices whose σ₁ fell, with the most singular first."""
         moved = [one for one in self.matrices if (one.sigma_after or 0) < (one.sigma_before or 0)]
         if self.decision is Action.UNDO:
             return ()
@@ -148,7 +148,7 @@ class ReportEvent:
 
 @dataclass(frozen=True, slots=True)
 class DemoSummary:
-    """The content of ``summary.json``; NaN or None for a missing entry."""
+    """The content of ``summary.json``. A missing entry is NaN or None."""
 
     status: str
     final_eval_loss: float
@@ -187,7 +187,7 @@ class TrainingRun:
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory: ``run.json``, the runs below it, and a list of missing files."""
+    """A run directory: ``run.json``, the runs in it, and a list of missing files."""
 
     info: Row
     guards: tuple[str, ...]
@@ -206,15 +206,15 @@ class RunDirectory:
 
     @property
     def reference(self) -> str:
-        """The guard to compare the others with: ``plain``, or the first."""
+        """The guard with which the others are compared: ``plain``, or else the first."""
         return "plain" if "plain" in self.guards else self.guards[0]
 
     def of(self, guard: str) -> tuple[TrainingRun, ...]:
-        """The runs of one guard, by seed."""
+        """The runs of one guard, in the order of their seeds."""
         return tuple(run for run in self.runs if run.guard == guard)
 
     def section(self, name: str) -> Row:
-        """A table of ``run.json``; empty where it is missing or not a table."""
+        """A table of ``run.json``; empty if it is missing or not a table."""
         value = self.info.get(name)
         return value if isinstance(value, Mapping) else {}
 
@@ -275,8 +275,8 @@ class _Reader:
 def load_run_directory(run_dir: Path) -> RunDirectory:
     """Read the files that a demo has written so far.
 
-    Where ``run.json`` names guards and seeds, the folders of others belong to an earlier demo and
-    are left out.
+    If ``run.json`` names guards and seeds, folders of other guards and seeds belong to an earlier
+    demo. They are left out.
 
     Raises:
         ConfigurationError: The folder does not exist, or holds no run.
@@ -326,7 +326,8 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
     metrics = reader.lines(folder / METRICS_FILE, parse_row)
     summary = reader.json(folder / SUMMARY_FILE)
     readings = reader.lines(folder / HEALTH_FILE, parse_reading)
-    # A guard that noticed nothing writes no events. A step may have several, one a detector.
+    # A guard that noticed nothing writes no events. A step may have several events,
+    # one per detector.
     records = reader.lines(folder / EVENTS_FILE, parse_record, is_optional=True)
     events = sorted(map(ReportEvent.of, records), key=lambda event: event.step)
     return TrainingRun(
@@ -344,7 +345,7 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
 
 
 def _curve(rows: Iterable[Row], key: str) -> Curve:
-    # A resumed run writes some steps twice. The later line counts.
+    # A resumed run writes some steps twice. The later line is valid.
     points = {
         step: number(row[key])
         for row in rows

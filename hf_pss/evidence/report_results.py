@@ -1,4 +1,4 @@
-"""The results of a demo run, as numbers, as sentences and as a table for the terminal.
+"""The results of a demo run as numbers, as sentences and as a table for the terminal.
 
 The sentences claim no more than was measured.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "result",
 ]
 
-# Losses are shown with three decimals. Two losses that look the same there are called the same.
+# The report shows losses with three decimals. It calls two losses equal if they look equal there.
 _SAME_LOSS = 0.0005
 
 _LABELS = {
@@ -41,13 +41,13 @@ _LABELS = {
 
 
 def label(guard: str) -> str:
-    """Return a guard's name for people. A guard unknown to the package keeps its own name."""
+    """Return a guard's name for people. A guard that the package does not know keeps its name."""
     return _LABELS.get(guard, guard)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the summary table; NaN where the run has recorded nothing."""
+    """One line of the summary table. A number that the run has not recorded is NaN."""
 
     final_eval_loss: float
     best_eval_loss: float
@@ -55,7 +55,7 @@ class Result:
     num_interventions: float
     num_nonfinite_steps: float
     overhead_ratio: float
-    """Seconds of PSS over seconds of training."""
+    """Seconds in PSS divided by seconds of training."""
     train_seconds: float
     status: str
 
@@ -66,31 +66,31 @@ class TwinComparison:
 
     guard: str
     losses: tuple[float, ...]
-    """The guard's loss of each seed in which both are finite."""
+    """The guard's loss, for each seed in which both losses are finite."""
     twin_losses: tuple[float, ...]
-    """The reference guard's losses, of the same seeds."""
+    """The reference guard's losses for the same seeds."""
     num_rescued: int
-    """Seeds in which only the guard ended finite."""
+    """Number of seeds in which only the guard ended with a finite loss."""
     num_lost: int
-    """Seeds in which only the twin ended finite."""
+    """Number of seeds in which only the twin ended with a finite loss."""
     finished: bool
-    """False where no pair has finished: each is compared at its last common evaluation."""
+    """False if no pair has finished. Then each pair is compared at its last common evaluation."""
 
     @property
     def differences(self) -> tuple[float, ...]:
-        """Loss minus the twin's loss; positive is worse."""
+        """Loss of the guard minus that of its twin. A positive number is worse."""
         return tuple(
             ours - theirs for ours, theirs in zip(self.losses, self.twin_losses, strict=True)
         )
 
     @property
     def num_pairs(self) -> int:
-        """Seeds that can be compared."""
+        """Number of seeds that can be compared."""
         return len(self.losses) + self.num_rescued + self.num_lost
 
 
 def result(run: TrainingRun) -> Result:
-    """Return one run's line, from its summary or, where it has none yet, from its curves."""
+    """Return the line of a run, from its summary or, if it has none yet, from its curves."""
     summary = run.summary
     num_interventions = len(run.interventions)
     evals = run.eval_loss.finite
@@ -125,16 +125,17 @@ def result(run: TrainingRun) -> Result:
 
 
 def outcome(line: Result) -> str:
-    """Write the final validation loss. A run that finished without a finite one has diverged."""
+    """Write the final validation loss; a run that finished without a finite one has diverged."""
     if math.isnan(line.final_eval_loss) and line.status == "finished":
         return "not finite"
     return fixed(line.final_eval_loss)
 
 
 def mean_result(results: Sequence[Result]) -> Result:
-    """Return the mean over the seeds that have finished, or over all where none has.
+    """Return the mean over the seeds that have finished, or over all seeds if none has.
 
-    It is NaN where one seed has no number. A mean without the diverged seeds would flatter.
+    It is NaN if one seed has no number, because a mean without the diverged seeds would
+    flatter the guard.
     """
     finished = [one for one in results if one.status == "finished"]
     taken = finished or results
@@ -149,8 +150,8 @@ def mean_result(results: Sequence[Result]) -> Result:
 def compare(directory: RunDirectory, guard: str) -> TwinComparison:
     """Compare every run of a guard with its twin: the reference guard's run of the same seed.
 
-    Pairs that have finished are compared at their end, and unfinished pairs are then left out.
-    Where no pair has finished, each is compared at its last common evaluation.
+    If some pairs have finished, they are compared at their end, and the unfinished pairs are left
+    out. If no pair has finished, each is compared at its last common evaluation.
     """
     twins = {run.seed: run for run in directory.of(directory.reference)}
     pairs = [(run, twins[run.seed]) for run in directory.of(guard) if run.seed in twins]
@@ -168,7 +169,7 @@ def compare(directory: RunDirectory, guard: str) -> TwinComparison:
 
 
 def headline(directory: RunDirectory) -> list[str]:
-    """Return the measured result in a few sentences, each of which holds on its own."""
+    """Return the measured result in a few sentences, each of which is true by itself."""
     others = [guard for guard in directory.guards if guard != directory.reference]
     comparisons = [compare(directory, guard) for guard in others]
     sentences = [_sentence(directory, one) for one in comparisons if one.num_pairs]
@@ -181,7 +182,7 @@ def headline(directory: RunDirectory) -> list[str]:
     num_pairs = max((one.num_pairs for one in comparisons), default=0)
     if num_pairs == 1:
         sentences.append(
-            "This is one seed: another may move these numbers, and could turn a small difference."
+            "This is one seed: others may change these numbers or reverse a small difference."
         )
     return sentences
 
@@ -251,10 +252,10 @@ def _last(curve: Curve) -> float:
 
 
 def render_table(run_dir: Path) -> Table:
-    """Return a table of losses, events and overhead of every guard, averaged over its seeds.
+    """Return a table with the mean losses, events and overhead of every guard over its seeds.
 
     Args:
-        run_dir: A run directory, also of an interrupted run.
+        run_dir: A run directory. The run may be interrupted.
 
     Raises:
         ConfigurationError: `run_dir` holds no run.

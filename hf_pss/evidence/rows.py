@@ -19,7 +19,7 @@ __all__ = ["Row", "append_row", "drop_unfinished_line", "read_rows", "versions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One run. A number that was not finite is None, so that the file is strict JSON."""
+    """One run. A number that was not finite is None, which keeps the file strict JSON."""
 
     id: str
     """Hash of everything that determines the run: recipe, optimizer, learning rate, guard, seed."""
@@ -28,19 +28,19 @@ class Row:
     learning_rate: float
     guard: str
     guard_id: str = ""
-    """Hash of the guard's options, which separates two guards of one name."""
+    """Hash of the guard's options. It distinguishes two guards with the same name."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """The grid's changes of the recipe."""
     seed: int
     num_steps: int
-    """Steps of the whole recipe."""
+    """Number of steps that the recipe sets."""
     status: str = "finished"
     """``finished``, ``stopped`` (the guard ended it) or ``failed`` (an error; see `error`)."""
     error: str | None = None
     final_eval_loss: float | None = None
-    """Nats per token at the last step. None: not finite, or the run ended before."""
+    """Nats per token at the last step. None if it was not finite, or if the run ended earlier."""
     unigram_entropy: float = 0.0
-    """Nats; loss of a model that predicts the training text's token frequencies."""
+    """Loss in nats of a model that predicts the token frequencies of the training text."""
     losses: tuple[float | None, ...] = ()
     """Training loss of every step, from step 1."""
     grad_norms: tuple[float | None, ...] = ()
@@ -48,11 +48,11 @@ class Row:
     eval_steps: tuple[int, ...] = ()
     eval_losses: tuple[float | None, ...] = ()
     interventions: tuple[int, ...] = ()
-    """Steps at which the guard acted. For PSS, its interventions."""
+    """Steps at which the guard acted. For PSS these are its interventions."""
     train_seconds: float = 0.0
     """Time of the training steps, without evaluation."""
     guard_seconds: float = 0.0
-    """The part of it inside the guard: in PSS or in a guard's callback."""
+    """The part of `train_seconds` that PSS and the guard's callback took."""
     explosion_step: int | None = None
     """First step that meets the recipe's definition of an explosion; None if no step does."""
     explosion_kind: str | None = None
@@ -85,10 +85,10 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file. Skip a last line without an end, which a killed sweep leaves.
+    """Yield the rows of a file, but skip the unfinished last line that a killed sweep leaves.
 
     Raises:
-        ConfigurationError: The file cannot be read, or a whole line does not hold a row.
+        ConfigurationError: The file cannot be read, or a complete line does not hold a row.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row, and return once it is on the disk."""
+    """Add a row, and return when the disk holds it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(row.to_line())
         file.flush()

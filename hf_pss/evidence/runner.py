@@ -1,4 +1,4 @@
-"""Run cells in parallel processes. No process outlives its parent; no finished run is repeated."""
+"""Run cells in parallel processes that never outlive their parent; repeat no finished run."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def run_sweep(
     num_processes: int | None = None,
     console: Console | None = None,
 ) -> str:
-    """Run the cells that have no row yet, and append one row a run to ``rows.jsonl``.
+    """Run the cells that have no row yet, and append one row per run to ``rows.jsonl``.
 
     Args:
         cells: The grid; see `hf_pss.evidence.grid.read_grid`.
-        output_dir: Created if it is missing. Rows of an earlier sweep in it count as done, also
-            where that sweep was killed; failed runs are tried again.
-        num_processes: Runs at the same time, each on one thread. None: one a core.
+        output_dir: The sweep's folder, which is created if it is missing. Rows of an earlier sweep
+            in it count as done, even if that sweep was killed. Failed runs are tried again.
+        num_processes: Number of runs at the same time, each on one thread. None means one per core.
         console: Where progress is shown.
 
     Returns:
@@ -139,14 +139,15 @@ def run_cells(
     folder_of: Callable[[Cell], Path] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> str:
-    """Train cells in parallel processes, and hand over each row as its run ends.
+    """Train cells in parallel processes, and pass on the row of each run when it ends.
 
     Args:
         cells: What to train.
-        take: Receives a cell and its row; that of a run which raised has the status ``failed``.
-        num_processes: Runs at the same time, each on one thread.
-        folder_of: Where a run keeps its files and its log. None: it keeps none.
-        poll: Called several times a second.
+        take: Receives a cell and its row. The row of a run that raised has the status ``failed``.
+        num_processes: Number of runs at the same time, each on one thread.
+        folder_of: Returns the folder for the files and the log of a run. With None a run keeps no
+            files.
+        poll: A function that is called several times per second.
 
     Returns:
         ``finished``, ``failed`` (some run ended with an error) or ``interrupted``.
@@ -182,7 +183,7 @@ def run_cells(
 
 
 def _row_of(future: Future[Row], cell: Cell) -> Row:
-    """Return the run's row; an error in one run must not end the others."""
+    """Return the row of the run. An error in one run must not end the others."""
     try:
         return future.result()
     except (ConfigurationError, BrokenProcessPool):
@@ -193,7 +194,7 @@ def _row_of(future: Future[Row], cell: Cell) -> Row:
 
 @contextmanager
 def _pool(size: int, *, is_silent: bool) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool. When the block ends, for whatever reason, all of its processes end too."""
+    """Yield a pool, and end all of its processes when the block ends, for whatever reason."""
     pool = ProcessPoolExecutor(
         size,
         mp_context=get_context("spawn"),
@@ -220,7 +221,7 @@ def _start(parent: int, is_silent: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     import torch
 
-    torch.set_num_threads(1)  # the matrices are too small to share
+    torch.set_num_threads(1)  # the matrices are too small for more threads
     if is_silent:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
@@ -272,13 +273,13 @@ def prepare_corpora(cells: Sequence[Cell], console: Console) -> None:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use, where the system reports it, or else all."""
+    """Count the cores that this process may use, or all if the system does not report that."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP act like Ctrl-C, so that they too leave results and no orphan."""
+    """Make SIGTERM and SIGHUP act like Ctrl-C, so that they leave results and no orphans."""
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -286,7 +287,7 @@ def signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only
         return
-    # Windows has no SIGHUP. Under nohup it is ignored, and stays so.
+    # Windows has no SIGHUP. If nohup has set it to be ignored, it stays ignored.
     wanted = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
     handled = [one for one in wanted if signal.getsignal(one) not in (None, signal.SIG_IGN)]
     before = {one: signal.signal(one, interrupt) for one in handled}

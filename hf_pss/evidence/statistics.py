@@ -36,12 +36,12 @@ _MIN_SEEDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The parts of a run that a comparison of guards holds fixed."""
+    """The parts of a run that are equal for all guards in a comparison."""
 
     recipe: str
     optimizer: str
     changes: tuple[tuple[str, Any], ...] = ()
-    """The grid's changes of the recipe, sorted by name."""
+    """The grid's changes to the recipe, sorted by name."""
 
     @classmethod
     def of(cls, row: Row) -> Self:
@@ -55,17 +55,18 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class PairedDifferences:
-    """A guard against a reference, seed by seed; negative differences favour the guard."""
+    """A guard compared with a reference, seed by seed. Negative differences favour the guard."""
 
     guard: str
     reference: str
     learning_rates: tuple[float, float]
-    """The guard's rate and the reference's."""
+    """The learning rate of the guard, then that of the reference."""
     differences: tuple[float, ...]
-    """Final validation loss of the guard minus the reference's, in nats, for each seed that both
-    have. A run without a finite loss counts as unigram entropy, since it has learned no more."""
+    """Final validation loss of the guard minus that of the reference, in nats, for each seed that
+    both have. A run without a finite loss counts as the unigram entropy, because it has learned no
+    more than the token frequencies."""
     interval: tuple[float, float] | None
-    """95 % bootstrap interval of the mean; None below 3 seeds."""
+    """The 95 % bootstrap interval of the mean; None with fewer than 3 seeds."""
 
     @property
     def mean(self) -> float:
@@ -74,7 +75,7 @@ class PairedDifferences:
 
     @property
     def num_wins(self) -> int:
-        """Seeds at which the guard's loss is lower."""
+        """Number of seeds at which the guard has the lower loss."""
         return sum(difference < 0 for difference in self.differences)
 
 
@@ -87,7 +88,7 @@ def comparable(rows: Iterable[Row]) -> list[Row]:
     """Return the newest row of each run that did not fail.
 
     Raises:
-        ConfigurationError: In one setting a guard's name stands for two sets of options.
+        ConfigurationError: In one setting, two sets of options have the same guard name.
     """
     newest = {row.id: row for row in rows}
     found = [row for row in newest.values() if row.status != "failed"]
@@ -105,8 +106,8 @@ def comparable(rows: Iterable[Row]) -> list[Row]:
 def final_loss(row: Row) -> float:
     """Return the validation loss at the end, but at most the unigram entropy.
 
-    An exploded run counts like a model of the token frequencies alone. How far above that it ended
-    is meaningless, and infinity has no mean.
+    An exploded run counts as a model that knows only the token frequencies. The distance of its
+    loss above that level is meaningless, and a mean cannot hold infinity.
     """
     loss = row.final_eval_loss
     return min(loss, row.unigram_entropy) if loss is not None else row.unigram_entropy
@@ -115,7 +116,7 @@ def final_loss(row: Row) -> float:
 def losses_by_rate(
     rows: Iterable[Row], setting: Setting, guard: str
 ) -> dict[float, dict[int, float]]:
-    """Return final losses by learning rate, then by seed; rates ascend."""
+    """Return the final losses by ascending learning rate, then by seed."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row.guard == guard and Setting.of(row) == setting:
@@ -124,7 +125,7 @@ def losses_by_rate(
 
 
 def best_learning_rate(rows: Iterable[Row], setting: Setting, guard: str) -> float:
-    """Return the rate of the lowest median loss over seeds.
+    """Return the rate with the lowest median loss over seeds.
 
     Raises:
         ConfigurationError: The rows hold no run of this setting and guard.
@@ -140,8 +141,8 @@ def usable_range(
 ) -> tuple[float, float]:
     """Return the lowest and the highest rate around the best whose median loss is nearly as good.
 
-    All rates between them are as good. The grid limits the range on both sides, and its steps
-    round it.
+    All rates between them are nearly as good as the best. The grid limits the range on both sides,
+    so the range is only as precise as the steps of the grid.
     """
     losses = losses_by_rate(rows, setting, guard)
     best = best_learning_rate(rows, setting, guard)
@@ -159,7 +160,7 @@ def usable_range(
 def compare(
     rows: Sequence[Row], setting: Setting, guard: str, reference: str, rates: tuple[float, float]
 ) -> PairedDifferences | None:
-    """Return the paired differences at these two rates; None where no seed has both."""
+    """Return the paired differences at these two rates; None if no seed has both runs."""
     ours = losses_by_rate(rows, setting, guard).get(rates[0], {})
     theirs = losses_by_rate(rows, setting, reference).get(rates[1], {})
     seeds = sorted(ours.keys() & theirs.keys())
@@ -172,20 +173,21 @@ def compare(
 def compare_at_best(
     rows: Sequence[Row], setting: Setting, guard: str, reference: str
 ) -> PairedDifferences | None:
-    """Return the paired differences between each guard at its own best rate.
+    """Return the paired differences of two guards, each at its own best rate.
 
-    The rates are chosen on the same runs that are compared. With few seeds this favours the guard
-    that was tried at more rates.
+    The rates are chosen on the same runs that are compared. If there are few seeds, this favours
+    the guard that was tried at more rates.
     """
     rates = tuple(best_learning_rate(rows, setting, name) for name in (guard, reference))
     return compare(rows, setting, guard, reference, (rates[0], rates[1]))
 
 
 def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % bootstrap interval of the mean: BCa, by scipy, from a fixed seed.
+    """Return the 95 % bootstrap interval of the mean: scipy's BCa, with a fixed seed.
 
-    Equal differences have an interval of zero width. With 3 to 5 seeds the interval is too narrow
-    (a simulation in the tests measures how much), so read it beside the number of wins.
+    If all differences are equal, the interval has zero width. The interval of 3 to 5 seeds is too
+    narrow, so read it together with the number of wins. A simulation in the tests measures how much
+    too narrow it is.
     """
     if len(differences) < _MIN_SEEDS:
         return None

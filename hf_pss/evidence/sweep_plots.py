@@ -1,4 +1,4 @@
-"""The pictures of a sweep, and of every live metric of a family of runs against the loss."""
+"""The pictures of a sweep, and those of every live metric of a family of runs with the loss."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ Plot = Callable[[Sequence[Row], Setting, str], Figure]
 
 
 def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]:
-    """Draw every picture that the rows allow; return the files, PNG and SVG.
+    """Draw every picture that the rows allow, and return the PNG and SVG files.
 
     Args:
-        rows: Rows of any recipes; each recipe and optimizer has its own pictures.
+        rows: Rows of any recipes. Each recipe and optimizer gets separate pictures.
         folder: The folder of the pictures.
-        reference: The guard that is drawn in grey and compared with.
+        reference: The guard that is drawn in grey and with which the others are compared.
     """
     files: list[Path] = []
     for setting in settings_of(rows):
@@ -77,7 +77,7 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
 
 
 def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Draw final validation loss against learning rate: median over seeds, and their range."""
+    """Draw the final validation loss against the learning rate: median and range over seeds."""
     figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     guards = _guards(rows, reference)
@@ -110,7 +110,7 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
 
 
 def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Draw the training loss of every run, one panel a learning rate, one colour a guard."""
+    """Draw the training loss of every run, with one panel per rate and one colour per guard."""
     rates = sorted({row.learning_rate for row in rows})
     shown = rates if len(rates) <= 3 else [rates[0], rates[len(rates) // 2], rates[-1]]
     guards = _guards(rows, reference)
@@ -142,7 +142,7 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
 
 
 def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Draw guard minus reference, each at its best rate: every seed, mean, 95 % interval."""
+    """Draw guard minus reference, each at its best rate: every seed, mean and 95 % interval."""
     found = [
         comparison
         for guard in _guards(rows, reference)
@@ -170,7 +170,7 @@ def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
 
 
 def _guards(rows: Sequence[Row], reference: str) -> list[str]:
-    """Return the guards in the order of their best loss, so that labels stand at their lines."""
+    """Return the guards in the order of their best loss, so that labels are near their lines."""
     best = {row.guard: min(final_loss(r) for r in rows if r.guard == row.guard) for row in rows}
     return sorted(best, key=lambda guard: (guard != reference, best[guard]))
 
@@ -181,7 +181,7 @@ def _colour(guard: str, guards: Sequence[str], reference: str) -> str:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each name beside the end of its line, without touching its neighbours."""
+    """Write each name beside the end of its line, so that names do not overlap."""
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
     at = -np.inf
@@ -217,10 +217,10 @@ _DPI = 72  # twenty panels in less than 300 kB
 
 
 def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
-    """Draw each family; return the PNG files."""
+    """Draw each family, and return the PNG files."""
     files = []
     for family in families:
-        # A row from another machine may hold any name, including a path out of the folder.
+        # A row from a different machine may hold any name, including a path out of the folder.
         path = folder / f"metrics-{re.sub(r'[^A-Za-z0-9_.]+', '-', family.recipe)}.png"
         with style(), mpl.rc_context({"savefig.dpi": _DPI}):
             save_png(plot_family(family), path)
@@ -229,12 +229,13 @@ def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
 
 
 def plot_family(family: Family) -> Figure:
-    """Draw one panel a metric: twins blue, exploded runs red, survivors orange, the loss grey.
+    """Draw one panel per metric: twins blue, exploded runs red, survivors orange, the loss grey.
 
-    A band reaches from the metric's smallest to its largest series. A line is its median over
-    matrices, or its only series. Both are medians over seeds. The loss is that of the first
-    exploded run (or of the first survivor); only the first panel has its scale. Vertical lines mark
-    the departure of this loss (dashed) and the explosion, or else the first step of the fault.
+    A band spans the smallest to the largest series of the metric. A line is the median over
+    matrices, or the only series. Both are medians over seeds. The loss is that of the first
+    exploded run, or of the first survivor if none exploded. Only the first panel has a scale for
+    the loss. A dashed vertical line marks the departure of this loss, and a solid one the
+    explosion. Without an explosion, one line marks the first step of the fault.
     """
     shown = (family.exploded or family.survivors)[0]
     metrics = shared_metrics((*family.twins, shown))
@@ -257,7 +258,7 @@ def plot_family(family: Family) -> Figure:
 
 
 def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> tuple[float, float]:
-    """Draw one group; return its smallest and largest value, or inf and −inf without any."""
+    """Draw one group, and return its smallest and largest value; inf and −inf if it has none."""
     found = {name: [r for row in rows if (r := record_of(row, name))] for name in series}
     # A run that ended early or was read at another interval lacks some of these steps.
     steps = np.array(sorted({s for records in found.values() for r in records for s in r.steps}))
@@ -277,7 +278,7 @@ def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> t
 
 
 def _on(steps: np.ndarray, record: Record, name: str) -> np.ndarray:
-    """Return a record's values at these steps, ascending; NaN where it has none."""
+    """Return a record's values at these ascending steps; NaN where it has none."""
     values = np.full(len(steps), math.nan)
     own = _smooth(record.values) if name == "loss" else np.array(record.values, dtype=float)
     values[np.searchsorted(steps, record.steps)] = own

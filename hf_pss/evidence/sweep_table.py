@@ -1,4 +1,4 @@
-"""The tables of a sweep, for the terminal and as Markdown, from the same cells."""
+"""The tables of a sweep, with the same cells for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_pss.view.tables import lean_table
 __all__ = ["render_markdown", "render_tables"]
 
 Cells = list[tuple[str, ...]]
-"""The head of a table and its lines."""
+"""The header of a table, then its lines."""
 
 
 def render_tables(rows: Sequence[Row], *, reference: str, target: float | None = None) -> Group:
@@ -61,7 +61,7 @@ def _tables(
                 _paired(here, setting, guards, reference) if reference in guards else []
             ),
             "runs that exploded, by learning rate": _explosions(here, guards),
-            "cost by the guard's own clock, medians": _cost(here, guards),
+            "cost by the guard's clock, medians": _cost(here, guards),
         }
         if target is not None:
             title = f"steps to a validation loss of {target:g}, at the guard's best rate"
@@ -129,7 +129,7 @@ def _explosions(rows: Sequence[Row], guards: Sequence[str]) -> Cells:
 
 
 def _cost(rows: Sequence[Row], guards: Sequence[str]) -> Cells:
-    cells: Cells = [("guard", "of training time", "a step", "interventions", "runs")]
+    cells: Cells = [("guard", "of training time", "per step", "interventions", "runs")]
     for guard in guards:
         here = [row for row in rows if row.guard == guard and row.train_seconds > 0]
         if here:

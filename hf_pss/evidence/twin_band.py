@@ -1,15 +1,16 @@
 """Find when a live metric leaves the range of healthy twins, and whether the loss follows.
 
-One rule serves all metrics [ours]. A metric has several series: its smallest, median and largest
-value over matrices, or one number of the whole model. A reading at step t is outside if one of
-them is farther from the twins' range than a widening times that range's width. The range spans all
-twins' readings within `NEAR_STEPS` of t. It is logarithmic where all of them are above zero, so
-that metrics which move by powers of ten and by hundredths are judged alike. A missing number is
-outside where the twins have one. A metric that a run has not recorded at all is not judged.
+One rule serves all metrics [ours]. A metric has one series, a number for the whole model, or
+several: its smallest, median and largest value over matrices. The twins' range at step t spans all
+of their readings within `NEAR_STEPS` of t. A reading at step t is outside if one of its series is
+farther from the range than a widening times the width of the range. The range is logarithmic if all
+its readings are above zero. So the rule treats a metric that moves by powers of ten like one that
+moves by hundredths. A missing number is outside if the twins have one. A metric that a run has not
+recorded at all is not judged.
 
-Twins are the runs of the same recipe, optimizer, changes and guard, at its lowest learning rate,
-that did not explode. For a recipe with a fault they are the runs of `undamaged` at the fault's own
-rate. A twin is judged against the other twins.
+Twins are the runs at the lowest learning rate that did not explode, with the same recipe,
+optimizer, changes and guard. The twins of a recipe with a fault are the runs of `undamaged` at the
+same rate. Each twin is judged against the other twins.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ __all__ = [
 ]
 
 NEAR_STEPS = 25
-"""A reading is compared with twins' readings this near: one that only runs ahead is not outside."""
+"""A reading is compared with the twins' readings at most this many steps away, so that a run that
+is only ahead of its twins is not outside."""
 WIDENINGS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """The widenings to try, the most sensitive first."""
 _UNDAMAGED = "undamaged"
 _MIN_TWINS = 3
-# The probes that the live metrics lack, and the loss for comparison.
+# The loss is here for comparison. The others are probes that the live metrics lack.
 _PROBED = {
     "loss": ("loss",),
     "grad_norm_preclip": ("grad_norm_preclip",),
@@ -58,37 +60,39 @@ _PROBED = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The runs of one setting and guard, and the twins that they are judged by."""
+    """The runs of one setting and guard, and the twins with which they are compared."""
 
     recipe: str
-    """Followed by setting, guard and the fault's rate where a recipe has several families."""
+    """The recipe's name. If it has several families, the setting, the guard and the rate of a run
+    with a fault follow."""
     twins: tuple[Row, ...]
     exploded: tuple[Row, ...]
     survivors: tuple[Row, ...]
-    """Runs at a higher rate than the twins, or with a fault, that did not explode."""
+    """Runs that did not explode at a higher rate than the twins, or with a fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricScore(LeadScore):
-    """The score of one metric over one family. Its healthy runs are the family's twins."""
+    """The score of one metric over one family, whose twins are the healthy runs."""
 
     metric: str
     widening: float
     """The smallest of `WIDENINGS` within the wanted rate of false alarms, over all families."""
     first_steps: tuple[int | None, ...]
-    """The step of the first reading outside, one an explosion."""
+    """The step of the first reading outside, for each explosion."""
     num_survivors_outside: int
-    """Survivors with a reading outside: the metric differs with the rate, not the explosion."""
+    """Number of survivors with a reading outside. In those the metric follows the rate, not
+    an explosion."""
     num_survivors: int
-    """Survivors that recorded the metric."""
+    """Number of survivors that recorded the metric."""
     num_unrecorded: int = 0
-    """Explosions in runs that did not record the metric."""
+    """Number of explosions in runs that did not record the metric."""
 
 
 def families_of(rows: Iterable[Row]) -> tuple[Family, ...]:
     """Group the rows with health series by setting and guard, sorted by recipe.
 
-    Rows with a fault are grouped by learning rate too. A group needs an explosion or a survivor.
+    Rows with a fault are also grouped by learning rate. A group needs an explosion or a survivor.
     """
     watched = [row for row in rows if row.extra.get("health") and row.status != "failed"]
     groups: dict[_Key, list[Row]] = {}
@@ -153,11 +157,11 @@ def shared_metrics(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
 
 
 def excess_of(row: Row, twins: Sequence[Row], series: Iterable[str]) -> dict[int, float]:
-    """Return for each step how far the farthest of the series is outside of the twins' range.
+    """Return for each step how far the farthest of the series is outside the twins' range.
 
-    The unit is the width of the range. 0 is inside. inf is a number that is missing where a twin
-    has one, or any number outside of a range of zero width. Steps near which the twins have no
-    number are left out, and so are series that the row has not recorded.
+    The unit is the width of the range, and 0 means inside. inf means that a number is missing where
+    a twin has one, or that a number is outside a range of zero width. The result leaves out steps
+    near which the twins have no number, and series that the row has not recorded.
     """
     found: dict[int, float] = {}
     for name in series:
@@ -172,7 +176,8 @@ def excess_of(row: Row, twins: Sequence[Row], series: Iterable[str]) -> dict[int
                 for s, v in zip(record.steps, record.values, strict=True)
                 if abs(s - step) <= NEAR_STEPS and v is not None
             ]
-            # The first reading of every run lacks rates of change, and must not count as broken.
+            # The first reading of every run has no rates of change. It must not count
+            # as non-finite.
             if near and (value is not None or any(s == step for s, _ in near)):
                 excess = _excess(value, [v for _, v in near])
                 found[step] = max(found.get(step, 0.0), excess)
@@ -185,12 +190,13 @@ def score_metrics(
     """Judge every metric over every family, each at its smallest widening within one rate.
 
     Args:
-        families: See `families_of`. A family with fewer than three twins is skipped, because a twin
-            is judged against the others, and a single other twin has no range.
-        max_false_alarms: Per 1,000 readings of all twins together. The widening is chosen on the
-            readings whose rate is reported, so expect a slightly higher rate of new runs.
-        with_survivors: Count a survivor outside as a false alarm too. Otherwise a metric that
-            differs with the learning rate warns of every run at a higher rate.
+        families: See `families_of`. A family with fewer than three twins is skipped: each twin is
+            judged against the others, and a single other twin has no range.
+        max_false_alarms: The most false alarms per 1,000 readings of all twins together. The
+            widening is chosen on the same readings whose rate is reported, so expect a slightly
+            higher rate in new runs.
+        with_survivors: Also count a survivor that is outside as a false alarm. Otherwise a metric
+            that follows the learning rate warns in every run at a higher rate.
 
     Returns:
         One score per metric and family. A metric is left out if no widening keeps it within the
@@ -213,7 +219,7 @@ def score_metrics(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """How far the runs of a family are outside of its twins, for one metric."""
+    """How far the runs of a family are outside the range of its twins, for one metric."""
 
     family: Family
     healthy: tuple[dict[int, float], ...]
@@ -292,7 +298,7 @@ def _cells(line: MetricScore) -> tuple[str, ...]:
 
 
 def _is_recorded(row: Row, series: str) -> bool:
-    """Return whether a series was recorded, also if none of its numbers was finite."""
+    """Return whether a series was recorded, even if none of its numbers was finite."""
     held = {*(row.extra.get("probes") or ()), *(row.extra.get("health") or ())}
     # Where no matrix ever had a finite number, only the count of matrices without one is recorded.
     metric = series.partition("/")[0]

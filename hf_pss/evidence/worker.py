@@ -41,12 +41,12 @@ from hf_pss.trainer.pss_trainer import PSSTrainer
 
 __all__ = ["CellTrainer", "read_health_series", "run_cell", "train_cell"]
 
-# Of a step's PSS numbers, those that a line holds.
+# The PSS numbers of a step that a line of the record holds.
 _PSS_NUMBERS = ("grad_norm_preclip", "baseline", "threshold", "interventions", "nonfinite_steps")
 
 
 class CellTrainer(PSSTrainer):
-    """Harms the recipe's steps of fault, and keeps the loss of every step."""
+    """Trains with the fault of the recipe, and keeps the loss of every step."""
 
     def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,7 +55,7 @@ class CellTrainer(PSSTrainer):
         self._noise = torch.Generator().manual_seed(self.args.seed)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a batch; inside a fault, with random tokens or a NaN in every gradient."""
+        """Train on a batch. In a fault, use random tokens or put a NaN into every gradient."""
         fault = self.recipe.fault
         kind = fault.kind if fault and fault.covers(self.state.global_step + 1) else None
         if kind == "random_batch":
@@ -85,14 +85,14 @@ class _HighLearningRate(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raise this step's rate; the scheduler then overwrites it for the next step."""
+        """Raise the rate of this step. The scheduler overwrites it for the next step."""
         if optimizer is not None and self._fault.covers(state.global_step + 1):
             for group in optimizer.param_groups:
                 group["lr"] *= self._fault.factor
 
 
 class _StepRecorder(TrainerCallback):
-    """Keeps what a row needs of every step, and writes it into a file of lines as it happens."""
+    """Keeps the numbers of every step that a row needs, and writes each step to a file at once."""
 
     def __init__(self, trainer: CellTrainer, file: TextIO) -> None:
         self._losses = trainer.losses
@@ -107,13 +107,13 @@ class _StepRecorder(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of a training step; evaluation does not count."""
+        """Start the clock of a training step. Evaluation does not count."""
         self._started = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the clock, and record the loss and the numbers that PSS saw."""
+        """Stop the clock, and record the loss and the numbers that PSS measured."""
         self.train_seconds += time.perf_counter() - self._started
         report = self._pss.report
         scalars = report.scalars if report is not None else {}
@@ -146,7 +146,7 @@ class _StepRecorder(TrainerCallback):
 
 
 def run_cell(cell: Cell) -> Row:
-    """Train one cell, keep no file of it, and return its row.
+    """Train one cell, keep none of its files, and return its row.
 
     Raises:
         ConfigurationError: The cell cannot be run, see `Cell.check`.
@@ -172,7 +172,7 @@ def train_cell(cell: Cell, folder: Path) -> Row:
     trainer = _trainer(cell, corpus, folder)
     own: Any = guard.callback(trainer) if guard.callback is not None else None
     probes = Probes(trainer, every_steps=cell.probes_every_steps or 1)
-    # Buffered by lines: a killed run leaves every step it has finished.
+    # The file is line-buffered, so a killed run leaves every step that it has finished.
     with (folder / METRICS_FILE).open("w", encoding="utf-8", buffering=1) as file:
         recorder = _StepRecorder(trainer, file)
         if recipe.fault is not None and recipe.fault.kind == "high_learning_rate":
@@ -261,17 +261,17 @@ def _corpus(vocab_size: int, context_length: int) -> Corpus:
 
 
 def _evenly(length: int, recipe: Recipe) -> list[int]:
-    """Return indices spread over the whole validation text, the same for every run."""
+    """Return indices spread over all of the validation text; they are the same for every run."""
     count = min(recipe.num_eval_blocks, length)
     return [int(i) for i in torch.linspace(0, length - 1, count)]
 
 
 def read_health_series(path: Path) -> dict[str, list[Any]]:
-    """Return ``step`` and one list per scalar, all of one length, of a ``pss_health.jsonl``.
+    """Return ``step`` and one list per scalar of a ``pss_health.jsonl``, all of the same length.
 
     The scalars describe the whole model, or the smallest, median and largest value of a metric over
     its matrices (``stable_rank/min``). A number that is missing or not finite is None. The result
-    is empty where the file is missing or holds no scalars.
+    is empty if the file is missing or holds no scalars.
 
     Args:
         path: The file; see `hf_pss.runs.records_files.reading_line`.
@@ -294,5 +294,5 @@ def _finite(value: float | None) -> float | None:
 
 
 def _rounded(values: Iterable[float | None]) -> tuple[float | None, ...]:
-    # Five digits resolve a tenth of a millinat of any loss here, and halve the size of the file.
+    # Five digits resolve a tenth of a millinat in any loss here, and halve the size of the file.
     return tuple(None if v is None else float(f"{v:.5g}") for v in values)

@@ -16,9 +16,9 @@ from hf_pss.records.strict_json import visible
 
 __all__ = ["ChangedMatrix", "compare"]
 
-# Changes of σ₁ or rank that agree to so many decimals of a logarithm are ranked by ‖ΔW‖.
+# Changes of σ₁ or rank are ranked by ‖ΔW‖ if their logarithms agree to this many decimals.
 _EQUAL_DIGITS = 3
-# Prefixes that base models, models with heads and wrappers put before the same name.
+# Prefixes that base models, models with heads and wrappers add to the same name.
 _WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|base_model|transformer|model)\.)+")
 
 
@@ -27,12 +27,12 @@ class ChangedMatrix:
     """One matrix in both checkpoints, or in one of them."""
 
     name: str
-    """Its name in the first checkpoint that holds it."""
+    """The name in the first checkpoint that has the matrix."""
     before: MatrixHealth | None
     after: MatrixHealth | None
     relative_change: float
-    """‖W_after − W_before‖_F / ‖W_before‖_F; NaN if a matrix is missing or not finite, or if both
-    differ in shape or precision (float64 against the others)."""
+    """‖W_after − W_before‖_F / ‖W_before‖_F. It is NaN if a matrix is missing or not finite, or if
+    the two differ in shape or precision (one float64 and one not)."""
 
     @property
     def sigma1_ratio(self) -> float:
@@ -46,9 +46,10 @@ class ChangedMatrix:
 
     @property
     def rank(self) -> tuple[int, float, float, str]:
-        """Key to sort by, the largest change first.
+        """Sort key that puts the largest change first.
 
-        Matrices that are newly not finite come before changes of σ₁ and rank, then all others.
+        Matrices that have become non-finite come first, then changes of σ₁ and rank,
+        then the others.
         """
         bad_before = self.before is not None and self.before.num_nonfinite > 0
         bad_after = self.after is not None and self.after.num_nonfinite > 0
@@ -67,8 +68,8 @@ class ChangedMatrix:
 def compare(before: Inspection, after: Inspection) -> tuple[ChangedMatrix, ...]:
     """Return the changes of every matrix, the largest first.
 
-    Names are matched without the prefixes of wrappers, so ``transformer.h.0…`` finds ``h.0…``.
-    Cost: both checkpoints are read once more, a piece of each at a time.
+    Names match without the prefixes of wrappers, so ``transformer.h.0…`` finds ``h.0…``. Cost: this
+    reads both checkpoints once more, one piece of each at a time.
 
     Raises:
         SelectionError: They have no matrix in common.

@@ -1,4 +1,4 @@
-"""An inspection as strict JSON: NaN and inf become null, and the findings name them."""
+"""An inspection as strict JSON. NaN and inf become null, and the findings name them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def as_json(
     changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> dict[str, Any]:
-    """Return plain data, the worst matrices first; only spectra stay arrays.
+    """Return plain data with the worst matrices first. Only spectra stay arrays.
 
     Args:
         inspection: The first checkpoint.
@@ -68,7 +68,7 @@ def write_json(
     changes: Sequence[ChangedMatrix] = (),
     rows: Sequence[SeriesRow] = (),
 ) -> None:
-    """Write the result of `as_json` and a newline; only one spectrum at a time becomes a list."""
+    """Write the result of `as_json` and a newline, with only one spectrum at a time as a list."""
     data = as_json(inspection, other=other, changes=changes, rows=rows)
     json.dump(data, stream, allow_nan=False, default=_numbers)
     stream.write("\n")

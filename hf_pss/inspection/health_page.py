@@ -1,4 +1,4 @@
-"""An inspection as one HTML page: a map of blocks × kinds, and spectra beside those of noise."""
+"""An inspection as one HTML page: a map of blocks × kinds, and spectra beside noise spectra."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "spectra_figure",
 ]
 
-# A drawn label longer than this pushes the map off the page.
+# A label that is longer than this would push the map off the page.
 _LONGEST_LABEL = 40
 _QUANTILES = 400
 # Beyond these, float64 leaves no room for an axis around σ₁.
@@ -36,9 +36,10 @@ _LEAST_SIGMA, _MOST_SIGMA = 1e-300, 1e300
 
 
 def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
-    """Draw stable ranks as shares of that of noise: rows are blocks, columns kinds.
+    """Draw stable ranks as shares of the stable rank of noise, by block (row) and kind (column).
 
-    Experts of a block share a cell, which shows the lowest. A cross marks NaN, inf or zero.
+    The experts of a block share a cell, which shows the lowest value. A cross marks NaN, inf
+    or a zero matrix.
 
     Returns:
         None if no block is numbered, or no value is positive.
@@ -54,7 +55,8 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     positive = values[np.isfinite(values) & (values > 0)]
     if not len(positive):
         return None
-    # At least a decade, so that differences between random matrices do not look large.
+    # The scale spans at least a decade, so that differences between random matrices do
+    # not look large.
     low, high = min(float(positive.min()), 0.1), max(float(positive.max()), 1.0)
     height = float(np.clip(0.17 * len(rows) + 2.4, 3.2, 16.0))
     figure = canvas.new_figure(float(np.clip(0.5 * len(kinds) + 3, 6, 14)), height)
@@ -85,7 +87,7 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
 
 
 def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> Figure | None:
-    """Draw singular values over their place, beside those of noise of equal shape and ‖W‖_F.
+    """Draw singular values by rank, beside those of noise with the same shape and ‖W‖_F.
 
     The shaded band covers the spectrum of i.i.d. noise, from |√m − √n| to √m + √n in units of
     ‖W‖_F/√(mn) (Marchenko & Pastur 1967; Bai & Yin 1993). The dashed line is its expected spectrum.
@@ -122,10 +124,10 @@ def spectra_figure(spectra: Sequence[tuple[MatrixHealth, Sequence[float]]]) -> F
 
 
 def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
-    """Draw stable ranks and σ₁ over the steps, or over the order if the names hold no steps.
+    """Draw stable ranks and σ₁ over the steps, or in the given order if names hold no steps.
 
     Returns:
-        None where a panel would have no positive number to show.
+        None if a panel would have no positive number to show.
     """
     steps = [row.step for row in rows if row.step is not None]
     places = steps if len(set(steps)) == len(rows) else list(range(1, len(rows) + 1))
@@ -150,15 +152,15 @@ def series_figure(rows: Sequence[SeriesRow]) -> Figure | None:
 
 
 def noise_quantiles(m: int, n: int, share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the singular values of large m×n noise of unit variance, largest first.
+    """Return the singular values of large m×n noise of unit variance, with the largest first.
 
-    It is the quantile function of Marchenko & Pastur's law, integrated numerically in σ. The
+    This is the quantile function of Marchenko & Pastur's law, integrated numerically in σ. The
     density is √((b² − σ²)(σ² − a²)) / (π σ min(m, n)) between a = |√m − √n| and b = √m + √n.
 
     Args:
         m: Rows.
         n: Columns.
-        share: (k,), places in [0, 1]; 0 is the largest value.
+        share: (k,), positions in [0, 1]; 0 stands for the largest value.
     """
     a, b = abs(math.sqrt(m) - math.sqrt(n)), math.sqrt(m) + math.sqrt(n)
     # Midpoints avoid the only singularity, 0/0 at a = 0.
@@ -197,8 +199,8 @@ def _cells(
 
 
 def _plain_numbers(axis: Axis) -> None:
-    # The style parses no math, because names hold dollars and underscores. So 10^x would be shown
-    # as markup.
+    # The style parses no math, because names hold dollar signs and underscores. So 10^x would
+    # appear as raw markup.
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -210,9 +212,9 @@ def _short(name: str) -> str:
 
 
 _MOST_SPECTRA = 6
-# Largest matrix to decompose for the page alone: 4096 × 4096 takes half a minute.
+# Largest matrix that is decomposed for the page alone: 4096 × 4096 takes half a minute.
 _MOST_DECOMPOSED = 2**24
-# A model of experts has tens of thousands of matrices. --json has them all.
+# A mixture-of-experts model has tens of thousands of matrices. --json has them all.
 _MOST_LINES = 1000
 
 
@@ -225,8 +227,8 @@ def render_page(
 ) -> str:
     """Return HTML: a map of the stable ranks, the spectra of the worst matrices, and all numbers.
 
-    Cost: beyond drawing, one exact decomposition for each of the six worst finite matrices of at
-    most 2^24 numbers, unless the inspection was exact.
+    Cost: apart from drawing, one exact decomposition for each of the six worst finite matrices with
+    at most 2^24 numbers, unless the inspection was exact.
 
     Args:
         inspection: The first checkpoint.

@@ -1,4 +1,4 @@
-"""An inspection as tables for a terminal: the worst matrices, and the tensors without a number."""
+"""An inspection as tables for a terminal: the worst matrices, and tensors without numbers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _MOST_FINDINGS = 2
 
 
 def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableType:
-    """Return a table with the worst matrices first, and the reasons.
+    """Return a table of the worst matrices, with the reasons.
 
     Args:
         inspection: The checkpoint's health.
-        num_lines: The most matrices to show.
+        num_lines: Largest number of matrices to show.
     """
     return Group(*_summary(inspection), *_worst(inspection, num_lines), *_notes(inspection))
 
 
 def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> RenderableType:
-    """Put the matrices that moved most first, before → after."""
+    """Return a table of the changes, before → after, with the largest first."""
     table = lean_table(["matrix"], ["σ₁", "stable rank", "‖ΔW‖/‖W‖"])
     prefix = _common_prefix([change.name for change in changes])
     for change in changes[:num_lines]:
@@ -51,7 +51,7 @@ def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> Rende
 
 
 def render_series(rows: Sequence[SeriesRow]) -> RenderableType:
-    """Put a line for each checkpoint, in the order given."""
+    """Return a table with one line per checkpoint, in the given order."""
     numbers = ["stable rank", "lowest", "σ₁", "largest", "not finite", "findings"]
     table = lean_table(["checkpoint"], numbers)
     for row in rows:
@@ -130,7 +130,7 @@ def _why(one: JudgedMatrix) -> str:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """Return the common prefix of all names, in whole parts, without the stack of a block's number.
+    """Return the complete parts that all names begin with, without the stack of a block's number.
 
     >>> _common_prefix(["transformer.h.0.w", "transformer.h.1.w"])
     'transformer.'

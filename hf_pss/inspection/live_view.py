@@ -1,4 +1,4 @@
-"""Show the state of a live run: as a screen that is redrawn, or as plain lines of news."""
+"""Show the state of a live run, as a screen that is redrawn or as plain lines of news."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def render(state: RunState, *, now: float, num_events: int, num_matrices: int) -
     Args:
         state: The state at the last poll.
         now: The present time, as `time.time`.
-        num_events: The most events to show, the newest last.
-        num_matrices: The most matrices to show, the lowest stable rank first.
+        num_events: Largest number of events to show; the newest comes last.
+        num_matrices: Largest number of matrices to show; the lowest stable rank comes first.
     """
     if state.is_empty:
         return Text(f"{visible(state.folder)}: nothing has been written yet.", style="dim")
@@ -42,7 +42,7 @@ def render(state: RunState, *, now: float, num_events: int, num_matrices: int) -
 
 
 def plain_lines(before: RunState | None, state: RunState) -> Iterator[str]:
-    """Yield the news since the state before: logs, events with their advice, readings."""
+    """Yield the news since the previous state: logs, events with their advice, readings."""
     if state.has_resumed:
         yield "The run has resumed from a checkpoint: later events are superseded."
     if state.log is not None and (before is None or before.log != state.log):
@@ -146,7 +146,7 @@ def _ranks(reading: HealthReading | None) -> Mapping[str, float]:
 
 
 def _worst(ranks: Mapping[str, float]) -> Sequence[str]:
-    """Return the names, NaN first, then the lowest stable rank."""
+    """Return the names, those with NaN first, then by ascending stable rank."""
     return sorted(ranks, key=lambda name: (not math.isnan(ranks[name]), ranks[name], name))
 
 

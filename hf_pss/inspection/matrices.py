@@ -1,8 +1,8 @@
-"""The weight matrices inside a checkpoint's tensors, found by names, shapes and the config.
+"""Find the weight matrices in a checkpoint's tensors by their names, shapes and the config.
 
 The rules are those of `hf_pss.models.selection`, which reads a model's modules. A fused projection
-is divided if the config, or its name and shape, determine the layout. Otherwise it is kept whole,
-with a note.
+is divided if the config, or its name and shape, determine the layout. Otherwise it stays one
+matrix, with a note.
 """
 
 from __future__ import annotations
@@ -37,56 +37,56 @@ from hf_pss.runs.safetensors_files import READABLE, Checkpoint, MatrixReader, Te
 __all__ = ["SMALL", "Contents", "StoredMatrix", "find_matrices"]
 
 _NOT_WEIGHTS = re.compile(r"(?:^|[._])(?:bias|masked_bias|inv_freq|running_mean|running_var)$")
-# A stack is one of experts by its path or, in Granite and JetMoE, by its own name.
+# The path shows that a stack holds experts. In Granite and JetMoE the name of the stack does.
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)|\.(?:input|output)_linear(?:\.weight)?$")
 _QUANTISED = re.compile(r"weight_scale(?:_inv|_2)?$|\.(?:absmax|quant_map|SCB|qzeros|scales)$")
 SMALL = "bias, norm or scale"
-# Of all stacks in one checkpoint [ours]. The largest models have about 70,000 experts. A small file
-# could claim millions, and each of them costs a record.
+# The limit for all stacks in one checkpoint [ours]. The largest models have about 70,000 experts. A
+# small file could claim millions, and each expert costs a record.
 MOST_EXPERTS = 2**17
 
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """One matrix, or a stack of experts' matrices, and where it lies in its tensor."""
+    """One matrix, or a stack of experts' matrices, and its place in a tensor."""
 
     name: str
-    """The tensor's, with the part in brackets: ``h.0.attn.c_attn.weight[q]``."""
+    """The name of the tensor, with the part in brackets: ``h.0.attn.c_attn.weight[q]``."""
     entry: TensorEntry
     place: Place
     shape: tuple[int, int]
     """(m, n): outputs, inputs."""
     num_experts: int | None
-    """None where the tensor is 2-D."""
+    """None if the tensor is 2-D."""
     transposed: bool
     """Whether the tensor is stored (in, out), as GPT-2's Conv1D does."""
     rows: RowPattern | None
-    """Output rows that belong to it; None for all."""
+    """The output rows that belong to the matrix; None means all rows."""
     note: str
-    """A doubt about its layout, for people; mostly empty."""
+    """A remark for people if the layout is in doubt; usually empty."""
     why_unselected: str = ""
-    """Why `select_matrices` would not select it in a run; empty where it would."""
+    """Why `select_matrices` would not select the matrix in a run; empty if it would."""
 
     @property
     def reader(self) -> MatrixReader:
-        """The reader of its numbers."""
+        """The reader of the matrix's numbers."""
         height, width = self.entry.shape[-2:]
         return MatrixReader(self.entry, (height, width), self.transposed, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A checkpoint's tensors: matrices to measure, and the rest with the reason."""
+    """A checkpoint's tensors: the matrices to measure, and the others with the reasons."""
 
     matrices: tuple[StoredMatrix, ...]
     others: tuple[tuple[TensorEntry, str], ...]
-    """Floating tensors without a spectrum; they are searched for NaN and inf."""
+    """Floating-point tensors that are only searched for NaN and inf, not measured."""
     unread: tuple[tuple[TensorEntry, str], ...]
     """Tensors that are not read: integers, quantised weights."""
 
 
 def find_matrices(checkpoint: Checkpoint) -> Contents:
-    """Sort a checkpoint's tensors. Cost: names only."""
+    """Sort a checkpoint's tensors. Cost: this reads names and shapes only."""
     rules = _Rules(checkpoint)
     matrices: list[StoredMatrix] = []
     others, unread = [], []
@@ -144,12 +144,12 @@ class _Rules:
             self._inputs[place.stack, place.block].add(entry.shape[0 if transposed else 1])
 
     def is_quantised(self, entry: TensorEntry) -> bool:
-        """Return whether the tensor's numbers mean nothing without the scales beside it."""
+        """Return whether the tensor's numbers have no meaning without separate scales."""
         scaled = {f"{entry.name}_scale_inv", f"{entry.name}_scale", f"{entry.name}.absmax"}
         return not scaled.isdisjoint(self._names) or _QUANTISED.search(entry.name) is not None
 
     def matrices_of(self, entry: TensorEntry, steps: Steps) -> list[StoredMatrix]:
-        """Return one record for each matrix, or stack of matrices, in a tensor."""
+        """Return one record for each matrix, or each stack of matrices, in a tensor."""
         leaf, place = _leaf(entry.name), place_of(entry.name)
         *experts, rows, columns = entry.shape
         transposed = self._is_transposed(entry, place)

@@ -1,6 +1,7 @@
-"""The health of a checkpoint: every matrix measured and judged, all other tensors searched.
+"""The health of a checkpoint: measure and judge every matrix, and search the other tensors.
 
-A series of checkpoints of one run: one row of medians and extremes for each.
+For a series of checkpoints of one run, this module gives one row of medians and
+extremes per checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, str], None]
-"""Takes the bytes just read and the tensor's name, fit to be shown."""
+"""Receives the number of bytes just read and the name of the tensor, safe for a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ class JudgedMatrix:
 
     health: MatrixHealth
     findings: tuple[Finding, ...]
-    """The worst first; empty for a sound matrix."""
+    """The findings with the worst first; empty for a sound matrix."""
 
 
 def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
-    """Return all matrices with their findings, the worst first.
+    """Return all matrices with their findings, with the worst first.
 
     Siblings are the matrices of one kind and shape in the other blocks.
     """
@@ -60,7 +61,7 @@ def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
         families[health.place.stack, health.place.kind, health.shape].append(health)
     judged = []
     for family in families.values():
-        # Once a family: a stack of experts has tens of thousands of members.
+        # This is done once per family, because a stack of experts has tens of thousands of members.
         siblings = siblings_of([one.stable_rank for one in family], [one.sigma1 for one in family])
         for health in family:
             found = _damage(health) or [
@@ -96,9 +97,10 @@ class Inspection:
     matrices: tuple[JudgedMatrix, ...]
     """The worst first."""
     bad_others: tuple[tuple[TensorEntry, int], ...]
-    """Biases, norms and other tensors with NaN or inf, and the number of those."""
+    """Biases, norms and other tensors with NaN or inf, and how many such entries each has."""
     others: tuple[tuple[TensorEntry, str], ...]
-    """Other floating tensors, all searched for NaN and inf, and the reason for each."""
+    """Other floating-point tensors, which were searched for NaN and inf, and the
+    reason for each."""
     unread: tuple[tuple[TensorEntry, str], ...]
     """Tensors that were not read, and the reason for each."""
 
@@ -109,7 +111,7 @@ class Inspection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether not a single number that was read is finite."""
+        """Whether none of the numbers that were read is finite."""
         found = [one.health for one in self.matrices]
         num_bad = sum(one.num_nonfinite for one in found) + sum(bad for _, bad in self.bad_others)
         num_read = sum(math.prod(one.shape) for one in found)
@@ -125,14 +127,14 @@ class Inspection:
 def inspect_checkpoint(
     checkpoint: Checkpoint, *, exact: bool = False, progress: Progress | None = None
 ) -> Inspection:
-    """Measure every matrix and search every other tensor, one at a time.
+    """Measure every matrix and search every other tensor, one tensor at a time.
 
-    Cost: the checkpoint is read once, matrices above `WHOLE_BYTES` seven times. Memory: less than
-    1 GiB beyond the interpreter's own, as the tests measure.
+    Cost: this reads the checkpoint once, and matrices above `WHOLE_BYTES` seven times. Memory: less
+    than 1 GiB beyond that of the interpreter, as the tests measure.
 
     Args:
         checkpoint: The result of `open_checkpoint`.
-        exact: Compute all singular values by SVD, in minutes instead of seconds.
+        exact: Compute all singular values by SVD. This takes minutes instead of seconds.
         progress: Called after each tensor.
 
     Raises:
@@ -181,7 +183,7 @@ class SeriesRow:
     """The number at the end of the path's name, as in ``checkpoint-500``."""
     median_stable_rank: float
     lowest_stable_rank: float
-    """Zero matrices are left out."""
+    """The lowest value; zero matrices are left out."""
     median_sigma1: float
     largest_sigma1: float
     num_nonfinite: int

@@ -1,7 +1,8 @@
 """σ₁, ‖W‖_F, ranks and spectra of a stored matrix.
 
-Matrices that fit into memory go through `hf_pss.linalg`. Of larger ones a pass over the rows
-applies AᵀA as Σ A_iᵀ(A_i X) over pieces A_i of rows, so one pass is one round of the iteration.
+`hf_pss.linalg` measures matrices that fit into memory. A larger matrix is read in pieces
+A_i of rows. A pass over the rows computes AᵀAX as Σ A_iᵀ(A_i X), so one pass is one round
+of the iteration.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 Pieces: TypeAlias = Callable[[], Iterable[Tensor]]
-"""Each call iterates once over the rows of one matrix: (rows, n) float32 or float64, in order."""
+"""A function that iterates once over the rows of one matrix, as (rows, n) float32 or float64."""
 
 _BLOCK = 4
 _SEED = 20260201
@@ -43,18 +44,18 @@ _MAX_EXPONENT = 126
 
 
 def streamed_norms(pieces: Pieces, num_columns: int) -> tuple[float, float]:
-    """Return σ₁ from below, as `spectral_norm` does in five rounds, and ‖A‖_F.
+    """Return a lower estimate of σ₁, as `spectral_norm` gives it in five rounds, and ‖A‖_F.
 
-    Rayleigh–Ritz on the Krylov space of AᵀA (Musco & Musco 2015, arXiv 1504.05477). Its fp32
-    products are accurate enough for σ₁, but not for values below 3e-4 σ₁.
-    Cost: seven passes. Memory: two pieces and 48 columns.
+    The method is Rayleigh–Ritz on the Krylov space of AᵀA (Musco & Musco 2015, arXiv 1504.05477).
+    Its fp32 products are accurate enough for σ₁, but not for values below 3e-4 σ₁. Cost: seven
+    passes. Memory: two pieces and 48 columns.
 
     Args:
         pieces: The matrix.
         num_columns: n.
 
     Returns:
-        σ₁ and ‖A‖_F; both NaN if the matrix holds NaN or inf, both 0 if it is zero.
+        σ₁ and ‖A‖_F. Both are NaN if the matrix holds NaN or inf, and 0 if the matrix is zero.
     """
     scale = _scale(pieces)
     if not math.isfinite(scale) or scale == 0:
@@ -85,9 +86,9 @@ def streamed_norms(pieces: Pieces, num_columns: int) -> tuple[float, float]:
 def streamed_spectrum(pieces: Pieces, num_columns: int) -> Tensor:
     """Return all singular values, largest first, from the Gram matrix of the columns in fp64.
 
-    Values below 1e-8 of the largest are rounding, because squaring halves the digits. Cost: two
-    passes, O(mn²) operations and one decomposition of (n, n) fp64. Memory for 8192 columns: 512 MiB
-    for that matrix, and as much again for the decomposition.
+    Values below 1e-8 of the largest are rounding errors, because the square halves the number of
+    digits. Cost: two passes, O(mn²) operations and one decomposition of an (n, n) fp64 matrix.
+    Memory for 8192 columns: 512 MiB for that matrix, and the same again for the decomposition.
 
     Args:
         pieces: A finite matrix with at least as many rows as columns.
@@ -117,7 +118,7 @@ def _scale(pieces: Pieces) -> float:
 
 
 def _orthonormal(block: Tensor, basis: Tensor | None = None) -> Tensor:
-    for _ in range(2):  # one pass may leave rounding within the span
+    for _ in range(2):  # one pass may leave rounding errors within the span
         if basis is not None:
             block = block - basis @ (basis.mT @ block)
         q: Tensor = torch.linalg.qr(block).Q
@@ -125,7 +126,7 @@ def _orthonormal(block: Tensor, basis: Tensor | None = None) -> Tensor:
     return block
 
 
-# Larger matrices are streamed. Quick norms need at most three times the memory of a matrix.
+# Larger matrices are streamed. Quick norms need at most three times the memory of the matrix.
 WHOLE_BYTES = 3 * PIECE_BYTES
 
 
@@ -134,17 +135,17 @@ class MatrixHealth:
     """The measured numbers of one matrix."""
 
     name: str
-    """Experts of a stack are numbered: ``….experts.down_proj[3]``."""
+    """The name. Experts of a stack are numbered: ``….experts.down_proj[3]``."""
     source: StoredMatrix
     expert: int | None
     sigma1: float
-    """NaN if the matrix is not finite, like `frobenius`."""
+    """The largest singular value. It is NaN if the matrix is not finite, as `frobenius` is."""
     frobenius: float
     num_nonfinite: int
     """Number of entries that are NaN or inf."""
     spectrum: array[float] | None
     """All singular values, largest first; None without `exact`, or if the matrix is not finite. An
-    array needs eight bytes each, and a model has millions."""
+    array needs only eight bytes per value, and a model has millions of values."""
 
     @property
     def place(self) -> Place:
@@ -163,7 +164,7 @@ class MatrixHealth:
 
     @property
     def noise(self) -> float:
-        """mn/(√m + √n)²: the stable rank of i.i.d. noise of its shape."""
+        """mn/(√m + √n)²: the stable rank of i.i.d. noise of the same shape."""
         return noise_stable_rank(*self.shape)
 
     @property
@@ -185,16 +186,16 @@ class MatrixHealth:
 def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHealth]:
     """Measure a matrix, or every matrix of a stack.
 
-    Cost: the matrix is read once, or seven times if it is larger than `WHOLE_BYTES`. Memory: at
-    most four times the smaller of both sizes. The error of quick values is that of
-    `quick_stable_rank`.
+    Cost: this reads the matrix once, or seven times if it is larger than `WHOLE_BYTES`. Memory: at
+    most four times the size of the matrix or stack, or of `WHOLE_BYTES` if that is smaller. Quick
+    values have the error of `quick_stable_rank`.
 
     Args:
         matrix: The matrix, or stack of matrices, to read.
         exact: Compute all singular values instead of σ₁ from below.
 
     Yields:
-        One record for each expert of a stack, else one record.
+        One record for each expert of a stack, or one record for a single matrix.
 
     Raises:
         StateError: The file has become shorter since its header was read.

@@ -33,7 +33,7 @@ __all__ = [
     "use_log_scale",
 ]
 
-# Okabe and Ito's palette, distinguishable with every common kind of colour vision, without yellow.
+# Okabe and Ito's palette without yellow. It is clear with every common kind of colour vision.
 REFERENCE_COLOUR = "#555555"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -64,26 +64,26 @@ _STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Apply matplotlib settings for our figures inside the context, and restore the caller's."""
+    """Apply the settings of our figures inside the context, and restore those of the caller."""
     return mpl.rc_context(_STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure outside pyplot; sizes are in inches."""
+    """Return an empty figure outside pyplot. Sizes are in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.12)
     return figure
 
 
 def use_log_scale(axes: Axes) -> None:
-    """Make the ordinate logarithmic, with plain numbers, because the style parses no math."""
+    """Make the y-axis logarithmic, with plain numbers because the style parses no math."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(_PlainFormatter())
 
 
 def mark_level(axes: Axes, level: float, text: str, *, at_left: bool = False) -> None:
-    """Draw a dotted horizontal line with its name at one end."""
+    """Draw a dotted horizontal line with a label at one end."""
     axes.axhline(level, color="#999999", lw=0.8, ls=":")
     axes.annotate(
         text,
@@ -98,7 +98,7 @@ def mark_level(axes: Axes, level: float, text: str, *, at_left: bool = False) ->
 
 
 class _PlainFormatter(LogFormatter):
-    """Labels the same ticks as its base class, with plain numbers."""
+    """Labels the same ticks as the base class, but with plain numbers."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -117,7 +117,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure) -> bytes:
-    """Render a figure as SVG with letters as outlines, which look the same everywhere."""
+    """Render a figure as SVG with text as outlines, which look the same everywhere."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()

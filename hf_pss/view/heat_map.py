@@ -1,4 +1,4 @@
-"""The stable rank of every matrix over time, several runs side by side on one colour scale."""
+"""The stable rank of every matrix over time, for several runs on one colour scale."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OUTSIDE_BLOCKS = -1
 
 @dataclass(frozen=True, slots=True, order=True)
 class MatrixRow:
-    """One row of the map: a role in a block; experts of one block share a row."""
+    """One row of the map: a role in a block. The experts of a block share a row."""
 
     block: int
     role: str
 
 
 def row_of(name: str) -> MatrixRow:
-    """Return block and role of a matrix, read from its name.
+    """Return the block and the role of a matrix, read from its name.
 
     >>> row_of("transformer.h.3.attn.c_attn.weight[q]")
     MatrixRow(block=3, role='attn.c_attn[q]')
@@ -54,7 +54,7 @@ class HeatMapPanel:
     steps: Floats
     """(num_steps,), ascending."""
     names: Sequence[str]
-    """Of the matrices."""
+    """The names of the matrices."""
     values: Floats
     """(num_steps, num_names); NaN where a step has no value."""
 
@@ -62,16 +62,16 @@ class HeatMapPanel:
 def heat_map_figure(
     panels: Sequence[HeatMapPanel], *, noise: Mapping[str, float] = MappingProxyType({})
 ) -> Figure | None:
-    """Draw one panel a run: rows are matrices grouped by block, columns are steps.
+    """Draw one panel per run: rows are matrices grouped by block, and columns are steps.
 
-    Matrices of one role and block, such as experts, share a row, which shows the lowest.
+    Matrices of one role and block, such as experts, share a row, which shows the lowest value.
 
     Args:
-        panels: The runs; those without a step or a name are left out.
-        noise: Stable ranks of noise by shape, marked on the colour bar.
+        panels: The runs. Those without a step or a name are left out.
+        noise: Stable ranks of noise by shape, which the colour bar marks.
 
     Returns:
-        None where no panel is left.
+        None if no panel is left.
     """
     panels = [panel for panel in panels if len(panel.steps) and panel.names]
     if not panels:
@@ -95,8 +95,8 @@ def heat_map_figure(
 def _lowest(panel: HeatMapPanel, rows: list[MatrixRow]) -> Floats:
     """Return the lowest value of each row's matrices, (num_rows, num_steps).
 
-    It is NaN where one of them is NaN, or none has a value. A mean over experts would hide the one
-    that breaks.
+    It is NaN where one of them is NaN, or where none has a value. A mean over experts would hide
+    the expert that breaks.
     """
     index = {row: i for i, row in enumerate(rows)}
     found = np.full((len(rows), len(panel.steps)), np.inf)

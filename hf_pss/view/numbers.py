@@ -1,4 +1,4 @@
-"""Write numbers for people, with a dash where there is none."""
+"""Write numbers for people, with a dash for a missing number."""
 
 from __future__ import annotations
 

@@ -20,14 +20,15 @@ _FILTERS = {name: getattr(numbers, name) for name in numbers.__all__ if name != 
 
 
 def render_template(package: str, name: str, values: Mapping[str, object]) -> str:
-    """Fill a template that lies in a package.
+    """Fill in a template from a package.
 
-    The functions of `hf_pss.view.numbers` and `visible` are its filters. It escapes every value.
+    The template can use `visible` and the functions of `hf_pss.view.numbers` as filters. Every
+    value is escaped.
 
     Args:
         package: Dotted name of the package.
         name: File name of the template.
-        values: What the template may use; anything else in it is an error.
+        values: The variables of the template. A variable that is not here is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),

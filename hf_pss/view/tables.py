@@ -1,4 +1,4 @@
-"""Tables for a terminal, and curves in one line of text."""
+"""Tables for a terminal, and curves as one line of text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def lean_table(
 
     Args:
         names: Titles of the first columns, whose text may be folded.
-        numbers: Titles of the columns of numbers: to the right, and never broken.
-        notes: Titles of the last columns, of text again.
-        rows: Cells to show as plain text, never as rich's markup. Give none to add rows yourself.
-        title: Stands above the table.
+        numbers: Titles of the columns of numbers, which are right-aligned and never broken.
+        notes: Titles of the last columns, whose text may be folded.
+        rows: Cells, which are shown as plain text and never as rich's markup. Give none to add
+            the rows yourself.
+        title: A title above the table.
     """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
@@ -49,13 +50,13 @@ def lean_table(
 def sparkline(
     points: Sequence[tuple[int, float | None]], *, steps: tuple[int, int], width: int = 60
 ) -> str:
-    """Draw the largest value of each column of characters; × stands for NaN or inf.
+    """Draw one character for the largest value of each column; × stands for NaN or inf.
 
     >>> sparkline([(1, 1.0), (2, 8.0), (3, float("nan"))], steps=(1, 3), width=3)
     '▁█×'
 
     Args:
-        points: Steps and values; a value is None where the step has none.
+        points: Steps and values. A value is None if the step has none.
         steps: The first and the last step.
         width: Number of characters.
     """
@@ -70,7 +71,7 @@ def sparkline(
 
 
 def marks(steps: Sequence[int], sign: str, *, over: tuple[int, int], width: int = 60) -> str:
-    """Draw a sign at each of the steps, to stand below a `sparkline`."""
+    """Draw a sign at each of the steps, for a line below a `sparkline`."""
     line = [_EMPTY] * width
     for step in steps:
         column = _column(step, over, width)
@@ -80,7 +81,7 @@ def marks(steps: Sequence[int], sign: str, *, over: tuple[int, int], width: int 
 
 
 def _column(step: int, limits: tuple[int, int], width: int) -> int | None:
-    """Return the character that a step falls on; None outside of the limits."""
+    """Return the column of a step; None if the step is outside the limits."""
     first, last = limits
     return (step - first) * width // max(1, last - first + 1) if first <= step <= last else None
 
@@ -90,6 +91,6 @@ def _character(values: Sequence[float], low: float, high: float) -> str:
         return _EMPTY
     if not all(map(math.isfinite, values)):
         return _BAD
-    # Halves, so that the difference of the largest floats is finite.
+    # Halved values keep the difference of the largest floats finite.
     share = (max(values) / 2 - low / 2) / ((high / 2 - low / 2) or 1.0)
     return _BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)]

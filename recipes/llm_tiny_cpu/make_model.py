@@ -2,7 +2,7 @@
 
     python recipes/llm_tiny_cpu/make_model.py [FOLDER]
 
-FOLDER is runs/llm_tiny_cpu/base by default. The tokenizer is trained on chat.jsonl, and carries
+FOLDER is runs/llm_tiny_cpu/base by default. The tokenizer is trained on chat.jsonl and includes
 chat.jinja. Nothing is downloaded, and every run writes the same weights.
 """
 
@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     """Train the tokenizer, draw the weights, and write both."""
     rows = map(json.loads, (HERE / "chat.jsonl").read_text(encoding="utf-8").splitlines())
     texts = (turn["content"] for row in rows for turn in row["messages"])
-    # A blank byte-level BPE, as GPT-2's.
+    # A blank byte-level BPE like that of GPT-2.
     tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>").train_new_from_iterator(texts, 512)
     tokenizer.chat_template = (HERE / "chat.jinja").read_text(encoding="utf-8")
     config = LlamaConfig(
@@ -34,7 +34,8 @@ def main(folder: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        # 1 / sqrt(64): the head is the embedding, and no adapter could raise the logits of 0.02.
+        # 1 / sqrt(64). The head is the embedding. With 0.02 the logits would be too small, and no
+        # adapter could raise them.
         initializer_range=0.125,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

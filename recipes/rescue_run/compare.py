@@ -6,18 +6,18 @@ For each recipe and seed it trains, with `hf-pss train`:
 
 - the undamaged run;
 - the damaged run, which PSS observes and does not change (``pss_observe_only``);
-- the rescued run: the command that `hf-pss rescue` prints;
-- its control, rolled back: the command that it prints with ``--smoothing none``.
+- the rescued run, by the command that `hf-pss rescue` prints;
+- a control that is only rolled back, by the command that it prints with ``--smoothing none``.
 
-Where the rate itself was too high, it also runs the command that ``--failed-at 1`` gives, if rescue
-found no failure, and a copy with a tenth of the rate, if it found one.
+If the rate itself was too high, there is one more run. If rescue found no failure, this is the
+command that ``--failed-at 1`` gives. If it found one, this is a copy with a tenth of the rate.
 
-The harm is done once: a resumed run does not meet the same batch, the same NaN or the same rate
+The harm is done once. A resumed run does not meet the same batch, the same NaN or the same rate
 again, unless the schedule itself is too high (slow_damage, ramp, collapse).
 
-One row a seed is added to ``rows.jsonl``; rows that are there are not measured again. A row that
-fails is named at the end, and the others continue. A signal ends the comparison; the next call
-starts the interrupted run from its beginning.
+The script adds one row per recipe and seed to ``rows.jsonl``, and does not measure existing rows
+again. It names failed rows at the end, and the others continue. A signal ends the comparison. The
+next call starts the interrupted run from its beginning.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ RAMP = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": str(NUM_STEPS),
 }
-# The ways to ruin a run: arguments of `harmed`, or options that differ from `COMMON`.
+# The ways to ruin a run, as arguments of `harmed` or as options that differ from `COMMON`.
 HARMS: dict[str, dict[str, Any]] = {
     "damaged": {"kind": "high_learning_rate", "first": 121, "last": 140, "factor": 30.0},
     "damaged_mildly": {"kind": "high_learning_rate", "first": 121, "last": 125, "factor": 10.0},
@@ -91,11 +91,11 @@ ARMS = ("undamaged", "untreated", "rolled_back", "rescued", "failed_at", "lowere
 
 
 def hf_pss(words: Sequence[str]) -> tuple[int, str]:
-    """Run `hf-pss WORDS` in this process; return its exit code and its stdout.
+    """Run `hf-pss WORDS` in this process, and return its exit code and its stdout.
 
     Raises:
         KeyboardInterrupt: After a SIGINT, which ends the comparison.
-        SystemExit: After a SIGTERM, likewise: the run saves, and exits with 143.
+        SystemExit: After a SIGTERM, which also ends it: the run saves, and exits with 143.
     """
     out, code = io.StringIO(), 0
     sys.argv = ["hf-pss", *words]
@@ -114,7 +114,7 @@ def hf_pss(words: Sequence[str]) -> tuple[int, str]:
 def train(
     folder: Path, options: dict[str, str], harm: dict[str, Any] | None = None
 ) -> float | None:
-    """Train a run unless its folder is there; return its last validation loss."""
+    """Train a run unless its folder exists, and return its last validation loss."""
     if not folder.exists():
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         half = folder.with_name(f"{folder.name}.part")  # the name of an unfinished run
@@ -128,7 +128,7 @@ def train(
 
 
 def loss_of(folder: Path) -> float | None:
-    """Return the validation loss at the last step; None where it is missing or not finite."""
+    """Return the validation loss at the last step; None if it is missing or not finite."""
     path = folder / "trainer_state.json"
     if not path.exists():
         return None
@@ -142,7 +142,7 @@ def follow(run: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], floa
     """Run `hf-pss rescue`, then the command that it prints.
 
     Returns:
-        The report of rescue, the loss at the end, and an error where the command failed.
+        The report of rescue, the loss at the end, and an error if the command failed.
     """
     code, report = hf_pss(["rescue", str(run), *options, "--json"])
     if code:
@@ -155,7 +155,7 @@ def follow(run: Path, options: Sequence[str] = ()) -> tuple[dict[str, Any], floa
 
 
 def text_in(folder: Path) -> dict[str, str]:
-    """Return the options of a text, the modules of the library, and of its tokenizer."""
+    """Return the options of a text, which is modules of the library, and of its tokenizer."""
     text, tokenizer = folder.absolute() / "text.txt", folder.absolute() / "tokenizer"
     if not tokenizer.exists():
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -174,7 +174,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"recipe": name, "seed": seed}
     row["undamaged"] = train(folder / f"undamaged-{twin}-{seed}", healthy)
     own = folder / f"{name}-{seed}"
-    shutil.rmtree(own, ignore_errors=True)  # of a comparison that was killed
+    shutil.rmtree(own, ignore_errors=True)  # files of a comparison that was killed
     run = own / "run"
     row["untreated"] = train(run, {**healthy, **RATES.get(name, {})}, HARMS.get(name))
     found, rescued, error = follow(run)
@@ -187,7 +187,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
         if name in RATES:
             copy = ["--write", str(own / "repaired"), "--lr-scale", "0.1", "--allow-pickle"]
             row["lowered"] = follow(run, copy)[1]
-    else:  # rescue found no failure and has nothing to continue: the run stays as it is
+    else:  # rescue found no failure, so there is nothing to continue and the run stays as it is
         row |= {"rescued": row["untreated"], "rolled_back": row["untreated"], "error": ""}
         if name in RATES:
             row["failed_at"] = follow(run, ["--failed-at", "1"])[1]
@@ -196,7 +196,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as Markdown, one line a recipe: mean losses, and runs within 0.1 nats."""
+    """Return the rows as Markdown, one line per recipe: mean losses, and runs within 0.1 nats."""
     titles = ["recipe", "runs", "named", "onset", "continues from", *ARMS]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in RECIPES:

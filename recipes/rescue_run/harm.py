@@ -1,4 +1,4 @@
-"""Let something go wrong in some steps of PSSTrainer: a part of compare.py."""
+"""Let something go wrong in some steps of PSSTrainer, for compare.py."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def harmed(
     """Harm the steps from `first` to `last` of every PSSTrainer that trains in this context.
 
     Args:
-        kind: None harms nothing. random_batch trains on random tokens, nan_gradient puts a NaN into
-            each gradient, high_learning_rate multiplies the rate.
+        kind: The harm. random_batch trains on random tokens, nan_gradient puts a NaN into each
+            gradient, and high_learning_rate multiplies the rate. None harms nothing.
         first: The first harmed step; steps are counted from 1.
         last: The last harmed step; `first` if it is smaller.
-        factor: On the learning rate.
+        factor: Factor on the learning rate.
     """
     training_step = PSSTrainer.training_step
 

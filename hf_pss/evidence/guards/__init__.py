@@ -1,1 +1,1 @@
-"""Protections of a training run that PSS is compared with, one idea a module, and their table."""
+"""Protections of a training run with which PSS is compared: one idea per module, and a table."""

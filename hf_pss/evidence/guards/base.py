@@ -25,7 +25,7 @@ __all__ = ["Guard", "OptimizerSettings", "TimedCallback"]
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW's numbers, which a guard with its own optimizer takes over."""
+    """The AdamW settings that a guard copies into its own optimizer."""
 
     learning_rate: float
     betas: tuple[float, float]
@@ -35,9 +35,9 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A protection of a training run: its differences from the same run without one.
+    """A protection of a training run, as the differences from the same run without it.
 
-    Everything else (initial weights, order of the data, schedule) belongs to the recipe.
+    The recipe sets everything else: initial weights, order of the data, schedule.
     """
 
     description: str
@@ -45,21 +45,21 @@ class Guard:
     source: str
     """The paper and its rule, or the package that implements it."""
     pss: PSSConfig = field(default_factory=lambda: PSSConfig(observe_only=True))
-    """PSS as an observer, unless the guard is PSS."""
+    """Options of PSS, which only observes unless the guard is PSS."""
     max_grad_norm: float | None = None
-    """Clipping at this global norm. 0 does not clip; None leaves it to the recipe."""
+    """Clipping at this global norm. With 0 nothing is clipped; None leaves it to the recipe."""
     optimizer: Callable[[nn.Module, OptimizerSettings], Optimizer] | None = None
-    """Builds the optimizer that replaces AdamW; None keeps the recipe's."""
+    """Builds the optimizer that replaces AdamW. With None the recipe's optimizer stays."""
     callback: Callable[[Trainer], TrainerCallback] | None = None
-    """Acts during training; added behind PSS's own callback."""
+    """Acts during training, after PSS's callback."""
     needs_fault: bool = False
-    """Whether it treats a run after the recipe's fault, and does nothing without one."""
+    """Whether the guard treats a run after the recipe's fault. Without a fault it does nothing."""
     prepare: Callable[[nn.Module], None] | None = None
-    """Changes the model before training, at the recipe's initial weights."""
+    """Changes the model before training, when it has the recipe's initial weights."""
 
 
 class TimedCallback(TrainerCallback):
-    """A callback that acts around every step, and records for how long and when it changed a run.
+    """A callback that acts around every step, and records its time and the steps it changed.
 
     A subclass overrides some of `prepare`, `before_step`, `before_update` and `after_step`.
     """
@@ -72,20 +72,20 @@ class TimedCallback(TrainerCallback):
         self.intervention_steps: list[int] = []
         """Steps, from 1, at which something was changed."""
         self.seconds = 0.0
-        """Time spent here in all, including the steps without a change."""
+        """Total time in this callback, including the steps without a change."""
 
     def prepare(self) -> None:
-        """Get ready; called once, when training begins."""
+        """Get ready. This is called once, when training begins."""
 
     def before_step(self, step: int) -> None:
         """Act before the forward pass of a step."""
 
     def before_update(self) -> bool:
-        """Act on the gradients; return whether something was changed."""
+        """Act on the gradients, and return whether something was changed."""
         return False
 
     def after_step(self, step: int) -> bool:
-        """Act after the optimizer's update; return whether something was changed."""
+        """Act after the optimizer's update, and return whether something was changed."""
         return False
 
     # ---- the Trainer's events ----
@@ -122,14 +122,14 @@ class TimedCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Call `before_update`, by the clock."""
+        """Call `before_update` and measure its time."""
         started = time.perf_counter()
         self._record(state.global_step + 1, self.before_update(), started)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Call `after_step`, by the clock."""
+        """Call `after_step` and measure its time."""
         started = time.perf_counter()
         self._record(state.global_step, self.after_step(state.global_step), started)
 

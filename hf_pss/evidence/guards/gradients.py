@@ -15,19 +15,20 @@ from hf_pss.trainer.callback import PSSCallback
 
 __all__ = ["LearningRateDrop", "OlmoSkipStep", "SkipStepRule", "ZClip", "ZClipRule"]
 
-# As in the authors' code: keeps a z-score finite when the norm has not varied.
+# This keeps a z-score finite when the norm has not varied, as in the authors' code.
 _EPS = 1e-6
 
 
 class ZClipRule:
-    """Keep mean μ and variance s² of the norm by moving averages, and limit spikes of it.
+    """Keep moving averages of the norm's mean μ and variance s², and limit its spikes.
 
-    With z = (g − μ)/s, a norm with z > z_thresh is brought to μ + (z_thresh²/z)·s. The averages
-    take the clipped norm: μ ← αμ + (1 − α)g, then s² ← αs² + (1 − α)(g − μ)²; they start from
-    mean and variance of the first 25 norms (ZClip, arXiv 2504.02507, and its authors' code).
+    Let z = (g − μ)/s. A norm with z > z_thresh is clipped to μ + (z_thresh²/z)·s. The averages
+    take the clipped norm: μ ← αμ + (1 − α)g, then s² ← αs² + (1 − α)(g − μ)². They start from the
+    mean and variance of the first 25 norms. The rule is that of ZClip (arXiv 2504.02507) and of
+    the code by its authors.
 
-    A norm that is not finite is not averaged. The authors' code averages it, and detects nothing
-    from then on.
+    A norm that is not finite does not enter the averages. In the authors' code it does, and the
+    code detects nothing from then on.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class ZClipRule:
         self._calibration_steps = calibration_steps
 
     def limit(self, grad_norm: float) -> float | None:
-        """Take a norm and return the norm to clip it to; None leaves it."""
+        """Take a norm and return the norm to clip it to; None leaves the gradient as it is."""
         if not math.isfinite(grad_norm):
             return None
         if len(self._first) < self._calibration_steps:
@@ -69,7 +70,7 @@ class ZClip(TimedCallback):
     def before_update(self) -> bool:
         """Scale the gradients of a spike."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # The guard's one read to the host.
+        # This is the only device-to-host read of the guard.
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else math.nan
         limit = self.rule.limit(norm)
         if limit is None:
@@ -81,10 +82,10 @@ class ZClip(TimedCallback):
 class SkipStepRule:
     """Skip when the loss or the norm exceeds mean + 6 standard deviations of the last 128 values.
 
-    It judges from the 64th value on, as OLMo-core's SkipStepOptimizer does. As there, every finite
-    value enters its window, whether or not its step is skipped. A step with a value that is not
-    finite is skipped, and the value does not enter. In OLMo-core the 128 steps after it are skipped
-    too.
+    The rule applies from the 64th value on, as in OLMo-core's SkipStepOptimizer. As there,
+    every finite value enters its window, even if its step is skipped. A step with a value that
+    is not finite is skipped, and that value does not enter the window. OLMo-core then also
+    skips the next 128 steps.
     """
 
     def __init__(self, *, window_steps: int = 128, sigma_factor: float = 6.0) -> None:
@@ -93,7 +94,7 @@ class SkipStepRule:
         self._windows: tuple[deque[float], ...] = tuple(deque(maxlen=window_steps) for _ in "lg")
 
     def skips(self, loss: float, grad_norm: float) -> bool:
-        """Take a step's loss and norm, and return whether to skip its update."""
+        """Take the loss and the norm of a step, and return whether to skip its update."""
         judgements = [
             self._is_outlier(window, value)
             for window, value in zip(self._windows, (loss, grad_norm), strict=True)
@@ -103,7 +104,7 @@ class SkipStepRule:
     def _is_outlier(self, window: deque[float], value: float) -> bool:
         if not math.isfinite(value):
             return True
-        # OLMo-core counts the value itself: 63 before it make 64.
+        # OLMo-core counts the value itself: with the 63 values before it there are 64.
         judges = len(window) + 1 >= self._minimum
         limit = _mean_plus(window, self._sigma_factor) if judges else math.inf
         window.append(value)
@@ -113,7 +114,7 @@ class SkipStepRule:
 class OlmoSkipStep(TimedCallback):
     """Drops the gradients of a step by `SkipStepRule`.
 
-    OLMo-core multiplies the update by zero, so that the moments decay and a NaN stays NaN. Here the
+    OLMo-core multiplies the update by zero, so the moments decay and a NaN stays NaN. Here the
     optimizer skips the parameters, and its moments keep their values.
     """
 
@@ -140,9 +141,11 @@ class LearningRateDrop(TimedCallback):
     """Multiplies the learning rate for the rest of the run where PSS would have smoothed.
 
     Args:
-        pss: Observes with the trigger of the preset ``paper``; called before this callback.
-        factor: On the schedule, and therefore on every later step.
-        cooldown_steps: Steps after a drop without another one, counted as PSS counts them.
+        pss: A callback that observes with the trigger of the preset ``paper``. It must come
+            before this callback.
+        factor: The factor on the schedule, and therefore on the rate of every later step.
+        cooldown_steps: Number of steps after a drop in which no other drop happens. PSS counts its
+            cooldown in the same way.
     """
 
     def __init__(self, pss: PSSCallback, *, factor: float = 0.5, cooldown_steps: int = 10) -> None:

@@ -1,4 +1,4 @@
-"""Treatments of a run after a fault of known length: repair the weights, or roll back."""
+"""Treatments of a run after a fault at known steps: repair the weights, or roll back."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Rescue(MatrixCallback):
 
     Args:
         fault: The harmed steps.
-        treatment: Cap every matrix at the stable-rank floor ρ · noise; do this and set the
-            optimizer's first moments to zero; only set them to zero; or restore weights and
-            optimizer as they were before the fault, and continue with the next data.
-        floor_ratio: ρ.
+        treatment: ``smooth`` caps every matrix at the stable-rank floor ρ · noise. ``reset`` sets
+            the optimizer's first moments to zero, and ``smooth_and_reset`` does both.
+            ``roll_back`` restores the weights and the optimizer as they were before the fault, and
+            continues with the next data.
+        floor_ratio: The ratio ρ.
     """
 
     def __init__(self, fault: Fault, treatment: Treatment, *, floor_ratio: float = 0.8) -> None:

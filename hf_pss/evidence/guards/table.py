@@ -159,4 +159,4 @@ _ROWS = {
 }
 
 GUARDS: Mapping[str, Guard] = MappingProxyType(_ROWS)
-"""Guard by name. With ``max_grad_norm`` None the recipe's clipping stays on."""
+"""Guard by name. If ``max_grad_norm`` is None, the recipe's clipping stays on."""

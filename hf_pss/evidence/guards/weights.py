@@ -1,4 +1,4 @@
-"""Guards that act on the weights at every step or on a schedule, whatever the gradient does."""
+"""Guards that act on the weights at every step or on a schedule, without the gradient."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class _Gain(nn.Module):
 
 @torch.no_grad()
 def sigma_reparam_(model: nn.Module) -> None:
-    """Write every selected weight as Ŵ = γ W/σ₁(W), γ learned (σReparam, arXiv 2303.06296).
+    """Write every selected weight as Ŵ = γ W/σ₁(W) with a learned γ (σReparam, arXiv 2303.06296).
 
-    A fused projection counts as one matrix with one γ. torch's `spectral_norm` estimates σ₁, with
-    one round of power iteration a forward pass. γ starts at σ₁, so that the model is at first the
-    same function as without the guard; the paper starts γ at 1.
+    A fused projection counts as one matrix with one γ. torch's `spectral_norm` estimates σ₁ with
+    one round of power iteration per forward pass. γ starts at σ₁, so the model is at first the same
+    function as without the guard. In the paper γ starts at 1.
     """
     names = dict.fromkeys(view.parameter_name for view in select_matrices(model).matrices)
     for name in names:
@@ -60,17 +60,17 @@ def sigma_reparam_(model: nn.Module) -> None:
         parametrize.register_parametrization(module, "weight", _Gain(sigma[0].clone()))
 
 
-# Rounds of power iteration at a step, and at the first.
+# Rounds of power iteration per step, and in the first step.
 _ROUNDS, _FIRST_ROUNDS = 2, 30
 
 
 class MatrixCallback(TimedCallback):
-    """Holds the selected matrices of the model in training."""
+    """A callback with the selected matrices of the model that it trains."""
 
     views: tuple[MatrixView, ...] = ()
 
     def prepare(self) -> None:
-        """Select the matrices, as PSS does."""
+        """Select the matrices that PSS would select."""
         self.views = select_matrices(self.model).matrices
 
     def stored(self) -> tuple[dict[str, nn.Parameter], Backend]:
@@ -86,13 +86,13 @@ class MatrixCallback(TimedCallback):
 
 
 class ScheduledSmoothing(MatrixCallback):
-    """Smooths all selected matrices every P steps, or at random as often on average.
+    """Smooths all selected matrices every P steps, or at random steps with the same mean interval.
 
     Args:
         smoothing: Name of a smoothing function; ``polar`` is MSign's reset.
-        every_steps: P.
-        random_seed: Smooth each step with probability 1/P, drawn from the guard's own generator
-            of this seed. None: every P steps.
+        every_steps: The interval P.
+        random_seed: Seed of the guard's own generator, with which it smooths at each step with
+            probability 1/P. With None it smooths every P steps.
         max_rank: Largest number of singular values that move in a matrix; `polar` moves all.
     """
 
@@ -126,13 +126,13 @@ class ScheduledSmoothing(MatrixCallback):
 
 
 class SpectralCap(MatrixCallback):
-    """After every update W ← W·min(1, β/σ₁) with β = `factor`·(1 + √(m/n)).
+    """After every update it sets W ← W·min(1, β/σ₁) with β = `factor`·(1 + √(m/n)).
 
-    [ours] 1 + √(m/n) is the spectral edge of i.i.d. noise of variance 1/n (n inputs), the map that
-    keeps the size of its input, so the scale of the initial weights does not matter. Power
-    iteration estimates σ₁ from below, two rounds a step from the last step's vectors (Miyato et al.
-    2018, arXiv 1802.05957). Measured: at most 1.3 % over the cap, at width 16 and a learning rate
-    of 1e-2.
+    The level is [ours]. 1 + √(m/n) is the spectral edge of i.i.d. noise of variance 1/n with n
+    inputs. Such noise keeps the size of its input, so the scale of the initial weights does not
+    matter. Power iteration estimates σ₁ from below, with two rounds per step that start from the
+    vectors of the last step (Miyato et al. 2018, arXiv 1802.05957). At width 16 and a learning rate
+    of 1e-2 we measured σ₁ at most 1.3 % over the cap.
     """
 
     def __init__(self, *, factor: float = 1.0) -> None:
@@ -149,7 +149,8 @@ class SpectralCap(MatrixCallback):
             sigma = self._spectral_norms(stack.names, stack.matrices)
             m, n = stack.matrices.shape[-2:]
             scale = self._factor * (1 + math.sqrt(m / n)) / sigma
-            # One read to the host a shape. NaN compares false, and such a matrix is left alone.
+            # There is one device-to-host read per shape. NaN compares false, so a matrix with NaN
+            # stays as it is.
             changed = (scale < 1).tolist()
             scaled = stack.matrices * scale[:, None, None]
             write_stack_(stack, scaled, changed, parameters, backend)
