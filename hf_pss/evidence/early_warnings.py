@@ -422,7 +422,7 @@ def render_table(scores: Sequence[Score]) -> Table:
     """Return the scores as a table for the terminal."""
     return lean_table(
         ["rule", "recipe"],
-        ["threshold", "warned ahead", "lead, steps", "false /1,000", "healthy"],
+        ["threshold", "warned\nahead", "lead,\nsteps", "false\n/1,000", "healthy"],
         rows=(
             (
                 one.rule,

@@ -276,7 +276,14 @@ def render_scores(scores: Sequence[MetricScore]) -> Table:
 
     return lean_table(
         ["metric", "recipe"],
-        ["widening", "ahead", "lead, steps", "first outside", "false /1,000", "survivors outside"],
+        [
+            "widening",
+            "ahead",
+            "lead,\nsteps",
+            "first\noutside",
+            "false\n/1,000",
+            "survivors\noutside",
+        ],
         rows=map(_cells, sorted(scores, key=rank)),
     )
 

@@ -116,7 +116,7 @@ class Lineage:
                 continue
             if found.is_whole:
                 return found
-            logger.warning("%s is passed over: %s.", folder, found.why_not)
+            logger.warning("Skipping %s: %s.", folder, found.why_not)
         return None
 
     def name_before(self, step: int) -> str | None:

@@ -201,10 +201,10 @@ def _kind(default: Any) -> str:
     return words.get(type(default), "a list")
 
 
-def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
+def _argument(option: Field[Any], hint: Any, default: str) -> tuple[str, Any, Any]:
     """Turn one option of PSSConfig into an argument whose default, None, means the preset's."""
     shown = list(option.default) if isinstance(option.default, tuple) else option.default
-    text = f"{option.metadata['help']} Default: {shown}.".replace("%", "%%")
+    text = f"{option.metadata['help']} {default}: {shown}.".replace("%", "%%")
     if hint is bool:
         # Only a bool with a default is a flag that needs no value; no preset sets one.
         own = field(default=option.default, metadata={"help": text})
@@ -220,8 +220,8 @@ def _argument(option: Field[Any], hint: Any) -> tuple[str, Any, Any]:
 _Options = make_dataclass(
     "_Options",
     [
-        _argument(option, get_type_hints(options)[option.name])
-        for options in (PSSConfig, RecoveryConfig)
+        _argument(option, get_type_hints(options)[option.name], default)
+        for options, default in ((PSSConfig, "Preset anchored"), (RecoveryConfig, "Default"))
         for option in fields(options)
     ],
 )

@@ -37,7 +37,8 @@ def lean_table(
     """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
-        table.add_column(Text(name), overflow="fold")
+        # In a narrow terminal rich would shrink foldable columns to nothing.
+        table.add_column(Text(name), overflow="fold", min_width=10)
     for name in numbers:
         table.add_column(Text(name), justify="right", no_wrap=True)
     for name in notes:

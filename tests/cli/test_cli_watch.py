@@ -95,7 +95,7 @@ def test_nothing_to_read(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("watch", tmp_path / "empty", "--once")
     assert result.exit_code == 2
-    assert "holds nothing of a run yet" in result.stderr
+    assert "holds no files of a run yet" in result.stderr
     result = run("watch", tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "There is no folder" in result.stderr

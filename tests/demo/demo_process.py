@@ -12,6 +12,7 @@ import sysconfig
 from multiprocessing import get_context
 from pathlib import Path
 
+from hf_pss.detection.explosion import ExplosionRule
 from hf_pss.evidence import demo, runner
 from hf_pss.evidence.recipes import Recipe
 
@@ -21,7 +22,9 @@ def main(out: Path, library: str, recipe: str, options: str, *real: str) -> None
     sysconfig.get_paths = lambda: paths  # type: ignore[assignment]
     if not real:
         runner.get_context = lambda _: get_context("fork")  # type: ignore[assignment]
-    status = demo.run_demo(Recipe(**json.loads(recipe)), out, **json.loads(options))
+    fields = json.loads(recipe)
+    explosion = ExplosionRule(**fields.pop("explosion"))
+    status = demo.run_demo(Recipe(**fields, explosion=explosion), out, **json.loads(options))
     sys.stdout.write(status)
 
 

@@ -61,7 +61,7 @@ def test_clipped_heads_are_those_of_one_process(
 def test_the_other_setting_takes_weights_alone(tmp_path: Path) -> None:
     run = trained("fsdp2-sharded", tmp_path / "run", HEADS)
     other = trained("fsdp2-sharded", tmp_path / "other", "dtype=float32", resume=run.checkpoint)
-    assert "begins anew" in other.errors
+    assert "starts fresh" in other.errors
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_a_plain_trainer_resumes_ours_and_we_resume_its(
     train(tmp_path / "theirs", **half)
     ours = run(tmp_path / "theirs", resume=True, **steady)
     assert differences_at_the_end(whole, ours) == []
-    assert "checkpoint-4 has no marker of PSS: a plain Trainer wrote it" in caplog.text
+    assert "checkpoint-4 has no marker of PSS, so a plain Trainer wrote it" in caplog.text
 
 
 def test_the_best_checkpoint_is_named_and_loaded_as_by_the_plain_trainer(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_checkpoints_of_an_earlier_run_go_first_and_are_not_resumed(
     run(tmp_path, max_steps=2, save_steps=2, save_total_limit=2)
     assert checkpoints_in(tmp_path) == ["checkpoint-1000", "checkpoint-2"]
     assert newest_whole(tmp_path).path.name == "checkpoint-2"
-    assert "checkpoint-1000 is passed over: of an earlier run" in caplog.text
+    assert "checkpoint-1000: an earlier run wrote it" in caplog.text
     run(tmp_path, max_steps=4, save_steps=2, save_total_limit=2, resume=True)
     assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
@@ -405,7 +405,7 @@ def test_resume_takes_the_newest_whole_one_and_logs_the_others(
     whole = run(copied_run.parent / "whole")
     resumed = run(copied_run, resume=True)
     assert differences_at_the_end(whole, resumed) == []
-    messages = [r.getMessage() for r in caplog.records if "is passed over" in r.getMessage()]
+    messages = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Skipping ")]
     assert [Path(m.split()[0]).name for m in messages] == ["checkpoint-8", "checkpoint-6"]
 
 
@@ -423,7 +423,7 @@ def test_one_that_was_named_and_is_not_whole_is_refused(
     damage: Callable[[Path], None], copied_run: Path
 ) -> None:
     damage(copied_run / "checkpoint-8")
-    words = "find a valid checkpoint" if damage in FATAL else "is not whole"
+    words = "find a valid checkpoint" if damage in FATAL else "is incomplete"
     with pytest.raises(StateError, match=words):
         run(copied_run, resume=str(copied_run / "checkpoint-8"))
 
@@ -443,7 +443,7 @@ def test_errors_for_an_empty_folder_and_for_a_damaged_run_differ(copied_run: Pat
         run(copied_run / "nowhere", resume=True)
     for step in (2, 4, 6, 8):
         no_weights(copied_run / f"checkpoint-{step}")
-    with pytest.raises(StateError, match=r"checkpoint-8: model.safetensors.*Begin the run anew"):
+    with pytest.raises(StateError, match=r"checkpoint-8: model.safetensors.*Start the run again"):
         run(copied_run, resume=True)
 
 
@@ -475,7 +475,7 @@ def test_missing_state_fresh_loads_the_readable_part_and_places_the_schedule(
     trainer.train(resume_from_checkpoint=str(folder))
     assert rates.rate == wanted.rate < 3e-3
     assert rates.has_state == (damage in (cut_scheduler, no_scheduler))
-    assert "begins anew, as asked for" in caplog.text
+    assert "that part starts from its initial state" in caplog.text
     if rates.has_state:  # only the schedule was missing, and the step says where it stood
         assert list(differences(weights_of(intact.model), weights_of(trainer.model))) == []
 

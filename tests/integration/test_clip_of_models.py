@@ -141,9 +141,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
                 "hidden_size": 32,
             },
         },
-        "clip_qkv cuts off",
+        "clip_qkv clips",
     ),
-    ("OlmoModel", {**GROUPED, "clip_qkv": 0.05, "eos_token_id": 0}, "clip_qkv cuts off"),
+    ("OlmoModel", {**GROUPED, "clip_qkv": 0.05, "eos_token_id": 0}, "clip_qkv clips"),
     (
         "ParakeetEncoder",
         {

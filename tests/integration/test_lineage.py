@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     found = lineage.newest_before(3)
     assert found is not None
     assert found.step == 1
-    assert "checkpoint-2 is passed over: optimizer.pt has 2 bytes" in caplog.text
+    assert "checkpoint-2: optimizer.pt has 2 bytes" in caplog.text
     assert lineage.newest_before(1) is None
 
 

@@ -296,7 +296,7 @@ def test_full_fine_tuning_of_loaded_weights_is_warned_of(
     assert "2605.10468" in warning
     assert str(tmp_path / "model") in warning
     # Fresh weights have the same name, and what is said is true of them as well.
-    assert "If these are weights that Adam trained" in warning
+    assert "If Adam has trained these weights" in warning
 
 
 @pytest.mark.parametrize("kind", ["fresh", "adamw", "run", "lora"])
@@ -407,7 +407,7 @@ def test_a_resume_is_exact(name: str, tmp_path: Path, caplog: pytest.LogCaptureF
         tmp_path / "resumed", name, save_steps=HALF, weight_decay=0.1, resume=str(checkpoint)
     )
     assert resume_differences(whole, resumed) == []
-    assert "begins anew" not in caplog.text
+    assert "starts fresh" not in caplog.text
 
 
 def test_heads_are_moved_and_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -417,16 +417,16 @@ def test_heads_are_moved_and_resumed(tmp_path: Path, caplog: pytest.LogCaptureFi
     checkpoint = str(tmp_path / "whole" / f"checkpoint-{HALF}")
     resumed = trained(tmp_path / "resumed", "normuon", **options, resume=checkpoint)
     assert resume_differences(whole, resumed) == []
-    assert "begins anew" not in caplog.text
+    assert "starts fresh" not in caplog.text
     trained(tmp_path / "other", "normuon", save_steps=HALF, resume=checkpoint)
-    (warning,) = [w for w in warnings_of(caplog) if "begins anew" in w]
+    (warning,) = [w for w in warnings_of(caplog) if "starts fresh" in w]
     theirs, ours = warning.split("and this run trains with")
     assert "by head" in theirs
     assert "by head" not in ours
     plain = str(tmp_path / "other" / f"checkpoint-{MAX_STEPS}")
     longer = {**options, "max_steps": MAX_STEPS + 1}
     trained(tmp_path / "back", "normuon", **longer, resume=plain)
-    assert caplog.text.count("begins anew") == 2
+    assert caplog.text.count("starts fresh") == 2
 
 
 def test_qk_clip_is_of_the_run_and_no_part_of_a_checkpoint(
@@ -460,7 +460,7 @@ def test_a_checkpoint_of_another_kind_gives_all_but_the_optimizers_state(
             resume=str(checkpoint),
             **{**options, "learning_rate": rate},
         )
-    (warning,) = [w for w in warnings_of(caplog) if "begins anew" in w]
+    (warning,) = [w for w in warnings_of(caplog) if "starts fresh" in w]
     assert str(checkpoint) in warning
     assert resumed.state.global_step == MAX_STEPS
     rates = [line["learning_rate"] for line in history(resumed) if "learning_rate" in line]
@@ -510,7 +510,7 @@ def test_another_selection_of_matrices_begins_anew(
         tmp_path, save_steps=HALF, pss_optim_args={"exclude": ["c_fc"]}, resume=checkpoint
     )
     assert resumed.state.global_step == MAX_STEPS
-    (warning,) = [w for w in warnings_of(caplog) if "begins anew" in w]
+    (warning,) = [w for w in warnings_of(caplog) if "starts fresh" in w]
     num_matrices = len(groups_of(resumed)[0]["params"])
     assert f"with groups of muon ({num_matrices} parameters in" in warning
 

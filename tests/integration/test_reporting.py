@@ -201,7 +201,7 @@ def test_an_intervention_is_one_warning_for_people(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(tmp_path, EAGER, save_strategy="no")
-    _, *said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.trainer.callback"]
+    said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.trainer.recorder"]
     assert len(said) == len(steps_of(events_of(tmp_path)))
     assert "clip smoothed 6 of 6 matrices" in said[0]
 

@@ -35,6 +35,7 @@ from hf_pss import (
     PSSTrainingArguments,
     SelectionError,
 )
+from hf_pss.trainer.callback import StepReadings
 
 # torch and peft warn of some of these kinds when they are made.
 pytestmark = [
@@ -255,8 +256,8 @@ def test_a_run_that_goes_back_does_not_begin_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_steps=1)
-    PSSCallback.of(trainer).goes_back = True
-    trainer._tell_listener = lambda **_: None
+    trainer._prepare_monitor = lambda **_: None
+    PSSCallback.of(trainer).before_training(is_rollback=True, may_repair=True)
     trainer.train()
     assert said(caplog) == []
 
@@ -357,13 +358,12 @@ class Inside(Trainer):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,)])
-def test_a_loss_of_any_shape_is_its_mean(shape: tuple[int, ...], tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, PSSConfig())
-    listener = PSSCallback.of(trainer)
+def test_a_loss_of_any_shape_is_its_mean(shape: tuple[int, ...]) -> None:
+    readings = StepReadings()
     for _ in range(2):
-        listener.see_loss(torch.full(shape, 3.0))
-    assert listener._device_loss.shape == ()
-    assert float(listener._device_loss) == 6.0
+        readings.add_loss(torch.full(shape, 3.0))
+    assert readings.device_loss.shape == ()
+    assert float(readings.device_loss) == 6.0
 
 
 def test_overrides_may_name_their_arguments_otherwise(tmp_path: Path) -> None:
