@@ -181,7 +181,7 @@ class SafeCheckpointsMixin:
         """React after all callbacks have seen the end of a step or of an epoch."""
 
     def _before_saving(self) -> None:
-        """React after the Trainer has decided whether to log, evaluate and save, but before that."""
+        """React after the decision to log, evaluate or save, before the Trainer acts on it."""
 
     def _end_early(self, trial: Any) -> Any:
         """Return the result of train() if the loop ended before the run did, and None otherwise."""
