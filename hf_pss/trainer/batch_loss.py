@@ -29,8 +29,7 @@ class _Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        """Record a call, and copy its containers, because some trainers pop labels
-        from the batch."""
+        """Record a call and copy its containers, because some trainers pop labels from them."""
         return cls(tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
 
     def copied(self) -> _Call:

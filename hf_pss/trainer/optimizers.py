@@ -324,8 +324,7 @@ def _warn_of_mismatch(trainer: Any, model: nn.Module, chosen: str) -> None:
 
 
 def _other_kinds(trainer: Any, checkpoint: str | None) -> tuple[Kind, Kind] | None:
-    """Return the optimizer kinds of the checkpoint and of the trainer, or None if
-    they are equal."""
+    """Return the optimizer kinds of the checkpoint and the trainer, or None if they are equal."""
     if checkpoint is None or trainer.is_deepspeed_enabled:
         return None
     if not Path(checkpoint, SCHEDULER_NAME).is_file():
