@@ -26,7 +26,7 @@ class StateError(PSSError, ValueError):
 
 
 class TrainingFailedError(PSSError, RuntimeError):
-    """Interventions did not help, so the run stops. It was configured to, or cannot roll back."""
+    """Interventions failed, and the run stops because it is configured to or cannot roll back."""
 
 
 class IncompatibleVersionError(PSSError, RuntimeError):

@@ -1,5 +1,4 @@
-"""Decide whether a checkpoint is complete, readable and finite, so that a Trainer can
-resume from it.
+"""Decide whether a Trainer can resume from a checkpoint, which must be complete and finite.
 
 Resuming, rolling back and `hf-pss rescue` all use this module. It opens no pickle.
 

@@ -145,7 +145,7 @@ def without_false_zeros(rows: Iterable[LogRow]) -> tuple[LogRow, ...]:
     With ``logging_nan_inf_filter``, the Trainer leaves NaN and inf out of its sum of losses. The
     logged loss is therefore exactly 0 if no step since the previous row was finite. This function
     uses its own rule to recognise such a loss. If PSS has counted non-finite steps, the loss is
-    false if the count has changed. Without a count, a loss of exactly 0 is false unless an earlier
+    false if the count has risen. Without a count, a loss of exactly 0 is false unless an earlier
     loss was 0.01 or less.
 
     Args:
