@@ -199,7 +199,7 @@ class PSSConfig(Options):
         "spikes",
         "Compute the loss of one micro-batch before and after an intervention, and undo the "
         "intervention if the loss rises. spikes: for all interventions but those of the "
-        "stable-rank floor, which acts often. all: for those, too. off: never.",
+        "stable-rank floor, which acts often. all: for all interventions. off: never.",
     )
     # docs/experiments.md, harm to trained weights.
     trial_margin_ratio: float = option(
@@ -287,7 +287,7 @@ class PSSConfig(Options):
     health_every_steps: int = option(
         0,
         "Write the stable rank of every matrix, or all metrics of `health`, to pss_health.jsonl "
-        "every so many steps. 0: never, or with `health` every 10 steps (full: every 100).",
+        "once per this many steps. 0: never, or with `health` every 10 steps (full: every 100).",
         minimum=0,
     )
     health: Literal["off", "light", "standard", "full"] = option(

@@ -97,7 +97,7 @@ class CheckpointReport:
 
     @property
     def worst(self) -> str:
-        """The matrix with the worst finding, and that finding. Empty if there is no finding."""
+        """The matrix with the worst finding, and that finding. Empty without findings."""
         if self.inspection is None or not self.inspection.matrices:
             return ""
         one = self.inspection.matrices[0]
@@ -167,7 +167,7 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
 def _weights_of(
     folder: Path, layout: Layout, progress: Progress | None
 ) -> tuple[str | None, Inspection | None, list[str]]:
-    """Return what is wrong with the weights or None, their measurements, and remarks."""
+    """Return the fault of the weights or None, their measurements, and remarks."""
     is_pickled = layout not in ("whole", "none")
     try:
         inspection = inspect_checkpoint(open_weights(folder), progress=progress)

@@ -218,8 +218,8 @@ def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Seq
     total = factor * (1.0 if own is None else own)
     if not 0 < total < math.inf:
         raise ConfigurationError(
-            f"--lr-scale {factor:g} of a run with {own:g} times its rates is {total:g}: give "
-            "another."
+            f"--lr-scale {factor:g} multiplied by the run's own factor of {own:g} is {total:g}: "
+            "give another."
         )
     return [f"--{LR_SCALE}", f"{total:.4g}"]
 
@@ -227,7 +227,7 @@ def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Seq
 def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
     """Return the names of the run's options that the new options replace.
 
-    If nothing is smoothed, the PSS options of the run are kept, except those that cannot apply.
+    If nothing is smoothed, PSS only observes, so the options of its detectors are kept.
     """
     own = _REPLACED[-2:] if smoothing == "none" else _REPLACED
     return {
@@ -260,9 +260,9 @@ def _about_steps_left(
 ) -> Iterator[str]:
     if log is None or log.max_steps is None or chosen.step + skipped < log.max_steps:
         return
-    end = "The copy skips all remaining" if skipped else "The run has taken all its"
+    end = "The copy skips all remaining" if skipped else "The run has completed all its"
     yield (
-        f"{end} steps, so to continue it needs more --max_steps. If you can name the step at which "
+        f"{end} steps, so it needs a larger --max_steps to continue. If you know the step at which "
         "it went wrong, give --failed-at STEP."
     )
 
@@ -320,9 +320,10 @@ def _about_batches(
     if failure.noticed_step < chosen.step or skipped >= needed:
         return
     text = (
-        f"A batch may have caused the failure. It comes again by step {failure.noticed_step}. A "
-        f"copy can skip it: --write OUT --skip-batches {needed}. This costs the data of {needed} "
-        "updates, most of them sound, and the run ends as many updates earlier."
+        "A batch may have caused the failure. The resumed run reaches it again by step "
+        f"{failure.noticed_step}. A copy can skip it: --write OUT --skip-batches {needed}. This "
+        f"costs the data of {needed} updates, most of them sound, and the run ends that many "
+        "updates earlier."
     )
     end = chosen.step + needed
     if log.max_steps is not None and end >= log.max_steps:
@@ -353,36 +354,36 @@ def _about_command(
         yield "Start it as it was trained, under the same backend and launcher."
     elif processes is None:
         yield (
-            "Several processes trained it, and the random state of some is missing: start as many "
-            "as before, with the launcher that you used."
+            "Several processes trained the run, and the random states of some are missing. Start "
+            "the same number of processes with the launcher that you used before."
         )
     elif processes > 1:
         yield (
-            f"It was trained by {processes} processes, and the command starts as many. If they "
-            "were on several nodes, start it as you did before."
+            f"{processes} processes trained the run, and the command starts the same number. If "
+            "they were on several nodes, start the run as you did before."
         )
 
 
 def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
     if smoothing == "none":
         yield (
-            "Nothing is smoothed: PSS only observes. Leave --pss_observe_only out to have the run "
-            "guarded from here on."
+            "Nothing is smoothed, because PSS only observes. Leave --pss_observe_only out if PSS "
+            "is to guard the resumed run."
         )
     if is_copy:
         return
     if smoothing == _DEFAULT:
         yield (
             "Adapters start at zero and have no stable-rank floor. Nothing is smoothed when the "
-            "run is resumed; PSS's default guards it from there on."
+            "run is resumed. After that, the default preset of PSS guards it."
         )
     if smoothing == _FLOOR:
         yield (
-            "The weights may be damaged, so noise of their shapes is the measure of the floor. "
-            "Pretrained weights lie below it; for those --smoothing none is safer."
+            "The weights may be damaged, so the floor is the stable rank of noise of their shapes. "
+            "Pretrained weights are below this floor, and for them --smoothing none is safer."
             if is_last_resort
-            else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
-            "lets no matrix fall below it from there on."
+            else "The floor is taken from the checkpoint itself, so smoothing changes nothing at "
+            "the start. Later it lets no matrix fall below the floor."
         )
 
 

@@ -98,7 +98,7 @@ class _Course:
         return self.rows[self.indices[point]]
 
     def step_before(self, point: int) -> int:
-        """Return the step of the previous row, or 0, which is before every update, without one."""
+        """Return the step of the previous row. For the first row this is 0, before any update."""
         index = self.indices[point]
         return self.rows[index - 1].step if index else 0
 
@@ -163,7 +163,9 @@ def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, 
     for number in range(2 * _MOST_RECOVERIES):
         if number == _MOST_RECOVERIES:
             course = _last_stretch(course)
-            notes.append("It recovered more often than is listed here. The rest is of its end.")
+            notes.append(
+                "It recovered more often than is listed here. The rest describes only its end."
+            )
         losses, rule = course.losses, course.rule
         found = find_explosion(losses, rule, unigram_entropy=entropy)
         if found is None or found.kind == "plateau":
@@ -206,7 +208,7 @@ def _last_stretch(course: _Course) -> _Course:
 def _not_finite(course: _Course, begin: int) -> RunFailure:
     row, before = course.row(begin), course.step_before(begin)
     how = (
-        "the loss was logged as 0, as the Trainer logs NaN"
+        "the loss was logged as 0, which is how the Trainer logs NaN"
         if row.is_false_zero
         else "the loss was NaN or inf"
         if not _is_finite(row.loss)
@@ -314,8 +316,8 @@ def _by_ranks(rows: Sequence[LogRow], ranks: RankRatios, rule: ExplosionRule) ->
         return None  # stable ranks fall in healthy training too, and this run still learns
     text = (
         f"Without any spike, half of the matrices have fallen below {ranks[-1][1]:.0%} of the "
-        f"stable rank that they began with, and since step {first} the loss, {now:.3g}, improves "
-        "no more."
+        f"stable rank that they began with, and since step {first} the loss has stayed at "
+        f"{now:.3g} without improving."
     )
     return RunFailure("collapse", sound + 1, first, text)
 

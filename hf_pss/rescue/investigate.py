@@ -79,7 +79,7 @@ def investigate(
 
     Raises:
         ConfigurationError: The folder does not exist, or it holds no files of a run.
-        StateError: There is no checkpoint and no readable log.
+        StateError: The folder holds neither a checkpoint nor a readable log.
         OSError: The folder cannot be read.
     """
     folders = checkpoint_folders(run_dir)
@@ -107,7 +107,7 @@ def investigate(
     if failed_at is not None:
         diagnosis = diagnosis or Diagnosis(None, (), None)
         kind = "slow_damage" if diagnosis.failure is None else diagnosis.failure.kind
-        text = f"The run was bad from step {failed_at} on, as you stated."
+        text = f"You stated that the run was bad from step {failed_at} on."
         diagnosis = _instead(diagnosis, RunFailure(kind, failed_at, failed_at, text))
     failure = None if diagnosis is None else diagnosis.failure
     checked = judged(reports, failure)
@@ -147,15 +147,14 @@ def _newest_log(
     note = (
         f"{names[0]} (up to step {taken.global_step}) and {names[1]} (up to step "
         f"{other.global_step}) differ from step {differ_at(taken, other)} on: the run was "
-        "resumed or rolled back in place. The log that was written last is judged; checkpoints "
-        "may be of either attempt."
+        "resumed or rolled back in place. The diagnosis uses the log that was written last. The "
+        "checkpoints may belong to either attempt."
     )
     return taken, (note,), unreadable
 
 
 def _instead(diagnosis: Diagnosis, failure: RunFailure) -> Diagnosis:
-    """Replace the failure that the log shows by another failure, and mention the old one
-    in a note."""
+    """Replace the failure that the log shows, and mention the replaced failure in a note."""
     found = diagnosis.failure
     notes = diagnosis.notes if found is None else (*diagnosis.notes, f"Also found: {found.text}")
     return replace(diagnosis, failure=failure, notes=notes)

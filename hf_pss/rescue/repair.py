@@ -129,8 +129,8 @@ def as_json(written: Written) -> dict[str, Any]:
 def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
     if chosen.layout != "whole":
         raise ConfigurationError(
-            f"{visible(chosen.path)} is of the layout {chosen.layout}. Copies are written of "
-            "checkpoints of one process and of DDP. Use the command that is printed without "
+            f"{visible(chosen.path)} has the layout {chosen.layout}. --write can copy only "
+            "checkpoints of one process or of DDP. Use the command that is printed without "
             "--write: it smooths under every backend."
         )
     if target.exists() or target.is_symlink():
@@ -138,7 +138,7 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
     if not target.parent.is_dir():
         raise ConfigurationError(f"There is no folder {visible(target.parent)} to write into.")
     if target.resolve().is_relative_to(chosen.path.resolve()):
-        raise ConfigurationError(f"{visible(target)} lies in the checkpoint that is to be copied.")
+        raise ConfigurationError(f"{visible(target)} is inside the checkpoint to be copied.")
     if options.moments == "project":
         raise ConfigurationError(
             "--moments project must assign moments to matrices, but optimizer.pt only numbers "
@@ -251,8 +251,9 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
         yield f"Every learning rate is {options.lr_scale:g} times the old one on the same course."
     if options.skip_batches:
         yield (
-            f"global_step is set forward by {options.skip_batches}: a resumed Trainer skips as "
-            "much more data, and ends as many updates earlier. The schedule stays at its place."
+            f"global_step is increased by {options.skip_batches}, so a resumed Trainer skips the "
+            "data of that many updates and ends that many updates earlier. The position of the "
+            "schedule does not change."
         )
     if left_out:
         yield f"Not copied: {', '.join(left_out[:5])}{'…' if len(left_out) > 5 else ''}."

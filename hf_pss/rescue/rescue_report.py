@@ -181,8 +181,8 @@ def _choice(found: Investigation) -> Iterator[Text]:
         yield Text(choice.reason, style="bold red")
         if any(one.inspection is not None and one.problem is None for one in found.checkpoints):
             yield Text(
-                "Some checkpoints have finite weights all the same: from_pretrained of such a "
-                "folder starts another run with them."
+                "Some checkpoints nevertheless have finite weights. You can start a new run from "
+                "them with from_pretrained of such a folder."
             )
         return
     yield Text(f"Chosen: {visible(choice.chosen.path.name)}, {choice.reason}.", style="bold")

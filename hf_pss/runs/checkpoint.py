@@ -183,7 +183,7 @@ def open_weights(folder: Path) -> Checkpoint:
     in the subfolders are read. Each of these tensors gets the name of its folder as a prefix.
 
     Raises:
-        ConfigurationError: There are no safetensors files.
+        ConfigurationError: The checkpoint holds no safetensors files.
         StateError: A file is damaged.
         OSError: A file cannot be read.
     """

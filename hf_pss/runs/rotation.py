@@ -147,11 +147,14 @@ def abandon(run_dir: Path, later: Iterable[Path]) -> bool:
             folder.mkdir(exist_ok=True)
             path.rename(folder / path.name)
         except OSError as error:
-            logger.warning("%s stays, though interventions had begun to fail: %s.", path, error)
+            logger.warning(
+                "%s cannot be moved, although interventions had begun to fail: %s.", path, error
+            )
             continue
         num_moved += 1
         logger.warning(
-            "%s was written after interventions began to fail; now in %s, where no resume looks.",
+            "%s was written after interventions began to fail. It was moved to %s, so that no run "
+            "resumes from it.",
             path.name,
             folder,
         )

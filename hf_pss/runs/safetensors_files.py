@@ -137,7 +137,7 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
         raise _damaged(what, "an entry has dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(what, f"the dtype {visible(dtype)} is not one of safetensors'")
+        raise _damaged(what, f"safetensors has no dtype {visible(dtype)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(what, _SIZES)
     start, stop = offsets
@@ -329,7 +329,7 @@ def _commit_of(folder: Path) -> Path:
         commits = [path for path in commits if path.name == name and _COMMIT.fullmatch(name)]
     if len(commits) != 1:
         raise ConfigurationError(
-            f"{visible(folder)} holds {len(commits)} snapshots that could be meant. Give one: "
+            f"{visible(folder)} holds {len(commits)} possible snapshots. Give one of them: "
             f"{visible(snapshots)}/<commit>."
         )
     return commits[0]

@@ -102,7 +102,7 @@ class BatchLoss:
 
     @torch.no_grad()
     def __call__(self, *, is_sound: bool) -> Tensor | None:
-        """Return the loss as a scalar on its device, or None if there is no suitable batch.
+        """Return the loss as a scalar on its device, or None without a suitable batch.
 
         Args:
             is_sound: Whether the current step is sound. If so, its last micro-batch is used.

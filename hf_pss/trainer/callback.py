@@ -175,7 +175,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, PSSCallback) and other is not self:
                 raise ConfigurationError(
-                    "This trainer has a PSSCallback already; one trainer takes one. Give "
+                    "This trainer has a PSSCallback already, and it can have only one. Give "
                     "PSSTrainer its options through pss_config or PSSTrainingArguments."
                 )
         refuse_backends(trainer)
@@ -288,7 +288,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         if controller is None or not readings.measured_ids:
             raise ConfigurationError(
                 "PSSCallback received no gradient norm in this step: this Trainer does not clip "
-                "through Accelerator.clip_grad_norm_. Let its _clip_grad_norm call that."
+                "through Accelerator.clip_grad_norm_. Make its _clip_grad_norm call that method."
             )
         try:
             apply_update = controller.before_update(

@@ -160,8 +160,8 @@ class OptimizerMixin:
         theirs, ours = map(_described, kinds)
         _warn(
             self,
-            "%s was written by %s, and this run trains with %s: weights, the schedule's position "
-            "and the position in the data are loaded, the optimizer's state starts fresh.",
+            "%s was written by %s, and this run trains with %s. The weights, the position of the "
+            "schedule and the position in the data are loaded. The optimizer's state starts fresh.",
             checkpoint,
             theirs,
             ours,
@@ -193,9 +193,9 @@ def refuse_two_optimizers(trainer: Trainer) -> None:
         )
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigurationError(
-            f"pss_optim={chosen} needs matrices, and DeepSpeed hands an optimizer of ours flat "
-            "one-dimensional pieces. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's "
-            "own Muon, whose reported gradient norm shows no spikes."
+            f"pss_optim={chosen} needs matrices, but DeepSpeed passes flat one-dimensional pieces "
+            "to this optimizer. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's own "
+            "Muon, whose reported gradient norm shows no spikes."
         )
 
 
@@ -239,8 +239,8 @@ def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
         return None
     if trainer.args.pss_optim == AMUSE:
         raise ConfigurationError(
-            "amuse keeps an average of past weights beside the ones it trains, and qk_clip scales "
-            "only what is trained: use another optimizer, or leave qk_clip out."
+            "amuse keeps an average of past weights in addition to the weights it trains, and "
+            "qk_clip scales only the trained weights: use another optimizer, or leave qk_clip out."
         )
     maxima = AttentionMaxima(model)
     clip = QKClip(maxima.attentions, maxima.take, threshold=threshold)
@@ -299,7 +299,7 @@ def _warn_of_two_schedules(trainer: Any) -> None:
         _warn(
             trainer,
             "amuse averages weights instead of lowering the learning rate, but lr_scheduler_type="
-            "%s lowers it, too; choose %s.",
+            "%s also lowers it. Choose %s.",
             kind,
             " or ".join(_FLAT_SCHEDULES),
         )
@@ -351,7 +351,8 @@ def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
         if any(_plain(one) != _plain(value) for one in loaded):
             _warn(
                 trainer,
-                "%s was written with %s=%s, which stays in effect: %s in pss_optim_args has none.",
+                "%s was written with %s=%s, which stays in effect: %s in pss_optim_args is "
+                "ignored.",
                 checkpoint,
                 name,
                 loaded[0],

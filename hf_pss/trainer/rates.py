@@ -58,7 +58,7 @@ def schedule_in(scheduler: Any) -> LambdaLR:
     # Other schedules keep more rates than the base rates, or derive rates from the optimizer.
     if type(scheduler) is not LambdaLR:
         raise ConfigurationError(
-            f"pss_lr_scale cannot scale {type(scheduler).__name__}, whose rates are no multiples "
+            f"pss_lr_scale cannot scale {type(scheduler).__name__}, whose rates are not multiples "
             "of base rates: leave it out, or choose another lr_scheduler_type."
         )
     return scheduler

@@ -40,7 +40,7 @@ class RecoveryConfig(Options):
     )
     # Not measured.
     max_failed_interventions: int = option(
-        3, "This many failed interventions in a row are a failure.", minimum=1
+        3, "This many failed interventions in a row count as a failure of the run.", minimum=1
     )
     # Not measured.
     max_rollbacks: int = option(

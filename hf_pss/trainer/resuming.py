@@ -39,7 +39,7 @@ def checkpoint_to_resume(
             schedule is accepted.
 
     Raises:
-        StateError: There is no checkpoint, or the one that the user named is incomplete.
+        StateError: No checkpoint exists, or the one that the user named is incomplete.
     """
     if wanted is None or wanted is False:
         return None

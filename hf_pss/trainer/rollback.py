@@ -270,7 +270,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             self._record(failure, Action.STOP, why)
             abandoned = self._abandon_after(target[0]) if target is not None else ""
             raise TrainingFailedError(
-                f"Stopped at step {failure.step}: {why}. Nothing was saved after that; "
+                f"Stopped at step {failure.step}: {why}. Nothing was saved after that step; "
                 f"{_advice(target)}{abandoned}"
             ) from cause
         step, path = target
@@ -444,8 +444,8 @@ def _advice(target: tuple[int, str] | None) -> str:
     if target is None:
         return "there is no earlier checkpoint: start again with a lower learning rate."
     return (
-        f"resume from {target[1]}, the last earlier one, with a lower learning rate or after these "
-        "batches."
+        f"resume from {target[1]}, the last checkpoint before the failure, with a lower learning "
+        "rate or after these batches."
     )
 
 

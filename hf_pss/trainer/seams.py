@@ -166,8 +166,8 @@ def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> Non
             takes = ", ".join(inspect.signature(getattr(owner, name)).parameters)
             raise IncompatibleVersionError(
                 f"{owner.__module__}.{owner.__name__}.{name} takes ({takes}), and the Trainer of "
-                f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}): let "
-                f"{owner.__name__}.{name} take these."
+                f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}). "
+                f"Change {owner.__name__}.{name} so that it accepts these arguments."
             )
 
 

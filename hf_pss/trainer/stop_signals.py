@@ -29,7 +29,7 @@ class DelayedSignals:
     workers of a data loader therefore survive until the step is saved.
 
     Args:
-        signals: The signals to delay; by default SIGTERM and SIGINT.
+        signals: The signals to delay. The default is SIGTERM and SIGINT.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = _SIGNALS) -> None:

@@ -49,7 +49,7 @@ def trackers_for(args: TrainingArguments, callbacks: Iterable[TrainerCallback] =
         args: The training arguments, whose ``report_to`` names the trackers.
         callbacks: The callbacks of the Trainer. The callback of a tracker counts even if
             ``report_to`` does not name the tracker. The TensorBoard tracker uses the writer of the
-            TensorBoard callback, or opens a separate folder if there is no such callback.
+            TensorBoard callback, or opens a separate folder without such a callback.
     """
     held = tuple(callbacks)
     classes = {cls.__name__ for callback in held for cls in type(callback).__mro__}
@@ -106,7 +106,7 @@ class Trackers:
         try:
             alert = self._alerts.of(record)
         except Exception as error:  # the events file contains the record in any case
-            logger.warning("PSS has no words for the event of %s: %s", type(record).__name__, error)
+            logger.warning("PSS cannot describe the event of %s: %s", type(record).__name__, error)
             return
         if alert is not None:
             self._call(lambda tracker: tracker.alert(alert))

@@ -127,7 +127,7 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
 
 
 def _is_stale(name: str, last: HealthReading) -> bool:
-    # There is no residual for exact numbers or for matrices that are not finite.
+    # Exact numbers have no residual, and neither have matrices that are not finite.
     residual = last.matrices.get("spectral_norm_residual", {}).get(name, math.nan)
     return not math.isnan(residual) and TrackedSpectrum(math.nan, math.nan, residual).is_stale
 

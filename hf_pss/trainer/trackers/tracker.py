@@ -137,8 +137,8 @@ def num_broken(spectra: Mapping[str, tuple[float, ...]]) -> float:
     return float(sum(not np.isfinite(values).all() for values in spectra.values()))
 
 
-# The largest number of curves for one metric [ours]. A dense 70B model has 560 matrices, and a
-# mixture-of-experts model has up to 20,000.
+# The largest number of curves for one metric, which we chose. A dense 70B model has 560 matrices,
+# and a mixture-of-experts model has up to 20,000.
 MAX_CURVES = 1024
 # A model with more matrices than MAX_CURVES gets NUM_PLACES curves. The first reading fills half of
 # these places. The other half is for matrices that become some of the worst later.
