@@ -109,8 +109,7 @@ class PSSConfig(Options):
         "Detectors that watch the run. Any of them may fire. An empty list only guards against "
         "non-finite steps.",
     )
-    # This is the value of the paper. docs/evidence, variants: the result with 1.5 is within
-    # the scatter.
+    # The paper uses this value. docs/evidence, variants: the result with 1.5 is within the scatter.
     threshold_ratio: float = option(
         2.5,
         "Fire when a norm exceeds this many times its moving average (tau; 2.5 in the paper).",

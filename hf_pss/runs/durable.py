@@ -22,8 +22,7 @@ _REPLACED = "replaced"
 # Windows flushes only files that are open for writing. On other systems, opening read-only is
 # enough, and it also works for read-only files.
 _TO_FLUSH = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
-# Some network file systems and some FUSE file systems cannot flush a folder. They return
-# these errors.
+# Some network and FUSE file systems cannot flush a folder and return one of these errors.
 _NOTHING_TO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
 
 

@@ -53,8 +53,7 @@ ABANDONED = "_pss_abandoned"
 # A logged row takes 200 bytes, or 600 bytes with the numbers of PSS. This limit has room for more
 # than a million rows.
 MAX_STATE_BYTES = 2**30
-# The JSON-lines files of a long run take about 100 MB. An intervention on 1,000 matrices takes
-# 300 kB.
+# JSON-lines files of a long run take about 100 MB, an intervention on 1,000 matrices takes 300 kB.
 MAX_LINES_BYTES = 2**30
 MAX_LINE_BYTES = 16 * 2**20
 # The index of a model of 90,000 tensors takes 9 MB. The marker of 10,000 ranks takes less.

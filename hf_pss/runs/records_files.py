@@ -132,8 +132,7 @@ class JsonLines:
 
     def _supersede(self, resumed_step: int) -> None:
         try:
-            # A line that a crash has cut short belongs to no step. It is moved like the lines of
-            # later steps.
+            # A line that a crash has cut short belongs to no step and is moved as well.
             with self._path.open("rb") as file:
                 gone = {i for i, line in enumerate(file) if not _is_up_to(line, resumed_step)}
             if gone:
@@ -158,8 +157,7 @@ def _append(file: FileIO, data: bytes) -> None:
     size = file.seek(0, os.SEEK_END)
     if size:
         file.seek(size - 1)
-        # A crash may have cut the last line short, and the disk may have been too full to
-        # remove it.
+        # A crash may have left a partial last line, which a full disk did not allow to remove.
         data = data if file.read(1) == b"\n" else b"\n" + data
     try:
         while data:

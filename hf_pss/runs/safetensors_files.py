@@ -485,8 +485,7 @@ class MatrixReader:
 def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
     """Yield the numbers of a tensor of any shape, in one-dimensional pieces.
 
-    A piece takes at most `PIECE_BYTES` when converted to float32, or as float64 if it
-    has that dtype.
+    A piece takes at most `PIECE_BYTES` as float32, or as float64 if that is its dtype.
     """
     itemsize = READABLE[entry.dtype].itemsize
     left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)

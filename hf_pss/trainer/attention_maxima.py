@@ -256,8 +256,7 @@ def _counted(
     given = options.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if given is None else given
     is_causal = bool(is_causal) and num_queries > 1 and name != "eager"
-    # SDPA aligns the queries with the first keys, and flash attention aligns them with the
-    # last keys.
+    # SDPA aligns queries with the first keys, and flash attention aligns them with the last keys.
     shift = num_keys - num_queries if _FLASH in name else 0
     window = options.get("sliding_window") if _FLASH in name else None
     padding = mask[:, None, :, None].bool() if mask is not None else None

@@ -127,8 +127,8 @@ class RollbackMixin(SafeCheckpointsMixin):
         if self._failure is None:
             self._settle(trial)
             return None
-        # The run continues, so no callback sees an end, no best model is loaded, and no checkpoint
-        # is removed.
+        # The run continues, so no callback sees its end, and the Trainer neither loads the best
+        # model nor removes a checkpoint.
         trainer: Any = self
         trainer._finish_current_push()
         self._clean_up_()

@@ -66,8 +66,7 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
         return ()
     twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     model.load_state_dict({name: twin[name] for name in missing}, strict=False)
-    # The Trainer has just warned about missing keys. This message adds that they
-    # are loaded.
+    # The Trainer has just warned about missing keys. This message adds that they are loaded.
     logger.warning(
         "%d weights of %s have other names there, such as %s; loaded as from_pretrained does.",
         len(missing),

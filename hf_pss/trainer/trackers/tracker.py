@@ -102,8 +102,7 @@ def label_of(matrix: str) -> str:
 def scalars_of(reading: HealthReading) -> Iterator[tuple[str, float]]:
     """Yield each number of a reading with its tag.
 
-    Numbers of the model have tags ``pss/…``. Numbers of a matrix have
-    tags ``pss_health/metric/matrix``.
+    Numbers of the model have tags ``pss/…``, those of matrices ``pss_health/metric/matrix``.
     """
     for name, value in reading.scalars.items():
         yield f"pss/{name.removeprefix('pss/')}", value
@@ -211,8 +210,7 @@ class Curves:
 
 # The largest number of columns in the heat map. More columns would be narrower than its pixels.
 MAX_READINGS = 512
-# The largest count of numbers in all readings together. They take about 25 MB as Python floats
-# in dictionaries.
+# The largest count of numbers in all readings. They take about 25 MB as floats in dictionaries.
 MAX_NUMBERS = 2**18
 
 
