@@ -311,7 +311,7 @@ def _about_batches(
 ) -> Iterator[str]:
     """State how many batches to skip so that the run passes the batch at which it failed.
 
-    The checkpoint is a margin older than that batch, so fewer steps would skip only sound batches.
+    The checkpoint precedes that batch by a margin, so fewer steps would skip only sound batches.
     """
     if failure is None or log is None or failure.kind not in ("spike", "non_finite"):
         return

@@ -157,7 +157,7 @@ def _append(file: FileIO, data: bytes) -> None:
     size = file.seek(0, os.SEEK_END)
     if size:
         file.seek(size - 1)
-        # A crash may have left a partial last line, which a full disk did not allow to remove.
+        # The file may end with a partial line, if a crash cut it and the disk was too full to tidy.
         data = data if file.read(1) == b"\n" else b"\n" + data
     try:
         while data:

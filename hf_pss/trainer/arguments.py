@@ -242,19 +242,19 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     0.8
 
     ``pss_optim`` trains the weight matrices with an orthogonalised optimizer and all other
-    parameters with AdamW. The arguments ``learning_rate``, ``weight_decay``, ``adam_beta1`` and so
-    on apply to both, as they do for AdamW alone.
+    parameters with AdamW. The other settings come from the usual arguments of `TrainingArguments`,
+    such as ``learning_rate``, ``weight_decay`` and ``adam_beta1``.
 
     >>> PSSTrainingArguments(pss_optim="muon", pss_optim_args="momentum=0.9").optimizer_options()
     {'momentum': 0.9}
 
-    HfArgumentParser and TrlParser read these arguments from the command line (``--pss_smoothing
-    log``) and from YAML (``pss_smoothing: log``).
+    HfArgumentParser and TrlParser read these arguments from the command line
+    (``--pss_smoothing log``) and from YAML (``pss_smoothing: log``).
 
     You can combine this class with another arguments class, in either order. Each field then has
-    the default of the first class in the inheritance order that declares it. For example, ``class
-    MyConfig(PSSTrainingArguments, SFTConfig)`` keeps the defaults that SFTConfig declares, with
-    or without ``@dataclass``.
+    the default of the first class in the inheritance order that declares it. For example,
+    ``class MyConfig(PSSTrainingArguments, SFTConfig)`` keeps the defaults that SFTConfig declares,
+    with or without ``@dataclass``.
 
     Raises:
         ConfigurationError: An option is out of range. The message lists the allowed values.
