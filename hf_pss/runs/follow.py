@@ -52,8 +52,7 @@ class NewLines:
     lines: tuple[bytes, ...] = ()
     """Complete lines, without their line ends."""
     has_restarted: bool = False
-    """Whether the file was replaced or truncated since the last poll. `lines` come from
-    the new file."""
+    """Whether the file was replaced or cut since the last poll. `lines` then hold the new file."""
     num_lost: int = 0
     """The number of lines that were too long to be read."""
     has_more: bool = False
@@ -156,8 +155,7 @@ class RunState:
     modified_seconds: float | None
     """The time of the last write to any file, in the units of `time.time`."""
     has_resumed: bool
-    """Whether the run returned to an earlier step since the last poll, so that later
-    events are superseded."""
+    """Whether the run returned to an earlier step since the last poll, which supersedes events."""
     has_ended: bool
     """Whether the last step is saved, a demo is complete, or the newest event stopped the run."""
 

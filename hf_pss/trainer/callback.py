@@ -101,8 +101,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._trainer: Any = None
         """The Trainer of the last run."""
         self._smoothed_in: str | None = None
-        """The folder of the run whose weights ``smooth_on_resume`` has smoothed.
-        None before that."""
+        """The folder of the run, once ``smooth_on_resume`` has smoothed its weights, or None."""
         self._is_rollback, self._may_repair = False, True
 
     @classmethod
