@@ -1,4 +1,4 @@
-"""Every option of PSS, once: `PSSConfig`, its presets, and the words that each option may take."""
+"""Define every option of PSS with its presets, its limits and its help text, in `PSSConfig`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def option(
     """Return a dataclass field with its help text and its limits.
 
     Args:
-        default: The value where the user gives none.
-        help: What ``--help`` prints.
-        minimum: Smallest whole number that is allowed; None where a count may be absent, too.
+        default: The value if the user gives none.
+        help: The text that ``--help`` prints.
+        minimum: The smallest integer that is allowed. If the default is None, None is
+            allowed as well.
         above: The number must be greater than this.
-        at_most: The number may be at most this.
-        read_by: Detectors that read the option. Without one of them it has no effect.
+        at_most: The number must not be greater than this.
+        read_by: The detectors that read the option. Without one of them it has no effect.
     """
     limits = {"minimum": minimum, "above": above, "at_most": at_most, "read_by": read_by}
     return field(default=default, metadata={"help": help, **limits})
 
 
 class Options:
-    """Base of frozen dataclasses whose fields are `option`: it refuses bad values when built."""
+    """Base class of frozen dataclasses whose fields are made by `option`. It checks all values."""
 
     __slots__ = ()
 
@@ -53,10 +54,10 @@ class Options:
         for spec in fields(self):  # type: ignore[arg-type]
             name, hint, limits = spec.name, hints[spec.name], spec.metadata
             if get_origin(hint) is tuple:
-                # YAML and argparse bring lists; a frozen record keeps tuples.
+                # YAML and argparse produce lists, but a frozen dataclass needs tuples.
                 object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
             value = getattr(self, name)
-            if hint is bool and not isinstance(value, bool):  # the word "false" is true to Python
+            if hint is bool and not isinstance(value, bool):  # Python treats "false" as true
                 raise ConfigurationError(f"{name} is true or false; you gave {value!r}.")
             _check_choice(name, value, _words(hint))
             if limits["above"] is not None:
@@ -82,7 +83,7 @@ SmoothingName = Literal["clip", "log", "softplus", "convolution", "softmax", "ha
 Role = Literal["attention", "mlp"]
 
 
-# What some options are read by.
+# The detectors that read some of the options.
 _NORMS = frozenset({"grad_norm_ratio", "matrix_grad_norm_ratio", "update_norm_ratio"})
 _FLOOR = frozenset({"stable_rank_floor"})
 _OWN = frozenset({"stable_rank_drop", "spectral_norm_ratio"})
@@ -91,24 +92,24 @@ _SPIKES = _NORMS | _OWN
 
 @dataclass(frozen=True, slots=True)
 class PSSConfig(Options):
-    """Options of Parametric Singularity Smoothing: plain values, for the command line and YAML.
+    """Options of Parametric Singularity Smoothing, as plain values for the command line and YAML.
 
-    Start from a preset and change what you need:
+    Start from a preset and change the options that you need:
 
     >>> PSSConfig.preset("paper", threshold_ratio=3.0).threshold_ratio
     3.0
 
     Raises:
-        ConfigurationError: An option is out of its range, or two of them contradict each other.
+        ConfigurationError: An option is out of range, or two options contradict each other.
     """
 
-    # docs/evidence, headline: from random weights the floor helps.
+    # docs/evidence, headline: the floor helps in training from random weights.
     detectors: tuple[DetectorName, ...] = option(
         ("grad_norm_ratio", "stable_rank_floor"),
         "Detectors that watch the run. Any of them may fire. An empty list only guards against "
         "non-finite steps.",
     )
-    # The paper's. docs/evidence, variants: 1.5 is within the scatter.
+    # The paper uses this value. docs/evidence, variants: the result with 1.5 is within the scatter.
     threshold_ratio: float = option(
         2.5,
         "Fire when a norm exceeds this many times its moving average (tau; 2.5 in the paper).",
@@ -123,7 +124,7 @@ class PSSConfig(Options):
         at_most=1.0,
         read_by=_SPIKES,
     )
-    # Not measured: long enough for a first average, shorter than a usual warm-up.
+    # Not measured. The value is long enough for a first average and shorter than a usual warm-up.
     calibration_steps: int = option(
         20,
         "A detector may fire after its baseline has learned from this many accepted values.",
@@ -145,14 +146,15 @@ class PSSConfig(Options):
         above=0.0,
         read_by=_FLOOR,
     )
-    # Not measured: pretrained weights lie below noise, and PSS must not change them at the start.
+    # Not measured. Pretrained weights have lower stable ranks than noise, and PSS must not change
+    # them at the start.
     floor_reference: Literal["start", "noise"] = option(
         "start",
         "start: the floor is at most rho times the matrix's own stable rank at the start (safe for "
         "pretrained weights). noise: the floor depends on the shape alone.",
         read_by=_FLOOR,
     )
-    # Not measured apart: docs/evidence, variants, has it at this value only.
+    # Not measured separately. docs/evidence, variants, uses only this value.
     stable_rank_drop: float = option(
         0.5,
         "stable_rank_drop fires if a matrix's stable rank falls below (1 - this) times its moving "
@@ -161,7 +163,7 @@ class PSSConfig(Options):
         at_most=0.99,
         read_by=frozenset({"stable_rank_drop"}),
     )
-    # docs/evidence, early warnings: 1.3 warned before 4 of 4 explosions, and never on healthy runs.
+    # docs/evidence, early warnings: 1.3 warned before 4 of 4 explosions and never in a healthy run.
     spectral_norm_ratio: float = option(
         1.3,
         "spectral_norm_ratio fires above this many times the moving average of the matrix's "
@@ -169,7 +171,7 @@ class PSSConfig(Options):
         above=1.0,
         read_by=frozenset({"spectral_norm_ratio"}),
     )
-    # docs/evidence, variants: 10 is worse by 0.11; 2 better by 0.08, at twice the cost.
+    # docs/evidence, variants: 10 is worse by 0.11. 2 is better by 0.08, but costs twice as much.
     check_every_steps: int = option(
         5,
         "Interval of the detectors that read weights (stable_rank_…, spectral_norm_ratio), in "
@@ -196,7 +198,7 @@ class PSSConfig(Options):
         "spikes",
         "Compute the loss of one micro-batch before and after an intervention, and undo the "
         "intervention if the loss rises. spikes: for all interventions but those of the "
-        "stable-rank floor, which acts often. all: for those, too. off: never.",
+        "stable-rank floor, which acts often. all: for all interventions. off: never.",
     )
     # docs/experiments.md, harm to trained weights.
     trial_margin_ratio: float = option(
@@ -204,7 +206,7 @@ class PSSConfig(Options):
         "A trial undoes an intervention that raises the loss by more than this share of it.",
         above=0.0,
     )
-    # By cost; docs/experiments.md: at width 64 eight do what 32 do.
+    # The value limits the cost. docs/experiments.md: at width 64, a rank of 8 works as well as 32.
     max_rank: int = option(
         32,
         "An intervention changes at most this many leading singular values of a matrix.",
@@ -215,7 +217,7 @@ class PSSConfig(Options):
         False,
         "Rescale a smoothed matrix to its Frobenius norm before smoothing.",
     )
-    # docs/evidence, variants: the others are within the scatter, or worse.
+    # docs/evidence, variants: the other values are within the scatter or worse.
     moments: Literal["keep", "reset", "project"] = option(
         "keep",
         "The optimizer's first moment of a smoothed matrix. keep: unchanged. reset: set to zero. "
@@ -228,8 +230,8 @@ class PSSConfig(Options):
         "one number for the whole model always smooths all.",
         read_by=_OWN | {"matrix_grad_norm_ratio"},
     )
-    # As published. docs/evidence, variants: within the scatter; docs/experiments.md, LoRA: skip
-    # is better without clipping.
+    # The default is as published. docs/evidence, variants: the difference is within the scatter.
+    # docs/experiments.md, LoRA: skip is better without clipping.
     spike_update: Literal["apply", "skip"] = option(
         "apply",
         "On a gradient spike, apply: take the optimizer step and smooth after it. skip: smooth and "
@@ -284,7 +286,7 @@ class PSSConfig(Options):
     health_every_steps: int = option(
         0,
         "Write the stable rank of every matrix, or all metrics of `health`, to pss_health.jsonl "
-        "every so many steps. 0: never, or with `health` every 10 steps (full: every 100).",
+        "once per this many steps. 0: never, or with `health` every 10 steps (full: every 100).",
         minimum=0,
     )
     health: Literal["off", "light", "standard", "full"] = option(
@@ -345,7 +347,7 @@ class PSSConfig(Options):
 
     @property
     def reacts_to_spikes(self) -> bool:
-        """Whether a detector answers with smoothing; the stable-rank floor only caps."""
+        """Whether a detector responds with smoothing. The stable-rank floor only caps."""
         return not _SPIKES.isdisjoint(self.detectors)
 
     def describe(self) -> str:
@@ -378,12 +380,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @cache
 def _warn_once(message: str) -> None:
-    # A Trainer reads its arguments' configuration more than once.
+    # A Trainer reads the configuration from its arguments more than once.
     logger.warning("%s", message)
 
 
 def _words(hint: Any) -> tuple[str, ...]:
-    """Return the words that ``Literal[...]`` or ``tuple[Literal[...], ...]`` allows, or none."""
+    """Return the words that ``Literal[...]`` or ``tuple[Literal[...], ...]`` allows, if any."""
     literal = get_args(hint)[0] if get_origin(hint) is tuple else hint
     return get_args(literal) if get_origin(literal) is Literal else ()
 
@@ -408,7 +410,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and low < value <= high):  # NaN compares false and is refused with the rest
+    if not (number and low < value <= high):  # NaN compares false, so it is rejected as well
         allowed = f"above {low:g}" if high == _ANY else f"above {low:g} and at most {high:g}"
         raise ConfigurationError(f"{name} must be a number {allowed}; you gave {value!r}.")
 

@@ -1,16 +1,16 @@
-"""Errors of hf_pss. Each one is a `PSSError` and also the builtin error that a caller expects."""
+"""The errors of hf_pss. Each is a `PSSError` and also the built-in error that a caller expects."""
 
 
 class PSSError(Exception):
-    """Base of every error that hf_pss raises on purpose."""
+    """Base class of every error that hf_pss raises deliberately."""
 
 
 class ConfigurationError(PSSError, ValueError):
-    """An option, or a combination of options, is invalid; the message names valid ones."""
+    """An option or a combination of options is invalid. The message names valid ones."""
 
 
 class ElsewhereError(PSSError, RuntimeError):
-    """Another rank of a distributed run has failed, so this one stops instead of waiting for it."""
+    """Another rank of a distributed run has failed, so this rank stops instead of waiting."""
 
 
 class SelectionError(PSSError, ValueError):
@@ -22,11 +22,11 @@ class NonFiniteError(PSSError, ArithmeticError):
 
 
 class StateError(PSSError, ValueError):
-    """A saved state is truncated, of another version, or of another model."""
+    """A saved state is truncated, has a different version, or belongs to a different model."""
 
 
 class TrainingFailedError(PSSError, RuntimeError):
-    """Interventions did not help, and the run stops, as configured or for lack of a checkpoint."""
+    """Interventions failed, and the run stops because it is configured to or cannot roll back."""
 
 
 class IncompatibleVersionError(PSSError, RuntimeError):

@@ -1,10 +1,11 @@
 """Measure the checkpoints of a run, and choose the one to continue from.
 
-Choose the newest complete checkpoint with finite weights that is at least `margin_steps` older than
-the failure's onset. The margin is needed because the log's running medians react late. Its default
-of 20 steps is how far back rolling back recovered severe damage (docs/evidence, rescue); it is
-at least one interval of the log. Where no checkpoint lies that far back, take the newest before the
-onset; where none does either, take the oldest after it as the last resort. (Our rule.)
+We chose the following rule. The chosen checkpoint is the newest complete checkpoint with finite
+weights that is at least `margin_steps` older than the onset of the failure. The margin is needed
+because the running medians of the log react late. Its default is 20 steps, because going back 20
+steps repaired severe damage (docs/evidence, rescue). The margin is at least one interval of the
+log. If no checkpoint is that old, the newest one before the onset is chosen. If there is none
+before the onset, the oldest one after it is the last resort.
 """
 
 from __future__ import annotations
@@ -61,42 +62,42 @@ class CheckpointReport:
 
     path: Path
     step: int
-    """By its name."""
+    """The step in the name of the folder."""
     written: datetime
-    """Of its newest file, in UTC."""
+    """The time of the newest file, in UTC."""
     num_bytes: int
     layout: Layout
     missing: tuple[str, ...]
-    """The parts that a resumed Trainer would lack; empty where it is complete."""
+    """The parts that a resumed Trainer would lack. Empty if the checkpoint is complete."""
     problem: str | None
-    """Why its weights are useless, or could not be read."""
+    """The reason why the weights are useless or could not be read, or None."""
     inspection: Inspection | None
-    """None where no weights could be opened."""
+    """The measurements of the weights, or None if no weights could be opened."""
     remarks: tuple[str, ...] = ()
     is_superseded: bool = False
-    """Whether a later run has started in the folder and has saved."""
+    """Whether a later run has started in the same run folder and has saved there."""
     verdict: CheckpointVerdict = "healthy"
 
     @property
     def is_adapter(self) -> bool:
-        """Whether its weights are those of PEFT adapters."""
+        """Whether the weights belong to PEFT adapters."""
         return any(True for at in ("", "*/") for _ in self.path.glob(f"{at}adapter_config.json"))
 
     @property
     def is_usable(self) -> bool:
-        """Whether a Trainer can resume from it, as far as its files show."""
+        """Whether a Trainer can resume from the checkpoint, as far as its files show."""
         return not self.missing and self.problem is None
 
     @property
     def stable_ranks(self) -> Mapping[str, float]:
-        """By matrix; empty where the weights were not measured or are not finite."""
+        """The stable rank of each matrix. Empty if the weights are not measured or not finite."""
         if self.inspection is None or self.problem is not None:
             return {}
         return {one.health.name: one.health.stable_rank for one in self.inspection.matrices}
 
     @property
     def worst(self) -> str:
-        """The matrix with the worst finding, and that finding; empty where there is none."""
+        """The matrix with the worst finding, and that finding. Empty without findings."""
         if self.inspection is None or not self.inspection.matrices:
             return ""
         one = self.inspection.matrices[0]
@@ -104,7 +105,7 @@ class CheckpointReport:
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run by their step, or `run_dir` itself if it is one.
+    """Return the checkpoints of a run, sorted by step, or `run_dir` if it is a checkpoint itself.
 
     Raises:
         ConfigurationError: The folder does not exist.
@@ -113,13 +114,13 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {visible(run_dir)}. Give a run's folder.")
     is_one = step_by_name(run_dir.resolve()) is not None
-    # The user has named it, so it may lie anywhere.
+    # The user has named this folder, so it may be a link to any place.
     own = run_dir.resolve() if run_dir.is_symlink() else run_dir
     return checkpoints_by_step(run_dir) or ([own] if is_one else [])
 
 
 def num_weight_bytes(folders: Sequence[Path]) -> int:
-    """Return how many bytes of weights `report_on` will read, to size a progress bar."""
+    """Return how many bytes of weights `report_on` will read, for a progress bar."""
     total = 0
     for folder in folders:
         try:
@@ -130,10 +131,10 @@ def num_weight_bytes(folders: Sequence[Path]) -> int:
 
 
 def report_on(folder: Path, progress: Progress | None = None) -> CheckpointReport:
-    """Measure one checkpoint. Cost: one read of its safetensors, as by `inspect_checkpoint`.
+    """Measure one checkpoint. Its safetensors are read once, by `inspect_checkpoint`.
 
-    Never raises for a fault of the checkpoint; the report states it. If a link in the checkpoint
-    leads out of it, no file of it is opened.
+    The function never raises an exception for a damaged checkpoint, because the report states the
+    damage. If a link leads out of the checkpoint, no file of the checkpoint is opened.
     """
     size, newest = _size_and_time(folder)
     report = CheckpointReport(
@@ -166,7 +167,7 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
 def _weights_of(
     folder: Path, layout: Layout, progress: Progress | None
 ) -> tuple[str | None, Inspection | None, list[str]]:
-    """Return the fault of the weights, their measurements, and remarks."""
+    """Return the fault of the weights or None, their measurements, and remarks."""
     is_pickled = layout not in ("whole", "none")
     try:
         inspection = inspect_checkpoint(open_weights(folder), progress=progress)
@@ -188,7 +189,7 @@ def _weights_of(
 
 
 def _missing(folder: Path) -> tuple[str, ...]:
-    found = examine(folder, reads_weights=False)  # the inspection has read them
+    found = examine(folder, reads_weights=False)  # the inspection has already read the weights
     if found.problem is not None:
         return (found.problem,)
     step = recorded_step(folder)
@@ -199,7 +200,7 @@ def _missing(folder: Path) -> tuple[str, ...]:
 def judged(
     reports: Sequence[CheckpointReport], failure: RunFailure | None
 ) -> tuple[CheckpointReport, ...]:
-    """Return the reports with a verdict each, the oldest first."""
+    """Give each report a verdict, and return the reports, oldest first."""
 
     def verdict(one: CheckpointReport) -> CheckpointVerdict:
         if one.problem is not None:
@@ -229,7 +230,10 @@ def _size_and_time(folder: Path) -> tuple[int, datetime]:
 
 
 def _link_out(folder: Path) -> str | None:
-    """Return the name of a link that leads out of a checkpoint, or of a checkpoint that is one."""
+    """Return the name of a link that leads out of a checkpoint, or None.
+
+    The folder of the checkpoint may itself be such a link.
+    """
     if leads_out(folder, folder.parent):
         return folder.name
     paths = islice(folder.rglob("*"), MAX_FILES)
@@ -244,20 +248,21 @@ class Choice:
     chosen: CheckpointReport | None
     reason: str
     passed_over: tuple[tuple[CheckpointReport, str], ...]
-    """Newer ones, the newest first, each with the reason against it; all, if none was chosen."""
+    """The newer checkpoints, newest first, each with the reason against it. If none was chosen, all
+    checkpoints are listed."""
     is_last_resort: bool = False
-    """Whether it was written after the failure began."""
+    """Whether the chosen checkpoint was written after the failure began."""
 
 
 def choose(
     reports: Sequence[CheckpointReport], failure: RunFailure | None, *, margin_steps: int
 ) -> Choice:
-    """Choose among judged reports.
+    """Choose a checkpoint among reports that have a verdict.
 
     Args:
-        reports: All checkpoints of the run.
-        failure: None where none was found. Then the newest usable checkpoint is chosen.
-        margin_steps: See the module's description.
+        reports: The reports on all checkpoints of the run.
+        failure: How the run failed. If it is None, the newest usable checkpoint is chosen.
+        margin_steps: The margin that the description of the module explains.
     """
     usable = [one for one in reports if one.is_usable]
     usable = [one for one in usable if not one.is_superseded] or usable

@@ -1,14 +1,15 @@
 """Build the command that resumes a run from the chosen checkpoint, with smoothing.
 
-For a run of `hf-pss train` all of the command is known: the options are in a file beside the
-checkpoints, the number of steps in trainer_state.json, and the number of processes from their
-random states. Other scripts keep their arguments only in training_args.bin, a pickle that is never
-opened here. For these, only the options to add are given.
+For a run of `hf-pss train`, the complete command is known. The options are in a file beside the
+checkpoints, the number of steps is in trainer_state.json, and the random states show the number of
+processes. Other scripts keep their arguments only in training_args.bin, a pickle that this package
+never opens. For these scripts, only the options to add are given.
 
-After slow damage under a rising learning rate, the schedule is scaled by the largest factor that
-keeps the rate at the checkpoint's level, but at least 0.1, because the rate at the checkpoint is
-scaled too. (Our rule. After a collapse the floor alone did better than with a lower rate, see
-docs/experiments.md.)
+If a run suffered slow damage while its learning rate was rising, the schedule is scaled. We chose
+the following rule. The factor is the largest one under which the rate does not exceed the rate at
+the checkpoint. It is at least 0.1, because it also scales the rate at the checkpoint itself.
+After a collapse nothing is scaled, because the floor alone did better than the floor with a lower
+rate (see docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
 _FLOOR, _DEFAULT = "floor", "anchored"
 _TRAIN = ("hf-pss", "train")
-# Options of the run's own guard that are not taken over: that guard did not hold, or the option is
-# about another start.
+# PSS options of the failed run that the new command does not take over, because they did not
+# protect the run or apply only to its original start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
 
 
@@ -45,14 +46,14 @@ class ResumePlan:
     options: tuple[str, ...]
     """Words to add to the launch command of any script that reads PSSTrainingArguments."""
     command: tuple[str, ...] | None
-    """The whole command for a run of `hf-pss train`; None where the launch is unknown."""
+    """The complete command for a run of `hf-pss train`, or None if the launch is unknown."""
     remarks: tuple[str, ...]
     train_words: tuple[str, ...] | None = None
-    """The words after the launcher if the run is one of `hf-pss train`."""
+    """The words after the launcher, if `hf-pss train` started the run."""
 
     @property
     def shell(self) -> str:
-        """The command for a shell; unknown parts are in angle brackets."""
+        """The command for a shell. Unknown parts are in angle brackets."""
         if self.command is not None:
             return shlex.join(self.command)
         if self.train_words is not None:
@@ -61,7 +62,7 @@ class ResumePlan:
 
     @property
     def python(self) -> str:
-        """The same for a script without a command line."""
+        """The equivalent Python code for a script without a command line."""
         pairs = dict(zip(self.options[::2], self.options[1::2], strict=True))
         resumed = pairs.pop("--resume_from_checkpoint")
         words = [f"{name.removeprefix('--')}={_literal(value)}" for name, value in pairs.items()]
@@ -78,19 +79,19 @@ class _Rise:
     """A learning rate that rises by more than a tenth after a checkpoint."""
 
     rate: float
-    """At the checkpoint."""
+    """The rate at the checkpoint."""
     next: float
-    """Of the first row after it."""
+    """The rate of the first row after the checkpoint."""
     begins: int
-    """The step at which it had risen by a tenth."""
+    """The step at which the rate had risen by a tenth."""
     highest: float
     """The highest logged rate after the checkpoint."""
     step: int
-    """Of the highest rate."""
+    """The step of the highest rate."""
 
     @property
     def held(self) -> float:
-        """The factor under which the rate stays at the checkpoint's level, but at least 0.1."""
+        """The factor that keeps the rate at the level of the checkpoint, but at least 0.1."""
         return max(_LEAST_SCALE, self.rate / self.highest)
 
 
@@ -109,19 +110,20 @@ def plan_resume(
     """Return the command that resumes a run, and what the user must know about it.
 
     Args:
-        run_dir: The run's folder.
-        log: The run's log.
+        run_dir: The folder of the run.
+        log: The log of the run.
         chosen: The checkpoint to resume from.
         smoothing: ``floor``, the name of a smoothing function, or ``none``.
-        is_last_resort: Whether the weights may be damaged. Then the floor is that of noise.
-        failure: How the run failed. After a spike the guard also detects spikes.
-        lr_scale: Factor on the schedule, which a copy already has in its files. With None the log
-            decides.
-        repaired: A copy to resume from instead, which is smoothed already.
-        skipped: Updates whose batches that copy skips.
+        is_last_resort: Whether the weights may be damaged. If so, the floor is that of noise.
+        failure: How the run failed. After a spike, PSS also detects spikes in the resumed run.
+        lr_scale: The factor on the schedule. The files of a repaired copy already contain it. If it
+            is None, the log determines the factor.
+        repaired: A repaired copy to resume from instead. It is already smoothed.
+        skipped: The number of updates whose batches the copy skips.
 
     Raises:
-        ConfigurationError: `lr_scale` times the run's own factor is not a finite number above 0.
+        ConfigurationError: The product of `lr_scale` and the run's original factor is not a finite
+            number above 0.
     """
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
@@ -152,7 +154,7 @@ def plan_resume(
 
 
 def _rise_after(log: RunLog | None, step: int) -> _Rise | None:
-    """Return how the logged rate rose after a checkpoint; None where it did not."""
+    """Return how the logged rate rose after a checkpoint, or None if it did not rise."""
     rows = () if log is None else log.rows
     logged = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
     rates = [(at, rate) for at, rate in logged if math.isfinite(rate) and rate > 0]
@@ -167,10 +169,11 @@ def _rise_after(log: RunLog | None, step: int) -> _Rise | None:
 
 
 def _scale_to_hold(rise: _Rise | None, failure: RunFailure | None) -> float:
-    """Return the factor that keeps a schedule from doing slow damage again; 1 for no change.
+    """Return the factor that keeps a schedule from doing slow damage again, or 1 for no change.
 
-    A batch may have caused a spike, and a rise after the damage was noticed has not caused it. In
-    these cases nothing is scaled.
+    Nothing is scaled after a spike, because a batch may have caused it. Nothing is scaled
+    either if the rate rose only after the damage was noticed, because such a rise cannot have
+    caused the damage.
     """
     if rise is None or failure is None or failure.kind != "slow_damage":
         return 1.0
@@ -178,7 +181,7 @@ def _scale_to_hold(rise: _Rise | None, failure: RunFailure | None) -> float:
 
 
 def _free_folder(run_dir: Path) -> Path:
-    """Return a path beside the run's that does not exist: an earlier rescue may be there."""
+    """Return an unused path beside the run's folder, where an earlier rescue may have written."""
     run = run_dir.resolve()
     endings = itertools.chain(("",), (f"-{number}" for number in itertools.count(2)))
     paths = (run.parent / f"{run.name}-rescued{ending}" for ending in endings)
@@ -189,11 +192,12 @@ def _guard(
     smoothing: str, is_last_resort: bool, failure: RunFailure | None, *, is_copy: bool
 ) -> Sequence[str]:
     if smoothing == "none":
-        return ["--pss_observe_only", "true"]  # or the default preset would smooth
+        return ["--pss_observe_only", "true"]  # otherwise the default preset would smooth
     if smoothing == _DEFAULT:
         return ["--pss_preset", _DEFAULT]
     if smoothing == _FLOOR:
-        # Healthy weights are the measure of their floor. Damaged ones would be taken for healthy.
+        # The floor of healthy weights is derived from these weights. Damaged weights need the floor
+        # of noise, because their own values would be taken for healthy.
         own = ["--pss_floor_reference", "noise" if is_last_resort else "start"]
         spiked = failure is not None and failure.kind == "spike"
         options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
@@ -205,23 +209,26 @@ def _guard(
 
 
 def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
-    """Return the option that scales the given rates, including the run's own factor if known."""
+    """Return the option that scales the rates, including the run's original factor if known."""
     own = None if launch is None else launch.lr_scale
     if own is None and factor == 1.0:
-        return []  # a resume takes the checkpoint's rates
+        return []  # a resume takes the rates of the checkpoint
     if launch is None and is_in_files:
         return []
     total = factor * (1.0 if own is None else own)
     if not 0 < total < math.inf:
         raise ConfigurationError(
-            f"--lr-scale {factor:g} of a run with {own:g} times its rates is {total:g}: give "
-            "another."
+            f"--lr-scale {factor:g} multiplied by the run's own factor of {own:g} is {total:g}: "
+            "give another."
         )
     return [f"--{LR_SCALE}", f"{total:.4g}"]
 
 
 def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
-    """Return the run's options that the new ones replace; a guard that only observes is kept."""
+    """Return the names of the run's options that the new options replace.
+
+    If nothing is smoothed, PSS only observes, so the options of its detectors are kept.
+    """
     own = _REPLACED[-2:] if smoothing == "none" else _REPLACED
     return {
         LR_SCALE,
@@ -233,7 +240,7 @@ def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
 def _launcher(processes: int) -> tuple[str, ...]:
     if processes == 1:
         return ()
-    # A free port on this machine; and `hf-pss` is a program, not a Python file.
+    # --standalone picks a free port on this machine. `hf-pss` is a program and not a Python file.
     return ("torchrun", "--standalone", f"--nproc-per-node={processes}", "--no-python")
 
 
@@ -245,7 +252,7 @@ def _literal(value: str) -> str:
     return value
 
 
-# ---- The sentences beside the command ----
+# ---- The remarks that accompany the command ----
 
 
 def _about_steps_left(
@@ -253,9 +260,9 @@ def _about_steps_left(
 ) -> Iterator[str]:
     if log is None or log.max_steps is None or chosen.step + skipped < log.max_steps:
         return
-    end = "The copy skips all remaining" if skipped else "The run has taken all its"
+    end = "The copy skips all remaining" if skipped else "The run has completed all its"
     yield (
-        f"{end} steps, so to continue it needs more --max_steps. If you can name the step at which "
+        f"{end} steps, so it needs a larger --max_steps to continue. If you know the step at which "
         "it went wrong, give --failed-at STEP."
     )
 
@@ -263,13 +270,13 @@ def _about_steps_left(
 def _about_rate(
     rise: _Rise | None, failure: RunFailure | None, factor: float, *, is_exact: bool
 ) -> Iterator[str]:
-    """Describe the learning rate, if it may have done the harm or is scaled.
+    """Describe the learning rate, if it may have caused the harm or if it is scaled.
 
     Args:
-        rise: Of the logged rate, after the checkpoint.
+        rise: How the logged rate rose after the checkpoint, or None if it did not.
         failure: How the run failed.
-        factor: On the schedule from the checkpoint on.
-        is_exact: Whether the run's own factor is included already.
+        factor: The factor on the schedule from the checkpoint on.
+        is_exact: Whether the factor already includes the run's original factor.
     """
     rose = scaled = ""
     if rise is not None:
@@ -302,9 +309,9 @@ def _about_rate(
 def _about_batches(
     failure: RunFailure | None, log: RunLog | None, chosen: CheckpointReport, *, skipped: int
 ) -> Iterator[str]:
-    """State how many batches to skip to get past the one at which the run failed.
+    """State how many batches to skip so that the run passes the batch at which it failed.
 
-    The checkpoint lies a margin before that batch, so fewer would skip only sound batches.
+    The checkpoint precedes that batch by a margin, so fewer steps would skip only sound batches.
     """
     if failure is None or log is None or failure.kind not in ("spike", "non_finite"):
         return
@@ -312,9 +319,10 @@ def _about_batches(
     if failure.noticed_step < chosen.step or skipped >= needed:
         return
     text = (
-        f"A batch may have caused the failure. It comes again by step {failure.noticed_step}. A "
-        f"copy can skip it: --write OUT --skip-batches {needed}. This costs the data of {needed} "
-        "updates, most of them sound, and the run ends as many updates earlier."
+        "A batch may have caused the failure. The resumed run reaches it again by step "
+        f"{failure.noticed_step}. A copy can skip it: --write OUT --skip-batches {needed}. This "
+        f"costs the data of {needed} updates, most of them sound, and the run ends that many "
+        "updates earlier."
     )
     end = chosen.step + needed
     if log.max_steps is not None and end >= log.max_steps:
@@ -345,36 +353,36 @@ def _about_command(
         yield "Start it as it was trained, under the same backend and launcher."
     elif processes is None:
         yield (
-            "Several processes trained it, and the random state of some is missing: start as many "
-            "as before, with the launcher that you used."
+            "Several processes trained the run, and the random states of some are missing. Start "
+            "the same number of processes with the launcher that you used before."
         )
     elif processes > 1:
         yield (
-            f"It was trained by {processes} processes, and the command starts as many. If they "
-            "were on several nodes, start it as you did before."
+            f"{processes} processes trained the run, and the command starts the same number. If "
+            "they were on several nodes, start the run as you did before."
         )
 
 
 def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
     if smoothing == "none":
         yield (
-            "Nothing is smoothed: PSS only observes. Leave --pss_observe_only out to have the run "
-            "guarded from here on."
+            "Nothing is smoothed, because PSS only observes. Leave --pss_observe_only out if PSS "
+            "is to guard the resumed run."
         )
     if is_copy:
         return
     if smoothing == _DEFAULT:
         yield (
             "Adapters start at zero and have no stable-rank floor. Nothing is smoothed when the "
-            "run is resumed; PSS's default guards it from there on."
+            "run is resumed. After that, the default preset of PSS guards it."
         )
     if smoothing == _FLOOR:
         yield (
-            "The weights may be damaged, so noise of their shapes is the measure of the floor. "
-            "Pretrained weights lie below it; for those --smoothing none is safer."
+            "The weights may be damaged, so the floor is the stable rank of noise of their shapes. "
+            "Pretrained weights are below this floor, and for them --smoothing none is safer."
             if is_last_resort
-            else "The floor is the checkpoint's own: smoothing changes nothing at the start, and "
-            "lets no matrix fall below it from there on."
+            else "The floor is taken from the checkpoint itself, so smoothing changes nothing at "
+            "the start. Later it lets no matrix fall below the floor."
         )
 
 

@@ -1,4 +1,4 @@
-"""Draw the course of a run: loss and gradient norm, the failure, and the checkpoints."""
+"""Draw the loss and the gradient norm of a run, with its failure and its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LOSS, _EVAL_LOSS, _NORM, _FAILURE = "#0072B2", "#009E73", "#555555", "#D55E00"
 
 
 def draw_course(found: Investigation, path: Path) -> None:
-    """Write a PNG.
+    """Write the figure as a PNG file.
 
     Args:
-        found: A run. Without a readable log only its checkpoints are drawn.
-        path: The file.
+        found: The findings about a run. If it has no readable log, only its checkpoints are drawn.
+        path: The file to write.
 
     Raises:
         OSError: The file cannot be written.

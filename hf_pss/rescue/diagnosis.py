@@ -1,21 +1,22 @@
-"""Find out from a run's log when it failed, and how, by stated rules.
+"""Find out from the log of a run when and how the run failed.
 
-A failure is an explosion by `hf_pss.detection.explosion`, with its numbers of steps turned into
-rows of the log. The rules below are ours:
+The definition of an explosion comes from `hf_pss.detection.explosion`, with its numbers of steps
+converted to rows of the log. We added the following rules:
 
-- a row is *not finite* where its loss is NaN or inf (or a 0 that hides NaN, see
-  `hf_pss.runs.log.without_false_zeros`), or where its gradient norm is NaN and PSS did not skip
-  that step;
-- the *onset* is the step of the last sound row: the loss of a step is taken before its update, so
-  this update is the first that may have done the damage;
-- a rise is a ``spike`` where a spike lies within one smoothing window of the onset, and
-  ``slow_damage`` where none does;
-- a run has *recovered* once the median loss is within ``plateau_nats`` of the lowest before the
-  failure. After 20 recoveries only the rows since the loss was last back are judged, beside those
-  of the lowest median;
-- ``collapse`` is a loss that stays near the unigram entropy (ln of the vocabulary where nothing
-  better is known), since it last moved by ``plateau_nats``; or a median stable rank below a quarter
-  of the first one measured while the loss improves no more.
+- A row is *not finite* if its loss is NaN or inf, if its loss is a 0 that stands for NaN
+  (see `hf_pss.runs.log.without_false_zeros`), or if its gradient norm is NaN and PSS did not
+  skip that step.
+- The *onset* is the step of the last sound row. The loss of a step is computed before its update,
+  so the update of this step is the first that may have caused the damage.
+- A rise of the loss is a ``spike`` if there is a spike within one smoothing window of the onset.
+  Otherwise it is ``slow_damage``.
+- A run has *recovered* once the median loss is within ``plateau_nats`` of the lowest median before
+  the failure. After 20 recoveries, only two groups of rows are examined: those of the lowest
+  median, and those since the loss last returned to its level.
+- A ``collapse`` has one of two forms. The loss stays near the unigram entropy, which is taken as
+  the ln of the vocabulary size if nothing better is known. The collapse then begins where the loss
+  last moved by ``plateau_nats``. In the other form, the median stable rank is below a quarter of
+  its first measured value while the loss no longer improves.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class RunFailure:
 
     kind: FailureKind
     onset_step: int
-    """The first step whose update may have done the damage. An earlier checkpoint is sound."""
+    """The first step whose update may have caused the damage. An earlier checkpoint is sound."""
     noticed_step: int
     """The first logged step at which the rule was met."""
     text: str
-    """One or two sentences."""
+    """A description in one or two sentences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +76,21 @@ class Diagnosis:
 
     failure: RunFailure | None
     notes: tuple[str, ...]
-    """Further findings: spikes from which the run recovered, and PSS's own events."""
+    """Further findings, such as spikes from which the run recovered and the events of PSS."""
     unigram_entropy: float | None
-    """In nats, the bound of `collapse`; None where it is unknown."""
+    """The unigram entropy in nats, which `collapse` uses, or None if it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """The rows that are judged, with the rule in rows."""
+    """The points that are examined, with a rule that counts in rows."""
 
     rows: Sequence[LogRow]
     """All logged rows with a loss."""
     losses: Sequence[float | None]
-    """One for each point; None where it is not finite."""
+    """The loss of each point, or None if it is not finite."""
     indices: Sequence[int]
-    """Of the row of each point."""
+    """The index of each point in `rows`."""
     rule: ExplosionRule
     jump_rows: int
 
@@ -97,7 +98,7 @@ class _Course:
         return self.rows[self.indices[point]]
 
     def step_before(self, point: int) -> int:
-        """Return the step of the row before; the first row has 0, before every update."""
+        """Return the step of the previous row. For the first row this is 0, before any update."""
         index = self.indices[point]
         return self.rows[index - 1].step if index else 0
 
@@ -105,7 +106,7 @@ class _Course:
         return list(running_medians(self.losses, self.rule.smoothing_steps))
 
     def only(self, *parts: slice) -> _Course:
-        """Return the course of some of the points."""
+        """Return a course that holds only some of the points."""
         losses = [loss for part in parts for loss in self.losses[part]]
         indices = [index for part in parts for index in self.indices[part]]
         return _Course(self.rows, losses, indices, self.rule, self.jump_rows)
@@ -118,13 +119,15 @@ def diagnose(
     ranks: RankRatios = (),
     unigram_entropy: float | None = None,
 ) -> Diagnosis:
-    """Judge a run's log. Cost: O(rows).
+    """Find the failure in the log of a run. The cost is O(rows).
 
     Args:
-        log: The run's log.
-        records: The events and readings of PSS; empty for a run without PSS.
-        ranks: (step, median stable rank over the first one measured), by step.
-        unigram_entropy: In nats, at most ln(vocabulary). With None no loss counts as stuck.
+        log: The log of the run.
+        records: The events and readings of PSS, which are empty for a run without PSS.
+        ranks: Pairs of a step and the median ratio of a stable rank to its first measured value,
+            sorted by step.
+        unigram_entropy: The unigram entropy in nats, at most ln(vocabulary). If it is None, no loss
+            counts as stuck.
     """
     rows = log.training
     notes = _of_events(records)
@@ -155,12 +158,14 @@ def _sound_losses(rows: Sequence[LogRow], records: RunRecords) -> list[float | N
 
 
 def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, list[str]]:
-    """Find the first failure from which the run did not recover, and describe the others."""
+    """Find the first failure from which the run did not recover, and describe earlier failures."""
     notes: list[str] = []
     for number in range(2 * _MOST_RECOVERIES):
         if number == _MOST_RECOVERIES:
             course = _last_stretch(course)
-            notes.append("It recovered more often than is listed here. The rest is of its end.")
+            notes.append(
+                "It recovered more often than is listed here. The rest describes only its end."
+            )
         losses, rule = course.losses, course.rule
         found = find_explosion(losses, rule, unigram_entropy=entropy)
         if found is None or found.kind == "plateau":
@@ -185,9 +190,10 @@ def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, 
 
 
 def _last_stretch(course: _Course) -> _Course:
-    """Keep the rows of the lowest median, and those since the loss was last back near it.
+    """Keep the rows of the lowest median, and those since the loss last returned close to it.
 
-    Each search costs one pass over the log, so a log with very many recoveries is cut to its end.
+    Each search costs one pass over the log, so only the end of a log with very many
+    recoveries is examined.
     """
     width = course.rule.smoothing_steps
     finite = [(median, at) for at, median in enumerate(course.medians()) if median is not None]
@@ -202,7 +208,7 @@ def _last_stretch(course: _Course) -> _Course:
 def _not_finite(course: _Course, begin: int) -> RunFailure:
     row, before = course.row(begin), course.step_before(begin)
     how = (
-        "the loss was logged as 0, as the Trainer logs NaN"
+        "the loss was logged as 0, which is how the Trainer logs NaN"
         if row.is_false_zero
         else "the loss was NaN or inf"
         if not _is_finite(row.loss)
@@ -216,7 +222,7 @@ def _not_finite(course: _Course, begin: int) -> RunFailure:
 def _risen(
     course: _Course, begin: int, *, to_the_end: bool = False
 ) -> tuple[int, int | None, RunFailure]:
-    """Return where a rise begins, where the loss is back (None: never), and the failure."""
+    """Return the point where a rise begins, the point where it ends or None, and the failure."""
     rule, medians = course.rule, course.medians()
     lowest = min(one for one in medians[:begin] if one is not None)
     back = lowest + rule.plateau_nats
@@ -255,9 +261,11 @@ def _stuck(course: _Course, found: Explosion, entropy: float) -> RunFailure:
 
 
 def _stuck_since(losses: Sequence[float | None], begin: int, rule: ExplosionRule) -> int:
-    """Walk back from a plateau for as long as the median stays within ``plateau_nats`` of its own.
+    """Return the point where a plateau begins, searching backwards from a point on it.
 
-    The entropy of the whole text differs from that of the batches, so a stuck loss crosses it.
+    The plateau extends as long as the median stays within ``plateau_nats`` of its level. The
+    unigram entropy cannot mark its beginning. The entropy of the entire text differs from that of
+    the batches, so a stuck loss crosses it.
     """
 
     def level(start: int) -> float:
@@ -281,7 +289,7 @@ def _by_evaluation(log: RunLog) -> RunFailure | None:
 
 
 def _after_the_log(log: RunLog, records: RunRecords) -> RunFailure | None:
-    """Judge the steps that PSS recorded after the last logged row, as of a run that was killed."""
+    """Examine steps that PSS recorded after the last logged row, as it does in a killed run."""
     last = log.rows[-1].step if log.rows else 0
     late = [step for step in records.nonfinite_steps() if step > last]
     if len(late) < _RULE.num_steps:
@@ -308,8 +316,8 @@ def _by_ranks(rows: Sequence[LogRow], ranks: RankRatios, rule: ExplosionRule) ->
         return None  # stable ranks fall in healthy training too, and this run still learns
     text = (
         f"Without any spike, half of the matrices have fallen below {ranks[-1][1]:.0%} of the "
-        f"stable rank that they began with, and since step {first} the loss, {now:.3g}, improves "
-        "no more."
+        f"stable rank that they began with, and since step {first} the loss has stayed at "
+        f"{now:.3g} without improving."
     )
     return RunFailure("collapse", sound + 1, first, text)
 

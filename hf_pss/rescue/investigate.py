@@ -1,4 +1,4 @@
-"""Read a run's folder as a whole: its log, its checkpoints, and where to continue from."""
+"""Read the folder of a run: its log, its checkpoints, and the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class Investigation:
 
     run_dir: Path
     log: RunLog | None
-    """None where no log could be read."""
+    """The log of the run, or None if no log could be read."""
     diagnosis: Diagnosis | None
     checkpoints: tuple[CheckpointReport, ...]
-    """The oldest first."""
+    """The checkpoints, oldest first."""
     choice: Choice
     unreadable: tuple[str, ...]
-    """Logs that could not be read, each with the reason."""
+    """The logs that could not be read, each with the reason."""
 
     @property
     def failure(self) -> RunFailure | None:
-        """How the run failed; None where no failure was found."""
+        """How the run failed, or None if no failure was found."""
         return None if self.diagnosis is None else self.diagnosis.failure
 
 
@@ -62,22 +62,24 @@ def investigate(
     begin: Callable[[int], None] = lambda num_bytes: None,
     progress: Progress | None = None,
 ) -> Investigation:
-    """Read a run. Cost: one read of all its safetensors, one tensor at a time.
+    """Find out how a run failed, and choose a checkpoint. All safetensors are read once.
+
+    The function reads one tensor at a time.
 
     Args:
-        run_dir: The run's folder, or that of one checkpoint.
-        margin_steps: See `hf_pss.rescue.candidates`.
-        unigram_entropy: Of the training text, in nats. With None, the value that `hf-pss train`
-            has kept, or ln(vocab_size).
-        failed_at: The step from which on the run was bad, if the caller has more to go by than the
-            log: a rate that was too high from the beginning shows in a comparison, or in the
-            weights of small networks (`early_damage`).
-        begin: Called with the number of bytes of weights that will be read.
-        progress: Called after each tensor.
+        run_dir: The folder of the run, or the folder of one checkpoint.
+        margin_steps: The margin that `hf_pss.rescue.candidates` describes.
+        unigram_entropy: The unigram entropy of the training text in nats. If it is None, the value
+            that `hf-pss train` has saved is used, or else ln(vocab_size).
+        failed_at: The first step at which the run was bad, if the caller knows more than the log
+            shows. For example, a learning rate that was too high from the beginning shows only in a
+            comparison with other runs, or in the weights of small networks (`early_damage`).
+        begin: A function that is called with the number of bytes of weights to read.
+        progress: A function that is called after each tensor.
 
     Raises:
-        ConfigurationError: The folder does not exist, or holds nothing of a run.
-        StateError: There is no checkpoint, and no log that can be read.
+        ConfigurationError: The folder does not exist, or it holds no files of a run.
+        StateError: The folder holds neither a checkpoint nor a readable log.
         OSError: The folder cannot be read.
     """
     folders = checkpoint_folders(run_dir)
@@ -105,7 +107,7 @@ def investigate(
     if failed_at is not None:
         diagnosis = diagnosis or Diagnosis(None, (), None)
         kind = "slow_damage" if diagnosis.failure is None else diagnosis.failure.kind
-        text = f"The run was bad from step {failed_at} on, as you stated."
+        text = f"You stated that the run was bad from step {failed_at} on."
         diagnosis = _instead(diagnosis, RunFailure(kind, failed_at, failed_at, text))
     failure = None if diagnosis is None else diagnosis.failure
     checked = judged(reports, failure)
@@ -118,9 +120,9 @@ def _newest_log(
 ) -> tuple[RunLog | None, tuple[str, ...], list[str]]:
     """Return the log of the newest attempt, notes on other attempts, and unreadable files.
 
-    A folder may hold the logs of two attempts, where a run was resumed in place. The newest attempt
-    is that of the log that was written last. Of the logs that agree with it, the one that reaches
-    farthest is taken.
+    If a run was resumed in place, its folder may hold the logs of two attempts. The log that was
+    written last belongs to the newest attempt. Several logs may agree with that one, and the
+    function returns the longest of them.
     """
     unreadable: list[str] = []
     found: list[tuple[float, RunLog]] = []
@@ -145,14 +147,14 @@ def _newest_log(
     note = (
         f"{names[0]} (up to step {taken.global_step}) and {names[1]} (up to step "
         f"{other.global_step}) differ from step {differ_at(taken, other)} on: the run was "
-        "resumed or rolled back in place. The log that was written last is judged; checkpoints "
-        "may be of either attempt."
+        "resumed or rolled back in place. The diagnosis uses the log that was written last. The "
+        "checkpoints may belong to either attempt."
     )
     return taken, (note,), unreadable
 
 
 def _instead(diagnosis: Diagnosis, failure: RunFailure) -> Diagnosis:
-    """Replace the failure that the log shows, and add that one to the notes."""
+    """Replace the failure that the log shows, and mention the replaced failure in a note."""
     found = diagnosis.failure
     notes = diagnosis.notes if found is None else (*diagnosis.notes, f"Also found: {found.text}")
     return replace(diagnosis, failure=failure, notes=notes)

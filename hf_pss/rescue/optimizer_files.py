@@ -1,9 +1,10 @@
-"""Rewrite the optimizer's and the schedule's files of a checkpoint.
+"""Rewrite the optimizer and schedule files of a checkpoint.
 
-They are the only pickles that rescue opens: only if the user allowed it, only by
-``torch.load(weights_only=True)``, which builds tensors and plain values and calls nothing else, and
-only with torch 2.10 or later, because earlier versions had holes there (CVE-2025-32434 before 2.6,
-CVE-2026-24747 before 2.10). If torch refuses a file, no other way is tried.
+These two files are the only pickles that rescue opens, and it opens them only if the user allows
+it. It always calls ``torch.load(weights_only=True)``, which builds tensors and plain values and
+calls nothing else. Rescue requires torch 2.10 or later, because earlier versions have security
+holes in this function: CVE-2025-32434 before 2.6 and CVE-2026-24747 before 2.10. If torch refuses
+to load a file, rescue does not try another method.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ _LEAST_TORCH = (2, 10)
 def rewrite_optimizer(
     source: Path, target: Path, *, moments: MomentsChange, lr_scale: float
 ) -> None:
-    """Write an optimizer's state with other learning rates, or with an empty state.
+    """Write an optimizer file with scaled learning rates, with an empty state, or with both.
 
-    ``reset`` empties the state of all parameters: moments and Adam's count of steps. A large count
-    beside zero moments would make the first update up to 3.2 times too large.
+    ``reset`` removes the state of all parameters: the moments and Adam's step count. If only
+    the moments were set to zero, the large step count would make the first update up to 3.2
+    times too large.
 
     Args:
-        source: optimizer.pt.
+        source: The optimizer.pt file to read.
         target: A path that does not exist yet.
         moments: ``keep`` or ``reset``.
-        lr_scale: Factor on every rate.
+        lr_scale: The factor by which every learning rate is multiplied.
 
     Raises:
-        IncompatibleVersionError: torch is too old to open the file.
-        StateError: The file is damaged, or holds more than tensors and plain values.
-        OSError: Reading or writing failed.
+        IncompatibleVersionError: The installed torch is too old to open the file safely.
+        StateError: The file is damaged, or it holds more than tensors and plain values.
+        OSError: A file could not be read or written.
     """
     state = _load(source)
     groups = state.get("param_groups")
@@ -66,12 +68,12 @@ def rewrite_optimizer(
 
 
 def rewrite_scheduler(source: Path, target: Path, *, lr_scale: float) -> None:
-    """Write a schedule with scaled learning rates, at the same place of its course.
+    """Write a schedule file with scaled learning rates. The step of the schedule is unchanged.
 
     Raises:
-        IncompatibleVersionError: torch is too old to open the file.
-        StateError: The file is damaged, or the schedule is not of the kind that has base rates.
-        OSError: Reading or writing failed.
+        IncompatibleVersionError: The installed torch is too old to open the file safely.
+        StateError: The file is damaged, or this kind of schedule has no base rates.
+        OSError: A file could not be read or written.
     """
     state = _load(source)
     if not isinstance(state.get("base_lrs"), list):
@@ -86,7 +88,7 @@ def rewrite_scheduler(source: Path, target: Path, *, lr_scale: float) -> None:
 
 
 def require_torch() -> None:
-    """Refuse a torch whose restricted unpickling is known to have holes.
+    """Raise an error if the restricted unpickler of the installed torch has known security holes.
 
     Raises:
         IncompatibleVersionError: torch is older than 2.10.
@@ -106,7 +108,7 @@ def _load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damaged bytes make an unpickler raise anything
+    except Exception as error:  # an unpickler can raise any exception for damaged bytes
         raise StateError(
             f"{visible(path)} cannot be opened: it is damaged, or holds more than tensors and "
             "plain values."
@@ -119,7 +121,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _save(state: dict[str, Any], target: Path) -> None:
     try:
         torch.save(state, target)
-    except RuntimeError as error:  # torch's archive writer raises this where a write fails
+    except RuntimeError as error:  # torch's archive writer raises this when a write fails
         raise OSError(
             errno.EIO, "torch could not write it; the disk may be full", target
         ) from error

@@ -1,4 +1,7 @@
-"""Write a repaired copy of a checkpoint: whole or not at all, and never over an existing file."""
+"""Write a repaired copy of a checkpoint.
+
+The copy is either complete or not written at all, and it never replaces an existing file.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 __all__ = ["RECORD_FILE", "Repairs", "Written", "as_json", "write_repaired"]
 
 RECORD_FILE = "hf_pss_rescue.json"
-# A pickle of the arguments, which no resume needs; and weights that were not smoothed.
+# training_args.bin is a pickle that a resumed run does not need. The other files hold weights in
+# formats that are not smoothed.
 _LEFT_OUT = ("training_args.bin", *PICKLED_WEIGHTS, "tf_model.h5")
 
 
@@ -42,12 +46,13 @@ class Repairs:
     """The repairs to make."""
 
     smoothing: str = "none"
-    """The name of a smoothing function, ``none``, or ``floor``. The measure of the floor is noise,
-    and sound weights lie below that too."""
+    """The name of a smoothing function, ``none`` or ``floor``. The floor is derived from the stable
+    ranks of noise matrices, and sound weights can be below it as well."""
     moments: MomentsChange = "keep"
     lr_scale: float = 1.0
     skip_batches: int = 0
-    """In update steps. With accumulated gradients a step takes several of the loader's batches."""
+    """The number of update steps whose batches to skip. If gradients are accumulated, one step uses
+    several batches of the data loader."""
     allow_pickle: bool = False
 
     @property
@@ -63,26 +68,26 @@ class Written:
     path: Path
     source: Path
     step: int
-    """From which the copy resumes."""
+    """The step from which a run resumes with the copy."""
     matrices: tuple[Repair, ...]
     left_out: tuple[str, ...]
     remarks: tuple[str, ...]
 
 
 def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> Written:
-    """Write the copy.
+    """Write the repaired copy.
 
     Args:
-        chosen: A complete, finite checkpoint of one process or DDP.
-        target: A path that does not exist, in a folder that does.
+        chosen: A complete checkpoint with finite weights, written by one process or by DDP.
+        target: A path that does not exist yet. Its parent folder must exist.
         options: The repairs.
 
     Raises:
-        ConfigurationError: The layout is sharded, the target exists or lies in the checkpoint, or
-            an option needs a file that it may not open.
-        IncompatibleVersionError: torch is too old to open a pickle.
-        StateError: A file is damaged, or a link leads out of the checkpoint.
-        OSError: Reading or writing failed. Nothing is left behind.
+        ConfigurationError: The checkpoint is sharded, the target exists or is inside the
+            checkpoint, or an option needs a pickle that the user has not allowed to open.
+        IncompatibleVersionError: The installed torch is too old to open a pickle safely.
+        StateError: A file is damaged, or a symbolic link leads out of the checkpoint.
+        OSError: A file could not be read or written. The partial copy is removed.
     """
     _check(chosen, target, options)
     source = chosen.path.resolve()
@@ -90,7 +95,7 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
         _refuse_outside(source, source / name)
     checkpoint = open_checkpoint(source)
     if options.smoothing != "none":
-        matrices_to_smooth(checkpoint)  # refuse before anything is written
+        matrices_to_smooth(checkpoint)  # raises before anything is written
     with new_folder(target, like=source) as folder:
         repairs = write_weights(checkpoint, source, folder, options.smoothing)
         done = {entry.path.relative_to(source) for entry in checkpoint.tensors}
@@ -110,13 +115,13 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
         record = {**asdict(options), **as_json(written)}
         (folder / RECORD_FILE).write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")
         _write_state(source / STATE_FILE, folder / STATE_FILE, options.skip_batches)
-        if read_marker(source) is not None:  # a plain Trainer's checkpoint has none to renew
+        if read_marker(source) is not None:  # a checkpoint of a plain Trainer has no marker
             write_marker(folder, step=written.step)
     return written
 
 
 def as_json(written: Written) -> dict[str, Any]:
-    """Return plain data."""
+    """Return the record as data that JSON can hold."""
     plain = asdict(written)
     return {**plain, "path": str(written.path), "source": str(written.source)}
 
@@ -124,8 +129,8 @@ def as_json(written: Written) -> dict[str, Any]:
 def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
     if chosen.layout != "whole":
         raise ConfigurationError(
-            f"{visible(chosen.path)} is of the layout {chosen.layout}. Copies are written of "
-            "checkpoints of one process and of DDP. Use the command that is printed without "
+            f"{visible(chosen.path)} has the layout {chosen.layout}. --write can copy only "
+            "checkpoints of one process or of DDP. Use the command that is printed without "
             "--write: it smooths under every backend."
         )
     if target.exists() or target.is_symlink():
@@ -133,7 +138,7 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
     if not target.parent.is_dir():
         raise ConfigurationError(f"There is no folder {visible(target.parent)} to write into.")
     if target.resolve().is_relative_to(chosen.path.resolve()):
-        raise ConfigurationError(f"{visible(target)} lies in the checkpoint that is to be copied.")
+        raise ConfigurationError(f"{visible(target)} is inside the checkpoint to be copied.")
     if options.moments == "project":
         raise ConfigurationError(
             "--moments project must assign moments to matrices, but optimizer.pt only numbers "
@@ -152,7 +157,7 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
 
 
 def _write_optimizer(source: Path, folder: Path, options: Repairs) -> set[Path]:
-    """Write the files of the optimizer and the schedule that change, and return their names."""
+    """Write the optimizer and schedule files that change, and return their names."""
     done = set()
     if options.needs_pickle:
         rewrite_optimizer(
@@ -192,17 +197,23 @@ def _refuse_outside(source: Path, path: Path) -> None:
 
 
 def _copy_run_options(source: Path, folder: Path) -> None:
-    """Copy the run's options from beside a checkpoint into the copy, which may lie anywhere."""
+    """Copy the run's options into the copy, if they are in the folder that holds the checkpoint.
+
+    The target can be outside the run's folder, so a resumed run would not find them otherwise.
+    """
     path = options_file(source)
     if path is None or path.parent == source:  # copied with the other files
         return
-    with suppress(StateError):  # a damaged file is useless
+    with suppress(StateError):  # a damaged file is not copied
         read_options(path)
         shutil.copyfile(path, folder / OPTIONS_FILE)
 
 
 def _write_state(source: Path, target: Path, skip: int) -> None:
-    """Copy the Trainer's state. A later global_step makes it skip the data of as many steps."""
+    """Copy the Trainer's state and add `skip` to its step.
+
+    A resumed Trainer skips the data of all steps up to ``global_step``.
+    """
     if not skip:
         shutil.copyfile(source, target)
         return
@@ -213,8 +224,8 @@ def _write_state(source: Path, target: Path, skip: int) -> None:
     for name in ("PSSCallback", "attributes", "saved_state"):
         saved = saved.get(name) if isinstance(saved, dict) else None
     if isinstance(saved, dict) and saved.get("step") == step:
-        saved["step"] = step + skip  # or PSS would take its state for that of another step
-    # In the format of transformers, which writes a bare NaN where the log has one.
+        saved["step"] = step + skip  # otherwise PSS would reject its state as one of another step
+    # This is the format of transformers, which writes NaN as a bare word.
     target.write_text(f"{json.dumps(state, indent=2, sort_keys=True)}\n", encoding="utf-8")
 
 
@@ -240,8 +251,9 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
         yield f"Every learning rate is {options.lr_scale:g} times the old one on the same course."
     if options.skip_batches:
         yield (
-            f"global_step is set forward by {options.skip_batches}: a resumed Trainer skips as "
-            "much more data, and ends as many updates earlier. The schedule stays at its place."
+            f"global_step is increased by {options.skip_batches}, so a resumed Trainer skips the "
+            "data of that many updates and ends that many updates earlier. The position of the "
+            "schedule does not change."
         )
     if left_out:
         yield f"Not copied: {', '.join(left_out[:5])}{'…' if len(left_out) > 5 else ''}."

@@ -1,4 +1,4 @@
-"""Show an investigation: as strict JSON, and as text for a terminal."""
+"""Show the result of an investigation as strict JSON, or as text for a terminal."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _KINDS = {
 
 
 def as_json(found: Investigation, plan: ResumePlan | None, written: Any = None) -> dict[str, Any]:
-    """Return plain data. NaN and inf become None.
+    """Return the result as data that JSON can hold. NaN and inf become None.
 
     Args:
         found: The investigation.
-        plan: How to resume; None where no checkpoint was chosen.
-        written: The copy that `--write` made, as plain data.
+        plan: How to resume the run, or None if no checkpoint was chosen.
+        written: A description of the copy that `--write` made, as plain data.
     """
     choice, log, diagnosis = found.choice, found.log, found.diagnosis
     return {
@@ -105,8 +105,8 @@ def render_investigation(found: Investigation) -> RenderableType:
 
 
 def render_plan(plan: ResumePlan) -> RenderableType:
-    """Show the command, on a line of its own that can be copied, and the remarks on it."""
-    # `visible` would cut a long command.
+    """Show the command on a separate line, so that it can be copied, and the remarks on it."""
+    # `visible` would shorten a long command.
     shell = "".join(c if c.isprintable() else visible(c) for c in plan.shell)
     lines = [Text("To continue:", style="bold"), Text(f"  {shell}")]
     if plan.command is None and plan.train_words is None:
@@ -181,8 +181,8 @@ def _choice(found: Investigation) -> Iterator[Text]:
         yield Text(choice.reason, style="bold red")
         if any(one.inspection is not None and one.problem is None for one in found.checkpoints):
             yield Text(
-                "Some checkpoints have finite weights all the same: from_pretrained of such a "
-                "folder starts another run with them."
+                "Some checkpoints nevertheless have finite weights. You can start a new run from "
+                "them with from_pretrained of such a folder."
             )
         return
     yield Text(f"Chosen: {visible(choice.chosen.path.name)}, {choice.reason}.", style="bold")

@@ -1,8 +1,8 @@
-"""Smooth the weights of a safetensors file into another file, without the model.
+"""Smooth the weights of a safetensors file and write them to another file, without the model.
 
-The header is copied byte for byte, so names, dtypes, order and metadata are unchanged. Tied tensors
-lie in the file once. The matrices are those that `select_matrices` would choose in a run. They are
-read, smoothed and written one tensor at a time.
+The header is copied byte for byte, so names, dtypes, order and metadata are unchanged. The file
+holds tied tensors only once. The smoothed matrices are those that `select_matrices` would choose in
+a run. They are read, smoothed and written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Repair:
     name: str
     changed: bool
     sigma_before: float
-    """σ₁."""
+    """The largest singular value σ₁ before smoothing."""
     sigma_after: float
     stable_rank_before: float
     stable_rank_after: float
@@ -71,24 +71,24 @@ def matrices_to_smooth(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
 def write_weights(
     checkpoint: Checkpoint, folder: Path, target: Path, smoothing: str
 ) -> list[Repair]:
-    """Write all weight files of a checkpoint below `target`, smoothed.
+    """Smooth the weights of a checkpoint, and write all weight files below `target`.
 
-    Memory: about five times the largest tensor.
+    The function needs about five times the memory of the largest tensor.
 
     Args:
         checkpoint: The checked headers.
-        folder: Folder of the checkpoint. Files keep their place relative to it.
-        target: An existing folder.
+        folder: The folder of the checkpoint. Files keep their path relative to it.
+        target: An existing folder to write to.
         smoothing: ``floor`` (the stable rank of noise), the name of a function, or ``none``.
 
     Returns:
         The effect on each matrix, in the order of the file.
 
     Raises:
-        ConfigurationError: See `matrices_to_smooth`.
+        ConfigurationError: `matrices_to_smooth` finds no matrices to smooth.
         StateError: A file has changed while it was read, or a matrix cannot be decomposed.
         NonFiniteError: A matrix holds NaN or inf.
-        OSError: Reading or writing failed.
+        OSError: A file could not be read or written.
     """
     views: defaultdict[str, list[StoredMatrix]] = defaultdict(list)
     if smoothing != "none":
@@ -115,7 +115,7 @@ def write_weights(
 
 
 def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repair]:
-    """Smooth one matrix, or each of a stack, inside its tensor."""
+    """Smooth one matrix, or each matrix of a stack, in place inside its tensor."""
     rows = None if matrix.rows is None else matrix.rows.stored_rows(matrix.shape[0])
     axis = -1 if matrix.transposed else -2
     experts = range(matrix.num_experts) if matrix.num_experts is not None else (None,)
@@ -154,7 +154,7 @@ def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repai
 
 def _function(smoothing: str, shape: tuple[int, int]) -> SmoothingFunction:
     if smoothing == "floor":
-        return StableRankCap()  # its default is noise of the matrix's own shape
+        return StableRankCap()  # the default level is that of noise of the same shape
     return SMOOTHING_FUNCTIONS[smoothing]()
 
 
@@ -162,7 +162,7 @@ def _read(source: BinaryIO, entry: TensorEntry) -> Tensor:
     raw = source.read(entry.num_bytes)
     if len(raw) < entry.num_bytes:
         raise _shorter(entry.path)
-    # A bytearray is writable, unlike bytes.
+    # torch.frombuffer needs writable memory, so the bytes are copied into a bytearray.
     return torch.frombuffer(bytearray(raw), dtype=READABLE[entry.dtype]).view(entry.shape)
 
 

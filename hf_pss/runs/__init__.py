@@ -1,12 +1,13 @@
-"""One model of a run's folder, through which everything reads and writes it.
+"""The package through which all other code reads and writes the folder of a run.
 
-- `folder`: the names of files and checkpoints, and how large a file may be;
-- `durable`: the only writer of whole files and folders;
-- `log`: what the Trainer logged, from trainer_state.json;
-- `records_files`: PSS's events and health readings, written and read;
-- `options`: how `hf-pss train` was started;
-- `checkpoint`: the only judge of whether a checkpoint is whole, and its marker;
-- `rotation`: which checkpoints belong to a run, and which ones are removed;
-- `safetensors_files`: weights, read in pieces;
-- `follow`: a live run.
+- `folder` defines the names of files and checkpoints, and the size limits of files.
+- `durable` writes files and folders completely or not at all. No other module does this.
+- `log` reads the log of the Trainer from trainer_state.json.
+- `records_files` writes and reads the events and health readings of PSS.
+- `options` reads how `hf-pss train` was started.
+- `checkpoint` decides whether a checkpoint is complete, and writes its marker. No other
+  module does this.
+- `rotation` decides which checkpoints belong to a run and which ones are removed.
+- `safetensors_files` reads weights in pieces.
+- `follow` follows a live run.
 """

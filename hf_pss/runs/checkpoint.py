@@ -1,13 +1,14 @@
-"""Judge whether a Trainer can resume from a checkpoint: complete, readable and finite.
+"""Decide whether a Trainer can resume from a checkpoint, which must be complete and finite.
 
-This is the only judge: for resuming, for rolling back, and for `hf-pss rescue`. It opens no pickle.
+Resuming, rolling back and `hf-pss rescue` all use this module. It opens no pickle.
 
-- PSS writes a marker as the last file of a checkpoint. The marker lists every file with its size
-  and means that weights and optimizer state were finite. With a marker, only sizes are compared.
-- A plain Trainer writes no marker. Then the safetensors' headers are compared with their sizes, and
-  all their numbers are checked for NaN and inf.
-- A ``.pt`` file is a ZIP archive. Its first bytes, its last bytes and the start of its directory
-  are checked in both cases, which a file that was cut short does not pass.
+- PSS writes a marker as the last file of a checkpoint. The marker lists every file with its size,
+  and it means that the weights and the optimizer state were finite. If there is a marker, only
+  sizes are compared.
+- A plain Trainer writes no marker. In this case the headers of the safetensors files are compared
+  with the file sizes, and all numbers are checked for NaN and inf.
+- A ``.pt`` file is a ZIP archive. In both cases its first bytes, its last bytes and the start of
+  its directory are checked. A file that was cut short fails this check.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ __all__ = [
 ]
 
 Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]
-"""How the weights are stored that a resumed Trainer reads; ``none``: in no known file."""
+"""How the weights that a resumed Trainer reads are stored. ``none`` means no known file."""
 
 _VERSION = 1
-# The files that the Trainer, Accelerate, PEFT and DeepSpeed read on resuming (transformers 5.23).
+# The Trainer, Accelerate, PEFT and DeepSpeed read these files on resuming (transformers 5.23).
 _RESUMED = re.compile(
     r"(.*/)?([^/]*\.(safetensors|bin|pt|pth|distcp|index\.json)|latest|\.metadata"
     r"|(trainer_state|config|adapter_config)\.json)$"
@@ -63,61 +64,62 @@ _LOADED = (
 )
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
 _SHARDED_WEIGHTS, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-# Without one of these files the Trainer restarts that part without a warning (transformers 5.23).
+# If one of these files is missing, transformers 5.23 restarts that part without a warning.
 _TRAINING_STATE = re.compile(
     r"(optimizer\.(pt|bin)|scheduler\.pt|optimizer_0/.*|rng_state.*\.pth)$"
 )
-# Of a ZIP archive (APPNOTE 6.3.10, 4.3.7, 4.3.12, 4.3.16). torch leaves no comment at its end.
+# The signatures of a ZIP archive (APPNOTE 6.3.10, 4.3.7, 4.3.12, 4.3.16). torch writes no comment
+# at the end of the archive.
 _FIRST_FILE, _DIRECTORY, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END_BYTES = 22
 _OFFSET = slice(16, 20)
-_IN_ZIP64_RECORD = 2**32 - 1  # beyond 4 GiB
+_IN_ZIP64_RECORD = 2**32 - 1  # the real offset is beyond 4 GiB
 
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """The content of the completion marker: the checkpoint as it was written."""
+    """The content of the completion marker, which describes the checkpoint when it was written."""
 
     step: int
     files: Mapping[str, int]
-    """Every file's path inside the checkpoint, and its size in bytes."""
+    """The path of every file inside the checkpoint, with its size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """The result of judging one checkpoint."""
+    """The result of examining one checkpoint."""
 
     path: Path
     step: int
-    """By the folder's name; 0 for another name."""
+    """The step in the name of the folder, or 0 if the name holds no step."""
     is_marked: bool
-    """Whether PSS wrote it."""
+    """Whether the checkpoint has a marker of PSS."""
     problem: str | None = None
-    """Why no run can continue from it."""
+    """The reason why no run can continue from the checkpoint, or None."""
     lacks: tuple[str, ...] = ()
-    """The parts of the optimizer's, schedule's and random state that would start from scratch."""
+    """The missing parts of the optimizer, schedule and random state, which would start fresh."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether a run continues from it as if it had never stopped."""
+        """Whether a run can continue from the checkpoint as if it had never stopped."""
         return self.problem is None and not self.lacks
 
     @property
     def why_not(self) -> str:
-        """The reasons against resuming from it; empty where there are none."""
+        """The reasons against resuming from the checkpoint. Empty if there are none."""
         return self.problem or "; ".join(self.lacks)
 
 
 def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
-    """Judge one checkpoint.
+    """Examine one checkpoint.
 
-    Cost: file sizes and a few bytes of each archive; without a marker, also one read of the
-    weights. Never raises for a fault of the checkpoint.
+    The function reads file sizes and a few bytes of each archive. For a checkpoint without a
+    marker, it also reads the weights once. It never raises an exception for a damaged checkpoint.
 
     Args:
-        folder: The checkpoint.
-        reads_weights: Read the weights of a checkpoint without a marker. False is for a caller
-            that measures them itself.
+        folder: The folder of the checkpoint.
+        reads_weights: Whether to read the weights of a checkpoint without a marker. A caller that
+            measures the weights itself passes False.
     """
     step, marker = step_by_name(folder) or 0, None
     try:
@@ -128,7 +130,7 @@ def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
         if marker is None:
             wrong |= _bad_weights(folder) if reads_weights else {}
         elif rewritten and _has_weights(folder) and not _bad_weights(folder):
-            # Another program has sharded, merged or converted them, and they are finite.
+            # Another program has sharded, merged or converted the weights, and they are finite.
             wrong = {name: why for name, why in wrong.items() if name not in rewritten}
     except (PSSError, OSError) as error:
         return Examination(folder, step, marker is not None, reason_of(error))
@@ -151,7 +153,9 @@ def recorded_step(folder: Path) -> int:
 
 
 def unfit_state(folder: Path) -> dict[str, str]:
-    """Return the unfit files of the optimizer's, schedule's and random state, each with the reason.
+    """Return the missing or damaged files of the training state, each with the reason.
+
+    The training state consists of the optimizer, the schedule and the random states.
 
     Raises:
         StateError: The marker is damaged.
@@ -173,12 +177,13 @@ def layout_of(folder: Path) -> Layout:
 
 
 def open_weights(folder: Path) -> Checkpoint:
-    """Read the headers of a checkpoint's safetensors, or of adapters in folders of their own.
+    """Read the headers of the safetensors files of a checkpoint.
 
-    Each tensor of such an adapter gets its folder's name as a prefix.
+    If the checkpoint holds its safetensors only in subfolders, as several adapters do, the headers
+    in the subfolders are read. Each of these tensors gets the name of its folder as a prefix.
 
     Raises:
-        ConfigurationError: There are no safetensors.
+        ConfigurationError: The checkpoint holds no safetensors files.
         StateError: A file is damaged.
         OSError: A file cannot be read.
     """
@@ -197,7 +202,7 @@ def open_weights(folder: Path) -> Checkpoint:
 
 
 def write_marker(folder: Path, *, step: int) -> None:
-    """Write the marker of a checkpoint and flush it. All other files must be on the disk already.
+    """Write the marker of a checkpoint and flush it, after all other files are on the disk.
 
     Raises:
         OSError: The marker cannot be written.
@@ -213,10 +218,10 @@ def write_marker(folder: Path, *, step: int) -> None:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """Return the marker of a checkpoint, or None where it has none, as from a plain Trainer.
+    """Return the marker of a checkpoint, or None if it has none because a plain Trainer wrote it.
 
     Raises:
-        StateError: The marker is damaged or of a later version.
+        StateError: The marker is damaged or has a later version.
         OSError: The marker cannot be read.
     """
     path = folder / MARKER
@@ -239,9 +244,10 @@ def read_marker(folder: Path) -> Marker | None:
 def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
     """Return the files that have changed since the marker was written, each with the reason.
 
-    Only files that a resume reads count: a README.md, a chat template or a tokenizer may change.
-    People edit JSON by hand, such as trainer_state.json, so its size may change as long as it is
-    readable. Any other file must have the size that it had. Contents are not compared.
+    Only files that a resume reads are compared, so a README.md, a chat template or a tokenizer may
+    change. People edit JSON files such as trainer_state.json by hand, so the size of a JSON file
+    may change as long as the file is readable. Every other file must still have the recorded size.
+    The contents are not compared.
     """
     wrong = {}
     for name, size in marker.files.items():
@@ -251,7 +257,7 @@ def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
         if not path.is_file():
             wrong[name] = "is missing"
         elif (found := path.stat().st_size) == size or name == STATE_FILE:
-            continue  # the judge reads trainer_state.json in any case
+            continue  # the caller reads trainer_state.json in any case
         elif path.suffix != ".json":
             wrong[name] = f"has {found} bytes of {size}"
         elif not _is_json(path):
@@ -284,7 +290,7 @@ def _unfit_files(folder: Path, marker: Marker | None) -> dict[str, str]:
 def _needed(folder: Path) -> Iterator[str]:
     """Yield the files without which a Trainer stops, or restarts a part without a warning."""
     layout = layout_of(folder)
-    if layout == "deepspeed":  # keeps all of its state in a folder of the step
+    if layout == "deepspeed":  # DeepSpeed keeps all of its state in one folder per step
         yield "latest"
         return
     if layout == "fsdp_sharded":
@@ -298,7 +304,7 @@ def _needed(folder: Path) -> Iterator[str]:
 
 
 def _why_no_archive(path: Path) -> str | None:
-    """Return why a file is not a whole ZIP archive, the format of torch since 1.6."""
+    """Return why a file is not a complete ZIP archive, which is torch's format since 1.6."""
     cut = "was not written to its end"
     try:
         with path.open("rb") as stream:
@@ -323,7 +329,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _bad_weights(folder: Path) -> dict[str, str]:
-    """Return the first weight file that holds NaN or inf, or is missing, with the reason."""
+    """Return the first weight file that is missing or holds NaN or inf, with the reason."""
     if not any(folder.rglob("*.safetensors")):
         is_known = layout_of(folder) != "none"
         if is_known or any(any(folder.glob(name)) for name in PICKLED_WEIGHTS):

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, so that they survive a crash or a power cut."""
+"""Write files and folders completely or not at all, even if the process or the power fails."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from hf_pss.records.strict_json import visible
 __all__ = ["move_into_place", "new_folder", "replacing", "sync_tree", "write_whole"]
 
 _REPLACED = "replaced"
-# Windows flushes only files that are open for writing. Elsewhere a file may be read-only.
+# Windows flushes only files that are open for writing. On other systems, opening read-only is
+# enough, and it also works for read-only files.
 _TO_FLUSH = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
-# Errors of file systems that cannot flush a folder: some network file systems, some of FUSE.
+# Some network and FUSE file systems cannot flush a folder and return one of these errors.
 _NOTHING_TO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all, and flush it to the disk.
+    """Write a complete UTF-8 text file or nothing, and flush it to the disk.
 
     Raises:
-        OSError: The file cannot be written. A file that had the name is unchanged.
+        OSError: The file cannot be written. An existing file of the same name is unchanged.
     """
     with replacing(path) as stream:
         stream.write(text.encode())
@@ -37,14 +38,14 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that takes the place of `path` when the block ends without an error.
+    """Yield a new file that replaces `path` when the block ends without an error.
 
     Raises:
-        OSError: The file cannot be written. A file that had the name is unchanged.
+        OSError: The file cannot be written. An existing file of the same name is unchanged.
     """
     scratch = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.partial")
     try:
-        with scratch.open("xb") as stream:  # "x" writes neither over a file nor through a link
+        with scratch.open("xb") as stream:  # "x" never overwrites a file or follows a link
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -60,12 +61,12 @@ def new_folder(target: Path, *, like: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error.
 
     Args:
-        target: A path that does not exist, in a folder that does.
-        like: A folder whose permissions `target` gets.
+        target: A path that does not exist yet. Its parent folder must exist.
+        like: An existing folder. `target` gets its permissions.
 
     Raises:
-        ConfigurationError: Another program has made `target` in the meantime.
-        OSError: The disk refuses. Nothing of the folder is left.
+        ConfigurationError: Another program has created `target` in the meantime.
+        OSError: The folder cannot be written. The temporary folder is removed.
     """
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
     try:
@@ -85,7 +86,7 @@ def sync_tree(folder: Path) -> None:
     """Flush a folder and all files and folders below it to the disk.
 
     Raises:
-        OSError: The disk refuses. The files may be incomplete then.
+        OSError: A file or folder cannot be flushed. The files may be incomplete.
     """
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
@@ -98,19 +99,19 @@ def sync_tree(folder: Path) -> None:
 
 
 def move_into_place(staged: Path, target: Path) -> None:
-    """Give a complete folder its name. An older folder of that name is removed afterwards.
+    """Rename a complete folder to its final name, and remove an older folder of that name.
 
     Args:
-        staged: ``<run>/_pss_saving/checkpoint-N``, flushed to the disk.
-        target: ``<run>/checkpoint-N``.
+        staged: The folder ``<run>/_pss_saving/checkpoint-N``, already flushed to the disk.
+        target: The final path ``<run>/checkpoint-N``.
 
     Raises:
-        OSError: The disk refuses. The older folder has its name again.
+        OSError: The folder cannot be renamed. An older folder gets its name back.
     """
     replaced = staged.parent / _REPLACED
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        target.rename(replaced)  # a crash here leaves the complete one in the staging folder
+        target.rename(replaced)  # after a crash here, the staging folder holds the new checkpoint
     try:
         staged.rename(target)
     except OSError:
@@ -122,8 +123,8 @@ def move_into_place(staged: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names, where the file system can do that."""
-    if sys.platform == "win32":  # has no such call
+    """Flush the list of names in a folder, if the file system supports that."""
+    if sys.platform == "win32":  # Windows cannot flush a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The files of a run's folder: their names, how large they may be, and the names of checkpoints."""
+"""The names and size limits of the files in a run's folder, and the names of its checkpoints."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ MARKER = "pss_complete.json"
 # An empty file in a checkpoint. It disappears with the folder when the step is saved again.
 SUPERSEDED = "pss_superseded"
 
-# A checkpoint is written here and then renamed. Neither the Trainer's rotation nor its resume looks
-# at such a name, and uploads to the Hub leave out names that begin with an underscore.
+# A checkpoint is written here and then renamed. The Trainer ignores such a name when it
+# rotates checkpoints and when it resumes, and uploads to the Hub leave out names that begin
+# with an underscore.
 STAGING = "_pss_saving"
 # Holds the checkpoints that were saved after interventions began to fail. No resume looks here.
 ABANDONED = "_pss_abandoned"
@@ -56,11 +57,12 @@ MAX_LINES_BYTES = 2**30
 MAX_LINE_BYTES = 16 * 2**20
 # The index of a model of 90,000 tensors takes 9 MB. The marker of 10,000 ranks takes less.
 MAX_INDEX_BYTES = 32 * 2**20
-# A config.json or a file of options takes a few thousand bytes.
+# A config.json or an options file takes a few thousand bytes.
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_FILES = 10_000
 
-# As in transformers, but with ASCII digits only, and no more of them than a step can have.
+# The pattern is that of transformers, but it allows only ASCII digits, and at most as many as a
+# step can have.
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
@@ -71,7 +73,7 @@ def step_by_name(folder: Path) -> int | None:
 
 
 def checkpoints_by_step(run_dir: Path) -> list[Path]:
-    """Return all ``checkpoint-N`` folders of a run, damaged ones included, sorted by N."""
+    """Return all ``checkpoint-N`` folders of a run, including damaged ones, sorted by N."""
     if not run_dir.is_dir():
         return []
     found = [path for path in run_dir.iterdir() if step_by_name(path) is not None and path.is_dir()]
@@ -79,6 +81,6 @@ def checkpoints_by_step(run_dir: Path) -> list[Path]:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Return whether a path lies outside of a folder once all links are followed."""
-    # `Path.resolve` raises where links form a circle.
+    """Return whether a path is outside of a folder after all links are followed."""
+    # `os.path.realpath` is used because `Path.resolve` raises an error if links form a circle.
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -1,4 +1,4 @@
-"""Follow a live run from its files: the newest log, events, and stable ranks."""
+"""Follow a live run through its files, and report its newest log row, events and stable ranks."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from hf_pss.runs.records_files import parse_reading, parse_record, parse_row
 
 __all__ = ["Follower", "NewLines", "RunState", "Tail"]
 
-# The most that one poll reads of a file. Twice the longest line, so that the newest line is whole
-# wherever the reading begins.
+# The largest number of bytes that one poll reads from a file. It is twice the longest line, so that
+# the newest line is complete wherever the reading begins.
 MAX_POLL_BYTES = 2 * MAX_LINE_BYTES
 _CHUNK_BYTES = 2**20
 _GONE = (-1, -1)
 _FILES = (EVENTS_FILE, HEALTH_FILE, METRICS_FILE, STATE_FILE, SUMMARY_FILE)
 _MOST_EVENTS = 200
 _MOST_CANDIDATES = 5
-# Of the hash of a line: 2⁶⁴ lines before two are confused.
+# The size of the hash of a line. Two lines are confused only after about 2⁶⁴ lines.
 _DIGEST_BYTES = 16
 
 T = TypeVar("T")
@@ -50,31 +50,31 @@ class NewLines:
     """The lines that a file has gained since the last poll."""
 
     lines: tuple[bytes, ...] = ()
-    """Whole lines, without their ends."""
+    """Complete lines, without their line ends."""
     has_restarted: bool = False
-    """Whether the file was replaced or cut since the last poll. `lines` are the new file's."""
+    """Whether the file was replaced or cut since the last poll. `lines` then hold the new file."""
     num_lost: int = 0
-    """Lines that were too long to be read."""
+    """The number of lines that were too long to be read."""
     has_more: bool = False
-    """Whether there is more than one poll reads. The next poll continues from here."""
+    """Whether the file holds more than this poll has read. The next poll continues from here."""
 
 
 class Tail:
-    """Follows one file of lines, which may not exist yet, may vanish, and may be replaced.
+    """Follows one file of lines. The file may not exist yet, may disappear and may be replaced.
 
-    Text after the last line's end waits until its line is complete: another process may be writing
-    it, or a crash may have cut it.
+    Text after the last line end is held back until its line is complete, because another process
+    may still be writing it, or a crash may have cut it short.
 
     Args:
         path: The file.
-        max_bytes: How much of an existing file is read, from its end; and the most that one poll
-            reads, give or take a chunk of 1 MiB.
+        max_bytes: The number of bytes to read from the end of an existing file. It is also the
+            largest number of bytes that one poll reads, give or take a chunk of 1 MiB.
     """
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_POLL_BYTES) -> None:
         self.path = path
         self.modified_seconds: float | None = None
-        """When it was last written, as `time.time`; None while it does not exist."""
+        """The time of the last write in the units of `time.time`, or None without a file."""
         self._max_bytes = max_bytes
         self._identity: tuple[int, int] | None = None
         self._offset = 0
@@ -82,7 +82,7 @@ class Tail:
         self._skips = self._is_counted = False
 
     def poll(self) -> NewLines:
-        """Return the lines that have come since the last poll."""
+        """Return the lines that were added since the last poll."""
         try:
             found = self.path.stat()
             if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
@@ -102,7 +102,7 @@ class Tail:
         if identity == self._identity and found.st_size >= self._offset:
             return False
         self._identity, self._rest = identity, b""
-        # One byte more: if it is a line's end, the line after it is whole.
+        # Read one byte more. If it is a line end, the line after it is complete.
         self._offset = max(0, found.st_size - self._max_bytes - 1)
         self._skips = self._offset > 0
         self._is_counted = False
@@ -136,26 +136,26 @@ class RunState:
 
     folder: Path
     log: LogRow | None
-    """The newest row with a training loss; NaN where a number was not finite."""
+    """The newest row with a training loss. A number that was not finite is NaN."""
     log_source: str
-    """The file of that row, below the run's folder."""
+    """The file that holds this row, relative to the run's folder."""
     max_steps: int | None
     events: tuple[Record, ...]
-    """The newest ones, in order."""
+    """The newest events, in the order of the file."""
     fresh_events: tuple[Record, ...]
-    """Those that are new since the last poll."""
+    """The events that are new since the last poll."""
     num_events: int
     num_interventions: int
     reading: HealthReading | None
-    """The newest health reading; its stable ranks are NaN for a matrix that has none."""
+    """The newest health reading. The stable rank of a matrix without a value is NaN."""
     first_reading: HealthReading | None
-    """The earliest one that was read, to compare with."""
+    """The earliest health reading that was read, for comparison."""
     num_unreadable: int
-    """Lines and states that could not be read, of the files as they are now."""
+    """The number of lines and states in the current files that could not be read."""
     modified_seconds: float | None
-    """When any file was last written, as `time.time`."""
+    """The time of the last write to any file, in the units of `time.time`."""
     has_resumed: bool
-    """Whether the run has gone back since the last poll: later events are superseded."""
+    """Whether the run returned to an earlier step since the last poll, which supersedes events."""
     has_ended: bool
     """Whether the last step is saved, a demo is complete, or the newest event stopped the run."""
 
@@ -166,13 +166,14 @@ class RunState:
 
 
 class Follower:
-    """Reads a run's folder again and again.
+    """Polls the folder of a run repeatedly.
 
     Args:
-        folder: The Trainer's ``output_dir``, or one run of a demo.
+        folder: The Trainer's ``output_dir``, or the folder of one run of a demo.
 
     Raises:
-        ConfigurationError: The folder does not exist, or its subfolders hold the runs.
+        ConfigurationError: The folder does not exist, or it is not a run but holds runs
+            in its subfolders.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -184,7 +185,8 @@ class Follower:
         _refuse_a_folder_of_runs(folder)
         self._tails = {n: Tail(folder / n) for n in (EVENTS_FILE, HEALTH_FILE, METRICS_FILE)}
         self._events: deque[Record] = deque(maxlen=_MOST_EVENTS)
-        # Of all events, not only of `_events`: a resume may bring back thousands of lines.
+        # The hashes of all events, not only of `_events`, because after a resume thousands of old
+        # lines may be read again.
         self._known: set[bytes] = set()
         self._num_events = self._num_interventions = 0
         self._reading: HealthReading | None = None
@@ -199,7 +201,8 @@ class Follower:
 
     def poll(self) -> RunState:
         """Read everything that is new."""
-        # The files that end a run come first: then the lines before the end exist already.
+        # The files that mark the end of a run are checked first. If they exist, all lines that were
+        # written before the end exist already.
         summary_modified = _modified(self._folder / SUMMARY_FILE)
         state_modified = self._poll_state()
         fresh, has_resumed = self._poll_events()
@@ -209,7 +212,7 @@ class Follower:
         is_done = 0 < (self._max_steps or 0) <= self._steps_done
         has_ended = (
             _is_last(summary_modified, _newest(written, state_modified))
-            # A run that extends a finished one in the same folder writes lines first.
+            # A run that extends a finished run in the same folder writes lines before it saves.
             or (is_done and _is_last(state_modified, written))
             or self._has_stopped(state_modified)
         )
@@ -232,11 +235,11 @@ class Follower:
         )
 
     def _has_stopped(self, state_modified: float | None) -> bool:
-        """Return whether the newest event stopped the run and no later step has come since."""
+        """Return whether the newest event stopped the run and no later step has followed."""
         event = self._events[-1] if self._events else None
         if not isinstance(event, Event) or event.decision is not Action.STOP:
             return False
-        # An older state belongs to an earlier run in this folder.
+        # A state that is older than the event belongs to an earlier run in this folder.
         is_ours = _is_last(state_modified, self._tails[EVENTS_FILE].modified_seconds)
         known = (self._reading, self._logs.get(METRICS_FILE))
         steps = [one.step for one in known if one is not None]
@@ -290,7 +293,7 @@ class Follower:
                 self._num_unreadable[name] += 1
 
     def _poll_state(self) -> float | None:
-        """Read the newest trainer_state.json if it has changed, and return its time."""
+        """Read the newest trainer_state.json if it has changed, and return its time of change."""
         try:
             folders = [self._folder, *checkpoints_by_step(self._folder)]
         except OSError:  # the folder is being removed
@@ -308,7 +311,7 @@ class Follower:
                 self._read_state(path)
         except OSError:  # save_total_limit has removed the checkpoint
             pass
-        except StateError:  # it may be half written, and is read again after its next change
+        except StateError:  # it may be only partly written, and is read again when it changes
             self._num_unreadable[STATE_FILE] = 1
         return modified
 
@@ -325,7 +328,7 @@ def _newest(*times: float | None) -> float | None:
 
 
 def _is_last(at: float | None, others: float | None) -> bool:
-    """Return whether something was written, and nothing else after it."""
+    """Return whether a file was written and none of the others was written after it."""
     return at is not None and (others is None or at >= others)
 
 

@@ -1,4 +1,4 @@
-"""Read what a Trainer logged from trainer_state.json, a file that may come from anyone."""
+"""Read the log of a Trainer from trainer_state.json, a file that may come from anyone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "without_false_zeros",
 ]
 
-# More steps than any run has. Keeps a step from being a number of thousands of digits.
+# No run has more steps than this. The limit rejects a step with thousands of digits.
 _MAX_STEP = 10**12
 # The mean loss of a language model stays above this value.
 _LEAST_LOSS = 0.01
@@ -32,24 +32,25 @@ _LEAST_LOSS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class LogRow:
-    """The numbers that were logged at one step; None for each that was not logged."""
+    """The numbers that were logged at one step. A number that was not logged is None."""
 
     step: int
     loss: float | None = None
-    """Mean over the steps since the previous row. May be NaN or inf."""
+    """The mean loss over the steps since the previous row. It may be NaN or inf."""
     grad_norm: float | None = None
-    """Of this step alone, before clipping. May be NaN or inf."""
+    """The gradient norm of this step alone, before clipping. It may be NaN or inf."""
     learning_rate: float | None = None
     eval_loss: float | None = None
     baseline: float | None = None
     threshold: float | None = None
     nonfinite_steps: float | None = None
-    """PSS's count of non-finite steps since the start of the run."""
+    """The number of non-finite steps that PSS has counted since the start of the run."""
     is_false_zero: bool = False
-    """Whether the file has a loss of 0 in place of NaN; see `without_false_zeros`."""
+    """Whether the file holds a loss of 0 that stands for NaN. See `without_false_zeros`."""
 
 
-# The Trainer's key first, then PSS's in a Trainer's log, then that in the metrics of a demo.
+# For each number, the key of the Trainer comes first, then the key of PSS in a Trainer's log, then
+# the key in the metrics of a demo.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "grad_norm": ("grad_norm", "pss/grad_norm_preclip", "grad_norm_preclip"),
@@ -69,9 +70,9 @@ class RunLog:
     global_step: int
     max_steps: int | None
     batch_size: int | None
-    """Of one device."""
+    """The batch size of one device."""
     rows: tuple[LogRow, ...]
-    """Sorted by step, one row a step."""
+    """The rows, sorted by step, with one row per step."""
 
     @property
     def training(self) -> tuple[LogRow, ...]:
@@ -80,7 +81,7 @@ class RunLog:
 
     @property
     def log_interval(self) -> int:
-        """Median distance in steps of the rows with a loss; 1 for fewer than two rows."""
+        """The median number of steps between rows with a loss, or 1 for fewer than two rows."""
         steps = [row.step for row in self.training]
         gaps = [later - step for step, later in itertools.pairwise(steps)]
         return max(1, round(statistics.median(gaps))) if gaps else 1
@@ -90,7 +91,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Read one trainer_state.json as a plain mapping.
 
     Raises:
-        StateError: The file is missing, too large, not JSON, or without ``global_step``.
+        StateError: The file is missing, too large or not JSON, or it holds no ``global_step``.
         OSError: The file cannot be read.
     """
     if not path.is_file():  # opening a pipe would block
@@ -105,8 +106,8 @@ def read_log(path: Path) -> RunLog:
     """Read the log of one trainer_state.json. A value of an unexpected type counts as not logged.
 
     Raises:
-        StateError: See `read_state`; or the file holds no log, or is a link that leads out of its
-            folder.
+        StateError: `read_state` rejects the file, the file holds no log, or it is a link that leads
+            out of its folder.
         OSError: The file cannot be read.
     """
     if leads_out(path, path.parent):
@@ -118,7 +119,7 @@ def read_log(path: Path) -> RunLog:
     rows: dict[int, LogRow] = {}
     for entry in log:
         if isinstance(entry, dict) and (step := _count(entry.get("step"))) is not None:
-            # Training and evaluation log the same step one after the other.
+            # Training and evaluation write separate entries for the same step.
             rows[step] = merged(rows.get(step, LogRow(step)), entry)
     return RunLog(
         path=path,
@@ -139,15 +140,16 @@ def merged(row: LogRow, entry: Mapping[str, Any]) -> LogRow:
 
 
 def without_false_zeros(rows: Iterable[LogRow]) -> tuple[LogRow, ...]:
-    """Put NaN back where the Trainer has logged a loss of 0 in its place.
+    """Replace a loss of 0 by NaN in rows where the Trainer has logged 0 instead of NaN.
 
-    With ``logging_nan_inf_filter`` the Trainer leaves NaN and inf out of its sum, so that the loss
-    is exactly 0 where no step since the previous row was finite. Our rule for such a loss: where
-    PSS has counted non-finite steps, the count must have risen. Where it has not counted, a loss of
-    exactly 0 is false as long as no earlier loss was below 0.01.
+    With ``logging_nan_inf_filter``, the Trainer leaves NaN and inf out of its sum of losses. The
+    logged loss is therefore exactly 0 if no step since the previous row was finite. This function
+    uses its own rule to recognise such a loss. If PSS has counted non-finite steps, the loss is
+    false if the count has risen. Without a count, a loss of exactly 0 is false unless an earlier
+    loss was 0.01 or less.
 
     Args:
-        rows: Sorted by step.
+        rows: The rows, sorted by step.
     """
     least, num_before, kept = math.inf, 0.0, []
     for row in rows:
@@ -166,7 +168,7 @@ def without_false_zeros(rows: Iterable[LogRow]) -> tuple[LogRow, ...]:
 def differ_at(one: RunLog, other: RunLog) -> int | None:
     """Return the first step at which two logs hold different losses, or None.
 
-    NaN equals NaN, because a log that was continued holds the same rows.
+    NaN counts as equal to NaN, because a continued log repeats the rows of the earlier log.
     """
     losses = {row.step: row.loss for row in other.training}
     for row in one.training:

@@ -1,7 +1,7 @@
-"""Read how `hf-pss train` was started: its options in a file beside the checkpoints.
+"""Read how `hf-pss train` was started from the options file beside the checkpoints.
 
-The file may come from anyone. So words are taken from it only for the options listed here, and only
-if they print and do not begin with a dash.
+The file may come from anyone. The module therefore takes values only for the options that are
+listed here, and only if they are printable and do not begin with a dash.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ TRAINING_OPTIONS = (
     *("pss_optim", "pss_optim_args", "pss_preset", LR_SCALE),
     *(f"pss_{option.name}" for option in fields(PSSConfig)),
 )
-"""The training arguments that are kept, under ``training``, where they are not the defaults.
+"""The training arguments that the file keeps under ``training`` if they differ from the defaults.
 
-Without seed, schedule and warm-up a continued run gets other batches at another rate: scheduler.pt
-holds the base rate and the step, but not the shape of the schedule. The batch size is always kept:
-trainer_state.json has that of a process, which may drive several devices.
+The seed, the schedule and the warm-up are needed because scheduler.pt holds only the base rate and
+the step, not the shape of the schedule. Without these arguments, a continued run would get
+different batches and different learning rates. The batch size per device is always kept, because
+trainer_state.json holds only the batch size of a process, which may use several devices.
 """
 
 _LISTS = {f"pss_{option.name}" for option in fields(PSSConfig) if isinstance(option.default, tuple)}
@@ -73,11 +74,11 @@ class Launch:
     """How a run was started, as far as its files show."""
 
     words: tuple[str, ...]
-    """Options and their values, as `hf-pss train` takes them."""
+    """Options and their values in the form that `hf-pss train` accepts."""
     is_whole: bool
-    """Whether a version that keeps all of `TRAINING_OPTIONS` wrote the file."""
+    """Whether a version of hf-pss that keeps all of `TRAINING_OPTIONS` wrote the file."""
     lr_scale: float | None = None
-    """The run's own factor on the learning rate."""
+    """The factor on the learning rate with which the run was started."""
 
 
 def write_options(run_dir: Path, options: Mapping[str, Any]) -> None:
@@ -90,7 +91,7 @@ def write_options(run_dir: Path, options: Mapping[str, Any]) -> None:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Read a file of options; the values are not checked.
+    """Read an options file. The values are not checked.
 
     Raises:
         StateError: The file is damaged.
@@ -100,9 +101,9 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def options_file(checkpoint: Path) -> Path | None:
-    """Return the file of the run's options, from inside a repaired copy or beside a checkpoint.
+    """Return the options file of the run, which is inside a repaired copy or beside a checkpoint.
 
-    A link that leads out of its folder does not count.
+    A link that leads out of its folder is ignored.
     """
     folders = (checkpoint, checkpoint.parent)
     paths = (folder / OPTIONS_FILE for folder in folders)
@@ -110,12 +111,12 @@ def options_file(checkpoint: Path) -> Path | None:
 
 
 def read_launch(checkpoint: Path, log: RunLog | None, *, without: Collection[str]) -> Launch | None:
-    """Return how the run that wrote a checkpoint was started, or None where that is unknown.
+    """Return how the run that wrote a checkpoint was started, or None if that is unknown.
 
     Args:
-        checkpoint: The folder.
-        log: The run's log. It has the number of steps and how often they were logged.
-        without: Names of options that the caller gives itself.
+        checkpoint: The folder of the checkpoint.
+        log: The log of the run. It holds the number of steps and how often they were logged.
+        without: The names of options that the caller sets itself.
     """
     path = options_file(checkpoint)
     kept = None if path is None else _kept_in(path)
@@ -145,9 +146,9 @@ def read_launch(checkpoint: Path, log: RunLog | None, *, without: Collection[str
 
 
 def num_processes(checkpoint: Path) -> int | None:
-    """Count the processes that saved their random state; None where one of them is missing.
+    """Count the processes that saved their random state, or return None if one is missing.
 
-    Several nodes without a shared disk each hold the states of their own processes only.
+    If several nodes share no disk, each node holds only the states of the processes on that node.
     """
     names = (_RANDOM_STATE.fullmatch(entry.name) for entry in os.scandir(checkpoint))
     found = {int(name[1]) for name in names if name}
@@ -157,7 +158,7 @@ def num_processes(checkpoint: Path) -> int | None:
 
 
 def recorded_entropy(folder: Path) -> float | None:
-    """Return the unigram entropy of a run's training text in nats, if `hf-pss train` kept it."""
+    """Return the unigram entropy of the training text in nats, if `hf-pss train` has saved it."""
     path = folder / OPTIONS_FILE
     kept = None if leads_out(path, folder) else _kept_in(path)
     value = None if kept is None else kept.get("unigram_entropy")

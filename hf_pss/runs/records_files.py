@@ -1,4 +1,4 @@
-"""Write and read PSS's files of lines beside the checkpoints: events and health readings."""
+"""Write and read the JSON-lines files of events and health readings beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -61,31 +61,31 @@ REPORTED: Mapping[str, str] = {
     "pss/nonfinite_steps": "non-finite steps since the start of the run",
     "pss/seconds": "seconds spent in PSS since the start of the run",
 }
-"""The keys of every training log and their meaning; a number without a value is left out."""
+"""The keys of every training log and their meanings. A number without a value is left out."""
 
 REPORTED_WITH_HEALTH: Mapping[str, str] = {
     "pss/health_seconds": "seconds spent on the health metrics since the run began or was resumed",
 }
-"""The keys that a training log has in addition where ``health`` is on."""
+"""The additional keys of a training log if ``health`` is on."""
 
 
 def log_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return a step's numbers under the keys of `REPORTED` and `REPORTED_WITH_HEALTH`."""
+    """Return the numbers of a step under the keys of `REPORTED` and `REPORTED_WITH_HEALTH`."""
     keys = (*REPORTED, *REPORTED_WITH_HEALTH)
     return {key: scalars[name] for key in keys if (name := key.removeprefix("pss/")) in scalars}
 
 
 def health_line(step: int, stable_ranks: Mapping[str, float]) -> str:
-    """Return one line of strict JSON with every matrix's stable rank; null for NaN and inf."""
+    """Return one line of strict JSON with the stable rank of every matrix, null for NaN and inf."""
     return reading_line(HealthReading(step, matrices={"stable_rank": stable_ranks}), scalars=False)
 
 
 def reading_line(reading: HealthReading, *, scalars: bool = True) -> str:
-    """Return one line of strict JSON with every metric of every matrix; null for NaN and inf.
+    """Return one line of strict JSON with every metric of every matrix, null for NaN and inf.
 
     Args:
-        reading: Its spectra are left out.
-        scalars: Also write the numbers of the whole model, under ``scalars``.
+        reading: The reading to write. Its spectra are left out.
+        scalars: Whether to write also the numbers of the entire model, under ``scalars``.
     """
     row = {"step": reading.step, **{name: _strict(by) for name, by in reading.matrices.items()}}
     if scalars:
@@ -98,15 +98,15 @@ def _strict(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 class JsonLines:
-    """A JSON-lines file beside the checkpoints that describes one course of training.
+    """A JSON-lines file beside the checkpoints that holds the history of one run.
 
-    A run that resumes at step s abandons what an earlier run did after s. The lines of those steps
-    move to ``<name>.superseded.jsonl``. So the file remains the history of the weights, and no line
-    is lost.
+    If a run resumes at step s, the steps of an earlier run after s no longer belong to its history.
+    The lines of those steps move to ``<name>.superseded.jsonl``. The file therefore always
+    describes the history of the current weights, and no line is lost.
 
     Args:
-        path: The file. It is created with the first line.
-        resumed_step: Lines up to this step stay.
+        path: The file. The first line creates it.
+        resumed_step: Lines up to this step stay in the file.
     """
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
@@ -115,7 +115,7 @@ class JsonLines:
             self._supersede(resumed_step)
 
     def write(self, lines: Iterable[str]) -> None:
-        """Append lines; a full disk is a warning and does not end a training run."""
+        """Append lines. If the disk is full, log a warning and let training continue."""
         data = "".join(f"{line}\n" for line in lines).encode()
         if not data:
             return
@@ -132,16 +132,16 @@ class JsonLines:
 
     def _supersede(self, resumed_step: int) -> None:
         try:
-            # A line that a crash has cut belongs to no step and is moved like those of later steps.
+            # A line that a crash has cut short belongs to no step and is moved as well.
             with self._path.open("rb") as file:
                 gone = {i for i, line in enumerate(file) if not _is_up_to(line, resumed_step)}
             if gone:
                 self._move(gone)
-        except (OSError, MemoryError) as error:  # the latter for a "line" of gigabytes
+        except (OSError, MemoryError) as error:  # a "line" of gigabytes raises MemoryError
             logger.warning("Cannot tidy %s: %s. New lines are appended.", self._path, error)
 
     def _move(self, gone: Set[int]) -> None:
-        """Move lines by their numbers, one at a time: readings are many and long."""
+        """Move lines by their numbers, one at a time, because there are many long readings."""
         superseded = self._path.with_suffix(".superseded.jsonl")
         with (
             self._path.open("rb") as file,
@@ -153,11 +153,11 @@ class JsonLines:
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """Append whole lines or nothing: half a line would spoil the next one."""
+    """Append complete lines or nothing, because a partial line would damage the next line."""
     size = file.seek(0, os.SEEK_END)
     if size:
         file.seek(size - 1)
-        # The last line may have been cut by a crash, and the disk too full to tidy up.
+        # The file may end with a partial line, if a crash cut it and the disk was too full to tidy.
         data = data if file.read(1) == b"\n" else b"\n" + data
     try:
         while data:
@@ -179,24 +179,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ParsedLines(Generic[T]):
-    """The lines of a file that could be read, in its order."""
+    """The lines of a file that could be read, in the order of the file."""
 
     rows: tuple[T, ...] = ()
     num_unreadable: int = 0
-    """Lines that were left out: malformed, of another version, or of an unknown kind."""
+    """The number of lines that were left out because they are malformed, have a different version,
+    or are of an unknown kind."""
     is_cut: bool = False
-    """Whether the last line has no end and was left out; `num_unreadable` does not count it."""
+    """Whether the last line is incomplete and was left out. `num_unreadable` does not count it."""
 
     @property
     def num_lost(self) -> int:
-        """The number of all lines that were left out."""
+        """The total number of lines that were left out."""
         return self.num_unreadable + self.is_cut
 
 
 def read_lines(path: Path, parse: Callable[[bytes], T]) -> ParsedLines[T]:
     """Parse a file of lines, one line at a time.
 
-    A missing file, and a link that leads out of its folder, count as empty.
+    A missing file counts as empty, and so does a link that leads out of its folder.
 
     Args:
         path: The file.
@@ -220,9 +221,9 @@ def parse_record(line: bytes) -> Record:
     """Return the event or intervention of a line.
 
     Raises:
-        StateError: The line is malformed, of another version, or of an unknown kind.
+        StateError: The line is malformed, has a different version, or is of an unknown kind.
     """
-    parse_object(line, what="an event")  # refuses duplicate keys
+    parse_object(line, what="an event")  # rejects duplicate keys
     return from_json_line(line.decode())
 
 
@@ -243,7 +244,7 @@ def parse_reading(line: bytes) -> HealthReading:
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line. NaN and Infinity are taken as numbers.
+    """Return the JSON object of a line. NaN and Infinity count as numbers.
 
     Raises:
         StateError: The line is not a JSON object.
@@ -262,7 +263,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                 yield line
 
 
-# Larger than any stable rank.
+# No stable rank is as large as this number.
 _MOST_RANK = 1e9
 
 
@@ -271,12 +272,12 @@ class RunRecords:
     """A summary of the events and readings of a run."""
 
     events: tuple[Event, ...] = ()
-    """In the order of the file; events that were answered by smoothing are among them."""
+    """All events in the order of the file, including those that led to smoothing."""
     num_interventions: int = 0
     rank_ratios: tuple[tuple[int, float], ...] = ()
-    """See `rank_ratios`."""
+    """The result of the function `rank_ratios`."""
     num_unreadable: int = 0
-    """Lines that were left out."""
+    """The number of lines that were left out."""
 
     def nonfinite_steps(self) -> tuple[int, ...]:
         """Return the steps whose loss or gradient was NaN or inf."""
@@ -284,7 +285,7 @@ class RunRecords:
 
 
 def read_run_records(run_dir: Path) -> RunRecords:
-    """Read the events and readings of a run; a missing file counts as empty.
+    """Read the events and readings of a run. A missing file counts as empty.
 
     Raises:
         OSError: A file cannot be read.
@@ -303,10 +304,15 @@ def read_run_records(run_dir: Path) -> RunRecords:
 
 
 def rank_ratios(ranks: Iterable[tuple[int, Mapping[str, float]]]) -> tuple[tuple[int, float], ...]:
-    """Return (step, median over matrices of stable rank / its own first value) for each step.
+    """Return for each step how the stable ranks compare to their first values.
 
     Args:
-        ranks: (step, stable rank by matrix), by step. NaN and 0 do not count.
+        ranks: Pairs of a step and the stable rank of each matrix, sorted by step. Ranks of NaN and
+            0 are ignored.
+
+    Returns:
+        Pairs of a step and a median over the matrices. The median is that of the stable rank
+        divided by the first stable rank of the same matrix.
     """
     found, first = [], dict[str, float]()
     for step, by_matrix in ranks:

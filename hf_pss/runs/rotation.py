@@ -1,7 +1,8 @@
-"""Which checkpoints of a folder belong to a run, and which ones `save_total_limit` removes.
+"""Decide which checkpoints belong to a run, and which ones `save_total_limit` removes.
 
-A run that starts in a folder of an earlier run may find checkpoints of later steps there. Once it
-has saved one of its own, those are not its newest, whatever their numbers and dates.
+A run may start in the folder of an earlier run and find checkpoints of later steps there. Once the
+new run has saved a checkpoint, those older checkpoints do not count as the newest ones, regardless
+of their step numbers and dates.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_superseded(folder: Path) -> bool:
-    """Return whether a later run has started in this checkpoint's folder and has saved."""
+    """Return whether a later run has started in the same run folder and has saved there."""
     return (folder / SUPERSEDED).exists()
 
 
 def claim_(folder: Path) -> None:
-    """Make a checkpoint part of the run that continues from it."""
+    """Remove the mark of an earlier run from a checkpoint, because a run continues from it."""
     try:
         (folder / SUPERSEDED).unlink(missing_ok=True)
     except OSError as error:
@@ -34,7 +35,7 @@ def claim_(folder: Path) -> None:
 
 
 def supersede_later_(run_dir: Path, *, step: int) -> None:
-    """Mark the checkpoints of steps after the one that was just saved, so that none is resumed."""
+    """Mark checkpoints of steps after the one that was just saved, so that none is resumed."""
     for folder in checkpoints_by_step(run_dir):
         if _step_of(folder) <= step or is_superseded(folder):
             continue
@@ -51,18 +52,18 @@ def supersede_later_(run_dir: Path, *, step: int) -> None:
 
 
 def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]) -> None:
-    """Remove the checkpoints beyond the limit: those of an earlier run first, then the oldest.
+    """Remove checkpoints beyond the limit, first those of an earlier run and then the oldest.
 
     Args:
-        run_dir: Holds ``checkpoint-N`` folders.
-        limit: `save_total_limit`; None or 0 removes nothing.
+        run_dir: The folder that holds the ``checkpoint-N`` folders.
+        limit: The value of `save_total_limit`. If it is None or 0, nothing is removed.
         step: The step that was just saved.
-        kept: Names that stay, even beyond the limit.
+        kept: The names of checkpoints that stay, even beyond the limit.
     """
     if limit is None or limit <= 0:
         return
     found = checkpoints_by_step(run_dir)
-    found.sort(key=lambda folder: _step_of(folder) <= step)  # stable: by step in each group
+    found.sort(key=lambda folder: _step_of(folder) <= step)  # a stable sort keeps the step order
     for folder in [one for one in found if one.name not in kept]:
         if len(found) <= limit:
             return
@@ -73,19 +74,21 @@ def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """A run's own checkpoints in the order of saving; some may have been removed since.
+    """The checkpoints that belong to a run, in the order of saving.
 
-    These are the checkpoint that it was resumed from, older ones beside that, and those that it has
-    saved. The run does not go back to anything else in its folder.
+    They are the checkpoint that the run was resumed from, older checkpoints in the same folder as
+    that one, and the checkpoints that the run has saved. Some of them may have been removed since.
+    The run does not return to any other checkpoint in its folder.
     """
 
     folders: tuple[Path, ...] = ()
     source: Path | None = None
-    """The checkpoint that the run was resumed from, in any folder; None for a new run."""
+    """The checkpoint that the run was resumed from, which may be in any folder. It is None for
+    a new run."""
 
     @classmethod
     def of(cls, source: Path | None) -> Lineage:
-        """Return the lineage of a run that is resumed from a checkpoint."""
+        """Return the lineage of a run that is resumed from a checkpoint, or of a new run."""
         if source is None:
             return cls()
         step = step_by_name(source)
@@ -95,11 +98,11 @@ class Lineage:
 
     @property
     def names(self) -> set[str]:
-        """The folders' names."""
+        """The names of the checkpoint folders."""
         return {folder.name for folder in self.folders}
 
     def with_saved(self, folder: Path) -> Lineage:
-        """Return the lineage with a checkpoint that was just saved."""
+        """Return the lineage extended by a checkpoint that was just saved."""
         return replace(self, folders=(*self.folders, folder))
 
     def up_to(self, step: int) -> Lineage:
@@ -107,7 +110,7 @@ class Lineage:
         return replace(self, folders=tuple(f for f in self.folders if _step_of(f) <= step))
 
     def newest_before(self, step: int) -> Examination | None:
-        """Return the newest whole checkpoint of an earlier step, and log which ones it skips."""
+        """Return the newest complete checkpoint of an earlier step, and log the skipped ones."""
         for folder in reversed(self.folders):
             if not folder.is_dir():  # rotation has removed it
                 continue
@@ -120,15 +123,16 @@ class Lineage:
         return None
 
     def name_before(self, step: int) -> str | None:
-        """Return the name of the last checkpoint before a step, whole or not."""
+        """Return the name of the last checkpoint before a step, complete or not."""
         before = [folder.name for folder in self.folders if _step_of(folder) < step]
         return before[-1] if before else None
 
 
 def abandon(run_dir: Path, later: Iterable[Path]) -> bool:
-    """Move checkpoints of a run's folder to `ABANDONED`; those of the last time are removed.
+    """Move checkpoints of a run to the folder `ABANDONED`, and remove its previous content.
 
-    A folder that cannot be moved is a warning, because going back matters more.
+    If a checkpoint cannot be moved, the function logs a warning and continues, because the rollback
+    is more important.
 
     Returns:
         Whether any checkpoint was moved.
@@ -143,11 +147,14 @@ def abandon(run_dir: Path, later: Iterable[Path]) -> bool:
             folder.mkdir(exist_ok=True)
             path.rename(folder / path.name)
         except OSError as error:
-            logger.warning("%s stays, though interventions had begun to fail: %s.", path, error)
+            logger.warning(
+                "%s cannot be moved, although interventions had begun to fail: %s.", path, error
+            )
             continue
         num_moved += 1
         logger.warning(
-            "%s was written after interventions began to fail; now in %s, where no resume looks.",
+            "%s was written after interventions began to fail. It was moved to %s, so that no run "
+            "resumes from it.",
             path.name,
             folder,
         )

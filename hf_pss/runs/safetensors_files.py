@@ -1,12 +1,13 @@
-"""Read safetensors files that may come from anyone: headers, checkpoints, and matrices in pieces.
+"""Read the headers and tensors of safetensors files, which may come from anyone.
 
-A header is checked in full before a tensor is read. The format
-(github.com/huggingface/safetensors, "Format"): eight bytes, little endian, with the header's size;
-the header, a JSON object that maps a name to ``dtype``, ``shape`` and ``data_offsets``; the
-tensors' bytes, without holes.
+A header is checked completely before any tensor is read. The format is described in
+github.com/huggingface/safetensors, section "Format". A file begins with eight little-endian bytes
+that hold the size of the header. The header follows, a JSON object that maps each name to
+``dtype``, ``shape`` and ``data_offsets``. The bytes of the tensors come last and leave no holes.
 
-The library's ``safe_open`` is not used, because it maps the file: mapped pages count as the
-process's memory, and the system kills the process where another program cuts the file short.
+This module does not use ``safe_open`` of the safetensors library, because that function maps the
+file into memory. Mapped pages count as memory of the process, and the system kills the process if
+another program cuts the file short.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ __all__ = [
     "read_pieces",
 ]
 
-# The format allows 100 MB. Ours is lower because parsed JSON takes several times its size. It
-# leaves 350 bytes for each of 90,000 tensors, as many as the largest models have.
+# The format allows 100 MB. This limit is lower, because parsed JSON takes several times its size.
+# It leaves 350 bytes for each of 90,000 tensors, which is the number in the largest models.
 MAX_HEADER_BYTES = MAX_INDEX_BYTES
 _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
-# Beyond these limits (ours) a product takes hours and has more digits than Python prints.
+# Beyond these limits, which we chose, the product of a shape takes hours to compute and has more
+# digits than Python prints.
 _MOST_DIMENSIONS = 16
 _MAX_SIZE = 2**63 - 1
 _SIZES = (
@@ -56,7 +58,7 @@ _SIZES = (
     "or above 2^63 - 1"
 )
 
-# All dtypes of safetensors 0.8. `READABLE` has those that can be read here.
+# All dtypes of safetensors 0.8. `READABLE` lists those that this module can read.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         **{"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64},
@@ -69,7 +71,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """The name, type and place of one tensor in a file."""
+    """The name, dtype, shape and position of one tensor in a file."""
 
     name: str
     dtype: str
@@ -77,23 +79,23 @@ class TensorEntry:
     shape: tuple[int, ...]
     path: Path
     offset: int
-    """Of the first byte, from the file's beginning."""
+    """The position of the first byte, counted from the beginning of the file."""
     num_bytes: int
 
 
 def read_header(path: Path) -> tuple[TensorEntry, ...]:
-    """Read and check the header of one file. Cost: the header, no tensor.
+    """Read and check the header of one file, without reading any tensor.
 
     Args:
         path: A .safetensors file.
 
     Returns:
-        Its tensors, in the order of their bytes.
+        The tensors of the file, in the order of their bytes.
 
     Raises:
-        StateError: The file is shorter or longer than its header states; the header is too large,
-            is not strict JSON or has a duplicate key; a dtype is unknown; or the tensors' bytes
-            overlap, leave holes, or do not fit dtype and shape.
+        StateError: The file is damaged. Its size differs from what the header states; the header is
+            too large, is not strict JSON or has a duplicate key; a dtype is unknown; or the bytes
+            of the tensors overlap, leave holes, or do not fit the dtype and shape.
         OSError: The file cannot be read.
     """
     what = visible(path)
@@ -135,7 +137,7 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
         raise _damaged(what, "an entry has dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(what, f"the dtype {visible(dtype)} is not one of safetensors'")
+        raise _damaged(what, f"safetensors has no dtype {visible(dtype)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(what, _SIZES)
     start, stop = offsets
@@ -152,7 +154,7 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
 def _are_sizes(value: object) -> bool:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         return False
-    # `type`, because True is an instance of int.
+    # `type` instead of isinstance, because True is an instance of int.
     return all(type(n) is int and 0 <= n <= _MAX_SIZE for n in value)
 
 
@@ -182,13 +184,14 @@ _MAX_REF_BYTES = 100
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a checkpoint, not yet read, and its config as plain JSON."""
+    """The header entries of a checkpoint's tensors, and its config as plain JSON."""
 
     path: Path
     tensors: tuple[TensorEntry, ...]
-    """In the order of files and of bytes in each."""
+    """The tensors, in the order of the files and of the bytes in each file."""
     config: Mapping[str, Any]
-    """Empty without a config.json. Only numbers and ``model_type`` are used."""
+    """The content of config.json, or empty if there is none. Only numbers and
+    ``model_type`` are used."""
 
     @property
     def model_type(self) -> str | None:
@@ -198,22 +201,22 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """The number of bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.tensors)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read all headers and the index of a checkpoint. Cost: no tensor is read.
+    """Read all headers and the index of a checkpoint, without reading any tensor.
 
     Args:
-        path: A .safetensors file; an index, *.safetensors.index.json; a folder that holds either;
-            or, in the Hub's cache, ``models--…`` (the commit of ``refs/main``, or the only one) or
-            ``models--…/snapshots/<commit>``.
+        path: A .safetensors file, an index file (*.safetensors.index.json), or a folder that holds
+            either of them. In the cache of the Hub it may also be ``models--…/snapshots/<commit>``,
+            or ``models--…``, which stands for the commit of ``refs/main`` or for the only commit.
 
     Raises:
-        ConfigurationError: There are no safetensors, but only pickles, only checkpoints of several
-            steps, or nothing.
-        StateError: A file is damaged, or the index leads out of its folder.
+        ConfigurationError: The path holds no safetensors files. It may hold only pickles, only
+            checkpoints of several steps, or nothing.
+        StateError: A file is damaged, or the index names a file outside of its folder.
         OSError: A file cannot be read.
     """
     if path.is_dir():
@@ -280,7 +283,8 @@ def _shard(index: Path, name: str) -> Path:
 
 
 def _confined(path: Path, folder: Path) -> Path:
-    # In the Hub's cache a snapshot's files are links to ../../blobs. No other link may lead out.
+    # In the cache of the Hub, the files of a snapshot are links to ../../blobs. No other link may
+    # lead out of the folder.
     own = Path(os.path.realpath(folder))
     blobs = [own.parent.parent / "blobs"] if own.parent.name == "snapshots" else []
     if all(leads_out(path, root) for root in (folder, *blobs)):
@@ -308,7 +312,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
         return {}
-    # transformers 4 writes Infinity: the time_step_limit of Mamba-2, Bamba and Falcon-H1.
+    # transformers 4 writes Infinity for the time_step_limit of Mamba-2, Bamba and Falcon-H1.
     own = _confined(path, folder)
     return read_object(own, max_bytes=MAX_CONFIG_BYTES, allow_nonfinite=True)
 
@@ -325,7 +329,7 @@ def _commit_of(folder: Path) -> Path:
         commits = [path for path in commits if path.name == name and _COMMIT.fullmatch(name)]
     if len(commits) != 1:
         raise ConfigurationError(
-            f"{visible(folder)} holds {len(commits)} snapshots that could be meant. Give one: "
+            f"{visible(folder)} holds {len(commits)} possible snapshots. Give one of them: "
             f"{visible(snapshots)}/<commit>."
         )
     return commits[0]
@@ -357,22 +361,23 @@ READABLE: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 
-# The most memory that one piece takes, in the precision of the computation.
+# The largest size of one piece in memory, in the precision of the computation.
 PIECE_BYTES = 64 * 2**20
-# Rows are read in one go, columns a row at a time. Beyond this ratio the columns of a basis, which
-# are as long as a row, would cost more. Our choice.
+# Rows are read in one go, but columns need one read per row. If the width exceeds this many times
+# the height, the columns of a basis, which are as long as a row, would cost more than these reads.
+# We chose this number.
 WIDE_RATIO = 16
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixReader:
-    """Reads a matrix by the rows that its tensor is stored in.
+    """Reads a matrix from the rows in which its tensor is stored.
 
     Attributes:
-        entry: Its tensor, 2-D or 3-D, of a readable dtype.
-        stored_shape: The shape of one whole matrix as stored.
+        entry: The tensor, which has two or three dimensions and a readable dtype.
+        stored_shape: The shape of one complete matrix as stored.
         transposed: Whether output rows are stored as columns.
-        rows: The output rows that belong to the matrix; None for all.
+        rows: The output rows that belong to the matrix, or None if all of them do.
     """
 
     entry: TensorEntry
@@ -382,7 +387,7 @@ class MatrixReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the computation: float64 for float64, else float32."""
+        """The precision of the computation: float64 for a float64 tensor, otherwise float32."""
         return torch.float64 if self.entry.dtype == "F64" else torch.float32
 
     @property
@@ -395,7 +400,7 @@ class MatrixReader:
         return (height, int(width * share)) if self.transposed else (int(height * share), width)
 
     def pieces(self, expert: int = 0) -> Iterator[Tensor]:
-        """Yield the matrix as stored, in pieces (rows, columns) of at most `PIECE_BYTES`.
+        """Yield the matrix as stored, in pieces of shape (rows, columns), up to `PIECE_BYTES` each.
 
         Args:
             expert: The index of a matrix in a stack.
@@ -414,9 +419,7 @@ class MatrixReader:
                     yield self._columns(raw.view(num_rows, width)).to(self.dtype)
 
     def strips(self, expert: int = 0) -> Iterator[Tensor]:
-        """Yield the transpose of the matrix as stored, in pieces.
-
-        Cost: a read for every row of every piece.
+        """Yield the transpose of the stored matrix in pieces, with one read per row of each piece.
 
         Args:
             expert: The index of a matrix in a stack.
@@ -439,19 +442,20 @@ class MatrixReader:
     def tall_pieces(
         self, expert: int = 0, *, wide_ratio: float = WIDE_RATIO
     ) -> tuple[Callable[[], Iterator[Tensor]], int]:
-        """Return a function that yields pieces of few columns, and the number of their columns.
+        """Return a function that yields pieces with few columns, and the number of their columns.
 
-        The pieces are `pieces`, or `strips` where the matrix is more than `wide_ratio` times as
-        wide as high: a matrix and its transpose have the same singular values.
+        The function is `pieces`, or `strips` if the width of the matrix is more than `wide_ratio`
+        times its height. Both serve equally well, because a matrix and its transpose have the
+        same singular values.
         """
         height, width = self.shape
-        # The parts of a transposed tensor are columns. None of them is wide.
+        # The parts of a transposed tensor are columns, and none of these parts is wide.
         if width > wide_ratio * height and not (self.transposed and self.rows):
             return partial(self.strips, expert), height
         return partial(self.pieces, expert), width
 
     def whole(self, expert: int = 0) -> Tensor:
-        """Return the matrix as stored, in one tensor. Memory: the matrix and one piece."""
+        """Return the stored matrix as one tensor. Memory holds the matrix and one piece."""
         whole = torch.empty(self.shape, dtype=self.dtype)
         done = 0
         for piece in self.pieces(expert):
@@ -479,9 +483,9 @@ class MatrixReader:
 
 
 def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
-    """Yield the numbers of a tensor of any shape, in flat pieces (numbers,).
+    """Yield the numbers of a tensor of any shape, in one-dimensional pieces.
 
-    A piece takes at most `PIECE_BYTES` as float32, or as float64 if it is that.
+    A piece takes at most `PIECE_BYTES` as float32, or as float64 if that is its dtype.
     """
     itemsize = READABLE[entry.dtype].itemsize
     left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)

@@ -1,1 +1,1 @@
-"""PSS inside Hugging Face's Trainer: arguments, hooks, callback, trainer, reporting."""
+"""PSS for Hugging Face's Trainer: arguments, hooks, the callback, the trainer and reporting."""

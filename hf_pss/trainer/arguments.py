@@ -1,14 +1,13 @@
-"""PSSTrainingArguments: an argument for each option, also joined with other arguments classes.
+"""PSSTrainingArguments: TrainingArguments plus one flat ``pss_*`` argument for each PSS option.
 
-In a joined class each field keeps the default of the class that declares it.
+`read_options` parses and checks ``pss_optim_args``, the options of an orthogonalised optimizer.
 
-``@dataclass`` takes a field from the first base class that has it, inherited or not. In
-``class MyConfig(PSSTrainingArguments, SFTConfig)`` it takes ``logging_steps`` from the former,
-which only inherits it from TrainingArguments, and trl's own default is lost.
-
-The options of an orthogonalised optimizer, from a word, a mapping or the arguments.
-
-PSSTrainingArguments: TrainingArguments and every option of PSS as a flat ``pss_*`` argument.
+`join_` corrects the defaults of a class that combines PSSTrainingArguments with another arguments
+class. ``@dataclass`` takes each field from the first base class that has it, even when that class
+only inherits the field. ``class MyConfig(PSSTrainingArguments, SFTConfig)`` would therefore take
+``logging_steps`` from PSSTrainingArguments, which inherits it from TrainingArguments, and the
+default that trl declares would be lost. With `join_`, each field keeps the default of the class
+that declares it.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 def join_(cls: type[Any]) -> None:
-    """Put a dataclass with the right defaults between a new class and its bases.
+    """Insert a dataclass that has the right defaults between a new class and its bases.
 
-    The class itself is unchanged, so it works with ``@dataclass`` and without.
+    The new class itself is unchanged, so it may be decorated with ``@dataclass`` or not.
 
     Args:
         cls: A new class with several dataclasses among its bases.
     """
-    if "_is_joint" in vars(cls):  # the one in between
+    if "_is_joint" in vars(cls):  # this is the inserted class itself
         return
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
@@ -62,7 +61,7 @@ def join_(cls: type[Any]) -> None:
 
 
 def _declared_fields(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
-    """Return each field as the first class that declares it has it, and its type."""
+    """Return each field, with its type, from the first class that declares it."""
     found: dict[str, tuple[Field[Any], Any]] = {}
     for base in cls.__mro__[1:]:
         if not is_dataclass(base):
@@ -75,7 +74,7 @@ def _declared_fields(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
 
 
 def _inherited_field(cls: type[Any], name: str) -> Field[Any] | None:
-    """Return the field that ``@dataclass`` takes: of the first base class that has it."""
+    """Return the field that ``@dataclass`` would take: the first base class that has it wins."""
     for base in cls.__mro__[1:]:
         found: Field[Any] | None = vars(base).get("__dataclass_fields__", {}).get(name)
         if found is not None:
@@ -84,7 +83,7 @@ def _inherited_field(cls: type[Any], name: str) -> Field[Any] | None:
 
 
 def _hints(base: type[Any]) -> dict[str, Any]:
-    # Hints are resolved in the module of their class.
+    # get_type_hints resolves the hints in the module of the class.
     try:
         return get_type_hints(base)
     except NameError:
@@ -95,9 +94,10 @@ OptimizerName = Literal["muon", "normuon", "softmuon", "softsignum", "specmuon",
 Options: TypeAlias = dict[str, Any]
 
 QK_CLIP = "qk_clip"
-"""An option that the optimizer does not take, because it needs the attention of a model."""
+"""An option that the trainer applies, because it needs the model's attention logits. The optimizer
+does not accept it."""
 
-# Options that TrainingArguments already has.
+# Options that TrainingArguments already provides, and the argument that sets each of them.
 _ARGUMENTS: Mapping[str, str] = {
     "algo": "pss_optim",
     "lr": "learning_rate",
@@ -110,18 +110,18 @@ _ARGUMENTS: Mapping[str, str] = {
 
 
 def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
-    """Return the options of an optimizer as `hf_pss.optim.build_optimizer` takes them.
+    """Return the options of an optimizer in the form that `hf_pss.optim.build_optimizer` accepts.
 
     >>> read_options("muon", "momentum=0.9,scale=rms_match")
     {'momentum': 0.9, 'scale': 'rms_match'}
 
     Args:
-        algo: The optimizer.
-        given: ``name=value`` with commas between, JSON, or a mapping.
+        algo: The name of the optimizer.
+        given: ``name=value`` pairs separated by commas, a JSON object, or a mapping.
 
     Raises:
-        ConfigurationError: An option is unknown or belongs elsewhere, or a value is of another
-            kind than the default.
+        ConfigurationError: An option is unknown, an option is set by another argument, or a value
+            has a different type from the default.
     """
     known = _known_options(algo)
     options = _pairs(given) if isinstance(given, str) else dict(given or {})
@@ -165,9 +165,9 @@ def _value(text: str) -> Any:
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-    """Check a value against the kind of the default; where that is None, a number is meant."""
+    """Check that a value has the type of the default. A default of None stands for a number."""
     if isinstance(value, str) and not isinstance(default, str):
-        value = _value(value)  # YAML reads 1e-3 as a word
+        value = _value(value)  # YAML reads 1e-3 as a string
     if default is None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         is_right = value is None or is_number
@@ -202,18 +202,19 @@ def _kind(default: Any) -> str:
 
 
 def _argument(option: Field[Any], hint: Any, default: str) -> tuple[str, Any, Any]:
-    """Turn one option of PSSConfig into an argument whose default, None, means the preset's."""
+    """Turn one option of PSSConfig into an argument whose default None keeps the preset's value."""
     shown = list(option.default) if isinstance(option.default, tuple) else option.default
     text = f"{option.metadata['help']} {default}: {shown}.".replace("%", "%%")
     if hint is bool:
-        # Only a bool with a default is a flag that needs no value; no preset sets one.
+        # The command line accepts a bool without a value only if the field has a bool default. No
+        # preset sets a bool, so the default of PSSConfig is safe here.
         own = field(default=option.default, metadata={"help": text})
         return f"pss_{option.name}", bool, own
     if get_origin(hint) is tuple:
-        hint = list[str]  # argparse and YAML bring lists; PSSConfig checks the words
+        hint = list[str]  # argparse and YAML produce lists; PSSConfig checks the entries
     elif get_origin(hint) is types.UnionType:
         hint = get_args(hint)[0]
-    # HfArgumentParser reads Optional[...], not the | of types.
+    # HfArgumentParser understands Optional[...] but not the | operator of types.
     return f"pss_{option.name}", Optional[hint], field(default=None, metadata={"help": text})  # noqa: UP045
 
 
@@ -227,36 +228,39 @@ _Options = make_dataclass(
 )
 
 
-# TrainingArguments is the last base: so its fields come first, and `("out")` is still the folder.
+# TrainingArguments is the last base class, so that its fields come first and the first positional
+# argument is still output_dir.
 @dataclass
 class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, valid-type]
     """TrainingArguments with ``pss_preset`` and one ``pss_*`` argument for each option of PSS.
 
-    A ``pss_*`` argument that you set overrides the preset; the others, None, leave it as it is:
+    A ``pss_*`` argument that you set overrides the preset. The others are None, which keeps the
+    value of the preset:
 
     >>> arguments = PSSTrainingArguments(pss_preset="floor", pss_floor_ratio=0.8, use_cpu=True)
     >>> arguments.pss_config().floor_ratio
     0.8
 
-    ``pss_optim`` trains the weight matrices with an orthogonalised optimizer and all else with
-    AdamW; `TrainingArguments` says the rest, as it does for AdamW: ``learning_rate``,
-    ``weight_decay``, ``adam_beta1``.
+    ``pss_optim`` trains the weight matrices with an orthogonalised optimizer and all other
+    parameters with AdamW. The other settings come from the usual arguments of `TrainingArguments`,
+    such as ``learning_rate``, ``weight_decay`` and ``adam_beta1``.
 
     >>> PSSTrainingArguments(pss_optim="muon", pss_optim_args="momentum=0.9").optimizer_options()
     {'momentum': 0.9}
 
-    They work from the command line (``--pss_smoothing log``) and from YAML
-    (``pss_smoothing: log``) through HfArgumentParser and TrlParser.
+    HfArgumentParser and TrlParser read these arguments from the command line
+    (``--pss_smoothing log``) and from YAML (``pss_smoothing: log``).
 
-    Combined with another arguments class, in either order, each field has the default of the first
-    class in the order of inheritance that declares it: SFTConfig's own in
-    ``class MyConfig(PSSTrainingArguments, SFTConfig)``, with ``@dataclass`` or without.
+    You can combine this class with another arguments class, in either order. Each field then has
+    the default of the first class in the inheritance order that declares it. For example,
+    ``class MyConfig(PSSTrainingArguments, SFTConfig)`` keeps the defaults that SFTConfig declares,
+    with or without ``@dataclass``.
 
     Raises:
-        ConfigurationError: An option is out of range; the message lists the allowed values.
+        ConfigurationError: An option is out of range. The message lists the allowed values.
     """
 
-    # Without an annotation it is not a field. PSSCallback sets it.
+    # PSSCallback sets this to True. It has no annotation, so that it does not become a field.
     pss_is_heard = False
 
     pss_preset: Literal["anchored", "floor", "paper"] = field(
@@ -302,7 +306,7 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and 0 < scale < math.inf):
             raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
-        self.pss_config()  # refuse a bad option now, not at the first step
+        self.pss_config()  # reject an invalid option now rather than at the first step
         if self.pss_config().observe_only and self.recovery_config().on_failure != "smooth":
             raise ConfigurationError(
                 "pss_observe_only leaves the run as it is, and pss_on_failure="
@@ -311,11 +315,11 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         self.optimizer_options()
 
     def pss_config(self) -> PSSConfig:
-        """Return the preset with the options that were set."""
+        """Return the preset, changed by the options that were set."""
         return PSSConfig.preset(self.pss_preset, **self._given(PSSConfig))
 
     def recovery_config(self) -> RecoveryConfig:
-        """Return the options of checkpoints and rollback, with defaults for those not set."""
+        """Return the options for checkpoints and rollback. Unset options get their defaults."""
         return RecoveryConfig(**self._given(RecoveryConfig))
 
     def _given(self, options: type[Any]) -> dict[str, Any]:
@@ -323,9 +327,10 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         return {name: value for name, value in given.items() if value is not None}
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Return the steps of warm-up. A Trainer calls this when it builds its schedule.
+        """Return the number of warm-up steps. A Trainer calls this when it builds its schedule.
 
-        A Trainer without PSS is detected here, with one warning about options without effect.
+        If the Trainer does not use PSS, this method logs one warning that lists the ``pss_*``
+        options that have no effect.
         """
         if not self.pss_is_heard:
             self.pss_is_heard = True
@@ -347,10 +352,11 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
             )
 
     def optimizer_options(self) -> dict[str, Any]:
-        """Return the options of ``pss_optim``, checked.
+        """Check the options of ``pss_optim`` and return them.
 
         Raises:
-            ConfigurationError: The optimizer has no such option, or none was chosen.
+            ConfigurationError: The optimizer does not have one of the options, or options were
+                given without ``pss_optim``.
         """
         if self.pss_optim is None:
             if self.pss_optim_args:

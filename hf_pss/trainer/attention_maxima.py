@@ -1,4 +1,4 @@
-"""The largest attention logit of each head, measured where transformers computes attention."""
+"""Measure the largest attention logit of each head by hooking into transformers' attention."""
 
 from __future__ import annotations
 
@@ -25,29 +25,31 @@ logger = logging.getLogger(__name__)
 
 Attention = Callable[..., Any]
 
-# Of a block of logits: enough to keep a GPU busy; on a CPU what its cache holds.
+# The largest number of logits in one block. The block for a GPU is large enough to keep the GPU
+# busy. The block for a CPU fits into its cache.
 _MAX_ELEMENTS = 2**24
 _MAX_ELEMENTS_CPU = 2**20
-# What an additive mask has at positions that do not count: −inf, or a type's lowest number.
+# An additive mask marks excluded positions with −inf or with the lowest number of its dtype. Any
+# value below this threshold counts as excluded.
 _MASKED_BELOW = -1e4
 _FLASH = "flash"
 
 
 class AttentionMaxima:
-    """Measures S_h = max q·k · scaling of each attention head, of queries and keys after rotation.
+    """Measures S_h = max(q·k) · scaling for each attention head, after rotary position encoding.
 
-    The maximum is over all positions that attend to each other, without masked and padded ones.
-    It excludes a bias, a soft cap or sinks that attention adds. In cross attention only padded keys
-    are known, so queries at padded positions count. The model's own attention gets its arguments
-    unchanged, so its output is the same to the bit.
+    The maximum covers all pairs of positions that attend to each other. It excludes masked and
+    padded positions. It does not include a bias, a soft cap or sinks that the attention adds. In
+    cross-attention only the padded keys are known, so queries at padded positions are included. The
+    model's attention function receives its arguments unchanged, so its output is bit-identical.
 
-    The logits are computed again, a bounded block at a time, in attention's own dtype; float16 uses
-    float32, because the unscaled q·k would overflow. Logits and maxima stay on the device. The
-    class hooks into `transformers.AttentionInterface`, so it works for eager, SDPA and flash
-    attention. Under ``torch.compile`` each measurement breaks the graph. A forward pass without
-    gradients counts only with ``in_evaluation``.
+    The class computes the logits a second time, in blocks of bounded size and in the dtype of the
+    attention. For float16 it uses float32, because the unscaled q·k would overflow. Logits and
+    maxima stay on the device. The class hooks into `transformers.AttentionInterface`, so it works
+    with eager, SDPA and flash attention. Under ``torch.compile``, each measurement breaks the
+    graph. A forward pass without gradients is measured only if ``in_evaluation`` is set.
 
-    Use it as a health metric, too::
+    You can also use the class on its own, as a health metric::
 
         from hf_pss.trainer.attention_maxima import AttentionMaxima
 
@@ -59,15 +61,15 @@ class AttentionMaxima:
 
     Args:
         model: A transformers model, wrapped or not.
-        in_evaluation: Whether to measure in evaluation mode and without gradients, too.
+        in_evaluation: Whether to measure also in evaluation mode and without gradients.
 
     Attributes:
         attentions: The measured attention modules.
 
     Raises:
-        ConfigurationError: The heads of an attention module are not known, its queries or keys are
+        ConfigurationError: The heads of an attention module are unknown, its queries or keys are
             normalised, or it does not call attention through the interface.
-        IncompatibleVersionError: This release of transformers has no such interface.
+        IncompatibleVersionError: The installed transformers has no such interface.
     """
 
     attentions: tuple[AttentionHeads, ...]
@@ -91,21 +93,25 @@ class AttentionMaxima:
         self._was_seen = False
 
     def start(self) -> None:
-        """Measure from now on."""
+        """Start measuring."""
         _install()
         _active.add(self)
 
     def stop(self) -> None:
-        """Stop measuring. The maxima stay until they are taken."""
+        """Stop measuring. The maxima remain until `take` or `forget` is called."""
         _active.discard(self)
         _remove_unused()
 
     def forget(self) -> None:
-        """Forget this rank's maxima, as after a skipped step."""
+        """Discard the maxima of this rank, for example after a skipped step."""
         self._maxima = [None] * len(self.attentions)
 
     def read(self) -> Mapping[str, Tensor]:
-        """Return the maxima since the last `take` by name, (heads,), float32, of this rank."""
+        """Return the maxima of this rank since the last `take`.
+
+        Returns:
+            A float32 tensor of shape (heads,) for each attention module, by its name.
+        """
         return {
             attention.name: largest
             for attention, largest in zip(self.attentions, self._maxima, strict=True)
@@ -113,16 +119,18 @@ class AttentionMaxima:
         }
 
     def take(self) -> Tensor:
-        """Return all maxima, over all ranks, and forget them; every rank must call.
+        """Return the maxima over all ranks, and discard them. Every rank must call this method.
 
         Returns:
-            (attentions, heads), float32; −inf where nothing was seen, NaN where a rank saw one.
+            A float32 tensor of shape (attentions, heads). An entry is −inf if no logits were
+            measured, and NaN if any rank measured NaN.
 
         Raises:
-            ConfigurationError: Nothing was ever seen since `start`.
+            ConfigurationError: No logits have been measured since `start`.
         """
         seen = [largest for largest in self._maxima if largest is not None]
-        # Not started yet: loading a sharded state makes a step of its own, before the first batch.
+        # Loading a sharded optimizer state performs a step before the first batch. At that time the
+        # measurement has not started, so the step must not raise the error.
         if not seen and not self._was_seen and self in _active:
             raise ConfigurationError(
                 "No attention logits were seen before the first step: the model's attention does "
@@ -146,13 +154,14 @@ class AttentionMaxima:
     def see(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, *, name: str, options: Any
     ) -> None:
-        """Measure one call of attention, if it belongs to this model.
+        """Measure one attention call, if it belongs to this model.
 
         Raises:
-            ConfigurationError: The call is of DataParallel, has other heads than the module, or has
-                a mask or packing that cannot be read.
+            ConfigurationError: The call comes from DataParallel, its number of heads differs from
+                that of the module, or its mask or packing cannot be read.
         """
-        # Gradient checkpointing recomputes the forward pass with gradients, and counts then.
+        # With gradient checkpointing, the first forward pass has no gradients and is not measured.
+        # The recomputed forward pass is.
         if not (self._in_evaluation or (module.training and torch.is_grad_enabled())):
             return
         place = self._places.get(module)
@@ -190,34 +199,35 @@ class AttentionMaxima:
 
 
 class MeasureAttention(TrainerCallback):
-    """Measures while a Trainer trains, each step for itself."""
+    """Measures while a Trainer trains. The maxima of each step are separate."""
 
     def __init__(self, maxima: AttentionMaxima) -> None:
         self._maxima = maxima
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start without maxima of an aborted run."""
+        """Start measuring, without the maxima that an aborted run may have left."""
         self._maxima.forget()
         self._maxima.start()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget a step whose update a GradScaler skipped, because its maxima were not taken."""
+        """Discard maxima that were not taken because a GradScaler skipped the last update."""
         self._maxima.forget()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Stop measuring."""
         self.stop()
 
     def stop(self) -> None:
-        """Stop, also after an exception, when the Trainer calls no callback."""
+        """Stop measuring. Call this also after an exception, when the Trainer calls no callback."""
         self._maxima.stop()
 
 
 # ---- which positions count ----
 
 Counted = Callable[[int, int], tuple[int, Tensor | None]]
-"""From rows i … j of queries to the number of keys that they see the first of, and which of these
-count, broadcast to (batch, heads, j − i, keys); None: all."""
+"""A function of i and j, which select the query rows i … j − 1. It returns the number n of leading
+keys that these queries can see, and a bool tensor that says which of these keys count. The tensor
+broadcasts to (batch, heads, j − i, n). None instead of a tensor means that all of them count."""
 
 
 def _counted(
@@ -246,11 +256,11 @@ def _counted(
     given = options.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if given is None else given
     is_causal = bool(is_causal) and num_queries > 1 and name != "eager"
-    # SDPA aligns queries with the first keys, flash attention with the last.
+    # SDPA aligns queries with the first keys, and flash attention aligns them with the last keys.
     shift = num_keys - num_queries if _FLASH in name else 0
     window = options.get("sliding_window") if _FLASH in name else None
     padding = mask[:, None, :, None].bool() if mask is not None else None
-    is_same = num_queries == num_keys and not is_cross  # query i is of the position of key i
+    is_same = num_queries == num_keys and not is_cross  # query i and key i share a position
     sequence = _packed(query, options) if _FLASH in name and mask is None and is_same else None
 
     def counts(i: int, j: int) -> tuple[int, Tensor | None]:
@@ -276,10 +286,11 @@ def _counted(
 
 
 def _packed(query: Tensor, options: Any) -> Tensor | None:
-    """Return the sequence of each position where flash attention divides a row by positions.
+    """Return the number of the sequence to which each position belongs, or None without packing.
 
-    transformers does so for a batch of one, without a mask: a sequence begins wherever the position
-    is the lowest. A row that is one sequence comes out as one.
+    transformers divides a row into sequences by ``position_ids`` if the batch size is 1 and there
+    is no mask. A new sequence begins wherever the position id is the lowest in the row. If the row
+    holds only one sequence, all positions get the same number.
     """
     positions: Tensor | None = options.get("position_ids")
     if positions is None or query.shape[0] != 1:
@@ -295,10 +306,14 @@ def _packed(query: Tensor, options: Any) -> Tensor | None:
 
 
 def _as_masked(mask: Tensor, *, is_cross: bool) -> Counted:
-    """Return what a mask lets count: (batch, 1 or heads, queries or 1, keys), bool or additive.
+    """Return which positions count under a mask.
 
-    Such a mask hides padded keys but not the queries at the same positions. In self-attention these
-    queries are found on the diagonal, where only real positions see themselves.
+    Such a mask hides padded keys but not the queries at the same positions. In self-attention the
+    diagonal of the mask shows which queries are real, because only real positions see themselves.
+
+    Args:
+        mask: A bool or additive mask of shape (batch, 1 or heads, queries or 1, keys).
+        is_cross: Whether the mask belongs to cross-attention.
     """
     num_queries, num_keys = mask.shape[-2:]
 
@@ -318,12 +333,12 @@ def _as_masked(mask: Tensor, *, is_cross: bool) -> Counted:
 
 @torch.no_grad()
 def _largest_logits(query: Tensor, key: Tensor, counts: Counted) -> Tensor:
-    """Return the largest q·k of each head, (heads,), float32, without scaling.
+    """Return the largest unscaled q·k of each head, as a float32 tensor of shape (heads,).
 
     Args:
-        query: (batch, heads, queries, d).
-        key: (batch, key heads, keys, d).
-        counts: Which positions count.
+        query: A tensor of shape (batch, heads, queries, d).
+        key: A tensor of shape (batch, key heads, keys, d).
+        counts: The function that says which positions count.
     """
     batch, num_heads, num_queries, _ = query.shape
     groups, num_keys = key.shape[1], key.shape[2]
@@ -348,7 +363,7 @@ def _largest_logits(query: Tensor, key: Tensor, counts: Counted) -> Tensor:
 
 
 def _dtype_of_logits(query: Tensor) -> torch.dtype:
-    """Return the type in which attention multiplies, and float32 for float16."""
+    """Return the dtype of the attention's products, or float32 if that is float16."""
     kind = query.device.type
     is_cast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_cast else query.dtype
@@ -364,8 +379,9 @@ _own_get_interface: Callable[..., Attention] | None = None
 def _install() -> None:
     """Wrap every attention function that a model gets from the interface.
 
-    Another name in ``config._attn_implementation`` would not work: models compare that name, choose
-    masks by it and do not register their eager attention.
+    Registering an attention function under a new name and setting ``config._attn_implementation``
+    to it would not work. Models compare that name and choose masks by it, and they do not register
+    their eager attention.
     """
     global _own_get_interface
     if _own_get_interface is not None:
@@ -427,15 +443,16 @@ def _device_of(attention: AttentionHeads) -> torch.device:
 
 
 def attention_watch(model: nn.Module) -> WatchAttention:
-    """Return what starts to measure.
+    """Return a function that starts measuring the attention logits for the health metrics.
 
-    Nothing is done before it is called, which only ``full`` does. Logits are computed once more
-    while it measures. What `AttentionMaxima` cannot measure, such as a model's attention that is
-    not known or a mask that it cannot read, is one warning, and there is no such number any more.
+    Nothing happens until the function is called, and only the health level ``full`` calls it. While
+    the measurement is active, the logits are computed a second time. If `AttentionMaxima` cannot
+    measure the model, for example because its attention is unknown or a mask is unreadable, one
+    warning is logged and the metric is not measured for the rest of the run.
 
     Args:
-        model: A transformers model, wrapped or not; not compiled, for each measurement would break
-            the graph.
+        model: A transformers model, wrapped or not. It must not be compiled, because each
+            measurement would break the graph.
     """
     has_failed = False
 
@@ -467,7 +484,7 @@ def attention_watch(model: nn.Module) -> WatchAttention:
 
 
 class _QuietMaxima(AttentionMaxima):
-    """Keeps what `see` raises, which would go through the model's forward."""
+    """Stores an exception from `see`, which would otherwise abort the model's forward pass."""
 
     _ADVICE = ""
     error: Exception | None = None

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch that a Trainer has trained on, computed once more."""
+"""Compute again the loss of a micro-batch that a Trainer has trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 __all__ = ["BatchLoss"]
 
-# Where trl's trainers collect metrics while they compute a loss.
+# The attributes in which trl's trainers collect metrics while they compute a loss.
 _METRICS = ("_metrics", "_stored_metrics", "_logs", "_total_train_tokens")
 
 
@@ -29,11 +29,11 @@ class _Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        """Copy the containers, since some trainers take labels out of the batch."""
+        """Record a call and copy its containers, because some trainers pop labels from them."""
         return cls(tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
 
     def copied(self) -> _Call:
-        """Copy the batch too, since some losses mask their inputs in place."""
+        """Copy the batch itself, because some losses mask their inputs in place."""
         args = tuple(arg if isinstance(arg, nn.Module) else copy.deepcopy(arg) for arg in self.args)
         kwargs = {
             k: v if isinstance(v, nn.Module) else copy.deepcopy(v) for k, v in self.kwargs.items()
@@ -42,20 +42,22 @@ class _Call:
 
     @property
     def model(self) -> nn.Module:
-        """The model, wrapped as for training."""
+        """The model with the wrappers that it has in training."""
         return cast("nn.Module", self.args[0] if self.args else self.kwargs["model"])
 
 
 class BatchLoss:
-    """Computes the loss of a micro-batch of a sound step, as the Trainer does.
+    """Computes the loss of a micro-batch of a sound step in the same way as the Trainer.
 
-    It calls the trainer's own ``compute_loss`` with the arguments of that time, in evaluation mode
-    and without gradients, so it fits every loss that a Trainer subclass defines. The random state,
-    each module's mode, and the metrics that trl's trainers collect are as before afterwards.
+    It calls the trainer's ``compute_loss`` with the arguments of the original call, so it works
+    with every loss that a Trainer subclass defines. The call runs in evaluation mode and
+    without gradients. It restores the random state, the mode of each module, and the metrics
+    that trl's trainers collect.
 
-    A step that spiked is tried on the last micro-batch of the last step that did not, because its
-    own is often the odd one: on random tokens a ruined model has a lower loss than a sound one. A
-    resumed run has no earlier batch, so the batch is forgotten at every save.
+    If a step spiked, the loss is computed on the last micro-batch of the last step that did not
+    spike. The batch of the spiking step itself is often the abnormal one, and on random tokens a
+    ruined model has a lower loss than a sound model. A resumed run has no earlier batch, so the
+    stored batch is discarded at every save.
 
     Args:
         trainer: Any Trainer.
@@ -68,7 +70,7 @@ class BatchLoss:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Remember the arguments of the trainer's ``compute_loss`` while the block runs."""
+        """Store the arguments of each call of ``compute_loss`` while the block runs."""
         trainer = self._trainer
         compute_loss = trainer.compute_loss
 
@@ -77,7 +79,7 @@ class BatchLoss:
             self._latest = _Call.of(args, kwargs)
             return compute_loss(*args, **kwargs)
 
-        # On the instance, so that every subclass's own method is heard.
+        # Replace the method on the instance, so that the method of any subclass is covered.
         before = trainer.__dict__.get("compute_loss")
         trainer.compute_loss = remember
         try:
@@ -89,21 +91,21 @@ class BatchLoss:
                 trainer.compute_loss = before
 
     def end_step(self, *, is_sound: bool) -> None:
-        """Keep the last micro-batch of a sound step for the steps after it."""
+        """End a step. If it was sound, keep its last micro-batch for later steps."""
         if is_sound and self._latest is not None:
             self._sound = self._latest
         self._latest = None
 
     def forget(self) -> None:
-        """Forget the batches of all steps so far."""
+        """Discard the stored batches."""
         self._sound = self._latest = None
 
     @torch.no_grad()
     def __call__(self, *, is_sound: bool) -> Tensor | None:
-        """Return the loss, a scalar on its device; None where there is no batch of a sound step.
+        """Return the loss as a scalar on its device, or None without a suitable batch.
 
         Args:
-            is_sound: Whether this step is, so that its own last micro-batch will do.
+            is_sound: Whether the current step is sound. If so, its last micro-batch is used.
         """
         call = self._latest if is_sound and self._latest is not None else self._sound
         if call is None:
@@ -127,7 +129,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and back into the mode that it was in."""
+    """Put every module into evaluation mode, and restore its previous mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""PSSCallback: it calls the controller at the right moments of a Trainer's step."""
+"""PSSCallback, which calls the PSS controller at the right points of each Trainer step."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ _NO_TRAINER = (
     "callbacks=[PSSCallback()] or with PSSCallback().attach(trainer). In a training loop of your "
     "own, use PSSController."
 )
-# Interventions that are upkeep, not an answer to a spike.
+# These interventions are routine. They do not respond to a spike.
 _UPKEEP = (EventKind.FLOOR, EventKind.RESUME)
 
 
 @dataclass(slots=True)
 class StepReadings:
-    """What the Trainer gives in one optimizer step, before its update."""
+    """The numbers that the Trainer provides in one optimizer step, before the update."""
 
     device_loss: Tensor | None = None
-    """Sum over the micro-batches so far, a scalar on its device."""
+    """The sum of the losses of the micro-batches so far, as a scalar on the device."""
     loss: float | None = None
-    """The same on the host, once the gradient norm is known."""
+    """The same sum on the host. It is None until the gradient norm is known."""
     grad_norm: float | None = None
-    """Global gradient norm before clipping."""
+    """The global gradient norm before clipping."""
     measured_ids: frozenset[int] = frozenset()
     """The ids of the parameters whose gradients ``grad_norm`` covers."""
     update_is_discarded: bool = False
-    """DeepSpeed has skipped the update already."""
+    """Whether DeepSpeed has already skipped the update."""
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss; of a loss per device the mean, as the Trainer logs it."""
+        """Add the loss of a micro-batch. If there is one loss per device, add their mean."""
         loss = torch.as_tensor(loss).detach()
         loss = loss.float().mean() if loss.dim() else loss
         self.device_loss = loss if self.device_loss is None else self.device_loss + loss
@@ -75,20 +75,20 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     trainer.train()
     ```
 
-    The trainer keeps its class, its way of saving and its signal handlers. `PSSTrainer` adds safe
-    checkpoints, rollback and ``pss_optim``.
+    The callback does not change the trainer's class, the way it saves, or its signal handlers.
+    `PSSTrainer` adds safe checkpoints, rollback and ``pss_optim``.
 
     Args:
-        config: The options. None takes them from `PSSTrainingArguments` where the trainer has
-            these, and the preset ``anchored`` otherwise.
+        config: The options. If it is None, the options come from the trainer's
+            `PSSTrainingArguments`. A trainer with other arguments gets the preset ``anchored``.
 
     Raises:
-        ConfigurationError: The trainer has another PSSCallback, runs on a backend that PSS cannot
-            work with, or has ``pss_*`` arguments that need `PSSTrainer`.
+        ConfigurationError: The trainer already has a PSSCallback, runs on a backend that PSS does
+            not support, or has ``pss_*`` arguments that need `PSSTrainer`.
     """
 
     announces = True
-    """Whether to log at the start what PSS watches. Warnings are logged in any case."""
+    """Whether to log at the start which matrices PSS watches. Warnings are always logged."""
 
     def __init__(self, config: PSSConfig | None = None) -> None:
         self.config = config
@@ -101,7 +101,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._trainer: Any = None
         """The Trainer of the last run."""
         self._smoothed_in: str | None = None
-        """The run's folder, once ``smooth_on_resume`` has smoothed the weights for it."""
+        """The folder of the run, once ``smooth_on_resume`` has smoothed its weights, or None."""
         self._is_rollback, self._may_repair = False, True
 
     @classmethod
@@ -109,7 +109,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         """Return the trainer's PSSCallback.
 
         Raises:
-            ConfigurationError: It has none.
+            ConfigurationError: The trainer has no PSSCallback.
         """
         found = next((c for c in trainer.callback_handler.callbacks if isinstance(c, cls)), None)
         if found is None:
@@ -117,17 +117,17 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         return found
 
     def attach(self, trainer: Trainer) -> PSSCallback:
-        """Add this callback to a trainer that exists already.
+        """Add this callback to an existing trainer.
 
         Raises:
-            ConfigurationError: As for the class.
+            ConfigurationError: For the reasons that the class lists.
         """
         self._join(trainer)
         trainer.add_callback(self)
         return self
 
     def config_for(self, args: TrainingArguments) -> PSSConfig:
-        """Return the options that apply to a trainer: the callback's own, or its arguments'.
+        """Return the options for a trainer, from this callback or from the trainer's arguments.
 
         Raises:
             ConfigurationError: Both were given, and they differ; or the callback's own are of
@@ -151,20 +151,21 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
 
     @property
     def readings(self) -> tuple[float | None, float | None]:
-        """This step's loss, and its gradient norm before clipping, once they are on the host."""
+        """The loss and the unclipped gradient norm of this step, each None until it is read."""
         return self._readings.loss, self._readings.grad_norm
 
     @property
     def health_summary(self) -> str | None:
-        """The matrices that look ill at the end of the last run, the worst first, and why.
+        """A table of the matrices that look unhealthy at the end of the last run, and the reasons.
 
-        None where ``health`` is off, or the run ended before a reading.
+        The worst matrix comes first. The value is None if ``health`` is off or if the run ended
+        before its first reading.
         """
         return self._recorder.health_summary if self._recorder is not None else None
 
     @property
     def last_health(self) -> Any:
-        """The last `HealthReading`; None where there is none."""
+        """The last `HealthReading`, or None if there is none."""
         return self._recorder.last_reading if self._recorder is not None else None
 
     # ---- joining a trainer ----
@@ -172,7 +173,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Join the trainer that was built with this callback."""
+        """Connect this callback to the trainer that was built with it."""
         if (trainer := trainer_of(self)) is not None:
             self._join(trainer)
 
@@ -180,7 +181,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, PSSCallback) and other is not self:
                 raise ConfigurationError(
-                    "This trainer has a PSSCallback already; one trainer takes one. Give "
+                    "This trainer has a PSSCallback already, and it can have only one. Give "
                     "PSSTrainer its options through pss_config or PSSTrainingArguments."
                 )
         refuse_backends(trainer)
@@ -190,15 +191,17 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         trainer.pss_callback = self
 
     def _original(self, trainer: Trainer) -> PSSCallback:
-        """Return the callback that the user gave.
+        """Return the callback that the user gave, and put it back into the trainer if necessary.
 
-        With ``restore_callback_states_from_checkpoint`` the Trainer replaces callbacks by new ones,
-        which lack the user's options. PSS restores its state in place, so the original comes back.
+        If ``restore_callback_states_from_checkpoint`` is set, the Trainer replaces each callback by
+        a new object that lacks the user's options. PSS restores its own state in the original
+        object, so the original can take its place again.
 
         Raises:
-            ConfigurationError: The Trainer has replaced a callback that never joined it.
+            ConfigurationError: The Trainer has replaced a callback before it was connected
+                to the trainer.
         """
-        if "saved_state" not in vars(self):  # the Trainer sets it on the callbacks that it makes
+        if "saved_state" not in vars(self):  # the Trainer sets it on the callbacks that it creates
             return self
         original: PSSCallback | None = vars(trainer).get("pss_callback")
         if original is None:
@@ -233,18 +236,18 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def _begin(self, trainer: Trainer, model: nn.Module, optimizer: Any) -> None:
         args, state = trainer.args, trainer.state
         self.abort_step()  # an exception may have ended the last run within a step
-        if trainer is not self._trainer:  # a rollback of another trainer is none of this one
+        if trainer is not self._trainer:  # a rollback of another trainer does not count here
             self._is_rollback, self._may_repair = False, True
         self._readings, self.report = StepReadings(), None
         self.controller = controller = PSSController(
             model,
             self.config_for(args),
-            # Accelerate wraps the optimizer; its state is the inner one's.
+            # Accelerate wraps the optimizer. The inner optimizer holds the state.
             optimizer=getattr(optimizer, "optimizer", optimizer),
             evaluate_loss=self._evaluate_loss,
             speaks=False,
         )
-        # Its batch and its model belong to the last run.
+        # An older BatchLoss holds the batch and the model of the last run.
         self.batch_loss = BatchLoss(trainer) if controller.tries_interventions else None
         if self._recorder is not None and self._is_rollback:
             self._recorder.restart(resumed_step=state.global_step)
@@ -275,7 +278,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the readings of a step."""
+        """Discard the readings of the last step."""
         self._readings = StepReadings()
 
     def on_pre_optimizer_step(
@@ -286,12 +289,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Judge the gradient, and drop it where the update must not happen."""
+        """Check the gradients, and remove them if the update must not happen."""
         controller, readings = self.controller, self._readings
         if controller is None or not readings.measured_ids:
             raise ConfigurationError(
                 "PSSCallback received no gradient norm in this step: this Trainer does not clip "
-                "through Accelerator.clip_grad_norm_. Let its _clip_grad_norm call that."
+                "through Accelerator.clip_grad_norm_. Make its _clip_grad_norm call that method."
             )
         try:
             apply_update = controller.before_update(
@@ -305,12 +308,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             raise
         if not apply_update and model is not None:
             for parameter in model.parameters():
-                parameter.grad = None  # optimizers pass over parameters without a gradient
+                parameter.grad = None  # optimizers skip parameters without a gradient
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judge the weights and smooth them, before this step is logged, evaluated or saved."""
+        """Check the weights and smooth them, before this step is logged, evaluated or saved."""
         controller, recorder = self.controller, self._recorder
         if controller is None or recorder is None:
             return
@@ -330,7 +333,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the batch that a run resumed from this checkpoint will not have."""
+        """Forget the kept batch, which a run resumed from this checkpoint would not have."""
         if self.batch_loss is not None:
             self.batch_loss.forget()
 
@@ -366,12 +369,14 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         return self._read_norm(chosen, lambda: clip_grad_norm_(chosen, *args, **kwargs))
 
     def _read_norm(self, parameters: list[Tensor], measure: Callable[[], Any]) -> Any:
-        """Bring this step's norm and loss to the host: PSS's one read in a step without an event.
+        """Copy the norm and the loss of this step to the host.
 
-        The Trainer gets the norm as a tensor on the CPU, and needs no read of its own to log it.
-        An override of ``_clip_grad_norm`` may clip in groups, or return nothing, so that the
-        Trainer measures again after clipping. Norms of groups are combined. A second norm of the
-        same parameters is not read.
+        In a step without an event, this is the only time that PSS reads from the device. The
+        Trainer receives the norm as a CPU tensor, so it can log the norm without another read.
+
+        A subclass may override ``_clip_grad_norm`` and clip in groups. This method combines the
+        norms of the groups. The override may also return nothing, and then the Trainer measures
+        again after clipping. This method ignores a second norm of the same parameters.
         """
         controller, readings = self.controller, self._readings
         ids = frozenset(map(id, parameters))
@@ -405,7 +410,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             return None
         return self.batch_loss(is_sound=not self.controller.is_in_trouble)
 
-    # ---- what recovery reads (TrainingMonitor) ----
+    # ---- TrainingMonitor, the interface that recovery reads ----
 
     @property
     def step(self) -> int:
@@ -413,7 +418,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         return self.controller.step_number if self.controller is not None else 0
 
     def outcome(self) -> StepOutcome | None:
-        """Return the last step's loss, whether it was finite, and whether PSS intervened."""
+        """Return the loss of the last step, whether it was finite, and whether PSS intervened."""
         if self.report is None:
             return None
         answers = [
@@ -429,16 +434,20 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         )
 
     def write_records(self, records: Sequence[Record]) -> None:
-        """Append records to the events file; log interventions and alert the trackers."""
+        """Append records to the events file, log interventions and alert the trackers."""
         if self._recorder is not None:
             self._recorder.write_records(records)
 
     def before_training(self, *, is_rollback: bool, may_repair: bool) -> None:
-        """Continue the trackers' runs after a rollback; smooth only the user's own checkpoint."""
+        """Prepare for a call of ``train``.
+
+        After a rollback, the tracker runs continue. ``smooth_on_resume`` smooths only the
+        checkpoint that the user chose.
+        """
         self._is_rollback, self._may_repair = is_rollback, may_repair
 
     def abort_step(self) -> None:
-        """Remove the hooks that a step which did not end has left in the model."""
+        """Remove the hooks that an unfinished step has left in the model."""
         if self.controller is not None and self.controller.health is not None:
             self.controller.health.stop()
 
@@ -452,7 +461,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     # ---- the checkpoint ----
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into trainer_state.json."""
+        """Return the state that the Trainer writes into trainer_state.json."""
         controller = self.controller
         attributes: dict[str, Any] = {
             "saved_state": controller.state_dict() if controller else None
@@ -504,7 +513,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
 
     def _smooth_once(self, controller: PSSController, output_dir: str) -> None:
         own = [os.path.abspath(output_dir)]
-        broadcast_object_list(own)  # all ranks smooth, or none
+        broadcast_object_list(own)  # so that either all ranks smooth or none does
         is_done, self._smoothed_in = self._smoothed_in == own[0], own[0]
         if self._may_repair and not is_done:
             self.write_records([controller.smooth_now()])
@@ -515,7 +524,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             )
 
     def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
-        """Log in one line the preset, the watched matrices, and where to change the options."""
+        """Log one line with the preset, the watched matrices and the place to change options."""
         config, selection = controller.config, controller.selection
         counts = [
             f"{count} {one if count == 1 else many}"
@@ -525,7 +534,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             )
             if count
         ]
-        # Where the arguments equal the config, the user has written the arguments.
+        # If the arguments equal the config, assume that the user set the options there.
         in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
         caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
         watched = (
@@ -534,12 +543,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         )
         options = "PSSTrainingArguments" if in_args else "PSSConfig or PSSTrainingArguments"
         parts = [watched, caution, f"Options: {options}."] if self.announces else [caution]
-        if any(parts):  # a warning, because an ordinary script shows nothing below that level
+        if any(parts):  # at level WARNING, because most scripts show nothing below it
             logger.warning("%s", " ".join(part for part in parts if part))
 
 
 def _refuse_unread_arguments(trainer: Trainer) -> None:
-    """Refuse arguments that only the mixins of `PSSTrainer` read, on a trainer without these."""
+    """Reject arguments that need the mixins of `PSSTrainer` if the trainer lacks these mixins."""
     args = trainer.args
     options = {spec.name: getattr(args, spec.name) for spec in fields(args)}
     given = []
@@ -557,7 +566,7 @@ def _refuse_unread_arguments(trainer: Trainer) -> None:
 
 
 def _is_scaled(trainer: Trainer) -> bool:
-    """Whether losses are scaled, so that gradients overflow now and then by design."""
+    """Whether losses are scaled. If they are, gradients overflow occasionally by design."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     if scaler is not None and scaler.is_enabled():
         return True
@@ -567,7 +576,7 @@ def _is_scaled(trainer: Trainer) -> bool:
 
 
 def _saved_attributes(state: TrainerState, name: str) -> dict[str, Any] | None:
-    """Return what a callback has saved in trainer_state.json; None where there is nothing."""
+    """Return the attributes that a callback saved in trainer_state.json, or None without any."""
     saved = state.stateful_callbacks.get(name)
     if saved is None:
         return None

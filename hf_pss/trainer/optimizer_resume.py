@@ -1,4 +1,7 @@
-"""Resume from the checkpoint of another kind of optimizer: compare kinds, move the schedule."""
+"""Resume from a checkpoint that a different kind of optimizer wrote.
+
+The functions compare the kinds of the two optimizers and move the schedule to the saved step.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,22 @@ from hf_pss.optim.layout import is_by_head
 __all__ = ["Kind", "kind_of", "move_to_", "saved_kind"]
 
 Kind: TypeAlias = tuple[str | None, ...]
-"""For each parameter group its rule, its number of parameters and of parts; None without a rule."""
+"""One entry per parameter group: its update rule, its number of parameters and its number of parts.
+The entry is None if the group has no rule."""
 
-# Of accelerate and transformers: one process and DDP; FSDP2 with full, with sharded state.
+# File names that accelerate and transformers use. A run of one process or of DDP writes
+# optimizer.pt. FSDP2 writes optimizer.bin (full state) or the folder optimizer_0 (sharded state).
 _WHOLE = ("optimizer.pt", "optimizer.bin")
 _SHARDED = "optimizer_0"
 _ENTRY = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)$")
 _TELLING = ("algo", "params", "train_mode", "layouts")
-# One entry a parameter group, of another number and order in the other optimizer.
+# These lists have one entry per parameter group. The groups of the two optimizers differ in number
+# and order, so the saved lists cannot be used.
 _BY_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs")
 
 
 def kind_of(groups: Iterable[Mapping[str, Any]]) -> Kind:
-    """Return the kind of an optimizer by its parameter groups."""
+    """Return the kind of an optimizer, which its parameter groups determine."""
     return tuple(_kind_of_group(group) for group in groups)
 
 
@@ -39,7 +45,8 @@ def _kind_of_group(group: Mapping[str, Any]) -> str | None:
     if algo is None:
         return None
     name = f"schedule-free {algo}" if "train_mode" in group else algo
-    # A rule's state is per matrix. A sharded checkpoint loses the empty tuple of a vector.
+    # The rule keeps one state per matrix. Layouts of vectors are left out, because a sharded
+    # checkpoint loses the empty tuple in them.
     layouts = [layout for layout in group.get("layouts") or () if len(layout) > 1]
     num_parts = sum(len(parts) for _, parts in layouts)
     how = " by head" if any(map(is_by_head, layouts)) else ""
@@ -48,10 +55,10 @@ def _kind_of_group(group: Mapping[str, Any]) -> str | None:
 
 
 def saved_kind(checkpoint: Path) -> Kind | None:
-    """Return the kind of optimizer that wrote a checkpoint; None if it holds no state."""
+    """Return the kind of optimizer that wrote a checkpoint, or None if no state was saved."""
     for name in _WHOLE:
         if (checkpoint / name).is_file():
-            # Memory-mapped: only the groups are read.
+            # The file is memory-mapped, so only the parameter groups are read from the disk.
             state = torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
             return kind_of(state["param_groups"])
     if (checkpoint / _SHARDED / ".metadata").is_file():
@@ -60,15 +67,15 @@ def saved_kind(checkpoint: Path) -> Kind | None:
 
 
 def move_to_(scheduler: Any, saved: Mapping[str, Any]) -> None:
-    """Move a schedule to the step of a saved one; the rates stay those of its own optimizer.
+    """Move a schedule to the step of a saved schedule, but keep the rates of the new optimizer.
 
     Args:
-        scheduler: A new one, at step 0.
-        saved: The state dict of a schedule over other parameter groups.
+        scheduler: A new schedule, at step 0.
+        saved: The state dict of a schedule whose optimizer had different parameter groups.
     """
     state = {key: value for key, value in saved.items() if key not in _BY_GROUP}
     scheduler.__dict__.update(state)
-    if isinstance(scheduler, LambdaLR):  # all schedules of transformers but two
+    if isinstance(scheduler, LambdaLR):  # transformers has only two schedules of another class
         step = scheduler.last_epoch
         pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         rates = [base * curve(step) for base, curve in pairs]
@@ -85,7 +92,8 @@ def _sharded_kind(folder: Path) -> Kind:
     for i, name in found:
         if name in _TELLING:
             groups[i][name] = None  # load() fills it
-    with warnings.catch_warnings():  # about no_dist, which is intended: each rank reads little
+    # torch warns about no_dist. It is intended here, because each rank reads only a little data.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         load({"optimizer": {"param_groups": groups}}, storage_reader=reader, no_dist=True)
     return kind_of(groups)

@@ -1,4 +1,4 @@
-"""The optimizer that ``pss_optim`` names, in a Trainer: built, announced, saved and resumed."""
+"""Build, save and resume the optimizer that ``pss_optim`` names, inside a Trainer."""
 
 from __future__ import annotations
 
@@ -40,30 +40,32 @@ _FLAT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 class OptimizerMixin:
-    """Mixin, left of a Trainer class: ``pss_optim`` and ``pss_lr_scale``. It does not need PSS.
+    """Mixin that adds ``pss_optim`` and ``pss_lr_scale``. It does not need PSS.
 
-    It builds the optimizer that ``pss_optim`` names, and multiplies the schedule's rates by
-    ``pss_lr_scale``.
+    List it to the left of a Trainer class. It builds the optimizer that ``pss_optim`` names, and
+    multiplies the rates of the schedule by ``pss_lr_scale``.
 
-    An optimizer's state is loaded only into an optimizer of the same kind. From a checkpoint of
-    another kind (AdamW's under Muon, or the reverse) a resume takes the weights, the schedule's
-    position and the position in the data. Momentum and second moments start fresh, with a warning.
+    The state of an optimizer is loaded only into an optimizer of the same kind. The checkpoint may
+    come from a different kind, for example from AdamW if the run uses Muon. Then a resume takes the
+    weights, the position of the schedule and the position in the data, and logs a warning. The
+    momentum and the second moments start fresh.
     """
 
     _step_loss: Tensor | None = None
     _num_steps: int | None = None
     _qk_clip: QKClip | None = None
     _given_rates: list[float] | None = None
-    """Base rates of the schedule as it was built, one for each parameter group."""
+    """The base rates of the schedule when it was built, one for each parameter group."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and restore transformers' attention functions, also after an exception.
+        """Train, and afterwards restore transformers' attention functions, even after an exception.
 
         Raises:
             ConfigurationError: ``pss_lr_scale`` was given, and the schedule cannot be scaled.
         """
         refuse_own_schedule(self)
-        # One list, because DeepSpeed lets a shallow copy of the trainer build the schedule.
+        # The list is created here and filled later, because under DeepSpeed a shallow copy of the
+        # trainer builds the schedule.
         self._given_rates = []
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -72,7 +74,7 @@ class OptimizerMixin:
                 callback.stop()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the optimizer that ``pss_optim`` names, unless the trainer has one."""
+        """Build the optimizer that ``pss_optim`` names, unless the trainer already has one."""
         trainer: Any = self
         chosen = _chosen(trainer.args)
         if trainer.optimizer is None and chosen is not None:
@@ -87,7 +89,7 @@ class OptimizerMixin:
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the schedule and scale it; set the run's length where the optimizer's rule asks."""
+        """Build and scale the schedule, and set the length of the run in the optimizer."""
         trainer: Any = self
         if _chosen(trainer.args) is not None:
             num_training_steps = args[0] if args else kwargs["num_training_steps"]
@@ -102,10 +104,10 @@ class OptimizerMixin:
         return scheduler
 
     def rescale_rates_(self, checkpoint: str) -> None:
-        """Let a resumed schedule have this run's rates, times ``pss_lr_scale``.
+        """Give a resumed schedule the rates of this run, multiplied by ``pss_lr_scale``.
 
-        Without a ``pss_lr_scale`` the rates are the checkpoint's, as in a plain Trainer. With the
-        same factor in every resume it is applied once, not once a resume.
+        Without ``pss_lr_scale``, the rates of the checkpoint apply, as in a plain Trainer. If every
+        resume uses the same factor, it is applied only once and not once per resume.
         """
         trainer: Any = self
         scale, given = scale_of(self), self._given_rates
@@ -114,7 +116,7 @@ class OptimizerMixin:
         wanted = [rate * scale for rate in given]
         loaded = set_base_rates_(trainer.lr_scheduler, wanted)
         for group, rate in zip(trainer.optimizer.param_groups, given, strict=True):
-            group["initial_lr"] = rate  # from which a second train() builds its schedule
+            group["initial_lr"] = rate  # a second train() builds its schedule from this rate
         if loaded != wanted:
             shown = [", ".join(f"{x:.3g}" for x in dict.fromkeys(r)) for r in (wanted, loaded)]
             _warn(
@@ -128,19 +130,19 @@ class OptimizerMixin:
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a micro-batch, and give the optimizer the step's loss if its rule reads it."""
+        """Train on a micro-batch, and pass the loss of the step to a rule that needs it."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
         if _chosen(trainer.args) in _READ_LOSSES:
             self._step_loss = loss.mean() + (0.0 if self._step_loss is None else self._step_loss)
             if trainer.accelerator.sync_gradients:
-                # The mean over ranks, because replicas must stay equal. It stays on the device.
+                # All ranks use the mean, because replicas must stay equal. It stays on the device.
                 mean = trainer.accelerator.reduce(self._step_loss, reduction="mean")
                 unwrapped(trainer.optimizer).loss, self._step_loss = mean, None
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with QK-clip's numbers since the last training log; one device read."""
+        """Add the numbers of QK-clip since the last training log, with one device read, and log."""
         if self._qk_clip is not None and "loss" in logs:
             logs.update({f"pss/{k}": value for k, value in self._qk_clip.scalars().items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -158,8 +160,8 @@ class OptimizerMixin:
         theirs, ours = map(_described, kinds)
         _warn(
             self,
-            "%s was written by %s, and this run trains with %s: weights, the schedule's position "
-            "and the position in the data are loaded, the optimizer's state starts fresh.",
+            "%s was written by %s, and this run trains with %s. The weights, the position of the "
+            "schedule and the position in the data are loaded. The optimizer's state starts fresh.",
             checkpoint,
             theirs,
             ours,
@@ -167,10 +169,10 @@ class OptimizerMixin:
 
 
 def refuse_two_optimizers(trainer: Trainer) -> None:
-    """Refuse options that contradict ``pss_optim``, before the training begins.
+    """Raise an error for options that contradict ``pss_optim``, before training begins.
 
     Raises:
-        ConfigurationError: The trainer has another optimizer, or runs under DeepSpeed.
+        ConfigurationError: The trainer has a second optimizer, or it runs under DeepSpeed.
     """
     arguments = trainer.args
     chosen = _chosen(arguments)
@@ -191,9 +193,9 @@ def refuse_two_optimizers(trainer: Trainer) -> None:
         )
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigurationError(
-            f"pss_optim={chosen} needs matrices, and DeepSpeed hands an optimizer of ours flat "
-            "one-dimensional pieces. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's "
-            "own Muon, whose reported gradient norm shows no spikes."
+            f"pss_optim={chosen} needs matrices, but DeepSpeed passes flat one-dimensional pieces "
+            "to this optimizer. Use DDP or FSDP2 (fsdp_config: {version: 2}), or DeepSpeed's own "
+            "Muon, whose reported gradient norm shows no spikes."
         )
 
 
@@ -207,7 +209,7 @@ def _build(
     names = {canonical_name(name) for name, _ in model.named_parameters()}
     options = arguments.optimizer_options()
     options.pop(QK_CLIP, None)
-    # A rule may require it. create_scheduler sets the number.
+    # Some rules require total_steps. create_scheduler sets the real number later.
     asks = arguments.pss_optim in RULES and "total_steps" in RULES[arguments.pss_optim].defaults
     unknown_yet = {"total_steps": 1} if asks and "total_steps" not in options else {}
     return build_optimizer(
@@ -229,7 +231,7 @@ def _meters(trainer: Any) -> list[MeasureAttention]:
 
 def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
     """Attach QK-clip to the optimizer if ``qk_clip`` was given."""
-    for callback in _meters(trainer):  # an earlier one would keep its model alive
+    for callback in _meters(trainer):  # an earlier callback would keep its model alive
         callback.stop()
         trainer.remove_callback(callback)
     threshold = trainer.args.optimizer_options().get(QK_CLIP)
@@ -237,8 +239,8 @@ def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
         return None
     if trainer.args.pss_optim == AMUSE:
         raise ConfigurationError(
-            "amuse keeps an average of past weights beside the ones it trains, and qk_clip scales "
-            "only what is trained: use another optimizer, or leave qk_clip out."
+            "amuse keeps an average of past weights in addition to the weights it trains, and "
+            "qk_clip scales only the trained weights: use another optimizer, or leave qk_clip out."
         )
     maxima = AttentionMaxima(model)
     clip = QKClip(maxima.attentions, maxima.take, threshold=threshold)
@@ -255,7 +257,7 @@ def _clip_attention(trainer: Any, model: nn.Module) -> QKClip | None:
 
 
 def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int) -> None:
-    """Set the run's length in the parameter groups, unless the user gave it."""
+    """Set the length of the run in the parameter groups, unless the user has set it."""
     options = arguments.optimizer_options()
     num_warmup_steps = arguments.get_warmup_steps(num_steps)
     # AMUSE's curve starts at the second step of warm-up.
@@ -268,7 +270,7 @@ def _set_length_(optimizer: Any, arguments: PSSTrainingArguments, num_steps: int
 
 
 def _set_total_steps_again_(trainer: Any, checkpoint: str, num_steps: int | None) -> None:
-    """Set this run's length again, after a checkpoint has set its own."""
+    """Set the length of this run again, because a checkpoint has replaced it."""
     wanted = trainer.args.optimizer_options().get("total_steps", num_steps)
     for group in trainer.optimizer.param_groups:
         before = group.get("total_steps", wanted)
@@ -297,17 +299,17 @@ def _warn_of_two_schedules(trainer: Any) -> None:
         _warn(
             trainer,
             "amuse averages weights instead of lowering the learning rate, but lr_scheduler_type="
-            "%s lowers it, too; choose %s.",
+            "%s also lowers it. Choose %s.",
             kind,
             " or ".join(_FLAT_SCHEDULES),
         )
 
 
 def _warn_of_mismatch(trainer: Any, model: nn.Module, chosen: str) -> None:
-    """Warn if all weights of a model that may be pretrained are tuned."""
+    """Warn if the run tunes all weights of a model that may be pretrained."""
     source = getattr(model, "name_or_path", "")
     is_adapted = getattr(model, "peft_config", None) is not None
-    # A folder with a trainer's state is a run of our own.
+    # A folder with a trainer state comes from an earlier run of the user.
     is_own_run = bool(source) and Path(source, "trainer_state.json").is_file()
     if source and not is_adapted and not is_own_run:
         _warn(
@@ -322,24 +324,24 @@ def _warn_of_mismatch(trainer: Any, model: nn.Module, chosen: str) -> None:
 
 
 def _other_kinds(trainer: Any, checkpoint: str | None) -> tuple[Kind, Kind] | None:
-    """Return the checkpoint's kind of optimizer and the trainer's where these differ."""
+    """Return the optimizer kinds of the checkpoint and the trainer, or None if they are equal."""
     if checkpoint is None or trainer.is_deepspeed_enabled:
         return None
     if not Path(checkpoint, SCHEDULER_NAME).is_file():
-        return None  # the Trainer loads nothing then
+        return None  # without scheduler.pt the Trainer loads neither state
     theirs, ours = saved_kind(Path(checkpoint)), kind_of(trainer.optimizer.param_groups)
     if theirs is None or theirs == ours or not any((*theirs, *ours)):
-        return None  # without rules the Trainer's own check decides
+        return None  # if neither optimizer has rules, the check of the Trainer decides
     return theirs, ours
 
 
 def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
-    """Warn if an option differs from the loaded state, which replaces it."""
+    """Warn if the loaded state has replaced an option by a different value."""
     given = trainer.args.optimizer_options()
     given.pop("total_steps", None)  # `_set_total_steps_again_` sets it
-    given.pop(QK_CLIP, None)  # not part of a state
+    given.pop(QK_CLIP, None)  # the state does not contain it
     if trainer.args.pss_lr_scale is not None:
-        given.pop("others_lr", None)  # it scales this run's rates
+        given.pop("others_lr", None)  # pss_lr_scale restores the rates of this run
     groups = trainer.optimizer.param_groups
     for name, value in given.items():
         if name == "others_lr":  # the schedule starts from it
@@ -349,7 +351,8 @@ def _warn_of_older_options(trainer: Any, checkpoint: str) -> None:
         if any(_plain(one) != _plain(value) for one in loaded):
             _warn(
                 trainer,
-                "%s was written with %s=%s, which stays in effect: %s in pss_optim_args has none.",
+                "%s was written with %s=%s, which stays in effect: %s in pss_optim_args is "
+                "ignored.",
                 checkpoint,
                 name,
                 loaded[0],

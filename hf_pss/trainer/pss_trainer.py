@@ -1,4 +1,4 @@
-"""PSSTrainer: a Trainer that notices loss explosions and repairs the weights; one line differs."""
+"""PSSTrainer, a drop-in Trainer that detects loss explosions and repairs the weights."""
 
 from __future__ import annotations
 
@@ -23,30 +23,33 @@ _MIXINS = (RollbackMixin, OptimizerMixin, TransformersFixesMixin)
 
 
 class PSSTrainerMixin(RollbackMixin, OptimizerMixin, TransformersFixesMixin):
-    """Puts PSS into any Trainer subclass: ``class MyTrainer(PSSTrainerMixin, SFTTrainer): ...``.
+    """Adds PSS to any Trainer subclass: ``class MyTrainer(PSSTrainerMixin, SFTTrainer): ...``.
 
-    It adds four independent parts: `PSSCallback`, safe checkpoints and rollback (`RollbackMixin`),
-    ``pss_optim`` and ``pss_lr_scale`` (`OptimizerMixin`), and fixes of transformers.
+    The mixin adds four independent parts: `PSSCallback`, safe checkpoints and rollback
+    (`RollbackMixin`), ``pss_optim`` and ``pss_lr_scale`` (`OptimizerMixin`), and fixes for
+    bugs in transformers.
 
     Args:
-        args: Whatever the Trainer takes.
-        pss_config: The options of PSS. None takes them from `PSSTrainingArguments` where the
-            trainer has these, and the preset ``anchored`` otherwise.
-        recovery: The options of checkpoints and rollback; None likewise.
-        kwargs: Whatever the Trainer takes.
+        args: The positional arguments of the Trainer.
+        pss_config: The options of PSS. If it is None, they come from the trainer's
+            `PSSTrainingArguments`. A trainer with other arguments gets the preset ``anchored``.
+        recovery: The options for checkpoints and rollback. If it is None, they come from the
+            training arguments or are the defaults.
+        kwargs: The keyword arguments of the Trainer.
 
     Raises:
-        IncompatibleVersionError: This release of transformers lacks a method that PSS needs.
-        ConfigurationError: Both pss_config and a PSSCallback were given, the trainer runs under
-            FSDP1 or Megatron-LM, or ``pss_optim`` was given and another optimizer, too. When the
-            class is made: the mixin stands to the right of a Trainer class.
+        IncompatibleVersionError: The installed transformers lacks a method that PSS needs.
+        ConfigurationError: Both pss_config and a PSSCallback were given, the trainer runs
+            under FSDP1 or Megatron-LM, or ``pss_optim`` and another optimizer were given. The
+            error is also raised when a subclass is defined that lists the mixin to the right
+            of a Trainer class.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         in_front = cls.__mro__[: cls.__mro__.index(PSSTrainerMixin)]
         for other in in_front:
-            # Its methods would run instead of PSS's, and the run would be a plain one.
+            # The methods of that class would run instead of the methods of the mixin.
             if issubclass(other, Trainer) and not issubclass(other, PSSTrainerMixin):
                 raise ConfigurationError(
                     f"{cls.__name__} has PSSTrainerMixin to the right of {other.__name__}, where "
@@ -74,7 +77,7 @@ class PSSTrainerMixin(RollbackMixin, OptimizerMixin, TransformersFixesMixin):
         trainer.add_callback(BackToTraining())
 
     def _is_on(self) -> bool:
-        # An observed run saves and stops as the plain Trainer's does.
+        # A run with observe_only saves and stops like a run of the plain Trainer.
         trainer: Any = self
         return not PSSCallback.of(trainer).config_for(trainer.args).observe_only
 
@@ -95,9 +98,9 @@ class PSSTrainerMixin(RollbackMixin, OptimizerMixin, TransformersFixesMixin):
 class PSSTrainer(PSSTrainerMixin, Trainer):
     """transformers' Trainer with Parametric Singularity Smoothing (arXiv 2602.01308).
 
-    Takes exactly what Trainer takes. With plain `TrainingArguments` PSS runs its preset
-    ``anchored``; `PSSTrainingArguments` or ``pss_config`` select other options. A run in which PSS
-    never intervenes is bit for bit the run of the plain Trainer. ::
+    It takes the same arguments as Trainer. With plain `TrainingArguments`, PSS uses its preset
+    ``anchored``. You select other options with `PSSTrainingArguments` or ``pss_config``. If PSS
+    never intervenes, the run is bit-identical to a run of the plain Trainer. ::
 
         trainer = PSSTrainer(model=model, args=args, train_dataset=dataset)
         trainer.train()

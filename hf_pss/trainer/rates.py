@@ -1,4 +1,4 @@
-"""``pss_lr_scale``: a factor on every learning rate, also of a resumed run."""
+"""Implement ``pss_lr_scale``, a factor on every learning rate that also works in a resumed run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ __all__ = ["refuse_own_schedule", "scale_of", "schedule_in", "set_base_rates_"]
 
 
 def set_base_rates_(scheduler: Any, rates: Sequence[float]) -> list[float]:
-    """Give a schedule other base rates, and keep its position.
+    """Change the base rates of a schedule, and keep its position.
 
     Args:
-        scheduler: A `LambdaLR`, as transformers builds them, or Accelerate's wrapper around one.
-        rates: One for each parameter group of its optimizer.
+        scheduler: A `LambdaLR`, as transformers builds it, or Accelerate's wrapper around one.
+        rates: The new base rates, one for each parameter group of the optimizer.
 
     Returns:
-        Those it had.
+        The previous base rates.
 
     Raises:
-        ConfigurationError: It is of another kind, or has another number of them.
+        ConfigurationError: The schedule is not a `LambdaLR`, or it has a different number
+            of base rates.
     """
     schedule = schedule_in(scheduler)
     before = [float(rate) for rate in schedule.base_lrs]
@@ -34,7 +35,7 @@ def set_base_rates_(scheduler: Any, rates: Sequence[float]) -> list[float]:
             f"The schedule has {len(before)} base rates, and the optimizer was built with "
             f"{len(rates)}: leave pss_lr_scale out."
         )
-    # Where nothing changes, the factor is exactly 1.
+    # The factor of an unchanged rate is exactly 1.
     factors = [new / old if old else 1.0 for old, new in zip(before, rates, strict=True)]
     now = [rate * factor for rate, factor in zip(schedule.get_last_lr(), factors, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, now, strict=True):
@@ -47,33 +48,33 @@ def set_base_rates_(scheduler: Any, rates: Sequence[float]) -> list[float]:
 
 
 def schedule_in(scheduler: Any) -> LambdaLR:
-    """Return the schedule in Accelerate's wrappers.
+    """Return the schedule inside Accelerate's wrappers.
 
     Raises:
-        ConfigurationError: It is not a `LambdaLR`.
+        ConfigurationError: The schedule is not a `LambdaLR`.
     """
     while isinstance(scheduler, AcceleratedScheduler):
         scheduler = scheduler.scheduler
-    # Others keep rates of their own beside the base rates, or derive them from the optimizer.
+    # Other schedules keep more rates than the base rates, or derive rates from the optimizer.
     if type(scheduler) is not LambdaLR:
         raise ConfigurationError(
-            f"pss_lr_scale cannot scale {type(scheduler).__name__}, whose rates are no multiples "
+            f"pss_lr_scale cannot scale {type(scheduler).__name__}, whose rates are not multiples "
             "of base rates: leave it out, or choose another lr_scheduler_type."
         )
     return scheduler
 
 
 def scale_of(trainer: Any) -> float | None:
-    """Return ``pss_lr_scale`` of a trainer's arguments; None where it was not given."""
+    """Return ``pss_lr_scale`` from the arguments of a trainer, or None if it was not given."""
     scale: float | None = getattr(trainer.args, "pss_lr_scale", None)
     return scale
 
 
 def refuse_own_schedule(trainer: Any) -> None:
-    """Refuse ``pss_lr_scale`` where DeepSpeed's configuration has a schedule of its own.
+    """Raise an error if ``pss_lr_scale`` is set and DeepSpeed's configuration has a schedule.
 
     Raises:
-        ConfigurationError: It has.
+        ConfigurationError: Both are set.
     """
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if scale_of(trainer) is not None and plugin and "scheduler" in plugin.deepspeed_config:

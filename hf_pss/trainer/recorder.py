@@ -1,4 +1,4 @@
-"""What PSS did and measured, written to the run's folder, to its trackers and to the log."""
+"""Write the events and readings of PSS to the run's folder, to its trackers and to the log."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class RunRecorder:
-    """Writes events and health readings of one training.
+    """Writes the events and health readings of one run.
 
-    Every rank has one. Only the first process writes and logs.
+    Every rank has a recorder, but only that of the first process writes and logs.
 
     Args:
-        args: The Trainer's; ``output_dir`` is the run's folder.
-        handler: The Trainer's callbacks, among them its trackers. They open their runs before the
-            first step, so they are looked up at the first record.
-        resumed_step: Lines of later steps are moved out of the files; 0 for a new run.
+        args: The Trainer's arguments. ``output_dir`` is the run's folder.
+        handler: The Trainer's callback handler, which also holds the trackers. Trackers open their
+            runs before the first step, so the recorder looks them up at the first record.
+        is_first_process: Whether this is the process that writes.
+        resumed_step: The step from which the run was resumed, or 0 for a new run. Lines of later
+            steps are moved out of the files.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class RunRecorder:
         self.restart(resumed_step=resumed_step)
 
     def restart(self, *, resumed_step: int) -> None:
-        """Begin again at an earlier step; the trackers' runs stay open."""
+        """Begin again at an earlier step. The runs of the trackers stay open."""
         self._first: HealthReading | None = None
         self.last_reading: HealthReading | None = None
         self._floor_has_acted = False
@@ -57,13 +59,13 @@ class RunRecorder:
 
     @property
     def health_summary(self) -> str | None:
-        """Matrices that look ill at the last reading, the worst first; None without a reading."""
+        """A table of the matrices by the last reading, worst first, or None without a reading."""
         if self._first is None or self.last_reading is None:
             return None
         return summary_table(self._first, self.last_reading)
 
     def write_records(self, records: Sequence[Record]) -> None:
-        """Append records to the events file; log interventions and alert the trackers."""
+        """Append records to the events file, log interventions and alert the trackers."""
         if not (records and self.is_first_process):
             return
         for record in records:
@@ -75,7 +77,7 @@ class RunRecorder:
             self._open_trackers().alert(record)
 
     def write_stable_ranks(self, step: int, ranks: Mapping[str, float]) -> None:
-        """Append every matrix's stable rank to the health file."""
+        """Append the stable rank of every matrix to the health file."""
         if self.is_first_process:
             self._health.write([health_line(step, ranks)])
 
@@ -112,7 +114,7 @@ class RunRecorder:
         return self._trackers
 
     def _level_of(self, record: Intervention) -> int:
-        """Return WARNING for a spike and for the floor's first act, INFO for the rest."""
+        """Return WARNING for a spike or the first action of the floor, and INFO otherwise."""
         if not record.num_changed:
             return logging.INFO
         if record.event.kind is not EventKind.FLOOR:

@@ -1,4 +1,4 @@
-"""The options of recovery, and the interface through which it hears of a training's steps."""
+"""The options of recovery, and the interface that reports the outcome of each step to it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class RecoveryConfig(Options):
     3
 
     Raises:
-        ConfigurationError: An option is out of its range.
+        ConfigurationError: An option is out of range.
     """
 
-    # By caution: a rollback changes which batches a run is trained on.
+    # The default is cautious, because a rollback changes which batches a run is trained on.
     on_failure: Literal["smooth", "rollback", "stop"] = option(
         "smooth",
         "If interventions fail repeatedly, smooth: continue to smooth; rollback: return to the "
@@ -40,7 +40,7 @@ class RecoveryConfig(Options):
     )
     # Not measured.
     max_failed_interventions: int = option(
-        3, "This many failed interventions in a row are a failure.", minimum=1
+        3, "This many failed interventions in a row count as a failure of the run.", minimum=1
     )
     # Not measured.
     max_rollbacks: int = option(
@@ -55,53 +55,53 @@ class RecoveryConfig(Options):
 
 @runtime_checkable
 class RecoveryArguments(Protocol):
-    """Training arguments that carry the options of recovery, as `PSSTrainingArguments` do."""
+    """Training arguments that hold the options of recovery, such as `PSSTrainingArguments`."""
 
     def recovery_config(self) -> RecoveryConfig:
-        """Return the options."""
+        """Return the options of recovery."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The outcome of one optimizer step, as `RollbackMixin` judges it."""
+    """The outcome of one optimizer step, from which `RollbackMixin` detects failures."""
 
     loss: float | None
     is_finite: bool
     has_intervened: bool
-    """Whether the monitor answered a spike or a drop in this step."""
+    """Whether the monitor responded to a spike or a drop in this step."""
     has_changed_weights: bool
-    """Whether that answer changed a weight."""
+    """Whether the response changed a weight."""
 
 
 class TrainingMonitor(ABC):
-    """A callback that judges each step for `RollbackMixin`. A Trainer takes at most one."""
+    """A callback that reports each step to `RollbackMixin`. A Trainer may have at most one."""
 
     @property
     @abstractmethod
     def step(self) -> int:
-        """The number of the optimizer step in progress, counted from 1; 0 before the first."""
+        """The number of the optimizer step in progress. It starts at 1 and is 0 before that."""
 
     @abstractmethod
     def outcome(self) -> StepOutcome | None:
-        """Return the outcome of the last step; None before the first."""
+        """Return the outcome of the last step, or None before the first step has ended."""
 
     @abstractmethod
     def write_records(self, records: Sequence[Record]) -> None:
-        """Add records of the recovery to the monitor's own."""
+        """Store records of the recovery together with the records of the monitor."""
 
     @abstractmethod
     def before_training(self, *, is_rollback: bool, may_repair: bool) -> None:
         """Prepare for the Trainer's next ``on_train_begin``.
 
         Args:
-            is_rollback: The training continues an earlier one from an older checkpoint.
-            may_repair: The checkpoint is the one that the user asked to resume from.
+            is_rollback: Whether the run continues from an older checkpoint after a rollback.
+            may_repair: Whether the checkpoint is the one that the user asked to resume from.
         """
 
     @abstractmethod
     def abort_step(self) -> None:
-        """Clean up after a step that an exception has ended."""
+        """Clean up after an exception has ended a step."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish: an error ends the training without ``on_train_end``."""
+        """Finish the output. It is called if an error ends the run without ``on_train_end``."""

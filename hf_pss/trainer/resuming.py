@@ -29,15 +29,17 @@ _CHOICES = (
 def checkpoint_to_resume(
     wanted: str | Path | bool | None, run_dir: Path, *, accepts_fresh: bool = False
 ) -> str | None:
-    """Return the folder to resume from; None if the run is not resumed.
+    """Return the folder to resume from, or None if the run is not resumed.
 
     Args:
-        wanted: As `Trainer.train` takes it: a folder, or True for the newest that is whole.
-        run_dir: Where True looks.
-        accepts_fresh: Also accept a checkpoint without the optimizer's or the schedule's state.
+        wanted: The argument of `Trainer.train`: a folder, or True for the
+            newest complete checkpoint.
+        run_dir: The folder in which to look if `wanted` is True.
+        accepts_fresh: Whether a checkpoint without the state of the optimizer or the
+            schedule is accepted.
 
     Raises:
-        StateError: There is no checkpoint, or the one that was named is incomplete.
+        StateError: No checkpoint exists, or the one that the user named is incomplete.
     """
     if wanted is None or wanted is False:
         return None
@@ -71,8 +73,9 @@ def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
     """Return the newest checkpoint to resume from, and log which newer ones were skipped.
 
     Args:
-        run_dir: Holds ``checkpoint-N`` folders.
-        accepts_fresh: Also take one that lacks the optimizer's or the schedule's state.
+        run_dir: The folder that holds the ``checkpoint-N`` folders.
+        accepts_fresh: Whether a checkpoint without the state of the optimizer or the
+            schedule is accepted.
 
     Raises:
         StateError: No checkpoint qualifies.
@@ -102,23 +105,24 @@ def _of_an_earlier_run(folder: Path) -> Examination:
 def load_what_is_there_(
     optimizer: Any, scheduler: Any, checkpoint: Path, missing: Collection[str]
 ) -> None:
-    """Load the readable part of an optimizer's and a schedule's state, and keep the rest fresh.
+    """Load those states of the optimizer and the schedule that can be read.
 
-    A schedule without a saved state moves to the checkpoint's step, because most schedules are
-    functions of the step.
+    An optimizer without a saved state keeps its initial state. A schedule without a saved state
+    moves to the step of the checkpoint, because most schedules are functions of the step.
 
     Args:
-        optimizer: As the Trainer has prepared it; not sharded if its state is loaded.
-        scheduler: In its initial state.
-        checkpoint: The folder.
-        missing: Names of the files that are missing or unreadable.
+        optimizer: The optimizer that the Trainer has prepared. It must not be sharded if its
+            state is loaded.
+        scheduler: The schedule in its initial state.
+        checkpoint: The folder of the checkpoint.
+        missing: The names of the files that are missing or unreadable.
     """
     if "optimizer.pt" not in missing and (checkpoint / "optimizer.pt").is_file():
         optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
     if "scheduler.pt" not in missing:
         scheduler.load_state_dict(_load(checkpoint / "scheduler.pt"))
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate  # the optimizer's state would have set it
+            group["lr"] = rate  # a loaded optimizer state would have set it
     else:
         step = recorded_step(checkpoint)
         move_to_(scheduler, {"last_epoch": step, "_step_count": step + 1})

@@ -1,4 +1,4 @@
-"""RollbackMixin: a run that fails returns to its last healthy checkpoint, or stops."""
+"""RollbackMixin, which returns a failed run to its last healthy checkpoint or stops the run."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ logger = logging.getLogger(__name__)
 
 
 class RollbackMixin(SafeCheckpointsMixin):
-    """Mixin, left of a Trainer class: safe checkpoints, and ``on_failure`` of `RecoveryConfig`.
+    """Mixin that adds safe checkpoints and the option ``on_failure`` of `RecoveryConfig`.
 
-    A failure is noticed by the `TrainingMonitor` among the trainer's callbacks, such as
-    `PSSCallback`; and, with or without one, when a state that is to be saved is not finite.
+    List it to the left of a Trainer class. It learns of a failure in two ways. The
+    `TrainingMonitor` among the trainer's callbacks, such as `PSSCallback`, reports the outcome of
+    each step. In addition, with or without a monitor, a state that is about to be saved but is not
+    finite counts as a failure.
 
-    ``rollback`` ends the Trainer's loop and calls ``train(resume_from_checkpoint=...)`` again.
-    Weights, optimizer, schedule and random state are the checkpoint's. The step number, the
-    position in the data and the schedule move past the failed batches, so the run takes fewer
-    updates. A later resume reads all three from the step number, so it is exact. The new state is
-    saved at once. A rollback costs one resume, including the fast-forward through the data, and one
-    save. Callbacks get no ``on_train_end`` for it.
+    ``rollback`` ends the Trainer's loop and calls ``train(resume_from_checkpoint=...)`` again. The
+    weights, the optimizer, the schedule and the random state come from the checkpoint. The step
+    number, the position in the data and the schedule move past the failed batches, so the run takes
+    fewer updates. A later resume derives all three from the step number, so it is exact. The new
+    state is saved at once. A rollback costs one resume, including the fast-forward through the
+    data, and one save. It does not call ``on_train_end`` of the callbacks.
 
-    The run returns to its own checkpoints only: the one that it was resumed from, older ones beside
-    that, and those that it has saved. Other checkpoints in the folder belong to other runs.
+    The run returns only to its own checkpoints. These are the checkpoint that it was resumed from,
+    older checkpoints in the same folder as that one, and the checkpoints that it has saved. Other
+    checkpoints in the folder belong to other runs.
 
-    The Trainer does not count the passes through an `IterableDataset` that is shorter than the
-    run. After a rollback, as after any resume, the rest of the current pass is skipped, and the
-    next pass starts at the first row.
+    The Trainer does not count the passes through an `IterableDataset` that is shorter than the run.
+    After a rollback, as after any resume, the rest of the current pass is skipped, and the next
+    pass starts at the first row.
     """
 
     _failure: TrainingFailure | None = None
@@ -57,14 +60,16 @@ class RollbackMixin(SafeCheckpointsMixin):
     _is_to_be_settled = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; roll back where interventions fail and ``on_failure`` is ``rollback``.
+        """Train, and roll back if interventions fail and ``on_failure`` is ``rollback``.
 
         Raises:
-            TrainingFailedError: Interventions failed, and ``on_failure`` is ``stop``; or it is
-                ``rollback`` and ``max_rollbacks`` were used up; or it is ``rollback`` under FSDP or
-                DeepSpeed, where a second train() cannot shard the model again. Checkpoints that
-                were saved after the failure began are moved aside, where no resume finds them.
-            NonFiniteError: ``on_failure`` is ``smooth``, or there is no checkpoint to return to.
+            TrainingFailedError: Interventions failed, and ``on_failure`` is ``stop``. The error is
+                also raised with ``rollback`` if the run has used all ``max_rollbacks``, or if it
+                uses FSDP or DeepSpeed, where a second train() cannot shard the model again.
+                Checkpoints that were saved after the failure began are moved to a folder where no
+                resume finds them.
+            NonFiniteError: A step was not finite, and ``on_failure`` is ``smooth`` or there is no
+                checkpoint to return to.
         """
         self._last_target = self._skip_to = None
         self._lineage, self._is_to_be_settled = Lineage(), False
@@ -104,15 +109,16 @@ class RollbackMixin(SafeCheckpointsMixin):
             monitor.before_training(is_rollback=is_rollback, may_repair=may_repair)
 
     def _clean_up_(self) -> None:
-        """Undo what the Trainer's loop undoes only at its regular end (transformers 5.23)."""
+        """Do the clean-up that the loop of transformers 5.23 does only at its regular end."""
         trainer: Any = self
         trainer.is_in_train = False
         if (handle := getattr(trainer, "neftune_hook_handle", None)) is not None:
             handle.remove()
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():
-            with suppress(AssertionError):  # raised if no loss was scaled yet
-                # Keep the scale, and forget that this step was unscaled: else the next one fails.
+            with suppress(AssertionError):  # raised if no loss has been scaled yet
+                # This keeps the scale and resets the record that the gradients of this step were
+                # unscaled. Without the reset the next step would fail.
                 scaler.update(new_scale=scaler.get_scale())
         if (monitor := self._monitor()) is not None:
             monitor.abort_step()
@@ -121,7 +127,8 @@ class RollbackMixin(SafeCheckpointsMixin):
         if self._failure is None:
             self._settle(trial)
             return None
-        # The run continues: no callback sees an end, no best model is loaded, nothing is removed.
+        # The run continues, so no callback sees its end, and the Trainer neither loads the best
+        # model nor removes a checkpoint.
         trainer: Any = self
         trainer._finish_current_push()
         self._clean_up_()
@@ -163,9 +170,10 @@ class RollbackMixin(SafeCheckpointsMixin):
             self._record(failure, Action.OBSERVE, "there is no complete checkpoint to return to")
 
     def _ends_the_loop(self, failure: TrainingFailure) -> bool:
-        """Return whether this failure ends the loop. Without a checkpoint smoothing continues.
+        """Return whether this failure ends the loop.
 
-        Where the backend cannot roll back, the run stops, and the error names the checkpoint.
+        If there is no checkpoint to return to, smoothing continues. If the backend cannot roll
+        back, the run stops, and the error names the checkpoint.
         """
         if self._mode() == "stop" or self._backend_of_no_return() is not None:
             return True
@@ -184,10 +192,10 @@ class RollbackMixin(SafeCheckpointsMixin):
         )
 
     def _nonfinite_failure(self, error: NonFiniteError) -> TrainingFailure:
-        """Turn the policy's stop into a failure to roll back from, or raise it again.
+        """Turn the error of a non-finite step into a failure to roll back from.
 
         Raises:
-            NonFiniteError: The error, if a rollback is not possible.
+            NonFiniteError: A rollback is not possible, so the error is raised again.
         """
         monitor = self._monitor()
         if self._mode() != "rollback" or monitor is None:
@@ -202,7 +210,10 @@ class RollbackMixin(SafeCheckpointsMixin):
         return failure
 
     def _on_save_refused(self, broken: str) -> None:
-        """Record that a state was not finite; only an older checkpoint mends that."""
+        """Record that a state was not finite, and roll back if possible.
+
+        Smoothing cannot repair such a state, so the run needs an older checkpoint.
+        """
         super()._on_save_refused(broken)
         trainer: Any = self
         step = trainer.state.global_step
@@ -259,7 +270,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             self._record(failure, Action.STOP, why)
             abandoned = self._abandon_after(target[0]) if target is not None else ""
             raise TrainingFailedError(
-                f"Stopped at step {failure.step}: {why}. Nothing was saved after that; "
+                f"Stopped at step {failure.step}: {why}. Nothing was saved after that step; "
                 f"{_advice(target)}{abandoned}"
             ) from cause
         step, path = target
@@ -277,14 +288,14 @@ class RollbackMixin(SafeCheckpointsMixin):
         return path
 
     def _target(self, failure: TrainingFailure) -> tuple[int, str] | None:
-        """Return step and path of the newest complete checkpoint before the onset."""
+        """Return the step and path of the newest complete checkpoint before the failure began."""
 
         def look() -> tuple[int, str] | None:
             found = self._lineage.newest_before(failure.onset_step)
             if found is None:
                 return None
             if found.step in (self._last_target, self._skip_to):
-                # The last rollback went there and failed again: take an older one if there is.
+                # The run failed again after the last rollback to it, so take an older one if any.
                 found = self._lineage.newest_before(self._last_target or 0) or found
             return found.step, str(found.path)
 
@@ -311,7 +322,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         if "metrics" in inspect.signature(scheduler.step).parameters:
             return  # ReduceLROnPlateau counts evaluations, not steps
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about steps without an update, which are intended
+            warnings.simplefilter("ignore")  # torch warns about steps without an update
             for _ in range(self._skip_to - self._last_target):
                 scheduler.step()
 
@@ -320,14 +331,14 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._settle(trial)
 
     def _settle(self, trial: Any) -> None:
-        """Save once after a rollback: the state at the new step is in no file yet."""
+        """Save once after a rollback, because no file holds the state at the new step yet."""
         trainer: Any = self
         if not self._is_to_be_settled:
             return
         self._is_to_be_settled = False
         if trainer.args.save_strategy == SaveStrategy.NO:
             return
-        # The Trainer loads this random state again after the fast-forward.
+        # The Trainer loads the same random state again after the fast-forward.
         trainer._load_rng_state(str(self._lineage.folders[-1]))
         before = self._lineage
         trainer._save_checkpoint(trainer.model_wrapped, trial)
@@ -342,17 +353,16 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._lineage = self._lineage.with_saved(folder)
 
     def _onset_step(self) -> int | None:
-        """Return the step at which a suspected failure began; None in a healthy run."""
+        """Return the step at which a suspected failure began, or None if the run is healthy."""
         watched = self._failure_watch.onset_step if self._failure_watch is not None else None
         began = [step for step in (watched, self._nonfinite_since) if step is not None]
         return min(began, default=None)
 
     def _wanted_checkpoints(self) -> set[str]:
-        """Keep the checkpoint to return to while a failure is suspected."""
+        """Return the checkpoints that a rollback may need, so that rotation keeps them."""
         trainer: Any = self
-        if (
-            trainer.state.global_step == self._skip_to
-        ):  # the save after a rollback removes no older one
+        # The save after a rollback must not remove an older checkpoint.
+        if trainer.state.global_step == self._skip_to:
             return self._lineage.names
         onset = self._onset_step()
         if self._failure_watch is None or onset is None:
@@ -361,7 +371,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         return set() if before is None else {before}
 
     def _abandon_after(self, step: int) -> str:
-        """Move this run's later checkpoints aside, and return a sentence about it."""
+        """Move later checkpoints of this run to another folder, and return a sentence about it."""
         trainer: Any = self
         run_dir = Path(trainer.args.output_dir)
         before, self._lineage = self._lineage, self._lineage.up_to(step)
@@ -420,7 +430,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             )
 
     def _backend_of_no_return(self) -> str | None:
-        """Return the backend that cannot train twice in one process; None if there is none."""
+        """Return the name of a backend that cannot train twice in one process, or None."""
         trainer: Any = self
         if trainer.is_deepspeed_enabled:
             return "DeepSpeed"
@@ -434,8 +444,8 @@ def _advice(target: tuple[int, str] | None) -> str:
     if target is None:
         return "there is no earlier checkpoint: start again with a lower learning rate."
     return (
-        f"resume from {target[1]}, the last earlier one, with a lower learning rate or after these "
-        "batches."
+        f"resume from {target[1]}, the last checkpoint before the failure, with a lower learning "
+        "rate or after these batches."
     )
 
 

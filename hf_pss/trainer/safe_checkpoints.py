@@ -1,4 +1,4 @@
-"""SafeCheckpointsMixin: a Trainer's checkpoints are written whole or not at all."""
+"""SafeCheckpointsMixin, which writes the checkpoints of a Trainer completely or not at all."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def first_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
-    """Return the name of the first tensor that holds NaN or inf; None where all are finite.
+    """Return the name of the first tensor that holds NaN or inf, or None if all are finite.
 
-    Trained weights and the optimizer's state must be finite. Saved buffers may hold inf, as masks
-    do, but not NaN. Frozen weights have not changed since they were loaded, so they are not read.
+    Trained weights and the optimizer state must be finite. Saved buffers may hold inf, as masks do,
+    but not NaN. Frozen weights are not read, because they have not changed since they were loaded.
 
-    Cost: the device reads weights and state once, and the host reads one bool for each tensor.
+    The device reads the weights and the state once, and the host reads one bool per tensor.
 
     Args:
-        model: The model in training. On a sharded model only this rank's part is read.
-        optimizer: Wrapped or not; None if its state is not saved.
+        model: The model in training. If it is sharded, only the part of this rank is read.
+        optimizer: The optimizer, wrapped or not, or None if its state is not saved.
     """
     named = list(_tensors(model, optimizer))
     if not named:
@@ -55,7 +55,7 @@ def first_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    """Return max |x| as float32, or NaN if there is one, without a copy of the tensor."""
+    """Return max |x| as float32, or NaN if any x is NaN, without a copy of the tensor."""
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
     largest: Tensor = torch.linalg.vector_norm(tensor, torch.inf).float()
@@ -68,7 +68,7 @@ def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor, bo
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
         if parameter.requires_grad:
-            # DeepSpeed ZeRO-3 empties the parameter and keeps this rank's part in ds_tensor.
+            # DeepSpeed ZeRO-3 empties the parameter and keeps the part of this rank in ds_tensor.
             yield from _readable(name, getattr(parameter, "ds_tensor", parameter), may_be_inf=False)
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
@@ -77,7 +77,7 @@ def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor, bo
     for parameter, state in _state_of(optimizer).items():
         owner = names.get(id(parameter), "a parameter")
         for name, value in state.items():
-            # Scalars are step counters.
+            # Scalars are step counters, which need no check.
             if isinstance(value, Tensor) and value.dim() > 0:
                 yield from _readable(f"{name} of {owner}", value, may_be_inf=False)
 
@@ -91,54 +91,56 @@ def _state_of(optimizer: Any) -> dict[Any, dict[str, Any]]:
 
 
 def _readable(name: str, tensor: Any, *, may_be_inf: bool) -> Iterator[tuple[str, Tensor, bool]]:
-    local = getattr(
-        tensor, "_local_tensor", tensor
-    )  # a DTensor: this rank's part, without a collective
-    # Eight-bit floats store quantised weights. They are not trained directly.
+    # For a DTensor, _local_tensor is the part of this rank. Reading it needs no collective.
+    local = getattr(tensor, "_local_tensor", tensor)
+    # Eight-bit floats store quantised weights, which are not trained directly.
     if local.is_floating_point() and local.element_size() > 1:
         yield name, local.detach(), may_be_inf
 
 
-# One rank alone may receive the signal. The ranks agree by a collective, so not in each step.
+# A signal may reach only one rank. The ranks agree on it by a collective, which would be too costly
+# in every step.
 _AGREE_EVERY_STEPS = 5
-# A full disk may have space again at the next save. This many failures in a row are an error.
+# One failed save is a warning, because a full disk may have space again at the next save. This many
+# failures in a row are logged as an error.
 _ALARMING_FAILURES = 3
 
 
 class _NotSavedError(Exception):
-    """Leaves the Trainer's `_maybe_log_save_evaluate` before it calls ``on_save``."""
+    """Makes the Trainer's `_maybe_log_save_evaluate` end before it calls ``on_save``."""
 
 
 class SafeCheckpointsMixin:
-    """Mixin, left of a Trainer class: every checkpoint is complete and finite, or does not exist.
+    """Mixin that makes every checkpoint of a Trainer complete and finite.
 
-    - A save is written to a staging folder, flushed to the disk and marked as complete. Only then
-      it gets its name. If writing fails, the mixin logs a warning and training continues with the
-      older checkpoints.
-    - Weights or optimizer state that are not finite are not saved.
+    - The mixin writes a save to a staging folder, flushes it to the disk and marks it as complete.
+      Only then does the folder get its final name. If writing fails, the mixin logs a warning, and
+      training continues with the older checkpoints.
+    - The mixin does not save weights or optimizer state that are not finite.
     - If a save did not happen, ``on_save`` is not called and its step does not become the best.
-    - `save_total_limit` removes checkpoints by step number, not by time, and never the newest one.
-      Checkpoints that an earlier run left with later step numbers are removed first and are not
-      resumed.
-    - ``resume_from_checkpoint=True`` takes the newest complete checkpoint. A checkpoint that you
-      name is refused if it is incomplete.
-    - After SIGTERM or SIGINT the trainer saves at the end of the step and exits with 128 + n,
-      unless ``save_strategy`` is ``no``. It skips evaluation and removes nothing.
+    - `save_total_limit` removes checkpoints by step number, not by time, and never removes the
+      newest one. If an earlier run left checkpoints with later step numbers, these are removed
+      first, and the run does not resume from them.
+    - ``resume_from_checkpoint=True`` takes the newest complete checkpoint. If you name an
+      incomplete checkpoint, the mixin raises an error.
+    - After SIGTERM or SIGINT, the trainer saves at the end of the step and exits with code 128 + n,
+      where n is the signal's number, unless ``save_strategy`` is ``no``. It skips evaluation and
+      removes no checkpoint.
 
-    The mixin does not need PSS::
+    List the mixin to the left of a Trainer class. It does not need PSS::
 
         class SafeTrainer(SafeCheckpointsMixin, Trainer):
             pass
 
     Args:
-        args: Whatever the Trainer takes.
-        recovery: The options. None takes them from the training arguments where these have them,
-            and the defaults otherwise.
-        kwargs: Whatever the Trainer takes.
+        args: The positional arguments of the Trainer.
+        recovery: The options. If it is None, they come from the training arguments. Arguments
+            without such options give the defaults.
+        kwargs: The keyword arguments of the Trainer.
     """
 
     recovery: RecoveryConfig | None = None
-    """The options; None takes them from the training arguments, or their defaults."""
+    """The options. None takes them from the training arguments, or else the defaults."""
     _staging: Path | None = None
     _signals: DelayedSignals | None = None
     _agreed_signum = 0
@@ -153,7 +155,7 @@ class SafeCheckpointsMixin:
         super().__init__(*args, **kwargs)
 
     def recovery_config(self) -> RecoveryConfig:
-        """Return the options that apply: the trainer's own, or those of its arguments."""
+        """Return the options in effect, from the trainer or from its training arguments."""
         if self.recovery is not None:
             return self.recovery
         arguments: Any = self.args  # type: ignore[attr-defined]
@@ -163,48 +165,51 @@ class SafeCheckpointsMixin:
     # ---- for subclasses ----
 
     def _is_on(self) -> bool:
-        """Whether this mixin does anything: otherwise every method is the Trainer's own."""
+        """Whether the mixin is active. If not, every method behaves like that of the Trainer."""
         return True
 
     def _after_loading(self, checkpoint: str | None) -> None:
-        """Weights, optimizer and schedule are in place; None for a run from its start."""
+        """React after the weights, the optimizer and the schedule are loaded.
+
+        `checkpoint` is None if the run starts from the beginning.
+        """
 
     def _before_epoch(self, trial: Any) -> None:
-        """An epoch is about to begin."""
+        """React before an epoch begins."""
 
     def _after_step(self) -> None:
-        """All callbacks have seen the end of a step, or of an epoch."""
+        """React after all callbacks have seen the end of a step or of an epoch."""
 
     def _before_saving(self) -> None:
-        """Whether this step is logged, evaluated and saved is decided; nothing of it has begun."""
+        """React after the decision to log, evaluate or save, before the Trainer acts on it."""
 
     def _end_early(self, trial: Any) -> Any:
-        """Return what train() returns where this end is not the run's end; None where it is."""
+        """Return the result of train() if the loop ended before the run did, and None otherwise."""
         return None
 
     def _on_saved(self, folder: Path) -> None:
-        """A checkpoint has its name."""
+        """React after a checkpoint has got its final name."""
 
     def _on_save_refused(self, broken: str) -> None:
-        """A state was not finite and was not saved."""
+        """React after a state was not saved because it was not finite."""
 
     def _on_save_failed(self, folder: Path, error: Exception) -> None:
-        """A checkpoint could not be written."""
+        """React after a checkpoint could not be written."""
 
     def _wanted_checkpoints(self) -> set[str]:
-        """Return names that rotation keeps for a reason of its own."""
+        """Return the names of checkpoints that rotation must keep in addition to its own rules."""
         return set()
 
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; a checkpoint is checked before any of it is loaded.
+        """Train. A checkpoint is checked before any part of it is loaded.
 
         Raises:
             StateError: There is no checkpoint to resume from, or the one that you named is
                 incomplete. The message lists the choices.
-            KeyboardInterrupt: After a SIGINT, once the step is saved.
-            SystemExit: After a SIGTERM, once the step is saved, with code 143.
+            KeyboardInterrupt: The process received SIGINT, and the step has been saved.
+            SystemExit: The process received SIGTERM, and the step has been saved. The code is 143.
         """
         trainer: Any = self
         if not self._is_on():
@@ -254,11 +259,11 @@ class SafeCheckpointsMixin:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         args = self.args  # type: ignore[attr-defined]
         own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-        if own not in self._missing_state(checkpoint):  # logged when the resume began
+        if own not in self._missing_state(checkpoint):  # a warning was logged before
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _missing_state(self, checkpoint: str | None) -> frozenset[str]:
-        """Return the files whose state starts fresh because the user asked for that."""
+        """Return the names of files whose state starts fresh because the user asked for it."""
         if checkpoint is None or not self._accepts_fresh():
             return frozenset()
         return frozenset(unfit_state(Path(checkpoint)))
@@ -270,7 +275,7 @@ class SafeCheckpointsMixin:
         trainer: Any = self
         self._before_epoch(kwargs.get("trial"))
         if self._is_on() and 0 < trainer.state.max_steps <= trainer.state.global_step:
-            # A run resumed at its last step: the Trainer would take one more (transformers 5.23).
+            # The run was resumed at its last step. transformers 5.23 would train one more step.
             trainer.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
@@ -284,9 +289,9 @@ class SafeCheckpointsMixin:
         if self._is_to_stop():
             control.should_save = control.should_training_stop = True
         elif self._agreed_signum:
-            control.should_save = False  # at the epoch's end, when the step is saved already
+            control.should_save = False  # this is the end of the epoch, after the step was saved
         if self._agreed_signum:
-            control.should_evaluate = False  # a signal leaves time for the save only
+            control.should_evaluate = False  # after a signal there is only time for the save
         self._before_saving()
         if not self._is_on():
             super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
@@ -303,7 +308,7 @@ class SafeCheckpointsMixin:
             control.should_save, is_refused = False, True
         finally:
             self._is_in_step = False
-        if is_refused:  # a checkpoint that was not saved must not become best_model_checkpoint
+        if is_refused:  # best_model_checkpoint must not name a checkpoint that was not saved
             state.best_metric, state.best_global_step = best
 
     def _is_to_stop(self) -> bool:
@@ -317,7 +322,7 @@ class SafeCheckpointsMixin:
         return self._agreed_signum != 0
 
     def _agree_on(self, signum: int) -> int:
-        """Return the signal that any rank has received; 0 for none. Every rank must call this."""
+        """Return the signal that any rank has received, or 0. Every rank must call this method."""
         trainer: Any = self
         if trainer.args.world_size <= 1:
             return signum
@@ -330,8 +335,8 @@ class SafeCheckpointsMixin:
         state = self.state  # type: ignore[attr-defined]
         best = state.best_model_checkpoint
         if self._agreed_signum:
-            # With save_total_limit=1 the Trainer would load the best checkpoint and remove all
-            # others, among them the one that was saved after the signal.
+            # With save_total_limit=1, the Trainer would load the best checkpoint and remove all
+            # others, including the one that was saved after the signal.
             state.best_model_checkpoint = None
         result = super()._finalize_training(trial, *args, **kwargs)  # type: ignore[misc]
         state.best_model_checkpoint = best
@@ -340,14 +345,14 @@ class SafeCheckpointsMixin:
     # ---- saving ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        # `_save_checkpoint` asks this method alone for its folder.
+        # `_save_checkpoint` gets its folder only from this method.
         own: str = super()._get_output_dir(trial)  # type: ignore[misc]
         return own if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-        else:  # a background upload would read a folder that is about to be renamed
+        else:  # wait, because a background upload would read a folder that is renamed soon
             self._held_back_push = Path(checkpoint_folder).name
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -374,9 +379,9 @@ class SafeCheckpointsMixin:
             self._publish(staging / name, run_dir)
         except (OSError, SafetensorError, RuntimeError) as error:
             if trainer.args.world_size > 1 or not _is_of_the_disk(error):
-                raise  # other ranks wait inside the save, so all end together
-            shutil.rmtree(staging, ignore_errors=True)  # free the space
-            trainer.state.best_model_checkpoint = best  # the Trainer has set the staging folder
+                raise  # other ranks are waiting inside the save, so the run cannot continue
+            shutil.rmtree(staging, ignore_errors=True)  # free the disk space
+            trainer.state.best_model_checkpoint = best  # the Trainer set the staging folder
             self._note_failed_save(Path(run_dir, name), error)
             self._leave_unsaved()
             return
@@ -384,7 +389,7 @@ class SafeCheckpointsMixin:
             self._staging = None
         self._wait()
         if trainer.args.local_process_index == 0 and (staging / name).is_dir():
-            # On a node with its own disk this folder holds only its ranks' random states.
+            # This node has its own disk. The folder holds only the random states of its ranks.
             move_into_place(staging / name, Path(run_dir, name))
         self._last_saved_step, self._num_failed_saves = trainer.state.global_step, 0
         self._push_held_back(Path(run_dir))
@@ -421,9 +426,9 @@ class SafeCheckpointsMixin:
         self._on_saved(Path(run_dir, staged.name))
 
     def _broken(self) -> str | None:
-        """Return the name of a tensor that is not finite; None, on all ranks, if there is none.
+        """Return the name of a tensor that is not finite, or None if all ranks have finite tensors.
 
-        The state is read once a step.
+        The state is read once per step.
         """
         trainer: Any = self
         step = trainer.state.global_step
@@ -464,7 +469,7 @@ class SafeCheckpointsMixin:
         self._on_save_failed(folder, error)
 
     def _rotate(self, run_dir: Path, *, just_saved: str) -> None:
-        """Apply `save_total_limit`, but keep the newest and the best checkpoint."""
+        """Apply `save_total_limit`, but always keep the newest checkpoint and the best one."""
         trainer: Any = self
         best, step = trainer.state.best_model_checkpoint, trainer.state.global_step
         kept = {just_saved, *self._wanted_checkpoints(), Path(best).name if best else just_saved}
@@ -498,7 +503,7 @@ class SafeCheckpointsMixin:
 
 
 def _point_at_best_(state: TrainerState, run_dir: str) -> None:
-    """Set ``best_model_checkpoint``; the Trainer looked for it in the staging folder."""
+    """Set ``best_model_checkpoint``, which the Trainer has looked for in the staging folder."""
     if not state.best_global_step:
         return
     best = os.path.join(run_dir, f"checkpoint-{state.best_global_step}")
@@ -507,7 +512,7 @@ def _point_at_best_(state: TrainerState, run_dir: str) -> None:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Return whether a write failed; torch's archive writer raises RuntimeError for that."""
+    """Return whether the error is a failed write. torch's archive writer raises RuntimeError."""
     if isinstance(error, RuntimeError):
         return any(
             word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")
@@ -516,7 +521,10 @@ def _is_of_the_disk(error: Exception) -> bool:
 
 
 def _signals_to_delay(arguments: Any) -> tuple[signal.Signals, ...]:
-    """Return the signals that cause a save: none without saves, nor those of transformers."""
+    """Return the signals that cause a save.
+
+    There are none if the run does not save. Signals that transformers handles itself are left out.
+    """
     strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
     if strategy == "no":
         return ()
@@ -526,7 +534,7 @@ def _signals_to_delay(arguments: Any) -> tuple[signal.Signals, ...]:
 
 
 def _tidy(run_dir: Path) -> None:
-    """Finish or remove a save that a killed process has left in the staging folder."""
+    """Complete or remove a save that a killed process has left in the staging folder."""
     staging = run_dir / STAGING
     if not staging.is_dir():
         return

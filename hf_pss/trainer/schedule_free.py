@@ -1,4 +1,4 @@
-"""Schedule-free optimizers in a Trainer: the averaged weights are evaluated, and saved."""
+"""Make a Trainer evaluate and save the averaged weights of a schedule-free optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 @runtime_checkable
 class ScheduleFree(Protocol):
-    """An optimizer whose parameters hold one sequence while training and another to be used."""
+    """An optimizer that trains one sequence of weights and provides averaged weights for use."""
 
     def train(self) -> None:
         """Put the training sequence into the parameters."""
@@ -31,14 +31,14 @@ class ScheduleFree(Protocol):
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer in Accelerate's wrappers."""
+    """Return the optimizer inside Accelerate's wrappers."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def schedule_free(optimizer: Any) -> ScheduleFree | None:
-    """Return the schedule-free optimizer in Accelerate's wrapper, or None."""
+    """Return the optimizer inside Accelerate's wrappers if it is schedule-free, or None."""
     optimizer = unwrapped(optimizer)
     return optimizer if isinstance(optimizer, ScheduleFree) else None
 
@@ -55,7 +55,7 @@ class BackToTraining(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Return to the training sequence before the Trainer's `training_step` does."""
+        """Switch to the training sequence before the Trainer's `training_step` does so."""
         if (switched := schedule_free(optimizer)) is not None:
             _forget_gathered_(model)
             switched.train()
@@ -74,18 +74,18 @@ class BackToTraining(TrainerCallback):
 
 
 class ScheduleFreeCallback(BackToTraining):
-    """Puts the averaged weights into the model before they are saved, and at the end.
+    """Puts the averaged weights into the model before each save and at the end of the run.
 
     The Trainer calls ``optimizer.train()`` in each training step and ``optimizer.eval()`` before
-    each evaluation, but not before a save. Without this callback
+    each evaluation, but not before a save. Without this callback, three things go wrong:
 
-    - checkpoints hold the training sequence, unless an evaluation came directly before;
-    - the best checkpoint is loaded into the training sequence;
-    - FSDP2's root module uses the averaged weights, gathered for an evaluation, for the next
-      gradient.
+    - A checkpoint holds the training sequence, unless an evaluation came directly before the save.
+    - The best checkpoint is loaded into the training sequence.
+    - The root module of FSDP2 has gathered the averaged weights for an evaluation, and it uses them
+      to compute the next gradient.
 
-    Add it last, because it sees only the saves that earlier callbacks have requested. It switches
-    any optimizer with ``train`` and ``eval`` and does nothing with others.
+    Add the callback last, because it sees only the saves that earlier callbacks have requested. It
+    switches any optimizer that has ``train`` and ``eval``, and ignores other optimizers.
     """
 
     def on_step_end(
@@ -112,14 +112,14 @@ class ScheduleFreeCallback(BackToTraining):
 
 
 def _forget_gathered_(model: nn.Module | None) -> None:
-    """Let FSDP2 gather again: after an evaluation its root module keeps the gathered weights."""
+    """Make FSDP2 gather again, because its root module keeps gathered weights after evaluation."""
     for module in model.modules() if model is not None else ():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def leave_training(optimizer: Any, control: TrainerControl) -> None:
-    """Put the averaged weights into the model where they are about to be used."""
+    """Put the averaged weights into the model if they are used before the next step."""
     is_due = control.should_evaluate or control.should_save or control.should_training_stop
     if is_due and (switched := schedule_free(optimizer)) is not None:
         switched.eval()

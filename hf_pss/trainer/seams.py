@@ -1,13 +1,13 @@
-"""How PSS reads the loss and the unclipped gradient norm of a Trainer, which no callback is given.
+"""Read the loss and the unclipped gradient norm of a Trainer, which callbacks do not receive.
 
-`PSSCallback` wraps three public methods on the instances, while a training runs:
+`PSSCallback` wraps three public methods on the instances while a run trains:
 
 - ``Trainer.training_step`` returns the loss of each micro-batch.
 - ``Accelerator.clip_grad_norm_`` returns the norm before clipping. The Trainer calls it once a
   step on every backend that PSS supports, also with ``max_grad_norm=0``.
 - ``Trainer.log`` takes the numbers that PSS adds.
 
-The trainer keeps its class. The private methods that the mixins override are in `PRIVATE_METHODS`.
+The trainer keeps its class. `PRIVATE_METHODS` lists the private methods that the mixins override.
 """
 
 from __future__ import annotations
@@ -53,19 +53,20 @@ PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = Mapping
         "_load_best_model": ("transformers_fixes", ("self",), 0),
     }
 )
-"""The private methods of Trainer that the mixins override: by name the module that does, the
-parameters that it relies on, and how many arguments an override must take by position (None where
-that is not checked). Checked in transformers 5.3.0, 5.17.0, 5.23.0, 5.24.0."""
+"""The private methods of Trainer that the mixins override, by name. Each entry holds the module
+that overrides the method, the parameters that this module relies on, and the number of arguments
+that the Trainer passes by position. The number is None if it is not checked. The list was verified
+with transformers 5.3.0, 5.17.0, 5.23.0 and 5.24.0."""
 
 
 @contextmanager
 def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Call ``around(method, *args, **kwargs)`` in place of an instance's method, in a ``with``.
+    """Replace an instance's method by ``around(method, *args, **kwargs)`` within a ``with`` block.
 
     Args:
-        owner: The instance. Its class stays as it is.
-        name: A method of it.
-        around: Takes the method and its arguments, and returns the result.
+        owner: The instance. Its class does not change.
+        name: The name of the method.
+        around: A function that receives the method and its arguments, and returns the result.
     """
     method, is_open = getattr(owner, name), True
 
@@ -80,7 +81,7 @@ def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]
     finally:
         is_open = False
         if vars(owner).get(name) is not call:
-            pass  # another package has wrapped it since: from now on this wrapper passes through
+            pass  # another package wrapped this wrapper, which now only passes calls through
         elif before is None:
             delattr(owner, name)
         else:
@@ -88,9 +89,9 @@ def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer | None:
-    """Return the Trainer that is calling a callback; None outside of such a call.
+    """Return the Trainer that is calling a callback, or None if no Trainer is calling it.
 
-    A callback is given no reference to its Trainer, so it is looked up among the callers.
+    A callback receives no reference to its Trainer, so this function searches the call stack.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -104,7 +105,7 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
 
 
 def refuse_backends(trainer: Trainer) -> None:
-    """Refuse the backends whose weights PSS cannot read or write, before the training begins.
+    """Raise an error for a backend whose weights PSS cannot read or write.
 
     Raises:
         ConfigurationError: The trainer runs under FSDP1, Megatron-LM, or DeepSpeed without ZeRO.
@@ -130,18 +131,20 @@ def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> Non
 
     Args:
         trainer_class: The class of a trainer, with or without the mixins.
-        mixins: The mixins; the check looks at the classes behind them.
+        mixins: The mixins. The check covers the classes that follow them in the
+            method resolution order.
 
     Raises:
-        IncompatibleVersionError: transformers has no such method, or its method takes other
-            arguments; or a class between overrides it so that the Trainer's call would fail.
+        IncompatibleVersionError: transformers lacks one of the methods, its method takes different
+            arguments, or a class between the mixins and Trainer overrides the method so that the
+            Trainer's call would fail.
     """
     of_mixins = {cls for mixin in mixins for cls in mixin.__mro__}
     behind = [c for c in trainer_class.__mro__ if c not in of_mixins and not issubclass(c, mixins)]
     for name, (_, wanted, num_by_position) in PRIVATE_METHODS.items():
         own = getattr(Trainer, name, None)
         found = inspect.signature(own).parameters if own is not None else {}
-        # Other packages patch Trainer with wrappers that take any arguments.
+        # Some packages patch Trainer with wrappers that take any arguments.
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
         if own is None or not (takes_any or set(wanted) <= set(found)):
             has = f"takes ({', '.join(found)})" if own is not None else "does not exist"
@@ -157,16 +160,16 @@ def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> Non
             takes = ", ".join(inspect.signature(getattr(owner, name)).parameters)
             raise IncompatibleVersionError(
                 f"{owner.__module__}.{owner.__name__}.{name} takes ({takes}), and the Trainer of "
-                f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}): let "
-                f"{owner.__name__}.{name} take these."
+                f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}). "
+                f"Change {owner.__name__}.{name} so that it accepts these arguments."
             )
 
 
 def _takes(method: Any, num_by_position: int) -> bool:
-    """Return whether an unbound method can be called with so many arguments after ``self``."""
+    """Return whether an unbound method takes `num_by_position` arguments after ``self``."""
     try:
         inspect.signature(method).bind(*[None] * (1 + num_by_position))
-    except ValueError:  # written in C: it has no signature to check
+    except ValueError:  # a method written in C has no signature to check
         return True
     except TypeError:
         return not inspect.isroutine(method)

@@ -1,4 +1,4 @@
-"""Delay SIGTERM and SIGINT to the end of a step, so that it can be saved; exit with 128 + n."""
+"""Delay SIGTERM and SIGINT until a step has been saved, and then exit with 128 + signal number."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class DelayedSignals:
-    """Delays the first of these signals while the block runs, and records it.
+    """Delays the first signal of each kind while the block runs, and records it.
 
-    A second signal of the same kind has its usual effect, so a second Ctrl-C stops at once. Ignored
-    signals stay ignored (nohup). Outside of the main thread Python handles no signals, and the
-    class does nothing.
+    A second signal of the same kind has its usual effect, so a second Ctrl-C stops at once. Signals
+    that are ignored, for example under nohup, stay ignored. Python handles signals only in the main
+    thread, so the class does nothing in other threads.
 
-    Forked children inherit the handler. SIGTERM has its usual effect on them. Their first SIGINT,
-    which a terminal sends to the whole group, is delayed silently, so that the workers of a data
-    loader live until the step is saved.
+    Forked child processes inherit the handler. SIGTERM has its usual effect on them. A terminal
+    sends SIGINT to the whole process group, so children silently delay their first SIGINT. The
+    workers of a data loader therefore survive until the step is saved.
 
     Args:
-        signals: The signals to delay; by default SIGTERM and SIGINT.
+        signals: The signals to delay. The default is SIGTERM and SIGINT.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = _SIGNALS) -> None:
@@ -39,7 +39,7 @@ class DelayedSignals:
         self._pid = os.getpid()
 
     def __enter__(self) -> Self:
-        """Begin to delay them."""
+        """Start delaying the signals."""
         if threading.current_thread() is threading.main_thread():
             for one in self._signals:
                 before = signal.getsignal(one)
@@ -75,11 +75,11 @@ class DelayedSignals:
 
 
 def leave(signum: int) -> NoReturn:
-    """Exit as after a signal, with code 128 + signum.
+    """Exit as if the signal had ended the process, with code 128 + signum.
 
     Raises:
-        KeyboardInterrupt: For SIGINT, so that handlers of Ctrl-C see it.
-        SystemExit: For any other.
+        KeyboardInterrupt: The signal is SIGINT, so handlers for Ctrl-C receive the exception.
+        SystemExit: The signal is any other.
     """
     if signum == signal.SIGINT:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOPs utilisation, time to the end, and perplexity, in every log."""
+"""Add tokens per second, model FLOPs utilisation, remaining time and perplexity to the logs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "perplexity",
 ]
 
-# Dense bf16, from NVIDIA's data sheets; the first key that the device's name holds counts.
+# The numbers are from NVIDIA's data sheets. The first key that occurs in the device's name applies.
 PEAK_BF16_FLOPS: Mapping[str, float] = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -36,11 +36,11 @@ PEAK_BF16_FLOPS: Mapping[str, float] = {
     "H200 NVL": 835e12,
     "H200": 989e12,
 }
-"""FLOPs per second of one device in bf16 without sparsity, by what its name holds."""
+"""FLOPs per second of one device in bf16 without sparsity, by a part of the device's name."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return a device's dense bf16 FLOPs per second; None for one that is not in the table.
+    """Return a device's dense bf16 FLOPs per second, or None if it is not in the table.
 
     >>> peak_flops("NVIDIA A100-SXM4-80GB"), peak_flops("cpu")
     (312000000000000.0, None)
@@ -49,17 +49,18 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def flops_per_token(model: PreTrainedModel, *, context_length: int) -> float:
-    """Count the FLOPs of training on one token, 6·N + 12·L·H·Q·T.
+    """Count the FLOPs of training on one token as 6·N + 12·L·H·Q·T.
 
-    N is the number of parameters that are multiplied with: all but tables that are only looked up
-    (positions; the input embedding, unless it is tied to the output). L layers, H heads, Q the
-    width of a head, T the context. Attention is counted in full, causal or not, and recomputed
-    activations are not counted. After PaLM (arXiv 2204.02311, appendix B) and nanoGPT's
-    ``estimate_mfu``.
+    N is the number of parameters that take part in matrix products. It excludes tables that are
+    only looked up: position embeddings, and the input embedding unless it is tied to the
+    output. L is the number of layers, H the number of heads, Q the width of a head and T the
+    context length. The formula counts the full attention matrix even if the attention is
+    causal, and it does not count recomputed activations. It follows PaLM (arXiv 2204.02311,
+    appendix B) and nanoGPT's ``estimate_mfu``.
 
     Args:
         model: A causal language model whose configuration names its layers, heads and width.
-        context_length: Tokens a sequence.
+        context_length: The number of tokens per sequence.
     """
     config = model.config.get_text_config()
     output = model.get_output_embeddings()
@@ -77,9 +78,10 @@ def flops_per_token(model: PreTrainedModel, *, context_length: int) -> float:
 
 
 def num_parameters(model: PreTrainedModel, *, trained: bool = False) -> int:
-    """Count a model's parameters, or those that are trained.
+    """Count the parameters of a model, or only the trained ones.
 
-    As transformers does, but those that ZeRO-3 has split, too, which are empty between uses.
+    The count is that of transformers, except that it includes parameters that ZeRO-3 has sharded.
+    These are empty while they are not in use.
     """
     counted: int = model.num_parameters(only_trainable=trained)
     for parameter in model.parameters():
@@ -94,7 +96,7 @@ def _num_elements(parameter: Tensor) -> int:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), which is inf where a float cannot hold it.
+    """Return exp(loss), or inf if a float cannot hold the result.
 
     >>> perplexity(0.0), perplexity(1e4)
     (1.0, inf)
@@ -106,10 +108,10 @@ def perplexity(loss: float) -> float:
 
 
 class Stopwatch:
-    """Tokens and seconds of training since the last reading, without evaluations and saves.
+    """Counts training tokens and seconds since the last reading, without evaluations and saves.
 
     Args:
-        clock: Seconds, monotonic.
+        clock: A function that returns seconds from a monotonic clock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -121,21 +123,21 @@ class Stopwatch:
         self._tokens = 0
 
     def begin(self, step: int) -> None:
-        """Start, at the first step of this session: a resumed one does not count earlier steps."""
+        """Start at the first step of this session. Steps before a resume are not counted."""
         if self._began is None:
             self._began = self._window_began = self._step_ended = self._clock()
             self._first_step = step
 
     def reset(self) -> None:
-        """Forget everything: another call of ``train`` begins."""
+        """Forget everything, because a new call of ``train`` begins."""
         self._began, self._tokens = None, 0
 
     def add_tokens(self, count: int) -> None:
-        """Count a micro-batch."""
+        """Add the tokens of a micro-batch."""
         self._tokens += count
 
     def end_step(self) -> None:
-        """Note when a step ended; `leave_out` counts from here."""
+        """Record the end of a step. `leave_out` excludes the time from here."""
         self._step_ended = self._clock()
 
     def leave_out(self) -> None:
@@ -145,10 +147,10 @@ class Stopwatch:
         self._step_ended = now
 
     def read(self, *, step: int, max_steps: int) -> dict[str, float]:
-        """Return ``tokens_per_second`` and ``eta_seconds`` and begin a new window.
+        """Return ``tokens_per_second`` and ``eta_seconds``, and begin a new window.
 
-        The estimate of the end takes the mean of this session's steps, evaluations and saves
-        included. A number without a value is left out.
+        The remaining time is estimated from the mean time per step of this session, including
+        evaluations and saves. The result leaves out a number that has no value.
         """
         if self._began is None:
             return {}
@@ -179,7 +181,7 @@ class _Times(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Not in on_train_begin: a resumed run skips data in between.
+        # The clock starts here and not in on_train_begin, because a resumed run skips data first.
         self._stopwatch.begin(state.global_step)
 
     def on_step_end(
@@ -199,16 +201,21 @@ class _Times(TrainerCallback):
 
 
 class ThroughputTrainerMixin:
-    """Left of a Trainer class: adds ``throughput/…`` to training logs and perplexity to the others.
+    """Mixin that adds ``throughput/…`` to training logs and perplexity to evaluation logs.
 
-    - ``throughput/tokens_per_second``: over all ranks, since the last log; padding counts
-    - ``throughput/mfu``: share of the devices' dense bf16 peak that `flops_per_token` makes use of;
-      left out in full precision and on devices that `PEAK_BF16_FLOPS` does not know
-    - ``throughput/eta_seconds``: to the end of the run
-    - ``eval_perplexity``: exp(``eval_loss``), likewise for every evaluation set
+    - ``throughput/tokens_per_second`` counts the tokens of all ranks since the last
+      log, including padding.
+    - ``throughput/mfu`` is the share of the devices' dense bf16 peak that the run uses, by
+      `flops_per_token`. It is left out in full precision and on devices that `PEAK_BF16_FLOPS`
+      does not list.
+    - ``throughput/eta_seconds`` is the time to the end of the run.
+    - ``eval_perplexity`` is exp(``eval_loss``). Every other evaluation set gets its own perplexity.
 
-    They reach every reporter and ``trainer_state.json``. Ranks are taken to split the data evenly,
-    as Accelerate does; under tensor parallelism, where they share it, the numbers are too high. ::
+    All numbers reach every reporter and ``trainer_state.json``. The mixin assumes that the ranks
+    split the data evenly, as they do with Accelerate. Under tensor parallelism the ranks share the
+    same data, so the numbers are too high.
+
+    List the mixin to the left of a Trainer class::
 
         class MyTrainer(ThroughputTrainerMixin, PSSTrainer): ...
     """
@@ -217,11 +224,11 @@ class ThroughputTrainerMixin:
         super().__init__(*args, **kwargs)
         self._stopwatch = Stopwatch()
         self._context_length = 0
-        # Last in the list: what other callbacks do at the end of a step is part of the step.
+        # The callback comes last, so that the work of other callbacks counts as part of the step.
         self.add_callback(_Times(self._stopwatch))  # type: ignore[attr-defined]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Count a micro-batch's tokens by its shape: nothing is read from the device."""
+        """Count the tokens of a micro-batch by its shape, without a read from the device."""
         ids = inputs["input_ids"]
         self._context_length = ids.shape[-1]
         self._stopwatch.add_tokens(ids.numel())
@@ -229,7 +236,7 @@ class ThroughputTrainerMixin:
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with these numbers."""
+        """Add these numbers to the logs, and log them."""
         if "loss" in logs:
             logs.update(self._throughput())
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
@@ -237,7 +244,7 @@ class ThroughputTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _throughput(self) -> dict[str, float]:
-        # The Trainer has just read the loss from the device, so the step's work is done there.
+        # The Trainer has just read the loss from the device, so the device has finished the step.
         args: TrainingArguments = self.args  # type: ignore[attr-defined]
         state: TrainerState = self.state  # type: ignore[attr-defined]
         numbers = self._stopwatch.read(step=state.global_step, max_steps=state.max_steps)
@@ -250,7 +257,7 @@ class ThroughputTrainerMixin:
         return {f"throughput/{name}": value for name, value in numbers.items()}
 
     def _peak_flops(self, args: TrainingArguments) -> float | None:
-        """Return the peak of all ranks' devices together."""
+        """Return the combined peak of the devices of all ranks, or None if it is unknown."""
         if args.device.type != "cuda" or not (args.bf16 or args.fp16):
             return None
         peak = peak_flops(torch.cuda.get_device_name(args.device))

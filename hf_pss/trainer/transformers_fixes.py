@@ -1,10 +1,9 @@
-"""Faults of transformers that would harm a run, mended where the Trainer loads weights.
+"""Work around a bug in transformers: a resumed Trainer does not load renamed expert weights.
 
-Weights that a checkpoint keeps under other names than the model has in memory.
-
-transformers saves the experts of Mixtral, Qwen-MoE and others one by one and stacks them when
-`from_pretrained` loads them. `Trainer` resumes with `load_state_dict`, warns about missing keys and
-leaves the experts as they were (5.23). The run would continue with wrong experts.
+transformers saves the experts of Mixtral, Qwen-MoE and some other models as separate tensors.
+`from_pretrained` stacks them when it loads them, so their names in memory differ from their names
+in the checkpoint. `Trainer` resumes with `load_state_dict` instead. In transformers 5.23 it warns
+about missing keys and leaves the experts unchanged, so the run would continue with wrong experts.
 """
 
 from __future__ import annotations
@@ -25,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class TransformersFixesMixin:
-    """Mixin, left of a Trainer class: loads renamed weights of the best checkpoint, too."""
+    """Mixin that also loads the renamed weights of the best checkpoint.
+
+    List it to the left of a Trainer class.
+    """
 
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
@@ -34,14 +36,15 @@ class TransformersFixesMixin:
 
 
 def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
-    """Load the weights that loading by name has skipped.
+    """Load the weights that the Trainer skipped because it loads weights by name.
 
-    `from_pretrained` maps the names, so a second copy of the model is in memory for a while.
+    `from_pretrained` maps the names, so memory temporarily holds a second copy of the model.
 
     Args:
-        model: Anything but a `PreTrainedModel` is left alone, and so is one in shards: these are
-            loaded from checkpoints that keep the names of memory.
-        checkpoint: A folder with safetensors; without them nothing is done.
+        model: The model to change. The function ignores a model that is not a `PreTrainedModel`. It
+            also ignores a sharded model, because the checkpoints of sharded models keep the names
+            that the weights have in memory.
+        checkpoint: A folder with safetensors files. If it has none, the function does nothing.
 
     Returns:
         The names of the weights that were loaded.
@@ -52,7 +55,7 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
     state = model.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         return ()
-    # A tied weight is saved once, under one of its names.
+    # A checkpoint holds a tied weight once, under one of its names.
     there = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
     missing = tuple(
         name
@@ -63,7 +66,7 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
         return ()
     twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     model.load_state_dict({name: twin[name] for name in missing}, strict=False)
-    # The Trainer has just warned of missing keys: this is the other half of that story.
+    # The Trainer has just warned about missing keys. This message adds that they are loaded.
     logger.warning(
         "%d weights of %s have other names there, such as %s; loaded as from_pretrained does.",
         len(missing),

@@ -215,7 +215,8 @@ class Page(HTMLParser):
 
 def test_page_needs_no_other_file(tmp_path: Path, sick: Inspection) -> None:
     before = inspected(tmp_path / "before", healthy() | {EVIL: torch.randn(80, 80)})
-    out = tmp_path / "page.html"
+    out = tmp_path / "deep" / "page.html"
+    out.parent.mkdir()
     write_whole(out, render_page(before, other=sick, changes=compare(before, sick)))
     page = Page(out)
     assert len(page.fetched) == 4

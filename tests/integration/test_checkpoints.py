@@ -406,7 +406,10 @@ def test_resume_takes_the_newest_whole_one_and_logs_the_others(
     resumed = run(copied_run, resume=True)
     assert differences_at_the_end(whole, resumed) == []
     messages = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Skipping ")]
-    assert [Path(m.split()[0]).name for m in messages] == ["checkpoint-8", "checkpoint-6"]
+    assert [Path(m.split()[1].rstrip(":")).name for m in messages] == [
+        "checkpoint-8",
+        "checkpoint-6",
+    ]
 
 
 def test_weights_that_are_not_finite_are_passed_over_without_a_marker(

@@ -257,6 +257,8 @@ def test_a_run_that_goes_back_does_not_begin_anew(
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_steps=1)
     trainer._prepare_monitor = lambda **_: None
+    trainer.train()
+    caplog.clear()
     PSSCallback.of(trainer).before_training(is_rollback=True, may_repair=True)
     trainer.train()
     assert said(caplog) == []

@@ -1,7 +1,7 @@
-"""Output to the run's trackers beside its log: health, spectra, heat map, table and alerts.
+"""Report health numbers, spectra, heat maps, tables and alerts to the trackers of a run.
 
-`trackers_for` finds the trackers that the Trainer itself uses. A new tracker is one class with the
-methods of `Tracker` and one row of `TRACKERS`.
+`trackers_for` finds the trackers that the Trainer itself uses. To add a tracker, write one class
+with the methods of `Tracker` and add one row to `TRACKERS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All trackers of a run behind one object that never raises."""
+"""Combine all trackers of a run in one object that never raises an exception."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ TRACKERS: Mapping[str, tuple[str, Maker]] = MappingProxyType(
         "trackio": ("TrackioCallback", TrackioTracker.of),
     }
 )
-"""By the name in ``report_to``: the class of the Trainer's callback, and the maker of ours."""
+"""For each name in ``report_to``, the Trainer's callback class and a function that
+makes a tracker."""
 
-# Tables and maps of a killed run lack at most half of its readings; pss_health.jsonl has them all.
+# A snapshot follows when the number of readings has doubled. The last snapshot of a killed run
+# therefore lacks at most half of the readings. pss_health.jsonl holds all of them.
 _FIRST_SNAPSHOT = 4
 _NOT_FINITE_COLOUR = "#D55E00"
 
@@ -39,13 +41,15 @@ _NOT_FINITE_COLOUR = "#D55E00"
 def trackers_for(args: TrainingArguments, callbacks: Iterable[TrainerCallback] = ()) -> Trackers:
     """Return the trackers that the Trainer uses.
 
-    Call it in ``on_train_begin``, on the first process only, after the Trainer's own callbacks
-    have opened their runs: a user's callback comes after them.
+    Call this function in ``on_train_begin`` or later, and only on the first process. By then
+    the Trainer's own callbacks have opened their runs, because they come before the callbacks
+    of the user.
 
     Args:
-        args: ``report_to`` names the trackers.
-        callbacks: The Trainer's. A tracker's callback counts even if ``report_to`` does not name
-            it. TensorBoard's lends its writer; without it TensorBoard gets a folder of our own.
+        args: The training arguments, whose ``report_to`` names the trackers.
+        callbacks: The callbacks of the Trainer. The callback of a tracker counts even if
+            ``report_to`` does not name the tracker. The TensorBoard tracker uses the writer of the
+            TensorBoard callback, or opens a separate folder without such a callback.
     """
     held = tuple(callbacks)
     classes = {cls.__name__ for callback in held for cls in type(callback).__mro__}
@@ -61,10 +65,10 @@ def trackers_for(args: TrainingArguments, callbacks: Iterable[TrainerCallback] =
 
 
 class Trackers:
-    """Logs to every tracker, and drops one that fails with one warning.
+    """Logs to every tracker. If a tracker fails, it logs one warning and removes that tracker.
 
     Args:
-        trackers: Any number, also none.
+        trackers: The trackers. There may be none.
     """
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
@@ -81,11 +85,11 @@ class Trackers:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the trackers that work."""
+        """The names of the trackers that still work."""
         return tuple(tracker.name for tracker in self._trackers)
 
     def report(self, reading: HealthReading) -> None:
-        """Log a reading; after the 4th, 8th, 16th and so on also the table and the heat map."""
+        """Log a reading, and after the 4th, 8th, 16th and so on also the table and the heat map."""
         if not self._trackers:
             return
         self._readings.add(reading)
@@ -96,19 +100,19 @@ class Trackers:
             self._log_snapshot()
 
     def alert(self, record: Record) -> None:
-        """Raise an alert with advice, if the record is worth one."""
+        """Send an alert with advice, if the record is important enough for one."""
         if not self._trackers:
             return
         try:
             alert = self._alerts.of(record)
-        except Exception as error:  # the events file has the record in any case
-            logger.warning("PSS has no words for the event of %s: %s", type(record).__name__, error)
+        except Exception as error:  # the events file contains the record in any case
+            logger.warning("PSS cannot describe the event of %s: %s", type(record).__name__, error)
             return
         if alert is not None:
             self._call(lambda tracker: tracker.alert(alert))
 
     def finish(self) -> None:
-        """Log the run's table and heat map. A second call logs nothing twice."""
+        """Log the final table and heat map. A second call does not log them again."""
         if self._snapshot_at < self._readings.num_seen:
             self._log_snapshot()
         self._call(lambda tracker: tracker.finish())
@@ -130,7 +134,7 @@ class Trackers:
             return None
         try:
             return draw_heat_map(self._readings)
-        except Exception as error:  # no missing package and no odd name may end the training
+        except Exception as error:  # neither a missing package nor an odd name may end the training
             self._can_draw = False
             logger.warning(
                 "PSS draws no heat map in this run: %s The table has its numbers.", error
@@ -147,12 +151,13 @@ class Trackers:
 
 
 def draw_heat_map(readings: ThinnedReadings) -> Image | None:
-    """Draw the stable rank of every matrix, rows by block, columns by step; NaN is orange.
+    """Draw the stable rank of every matrix as a heat map.
 
-    Cost: 0.34 s of one core for 72 matrices at 100 steps, 1.5 s with matplotlib's import.
+    Rows are matrices in the order of their blocks, and columns are steps. NaN is orange. Drawing 72
+    matrices at 100 steps takes 0.34 s on one core, or 1.5 s with the import of matplotlib.
 
     Returns:
-        None where no reading has a stable rank.
+        The picture, or None if no reading has a stable rank.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Weights & Biases and trackio: rows in the run that the Trainer has opened."""
+"""Trackers for Weights & Biases and trackio, which add rows to the run that the Trainer opened."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hf_pss.trainer.trackers.tracker import Snapshot, Tracker, histogram_of, lab
 
 __all__ = ["TrackioTracker", "WandbTracker"]
 
-# The Trainer's own axis: it logs this key with every row and defines it as everyone's x.
+# The Trainer logs this key with every row and defines it as the x axis of every curve.
 _STEP = "train/global_step"
 
 
 class _RowTracker(Tracker):
-    """Logs rows of its own beside the Trainer's.
+    """Logs rows in addition to those of the Trainer.
 
-    Never with ``step=``: W&B's counter of rows is not the Trainer's step, and W&B drops a row for a
-    counter that has passed.
+    It never passes ``step=``. The row counter of W&B is not the step of the Trainer, and W&B drops
+    a row whose counter value has passed.
 
     Args:
         run: An open run of the library.
         library: The module ``wandb`` or ``trackio``.
-        table_options: More arguments of the library's ``Table``.
+        table_options: Additional arguments of the library's ``Table``.
     """
 
     def __init__(self, run: Any, library: ModuleType, **table_options: object) -> None:
@@ -37,7 +37,7 @@ class _RowTracker(Tracker):
         self._table_options = table_options
 
     def report(self, reading: HealthReading) -> None:
-        """Log one row, NaN and inf included."""
+        """Log the reading as one row, including NaN and inf."""
         row: dict[str, Any] = dict(scalars_of(reading))
         for matrix, values in reading.spectra.items():
             if (histogram := histogram_of(values)) is not None:
@@ -61,10 +61,10 @@ class _RowTracker(Tracker):
 
 
 class WandbTracker(_RowTracker):
-    """Weights & Biases, online and offline.
+    """Logs to Weights & Biases, online or offline.
 
     Args:
-        run: A ``wandb.Run`` that is open.
+        run: An open ``wandb.Run``.
     """
 
     name = "wandb"
@@ -77,7 +77,7 @@ class WandbTracker(_RowTracker):
 
     @classmethod
     def of(cls, args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> WandbTracker:
-        """Take the process's open run.
+        """Return a tracker for the W&B run that is open in this process.
 
         Raises:
             StateError: No run is open.
@@ -90,20 +90,20 @@ class WandbTracker(_RowTracker):
         return cls(wandb.run)
 
     def alert(self, alert: Alert) -> None:
-        """Raise an alert: W&B mails it, or sends it to Slack, as the user has set it up."""
-        # W&B drops a title that comes again within a minute; ours holds the step.
+        """Send an alert, which W&B mails or posts to Slack, depending on the user's settings."""
+        # W&B drops a title that is repeated within a minute. The titles of PSS contain the step.
         self._run.alert(alert.title, alert.text, level=alert.level.name)
 
 
 class TrackioTracker(_RowTracker):
-    """Trackio, which keeps NaN and inf as words.
+    """Logs to trackio, which stores NaN and inf as strings.
 
     Args:
-        run: A ``trackio.Run``. If it is already finished, it still writes, in this thread.
+        run: A ``trackio.Run``. A finished run still writes, but in the calling thread.
     """
 
     name = "trackio"
-    max_rows = 2_000  # one row of its database holds the table
+    max_rows = 2_000  # trackio stores the table in one row of its database
 
     def __init__(self, run: Any) -> None:
         import trackio
@@ -112,7 +112,7 @@ class TrackioTracker(_RowTracker):
 
     @classmethod
     def of(cls, args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> TrackioTracker:
-        """Take the open run.
+        """Return a tracker for the trackio run that is open in this process.
 
         Raises:
             StateError: No run is open.
@@ -126,6 +126,6 @@ class TrackioTracker(_RowTracker):
         return cls(run)
 
     def alert(self, alert: Alert) -> None:
-        """Raise an alert; trackio also prints it and calls a webhook that is set up."""
+        """Send an alert. Trackio also prints it and calls a webhook if one is configured."""
         level = self._library.AlertLevel[alert.level.name]
         self._run.alert(alert.title, alert.text, level=level)

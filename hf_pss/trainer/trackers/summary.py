@@ -1,4 +1,4 @@
-"""A table for the end of a run: every matrix that looks ill, the worst first, and the reasons."""
+"""Build the table for the end of a run: its worst matrices, and the reasons for each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hf_pss.view.numbers import significant
 
 __all__ = ["summary_table"]
 
-# If one of these is not finite, the weights are not.
+# If one of these metrics is not finite, the weights are damaged.
 _OF_WEIGHTS = {"spectral_norm", "stable_rank", "frobenius_norm"}
 _WIDTH = 110
 
@@ -41,18 +41,18 @@ class _Row:
     ranks: tuple[float, float]
     norms: tuple[float, float]
     is_stale: bool
-    """Whether the last σ₁ lags behind the matrix, and the stable rank with it."""
+    """Whether the last estimates of σ₁ and the stable rank lag behind the matrix."""
     findings: tuple[Finding, ...]
-    """The worst first."""
+    """The findings, worst first."""
 
 
 def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int = 10) -> str:
     """Return the table as text, the worst matrices first.
 
     Args:
-        first: The first reading of the run, or since its resumption.
-        last: The last reading, which has the matrices of the table.
-        num_lines: The most matrices to show.
+        first: The first reading of the run, or the first one after it was resumed.
+        last: The last reading. The table shows its matrices.
+        num_lines: The largest number of matrices to show.
     """
     rows = sorted(_rows(first, last), key=lambda row: urgency(row.findings, row.ranks[1], row.name))
     if not rows:
@@ -65,7 +65,7 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
     table.add_column("why", overflow="fold")
     for row in rows[:num_lines]:
         why = "; ".join(finding.text for finding in row.findings)
-        # `Text`, because rich would read the square brackets of names as markup.
+        # `Text` is needed, because rich would interpret square brackets in names as markup.
         table.add_row(
             Text(visible(row.name).replace(".weight", "")),
             _arrow(row.ranks, row.is_stale),
@@ -87,7 +87,7 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
 
 
 def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
-    # Numbers of blocks and attentions do not belong to matrices.
+    # Metrics of representations belong to blocks and attention modules, not to matrices.
     held = [found for metric, found in last.matrices.items() if not _is_of_representations(metric)]
     names = list(dict.fromkeys(name for found in held for name in found))
     families: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
@@ -127,7 +127,7 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
 
 
 def _is_stale(name: str, last: HealthReading) -> bool:
-    # Exact numbers and matrices that are not finite have no residual.
+    # Exact numbers have no residual, and neither have matrices that are not finite.
     residual = last.matrices.get("spectral_norm_residual", {}).get(name, math.nan)
     return not math.isnan(residual) and TrackedSpectrum(math.nan, math.nan, residual).is_stale
 
@@ -141,7 +141,7 @@ def _damage(name: str, last: HealthReading, norm: float) -> list[Finding]:
     if norm == 0:  # the stable rank of such a matrix is NaN
         return [damaged("zero")]
     broken = _not_finite(name, last) & _OF_WEIGHTS
-    if broken == {"stable_rank"} and math.isnan(norm):  # a product of adapters has no norm here
+    if broken == {"stable_rank"} and math.isnan(norm):  # products of adapters have no norm here
         return [damaged("non_finite", "no stable rank: zeros, NaN or inf")]
     return [damaged("non_finite", f"not finite: {', '.join(sorted(broken))}")] if broken else []
 

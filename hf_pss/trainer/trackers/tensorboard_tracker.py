@@ -1,4 +1,4 @@
-"""TensorBoard, through the Trainer's own writer."""
+"""A tracker for TensorBoard that uses the writer of the Trainer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["TensorBoardTracker"]
 
 
 class TensorBoardTracker(Tracker):
-    """Writes into the Trainer's event file.
+    """Writes into the event file of the Trainer.
 
-    A second writer in the same folder would open a second file. TensorBoard reads only the newest
-    file from then on, so the Trainer's curves would stop. The Trainer closes its writer at the end
+    A second writer in the same folder would open a second file. TensorBoard would then read only
+    that newest file, and the Trainer's curves would stop. The Trainer closes its writer at the end
     of training. Later output opens a new file, which TensorBoard reads.
 
     Args:
         writer: A ``SummaryWriter``.
-        owns_writer: Close it at the end.
+        owns_writer: Whether to close the writer at the end.
     """
 
     name = "tensorboard"
-    max_rows = 500  # a page of text, rendered whole
+    max_rows = 500  # TensorBoard renders the table as one page of text
 
     def __init__(self, writer: Any, *, owns_writer: bool = False) -> None:
         self._writer = writer
@@ -40,7 +40,7 @@ class TensorBoardTracker(Tracker):
     def of(
         cls, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
     ) -> TensorBoardTracker:
-        """Borrow the Trainer's writer, or open one in ``runs/pss`` where there is none.
+        """Use the writer of the Trainer, or open one in ``runs/pss`` if the Trainer has none.
 
         Raises:
             ImportError: tensorboard is not installed.
@@ -56,7 +56,7 @@ class TensorBoardTracker(Tracker):
         return cls(SummaryWriter(str(folder)), owns_writer=True)
 
     def report(self, reading: HealthReading) -> None:
-        """Write scalars, NaN and inf included, and histograms."""
+        """Write scalars, including NaN and inf, and histograms."""
         for tag, value in scalars_of(reading):
             self._writer.add_scalar(tag, value, reading.step)
         for matrix, values in reading.spectra.items():
@@ -71,7 +71,7 @@ class TensorBoardTracker(Tracker):
         self._writer.flush()
 
     def alert(self, alert: Alert) -> None:
-        """Write a text, because TensorBoard has no alerts."""
+        """Write the alert as text, because TensorBoard has no alerts."""
         text = f"**{alert.level.name}** {alert.title}\n\n{alert.text}"
         self._writer.add_text("pss/alerts", text, alert.step)
         self._writer.flush()
@@ -88,7 +88,7 @@ class TensorBoardTracker(Tracker):
         self._writer.flush()
 
     def finish(self) -> None:
-        """Close the writer if it is ours."""
+        """Close the writer if this tracker has opened it."""
         if self._owns_writer:
             self._writer.close()
 

@@ -1,4 +1,4 @@
-"""The interface of a tracker, and the numbers, names and tables that every tracker gets."""
+"""The tracker interface, and the numbers, names and tables that every tracker receives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Image: TypeAlias = npt.NDArray[np.uint8]
-"""(height, width, 3), RGB."""
+"""RGB pixels of shape (height, width, 3)."""
 
 NUM_BINS = 64
 NONFINITE_SPECTRA = "nonfinite_spectra"
@@ -44,37 +44,38 @@ _PART = re.compile(r"\[(\w+)\]")
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts between edges, the form that all trackers accept."""
+    """A histogram as counts and bin edges, which all trackers accept."""
 
     counts: npt.NDArray[np.int64]
     edges: npt.NDArray[np.float64]
-    """One more than counts, ascending."""
+    """The bin edges in ascending order. There is one more edge than there are counts."""
     values: npt.NDArray[np.float64]
-    """The counted values; finite."""
+    """The values that were counted. All of them are finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The run so far: one table, and one picture where it could be drawn."""
+    """The run so far, as one table and, if it could be drawn, one heat map."""
 
     step: int
     columns: tuple[str, ...]
     rows: tuple[tuple[int | str | float | None, ...], ...]
-    """(step, matrix, metrics …); None where a step did not measure the metric."""
+    """Each row holds the step, the matrix and its metrics. A metric is None if it was not measured
+    at that step."""
     heat_map: Image | None
 
 
 class Tracker(ABC):
-    """One tracker. Methods may raise: `Trackers` turns that into one warning."""
+    """One tracker. A method may raise an exception, which `Trackers` turns into one warning."""
 
     name: str
-    """As in ``report_to``."""
+    """The name that ``report_to`` uses for the tracker."""
     max_rows: int
-    """Rows of a table that the tracker can hold and open."""
+    """The largest number of rows that a table in this tracker may have."""
 
     @abstractmethod
     def report(self, reading: HealthReading) -> None:
-        """Log a reading's numbers, and histograms of its spectra."""
+        """Log the numbers of a reading and histograms of its spectra."""
 
     @abstractmethod
     def alert(self, alert: Alert) -> None:
@@ -82,14 +83,14 @@ class Tracker(ABC):
 
     @abstractmethod
     def snapshot(self, snapshot: Snapshot) -> None:
-        """Log table and heat map, under the same names each time: the newest counts."""
+        """Log the table and the heat map. Each call replaces the previous ones of the same name."""
 
     def finish(self) -> None:  # noqa: B027 - most have nothing to close
-        """End the output. The tracker's run belongs to the Trainer and stays open."""
+        """Finish the output of PSS. The Trainer owns the tracker's run, so it stays open."""
 
 
 def label_of(matrix: str) -> str:
-    """Return a matrix's name as a tag that no tracker mistakes for a folder.
+    """Turn the name of a matrix into a tag that no tracker interprets as a folder.
 
     >>> label_of("transformer.h.0.attn.c_attn.weight[q]")
     'transformer.h.0.attn.c_attn.q'
@@ -99,29 +100,32 @@ def label_of(matrix: str) -> str:
 
 
 def scalars_of(reading: HealthReading) -> Iterator[tuple[str, float]]:
-    """Yield all numbers by tag: ``pss/…`` of the model, ``pss_health/metric/matrix`` of each."""
+    """Yield each number of a reading with its tag.
+
+    Numbers of the model have tags ``pss/…``, those of matrices ``pss_health/metric/matrix``.
+    """
     for name, value in reading.scalars.items():
         yield f"pss/{name.removeprefix('pss/')}", value
     for metric, by_matrix in reading.matrices.items():
         for matrix, value in by_matrix.items():
             yield f"pss_health/{metric}/{label_of(matrix)}", value
     if reading.spectra and NONFINITE_SPECTRA not in reading.scalars:
-        # A histogram cannot show NaN, and an empty panel does not show that there was one.
+        # A histogram cannot show NaN, so the number of spectra that hold NaN or inf is logged.
         yield f"pss/{NONFINITE_SPECTRA}", num_broken(reading.spectra)
 
 
 def histogram_of(values: tuple[float, ...]) -> Histogram | None:
-    """Count singular values between 0 and σ₁; None where none is finite.
+    """Return a histogram of singular values from 0 to σ₁, or None if no value is finite.
 
-    NaN and inf are left out, because no tracker's histogram accepts them. `scalars_of` counts such
-    spectra.
+    The histogram leaves out NaN and inf, because no tracker accepts them in a histogram.
+    `scalars_of` yields the number of spectra that hold such values.
     """
     found = np.asarray(values, dtype=np.float64)
     finite = found[np.isfinite(found)]
     if not len(finite):
         return None
     top = float(finite.max())
-    # Subnormal ranges cannot be divided; such a matrix is as good as zero.
+    # A subnormal range cannot be divided into bins. Such a matrix is practically zero.
     width = top if top > np.finfo(np.float64).tiny * NUM_BINS else 1.0
     counts, edges = np.histogram(finite, bins=NUM_BINS, range=(0.0, width))
     return Histogram(counts, edges, finite)
@@ -132,17 +136,20 @@ def num_broken(spectra: Mapping[str, tuple[float, ...]]) -> float:
     return float(sum(not np.isfinite(values).all() for values in spectra.values()))
 
 
-# Of one metric [ours]. A dense model of 70B has 560 matrices, a model of experts up to 20,000.
+# The largest number of curves for one metric, which we chose. A dense 70B model has 560 matrices,
+# and a mixture-of-experts model has up to 20,000.
 MAX_CURVES = 1024
-# Of a metric with more matrices: half of these places at once, the others for matrices that later
-# become one of the worst.
+# A model with more matrices than MAX_CURVES gets NUM_PLACES curves. The first reading fills half of
+# these places. The other half is for matrices that become some of the worst later.
 NUM_PLACES, NUM_NEWCOMERS = 128, 8
 
 _Value = TypeVar("_Value")
 
 
 def worst_first(matrices: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the matrices of all metrics: those with NaN or inf first, then by lowest stable rank.
+    """Return the names of all matrices, from the worst to the best.
+
+    Matrices with NaN or inf in a metric come first. The others are sorted by ascending stable rank.
 
     >>> worst_first({"stable_rank": {"a": 9.0, "b": 2.0, "c": 3.0}, "grad_norm": {"c": math.inf}})
     ['c', 'b', 'a']
@@ -155,17 +162,18 @@ def worst_first(matrices: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 class Curves:
-    """Chooses the matrices that have curves of their own: all, or the worst of very many.
+    """Chooses which matrices get curves: all of them, or only the worst if there are very many.
 
-    A curve that has begun is continued. It would have gaps otherwise, and in a long run every
-    matrix is once among the worst.
+    A matrix that has a curve keeps it for the rest of the run, so that the curve has no gaps.
+    Without this rule every matrix would get a curve in a long run, because each of them is among
+    the worst at some time.
     """
 
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
 
     def of(self, reading: HealthReading) -> HealthReading:
-        """Return the reading with the chosen matrices only; ``scalars`` still cover all."""
+        """Return the reading with only the chosen matrices. Its ``scalars`` still cover all."""
         most = max(map(len, (*reading.matrices.values(), reading.spectra)))
         if most <= MAX_CURVES:
             return reading
@@ -200,9 +208,9 @@ class Curves:
         return {name: values[name] for name in self._names if name in values}
 
 
-# Columns of the heat map: more are narrower than its pixels.
+# The largest number of columns in the heat map. More columns would be narrower than its pixels.
 MAX_READINGS = 512
-# Of all readings together: some 25 MB as Python floats in dictionaries.
+# The largest count of numbers in all readings. They take about 25 MB as floats in dictionaries.
 MAX_NUMBERS = 2**18
 
 
@@ -213,9 +221,10 @@ class _Kept:
 
 
 class ThinnedReadings:
-    """Readings of matrices in bounded memory: when they are too many, every second one is dropped.
+    """Keeps readings of matrices in bounded memory.
 
-    The first and the newest are always kept.
+    When there are too many readings, every second one is dropped. The first reading and the newest
+    reading are always kept.
     """
 
     def __init__(self, *, max_readings: int = MAX_READINGS) -> None:
@@ -226,7 +235,7 @@ class ThinnedReadings:
         self.num_seen = 0
 
     def add(self, reading: HealthReading) -> None:
-        """Add a reading; one without a number of a matrix is ignored."""
+        """Add a reading. A reading without any number of a matrix is ignored."""
         if not reading.matrices:
             return
         self._newest = _Kept(reading.step, reading.matrices)
@@ -238,26 +247,28 @@ class ThinnedReadings:
 
     @property
     def kept(self) -> Sequence[_Kept]:
-        """The readings that are left, in order."""
+        """The readings that are kept, in the order of their steps."""
         if self._newest is None or self._kept[-1] is self._newest:
             return list(self._kept)
         return [*self._kept, self._newest]
 
     def metrics(self) -> tuple[str, ...]:
-        """Return all metrics of matrices, in the order in which they came."""
+        """Return the names of all matrix metrics, in the order in which they first appeared."""
         return tuple(dict.fromkeys(name for kept in self.kept for name in kept.matrices))
 
     def rows(self, *, max_rows: int) -> tuple[tuple[int | str | float | None, ...], ...]:
-        """Return rows (step, matrix, metrics …) of as many readings, evenly spread, as fit.
+        """Return table rows, each with the step, the matrix and its metrics.
 
-        The newest reading is always one of them. If it alone is too long, its worst matrices are.
+        If not all readings fit into `max_rows`, the rows come from evenly spaced readings, as many
+        as fit. The newest reading is always included. If it does not fit on its own, only its worst
+        matrices are included.
         """
         readings, metrics = self.kept, self.metrics()
         sizes = [
             len({name for found in kept.matrices.values() for name in found}) for kept in readings
         ]
         stride = 1
-        # From the end backwards: the newest stays.
+        # The stride counts backwards from the end, so that the newest reading stays.
         while stride < len(readings) and sum(sizes[::-1][::stride]) > max_rows:
             stride += 1
         chosen = readings[::-1][::stride][::-1]
