@@ -484,7 +484,7 @@ def test_options_of_a_checkpoint_go_on_and_new_ones_are_announced(
         tmp_path, save_steps=HALF, pss_optim_args="momentum=0.8,scale=rms_match", resume=checkpoint
     )
     assert groups_of(resumed)[0]["momentum"] == 0.9
-    (warning,) = [w for w in warnings_of(caplog) if "has no effect" in w]
+    (warning,) = [w for w in warnings_of(caplog) if "which stays in effect" in w]
     assert "momentum=0.9" in warning
 
 
