@@ -218,7 +218,7 @@ def test_smooth_on_resume_warns_in_a_loop_without_a_trainer(
 ) -> None:
     """Only the Trainer's callback can honour it; the callback builds its controller silently."""
     PSSController(make_model(), PSSConfig(smooth_on_resume=True), speaks=speaks)
-    assert ("call smooth_now() once after load_state_dict()" in caplog.text) is speaks
+    assert ("Call smooth_now() once after load_state_dict()" in caplog.text) is speaks
 
 
 # ---- which matrices ----

@@ -74,14 +74,14 @@ def test_hub_cache(tmp_path: Path) -> None:
     snapshot = hub(tmp_path / "models--x")
     assert names(snapshot) == names(tmp_path / "models--x") == ["a"]
     (tmp_path / "models--x" / "snapshots" / ("b" * 40)).mkdir()
-    with pytest.raises(ConfigurationError, match="2 snapshots"):
+    with pytest.raises(ConfigurationError, match="2 possible snapshots"):
         open_checkpoint(tmp_path / "models--x")
     (tmp_path / "models--x" / "refs").mkdir()
     main = tmp_path / "models--x" / "refs" / "main"
     main.write_text(COMMIT)
     assert names(tmp_path / "models--x") == ["a"]
     main.write_text("../../..")
-    with pytest.raises(ConfigurationError, match="0 snapshots"):
+    with pytest.raises(ConfigurationError, match="0 possible snapshots"):
         open_checkpoint(tmp_path / "models--x")
 
 

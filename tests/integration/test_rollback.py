@@ -341,7 +341,7 @@ def test_what_cannot_be_moved_away_is_said_and_the_run_goes_on(
     spike(trainer, 100.0, steps=range(SPIKE, SPIKE + 3))
     trainer.train()
     assert trainer.state.global_step == 16
-    assert "checkpoint-10 stays" in caplog.text
+    assert "checkpoint-10 cannot be moved" in caplog.text
 
 
 def test_a_crash_right_after_a_rollback_does_not_undo_it(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_no_other_private_method_of_trainer_is_overridden() -> None:
 def test_another_signature_is_refused_with_the_versions(tmp_path: Path) -> None:
     message = (
         rf"OtherSignature\._load_rng_state takes \(self\).*{transformers.__version__} calls "
-        r"it with \(self, checkpoint\): let OtherSignature"
+        r"it with \(self, checkpoint\)\. Change OtherSignature"
     )
     with pytest.raises(IncompatibleVersionError, match=message):
         make_trainer(tmp_path, EAGER, trainer_class=OtherSignaturePSS)

@@ -78,7 +78,7 @@ def test_processes_are_started_again(run_dir: Path) -> None:
     assert launched.training_script_args[0] == "train"
     arguments = parse_plan(launched.training_script_args[1:]).arguments
     assert arguments.per_device_train_batch_size == 4
-    assert "trained by 2 processes" in said(run_dir)
+    assert "2 processes trained" in said(run_dir)
 
 
 @pytest.mark.parametrize("layout", ["whole", "fsdp"])

@@ -60,8 +60,11 @@ def test_a_signal_ends_all_of_it(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate, daemon=True).start()
+    endless = {"max_steps": "100000", "eval_steps": "100000"}
+    # An observed run ends by a signal as the plain Trainer does, with this process.
+    endless["pss_observe_only"] = "false"
     with pytest.raises(SystemExit) as ended:
-        compare.train(folder, {**options, "max_steps": "100000", "eval_steps": "100000"})
+        compare.train(folder, {**options, **endless})
     assert ended.value.code == compare.TERMINATED == 143
     assert half.is_dir()
     assert not folder.exists()

@@ -212,9 +212,9 @@ def test_survivors_may_count_as_healthy() -> None:
 def test_the_table_shows_the_earliest_first() -> None:
     rows = [*family_of_rows(), watched(1e-2, 2, rank=falling(100), explosion_step=EXPLOSION)]
     lines = shown(rows).splitlines()
-    assert lines[1].split()[0] == "stable_rank"
+    assert lines[2].split()[0] == "stable_rank"
     for cell in ("3 of 3", "101 (51…101)", "100…150", "1 of 1"):
-        assert cell in lines[1]
+        assert cell in lines[2]
 
 
 def test_names_of_rows_from_elsewhere_are_plain_text() -> None:
