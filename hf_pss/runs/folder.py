@@ -52,7 +52,8 @@ ABANDONED = "_pss_abandoned"
 # A file above its limit is not opened. Parsed JSON takes up to 25 times the memory of its text.
 # A logged row takes 200 bytes, with PSS's numbers 600, so this holds 400,000 rows.
 MAX_STATE_BYTES = 2**28
-# The files of lines of a long run take some 100 MB. An intervention on 1,000 matrices takes 300 kB.
+# Readers of JSON-lines files take one line at a time and stop at this limit, which is ten times the
+# size of a long run's file. An intervention on 1,000 matrices takes 300 kB.
 MAX_LINES_BYTES = 2**30
 MAX_LINE_BYTES = 16 * 2**20
 # The index of a model of 90,000 tensors takes 9 MB. The marker of 10,000 ranks takes less.
