@@ -23,12 +23,12 @@ from hf_pss.records.events import Event, EventKind
 from hf_pss.runs.folder import EVENTS_FILE
 from hf_pss.runs.records_files import parse_record, read_lines
 from hf_pss.trainer.callback import PSSCallback
+from hf_pss.view.numbers import plural
 
 __all__ = [
     "ProgressDisplay",
     "RunSummary",
     "count_steps",
-    "counted",
     "render_summary",
     "set_step_counts_",
     "summarise",
@@ -124,15 +124,6 @@ def render_summary(summary: RunSummary, model_dir: Path) -> RenderableType:
             table.add_row(name, "–" if value is None else form.format(value))
     # This is a `Text`, because names hold square brackets, which rich would read as markup.
     return table if summary.health is None else Group(table, Text(summary.health))
-
-
-def counted(number: float, what: str) -> str:
-    """Return a number and the name of what it counts, in the plural unless the number is 1.
-
-    >>> counted(1, "spike"), counted(1200, "spike")
-    ('1 spike', '1,200 spikes')
-    """
-    return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
 
 
 def _logged_loss(logs: Mapping[str, float]) -> float:
@@ -248,9 +239,9 @@ class ProgressDisplay(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self._loss = _logged_loss(logs)
-        events = counted(logs.get("pss/interventions", 0), "intervention")
+        events = plural(logs.get("pss/interventions", 0), "intervention")
         if num_bad := logs.get("pss/nonfinite_steps", 0):
-            events += f", {counted(num_bad, 'non-finite step')}"
+            events += f", {plural(num_bad, 'non-finite step')}"
         self._bar.update(self._task, loss=f"loss {self._loss:.3f}", events=events)
 
     def on_evaluate(

@@ -39,7 +39,6 @@ from hf_pss.cli.model import (
 )
 from hf_pss.cli.progress import (
     ProgressDisplay,
-    counted,
     render_summary,
     set_step_counts_,
     summarise,
@@ -54,6 +53,7 @@ from hf_pss.evidence.data import BlockDataset, unigram_entropy_nats
 from hf_pss.models.measurements import select_watched
 from hf_pss.trainer.pss_trainer import PSSTrainer
 from hf_pss.trainer.throughput import ThroughputTrainerMixin, num_parameters
+from hf_pss.view.numbers import plural
 
 __all__ = ["run_training"]
 
@@ -259,11 +259,11 @@ def _announce(
         of_text = f"{text.train.blocks.numel():,} training tokens in blocks of {length}"
     lines = [
         f"{model.config.model_type}, {num_parameters(model):,} parameters; {of_text}, "
-        f"{counted(len(text.validation), 'validation block')}"
+        f"{plural(len(text.validation), 'validation block')}"
         + (f"; resumed from {checkpoint}" if checkpoint else ""),
         f"{tokens:,} tokens a step: {arguments.gradient_accumulation_steps} × "
-        f"{arguments.train_batch_size} sequences of {length}, on {arguments.world_size} "
-        f"{'process' if arguments.world_size == 1 else 'processes'}",
+        f"{arguments.train_batch_size} sequences of {length}, on "
+        f"{plural(arguments.world_size, 'process', 'processes')}",
     ]
     if arguments.pss_optim is not None:
         lines.append(f"{arguments.pss_optim} trains the weight matrices, AdamW all else")

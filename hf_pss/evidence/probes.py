@@ -19,6 +19,7 @@ from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter
 from hf_pss.models.distributed import backend_for
 from hf_pss.models.measurements import UpdateMeter, measure_stable_ranks
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.records.strict_json import finite_or_none
 from hf_pss.trainer.callback import PSSCallback
 
 __all__ = ["PROBED", "Probes"]
@@ -144,8 +145,7 @@ class Probes(TimedCallback):
             self._now["grad_norm_preclip"] = norm
         self._steps.append(step)
         for name, series in self._series.items():
-            value = self._now.get(name, math.nan)
-            series.append(value if math.isfinite(value) else None)
+            series.append(finite_or_none(self._now.get(name)))
         return False
 
     def on_train_end(

@@ -35,6 +35,7 @@ from hf_pss.evidence.probes import Probes
 from hf_pss.evidence.recipes import Fault, Recipe
 from hf_pss.evidence.rows import Row
 from hf_pss.records.events import Intervention
+from hf_pss.records.strict_json import finite_or_none
 from hf_pss.runs.folder import HEALTH_FILE, METRICS_FILE
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.pss_trainer import PSSTrainer
@@ -67,7 +68,7 @@ class CellTrainer(PSSTrainer):
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.view(-1)[0] = math.nan
-        self.losses.append(_finite(loss.item()))
+        self.losses.append(finite_or_none(loss.item()))
         return loss
 
 
@@ -124,7 +125,7 @@ class _StepRecorder(TrainerCallback):
         self._write(
             step=state.global_step,
             loss=self._losses[-1],
-            **{name: _finite(scalars.get(name)) for name in _PSS_NUMBERS},
+            **{name: finite_or_none(scalars.get(name)) for name in _PSS_NUMBERS},
             pss_seconds=scalars.get("seconds"),
         )
 
@@ -137,7 +138,7 @@ class _StepRecorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Record the validation loss."""
-        loss = _finite((metrics or {}).get("eval_loss"))
+        loss = finite_or_none((metrics or {}).get("eval_loss"))
         self.evaluations.append((state.global_step, loss))
         self._write(step=state.global_step, eval_loss=loss)
 
@@ -287,10 +288,6 @@ def read_health_series(path: Path) -> dict[str, list[Any]]:
         "step": [reading["step"] for reading in readings],
         **{name: list(_rounded(r["scalars"].get(name) for r in readings)) for name in names},
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _rounded(values: Iterable[float | None]) -> tuple[float | None, ...]:

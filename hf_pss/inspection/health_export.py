@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 
 from hf_pss.inspection.compare import ChangedMatrix
 from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
+from hf_pss.records.strict_json import finite_or_none
 
 __all__ = ["SCHEMA_VERSION", "as_json", "write_json"]
 
@@ -111,7 +111,7 @@ def _fields(record: object, *names: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return finite_or_none(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_pss.errors import StateError
 
-__all__ = ["number_of", "parse_object", "read_object", "reason_of", "visible"]
+__all__ = ["finite_or_none", "number_of", "parse_object", "read_object", "reason_of", "visible"]
 
 # The number of characters of a name that are shown.
 _LONGEST = 300
@@ -96,6 +96,15 @@ def number_of(value: object) -> float | None:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
         return math.inf
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number that JSON can hold, or None for NaN, inf and None.
+
+    >>> finite_or_none(1.5), finite_or_none(float("nan"))
+    (1.5, None)
+    """
+    return value if value is not None and math.isfinite(value) else None
 
 
 def visible(name: object) -> str:

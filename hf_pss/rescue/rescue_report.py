@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hf_pss.records.strict_json import visible
+from hf_pss.records.strict_json import finite_or_none, visible
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
 from hf_pss.rescue.investigate import Investigation
@@ -88,15 +87,11 @@ def _checkpoint(one: CheckpointReport) -> dict[str, Any]:
         "worst_matrix": worst
         and {
             "name": worst.health.name,
-            "stable_rank": _finite(worst.health.stable_rank),
-            "sigma1": _finite(worst.health.sigma1),
+            "stable_rank": finite_or_none(worst.health.stable_rank),
+            "sigma1": finite_or_none(worst.health.sigma1),
             "findings": [finding.text for finding in worst.findings],
         },
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def render_investigation(found: Investigation) -> RenderableType:

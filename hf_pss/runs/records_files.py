@@ -24,7 +24,7 @@ from hf_pss.records.events import (
     to_json_line,
 )
 from hf_pss.records.steps import HealthReading
-from hf_pss.records.strict_json import number_of, parse_object
+from hf_pss.records.strict_json import finite_or_none, number_of, parse_object
 from hf_pss.runs.durable import replacing
 from hf_pss.runs.folder import (
     EVENTS_FILE,
@@ -94,7 +94,7 @@ def reading_line(reading: HealthReading, *, scalars: bool = True) -> str:
 
 
 def _strict(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: finite_or_none(value) for name, value in values.items()}
 
 
 class JsonLines:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import random
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from hf_pss.trainer.seams import wrapped
 
 __all__ = ["BatchLoss"]
 
@@ -71,24 +72,12 @@ class BatchLoss:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Store the arguments of each call of ``compute_loss`` while the block runs."""
-        trainer = self._trainer
-        compute_loss = trainer.compute_loss
-
-        @functools.wraps(compute_loss)
-        def remember(*args: Any, **kwargs: Any) -> Any:
-            self._latest = _Call.of(args, kwargs)
-            return compute_loss(*args, **kwargs)
-
-        # Replace the method on the instance, so that the method of any subclass is covered.
-        before = trainer.__dict__.get("compute_loss")
-        trainer.compute_loss = remember
-        try:
+        with wrapped(self._trainer, "compute_loss", self._remember):
             yield
-        finally:
-            if before is None:
-                del trainer.compute_loss
-            else:
-                trainer.compute_loss = before
+
+    def _remember(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._latest = _Call.of(args, kwargs)
+        return compute_loss(*args, **kwargs)
 
     def end_step(self, *, is_sound: bool) -> None:
         """End a step. If it was sound, keep its last micro-batch for later steps."""

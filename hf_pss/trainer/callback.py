@@ -559,8 +559,9 @@ def _refuse_unread_arguments(trainer: Trainer) -> None:
         given += [f"pss_{n}" for n, v in unset.items() if options[f"pss_{n}"] not in (None, v)]
     if given:
         name = type(trainer).__name__
+        verb = "needs" if len(given) == 1 else "need"
         raise ConfigurationError(
-            f"{' and '.join(given)} need more than a callback. Use PSSTrainer, or class "
+            f"{' and '.join(given)} {verb} more than a callback. Use PSSTrainer, or class "
             f"My{name}(PSSTrainerMixin, {name}), or leave the option out."
         )
 

@@ -141,6 +141,8 @@ class SafeCheckpointsMixin:
 
     recovery: RecoveryConfig | None = None
     """The options. None takes them from the training arguments, or else the defaults."""
+    _is_active = True
+    """The result of `_is_on` for the current run."""
     _staging: Path | None = None
     _signals: DelayedSignals | None = None
     _agreed_signum = 0
@@ -212,7 +214,8 @@ class SafeCheckpointsMixin:
             SystemExit: The process received SIGTERM, and the step has been saved. The code is 143.
         """
         trainer: Any = self
-        if not self._is_on():
+        self._is_active = self._is_on()
+        if not self._is_active:
             given = (resume_from_checkpoint, *args) if resume_from_checkpoint or args else ()
             return super().train(*given, **kwargs)  # type: ignore[misc]
         run_dir = Path(trainer.args.output_dir)
@@ -274,7 +277,7 @@ class SafeCheckpointsMixin:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         self._before_epoch(kwargs.get("trial"))
-        if self._is_on() and 0 < trainer.state.max_steps <= trainer.state.global_step:
+        if self._is_active and 0 < trainer.state.max_steps <= trainer.state.global_step:
             # The run was resumed at its last step. transformers 5.23 would train one more step.
             trainer.control.should_training_stop = True
             return
@@ -293,7 +296,7 @@ class SafeCheckpointsMixin:
         if self._agreed_signum:
             control.should_evaluate = False  # after a signal there is only time for the save
         self._before_saving()
-        if not self._is_on():
+        if not self._is_active:
             super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
             return
         is_refused = False
@@ -357,7 +360,7 @@ class SafeCheckpointsMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
-        if not self._is_on():
+        if not self._is_active:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             return
         if (broken := self._broken()) is not None:

@@ -99,16 +99,7 @@ class ScheduleFreeCallback(BackToTraining):
         """Switch to the averaged weights if they are used before the next step."""
         leave_training(optimizer, control)
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Do the same at the end of an epoch."""
-        leave_training(optimizer, control)
+    on_epoch_end = on_step_end
 
 
 def _forget_gathered_(model: nn.Module | None) -> None:

@@ -38,13 +38,13 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
-def plural(number: int, one: str, many: str | None = None) -> str:
+def plural(number: float, one: str, many: str | None = None) -> str:
     """Write how many things there are.
 
     >>> plural(1, "seed"), plural(1200, "matrix", "matrices")
     ('1 seed', '1,200 matrices')
     """
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    return f"{number:,.0f} {one if number == 1 else many or one + 's'}"
 
 
 def percent(ratio: float) -> str:

@@ -74,22 +74,29 @@ class Backend(ABC):
     def collect(self, parameter: Tensor, owner: int, rows: slice | None = None) -> Tensor | None:
         """Return rows ``start:stop`` (None: all) on the owner, for reading, and None elsewhere."""
 
-    @abstractmethod
-    def part(self, parameter: Tensor, rows: slice | None = None) -> AbstractContextManager[Part]:
+    @contextmanager
+    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
         """Give this rank's part of a parameter. You may change it in place until the block ends.
 
         Changes outside the given rows may be lost.
         """
+        yield self.local(parameter.detach())
 
-    @abstractmethod
+    @contextmanager
     def moment_part(
         self,
         optimizer: Optimizer,
         parameter: Tensor,
         names: Sequence[str],
         rows: slice | None = None,
-    ) -> AbstractContextManager[Part | None]:
+    ) -> Iterator[Part | None]:
         """Give `part` of the first of these optimizer states that the parameter has, or None."""
+        moment = moment_of(optimizer, parameter, names)
+        yield None if moment is None else self.local(moment)
+
+    def local(self, stored: Tensor) -> Part:
+        """Return this rank's part of a stored tensor, which shares its memory."""
+        return Part(stored)
 
     def read_part(self, parameter: Tensor) -> AbstractContextManager[Part]:
         """Give this rank's part of a parameter for reading, as the forward pass uses it."""
@@ -157,23 +164,6 @@ class OneProcess(Backend):
         """Return the parameter or the given rows of it, without a copy."""
         whole = parameter.detach()
         return None if owner != self.rank else whole if rows is None else whole[rows]
-
-    @contextmanager
-    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
-        """Give the complete parameter."""
-        yield Part(parameter.detach())
-
-    @contextmanager
-    def moment_part(
-        self,
-        optimizer: Optimizer,
-        parameter: Tensor,
-        names: Sequence[str],
-        rows: slice | None = None,
-    ) -> Iterator[Part | None]:
-        """Give the complete moment."""
-        moment = moment_of(optimizer, parameter, names)
-        yield Part(moment) if moment is not None else None
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Do nothing."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.optim import Optimizer
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.distributed.backend import ManyRanks, Part, moment_of, to_owner
+from hf_pss.models.distributed.backend import ManyRanks, Part, to_owner
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -111,11 +108,11 @@ class Sharded(ManyRanks):
 
     def keep(self, parameter: Tensor) -> Tensor:
         """Return a copy of this rank's rows."""
-        return _part(parameter.detach()).tensor.clone()
+        return self.local(parameter.detach()).tensor.clone()
 
     def put_back_(self, parameter: Tensor, kept: Tensor) -> None:
         """Copy the rows back."""
-        _part(parameter.detach()).tensor.copy_(kept)
+        self.local(parameter.detach()).tensor.copy_(kept)
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
         """Store this rank's rows of the value."""
@@ -145,22 +142,14 @@ class Sharded(ManyRanks):
             stored.to_local()[at : at + lengths[shard]], lengths, owner % num_shards, self.group
         )
 
-    @contextmanager
-    def part(self, parameter: Tensor, rows: slice | None = None) -> Iterator[Part]:
-        """Give this rank's rows."""
-        yield _part(parameter.detach())
-
-    @contextmanager
-    def moment_part(
-        self,
-        optimizer: Optimizer,
-        parameter: Tensor,
-        names: Sequence[str],
-        rows: slice | None = None,
-    ) -> Iterator[Part | None]:
-        """Give this rank's rows of the moment."""
-        moment = moment_of(optimizer, parameter, names)
-        yield _part(moment) if moment is not None else None
+    def local(self, stored: Tensor) -> Part:
+        """Return this rank's rows."""
+        if not isinstance(stored, DTensor):
+            return Part(stored)
+        _, offset = compute_local_shape_and_global_offset(
+            stored.shape, stored.device_mesh, stored.placements
+        )
+        return Part(stored.to_local(), offset[0])
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Broadcast the tensor to all replicas."""
@@ -171,12 +160,3 @@ class Sharded(ManyRanks):
         dist.all_reduce(tensor)
         if len(self.replicas) > 1:
             tensor /= len(self.replicas)
-
-
-def _part(tensor: Tensor) -> Part:
-    if not isinstance(tensor, DTensor):
-        return Part(tensor)
-    _, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return Part(tensor.to_local(), offset[0])
