@@ -193,9 +193,8 @@ def _compared(output_dir: Path, reference: str) -> list[Row]:
 
 
 def _read(output_dir: Path) -> list[Row]:
-    from hf_pss.evidence.rows import read_rows
+    from hf_pss.evidence.rows import comparable, read_rows
     from hf_pss.evidence.runner import ROWS_FILE
-    from hf_pss.evidence.statistics import comparable
 
     found = list(read_rows(output_dir / ROWS_FILE))
     rows = comparable(found)

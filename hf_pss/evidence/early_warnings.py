@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TypeVar
 
 from rich.table import Table
 
@@ -32,24 +32,6 @@ from hf_pss.evidence.rows import Row
 from hf_pss.view.numbers import NOTHING
 from hf_pss.view.tables import lean_table
 
-__all__ = [
-    "HORIZON_STEPS",
-    "RULES",
-    "LeadScore",
-    "Record",
-    "Score",
-    "WarningRule",
-    "at_equal_rate",
-    "by_recipe",
-    "departure_step",
-    "lead_time",
-    "record_of",
-    "render_table",
-    "score",
-    "threshold_sweep",
-    "warning_steps",
-]
-
 _BASELINE = Baseline(alpha=0.1, calibration_steps=20, patience_steps=50)
 
 
@@ -61,16 +43,10 @@ class WarningRule:
     """A series of `hf_pss.evidence.probes.PROBED`, or ``loss``."""
     detector: Callable[[float], Detector]
     """Builds the detector for a threshold."""
-    threshold: float
-    """The published threshold; ours where none is published."""
     thresholds: tuple[float, ...]
     """The thresholds that a comparison tries, the most sensitive first."""
-    description: str
     complement: bool = False
     """Whether the detector reads one minus the value, so that a floor acts as a ceiling."""
-
-
-_AVERAGE: dict[str, Any] = {"alpha": 0.1, "calibration_steps": 20, "patience_steps": 50}
 
 
 def _ratio(limit: float) -> Detector:
@@ -94,105 +70,68 @@ _SHARES = (*(round(0.95 - 0.05 * i, 2) for i in range(19)), 0.02, 0.01)
 
 RULES: Mapping[str, WarningRule] = MappingProxyType(
     {
-        "loss_ratio": WarningRule(
-            "loss", _ratio, 1.2, _RATIOS, "the loss itself, which a warning has to precede"
-        ),
-        "grad_norm_ratio": WarningRule(
-            "grad_norm_preclip", _ratio, 2.5, _RATIOS, "the published trigger (arXiv 2602.01308)"
-        ),
-        "update_norm_ratio": WarningRule(
-            "update_norm", _ratio, 2.5, _RATIOS, "the same on the update norm; ours"
-        ),
-        "min_stable_rank_drop": WarningRule(
-            "min_stable_rank", _drop, 0.5, _DROPS, "the worst matrix against its recent past; ours"
-        ),
-        "mean_stable_rank_drop": WarningRule(
-            "mean_stable_rank", _drop, 0.2, _DROPS, "the mean against its recent past; ours"
-        ),
-        "min_stable_rank_floor": WarningRule(
-            "min_stable_rank", _floor, 2.0, _RANKS, "the worst matrix against a fixed floor; ours"
-        ),
-        "mean_stable_rank_floor": WarningRule(
-            "mean_stable_rank", _floor, 4.0, _RANKS, "the mean against a fixed floor; ours"
-        ),
+        # The loss itself, which a warning has to precede.
+        "loss_ratio": WarningRule("loss", _ratio, _RATIOS),
+        # The published trigger, with a threshold of 2.5 (arXiv 2602.01308).
+        "grad_norm_ratio": WarningRule("grad_norm_preclip", _ratio, _RATIOS),
+        # The rules without a source are ours.
+        "update_norm_ratio": WarningRule("update_norm", _ratio, _RATIOS),
+        # The worst matrix and the mean, against their recent past or against a fixed floor.
+        "min_stable_rank_drop": WarningRule("min_stable_rank", _drop, _DROPS),
+        "mean_stable_rank_drop": WarningRule("mean_stable_rank", _drop, _DROPS),
+        "min_stable_rank_floor": WarningRule("min_stable_rank", _floor, _RANKS),
+        "mean_stable_rank_floor": WarningRule("mean_stable_rank", _floor, _RANKS),
+        # Explosions had an SJE above 0.8 (arXiv 2602.01308): 1 − SJE is below 0.2.
         "jacobian_energy_level": WarningRule(
-            "max_jacobian_energy",
-            _floor,
-            0.2,
-            _SHARES,
-            "SJE above 0.8, seen in explosions (arXiv 2602.01308): 1 − SJE below 0.2",
-            complement=True,
+            "max_jacobian_energy", _floor, _SHARES, complement=True
         ),
-        "jacobian_energy_ratio": WarningRule(
-            "mean_jacobian_energy", _ratio, 2.5, _RATIOS, "mean SJE against its past; ours"
-        ),
-        "sign_diversity_floor": WarningRule(
-            "mean_sign_diversity",
-            _floor,
-            0.2,
-            _SHARES,
-            "collapse of sign diversity (arXiv 2510.04202); number and threshold are ours",
-        ),
-        "sign_diversity_drop": WarningRule(
-            "mean_sign_diversity", _drop, 0.5, _DROPS, "the same against its recent past; ours"
-        ),
-        "spectral_growth_ratio": WarningRule(
-            "max_spectral_growth", _ratio, 1.2, _RATIOS, "σ₁ against its recent past; ours"
-        ),
+        "jacobian_energy_ratio": WarningRule("mean_jacobian_energy", _ratio, _RATIOS),
+        # The collapse of sign diversity (arXiv 2510.04202). The number and the threshold are ours.
+        "sign_diversity_floor": WarningRule("mean_sign_diversity", _floor, _SHARES),
+        "sign_diversity_drop": WarningRule("mean_sign_diversity", _drop, _DROPS),
+        "spectral_growth_ratio": WarningRule("max_spectral_growth", _ratio, _RATIOS),
     }
 )
 """The rules. Ratios and drops compare with a moving average (α = 0.1) of at least 20 readings."""
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One series of one run. A value is None where the reading was not finite."""
-
-    steps: tuple[int, ...]
-    values: tuple[float | None, ...]
+Record = dict[int, float | None]
+"""One series of one run, by step. A value is None where the reading was not finite."""
 
 
-def record_of(row: Row, series: str) -> Record | None:
-    """Return a series of a row's probes, health or losses; None if it was not recorded.
+def record_of(row: Row, series: str) -> Record:
+    """Return a series of a row's probes, health or losses; empty if it was not recorded.
 
     A series without any number counts as not recorded, not as non-finite at every step.
 
     Raises:
         ConfigurationError: The series and its steps are of different lengths.
     """
-    steps, values = tuple(range(1, len(row.losses) + 1)), tuple(row.losses)
+    steps, values = range(1, len(row.losses) + 1), row.losses
     if series != "loss":
         sources = (row.extra.get("probes") or {}, row.extra.get("health") or {})
         held = next((source for source in sources if series in source), {})
-        steps, values = tuple(held.get("step", ())), tuple(held.get(series, ()))
-        if held and len(steps) != len(values):
+        steps, values = held.get("step", ()), held.get(series, ())
+        if len(steps) != len(values) and held:
             raise ConfigurationError(
                 f"Row {row.id} holds {len(values)} values of {series!r} for {len(steps)} steps; "
                 "store the results of Probes.to_dict and read_health_series unchanged."
             )
-    return Record(steps, values) if any(value is not None for value in values) else None
+    has_number = any(value is not None for value in values)
+    return dict(zip(steps, values, strict=True)) if has_number else {}
 
 
-def warning_steps(
-    rule: WarningRule, record: Record, *, threshold: float | None = None
-) -> tuple[int, ...]:
-    """Return the steps at which the rule warns. A reading that is not finite always warns.
-
-    Args:
-        rule: The rule to apply.
-        record: The series to judge.
-        threshold: Replaces the rule's own.
-    """
-    detector = rule.detector(rule.threshold if threshold is None else threshold)
+def warning_steps(rule: WarningRule, record: Record, threshold: float) -> list[int]:
+    """Return the steps at which the rule warns. A reading that is not finite always warns."""
+    detector = rule.detector(threshold)
     warned = []
-    for step, value in zip(record.steps, record.values, strict=True):
+    for step, value in record.items():
         reading = math.nan if value is None else value
         if rule.complement:
             reading = max(1 - reading, 0.0) if math.isfinite(reading) else reading
         judgement = detector.judge({GLOBAL: reading})
         if judgement.verdict in (Verdict.SPIKE, Verdict.NON_FINITE):
             warned.append(step)
-    return tuple(warned)
+    return warned
 
 
 HORIZON_STEPS = 200
@@ -242,7 +181,7 @@ def departure_step(losses: Sequence[float | None], explosion_step: int) -> int:
 
 def lead_time(
     losses: Sequence[float | None],
-    warnings: Sequence[int],
+    warnings: Iterable[int],
     explosion_step: int,
     *,
     horizon_steps: int = HORIZON_STEPS,
@@ -271,7 +210,10 @@ def lead_time(
 class LeadScore:
     """Warnings before explosions and false alarms in healthy runs, for one group of runs."""
 
+    name: str
+    """The rule or the metric."""
     recipe: str
+    threshold: float
     leads: tuple[int | None, ...]
     """For each explosion, the steps from the warning to the loss's departure; None
     without a warning."""
@@ -309,127 +251,97 @@ class LeadScore:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score(LeadScore):
-    """The score of one rule at one threshold over the runs of one recipe, or of all recipes."""
-
-    rule: str
-    threshold: float
+AnyScore = TypeVar("AnyScore", bound=LeadScore)
 
 
-def score(
-    name: str,
-    rows: Iterable[Row],
-    *,
-    threshold: float | None = None,
-    recipe: str = "all",
-    horizon_steps: int = HORIZON_STEPS,
-) -> Score:
-    """Judge one rule over the rows that recorded its series.
+def most_sensitive(
+    candidates: Iterable[Collection[AnyScore]], max_false_alarms: float
+) -> list[AnyScore]:
+    """Return the first scores that keep one rate of false alarms over all groups together.
+
+    A group without an explosion and without a healthy reading is left out.
+
+    Args:
+        candidates: The scores of all groups at one threshold, for thresholds in the order of
+            their sensitivity. The result is empty if none of them keeps the rate.
+        max_false_alarms: The most false alarms per 1,000 readings of healthy runs.
+    """
+    for scores in candidates:
+        readings = sum(one.num_healthy_readings for one in scores)
+        alarms = sum(one.num_false_alarms for one in scores)
+        if readings and 1000 * alarms <= max_false_alarms * readings:
+            return [one for one in scores if one.leads or one.num_healthy_readings]
+    return []
+
+
+def score(name: str, rows: Iterable[Row], threshold: float, *, recipe: str) -> LeadScore:
+    """Judge one rule over the rows of a recipe that recorded its series.
 
     A run counts as healthy if it finished and never met its recipe's definition of an explosion.
 
-    Args:
-        name: A key of `RULES`.
-        rows: Unprotected runs.
-        threshold: Replaces the rule's own.
-        recipe: The name of the score.
-        horizon_steps: See `lead_time`.
-
     Raises:
-        ConfigurationError: The rule is unknown, or a row is damaged.
+        ConfigurationError: A row is damaged.
     """
-    if name not in RULES:
-        raise ConfigurationError(f"There is no rule {name!r}; choose one of {', '.join(RULES)}.")
     rule = RULES[name]
-    level = rule.threshold if threshold is None else threshold
     leads: list[int | None] = []
     false_alarms = readings = 0
     for row in rows:
-        record = record_of(row, rule.series)
-        if record is None:
+        if row.recipe != recipe or not (record := record_of(row, rule.series)):
             continue
-        warned = warning_steps(rule, record, threshold=level)
+        warned = warning_steps(rule, record, threshold)
         if row.explosion_step is not None:
-            lead = lead_time(row.losses, warned, row.explosion_step, horizon_steps=horizon_steps)
-            leads.append(lead)
+            leads.append(lead_time(row.losses, warned, row.explosion_step))
         elif row.status == "finished":
             false_alarms += len(warned)
-            readings += len(record.steps)
-    return Score(
-        rule=name,
+            readings += len(record)
+    return LeadScore(
+        name=name,
         recipe=recipe,
-        threshold=level,
+        threshold=threshold,
         leads=tuple(leads),
         num_false_alarms=false_alarms,
         num_healthy_readings=readings,
     )
 
 
-def threshold_sweep(name: str, rows: Sequence[Row]) -> tuple[Score, ...]:
-    """Judge a rule over all rows at each of its thresholds, the most sensitive first.
-
-    Raises:
-        ConfigurationError: The rule is unknown, or a row is damaged.
-    """
-    thresholds = RULES[name].thresholds if name in RULES else (0.0,)
-    return tuple(score(name, rows, threshold=threshold) for threshold in thresholds)
-
-
-def at_equal_rate(
-    rows: Sequence[Row], *, max_false_alarms: float, rules: Sequence[str] = tuple(RULES)
-) -> tuple[Score, ...]:
+def at_equal_rate(rows: Sequence[Row], *, max_false_alarms: float) -> list[LeadScore]:
     """Return a score per rule and recipe, at the most sensitive threshold within one alarm rate.
 
     A rule has one threshold over all recipes, because nobody knows beforehand which explosion will
     come. The threshold is chosen on the same healthy runs whose rate is reported, so expect a
-    slightly higher rate in new runs.
+    slightly higher rate in new runs. A rule is left out if none of its thresholds keeps the rate,
+    or if no healthy run recorded its series.
 
     Args:
         rows: Unprotected runs.
         max_false_alarms: The most false alarms per 1,000 readings of all healthy runs together.
-        rules: Names of rules. A rule is left out if none of its thresholds keeps the rate, or if no
-            healthy run recorded its series.
 
     Raises:
-        ConfigurationError: A rule is unknown, or a row is damaged.
+        ConfigurationError: A row is damaged.
     """
-    found: list[Score] = []
-    for name in rules:
-        for one in threshold_sweep(name, rows):
-            if one.false_alarm_rate is not None and one.false_alarm_rate <= max_false_alarms:
-                found += by_recipe(name, rows, threshold=one.threshold)
-                break
-    return tuple(found)
+    recipes = sorted({row.recipe for row in rows})
+    found: list[LeadScore] = []
+    for name, rule in RULES.items():
+        candidates = (
+            [score(name, rows, threshold, recipe=recipe) for recipe in recipes]
+            for threshold in rule.thresholds
+        )
+        found += most_sensitive(candidates, max_false_alarms)
+    return found
 
 
-def by_recipe(
-    name: str, rows: Sequence[Row], *, threshold: float | None = None
-) -> tuple[Score, ...]:
-    """Judge a rule over the rows of each recipe that has an explosion or a healthy run.
-
-    Raises:
-        ConfigurationError: The rule is unknown, or a row is damaged.
-    """
-    scores = (
-        score(name, [r for r in rows if r.recipe == recipe], threshold=threshold, recipe=recipe)
-        for recipe in sorted({row.recipe for row in rows})
-    )
-    return tuple(s for s in scores if s.leads or s.num_healthy_readings)
-
-
-def render_table(scores: Sequence[Score]) -> Table:
+def render_table(scores: Iterable[LeadScore]) -> Table:
     """Return the scores as a table for the terminal."""
     return lean_table(
         ["rule", "recipe"],
         ["threshold", "warned\nahead", "lead,\nsteps", "false\n/1,000", "healthy"],
         rows=(
             (
-                one.rule,
+                one.name,
                 one.recipe,
                 f"{one.threshold:g}",
                 *one.cells(),
-                str(one.num_healthy_readings),
+                f"{one.num_healthy_readings}",
             )
             for one in scores
         ),

@@ -2,71 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hf_pss.evidence.report_plots import (
-    colour_of,
-    gradient_figure,
-    loss_figure,
-    noise_levels,
-    stable_rank_figure,
-)
 from hf_pss.evidence.report_records import (
-    ReportEvent,
+    Floats,
     RunDirectory,
-    TrainingRun,
+    answer_of,
+    changed_by,
+    event_of,
+    label,
     load_run_directory,
+    number,
 )
-from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
+from hf_pss.evidence.report_results import headline, mean_result, outcome, result
+from hf_pss.evidence.rows import over_finite, rolling
+from hf_pss.records.events import Intervention, Record
 from hf_pss.runs.durable import write_whole
-from hf_pss.view import canvas
-from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
-from hf_pss.view.numbers import significant
+from hf_pss.view.canvas import (
+    Axes,
+    Figure,
+    Line2D,
+    colour,
+    mark_level,
+    new_figure,
+    save_png,
+    style,
+    use_log_scale,
+)
+from hf_pss.view.heat_map import OUTSIDE_BLOCKS, HeatMapPanel, heat_map_figure, row_of
+from hf_pss.view.numbers import plural, significant
 from hf_pss.view.page import inline_svg, render_template
 
-__all__ = ["write_report"]
-
-# A floor may act at every check. The page shows the first events, and the file of the run has all.
-_MOST_LINES = 40
-_MOST_DETAILED = 10
-
-
-@dataclass(frozen=True, slots=True)
-class SummaryLine:
-    """A line of the summary table: one seed of a guard, or the mean over its seeds."""
-
-    guard: str
-    colour: str
-    seed: str
-    result: Result
-    is_mean: bool
-
-
-@dataclass(frozen=True, slots=True)
-class EventLine:
-    """A line of the table of events: one intervention, or several similar events in a row."""
-
-    first: ReportEvent
-    last_step: int
-    num_events: int
-
-
-@dataclass(frozen=True, slots=True)
-class EventList:
-    """The events of one run that the page shows."""
-
-    title: str
-    path: str
-    shown: tuple[EventLine, ...]
-    detailed: tuple[ReportEvent, ...]
-    num_lines: int
-    num_interventions: int
-    num_others: int
+# A window of 1/40 of the run removes the noise of single batches and keeps a spike of ten
+# steps visible.
+_SMOOTHING_FRACTION = 1 / 40
+# A loss far above the first one only shows that the run is lost, so the axis ends here.
+_LOSS_HEADROOM = 1.15
+# The axis of the norms ends four decades from their median. Otherwise one explosion would
+# flatten the rest.
+_GRADIENT_HEADROOM = 1e4
+# A logarithmic axis can show neither zero nor a number that is zero in float32.
+_SMALLEST_NORM = float(np.finfo(np.float32).tiny)
+_DASHES = (0, (3, 2))
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -86,7 +69,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     page = run_dir / "report.html" if out is None else out
     if page.is_dir():
         page = page / "report.html"
-    with canvas.style():
+    with style():
         figures = {
             "loss": loss_figure(directory),
             "gradient_norm": gradient_figure(directory),
@@ -94,33 +77,23 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         }
         for name, figure in figures.items():
             if figure is not None:
-                canvas.save_png(figure, page.parent / "figures" / f"{name}.png")
-        values = {
-            "directory": directory,
-            "sentences": headline(directory),
-            "lines": list(_summary_lines(directory)),
-            "figures": inline_svg(figures),
-            "noise": noise_levels(directory),
-            "roles": _roles(directory),
-            "events": [_event_list(run) for run in directory.runs if run.events],
-            "methods": [(label(guard), _method(directory, guard)) for guard in directory.guards],
-            "label": label,
-            "outcome": outcome,
-            "short_name": _short_name,
-        }
+                save_png(figure, page.parent / "figures" / f"{name}.png")
+        images = inline_svg(figures)
+    names = {name for run in directory.runs for name in run.stable_ranks.names}
+    values = {
+        "directory": directory,
+        "sentences": headline(directory),
+        "figures": images,
+        "roles": sorted({row_of(name).role for name in names}),
+        "noise": noise_levels(directory),
+        "methods": [(label(guard), _method(directory, guard)) for guard in directory.guards],
+        "groups_of": _groups,
+        "short_name": _short_name,
+        **{function.__name__: function for function in _IN_TEMPLATE},
+    }
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, render_template("hf_pss.evidence", "template.html.j2", values))
     return page
-
-
-def _summary_lines(directory: RunDirectory) -> Iterator[SummaryLine]:
-    for guard in directory.guards:
-        runs, colour = directory.of(guard), colour_of(directory, guard)
-        results = [result(run) for run in runs]
-        for run, one in zip(runs, results, strict=True):
-            yield SummaryLine(label(guard), colour, str(run.seed), one, is_mean=False)
-        if len(runs) > 1:
-            yield SummaryLine(label(guard), colour, "mean", mean_result(results), is_mean=True)
 
 
 def _short_name(name: str) -> str:
@@ -128,46 +101,210 @@ def _short_name(name: str) -> str:
     return row.role if row.block == OUTSIDE_BLOCKS else f"block {row.block} {row.role}"
 
 
-def _roles(directory: RunDirectory) -> list[str]:
-    names = [name for run in directory.runs for name in run.stable_ranks.names]
-    return sorted({row_of(name).role for name in names})
+def _groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Return each intervention by itself, and neighbouring events that are alike together."""
 
+    def likeness(numbered: tuple[int, Record]) -> tuple[object, ...]:
+        index, record = numbered
+        alone = index if isinstance(record, Intervention) else None
+        event = event_of(record)
+        return alone, event.kind, event.detector, answer_of(record)
 
-def _event_list(run: TrainingRun) -> EventList:
-    event_lines = tuple(_event_lines(run.events))
-    return EventList(
-        title=f"{label(run.guard)}, seed {run.seed}",
-        path=f"{run.guard}/seed-{run.seed}/pss_events.jsonl",
-        shown=event_lines[:_MOST_LINES],
-        detailed=run.interventions[:_MOST_DETAILED],
-        num_lines=len(event_lines),
-        num_interventions=len(run.interventions),
-        num_others=len(run.events) - len(run.interventions),
-    )
-
-
-def _event_lines(events: Sequence[ReportEvent]) -> Iterator[EventLine]:
-    """Yield one line per intervention, and one for neighbouring events that changed nothing."""
-
-    def likeness(numbered: tuple[int, ReportEvent]) -> tuple[object, ...]:
-        index, event = numbered
-        alone = index if event.is_intervention else None
-        return alone, event.kind, event.detector, event.answer
-
-    for _, group in groupby(enumerate(events), key=likeness):
-        alike = [event for _, event in group]
-        yield EventLine(alike[0], alike[-1].step, len(alike))
+    return [[record for _, record in group] for _, group in groupby(enumerate(records), likeness)]
 
 
 def _method(directory: RunDirectory, guard: str) -> str:
     """Describe from the files of a guard what it did: detector, threshold, smoothing."""
-    events = [event for run in directory.of(guard) for event in run.interventions]
-    if not events:
+    records = [record for run in directory.of(guard) for record in run.interventions]
+    if not records:
         return "did not change a single weight."
-    kinds = sorted({(event.detector, event.smoothing) for event in events})
+    kinds = sorted({(record.event.detector, record.smoothing) for record in records})
     named = "; ".join(f"detector {detector}, smoothing {phi}" for detector, phi in kinds)
-    thresholds = [event.threshold for event in events if np.isfinite(event.threshold)]
+    thresholds = [number(record.event.threshold) for record in records]
+    thresholds = [threshold for threshold in thresholds if math.isfinite(threshold)]
     if thresholds:
         low, high = significant(min(thresholds)), significant(max(thresholds))
         named += f"; threshold {low}" if low == high else f"; thresholds between {low} and {high}"
     return f"{named}."
+
+
+def colour_of(directory: RunDirectory, guard: str) -> str:
+    """Return the colour of a guard in all figures."""
+    return colour(guard, directory.guards, directory.reference)
+
+
+_IN_TEMPLATE = (
+    answer_of,
+    changed_by,
+    colour_of,
+    event_of,
+    label,
+    mean_result,
+    number,
+    outcome,
+    result,
+)
+
+
+def loss_figure(directory: RunDirectory) -> Figure:
+    """Draw the validation loss beside the training loss, for all guards and seeds."""
+    figure = new_figure(10, 3.9)
+    validation, training = figure.subplots(1, 2)
+    for run in directory.runs:
+        tint, loss = colour_of(directory, run.guard), run.loss
+        window = max(1, round(len(loss) * _SMOOTHING_FRACTION))
+        validation.plot(run.eval_loss.steps, run.eval_loss.values, color=tint, marker="o", ms=2.5)
+        training.plot(loss.steps, loss.values, color=tint, alpha=0.15, lw=0.7)
+        training.plot(loss.steps, moving_average(loss.values, window), color=tint)
+    for axes, title in ((validation, "Validation loss"), (training, "Training loss")):
+        _finish(axes, title)
+        _cut_above(axes, _loss_limit(directory))
+        low, high = axes.get_ylim()
+        if low < directory.unigram_entropy_nats < high:
+            mark_level(axes, directory.unigram_entropy_nats, "unigram entropy")
+    for run in directory.runs:
+        steps = run.loss.steps[np.isnan(run.loss.values)]
+        _mark(training, steps, "x", height=0.985, ms=4, color=colour_of(directory, run.guard))
+    _legend(figure, directory)
+    return figure
+
+
+def gradient_figure(directory: RunDirectory) -> Figure:
+    """Draw the gradient norm, baseline and threshold of each guard's first seed."""
+    figure = new_figure(10, 3.4)
+    runs = [directory.of(guard)[0] for guard in directory.guards]
+    panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, run in zip(panels, runs, strict=True):
+        norm, baseline, threshold = run.grad_norm_preclip, run.baseline, run.threshold
+        axes.plot(norm.steps, norm.values, color=colour_of(directory, run.guard), lw=0.8)
+        axes.plot(baseline.steps, baseline.values, color="black", lw=0.9)
+        axes.plot(threshold.steps, threshold.values, color="black", lw=0.9, ls=_DASHES)
+        steps = [intervention.event.step for intervention in run.interventions]
+        _mark(axes, steps, "v", height=0.96, ms=3, color="black")
+        _finish(axes, run.title)
+    _scale_norms(panels[0], np.concatenate([run.grad_norm_preclip.finite for run in runs]))
+    panels[0].set_ylabel("norm before clipping")
+    handles = [
+        Line2D([], [], color="black", lw=0.9, label="baseline"),
+        Line2D([], [], color="black", lw=0.9, ls=_DASHES, label="threshold"),
+        Line2D([], [], color="black", lw=0, marker="v", ms=3, label="intervention"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    return figure
+
+
+def stable_rank_figure(directory: RunDirectory) -> Figure | None:
+    """Draw the stable ranks of each guard's first seed; None if no run has recorded one."""
+    runs = [directory.of(guard)[0] for guard in directory.guards]
+    panels = [
+        HeatMapPanel(run.title, ranks.steps, ranks.names, ranks.values)
+        for run in runs
+        for ranks in (run.stable_ranks,)
+    ]
+    return heat_map_figure(panels, noise=noise_levels(directory))
+
+
+def headline_plot(run_dir: Path, out_png: Path) -> None:
+    """Draw all runs in one wide figure: the loss on the left, the stable rank on the right.
+
+    Args:
+        run_dir: A run directory.
+        out_png: The file to write.
+
+    Raises:
+        ConfigurationError: `run_dir` holds no run.
+    """
+    directory = load_run_directory(run_dir)
+    with style():
+        figure = new_figure(11, 3.8)
+        left, right = figure.subplots(1, 2)
+        for run in directory.runs:
+            tint, ranks = colour_of(directory, run.guard), run.stable_ranks
+            left.plot(run.eval_loss.steps, run.eval_loss.values, color=tint, lw=2)
+            right.plot(ranks.steps, over_finite(ranks.values.T, np.nanmean), color=tint, lw=2)
+        _finish(left, f"Validation loss, {plural(len(directory.seeds), 'seed')}")
+        _cut_above(left, _loss_limit(directory))
+        _finish(right, "Stable rank, mean over all selected matrices")
+        right.set_ylim(bottom=0)
+        _legend(figure, directory)
+        save_png(figure, out_png)
+
+
+def moving_average(values: Floats, window: int) -> Floats:
+    """Return the centred mean over the finite values in a window; NaN if it holds none.
+
+    >>> moving_average(np.array([1.0, np.nan, 3.0]), 3).tolist()
+    [1.0, 2.0, 3.0]
+    """
+    half = min(window, len(values)) // 2
+    return rolling(values, np.nanmean, before=half, after=half)
+
+
+def noise_levels(directory: RunDirectory) -> dict[str, float]:
+    """Return the stable rank of i.i.d. noise, mn/(√m + √n)², for each shape in the events."""
+    shapes = {
+        tuple(sorted(matrix.shape))
+        for run in directory.runs
+        for intervention in run.interventions
+        for matrix in intervention.matrices
+        if len(matrix.shape) == 2 and min(matrix.shape) > 0
+    }
+    return {f"{m}×{n}": m * n / (m**0.5 + n**0.5) ** 2 for m, n in sorted(shapes)}
+
+
+def _scale_norms(axes: Axes, norms: Floats) -> None:
+    """Make a shared axis logarithmic, with room at the top for the marks of interventions."""
+    norms = norms[norms > _SMALLEST_NORM]
+    if not len(norms):
+        return
+    low, high, median = norms.min(), norms.max(), np.median(norms)
+    top = 4 * min(high, median * _GRADIENT_HEADROOM)
+    # The limits come first, because matplotlib warns about its default limits on a
+    # logarithmic axis.
+    axes.set_ylim(max(low / 1.5, median / _GRADIENT_HEADROOM), top)
+    use_log_scale(axes)
+    if high > top:
+        _note(axes, f"cut off; the largest is {high:.3g}", height=0.86)
+
+
+def _loss_limit(directory: RunDirectory) -> float:
+    known = [run.loss.finite[0] for run in directory.runs if len(run.loss.finite)]
+    if not math.isnan(directory.unigram_entropy_nats):
+        known.append(directory.unigram_entropy_nats)
+    return _LOSS_HEADROOM * max(known, default=math.inf)
+
+
+def _cut_above(axes: Axes, limit: float) -> None:
+    values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+    values = values[np.isfinite(values)]
+    if len(values) and values.max() > limit:
+        low = min(values.min(), limit)
+        axes.set_ylim(low - 0.05 * (limit - low), limit)
+        _note(axes, f"cut off; the highest is {values.max():.3g}", height=0.02)
+
+
+def _mark(
+    axes: Axes, steps: Sequence[float] | Floats, marker: str, *, height: float, **look: Any
+) -> None:
+    heights = [height] * len(steps)
+    axes.plot(steps, heights, marker, transform=axes.get_xaxis_transform(), **look)
+
+
+def _legend(figure: Figure, directory: RunDirectory) -> None:
+    handles = [
+        Line2D([], [], color=colour_of(directory, guard), lw=2, label=label(guard))
+        for guard in directory.guards
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.margins(x=0.02)
+
+
+def _note(axes: Axes, text: str, *, height: float) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+    place = {"transform": axes.transAxes, "bbox": box}
+    axes.text(0.02, height, text, fontsize=7.5, color="#777777", **place)

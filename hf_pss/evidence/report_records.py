@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from hf_pss.detection.policy import Action
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.records.events import EventKind, Intervention, MatrixChange, Record
+from hf_pss.records.events import Event, Intervention, MatrixChange, Record
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import number_of, read_object
 from hf_pss.runs.folder import (
@@ -31,24 +30,23 @@ from hf_pss.runs.folder import (
 )
 from hf_pss.runs.records_files import parse_reading, parse_record, parse_row, read_lines
 
-__all__ = [
-    "Curve",
-    "DemoSummary",
-    "Floats",
-    "ReportEvent",
-    "Row",
-    "RunDirectory",
-    "StableRanks",
-    "TrainingRun",
-    "load_run_directory",
-    "number",
-]
-
 Floats = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
+_LABELS = {
+    "plain": "plain Trainer",
+    "paper": "PSS as published",
+    "floor": "stable-rank floor",
+    "anchored": "PSS, anchored",
+}
+_CURVES = ("loss", "eval_loss", "grad_norm_preclip", "baseline", "threshold")
 # Training computes in float32. A larger number has overflowed, and would overflow the axes.
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def label(guard: str) -> str:
+    """Return a guard's name for people. A guard that the package does not know keeps its name."""
+    return _LABELS.get(guard, guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,91 +75,28 @@ class StableRanks:
     """(num_steps, num_names)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReportEvent:
-    """One line of ``pss_events.jsonl`` as the report shows it. A missing number is NaN."""
-
-    step: int
-    kind: EventKind
-    detector: str
-    decision: Action
-    reason: str
-    """The reason of the decision: ``cooldown``, ``budget``, ``observe only``."""
-    value: float
-    threshold: float
-    is_intervention: bool = False
-    """Whether weights were smoothed. If not, the fields below are not set."""
-    smoothing: str = ""
-    seconds: float = math.nan
-    matrices: tuple[MatrixChange, ...] = ()
-
-    @classmethod
-    def of(cls, record: Record) -> ReportEvent:
-        """Return the line of an event or an intervention."""
-        event = record.event if isinstance(record, Intervention) else record
-        line = cls(
-            step=event.step,
-            kind=event.kind,
-            detector=event.detector,
-            decision=event.decision,
-            reason=event.reason,
-            value=number(event.value),
-            threshold=number(event.threshold),
-        )
-        if not isinstance(record, Intervention):
-            return line
-        return replace(
-            line,
-            is_intervention=True,
-            smoothing=record.smoothing,
-            seconds=number(record.seconds),
-            matrices=tuple(
-                replace(
-                    one,
-                    sigma_before=number(one.sigma_before),
-                    sigma_after=number(one.sigma_after),
-                    stable_rank_before=number(one.stable_rank_before),
-                    stable_rank_after=number(one.stable_rank_after),
-                )
-                for one in record.matrices
-            ),
-        )
-
-    @property
-    def answer(self) -> str:
-        """What PSS did, in a few words."""
-        is_undone = self.decision is Action.UNDO
-        if self.is_intervention:
-            return f"{self.smoothing}, taken back" if is_undone else self.smoothing
-        if self.decision is Action.OBSERVE:
-            return f"none ({self.reason})"
-        return self.decision.replace("_", " ")
-
-    @property
-    def changed(self) -> tuple[MatrixChange, ...]:
-        """The matrices whose σ₁ fell, with the most singular first."""
-        moved = [one for one in self.matrices if (one.sigma_after or 0) < (one.sigma_before or 0)]
-        if self.decision is Action.UNDO:
-            return ()
-        return tuple(sorted(moved, key=lambda one: one.stable_rank_before or 0))
+def event_of(record: Record) -> Event:
+    """Return the event of a line of ``pss_events.jsonl``, also of an intervention."""
+    return record.event if isinstance(record, Intervention) else record
 
 
-@dataclass(frozen=True, slots=True)
-class DemoSummary:
-    """The content of ``summary.json``. A missing entry is NaN or None."""
+def answer_of(record: Record) -> str:
+    """Return what PSS did, in a few words."""
+    event = event_of(record)
+    if isinstance(record, Intervention):
+        is_undone = event.decision is Action.UNDO
+        return f"{record.smoothing}, taken back" if is_undone else record.smoothing
+    if event.decision is Action.OBSERVE:
+        return f"none ({event.reason})"
+    return event.decision.replace("_", " ")
 
-    status: str
-    final_eval_loss: float
-    final_train_loss: float
-    train_seconds: float
-    pss_seconds: float
-    num_interventions: int | None
-    num_nonfinite_steps: int | None
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run reached its end."""
-        return self.status == "finished"
+def changed_by(record: Record) -> list[MatrixChange]:
+    """Return the matrices whose σ₁ fell, with the most singular first."""
+    if not isinstance(record, Intervention) or record.event.decision is Action.UNDO:
+        return []
+    moved = [m for m in record.matrices if number(m.sigma_after) < number(m.sigma_before)]
+    return sorted(moved, key=lambda matrix: number(matrix.stable_rank_before))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +111,24 @@ class TrainingRun:
     baseline: Curve
     threshold: Curve
     stable_ranks: StableRanks
-    events: tuple[ReportEvent, ...]
-    summary: DemoSummary | None
+    events: tuple[Record, ...]
+    summary: Row
+    """The content of ``summary.json``; empty if it is missing."""
 
     @property
-    def interventions(self) -> tuple[ReportEvent, ...]:
+    def title(self) -> str:
+        """The run's name for people."""
+        return f"{label(self.guard)}, seed {self.seed}"
+
+    @property
+    def status(self) -> str:
+        """``finished``, or the reason why the run did not reach its end."""
+        return str(self.summary.get("status", "unknown")) if self.summary else "unfinished"
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
         """The events after which smoothing changed a weight."""
-        return tuple(event for event in self.events if event.is_intervention and event.changed)
+        return tuple(r for r in self.events if isinstance(r, Intervention) and changed_by(r))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +159,6 @@ class RunDirectory:
         """The runs of one guard, in the order of their seeds."""
         return tuple(run for run in self.runs if run.guard == guard)
 
-    def section(self, name: str) -> Row:
-        """A table of ``run.json``; empty if it is missing or not a table."""
-        value = self.info.get(name)
-        return value if isinstance(value, Mapping) else {}
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """Wall-clock time of all runs together; NaN where unknown."""
-        return number(self.info.get("elapsed_seconds"))
-
     @property
     def unigram_entropy_nats(self) -> float:
         """Loss of a model that predicts the token frequencies; NaN where unknown."""
@@ -246,15 +182,15 @@ class _Reader:
     root: Path
     missing: list[str] = field(default_factory=list)
 
-    def json(self, path: Path) -> Row | None:
+    def json(self, path: Path) -> Row:
         if not path.is_file():
             self._note(path, "is not there")
-            return None
+            return {}
         try:
             return read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
         except (OSError, StateError):
             self._note(path, "cannot be read")
-            return None
+            return {}
 
     def lines(
         self, path: Path, parse: Callable[[bytes], T], *, is_optional: bool = False
@@ -284,7 +220,7 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {run_dir}. Give the folder of a demo run.")
     reader = _Reader(run_dir)
-    info = reader.json(run_dir / "run.json") or {}
+    info = reader.json(run_dir / "run.json")
     found = {
         (folder.parent.name, int(match[1])): folder
         for folder in run_dir.glob("*/seed-*")
@@ -293,9 +229,12 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     guards = [str(guard) for guard in _sequence(info.get("guards"))]
     guards = guards or sorted({guard for guard, _ in found})
     seeds = {seed for value in _sequence(info.get("seeds")) if (seed := _count(value)) is not None}
-    runs = tuple(
-        run for guard in dict.fromkeys(guards) for run in _load_guard(reader, guard, seeds, found)
-    )
+    runs: list[TrainingRun] = []
+    for guard in dict.fromkeys(guards):
+        own = sorted(seed for name, seed in found if name == guard and (seed in seeds or not seeds))
+        absent = [f"{guard}/seed-{seed}" for seed in sorted(seeds - {*own})] if own else [guard]
+        reader.missing += [f"{name} has left nothing." for name in absent]
+        runs += [_load_run(reader, guard, seed, found[guard, seed]) for seed in own]
     if not runs:
         raise ConfigurationError(
             f"{run_dir} holds no run: a demo run has folders such as plain/seed-0. Give the folder "
@@ -304,22 +243,9 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     return RunDirectory(
         info=info,
         guards=tuple(dict.fromkeys(run.guard for run in runs)),
-        runs=runs,
+        runs=tuple(runs),
         missing=tuple(reader.missing),
     )
-
-
-def _load_guard(
-    reader: _Reader, guard: str, seeds: AbstractSet[int], found: Mapping[tuple[str, int], Path]
-) -> list[TrainingRun]:
-    there = {
-        seed: folder
-        for (name, seed), folder in sorted(found.items())
-        if name == guard and (seed in seeds or not seeds)
-    }
-    absent = [f"{guard}/seed-{seed}" for seed in sorted(seeds - set(there))] if there else [guard]
-    reader.missing += [f"{name} has left nothing." for name in absent]
-    return [_load_run(reader, guard, seed, folder) for seed, folder in there.items()]
 
 
 def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingRun:
@@ -329,18 +255,13 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
     # A guard that noticed nothing writes no events. A step may have several events,
     # one per detector.
     records = reader.lines(folder / EVENTS_FILE, parse_record, is_optional=True)
-    events = sorted(map(ReportEvent.of, records), key=lambda event: event.step)
     return TrainingRun(
         guard=guard,
         seed=seed,
-        loss=_curve(metrics, "loss"),
-        eval_loss=_curve(metrics, "eval_loss"),
-        grad_norm_preclip=_curve(metrics, "grad_norm_preclip"),
-        baseline=_curve(metrics, "baseline"),
-        threshold=_curve(metrics, "threshold"),
+        **{name: _curve(metrics, name) for name in _CURVES},
         stable_ranks=_stable_ranks(readings),
-        events=tuple(events),
-        summary=None if summary is None else _summary(summary),
+        events=tuple(sorted(records, key=lambda record: event_of(record).step)),
+        summary=summary,
     )
 
 
@@ -369,18 +290,6 @@ def _stable_ranks(readings: Iterable[HealthReading]) -> StableRanks:
         np.array(steps, dtype=np.float64),
         names,
         np.array(values, dtype=np.float64).reshape(len(steps), len(names)),
-    )
-
-
-def _summary(row: Row) -> DemoSummary:
-    return DemoSummary(
-        status=str(row.get("status", "unknown")),
-        final_eval_loss=number(row.get("final_eval_loss")),
-        final_train_loss=number(row.get("final_train_loss")),
-        train_seconds=number(row.get("train_seconds")),
-        pss_seconds=number(row.get("pss_seconds")),
-        num_interventions=_count(row.get("num_interventions")),
-        num_nonfinite_steps=_count(row.get("num_nonfinite_steps")),
     )
 
 

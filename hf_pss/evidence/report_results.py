@@ -13,36 +13,19 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from hf_pss.evidence.report_records import Curve, RunDirectory, TrainingRun, load_run_directory
+from hf_pss.evidence.report_records import (
+    Curve,
+    RunDirectory,
+    TrainingRun,
+    label,
+    load_run_directory,
+    number,
+)
 from hf_pss.view.numbers import count, duration, fixed, percent
 from hf_pss.view.tables import lean_table
 
-__all__ = [
-    "Result",
-    "TwinComparison",
-    "compare",
-    "headline",
-    "label",
-    "mean_result",
-    "outcome",
-    "render_table",
-    "result",
-]
-
 # The report shows losses with three decimals. It calls two losses equal if they look equal there.
 _SAME_LOSS = 0.0005
-
-_LABELS = {
-    "plain": "plain Trainer",
-    "paper": "PSS as published",
-    "floor": "stable-rank floor",
-    "anchored": "PSS, anchored",
-}
-
-
-def label(guard: str) -> str:
-    """Return a guard's name for people. A guard that the package does not know keeps its name."""
-    return _LABELS.get(guard, guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +48,8 @@ class TwinComparison:
     """The validation losses of a guard and of its twin, seed by seed."""
 
     guard: str
-    losses: tuple[float, ...]
-    """The guard's loss, for each seed in which both losses are finite."""
-    twin_losses: tuple[float, ...]
-    """The reference guard's losses for the same seeds."""
+    losses: tuple[tuple[float, float], ...]
+    """The losses of the guard and of its twin, for each seed in which both are finite."""
     num_rescued: int
     """Number of seeds in which only the guard ended with a finite loss."""
     num_lost: int
@@ -79,9 +60,7 @@ class TwinComparison:
     @property
     def differences(self) -> tuple[float, ...]:
         """Loss of the guard minus that of its twin. A positive number is worse."""
-        return tuple(
-            ours - theirs for ours, theirs in zip(self.losses, self.twin_losses, strict=True)
-        )
+        return tuple(ours - theirs for ours, theirs in self.losses)
 
     @property
     def num_pairs(self) -> int:
@@ -92,35 +71,24 @@ class TwinComparison:
 def result(run: TrainingRun) -> Result:
     """Return the line of a run, from its summary or, if it has none yet, from its curves."""
     summary = run.summary
-    num_interventions = len(run.interventions)
     evals = run.eval_loss.finite
-    best = float(evals.min()) if len(evals) else math.nan
-    if summary is None:
-        return Result(
-            final_eval_loss=_last(run.eval_loss),
-            best_eval_loss=best,
-            final_train_loss=_last(run.loss),
-            num_interventions=num_interventions,
-            num_nonfinite_steps=float(np.isnan(run.loss.values).sum()),
-            overhead_ratio=math.nan,
-            train_seconds=math.nan,
-            status="unfinished",
-        )
-    eval_loss, train_loss = summary.final_eval_loss, summary.final_train_loss
-    if not summary.finished and math.isnan(eval_loss):
-        eval_loss = _last(run.eval_loss)
-    if summary.num_interventions is not None:
-        num_interventions = summary.num_interventions
-    num_nonfinite, seconds = summary.num_nonfinite_steps, summary.train_seconds
+    seconds = number(summary.get("train_seconds"))
+
+    def recorded(name: str, otherwise: float) -> float:
+        value = number(summary.get(name))
+        return otherwise if math.isnan(value) else value
+
+    # A run that has finished without a finite loss has diverged; others may have come less far.
+    reached = math.nan if run.status == "finished" else _last(run.eval_loss)
     return Result(
-        final_eval_loss=eval_loss,
-        best_eval_loss=best,
-        final_train_loss=_last(run.loss) if math.isnan(train_loss) else train_loss,
-        num_interventions=num_interventions,
-        num_nonfinite_steps=math.nan if num_nonfinite is None else num_nonfinite,
-        overhead_ratio=summary.pss_seconds / seconds if seconds > 0 else math.nan,
+        final_eval_loss=recorded("final_eval_loss", reached),
+        best_eval_loss=float(evals.min()) if len(evals) else math.nan,
+        final_train_loss=recorded("final_train_loss", _last(run.loss)),
+        num_interventions=recorded("num_interventions", len(run.interventions)),
+        num_nonfinite_steps=recorded("num_nonfinite_steps", int(np.isnan(run.loss.values).sum())),
+        overhead_ratio=number(summary.get("pss_seconds")) / seconds if seconds > 0 else math.nan,
         train_seconds=seconds,
-        status=summary.status,
+        status=run.status,
     )
 
 
@@ -131,12 +99,13 @@ def outcome(line: Result) -> str:
     return fixed(line.final_eval_loss)
 
 
-def mean_result(results: Sequence[Result]) -> Result:
+def mean_result(runs: Sequence[TrainingRun]) -> Result:
     """Return the mean over the seeds that have finished, or over all seeds if none has.
 
     It is NaN if one seed has no number, because a mean without the diverged seeds would
     flatter the guard.
     """
+    results = [result(run) for run in runs]
     finished = [one for one in results if one.status == "finished"]
     taken = finished or results
     status = taken[0].status
@@ -155,13 +124,11 @@ def compare(directory: RunDirectory, guard: str) -> TwinComparison:
     """
     twins = {run.seed: run for run in directory.of(directory.reference)}
     pairs = [(run, twins[run.seed]) for run in directory.of(guard) if run.seed in twins]
-    finished = [pair for pair in pairs if _finished(*pair)]
+    finished = [pair for pair in pairs if all(run.status == "finished" for run in pair)]
     losses = [_paired_losses(*pair) for pair in finished or pairs]
-    both = [pair for pair in losses if math.isfinite(pair[0]) and math.isfinite(pair[1])]
     return TwinComparison(
         guard=guard,
-        losses=tuple(ours for ours, _ in both),
-        twin_losses=tuple(theirs for _, theirs in both),
+        losses=tuple(pair for pair in losses if all(map(math.isfinite, pair))),
         num_rescued=sum(math.isfinite(ours) > math.isfinite(theirs) for ours, theirs in losses),
         num_lost=sum(math.isfinite(ours) < math.isfinite(theirs) for ours, theirs in losses),
         finished=bool(finished),
@@ -171,45 +138,41 @@ def compare(directory: RunDirectory, guard: str) -> TwinComparison:
 def headline(directory: RunDirectory) -> list[str]:
     """Return the measured result in a few sentences, each of which is true by itself."""
     others = [guard for guard in directory.guards if guard != directory.reference]
-    comparisons = [compare(directory, guard) for guard in others]
-    sentences = [_sentence(directory, one) for one in comparisons if one.num_pairs]
+    comparisons = [one for guard in others if (one := compare(directory, guard)).num_pairs]
+    sentences = [_sentence(directory, one) for one in comparisons]
     if not sentences:
         sentences = ["No two runs have come far enough to be compared."]
-    if not all(one.finished for one in comparisons if one.num_pairs):
+    if not all(one.finished for one in comparisons):
         sentences.append(
             "Not every pair has finished: such a pair is compared at its last common evaluation."
         )
-    num_pairs = max((one.num_pairs for one in comparisons), default=0)
-    if num_pairs == 1:
+    if max((one.num_pairs for one in comparisons), default=0) == 1:
         sentences.append(
             "This is one seed: others may change these numbers or reverse a small difference."
         )
     return sentences
 
 
+def _seeds(number: int) -> str:
+    return "one seed" if number == 1 else f"{number} seeds"
+
+
 def _sentence(directory: RunDirectory, comparison: TwinComparison) -> str:
     name, twin = label(comparison.guard), label(directory.reference)
-
-    def seeds(number: int) -> str:
-        return "one seed" if number == 1 else f"{number} seeds"
-
-    parts = []
-    if comparison.losses:
-        parts.append(_difference(comparison, twin))
-    if comparison.num_rescued:
-        parts.append(f"ended finite in {seeds(comparison.num_rescued)} where the {twin} did not")
-    if comparison.num_lost:
-        parts.append(f"ended non-finite in {seeds(comparison.num_lost)} where the {twin} did not")
+    parts = [_difference(comparison, twin)] if comparison.losses else []
+    for ended, num_seeds in (
+        ("ended finite", comparison.num_rescued),
+        ("ended non-finite", comparison.num_lost),
+    ):
+        parts += [f"{ended} in {_seeds(num_seeds)} where the {twin} did not"] if num_seeds else []
     subject = name if name.startswith("PSS") else f"The {name}"
     return f"{subject} {', and '.join(parts)}."
 
 
 def _difference(comparison: TwinComparison, twin: str) -> str:
     differences = comparison.differences
-    ours, theirs, mean = (
-        float(np.mean(values))
-        for values in (comparison.losses, comparison.twin_losses, differences)
-    )
+    ours, theirs = np.mean(comparison.losses, axis=0)
+    mean = np.mean(differences)
     worse = "" if mean < 0 else ", which is worse"
     side = f"{abs(mean):.3f} {'below' if mean < 0 else 'above'} the {twin} ({theirs:.3f}){worse}"
     if all(abs(difference) < _SAME_LOSS for difference in differences):
@@ -233,12 +196,8 @@ def _signed(difference: float) -> str:
     return f"{difference:+.3f}".replace("-", "−")  # a minus sign, for people
 
 
-def _finished(run: TrainingRun, twin: TrainingRun) -> bool:
-    return all(one.summary is not None and one.summary.finished for one in (run, twin))
-
-
 def _paired_losses(run: TrainingRun, twin: TrainingRun) -> tuple[float, float]:
-    if _finished(run, twin):
+    if run.status == twin.status == "finished":
         return result(run).final_eval_loss, result(twin).final_eval_loss
     common = np.intersect1d(run.eval_loss.steps, twin.eval_loss.steps)
     if len(common) == 0:
@@ -263,23 +222,13 @@ def render_table(run_dir: Path) -> Table:
     directory = load_run_directory(run_dir)
     rows = []
     for guard in directory.guards:
-        line = mean_result([result(run) for run in directory.of(guard)])
+        line = mean_result(directory.of(guard))
         numbers = (count(line.num_interventions), count(line.num_nonfinite_steps))
         times = (percent(line.overhead_ratio), duration(line.train_seconds))
         rows.append((guard, outcome(line), fixed(line.final_train_loss), *numbers, *times))
-    seeds = len(directory.seeds)
-    mean = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    num_seeds = len(directory.seeds)
+    mean = "one seed" if num_seeds == 1 else f"mean of {num_seeds} seeds"
     state = "" if directory.status == "finished" else ", not finished"
-    return lean_table(
-        ["guard"],
-        [
-            "validation\nloss",
-            "training\nloss",
-            "inter-\nventions",
-            "NaN\nor inf",
-            "overhead",
-            "time",
-        ],
-        rows=rows,
-        title=f"Twin runs, {mean}{state}",
-    )
+    columns = ["validation\nloss", "training\nloss", "inter-\nventions", "NaN\nor inf"]
+    columns += ["overhead", "time"]
+    return lean_table(["guard"], columns, rows=rows, title=f"Twin runs, {mean}{state}")

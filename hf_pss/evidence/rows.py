@@ -1,20 +1,32 @@
-"""Keep each run of a sweep as one line of JSON: its settings, its result and its curves."""
+"""The runs of a sweep as lines of JSON, and their statistics.
+
+The statistics are paired differences by seed with their intervals, and usable learning rates.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["Row", "append_row", "drop_unfinished_line", "read_rows", "versions"]
+_NUM_RESAMPLES = 9999
+_CONFIDENCE = 0.95
+_MIN_SEEDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,3 +139,206 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The parts of a run that are equal for all guards in a comparison."""
+
+    recipe: str
+    optimizer: str
+    changes: tuple[tuple[str, Any], ...] = ()
+    """The grid's changes to the recipe, sorted by name."""
+
+    @classmethod
+    def of(cls, row: Row) -> Self:
+        """Return the setting that a row was run in."""
+        return cls(row.recipe, row.optimizer, tuple(sorted(row.changes.items())))
+
+    def __str__(self) -> str:
+        changed = (f"{name} {value}" for name, value in self.changes)
+        return " · ".join((self.recipe, self.optimizer, *changed))
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifferences:
+    """A guard compared with a reference, seed by seed. Negative differences favour the guard."""
+
+    guard: str
+    reference: str
+    learning_rates: tuple[float, float]
+    """The learning rate of the guard, then that of the reference."""
+    differences: tuple[float, ...]
+    """Final validation loss of the guard minus that of the reference, in nats, for each seed that
+    both have. A run without a finite loss counts as the unigram entropy, because it has learned no
+    more than the token frequencies."""
+    interval: tuple[float, float] | None
+    """The 95 % bootstrap interval of the mean; None with fewer than 3 seeds."""
+
+    @property
+    def mean(self) -> float:
+        """Mean difference."""
+        return float(np.mean(self.differences))
+
+    @property
+    def num_wins(self) -> int:
+        """Number of seeds at which the guard has the lower loss."""
+        return sum(difference < 0 for difference in self.differences)
+
+
+def by_setting(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
+    """Return the rows of each setting, with the settings sorted by name."""
+    found: dict[Setting, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[Setting.of(row)].append(row)
+    return dict(sorted(found.items(), key=lambda item: str(item[0])))
+
+
+def comparable(rows: Iterable[Row]) -> list[Row]:
+    """Return the newest row of each run that did not fail.
+
+    Raises:
+        ConfigurationError: In one setting, two sets of options have the same guard name.
+    """
+    newest = {row.id: row for row in rows}
+    found = [row for row in newest.values() if row.status != "failed"]
+    meant: dict[tuple[Setting, str], str] = {}
+    for row in found:
+        key = (Setting.of(row), row.guard)
+        if meant.setdefault(key, row.guard_id) != row.guard_id:
+            raise ConfigurationError(
+                f"The guard {row.guard!r} has two sets of options in {key[0]}: runs of two grids, "
+                "or of two versions, are mixed. Give each its own --output-dir."
+            )
+    return found
+
+
+def final_loss(row: Row) -> float:
+    """Return the validation loss at the end, but at most the unigram entropy.
+
+    An exploded run counts as a model that knows only the token frequencies. The distance of its
+    loss above that level is meaningless, and a mean cannot hold infinity.
+    """
+    loss = row.final_eval_loss
+    return min(loss, row.unigram_entropy) if loss is not None else row.unigram_entropy
+
+
+def losses_by_rate(rows: Iterable[Row], guard: str) -> dict[float, dict[int, float]]:
+    """Return the final losses by ascending learning rate, then by seed.
+
+    Args:
+        rows: Runs in one setting.
+        guard: The guard whose runs count.
+    """
+    found: dict[float, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if row.guard == guard:
+            found[row.learning_rate][row.seed] = final_loss(row)
+    return dict(sorted(found.items()))
+
+
+def best_learning_rate(rows: Iterable[Row], guard: str) -> float:
+    """Return the rate with the lowest median loss over seeds."""
+    losses = losses_by_rate(rows, guard)
+    return min(losses, key=lambda rate: median(losses[rate].values()))
+
+
+def usable_range(
+    rows: Sequence[Row], guard: str, *, within_nats: float = 0.05
+) -> tuple[float, float]:
+    """Return the lowest and the highest rate around the best whose median loss is nearly as good.
+
+    All rates between them are nearly as good as the best. The grid limits the range on both sides,
+    so the range is only as precise as the steps of the grid.
+    """
+    medians = {rate: median(by.values()) for rate, by in losses_by_rate(rows, guard).items()}
+    rates = list(medians)
+    best = min(rates, key=medians.__getitem__)
+    limit = medians[best] + within_nats
+    low = high = rates.index(best)
+    while low > 0 and medians[rates[low - 1]] <= limit:
+        low -= 1
+    while high < len(rates) - 1 and medians[rates[high + 1]] <= limit:
+        high += 1
+    return rates[low], rates[high]
+
+
+def compare_at(
+    rows: Sequence[Row], guard: str, reference: str, rates: tuple[float, float]
+) -> PairedDifferences | None:
+    """Return the paired differences at these two rates; None if no seed has both runs."""
+    ours = losses_by_rate(rows, guard).get(rates[0], {})
+    theirs = losses_by_rate(rows, reference).get(rates[1], {})
+    differences = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+    if not differences:
+        return None
+    return PairedDifferences(guard, reference, rates, differences, bootstrap_interval(differences))
+
+
+def compare_at_best(rows: Sequence[Row], guard: str, reference: str) -> PairedDifferences | None:
+    """Return the paired differences between guard and reference, each at its own best rate.
+
+    The rates are chosen on the same runs that are compared. If there are few seeds, this favours
+    the guard that was tried at more rates.
+    """
+    rates = best_learning_rate(rows, guard), best_learning_rate(rows, reference)
+    return compare_at(rows, guard, reference, rates)
+
+
+def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval of the mean: scipy's BCa, with a fixed seed.
+
+    If all differences are equal, the interval has zero width. The interval of 3 to 5 seeds is too
+    narrow, so read it together with the number of wins. A simulation in the tests measures how much
+    too narrow it is.
+    """
+    if len(differences) < _MIN_SEEDS:
+        return None
+    if max(differences) - min(differences) <= 1e-12:
+        return differences[0], differences[0]
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise ConfigurationError(
+            "Bootstrap intervals need scipy: pip install 'hf-pss[evidence]'."
+        ) from error
+    result = bootstrap(
+        (np.asarray(differences),),
+        np.mean,
+        n_resamples=_NUM_RESAMPLES,
+        confidence_level=_CONFIDENCE,
+        rng=np.random.default_rng(0),
+    )
+    low, high = result.confidence_interval
+    return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def steps_to_loss(row: Row, target: float) -> int | None:
+    """Return the first evaluated step with a validation loss at or below the target."""
+    pairs = zip(row.eval_steps, row.eval_losses, strict=True)
+    return next((step for step, loss in pairs if loss is not None and loss <= target), None)
+
+
+Floats = npt.NDArray[np.float64]
+
+
+def over_finite(values: Floats, take: Callable[..., Floats]) -> Floats:
+    """Reduce the first axis over the finite values; NaN where there are none.
+
+    Args:
+        values: (n, ...).
+        take: ``np.nanmean``, ``np.nanmedian`` or the like.
+    """
+    is_finite = np.isfinite(values)
+    reduced = np.full(values.shape[1:], np.nan)
+    known = is_finite.any(axis=0)
+    reduced[known] = take(np.where(is_finite, values, np.nan)[:, known], axis=0)
+    return reduced
+
+
+def rolling(values: Floats, take: Callable[..., Floats], *, before: int, after: int) -> Floats:
+    """Reduce the finite values in a window around each value; NaN where there are none."""
+    if not len(values):
+        return values
+    padded = np.pad(values, (before, after), constant_values=np.nan)
+    return over_finite(sliding_window_view(padded, before + after + 1).T, take)

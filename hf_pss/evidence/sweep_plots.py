@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -14,19 +14,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from hf_pss.evidence.early_warnings import Record, departure_step, record_of
-from hf_pss.evidence.rows import Row
-from hf_pss.evidence.statistics import (
+from hf_pss.evidence.early_warnings import departure_step, record_of
+from hf_pss.evidence.rows import (
+    Floats,
+    Row,
     Setting,
+    by_setting,
     compare_at_best,
     final_loss,
     losses_by_rate,
-    settings_of,
+    over_finite,
+    rolling,
 )
 from hf_pss.evidence.twin_band import Family, shared_metrics
 from hf_pss.view.canvas import (
-    COLOURS,
-    REFERENCE_COLOUR,
+    colour as colour_of,
+)
+from hf_pss.view.canvas import (
     mark_level,
     new_figure,
     save_png,
@@ -35,16 +39,6 @@ from hf_pss.view.canvas import (
     use_log_scale,
 )
 
-__all__ = [
-    "plot_all",
-    "plot_curves",
-    "plot_family",
-    "plot_learning_rates",
-    "plot_metrics",
-    "plot_paired",
-]
-
-_COLOURS = (*COLOURS, "#8B4513", "#000000")
 _SMOOTHED_STEPS = 25
 
 Plot = Callable[[Sequence[Row], Setting, str], Figure]
@@ -59,8 +53,7 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
         reference: The guard that is drawn in grey and with which the others are compared.
     """
     files: list[Path] = []
-    for setting in settings_of(rows):
-        here = [row for row in rows if Setting.of(row) == setting]
+    for setting, here in by_setting(rows).items():
         plots: dict[str, Plot] = {"curves": plot_curves}
         if len({row.learning_rate for row in here}) > 1:
             plots["learning-rates"] = plot_learning_rates
@@ -83,13 +76,13 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
     guards = _guards(rows, reference)
     ends = []
     for guard in guards:
-        losses = losses_by_rate(rows, setting, guard)
+        losses = losses_by_rate(rows, guard)
         rates = list(losses)
         medians = [median(by_seed.values()) for by_seed in losses.values()]
         lows, highs = (
             [pick(by_seed.values()) for by_seed in losses.values()] for pick in (min, max)
         )
-        colour = _colour(guard, guards, reference)
+        colour = colour_of(guard, guards, reference)
         axes.fill_between(rates, lows, highs, color=colour, alpha=0.12, linewidth=0)
         axes.plot(rates, medians, color=colour, marker="o", markersize=3.5)
         best = int(np.argmin(medians))
@@ -103,7 +96,7 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
     axes.set_xticks([], minor=True)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("final validation loss, nats a token")
-    counts = {len(by) for g in guards for by in losses_by_rate(rows, setting, g).values()}
+    counts = {len(by) for g in guards for by in losses_by_rate(rows, g).values()}
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     axes.set_title(f"{setting}\nmedian of {seeds} seeds, band from best to worst, ★ best rate")
     return figure
@@ -120,8 +113,11 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
         ends = []
         for guard in guards:
             runs = [row for row in rows if row.guard == guard and row.learning_rate == rate]
-            colour = _colour(guard, guards, reference)
-            curves = [_smoothed(row.losses) for row in runs]
+            colour = colour_of(guard, guards, reference)
+            before = _SMOOTHED_STEPS - 1
+            curves = [
+                rolling(_floats(row.losses), np.nanmean, before=before, after=0) for row in runs
+            ]
             for curve in curves:
                 axes.plot(curve, color=colour, linewidth=0.6, alpha=0.35)
             if curves:
@@ -147,7 +143,7 @@ def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
         comparison
         for guard in _guards(rows, reference)
         if guard != reference
-        and (comparison := compare_at_best(rows, setting, guard, reference)) is not None
+        and (comparison := compare_at_best(rows, guard, reference)) is not None
     ]
     found.sort(key=lambda comparison: comparison.mean, reverse=True)
     figure = new_figure(6.4, 1.2 + 0.28 * len(found))
@@ -175,11 +171,6 @@ def _guards(rows: Sequence[Row], reference: str) -> list[str]:
     return sorted(best, key=lambda guard: (guard != reference, best[guard]))
 
 
-def _colour(guard: str, guards: Sequence[str], reference: str) -> str:
-    others = [name for name in guards if name != reference]
-    return REFERENCE_COLOUR if guard == reference else _COLOURS[others.index(guard) % len(_COLOURS)]
-
-
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each name beside the end of its line, so that names do not overlap."""
     low, high = axes.get_ylim()
@@ -197,16 +188,6 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             va="center",
             annotation_clip=False,
         )
-
-
-def _smoothed(losses: Sequence[float | None]) -> np.ndarray:
-    values = np.array([np.nan if loss is None else loss for loss in losses], dtype=float)
-    means = np.full_like(values, np.nan)
-    for end in range(len(values)):
-        window = values[max(0, end - _SMOOTHED_STEPS + 1) : end + 1]
-        if np.isfinite(window).any():
-            means[end] = np.nanmean(window)
-    return means
 
 
 _COLUMNS = 5
@@ -261,28 +242,21 @@ def _draw(axes: Axes, rows: Sequence[Row], series: Sequence[str], hue: str) -> t
     """Draw one group, and return its smallest and largest value; inf and −inf if it has none."""
     found = {name: [r for row in rows if (r := record_of(row, name))] for name in series}
     # A run that ended early or was read at another interval lacks some of these steps.
-    steps = np.array(sorted({s for records in found.values() for r in records for s in r.steps}))
-    curves = [
-        _over(np.array([_on(steps, r, name) for r in records]), np.nanmedian)
-        for name, records in found.items()
-        if records
-    ]
+    steps = sorted({step for records in found.values() for record in records for step in record})
+    curves = []
+    for name, records in found.items():
+        if name == "loss":
+            records = [dict(zip(r, _smooth(r.values()), strict=True)) for r in records]
+        values = [_floats(map(record.get, steps)) for record in records]
+        curves += [over_finite(np.array(values), np.nanmedian)] if values else []
     stacked = np.array(curves)
     if not np.isfinite(stacked).any():
         return math.inf, -math.inf
     if len(curves) > 1:
-        low, high = _over(stacked, np.nanmin), _over(stacked, np.nanmax)
+        low, high = over_finite(stacked, np.nanmin), over_finite(stacked, np.nanmax)
         axes.fill_between(steps, low, high, color=hue, alpha=0.18, linewidth=0)
-    axes.plot(steps, _over(stacked, np.nanmedian), color=hue, linewidth=1.1)
+    axes.plot(steps, over_finite(stacked, np.nanmedian), color=hue, linewidth=1.1)
     return float(np.nanmin(stacked)), float(np.nanmax(stacked))
-
-
-def _on(steps: np.ndarray, record: Record, name: str) -> np.ndarray:
-    """Return a record's values at these ascending steps; NaN where it has none."""
-    values = np.full(len(steps), math.nan)
-    own = _smooth(record.values) if name == "loss" else np.array(record.values, dtype=float)
-    values[np.searchsorted(steps, record.steps)] = own
-    return values
 
 
 def _scale(axes: Axes, low: float, high: float) -> None:
@@ -292,25 +266,15 @@ def _scale(axes: Axes, low: float, high: float) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _smooth(values: Sequence[float | None]) -> np.ndarray:
+def _floats(values: Iterable[float | None]) -> Floats:
+    return np.array(list(values), dtype=float)  # None becomes NaN
+
+
+def _smooth(losses: Iterable[float | None]) -> Floats:
     """Return centred medians, which remove batch noise; NaN where the loss is missing."""
-    known = np.array([math.nan if v is None else v for v in values])
-    half = _METRIC_WINDOW // 2
-    windows = (known[max(0, i - half) : i + half + 1] for i in range(len(known)))
-    return np.array(
-        [
-            math.nan if math.isnan(v) else np.nanmedian(w)
-            for v, w in zip(known, windows, strict=True)
-        ]
-    )
-
-
-def _over(values: np.ndarray, take: Callable[..., np.ndarray]) -> np.ndarray:
-    """Reduce the first axis over finite values; NaN where there are none."""
-    reduced = np.full(values.shape[1], np.nan)
-    known = np.isfinite(values).any(axis=0)
-    reduced[known] = take(np.where(np.isfinite(values), values, np.nan)[:, known], axis=0)
-    return reduced
+    known, half = _floats(losses), _METRIC_WINDOW // 2
+    medians = rolling(known, np.nanmedian, before=half, after=half)
+    return np.where(np.isnan(known), np.nan, medians)
 
 
 def _draw_loss(axes: Axes, row: Row) -> None:

@@ -8,22 +8,19 @@ from statistics import median
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hf_pss.evidence.rows import Row
-from hf_pss.evidence.statistics import (
+from hf_pss.evidence.rows import (
     PairedDifferences,
-    Setting,
+    Row,
     best_learning_rate,
-    compare,
+    by_setting,
+    compare_at,
     compare_at_best,
     losses_by_rate,
-    settings_of,
     steps_to_loss,
     usable_range,
 )
 from hf_pss.view.numbers import NOTHING
 from hf_pss.view.tables import lean_table
-
-__all__ = ["render_markdown", "render_tables"]
 
 Cells = list[tuple[str, ...]]
 """The header of a table, then its lines."""
@@ -51,34 +48,33 @@ def _tables(
     rows: Sequence[Row], reference: str, target: float | None
 ) -> Iterator[tuple[str, Cells]]:
     """Yield the titles and cells of every table that has a line."""
-    for setting in settings_of(rows):
-        here = [row for row in rows if Setting.of(row) == setting]
+    for setting, here in by_setting(rows).items():
         guards = list(dict.fromkeys(row.guard for row in here))
         found = {
             "median final validation loss by learning rate [seeds]; * the guard's best, range: "
-            "rates within 0.05 of it": _losses(here, setting, guards),
+            "rates within 0.05 of it": _losses(here, guards),
             f"paired difference to {reference}, in nats; below zero the guard is better": (
-                _paired(here, setting, guards, reference) if reference in guards else []
+                _paired(here, guards, reference) if reference in guards else []
             ),
             "runs that exploded, by learning rate": _explosions(here, guards),
             "cost by the guard's clock, medians": _cost(here, guards),
         }
         if target is not None:
             title = f"steps to a validation loss of {target:g}, at the guard's best rate"
-            found[title] = _steps(here, setting, guards, target)
+            found[title] = _steps(here, guards, target)
         for title, cells in found.items():
             if len(cells) > 1:
                 yield f"{setting}: {title}", cells
 
 
-def _losses(rows: Sequence[Row], setting: Setting, guards: Sequence[str]) -> Cells:
+def _losses(rows: Sequence[Row], guards: Sequence[str]) -> Cells:
     rates = sorted({row.learning_rate for row in rows})
     cells: Cells = [("guard", *(f"{rate:g}" for rate in rates), "range")]
     for guard in guards:
-        losses = losses_by_rate(rows, setting, guard)
-        best = best_learning_rate(rows, setting, guard)
+        losses = losses_by_rate(rows, guard)
+        best = best_learning_rate(rows, guard)
         shown = (_loss(losses.get(rate), is_best=rate == best) for rate in rates)
-        low, high = usable_range(rows, setting, guard)
+        low, high = usable_range(rows, guard)
         cells.append((guard, *shown, f"{high / low:.3g}×"))
     return cells
 
@@ -89,15 +85,15 @@ def _loss(by_seed: Mapping[int, float] | None, *, is_best: bool) -> str:
     return f"{'*' if is_best else ''}{median(by_seed.values()):.3f} [{len(by_seed)}]"
 
 
-def _paired(rows: Sequence[Row], setting: Setting, guards: Sequence[str], reference: str) -> Cells:
+def _paired(rows: Sequence[Row], guards: Sequence[str], reference: str) -> Cells:
     cells: Cells = [("guard", "learning rate", "mean", "95 % interval", "better in", "seeds")]
     for guard in guards:
         if guard == reference:
             continue
-        for rate in losses_by_rate(rows, setting, guard):
-            if found := compare(rows, setting, guard, reference, (rate, rate)):
+        for rate in losses_by_rate(rows, guard):
+            if found := compare_at(rows, guard, reference, (rate, rate)):
                 cells.append(_difference(found, f"{rate:g}"))
-        if at_best := compare_at_best(rows, setting, guard, reference):
+        if at_best := compare_at_best(rows, guard, reference):
             ours, theirs = at_best.learning_rates
             cells.append(_difference(at_best, f"own best: {ours:g}, {theirs:g}"))
     return cells
@@ -141,10 +137,10 @@ def _cost(rows: Sequence[Row], guards: Sequence[str]) -> Cells:
     return cells
 
 
-def _steps(rows: Sequence[Row], setting: Setting, guards: Sequence[str], target: float) -> Cells:
+def _steps(rows: Sequence[Row], guards: Sequence[str], target: float) -> Cells:
     cells: Cells = [("guard", "learning rate", "median steps", "reached")]
     for guard in guards:
-        rate = best_learning_rate(rows, setting, guard)
+        rate = best_learning_rate(rows, guard)
         here = [row for row in rows if row.guard == guard and row.learning_rate == rate]
         reached = [step for row in here if (step := steps_to_loss(row, target)) is not None]
         shown = f"{median(reached):g}" if reached else NOTHING

@@ -17,29 +17,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from hf_pss.evidence.early_warnings import LeadScore, Record, departure_step, lead_time, record_of
-from hf_pss.evidence.rows import Row
-from hf_pss.evidence.statistics import Setting
+from hf_pss.evidence.early_warnings import (
+    LeadScore,
+    departure_step,
+    lead_time,
+    most_sensitive,
+    record_of,
+)
+from hf_pss.evidence.rows import Row, Setting
 from hf_pss.view.numbers import NOTHING
 from hf_pss.view.tables import lean_table
-
-__all__ = [
-    "NEAR_STEPS",
-    "WIDENINGS",
-    "Family",
-    "MetricScore",
-    "excess_of",
-    "families_of",
-    "metrics_of",
-    "render_scores",
-    "score_metrics",
-    "shared_metrics",
-]
 
 NEAR_STEPS = 25
 """A reading is compared with the twins' readings at most this many steps away, so that a run that
@@ -73,11 +65,12 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricScore(LeadScore):
-    """The score of one metric over one family, whose twins are the healthy runs."""
+    """The score of one metric over one family, whose twins are the healthy runs.
 
-    metric: str
-    widening: float
-    """The smallest of `WIDENINGS` within the wanted rate of false alarms, over all families."""
+    The threshold is the smallest of `WIDENINGS` within the wanted rate of false alarms, over all
+    families.
+    """
+
     first_steps: tuple[int | None, ...]
     """The step of the first reading outside, for each explosion."""
     num_survivors_outside: int
@@ -167,26 +160,26 @@ def excess_of(row: Row, twins: Sequence[Row], series: Iterable[str]) -> dict[int
     for name in series:
         if not _is_recorded(row, name):
             continue
-        records = [record for twin in twins if (record := record_of(twin, name))]
-        mine = record_of(row, name) or _without_numbers(row)
-        for step, value in zip(mine.steps, mine.values, strict=True):
+        records = [record_of(twin, name) for twin in twins]
+        mine = record_of(row, name) or dict.fromkeys(row.extra["health"]["step"])
+        for step, value in mine.items():
             near = [
-                (s, v)
+                v
                 for record in records
-                for s, v in zip(record.steps, record.values, strict=True)
+                for s, v in record.items()
                 if abs(s - step) <= NEAR_STEPS and v is not None
             ]
             # The first reading of every run has no rates of change. It must not count
             # as non-finite.
-            if near and (value is not None or any(s == step for s, _ in near)):
-                excess = _excess(value, [v for _, v in near])
-                found[step] = max(found.get(step, 0.0), excess)
+            has_twin = any(record.get(step) is not None for record in records)
+            if near and (value is not None or has_twin):
+                found[step] = max(found.get(step, 0.0), _excess(value, near))
     return found
 
 
 def score_metrics(
     families: Sequence[Family], *, max_false_alarms: float, with_survivors: bool = False
-) -> tuple[MetricScore, ...]:
+) -> list[MetricScore]:
     """Judge every metric over every family, each at its smallest widening within one rate.
 
     Args:
@@ -206,65 +199,54 @@ def score_metrics(
     families = [family for family in families if len(family.twins) >= _MIN_TWINS]
     metrics = shared_metrics([twin for family in families for twin in family.twins])
     for metric, series in metrics.items():
-        measured = [_measure(family, series, with_survivors) for family in families]
-        for widening in WIDENINGS:
-            scores = [_score(metric, one, widening) for one in measured]
-            readings = sum(score.num_healthy_readings for score in scores)
-            alarms = sum(score.num_false_alarms for score in scores)
-            if 1000 * alarms <= max_false_alarms * readings:
-                found += (score for score in scores if score.num_healthy_readings)
-                break
-    return tuple(found)
+        scorers = [_scorer(metric, series, family, with_survivors) for family in families]
+        candidates = ([score(widening) for score in scorers] for widening in WIDENINGS)
+        found += most_sensitive(candidates, max_false_alarms)
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """How far the runs of a family are outside the range of its twins, for one metric."""
-
-    family: Family
-    healthy: tuple[dict[int, float], ...]
-    exploded: tuple[tuple[Row, dict[int, float]], ...]
-    survivors: tuple[dict[int, float], ...]
-
-
-def _measure(family: Family, series: Sequence[str], with_survivors: bool) -> _Measured:
+def _scorer(
+    metric: str, series: Sequence[str], family: Family, with_survivors: bool
+) -> Callable[[float], MetricScore]:
+    """Measure how far all runs are outside of the twins' range, and return a score by widening."""
     twins = family.twins
-    calm = tuple(excess_of(row, [t for t in twins if t is not row], series) for row in twins)
+    healthy = [excess_of(row, [t for t in twins if t is not row], series) for row in twins]
     exploded, survivors = (
-        tuple(
+        [
             (row, excess_of(row, twins, series))
             for row in rows
             if any(_is_recorded(row, name) for name in series)
-        )
+        ]
         for rows in (family.exploded, family.survivors)
     )
-    spared = tuple(excess for _, excess in survivors)
-    return _Measured(family, (*calm, *spared) if with_survivors else calm, exploded, spared)
+    if with_survivors:
+        healthy += [excess for _, excess in survivors]
 
+    def score(widening: float) -> MetricScore:
+        def outside(excess: dict[int, float]) -> list[int]:
+            return [step for step, distance in excess.items() if distance > widening]
 
-def _score(metric: str, measured: _Measured, widening: float) -> MetricScore:
-    def outside(excess: dict[int, float]) -> list[int]:
-        return sorted(step for step, distance in excess.items() if distance > widening)
+        leads: list[int | None] = []
+        firsts: list[int | None] = []
+        for row, excess in exploded:
+            end = row.explosion_step or len(row.losses)
+            lead = lead_time(row.losses, outside(excess), end, horizon_steps=row.num_steps)
+            leads.append(lead)
+            firsts.append(None if lead is None else departure_step(row.losses, end) - lead)
+        return MetricScore(
+            name=metric,
+            recipe=family.recipe,
+            threshold=widening,
+            leads=tuple(leads),
+            first_steps=tuple(firsts),
+            num_false_alarms=sum(len(outside(excess)) for excess in healthy),
+            num_healthy_readings=sum(len(excess) for excess in healthy),
+            num_survivors_outside=sum(bool(outside(excess)) for _, excess in survivors),
+            num_survivors=len(survivors),
+            num_unrecorded=len(family.exploded) - len(exploded),
+        )
 
-    leads: list[int | None] = []
-    firsts: list[int | None] = []
-    for row, excess in measured.exploded:
-        end = row.explosion_step or len(row.losses)
-        lead = lead_time(row.losses, outside(excess), end, horizon_steps=row.num_steps)
-        leads.append(lead)
-        firsts.append(None if lead is None else departure_step(row.losses, end) - lead)
-    return MetricScore(
-        metric=metric,
-        recipe=measured.family.recipe,
-        widening=widening,
-        leads=tuple(leads),
-        first_steps=tuple(firsts),
-        num_false_alarms=sum(len(outside(excess)) for excess in measured.healthy),
-        num_healthy_readings=sum(len(excess) for excess in measured.healthy),
-        num_survivors_outside=sum(bool(outside(excess)) for excess in measured.survivors),
-        num_survivors=len(measured.survivors),
-        num_unrecorded=len(measured.family.exploded) - len(measured.exploded),
-    )
+    return score
 
 
 def render_scores(scores: Sequence[MetricScore]) -> Table:
@@ -274,34 +256,19 @@ def render_scores(scores: Sequence[MetricScore]) -> Table:
         lead = line.median_lead
         return line.recipe, -line.num_ahead, math.inf if lead is None else -lead
 
-    return lean_table(
-        ["metric", "recipe"],
-        [
-            "widening",
-            "ahead",
-            "lead,\nsteps",
-            "first\noutside",
-            "false\n/1,000",
-            "survivors\noutside",
-        ],
-        rows=map(_cells, sorted(scores, key=rank)),
-    )
-
-
-def _cells(line: MetricScore) -> tuple[str, ...]:
-    ahead, lead, rate = line.cells()
-    firsts = [step for step in line.first_steps if step is not None]
-    survivors = f"{line.num_survivors_outside} of {line.num_survivors}"
-    return (
-        line.metric,
-        line.recipe,
-        f"{line.widening:g}",
-        f"{ahead} ({line.num_unrecorded} not recorded)" if line.num_unrecorded else ahead,
-        lead,
-        f"{min(firsts)}…{max(firsts)}" if firsts else NOTHING,
-        rate,
-        survivors if line.num_survivors else NOTHING,
-    )
+    rows = []
+    for line in sorted(scores, key=rank):
+        ahead, lead, rate = line.cells()
+        if line.num_unrecorded:
+            ahead += f" ({line.num_unrecorded} not recorded)"
+        firsts = [step for step in line.first_steps if step is not None]
+        first = f"{min(firsts)}…{max(firsts)}" if firsts else NOTHING
+        survivors = f"{line.num_survivors_outside} of {line.num_survivors}"
+        survivors = survivors if line.num_survivors else NOTHING
+        numbers = (f"{line.threshold:g}", ahead, lead, first, rate, survivors)
+        rows.append((line.name, line.recipe, *numbers))
+    columns = ["widening", "ahead", "lead,\nsteps", "first\noutside", "false\n/1,000"]
+    return lean_table(["metric", "recipe"], [*columns, "survivors\noutside"], rows=rows)
 
 
 def _is_recorded(row: Row, series: str) -> bool:
@@ -310,11 +277,6 @@ def _is_recorded(row: Row, series: str) -> bool:
     # Where no matrix ever had a finite number, only the count of matrices without one is recorded.
     metric = series.partition("/")[0]
     return series == "loss" or not held.isdisjoint((series, f"{metric}/num_nonfinite"))
-
-
-def _without_numbers(row: Row) -> Record:
-    steps = tuple(row.extra["health"]["step"])
-    return Record(steps, (None,) * len(steps))
 
 
 def _excess(value: float | None, near: Sequence[float]) -> float:

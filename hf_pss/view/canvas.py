@@ -33,9 +33,10 @@ __all__ = [
     "use_log_scale",
 ]
 
-# Okabe and Ito's palette without yellow. It is clear with every common kind of colour vision.
+# Okabe and Ito's palette, which is clear with every common kind of colour vision, with brown
+# instead of yellow.
 REFERENCE_COLOUR = "#555555"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513", "#000000")
 
 _STYLE = {
     "axes.edgecolor": "#999999",

@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence import report_page
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
-from hf_pss.view import canvas
 from hf_pss.view import numbers as text
+from hf_pss.view import page as view_page
 
 VOID = {"meta", "img", "br"}
 
@@ -59,13 +60,13 @@ def touch(figure: object, path: Path) -> None:
 @pytest.fixture
 def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are rendered once, as SVG: what no renderer can draw is found all the same."""
-    monkeypatch.setattr(canvas, "save_png", touch)
+    monkeypatch.setattr(report_page, "save_png", touch)
 
 
 @pytest.fixture
 def words_only(no_png: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made and not rendered."""
-    monkeypatch.setattr(canvas, "to_svg", lambda figure: b"<svg/>")
+    monkeypatch.setattr(view_page, "to_svg", lambda figure: b"<svg/>")
 
 
 def show(run_dir: Path) -> str:

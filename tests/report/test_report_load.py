@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.report_records import load_run_directory
+from hf_pss.evidence.report_records import answer_of, changed_by, event_of, load_run_directory
 from hf_pss.evidence.report_results import headline, result
 from hf_pss.records.events import EventKind
 
@@ -23,9 +23,9 @@ def test_a_finished_run_is_read_whole(twins: Path) -> None:
     run = directory.of("paper")[0]
     assert (len(run.loss), len(run.eval_loss), len(run.baseline)) == (40, 2, 40)
     assert run.stable_ranks.values.shape == (3, 9)
-    event = run.interventions[0]
-    assert (event.step, event.smoothing, event.matrices[0].shape) == (12, "clip", (64, 64))
-    assert event.changed == event.matrices
+    found = run.interventions[0]
+    assert (found.event.step, found.smoothing, found.matrices[0].shape) == (12, "clip", (64, 64))
+    assert changed_by(found) == list(found.matrices)
 
 
 def test_null_and_non_finite_numbers_are_nan(files: Any) -> None:
@@ -123,9 +123,9 @@ def test_only_changed_matrices_count_most_singular_first(
         make_change("d", status="non_finite", sigma_before=None, sigma_after=None),
     ]
     files.run("paper", events=[make_intervention(3, matrices=matrices)])
-    event = load_run_directory(files.info()).runs[0].interventions[0]
-    assert [matrix.name for matrix in event.changed] == ["c", "a"]
-    assert len(event.matrices) == 4
+    found = load_run_directory(files.info()).runs[0].interventions[0]
+    assert [matrix.name for matrix in changed_by(found)] == ["c", "a"]
+    assert len(found.matrices) == 4
 
 
 def test_events_without_smoothing_do_not_count_as_interventions(
@@ -138,8 +138,8 @@ def test_events_without_smoothing_do_not_count_as_interventions(
     ]
     files.run("paper", events=events)
     run = load_run_directory(files.info()).runs[0]
-    assert [event.step for event in run.interventions] == [9]
-    assert [(event.step, event.kind, event.answer) for event in run.events] == [
+    assert [found.event.step for found in run.interventions] == [9]
+    assert [(event_of(r).step, event_of(r).kind, answer_of(r)) for r in run.events] == [
         (3, "spike", "none (cooldown)"),
         (5, "non_finite", "skip update"),
         (9, "spike", "clip"),
@@ -150,7 +150,7 @@ def test_events_without_smoothing_do_not_count_as_interventions(
 def test_every_kind_of_event_is_read(kind: EventKind, files: Any, make_intervention: Any) -> None:
     files.run("paper", events=[make_intervention(3, kind=kind, decision="stop")])
     directory = load_run_directory(files.info())
-    assert [(event.step, event.kind) for event in directory.runs[0].events] == [(3, kind)]
+    assert [(event_of(r).step, event_of(r).kind) for r in directory.runs[0].events] == [(3, kind)]
     assert directory.missing == ()
 
 
@@ -174,7 +174,7 @@ def test_two_interventions_in_one_step_are_two(files: Any, make_intervention: An
     ]
     files.run("both", events=events, finished=False)
     run = load_run_directory(files.info()).runs[0]
-    assert [(event.step, event.detector) for event in run.interventions] == [
+    assert [(found.event.step, found.event.detector) for found in run.interventions] == [
         (3, "grad_norm_ratio"),
         (3, "stable_rank_floor"),
         (4, "stable_rank_floor"),

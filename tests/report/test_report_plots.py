@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from hf_pss.evidence.report_plots import (
+from hf_pss.evidence.report_page import (
     colour_of,
     gradient_figure,
     headline_plot,

@@ -127,7 +127,7 @@ def test_a_result_without_summary_counts_what_it_sees(files: Any, make_intervent
 def test_the_mean_takes_finished_seeds_alone(files: Any) -> None:
     files.run("plain", 4.8)
     files.run("plain", seed=1, evals=(9.0,), finished=False)
-    mean = mean_result([result(run) for run in load_run_directory(files.info()).runs])
+    mean = mean_result(load_run_directory(files.info()).runs)
     assert mean.final_eval_loss == 4.8
     assert mean.status == "1 of 2 finished"
 
@@ -135,7 +135,7 @@ def test_the_mean_takes_finished_seeds_alone(files: Any) -> None:
 def test_a_seed_without_a_number_leaves_the_mean_without_it(files: Any) -> None:
     files.run("plain", 4.8)
     files.run("plain", None, seed=1)
-    mean = mean_result([result(run) for run in load_run_directory(files.info()).runs])
+    mean = mean_result(load_run_directory(files.info()).runs)
     assert math.isnan(mean.final_eval_loss)
     assert outcome(mean) == "not finite"
     assert mean.train_seconds == 50.0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_pss.evidence.rows import Row
-from hf_pss.evidence.statistics import Setting
+from hf_pss.evidence.rows import Row, Setting
 
 SETTING = Setting("tiny", "adamw")
 ENTROPY = 6.0

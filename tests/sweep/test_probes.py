@@ -133,4 +133,5 @@ def test_a_record_survives_the_file_and_every_rule_reads_it(tmp_path: Path) -> N
     read = Row.from_line(row.to_line())
     assert read.extra["probes"] == record
     for name in RULES:
-        assert score(name, [read]).num_healthy_readings == MAX_STEPS, name
+        found = score(name, [read], RULES[name].thresholds[0], recipe="r")
+        assert found.num_healthy_readings == MAX_STEPS, name

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sweep_rows import ENTROPY, SETTING, grid_of_rows, row
+from sweep_rows import ENTROPY, grid_of_rows, row
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.statistics import (
-    Setting,
+from hf_pss.evidence.rows import (
     best_learning_rate,
     bootstrap_interval,
+    by_setting,
     comparable,
-    compare,
+    compare_at,
     compare_at_best,
     final_loss,
     losses_by_rate,
-    settings_of,
     steps_to_loss,
     usable_range,
 )
@@ -37,38 +36,33 @@ def test_a_run_without_a_finite_loss_or_a_high_one_counts_as_unigram_entropy() -
 
 def test_losses_are_by_ascending_rate_and_seed() -> None:
     rows = [row(rate=1e-2, seed=1), row(rate=1e-3, seed=0), row("floor", rate=1.0)]
-    assert losses_by_rate(rows, SETTING, "clip") == {1e-3: {0: 4.0}, 1e-2: {1: 4.0}}
-    assert list(losses_by_rate(rows, SETTING, "clip")) == [1e-3, 1e-2]
+    assert losses_by_rate(rows, "clip") == {1e-3: {0: 4.0}, 1e-2: {1: 4.0}}
+    assert list(losses_by_rate(rows, "clip")) == [1e-3, 1e-2]
 
 
 def test_settings_are_what_was_compared() -> None:
     rows = [row(), row(optimizer="muon"), row(recipe="a")]
-    assert [str(s) for s in settings_of(rows)] == ["a · adamw", "tiny · adamw", "tiny · muon"]
+    assert [str(s) for s in by_setting(rows)] == ["a · adamw", "tiny · adamw", "tiny · muon"]
 
 
 def test_the_best_rate_is_that_of_the_lowest_median() -> None:
     # The mean of the second is lower.
     rows = [row(rate=1e-3, seed=s, loss=v) for s, v in enumerate([4.0, 4.0, 4.0])]
     rows += [row(rate=1e-2, seed=s, loss=v) for s, v in enumerate([1.0, 4.1, 4.1])]
-    assert best_learning_rate(rows, SETTING, "clip") == 1e-3
-
-
-def test_no_run_of_a_guard_is_said_to_be_so() -> None:
-    with pytest.raises(ConfigurationError, match="guard 'floor'"):
-        best_learning_rate([row()], SETTING, "floor")
+    assert best_learning_rate(rows, "clip") == 1e-3
 
 
 def test_usable_range() -> None:
     rows = grid_of_rows()
-    assert usable_range(rows, SETTING, "clip") == (1e-3, 1e-3)
-    assert usable_range(rows, SETTING, "floor") == (1e-3, 1e-2)
-    assert usable_range(rows, SETTING, "floor", within_nats=0.6) == (1e-3, 1e-1)
+    assert usable_range(rows, "clip") == (1e-3, 1e-3)
+    assert usable_range(rows, "floor") == (1e-3, 1e-2)
+    assert usable_range(rows, "floor", within_nats=0.6) == (1e-3, 1e-1)
 
 
 def test_a_bad_rate_between_ends_the_usable_range() -> None:
     losses = {1e-4: 4.0, 1e-3: 5.0, 1e-2: 3.99, 3e-2: 4.02}
     rows = [row(rate=rate, loss=loss) for rate, loss in losses.items()]
-    assert usable_range(rows, SETTING, "clip") == (1e-2, 3e-2)
+    assert usable_range(rows, "clip") == (1e-2, 3e-2)
 
 
 def test_differences_are_paired_by_seed_and_lone_seeds_left_out() -> None:
@@ -76,7 +70,7 @@ def test_differences_are_paired_by_seed_and_lone_seeds_left_out() -> None:
     theirs = {2: 4.0, 1: 4.0, 0: 4.0, 5: 0.0}
     rows = [row("floor", seed=s, loss=v) for s, v in ours.items()]
     rows += [row("clip", seed=s, loss=v) for s, v in theirs.items()]
-    found = compare(rows, SETTING, "floor", "clip", (1e-3, 1e-3))
+    found = compare_at(rows, "floor", "clip", (1e-3, 1e-3))
     assert found is not None
     assert found.differences == (-1.0, -0.5, ENTROPY - 4.0)
     assert found.mean == pytest.approx(0.5 / 3, abs=EXACT)
@@ -86,13 +80,11 @@ def test_differences_are_paired_by_seed_and_lone_seeds_left_out() -> None:
 
 def test_nothing_is_compared_without_a_common_seed() -> None:
     rows = [row("floor", seed=1), row("clip", seed=0)]
-    assert compare(rows, SETTING, "floor", "clip", (1e-3, 1e-3)) is None
-    other = Setting("other", "adamw")
-    assert compare(rows, other, "floor", "clip", (1e-3, 1e-3)) is None
+    assert compare_at(rows, "floor", "clip", (1e-3, 1e-3)) is None
 
 
 def test_each_guard_is_compared_at_its_own_best_rate() -> None:
-    found = compare_at_best(grid_of_rows(), SETTING, "floor", "clip")
+    found = compare_at_best(grid_of_rows(), "floor", "clip")
     assert found is not None
     assert found.learning_rates == (1e-2, 1e-3)
     assert found.differences == pytest.approx((-0.1,) * 3, abs=EXACT)
@@ -144,5 +136,5 @@ def test_what_is_comparable_and_what_is_not() -> None:
     with pytest.raises(ConfigurationError, match="two sets of options"):
         comparable([row(seed=1), other])
     changed = row(seed=2, guard_id="other", changes={"num_steps": 9})
-    assert len(settings_of(comparable([row(seed=1), changed]))) == 2
-    assert "num_steps 9" in str(settings_of([changed])[0])
+    assert len(by_setting(comparable([row(seed=1), changed]))) == 2
+    assert "num_steps 9" in str(*by_setting([changed]))

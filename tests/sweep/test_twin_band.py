@@ -33,7 +33,7 @@ def shown(rows: list) -> str:
 
 
 def by_metric(rows: list) -> dict[str, MetricScore]:
-    return {s.metric: s for s in score_metrics(families_of(rows), max_false_alarms=1.0)}
+    return {s.name: s for s in score_metrics(families_of(rows), max_false_alarms=1.0)}
 
 
 # ---- who is whose twin ----
@@ -91,9 +91,9 @@ def test_what_a_comparison_holds_fixed_is_not_mixed(other: dict[str, Any]) -> No
 def test_without_three_twins_nothing_is_judged() -> None:
     families = families_of(family_of_rows()[1:])
     assert len(families) == 1
-    assert score_metrics(families, max_false_alarms=1.0) == ()
+    assert score_metrics(families, max_false_alarms=1.0) == []
     assert families_of([replace(row, extra={}) for row in family_of_rows()]) == ()
-    assert score_metrics((), max_false_alarms=1.0) == ()
+    assert score_metrics((), max_false_alarms=1.0) == []
 
 
 def test_metrics_gather_their_series_and_pass_over_counts() -> None:
@@ -182,14 +182,14 @@ def test_the_loss_is_behind_itself() -> None:
 def test_a_noisy_twin_widens_the_range_until_it_is_within_it() -> None:
     """At no widening the outer twins are outside of the others' range; then nobody is."""
     rows = family_of_rows()
-    assert by_metric(rows)["stable_rank"].widening > WIDENINGS[0]
+    assert by_metric(rows)["stable_rank"].threshold > WIDENINGS[0]
     assert by_metric(rows)["stable_rank"].num_false_alarms == 0
     (loose,) = (
         s
         for s in score_metrics(families_of(rows), max_false_alarms=1000.0)
-        if s.metric == "stable_rank"
+        if s.name == "stable_rank"
     )
-    assert loose.widening == WIDENINGS[0]
+    assert loose.threshold == WIDENINGS[0]
     assert loose.num_false_alarms > 0
 
 
@@ -203,7 +203,7 @@ def test_survivors_may_count_as_healthy() -> None:
     """Ranks that halve in a survivor as in the explosions warn of nothing."""
     families = families_of(family_of_rows())
     strict = score_metrics(families, max_false_alarms=1.0, with_survivors=True)
-    (rank,) = (score for score in strict if score.metric == "stable_rank")
+    (rank,) = (score for score in strict if score.name == "stable_rank")
     assert rank.leads == (None, None)
     assert (rank.num_survivors_outside, rank.num_false_alarms) == (0, 0)
     assert rank.num_healthy_readings == 4 * len(STEPS)
