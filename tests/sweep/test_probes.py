@@ -13,7 +13,6 @@ from helpers import MAX_STEPS, make_trainer, weights_of
 from transformers import Trainer, TrainerCallback
 
 from hf_pss import PSSConfig
-from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.early_warnings import RULES, score
 from hf_pss.evidence.probes import PROBED, Probes
 from hf_pss.evidence.rows import Row
@@ -23,14 +22,13 @@ OBSERVER = PSSConfig.preset("paper", observe_only=True)
 STABLE_RANK_TOLERANCE = 3e-3  # the quick one's, as in tests/health
 
 
-def probed(folder: Path, pss: PSSConfig | None = OBSERVER, **options: Any) -> tuple[Trainer, dict]:
+def probed(folder: Path, **options: Any) -> tuple[Trainer, dict]:
     every = options.pop("every_steps", 1)
-    energy = options.pop("jacobian_energy", True)
     extra: list[TrainerCallback] = options.pop("callbacks", [])
-    trainer = make_trainer(folder, pss, save_strategy="no", **options)
+    trainer = make_trainer(folder, OBSERVER, save_strategy="no", **options)
     for callback in extra:
         trainer.add_callback(callback)
-    probes = Probes(trainer, every_steps=every, jacobian_energy=energy)
+    probes = Probes(trainer, every_steps=every)
     trainer.add_callback(probes)
     trainer.train()
     return trainer, probes.to_dict()
@@ -60,32 +58,19 @@ def test_the_last_entry_is_that_of_the_final_weights(tmp_path: Path) -> None:
     assert record["mean_stable_rank"][-1] == pytest.approx(mean, rel=STABLE_RANK_TOLERANCE)
 
 
-@pytest.mark.parametrize("pss", [None, OBSERVER], ids=["plain", "observed"])
-def test_the_run_is_the_same_to_the_bit(tmp_path: Path, pss: PSSConfig | None) -> None:
-    twin = make_trainer(tmp_path / "twin", pss, save_strategy="no")
+def test_the_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    twin = make_trainer(tmp_path / "twin", None, save_strategy="no")
     twin.train()
-    trainer, _ = probed(tmp_path / "probed", pss)
+    trainer, _ = probed(tmp_path / "probed")
     theirs, ours = weights_of(twin.model), weights_of(trainer.model)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
-def test_the_rhythm_and_the_dear_part_can_be_chosen(tmp_path: Path) -> None:
-    _, record = probed(tmp_path, every_steps=3, jacobian_energy=False)
+def test_the_interval_can_be_chosen(tmp_path: Path) -> None:
+    _, record = probed(tmp_path, every_steps=3)
     assert record["step"] == [3, 6]
-    assert record["max_jacobian_energy"] == [None, None]
     assert None not in record["mean_sign_diversity"]
-    with pytest.raises(ConfigurationError, match="every_steps"):
-        Probes(make_trainer(tmp_path), every_steps=0)
-
-
-def test_without_pss_the_norm_is_known_only_where_nobody_clips(tmp_path: Path) -> None:
-    _, clipped = probed(tmp_path, None, every_steps=4)
-    assert clipped["grad_norm_preclip"] == [None, None]
-    assert None not in clipped["update_norm"]
-    _, free = probed(tmp_path, None, every_steps=4, max_grad_norm=0.0)
-    _, observed = probed(tmp_path, OBSERVER, every_steps=4, max_grad_norm=0.0)
-    assert free["grad_norm_preclip"] == pytest.approx(observed["grad_norm_preclip"], rel=1e-6)
 
 
 class _Break(TrainerCallback):
@@ -102,7 +87,7 @@ class _Break(TrainerCallback):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_broken_weights_leave_gaps_and_nothing_worse(tmp_path: Path, bad: float) -> None:
-    _, record = probed(tmp_path, None, callbacks=[_Break(5, bad)])
+    _, record = probed(tmp_path, callbacks=[_Break(5, bad)])
     json.dumps(record, allow_nan=False)
     for name in ("min_stable_rank", "mean_jacobian_energy", "max_spectral_growth"):
         assert None not in record[name][:4], name
