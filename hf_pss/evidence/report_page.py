@@ -10,18 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from hf_pss.evidence import report_records, report_results
 from hf_pss.evidence.report_records import (
-    Floats,
     RunDirectory,
     answer_of,
-    changed_by,
     event_of,
     label,
     load_run_directory,
     number,
 )
-from hf_pss.evidence.report_results import headline, mean_result, outcome, result
-from hf_pss.evidence.rows import over_finite, rolling
+from hf_pss.evidence.rows import Floats, over_finite, rolling
 from hf_pss.records.events import Intervention, Record
 from hf_pss.runs.durable import write_whole
 from hf_pss.view.canvas import (
@@ -82,14 +80,15 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     names = {name for run in directory.runs for name in run.stable_ranks.names}
     values = {
         "directory": directory,
-        "sentences": headline(directory),
+        "records": report_records,
+        "results": report_results,
         "figures": images,
         "roles": sorted({row_of(name).role for name in names}),
         "noise": noise_levels(directory),
         "methods": [(label(guard), _method(directory, guard)) for guard in directory.guards],
         "groups_of": _groups,
         "short_name": _short_name,
-        **{function.__name__: function for function in _IN_TEMPLATE},
+        "colour_of": colour_of,
     }
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, render_template("hf_pss.evidence", "template.html.j2", values))
@@ -131,19 +130,6 @@ def _method(directory: RunDirectory, guard: str) -> str:
 def colour_of(directory: RunDirectory, guard: str) -> str:
     """Return the colour of a guard in all figures."""
     return colour(guard, directory.guards, directory.reference)
-
-
-_IN_TEMPLATE = (
-    answer_of,
-    changed_by,
-    colour_of,
-    event_of,
-    label,
-    mean_result,
-    number,
-    outcome,
-    result,
-)
 
 
 def loss_figure(directory: RunDirectory) -> Figure:
@@ -306,5 +292,5 @@ def _finish(axes: Axes, title: str) -> None:
 
 def _note(axes: Axes, text: str, *, height: float) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
-    place = {"transform": axes.transAxes, "bbox": box}
-    axes.text(0.02, height, text, fontsize=7.5, color="#777777", **place)
+    place = axes.transAxes
+    axes.text(0.02, height, text, transform=place, fontsize=7.5, color="#777777", bbox=box)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from hf_pss.detection.policy import Action
 from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.evidence.rows import Floats
 from hf_pss.records.events import Event, Intervention, MatrixChange, Record
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import number_of, read_object
@@ -30,8 +30,7 @@ from hf_pss.runs.folder import (
 )
 from hf_pss.runs.records_files import parse_reading, parse_record, parse_row, read_lines
 
-Floats = npt.NDArray[np.float64]
-Row = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 _LABELS = {
     "plain": "plain Trainer",
@@ -112,7 +111,7 @@ class TrainingRun:
     threshold: Curve
     stable_ranks: StableRanks
     events: tuple[Record, ...]
-    summary: Row
+    summary: JsonObject
     """The content of ``summary.json``; empty if it is missing."""
 
     @property
@@ -135,7 +134,7 @@ class TrainingRun:
 class RunDirectory:
     """A run directory: ``run.json``, the runs in it, and a list of missing files."""
 
-    info: Row
+    info: JsonObject
     guards: tuple[str, ...]
     runs: tuple[TrainingRun, ...]
     missing: tuple[str, ...]
@@ -182,7 +181,7 @@ class _Reader:
     root: Path
     missing: list[str] = field(default_factory=list)
 
-    def json(self, path: Path) -> Row:
+    def json(self, path: Path) -> JsonObject:
         if not path.is_file():
             self._note(path, "is not there")
             return {}
@@ -265,7 +264,7 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
     )
 
 
-def _curve(rows: Iterable[Row], key: str) -> Curve:
+def _curve(rows: Iterable[JsonObject], key: str) -> Curve:
     # A resumed run writes some steps twice. The later line is valid.
     points = {
         step: number(row[key])

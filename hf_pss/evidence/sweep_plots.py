@@ -220,21 +220,30 @@ def plot_family(family: Family) -> Figure:
     """
     shown = (family.exploded or family.survivors)[0]
     metrics = shared_metrics((*family.twins, shown))
+    groups = (
+        ("twins (blue)", _BLUE, family.twins),
+        ("neither (orange)", _ORANGE, family.survivors),
+        ("exploded (red)", _RED, family.exploded),
+    )
     num_rows = -(-len(metrics) // _COLUMNS)
     figure = new_figure(2.5 * _COLUMNS, 1.65 * num_rows + 0.5)
-    panels = figure.subplots(num_rows, _COLUMNS, sharex=True, squeeze=False).flat
+    panels = list(figure.subplots(num_rows, _COLUMNS, sharex=True, squeeze=False).flat)
     for axes, (metric, series) in zip(panels, metrics.items(), strict=False):
         if metric != "loss":
             _draw_loss(axes, shown)
-        groups = ((family.twins, _BLUE), (family.survivors, _ORANGE), (family.exploded, _RED))
-        drawn = [_draw(axes, rows, series, hue) for rows, hue in groups]
+        drawn = [_draw(axes, rows, series, hue) for _, hue, rows in groups]
         _scale(axes, min(low for low, _ in drawn), max(high for _, high in drawn))
         _mark(axes, shown)
         axes.set_title(metric, fontsize=8.5)
         axes.tick_params(labelsize=7)
-    for axes in list(figure.axes)[len(metrics) : num_rows * _COLUMNS]:
+    for axes in panels[len(metrics) :]:
         axes.set_axis_off()
-    figure.suptitle(_title(family, shown), fontsize=10, x=0.01, ha="left")
+    parts = [] if family.twins else ["no healthy twin"]
+    for name, _, rows in groups:
+        rates = ", ".join(f"{rate:g}" for rate in sorted({row.learning_rate for row in rows}))
+        parts += [f"{len(rows)} {name} at {rates}"] if rows else []
+    title = f"{family.recipe}: {'; '.join(parts)}; grey: loss of seed {shown.seed}"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -294,16 +303,3 @@ def _mark(axes: Axes, row: Row) -> None:
         axes.axvline(row.explosion_step, color="black", linewidth=0.8)
     elif "fault_start" in row.extra:
         axes.axvline(row.extra["fault_start"], color="black", linewidth=0.8)
-
-
-def _title(family: Family, shown: Row) -> str:
-    groups = {
-        "twins (blue)": family.twins,
-        "exploded (red)": family.exploded,
-        "neither (orange)": family.survivors,
-    }
-    parts = [] if family.twins else ["no healthy twin"]
-    for name, rows in groups.items():
-        rates = ", ".join(f"{rate:g}" for rate in sorted({row.learning_rate for row in rows}))
-        parts += [f"{len(rows)} {name} at {rates}"] if rows else []
-    return f"{family.recipe}: {'; '.join(parts)}; grey: loss of seed {shown.seed}"

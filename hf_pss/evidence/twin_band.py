@@ -16,8 +16,8 @@ same rate. Each twin is judged against the other twins.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
@@ -87,20 +87,21 @@ def families_of(rows: Iterable[Row]) -> tuple[Family, ...]:
 
     Rows with a fault are also grouped by learning rate. A group needs an explosion or a survivor.
     """
-    watched = [row for row in rows if row.extra.get("health") and row.status != "failed"]
-    groups: dict[_Key, list[Row]] = {}
-    for row in watched:
-        groups.setdefault(_key_of(row), []).append(row)
+    groups: dict[_Key, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.extra.get("health") and row.status != "failed":
+            fault_rate = row.learning_rate if "fault_start" in row.extra else None
+            groups[Setting.of(row), row.guard, fault_rate].append(row)
     found: dict[_Key, Family] = {}
     for key, own in sorted(groups.items(), key=lambda item: (item[0][0].recipe, str(item[0]))):
-        twins = _twins_of(key, watched)
+        twins = _twins_of(key, groups)
         exploded = tuple(row for row in own if row.explosion_step is not None)
         survivors = tuple(r for r in own if r.explosion_step is None and r not in twins)
         if exploded or survivors:
             found[key] = Family(key[0].recipe, twins, exploded, survivors)
     counts = Counter(family.recipe for family in found.values())
     return tuple(
-        family if counts[family.recipe] == 1 else replace(family, recipe=_long_name(key))
+        family if counts[family.recipe] == 1 else replace(family, recipe=_long_name(*key))
         for key, family in found.items()
     )
 
@@ -109,27 +110,21 @@ _Key = tuple[Setting, str, float | None]
 """Setting, guard, and the learning rate of a run with a fault."""
 
 
-def _key_of(row: Row) -> _Key:
-    return Setting.of(row), row.guard, row.learning_rate if "fault_start" in row.extra else None
+def _long_name(setting: Setting, guard: str, fault_rate: float | None) -> str:
+    name = f"{setting} · {guard}"
+    return name if fault_rate is None else f"{name} · {fault_rate:g}"
 
 
-def _long_name(key: _Key) -> str:
+def _twins_of(key: _Key, groups: Mapping[_Key, Sequence[Row]]) -> tuple[Row, ...]:
     setting, guard, rate = key
-    return " · ".join((str(setting), guard, *(() if rate is None else (f"{rate:g}",))))
-
-
-def _twins_of(key: _Key, watched: Sequence[Row]) -> tuple[Row, ...]:
-    setting, guard, fault_rate = key
-    home = setting if fault_rate is None else replace(setting, recipe=_UNDAMAGED)
+    home = setting if rate is None else replace(setting, recipe=_UNDAMAGED)
     calm = [
         row
-        for row in watched
-        if _key_of(row) == (home, guard, None)
-        and row.explosion_step is None
-        and row.status == "finished"
+        for row in groups.get((home, guard, None), ())
+        if row.explosion_step is None and row.status == "finished"
     ]
-    lowest = min((row.learning_rate for row in calm), default=math.nan)
-    rate = lowest if fault_rate is None else fault_rate
+    if rate is None:
+        rate = min((row.learning_rate for row in calm), default=math.nan)
     return tuple(row for row in calm if row.learning_rate == rate)
 
 
