@@ -1,7 +1,5 @@
 """PSSTrainingArguments: TrainingArguments plus one flat ``pss_*`` argument for each PSS option.
 
-`read_options` parses and checks ``pss_optim_args``, the options of an orthogonalised optimizer.
-
 `join_` corrects the defaults of a class that combines PSSTrainingArguments with another arguments
 class. ``@dataclass`` takes each field from the first base class that has it, even when that class
 only inherits the field. ``class MyConfig(PSSTrainingArguments, SFTConfig)`` would therefore take
@@ -14,23 +12,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import math
 import types
-from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, Optional, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.optim.groups import known_options
+from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recovery import RecoveryConfig
 
-__all__ = ["QK_CLIP", "OptimizerName", "PSSTrainingArguments", "join_", "read_options"]
+__all__ = ["OptimizerName", "PSSTrainingArguments", "join_"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,34 +47,21 @@ def join_(cls: type[Any]) -> None:
         "__annotations__": {},
         "_is_joint": True,
     }
-    for name, (declared, hint) in _declared_fields(cls).items():
-        if _inherited_field(cls, name) is not declared:
-            namespace["__annotations__"][name] = hint
-            namespace[name] = copy.copy(declared)
-    joint = type(cls.__name__, cls.__bases__, namespace)
-    cls.__bases__ = (dataclass(joint),)
-
-
-def _declared_fields(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
-    """Return each field, with its type, from the first class that declares it."""
-    found: dict[str, tuple[Field[Any], Any]] = {}
-    for base in cls.__mro__[1:]:
-        if not is_dataclass(base):
-            continue
+    inherited: dict[str, Field[Any]] = {}  # the fields that ``@dataclass`` would take
+    declared: dict[str, tuple[Field[Any], Any]] = {}  # those of the class that declares them
+    # The first base class that has a field wins, so it comes last.
+    for base in filter(is_dataclass, reversed(cls.__mro__[1:])):
+        inherited |= vars(base).get("__dataclass_fields__", {})
         own, hints = inspect.get_annotations(base), _hints(base)
         for one in fields(base):
             if one.name in own:
-                found.setdefault(one.name, (one, hints.get(one.name, own[one.name])))
-    return found
-
-
-def _inherited_field(cls: type[Any], name: str) -> Field[Any] | None:
-    """Return the field that ``@dataclass`` would take: the first base class that has it wins."""
-    for base in cls.__mro__[1:]:
-        found: Field[Any] | None = vars(base).get("__dataclass_fields__", {}).get(name)
-        if found is not None:
-            return found
-    return None
+                declared[one.name] = one, hints.get(one.name, own[one.name])
+    for name, (one, hint) in declared.items():
+        if inherited[name] is not one:
+            namespace["__annotations__"][name] = hint
+            namespace[name] = copy.copy(one)
+    joint = type(cls.__name__, cls.__bases__, namespace)
+    cls.__bases__ = (dataclass(joint),)
 
 
 def _hints(base: type[Any]) -> dict[str, Any]:
@@ -91,114 +73,6 @@ def _hints(base: type[Any]) -> dict[str, Any]:
 
 
 OptimizerName = Literal["muon", "normuon", "softmuon", "softsignum", "specmuon", "spectra", "amuse"]
-Options: TypeAlias = dict[str, Any]
-
-QK_CLIP = "qk_clip"
-"""An option that the trainer applies, because it needs the model's attention logits. The optimizer
-does not accept it."""
-
-# Options that TrainingArguments already provides, and the argument that sets each of them.
-_ARGUMENTS: Mapping[str, str] = {
-    "algo": "pss_optim",
-    "lr": "learning_rate",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "no_decay": "the trainer's get_decay_parameter_names",
-}
-
-
-def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
-    """Return the options of an optimizer in the form that `hf_pss.optim.build_optimizer` accepts.
-
-    >>> read_options("muon", "momentum=0.9,scale=rms_match")
-    {'momentum': 0.9, 'scale': 'rms_match'}
-
-    Args:
-        algo: The name of the optimizer.
-        given: ``name=value`` pairs separated by commas, a JSON object, or a mapping.
-
-    Raises:
-        ConfigurationError: An option is unknown, an option is set by another argument, or a value
-            has a different type from the default.
-    """
-    known = _known_options(algo)
-    options = _pairs(given) if isinstance(given, str) else dict(given or {})
-    for name in options:
-        if name in _ARGUMENTS:
-            raise ConfigurationError(
-                f"pss_optim_args has no {name}: it comes from {_ARGUMENTS[name]}."
-            )
-        if name not in known:
-            nearest = get_close_matches(name, known, n=3, cutoff=0.6)
-            asked = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-            raise ConfigurationError(
-                f"{algo} has no option {name!r}.{asked} It takes {', '.join(sorted(known))}."
-            )
-    return {name: _typed(name, value, known[name]) for name, value in options.items()}
-
-
-def _known_options(algo: str) -> Options:
-    known = {name: v for name, v in known_options(algo).items() if name not in _ARGUMENTS}
-    return known | {QK_CLIP: None}
-
-
-def _pairs(text: str) -> Options:
-    if isinstance(values := _value(text), dict):
-        return values
-    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise ConfigurationError(
-                f"pss_optim_args takes name=value with commas between; you gave {name.strip()!r}."
-            )
-    return {name.strip(): _value(value.strip()) for name, _, value in pairs}
-
-
-def _value(text: str) -> Any:
-    words = {"True": True, "False": False, "None": None}
-    try:
-        return words[text] if text in words else json.loads(text)
-    except ValueError:
-        return text
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """Check that a value has the type of the default. A default of None stands for a number."""
-    if isinstance(value, str) and not isinstance(default, str):
-        value = _value(value)  # YAML reads 1e-3 as a string
-    if default is None:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_right = value is None or is_number
-    elif isinstance(default, bool) or isinstance(value, bool):
-        is_right = isinstance(default, bool) and isinstance(value, bool)
-    elif isinstance(default, float):
-        is_right = isinstance(value, (int, float))
-        value = float(value) if is_right else value
-    elif isinstance(default, (tuple, list)):
-        value = [value] if isinstance(value, str) else value
-        is_right = isinstance(value, (tuple, list))
-        value = tuple(value) if is_right else value
-    else:
-        is_right = isinstance(value, type(default))
-    if not is_right:
-        raise ConfigurationError(
-            f"pss_optim_args: {name} is {_kind(default)}, by default {default!r}; you gave "
-            f"{value!r}."
-        )
-    return value
-
-
-def _kind(default: Any) -> str:
-    words = {
-        type(None): "a number",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a word",
-    }
-    return words.get(type(default), "a list")
 
 
 def _argument(option: Field[Any], hint: Any, default: str) -> tuple[str, Any, Any]:
@@ -370,4 +244,5 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
                 f"pss_optim may be {' or '.join(get_args(OptimizerName))}; you gave "
                 f"{self.pss_optim!r}."
             )
-        return read_options(self.pss_optim, self.pss_optim_args)
+        options: dict[str, Any] = optional_part("read_options")(self.pss_optim, self.pss_optim_args)
+        return options

@@ -82,9 +82,10 @@ class AttentionMaxima:
                 reasons[attention.name] = "it computes attention without the AttentionInterface"
         if reasons or not found:
             name, reason = next(iter(reasons.items()), ("the model", "it holds no known attention"))
+            kind = type(dict(model.named_modules()).get(name, model)).__name__
             raise ConfigurationError(
-                f"The attention logits of {name} ({_class_of(reasons, name, model)}) cannot be "
-                f"measured: {reason}. {self._ADVICE}".rstrip()
+                f"The attention logits of {name} ({kind}) cannot be measured: {reason}. "
+                f"{self._ADVICE}".rstrip()
             )
         self.attentions = tuple(found)
         self._in_evaluation = in_evaluation
@@ -141,7 +142,8 @@ class AttentionMaxima:
             for attention, own in zip(self.attentions, self._maxima, strict=True):
                 if own is None:
                     logger.warning("No attention logits were seen of %s.", attention.name)
-        device = seen[0].device if seen else _device_of(self.attentions[0])
+        linear = self.attentions[0].query.linear
+        device = seen[0].device if seen else next(linear.parameters()).device
         width = max(attention.heads.num_heads for attention in self.attentions)
         table = torch.full((len(self.attentions), width), -torch.inf, device=device)
         for i, largest in enumerate(self._maxima):
@@ -164,36 +166,26 @@ class AttentionMaxima:
         # The recomputed forward pass is.
         if not (self._in_evaluation or (module.training and torch.is_grad_enabled())):
             return
-        place = self._places.get(module)
-        if place is None:
-            if getattr(module, "_is_replica", False):
-                raise ConfigurationError(
-                    "Attention logits are measured on one GPU, or under DDP (torchrun), but not in "
-                    f"the copies that DataParallel makes in each step. {self._ADVICE}".rstrip()
-                )
-            return
-        heads = self.attentions[place].heads
-        if query.shape[1] != heads.num_heads or key.shape[1] not in (
-            heads.num_key_heads,
-            heads.num_heads,
-        ):
+        if getattr(module, "_is_replica", False):
             raise ConfigurationError(
-                f"{self.attentions[place].name} attends with {query.shape[1]} heads and "
-                f"{key.shape[1]} of keys where {heads.num_heads} and {heads.num_key_heads} were "
-                f"expected. {self._ADVICE}".rstrip()
+                "Attention logits are measured on one GPU, or under DDP (torchrun), but not in "
+                f"the copies that DataParallel makes in each step. {self._ADVICE}".rstrip()
             )
-        counts = _counted(
-            module,
-            query,
-            key,
-            mask,
-            name=name,
-            options=options,
-            is_cross=self.attentions[place].is_cross_attention,
-        )
-        largest = _largest_logits(query.detach(), key.detach(), counts)
+        if (place := self._places.get(module)) is None:
+            return
+        attention = self.attentions[place]
+        heads, is_cross = attention.heads, attention.is_cross_attention
+        found, num_keys = query.shape[1], key.shape[1]
+        if found != heads.num_heads or num_keys not in (heads.num_key_heads, heads.num_heads):
+            raise ConfigurationError(
+                f"{attention.name} attends with {found} heads and {num_keys} of keys where "
+                f"{heads.num_heads} and {heads.num_key_heads} were expected. "
+                f"{self._ADVICE}".rstrip()
+            )
+        counts = _counted(module, query, key, mask, name=name, options=options, is_cross=is_cross)
         scaling = options.get("scaling")
-        largest = largest * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        largest = _largest_logits(query.detach(), key.detach(), counts) * scaling
         before = self._maxima[place]
         self._maxima[place] = largest if before is None else torch.maximum(before, largest)
 
@@ -317,14 +309,10 @@ def _as_masked(mask: Tensor, *, is_cross: bool) -> Counted:
     """
     num_queries, num_keys = mask.shape[-2:]
 
-    def read(part: Tensor) -> Tensor:
-        return part if part.dtype == torch.bool else part > _MASKED_BELOW
-
     def counts(i: int, j: int) -> tuple[int, Tensor | None]:
-        if num_queries == 1:
-            return num_keys, read(mask)
-        seen = read(mask[..., i:j, :])
-        if num_queries == num_keys and not is_cross:
+        part = mask if num_queries == 1 else mask[..., i:j, :]
+        seen = part if part.dtype == torch.bool else part > _MASKED_BELOW
+        if 1 < num_queries == num_keys and not is_cross:
             seen = seen & seen[..., i:j].diagonal(dim1=-2, dim2=-1)[..., None]
         return num_keys, seen
 
@@ -365,8 +353,7 @@ def _largest_logits(query: Tensor, key: Tensor, counts: Counted) -> Tensor:
 def _dtype_of_logits(query: Tensor) -> torch.dtype:
     """Return the dtype of the attention's products, or float32 if that is float16."""
     kind = query.device.type
-    is_cast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if is_cast else query.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -431,15 +418,6 @@ def _see(name: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, op
 def _uses_interface(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "get_interface" in code.co_names
-
-
-def _class_of(reasons: Mapping[str, str], name: str, model: nn.Module) -> str:
-    held = {n: m for n, m in model.named_modules()}
-    return type(held.get(name, model)).__name__ if name in reasons else type(model).__name__
-
-
-def _device_of(attention: AttentionHeads) -> torch.device:
-    return next(attention.query.linear.parameters()).device
 
 
 def attention_watch(model: nn.Module) -> WatchAttention:

@@ -6,8 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,30 +20,8 @@ __all__ = ["BatchLoss"]
 _METRICS = ("_metrics", "_stored_metrics", "_logs", "_total_train_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call of ``compute_loss``."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        """Record a call and copy its containers, because some trainers pop labels from them."""
-        return cls(tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()})
-
-    def copied(self) -> _Call:
-        """Copy the batch itself, because some losses mask their inputs in place."""
-        args = tuple(arg if isinstance(arg, nn.Module) else copy.deepcopy(arg) for arg in self.args)
-        kwargs = {
-            k: v if isinstance(v, nn.Module) else copy.deepcopy(v) for k, v in self.kwargs.items()
-        }
-        return _Call(args, kwargs)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model with the wrappers that it has in training."""
-        return cast("nn.Module", self.args[0] if self.args else self.kwargs["model"])
+# The positional and the named arguments of a call of ``compute_loss``.
+_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class BatchLoss:
@@ -76,7 +53,8 @@ class BatchLoss:
             yield
 
     def _remember(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._latest = _Call.of(args, kwargs)
+        # The containers are copied, because some trainers pop labels from them.
+        self._latest = tuple(map(_copied, args)), {k: _copied(v) for k, v in kwargs.items()}
         return compute_loss(*args, **kwargs)
 
     def end_step(self, *, is_sound: bool) -> None:
@@ -99,14 +77,17 @@ class BatchLoss:
         call = self._latest if is_sound and self._latest is not None else self._sound
         if call is None:
             return None
-        trainer, model, own = self._trainer, call.model, vars(self._trainer)
+        trainer, own = self._trainer, vars(self._trainer)
+        # The model with the wrappers that it has in training.
+        model: nn.Module = call[0][0] if call[0] else call[1]["model"]
         metrics = {name: own[name] for name in _METRICS if name in own}
         own.update(copy.deepcopy(metrics))
-        fresh = call.copied()
+        # The batch itself is copied, because some losses mask their inputs in place.
+        args, kwargs = copy.deepcopy(call, {id(model): model})
         with _evaluating(model), _untouched_randomness(model):
             try:
                 with trainer.compute_loss_context_manager():
-                    loss: Tensor = trainer.compute_loss(*fresh.args, **fresh.kwargs)
+                    loss: Tensor = trainer.compute_loss(*args, **kwargs)
             finally:
                 own.update(metrics)
         return loss.detach().float().mean()

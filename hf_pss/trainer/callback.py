@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from hf_pss.config import PSSConfig
@@ -24,9 +25,9 @@ from hf_pss.models.batching import matrix_names
 from hf_pss.records.events import EventKind, Intervention, Record
 from hf_pss.runs.records_files import log_scalars
 from hf_pss.trainer.arguments import PSSTrainingArguments
-from hf_pss.trainer.attention_maxima import attention_watch
 from hf_pss.trainer.batch_loss import BatchLoss
 from hf_pss.trainer.optimizers import OptimizerMixin
+from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recorder import RunRecorder
 from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
@@ -133,21 +134,21 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             ConfigurationError: Both were given, and they differ; or the callback's own are of
                 another type.
         """
-        given: object = self.config
-        if given is not None and not isinstance(given, PSSConfig):
+        given: Any = self.config
+        from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
+        if given is None:
+            return from_args
+        if not isinstance(given, PSSConfig):
             raise ConfigurationError(
                 "The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'). You gave "
                 f"{given!r}."
             )
-        from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
-        if self.config is None:
-            return from_args
-        if from_args not in (PSSConfig(), self.config):
+        if from_args not in (PSSConfig(), given):
             raise ConfigurationError(
                 "You gave PSS options twice, in PSSTrainingArguments and as a PSSConfig, and they "
                 "differ. Give them once."
             )
-        return self.config
+        return given
 
     @property
     def readings(self) -> tuple[float | None, float | None]:
@@ -170,9 +171,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
 
     # ---- joining a trainer ----
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
         """Connect this callback to the trainer that was built with it."""
         if (trainer := trainer_of(self)) is not None:
             self._join(trainer)
@@ -216,22 +215,14 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
 
     # ---- the Trainer's events ----
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Build the controller on the prepared model, and restore its state from a checkpoint."""
         trainer = trainer_of(self)
         if trainer is None or model is None:
             raise ConfigurationError(_NO_TRAINER)
         original = self._original(trainer)
         original._join(trainer)
-        original._begin(trainer, model, optimizer)
+        original._begin(trainer, model, kwargs.get("optimizer"))
 
     def _begin(self, trainer: Trainer, model: nn.Module, optimizer: Any) -> None:
         args, state = trainer.args, trainer.state
@@ -261,7 +252,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         if state.is_world_process_zero and not self._is_rollback:
             self._announce(controller, args)
         if controller.health is not None and not args.torch_compile:
-            controller.health.watch_attention(attention_watch(model))
+            controller.health.watch_attention(optional_part("attention_watch")(model))
         self._wrap(trainer)
         self._resume(controller, state)
         # The Trainer saves into this entry and fails if a resumed file lacks it.
@@ -275,19 +266,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         if state.is_world_process_zero:
             logger.info("PSS watches these matrices:\n%s", controller.selection.table())
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Discard the readings of the last step."""
         self._readings = StepReadings()
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, *args: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         """Check the gradients, and remove them if the update must not happen."""
         controller, readings = self.controller, self._readings
@@ -310,9 +294,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             for parameter in model.parameters():
                 parameter.grad = None  # optimizers skip parameters without a gradient
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Check the weights and smooth them, before this step is logged, evaluated or saved."""
         controller, recorder = self.controller, self._recorder
         if controller is None or recorder is None:
@@ -330,16 +312,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         if report.health is not None:
             recorder.write_reading(report.health)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Forget the kept batch, which a run resumed from this checkpoint would not have."""
         if self.batch_loss is not None:
             self.batch_loss.forget()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Log a summary, finish the trackers and unwrap the trainer."""
         self.batch_loss = None
         self.close()
@@ -349,11 +327,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def _wrap(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._wrappers.close()
-        self._wrappers.enter_context(wrapped(trainer, "training_step", self._around_training_step))
-        self._wrappers.enter_context(wrapped(trainer, "log", self._around_log))
-        self._wrappers.enter_context(
-            wrapped(trainer.accelerator, "clip_grad_norm_", self._around_clipping)
-        )
+        for owner, name, around in (
+            (trainer, "training_step", self._around_training_step),
+            (trainer, "log", self._around_log),
+            (trainer.accelerator, "clip_grad_norm_", self._around_clipping),
+        ):
+            self._wrappers.enter_context(wrapped(owner, name, around))
 
     def _around_training_step(self, training_step: Any, *args: Any, **kwargs: Any) -> Tensor:
         listening = self.batch_loss.listening() if self.batch_loss is not None else nullcontext()
@@ -365,10 +344,6 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def _around_clipping(
         self, clip_grad_norm_: Any, parameters: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        return self._read_norm(chosen, lambda: clip_grad_norm_(chosen, *args, **kwargs))
-
-    def _read_norm(self, parameters: list[Tensor], measure: Callable[[], Any]) -> Any:
         """Copy the norm and the loss of this step to the host.
 
         In a step without an event, this is the only time that PSS reads from the device. The
@@ -379,7 +354,9 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         again after clipping. This method ignores a second norm of the same parameters.
         """
         controller, readings = self.controller, self._readings
-        ids = frozenset(map(id, parameters))
+        chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        measure = partial(clip_grad_norm_, chosen, *args, **kwargs)
+        ids = frozenset(map(id, chosen))
         if controller is None or ids <= readings.measured_ids:
             return measure()
         if not readings.measured_ids:
@@ -421,11 +398,8 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         """Return the loss of the last step, whether it was finite, and whether PSS intervened."""
         if self.report is None:
             return None
-        answers = [
-            record
-            for record in self.report.records
-            if isinstance(record, Intervention) and record.event.kind not in _UPKEEP
-        ]
+        interventions = [one for one in self.report.records if isinstance(one, Intervention)]
+        answers = [one for one in interventions if one.event.kind not in _UPKEEP]
         return StepOutcome(
             loss=self._readings.loss,
             is_finite=self.report.verdict is not Verdict.NON_FINITE,
@@ -473,13 +447,19 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         return {"args": {}, "attributes": attributes}
 
     def _resume(self, controller: PSSController, state: TrainerState) -> None:
-        saved = _saved_attributes(state, type(self).__name__)
-        smoothed_in = saved.get("smoothed_in") if saved is not None else None
+        entry = state.stateful_callbacks.get(type(self).__name__)
+        saved = entry.get("attributes") if isinstance(entry, dict) else None
+        saved = saved if isinstance(saved, dict) else {}
+        smoothed_in = saved.get("smoothed_in")
         self._smoothed_in = smoothed_in if isinstance(smoothed_in, str) else None
         if state.global_step == 0:
             return
         try:
-            self._restore(controller, saved, state.global_step)
+            if entry is None:
+                raise StateError("The checkpoint holds no PSS state: it was written without PSS.")
+            if "saved_state" not in saved:
+                raise StateError("The checkpoint's PSS state is damaged.")
+            self._restore(controller, saved["saved_state"], state.global_step)
         except StateError as error:
             if state.is_world_process_zero:
                 logger.warning(
@@ -487,24 +467,17 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
                 )
             controller.reset(step_number=state.global_step)
             return
-        if controller.health is not None and saved is not None and "health_state" in saved:
+        if controller.health is not None and "health_state" in saved:
             try:
                 controller.health.restore(saved["health_state"])
             except StateError as error:
                 if state.is_world_process_zero:
                     logger.warning("The health metrics start with empty windows. %s", error)
 
-    def _restore(
-        self, controller: PSSController, saved: dict[str, Any] | None, global_step: int
-    ) -> None:
-        if saved is None:
-            raise StateError("The checkpoint holds no PSS state: it was written without PSS.")
-        if "saved_state" not in saved:
-            raise StateError("The checkpoint's PSS state is damaged.")
-        own = saved["saved_state"]
-        if self._is_rollback and isinstance(own, dict) and "step" in own:
-            own["step"] = global_step  # the steps between were skipped, not trained
-        controller.load_state_dict(own)
+    def _restore(self, controller: PSSController, saved: Any, global_step: int) -> None:
+        if self._is_rollback and isinstance(saved, dict) and "step" in saved:
+            saved["step"] = global_step  # the steps between were skipped, not trained
+        controller.load_state_dict(saved)
         if controller.step_number != global_step:
             raise StateError(
                 f"The PSS state is of step {controller.step_number}: later steps were trained "
@@ -526,14 +499,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
     def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
         """Log one line with the preset, the watched matrices and the place to change options."""
         config, selection = controller.config, controller.selection
-        counts = [
-            f"{count} {one if count == 1 else many}"
-            for count, one, many in (
-                (len(matrix_names(selection.matrices)), "matrix", "matrices"),
-                (len(selection.adapters), "LoRA product", "LoRA products"),
-            )
-            if count
-        ]
+        num_matrices, num_products = len(matrix_names(selection.matrices)), len(selection.adapters)
+        counts = []
+        if num_matrices:
+            counts.append(f"{num_matrices} {'matrix' if num_matrices == 1 else 'matrices'}")
+        if num_products:
+            counts.append(f"{num_products} LoRA product{'s' if num_products > 1 else ''}")
         # If the arguments equal the config, assume that the user set the options there.
         in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
         caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
@@ -568,18 +539,7 @@ def _refuse_unread_arguments(trainer: Trainer) -> None:
 
 def _is_scaled(trainer: Trainer) -> bool:
     """Whether losses are scaled. If they are, gradients overflow occasionally by design."""
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and trainer.args.fp16:
+        return True  # DeepSpeed scales fp16 losses itself
     scaler = getattr(trainer.accelerator, "scaler", None)
-    if scaler is not None and scaler.is_enabled():
-        return True
-    # DeepSpeed scales fp16 losses itself.
-    is_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-    return bool(is_deepspeed and trainer.args.fp16)
-
-
-def _saved_attributes(state: TrainerState, name: str) -> dict[str, Any] | None:
-    """Return the attributes that a callback saved in trainer_state.json, or None without any."""
-    saved = state.stateful_callbacks.get(name)
-    if saved is None:
-        return None
-    attributes = saved.get("attributes") if isinstance(saved, dict) else None
-    return attributes if isinstance(attributes, dict) else {}
+    return scaler is not None and scaler.is_enabled()

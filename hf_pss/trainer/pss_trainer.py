@@ -10,24 +10,22 @@ from transformers import Trainer
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.callback import PSSCallback
-from hf_pss.trainer.optimizers import OptimizerMixin, refuse_two_optimizers
+from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.recovery import RecoveryConfig
+from hf_pss.trainer.resuming import load_renamed_
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.schedule_free import BackToTraining, leave_training
 from hf_pss.trainer.seams import check_methods
-from hf_pss.trainer.transformers_fixes import TransformersFixesMixin, load_renamed_
 
 __all__ = ["PSSTrainer", "PSSTrainerMixin"]
 
-_MIXINS = (RollbackMixin, OptimizerMixin, TransformersFixesMixin)
 
-
-class PSSTrainerMixin(RollbackMixin, OptimizerMixin, TransformersFixesMixin):
+class PSSTrainerMixin(RollbackMixin, OptimizerMixin):
     """Adds PSS to any Trainer subclass: ``class MyTrainer(PSSTrainerMixin, SFTTrainer): ...``.
 
-    The mixin adds four independent parts: `PSSCallback`, safe checkpoints and rollback
-    (`RollbackMixin`), ``pss_optim`` and ``pss_lr_scale`` (`OptimizerMixin`), and fixes for
-    bugs in transformers.
+    The mixin adds four independent parts: `PSSCallback`, safe checkpoints (`SafeCheckpointsMixin`),
+    rollback (`RollbackMixin`), and ``pss_optim`` with ``pss_lr_scale`` (`OptimizerMixin`). It also
+    loads weights that have different names in the checkpoint and in memory (`load_renamed_`).
 
     Args:
         args: The positional arguments of the Trainer.
@@ -64,35 +62,33 @@ class PSSTrainerMixin(RollbackMixin, OptimizerMixin, TransformersFixesMixin):
         recovery: RecoveryConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        trainer: Any = self
-        check_methods(type(trainer), _MIXINS)
+        check_methods(type(self), (RollbackMixin, OptimizerMixin))
         super().__init__(*args, recovery=recovery, **kwargs)
-        refuse_two_optimizers(trainer)
-        if not any(isinstance(one, PSSCallback) for one in trainer.callback_handler.callbacks):
-            PSSCallback(pss_config).attach(trainer)
+        if not any(isinstance(one, PSSCallback) for one in self.callback_handler.callbacks):
+            PSSCallback(pss_config).attach(self)
         elif pss_config is not None:
             raise ConfigurationError(
                 "You gave both pss_config and a PSSCallback, which has its own: give one of them."
             )
-        trainer.add_callback(BackToTraining())
+        self.add_callback(BackToTraining())
 
     def _is_on(self) -> bool:
         # A run with observe_only saves and stops like a run of the plain Trainer.
-        trainer: Any = self
-        return not PSSCallback.of(trainer).config_for(trainer.args).observe_only
+        return not PSSCallback.of(self).config_for(self.args).observe_only
 
     def _after_loading(self, checkpoint: str | None) -> None:
-        trainer: Any = self
         if checkpoint is not None:
-            if not trainer.is_deepspeed_enabled:
-                load_renamed_(trainer.model, Path(checkpoint))
+            if not self.is_deepspeed_enabled:
+                load_renamed_(self.model, Path(checkpoint))
             self.rescale_rates_(checkpoint)
         super()._after_loading(checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_renamed_(self.model, Path(self.state.best_model_checkpoint))
+
     def _before_saving(self) -> None:
-        super()._before_saving()
-        trainer: Any = self
-        leave_training(trainer.optimizer, trainer.control)
+        leave_training(self.optimizer, self.control)
 
 
 class PSSTrainer(PSSTrainerMixin, Trainer):

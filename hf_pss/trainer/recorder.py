@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -14,7 +15,7 @@ from hf_pss.records.messages import intervention_line
 from hf_pss.records.steps import HealthReading, StepReport
 from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
-from hf_pss.trainer.trackers import Trackers, summary_table, trackers_for
+from hf_pss.trainer.optional import optional_part
 
 __all__ = ["RunRecorder"]
 
@@ -44,7 +45,7 @@ class RunRecorder:
         resumed_step: int,
     ) -> None:
         self._args, self._handler, self.is_first_process = args, handler, is_first_process
-        self._trackers: Trackers | None = None
+        self._trackers: Any = None
         self.restart(resumed_step=resumed_step)
 
     def restart(self, *, resumed_step: int) -> None:
@@ -62,7 +63,8 @@ class RunRecorder:
         """A table of the matrices by the last reading, worst first, or None without a reading."""
         if self._first is None or self.last_reading is None:
             return None
-        return summary_table(self._first, self.last_reading)
+        table: str = optional_part("summary_table")(self._first, self.last_reading)
+        return table
 
     def write_records(self, records: Sequence[Record]) -> None:
         """Append records to the events file, log interventions and alert the trackers."""
@@ -108,9 +110,10 @@ class RunRecorder:
                 report.scalars["seconds"],
             )
 
-    def _open_trackers(self) -> Trackers:
+    def _open_trackers(self) -> Any:
         if self._trackers is None:
-            self._trackers = trackers_for(self._args, self._handler.callbacks)
+            make = optional_part("trackers_for")
+            self._trackers = make(self._args, self._handler.callbacks)
         return self._trackers
 
     def _level_of(self, record: Intervention) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from hf_pss.config import Options, option
 from hf_pss.records.events import Record
 
-__all__ = ["RecoveryArguments", "RecoveryConfig", "StepOutcome", "TrainingMonitor"]
+__all__ = ["RecoveryConfig", "StepOutcome", "TrainingMonitor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +52,6 @@ class RecoveryConfig(Options):
     )
 
 
-@runtime_checkable
-class RecoveryArguments(Protocol):
-    """Training arguments that hold the options of recovery, such as `PSSTrainingArguments`."""
-
-    def recovery_config(self) -> RecoveryConfig:
-        """Return the options of recovery."""
-
-
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """The outcome of one optimizer step, from which `RollbackMixin` detects failures."""
@@ -73,23 +64,24 @@ class StepOutcome:
     """Whether the response changed a weight."""
 
 
-class TrainingMonitor(ABC):
-    """A callback that reports each step to `RollbackMixin`. A Trainer may have at most one."""
+class TrainingMonitor:
+    """A callback that reports each step to `RollbackMixin`. A Trainer may have at most one.
+
+    This class itself has seen nothing and does nothing. It stands for a callback that is missing.
+    """
 
     @property
-    @abstractmethod
     def step(self) -> int:
         """The number of the optimizer step in progress. It starts at 1 and is 0 before that."""
+        return 0
 
-    @abstractmethod
     def outcome(self) -> StepOutcome | None:
         """Return the outcome of the last step, or None before the first step has ended."""
+        return None
 
-    @abstractmethod
     def write_records(self, records: Sequence[Record]) -> None:
         """Store records of the recovery together with the records of the monitor."""
 
-    @abstractmethod
     def before_training(self, *, is_rollback: bool, may_repair: bool) -> None:
         """Prepare for the Trainer's next ``on_train_begin``.
 
@@ -98,10 +90,8 @@ class TrainingMonitor(ABC):
             may_repair: Whether the checkpoint is the one that the user asked to resume from.
         """
 
-    @abstractmethod
     def abort_step(self) -> None:
         """Clean up after an exception has ended a step."""
 
-    @abstractmethod
     def close(self) -> None:
         """Finish the output. It is called if an error ends the run without ``on_train_end``."""

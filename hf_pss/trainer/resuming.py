@@ -1,21 +1,47 @@
-"""Choose the checkpoint that a run resumes from, and load an incomplete one on request."""
+"""Choose the checkpoint that a run resumes from, and load what the Trainer itself would not load.
+
+The Trainer does not load three things: an incomplete checkpoint, the state of an optimizer of a
+different kind, and renamed weights. transformers saves the experts of Mixtral, Qwen-MoE and some
+other models as separate tensors, and `from_pretrained` stacks them. So their names in memory differ
+from their names in the checkpoint. `Trainer` resumes with `load_state_dict` instead. In
+transformers 5.23 it warns about missing keys and leaves the experts unchanged, so the run would
+continue with wrong experts.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import Examination, examine, recorded_step
 from hf_pss.runs.folder import checkpoints_by_step, step_by_name
 from hf_pss.runs.rotation import is_superseded
-from hf_pss.trainer.optimizer_resume import move_to_
 
-__all__ = ["checkpoint_to_resume", "load_what_is_there_", "newest_whole"]
+__all__ = [
+    "Kind",
+    "checkpoint_to_resume",
+    "kind_of",
+    "load_renamed_",
+    "load_what_is_there_",
+    "move_to_",
+    "newest_whole",
+    "saved_kind",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +143,15 @@ def load_what_is_there_(
         checkpoint: The folder of the checkpoint.
         missing: The names of the files that are missing or unreadable.
     """
+
+    def load_(target: Any, name: str) -> None:
+        path = checkpoint / name
+        target.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
     if "optimizer.pt" not in missing and (checkpoint / "optimizer.pt").is_file():
-        optimizer.load_state_dict(_load(checkpoint / "optimizer.pt"))
+        load_(optimizer, "optimizer.pt")
     if "scheduler.pt" not in missing:
-        scheduler.load_state_dict(_load(checkpoint / "scheduler.pt"))
+        load_(scheduler, "scheduler.pt")
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # a loaded optimizer state would have set it
     else:
@@ -128,5 +159,139 @@ def load_what_is_there_(
         move_to_(scheduler, {"last_epoch": step, "_step_count": step + 1})
 
 
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+# ---- optimizers of another kind ----
+
+
+Kind: TypeAlias = tuple[str | None, ...]
+"""One entry per parameter group: its update rule, its number of parameters and its number of parts.
+The entry is None if the group has no rule."""
+
+# File names that accelerate and transformers use. A run of one process or of DDP writes
+# optimizer.pt. FSDP2 writes optimizer.bin (full state) or the folder optimizer_0 (sharded state).
+_WHOLE = ("optimizer.pt", "optimizer.bin")
+_SHARDED = "optimizer_0"
+_ENTRY = re.compile(r"optimizer\.param_groups\.(\d+)\.(\w+)$")
+_TELLING = ("algo", "params", "train_mode", "layouts")
+# These lists have one entry per parameter group. The groups of the two optimizers differ in number
+# and order, so the saved lists cannot be used.
+_BY_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs")
+
+
+def kind_of(groups: Iterable[Mapping[str, Any]]) -> Kind:
+    """Return the kind of an optimizer, which its parameter groups determine."""
+    return tuple(_kind_of_group(group) for group in groups)
+
+
+def _kind_of_group(group: Mapping[str, Any]) -> str | None:
+    algo: str | None = group.get("algo")
+    if algo is None:
+        return None
+    name = f"schedule-free {algo}" if "train_mode" in group else algo
+    # The rule keeps one state per matrix. Layouts of vectors are left out, because a sharded
+    # checkpoint loses the empty tuple in them.
+    layouts = [layout for layout in group.get("layouts") or () if len(layout) > 1]
+    num_parts = sum(len(parts) for _, parts in layouts)
+    # A part that is divided by heads has a fourth number; see `Layout` in hf_pss.optim.layout.
+    is_by_head = any(len(part) == 4 for _, parts in layouts for part in parts)
+    how = " by head" if is_by_head else ""
+    divided = f" in {num_parts} parts{how}" if num_parts else ""
+    return f"{name} ({len(group['params'])} parameters{divided})"
+
+
+def saved_kind(checkpoint: Path) -> Kind | None:
+    """Return the kind of optimizer that wrote a checkpoint, or None if no state was saved."""
+    for name in _WHOLE:
+        if (checkpoint / name).is_file():
+            # The file is memory-mapped, so only the parameter groups are read from the disk.
+            state = torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
+            return kind_of(state["param_groups"])
+    if (checkpoint / _SHARDED / ".metadata").is_file():
+        return _sharded_kind(checkpoint / _SHARDED)
+    return None
+
+
+def move_to_(scheduler: Any, saved: Mapping[str, Any]) -> None:
+    """Move a schedule to the step of a saved schedule, but keep the rates of the new optimizer.
+
+    Args:
+        scheduler: A new schedule, at step 0.
+        saved: The state dict of a schedule whose optimizer had different parameter groups.
+    """
+    state = {key: value for key, value in saved.items() if key not in _BY_GROUP}
+    scheduler.__dict__.update(state)
+    if isinstance(scheduler, LambdaLR):  # transformers has only two schedules of another class
+        step = scheduler.last_epoch
+        pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [base * curve(step) for base, curve in pairs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _sharded_kind(folder: Path) -> Kind:
+    reader = FileSystemReader(folder)
+    entries = map(_ENTRY.match, reader.read_metadata().state_dict_metadata)
+    found = [(int(entry[1]), entry[2]) for entry in entries if entry]
+    groups: list[dict[str, Any]] = [{} for _ in range(1 + max((i for i, _ in found), default=-1))]
+    for i, name in found:
+        if name in _TELLING:
+            groups[i][name] = None  # load() fills it
+    # torch warns about no_dist. It is intended here, because each rank reads only a little data.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        load({"optimizer": {"param_groups": groups}}, storage_reader=reader, no_dist=True)
+    return kind_of(groups)
+
+
+# ---- renamed weights ----
+
+
+def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
+    """Load the weights that the Trainer skipped because it loads weights by name.
+
+    `from_pretrained` maps the names, so memory temporarily holds a second copy of the model.
+
+    Args:
+        model: The model to change. The function ignores a model that is not a `PreTrainedModel`. It
+            also ignores a sharded model, because the checkpoints of sharded models keep the names
+            that the weights have in memory.
+        checkpoint: A folder with safetensors files. If it has none, the function does nothing.
+
+    Returns:
+        The names of the weights that were loaded.
+    """
+    saved = _saved_names(checkpoint)
+    if not saved or not isinstance(model, PreTrainedModel):
+        return ()
+    state = model.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return ()
+    # A checkpoint holds a tied weight once, under one of its names.
+    there = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
+    missing = tuple(
+        name
+        for name, tensor in state.items()
+        if name not in saved and tensor.data_ptr() not in there
+    )
+    if not missing:
+        return ()
+    twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    model.load_state_dict({name: twin[name] for name in missing}, strict=False)
+    # The Trainer has just warned about missing keys. This message adds that they are loaded.
+    logger.warning(
+        "%d weights of %s have other names there, such as %s; loaded as from_pretrained does.",
+        len(missing),
+        checkpoint,
+        missing[0],
+    )
+    return missing
+
+
+def _saved_names(checkpoint: Path) -> set[str]:
+    index, single = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            return set(file.keys())
+    return set()

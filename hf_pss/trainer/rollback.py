@@ -16,6 +16,7 @@ from hf_pss.detection.failures import FailedInterventions, TrainingFailure
 from hf_pss.detection.policy import Action
 from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.records.events import Event, EventKind
+from hf_pss.runs.checkpoint import Examination
 from hf_pss.runs.folder import ABANDONED
 from hf_pss.runs.rotation import Lineage, abandon
 from hf_pss.trainer.recovery import TrainingMonitor
@@ -50,6 +51,7 @@ class RollbackMixin(SafeCheckpointsMixin):
     pass starts at the first row.
     """
 
+    control: Any
     _failure: TrainingFailure | None = None
     _failure_watch: FailedInterventions | None = None
     _nonfinite_since: int | None = None
@@ -74,90 +76,74 @@ class RollbackMixin(SafeCheckpointsMixin):
         self._last_target = self._skip_to = None
         self._lineage, self._is_to_be_settled = Lineage(), False
         self._warn_if_impossible(resume_from_checkpoint)
+        self._monitor.before_training(is_rollback=False, may_repair=True)
+        resume, num_rollbacks = resume_from_checkpoint, 0
         try:
-            return self._train_and_go_back(resume_from_checkpoint, *args, **kwargs)
+            while True:
+                self._begin_watch()
+                cause: NonFiniteError | None = None
+                try:
+                    result = super().train(resume, *args, **kwargs)
+                except BaseException as error:
+                    self._clean_up_()
+                    if not isinstance(error, NonFiniteError):
+                        raise
+                    self._failure, cause = self._nonfinite_failure(error), error
+                if self._failure is None:
+                    return result
+                resume = self._way_back(self._failure, cause, num_rollbacks)
+                num_rollbacks += 1
         except (NonFiniteError, TrainingFailedError):
-            if (monitor := self._monitor()) is not None:
-                monitor.close()
+            self._monitor.close()
             raise
 
-    def _train_and_go_back(self, resume: Any, *args: Any, **kwargs: Any) -> Any:
-        num_rollbacks = 0
-        self._prepare_monitor(is_rollback=False, may_repair=True)
-        while True:
-            self._begin_watch()
-            cause: NonFiniteError | None = None
-            try:
-                result = super().train(resume, *args, **kwargs)
-                failure = self._failure
-            except BaseException as error:
-                self._clean_up_()
-                if not isinstance(error, NonFiniteError):
-                    raise
-                failure, cause = self._nonfinite_failure(error), error
-            if failure is None:
-                return result
-            resume = self._way_back(failure, cause, num_rollbacks)
-            num_rollbacks += 1
-
-    def _monitor(self) -> TrainingMonitor | None:
-        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
-        return next((one for one in callbacks if isinstance(one, TrainingMonitor)), None)
-
-    def _prepare_monitor(self, *, is_rollback: bool, may_repair: bool) -> None:
-        if (monitor := self._monitor()) is not None:
-            monitor.before_training(is_rollback=is_rollback, may_repair=may_repair)
+    @property
+    def _monitor(self) -> TrainingMonitor:
+        callbacks = self.callback_handler.callbacks
+        return next((c for c in callbacks if isinstance(c, TrainingMonitor)), TrainingMonitor())
 
     def _clean_up_(self) -> None:
         """Do the clean-up that the loop of transformers 5.23 does only at its regular end."""
-        trainer: Any = self
-        trainer.is_in_train = False
-        if (handle := getattr(trainer, "neftune_hook_handle", None)) is not None:
+        self.is_in_train = False
+        if (handle := getattr(self, "neftune_hook_handle", None)) is not None:
             handle.remove()
-        scaler = getattr(trainer.accelerator, "scaler", None)
+        scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             with suppress(AssertionError):  # raised if no loss has been scaled yet
                 # This keeps the scale and resets the record that the gradients of this step were
                 # unscaled. Without the reset the next step would fail.
                 scaler.update(new_scale=scaler.get_scale())
-        if (monitor := self._monitor()) is not None:
-            monitor.abort_step()
+        self._monitor.abort_step()
 
     def _end_early(self, trial: Any) -> TrainOutput | None:
         if self._failure is None:
-            self._settle(trial)
+            self._before_epoch(trial)  # a run that was rolled back to its end has no epoch
             return None
         # The run continues, so no callback sees its end, and the Trainer neither loads the best
         # model nor removes a checkpoint.
-        trainer: Any = self
-        trainer._finish_current_push()
+        self._finish_current_push()
         self._clean_up_()
-        return TrainOutput(trainer.state.global_step, math.nan, {})
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     # ---- detecting a failure ----
 
     def _after_step(self) -> None:
-        super()._after_step()
-        trainer: Any = self
-        if self._failure_watch is not None and trainer.state.global_step != self._seen_step:
-            self._seen_step = trainer.state.global_step
+        if self._failure_watch is not None and self.state.global_step != self._seen_step:
+            self._seen_step = self.state.global_step
             self._look_for_failure(self._failure_watch)
         if self._failure is not None:
-            trainer.control.should_training_stop = True
-            trainer.control.should_save = trainer.control.should_evaluate = False
+            self.control.should_training_stop = True
+            self.control.should_save = self.control.should_evaluate = False
 
     def _look_for_failure(self, watch: FailedInterventions) -> None:
-        trainer: Any = self
-        monitor = self._monitor()
-        outcome = monitor.outcome() if monitor is not None else None
-        if outcome is None:
+        if (outcome := self._monitor.outcome()) is None:
             return
         if outcome.is_finite:
             self._nonfinite_since = None
         elif self._nonfinite_since is None:
-            self._nonfinite_since = trainer.state.global_step
+            self._nonfinite_since = self.state.global_step
         failure = watch.update(
-            trainer.state.global_step,
+            self.state.global_step,
             loss=outcome.loss,
             has_intervened=outcome.has_intervened,
             has_changed_weights=outcome.has_changed_weights,
@@ -182,14 +168,11 @@ class RollbackMixin(SafeCheckpointsMixin):
     def _begin_watch(self) -> None:
         config = self.recovery_config()
         self._failure, self._nonfinite_since, self._seen_step = None, None, -1
-        self._failure_watch = (
-            None
-            if config.on_failure == "smooth"
-            else FailedInterventions(
-                window_steps=config.failure_window_steps,
-                max_failed=config.max_failed_interventions,
+        self._failure_watch = None
+        if config.on_failure != "smooth":
+            self._failure_watch = FailedInterventions(
+                window_steps=config.failure_window_steps, max_failed=config.max_failed_interventions
             )
-        )
 
     def _nonfinite_failure(self, error: NonFiniteError) -> TrainingFailure:
         """Turn the error of a non-finite step into a failure to roll back from.
@@ -197,54 +180,47 @@ class RollbackMixin(SafeCheckpointsMixin):
         Raises:
             NonFiniteError: A rollback is not possible, so the error is raised again.
         """
-        monitor = self._monitor()
-        if self._mode() != "rollback" or monitor is None:
-            raise error
-        if self._backend_of_no_return() is not None:
-            raise error
-        step = monitor.step
+        step = self._monitor.step
         onset = min(step, self._onset_step() or step)
         failure = TrainingFailure(onset, step, "the run stopped at a step that was not finite")
-        if self._target(failure) is None:
+        is_possible = self._mode() == "rollback" and self._backend_of_no_return() is None
+        if not is_possible or self._target(failure) is None:
             raise error
         return failure
 
-    def _on_save_refused(self, broken: str) -> None:
+    def _refuse_to_save(self, broken: str) -> None:
         """Record that a state was not finite, and roll back if possible.
 
         Smoothing cannot repair such a state, so the run needs an older checkpoint.
         """
-        super()._on_save_refused(broken)
-        trainer: Any = self
-        step = trainer.state.global_step
-        why = f"{broken} is not finite"
-        self._record(
-            TrainingFailure(step, step, why),
-            Action.OBSERVE,
-            "not saved",
+        super()._refuse_to_save(broken)
+        step = self.state.global_step
+        event = Event(
+            step=step,
             kind=EventKind.NON_FINITE,
             detector="checkpoint",
             fired=(broken,),
+            decision=Action.OBSERVE,
+            reason="not saved",
         )
-        if self._mode() != "rollback" or self._failure is not None:
-            return
-        failure = TrainingFailure(self._nonfinite_since or step, step, why)
-        if self._ends_the_loop(failure):
+        self._monitor.write_records([event])
+        onset, why = self._nonfinite_since or step, f"{broken} is not finite"
+        failure = TrainingFailure(onset, step, why)
+        is_new = self._mode() == "rollback" and self._failure is None
+        if is_new and self._ends_the_loop(failure):
             self._failure = failure
-            trainer.control.should_training_stop = True
+            self.control.should_training_stop = True
 
-    def _on_save_failed(self, folder: Path, error: Exception) -> None:
-        super()._on_save_failed(folder, error)
-        trainer: Any = self
-        step = trainer.state.global_step
-        why = f"{folder.name} could not be written: {error}"
-        self._record(
-            TrainingFailure(step, step, why),
-            Action.OBSERVE,
-            why,
+    def _note_failed_save(self, folder: Path, error: Exception) -> None:
+        super()._note_failed_save(folder, error)
+        event = Event(
+            step=self.state.global_step,
             kind=EventKind.ERROR,
             detector="save",
+            decision=Action.OBSERVE,
+            reason=f"{folder.name} could not be written: {error}",
         )
+        self._monitor.write_records([event])
 
     # ---- going back ----
 
@@ -256,69 +232,61 @@ class RollbackMixin(SafeCheckpointsMixin):
         Raises:
             TrainingFailedError: A rollback is impossible or not wanted.
         """
-        trainer: Any = self
         mode, most = self._mode(), self.recovery_config().max_rollbacks
         target, backend = self._target(failure), self._backend_of_no_return()
         if mode == "stop" or backend or target is None or num_rollbacks >= most:
-            why = f"{failure.reason}"
-            if mode == "rollback":
-                why += (
-                    f"; a rollback is not possible under {backend}"
-                    if backend
-                    else f", after {num_rollbacks} of at most {most} rollbacks"
-                )
+            why = failure.reason
+            if mode == "rollback" and backend:
+                why += f"; a rollback is not possible under {backend}"
+            elif mode == "rollback":
+                why += f", after {num_rollbacks} of at most {most} rollbacks"
             self._record(failure, Action.STOP, why)
-            abandoned = self._abandon_after(target[0]) if target is not None else ""
+            abandoned = self._abandon_after(target.step) if target is not None else ""
             raise TrainingFailedError(
                 f"Stopped at step {failure.step}: {why}. Nothing was saved after that step; "
                 f"{_advice(target)}{abandoned}"
             ) from cause
-        step, path = target
-        skip_to = min(failure.step, trainer.state.max_steps)
+        step, skip_to = target.step, min(failure.step, self.state.max_steps)
         self._record(
             failure,
             Action.ROLL_BACK,
             f"{failure.reason}; back to checkpoint-{step}, batches of steps {step + 1} to "
             f"{skip_to} skipped, rollback {num_rollbacks + 1} of at most {most}",
         )
-        is_the_source = Path(path) == self._lineage.source
+        is_the_source = target.path == self._lineage.source
         self._abandon_after(step)
         self._last_target, self._skip_to, self._is_to_be_settled = step, skip_to, True
-        self._prepare_monitor(is_rollback=True, may_repair=is_the_source)
-        return path
+        self._monitor.before_training(is_rollback=True, may_repair=is_the_source)
+        return str(target.path)
 
-    def _target(self, failure: TrainingFailure) -> tuple[int, str] | None:
-        """Return the step and path of the newest complete checkpoint before the failure began."""
+    def _target(self, failure: TrainingFailure) -> Examination | None:
+        """Return the newest complete checkpoint before the failure began."""
 
-        def look() -> tuple[int, str] | None:
+        def look() -> Examination | None:
             found = self._lineage.newest_before(failure.onset_step)
-            if found is None:
-                return None
-            if found.step in (self._last_target, self._skip_to):
+            if found is not None and found.step in (self._last_target, self._skip_to):
                 # The run failed again after the last rollback to it, so take an older one if any.
                 found = self._lineage.newest_before(self._last_target or 0) or found
-            return found.step, str(found.path)
+            return found
 
-        target: tuple[int, str] | None = self._agreed(look)
+        target: Examination | None = self._agreed(look)
         return target
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
+        epochs, batches = super()._init_training_state(*args, **kwargs)
         if self._skip_to is None:
             return epochs, batches
-        trainer: Any = self
         steps_per_epoch = int(args[1] if len(args) > 1 else kwargs["num_update_steps_per_epoch"])
-        state, step = trainer.state, self._skip_to
+        state, step = self.state, self._skip_to
         state.global_step, state.epoch = step, step / steps_per_epoch
-        in_epoch = 0 if trainer.args.ignore_data_skip else step % steps_per_epoch
-        return step // steps_per_epoch, in_epoch * trainer.args.gradient_accumulation_steps
+        in_epoch = 0 if self.args.ignore_data_skip else step % steps_per_epoch
+        return step // steps_per_epoch, in_epoch * self.args.gradient_accumulation_steps
 
     def _after_loading(self, checkpoint: str | None) -> None:
-        super()._after_loading(checkpoint)
         if self._skip_to is None or self._last_target is None:
             self._lineage = Lineage.of(Path(checkpoint) if checkpoint is not None else None)
             return
-        scheduler = self.lr_scheduler  # type: ignore[attr-defined]
+        scheduler = self.lr_scheduler
         if "metrics" in inspect.signature(scheduler.step).parameters:
             return  # ReduceLROnPlateau counts evaluations, not steps
         with warnings.catch_warnings():
@@ -327,29 +295,22 @@ class RollbackMixin(SafeCheckpointsMixin):
                 scheduler.step()
 
     def _before_epoch(self, trial: Any) -> None:
-        super()._before_epoch(trial)
-        self._settle(trial)
-
-    def _settle(self, trial: Any) -> None:
         """Save once after a rollback, because no file holds the state at the new step yet."""
-        trainer: Any = self
         if not self._is_to_be_settled:
             return
         self._is_to_be_settled = False
-        if trainer.args.save_strategy == SaveStrategy.NO:
+        if self.args.save_strategy == SaveStrategy.NO:
             return
         # The Trainer loads the same random state again after the fast-forward.
-        trainer._load_rng_state(str(self._lineage.folders[-1]))
+        self._load_rng_state(str(self._lineage.folders[-1]))
         before = self._lineage
-        trainer._save_checkpoint(trainer.model_wrapped, trial)
+        self._save_checkpoint(self.model_wrapped, trial)
         if self._lineage != before:
-            tell = trainer.callback_handler.on_save
-            trainer.control = tell(trainer.args, trainer.state, trainer.control)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     # ---- the run's own checkpoints ----
 
     def _on_saved(self, folder: Path) -> None:
-        super()._on_saved(folder)
         self._lineage = self._lineage.with_saved(folder)
 
     def _onset_step(self) -> int | None:
@@ -360,9 +321,8 @@ class RollbackMixin(SafeCheckpointsMixin):
 
     def _wanted_checkpoints(self) -> set[str]:
         """Return the checkpoints that a rollback may need, so that rotation keeps them."""
-        trainer: Any = self
         # The save after a rollback must not remove an older checkpoint.
-        if trainer.state.global_step == self._skip_to:
+        if self.state.global_step == self._skip_to:
             return self._lineage.names
         onset = self._onset_step()
         if self._failure_watch is None or onset is None:
@@ -372,48 +332,32 @@ class RollbackMixin(SafeCheckpointsMixin):
 
     def _abandon_after(self, step: int) -> str:
         """Move later checkpoints of this run to another folder, and return a sentence about it."""
-        trainer: Any = self
-        run_dir = Path(trainer.args.output_dir)
+        run_dir = Path(self.args.output_dir)
         before, self._lineage = self._lineage, self._lineage.up_to(step)
         later = [path for path in before.folders if path not in self._lineage.folders]
-        has_moved = trainer.args.should_save and abandon(run_dir, later)
+        has_moved = self.args.should_save and abandon(run_dir, later)
         self._wait()
         return f" Later checkpoints were moved to {run_dir / ABANDONED}." if has_moved else ""
 
     # ---- records ----
 
-    def _record(
-        self,
-        failure: TrainingFailure,
-        decision: Action,
-        reason: str,
-        *,
-        kind: EventKind = EventKind.FAILURE,
-        detector: str = "interventions",
-        fired: tuple[str, ...] = (),
-    ) -> None:
-        trainer: Any = self
+    def _record(self, failure: TrainingFailure, decision: Action, reason: str) -> None:
         event = Event(
             step=failure.step,
-            kind=kind,
-            detector=detector,
+            kind=EventKind.FAILURE,
+            detector="interventions",
             value=failure.loss,
             baseline=failure.loss_before,
-            threshold=None,
-            fired=fired,
-            new_level=(),
             loss=failure.loss,
             decision=decision,
             reason=reason,
         )
-        if (monitor := self._monitor()) is not None:
-            monitor.write_records([event])
-        if kind is EventKind.FAILURE and trainer.is_world_process_zero():
+        self._monitor.write_records([event])
+        if self.is_world_process_zero():
             logger.warning("Step %d, %s: %s.", failure.step, decision.value, reason)
 
     def _warn_if_impossible(self, resume: Any) -> None:
-        trainer: Any = self
-        if self._mode() != "rollback" or not trainer.is_world_process_zero():
+        if self._mode() != "rollback" or not self.is_world_process_zero():
             return
         if (backend := self._backend_of_no_return()) is not None:
             logger.warning(
@@ -422,36 +366,31 @@ class RollbackMixin(SafeCheckpointsMixin):
                 "checkpoint. Resume from that in a new process.",
                 backend,
             )
-        elif not resume and (saves := _why_nothing_to_go_back_to(trainer.args)) is not None:
+        elif not resume and (
+            self.args.save_strategy == SaveStrategy.NO or self.args.save_only_model
+        ):
             logger.warning(
                 "on_failure='rollback' has no effect in this run: %s. If interventions fail, "
                 "smoothing continues.",
-                saves,
+                "save_strategy='no' saves nothing"
+                if self.args.save_strategy == SaveStrategy.NO
+                else "save_only_model=True saves no optimizer, so no checkpoint is complete",
             )
 
     def _backend_of_no_return(self) -> str | None:
         """Return the name of a backend that cannot train twice in one process, or None."""
-        trainer: Any = self
-        if trainer.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             return "DeepSpeed"
-        return "FSDP" if trainer.is_fsdp_enabled else None
+        return "FSDP" if self.is_fsdp_enabled else None
 
     def _mode(self) -> str:
         return self.recovery_config().on_failure
 
 
-def _advice(target: tuple[int, str] | None) -> str:
+def _advice(target: Examination | None) -> str:
     if target is None:
         return "there is no earlier checkpoint: start again with a lower learning rate."
     return (
-        f"resume from {target[1]}, the last checkpoint before the failure, with a lower learning "
+        f"resume from {target.path}, the last checkpoint before the failure, with a lower learning "
         "rate or after these batches."
     )
-
-
-def _why_nothing_to_go_back_to(args: Any) -> str | None:
-    if args.save_strategy == SaveStrategy.NO:
-        return "save_strategy='no' saves nothing"
-    if args.save_only_model:
-        return "save_only_model=True saves no optimizer, so no checkpoint is complete"
-    return None

@@ -6,24 +6,27 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import examine, unfit_state, write_marker
 from hf_pss.runs.durable import move_into_place, sync_tree
 from hf_pss.runs.folder import STAGING, checkpoints_by_step
 from hf_pss.runs.rotation import claim_, rotate, supersede_later_
-from hf_pss.trainer.recovery import RecoveryArguments, RecoveryConfig
+from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_
-from hf_pss.trainer.stop_signals import DelayedSignals, leave
+from hf_pss.trainer.seams import TrainerPart
+from hf_pss.trainer.stop_signals import DelayedSignals
 
 __all__ = ["SafeCheckpointsMixin", "first_nonfinite"]
 
@@ -43,59 +46,47 @@ def first_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
         model: The model in training. If it is sharded, only the part of this rank is read.
         optimizer: The optimizer, wrapped or not, or None if its state is not saved.
     """
-    named = list(_tensors(model, optimizer))
-    if not named:
+    names, largest, may_be_inf = [], [], []
+    for name, tensor, may in _tensors(model, optimizer):
+        # For a DTensor, _local_tensor is the part of this rank. Reading it needs no collective.
+        local = getattr(tensor, "_local_tensor", tensor).detach()
+        # Eight-bit floats store quantised weights, which are not trained directly.
+        if local.is_floating_point() and local.element_size() > 1 and local.numel():
+            names.append(name)
+            # The norm is max |x|, or NaN if any x is NaN. It needs no copy of the tensor.
+            largest.append(torch.linalg.vector_norm(local, torch.inf).float())
+            may_be_inf.append(may)
+    if not names:
         return None
-    device = named[0][1].device
-    largest = torch.stack([_largest(tensor).to(device) for _, tensor, _ in named])
-    may_be_inf = torch.tensor([may for _, _, may in named], device=device)
-    is_bad = largest.isnan() | (largest.isinf() & ~may_be_inf)
-    flags = is_bad.tolist()
-    return next((name for (name, _, _), bad in zip(named, flags, strict=True) if bad), None)
+    device = largest[0].device
+    sizes = torch.stack([size.to(device) for size in largest])
+    is_bad = sizes.isnan() | (sizes.isinf() & ~torch.tensor(may_be_inf, device=device))
+    return next((name for name, bad in zip(names, is_bad.tolist(), strict=True) if bad), None)
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    """Return max |x| as float32, or NaN if any x is NaN, without a copy of the tensor."""
-    if tensor.numel() == 0:
-        return torch.zeros((), device=tensor.device)
-    largest: Tensor = torch.linalg.vector_norm(tensor, torch.inf).float()
-    return largest
-
-
-def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor, bool]]:
+def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any, bool]]:
     """Yield each tensor with its name and whether it may hold inf."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
         if parameter.requires_grad:
             # DeepSpeed ZeRO-3 empties the parameter and keeps the part of this rank in ds_tensor.
-            yield from _readable(name, getattr(parameter, "ds_tensor", parameter), may_be_inf=False)
+            yield name, getattr(parameter, "ds_tensor", parameter), False
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield from _readable(f"{prefix}.{name}".lstrip("."), buffer, may_be_inf=True)
-    for parameter, state in _state_of(optimizer).items():
+                yield f"{prefix}.{name}".lstrip("."), buffer, True
+    # The state is in the optimizer inside Accelerate's and DeepSpeed's wrappers.
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    states = getattr(optimizer, "state", {}).items()
+    of_parameters = [(key, state) for key, state in states if isinstance(state, dict)]
+    for parameter, state in of_parameters:
         owner = names.get(id(parameter), "a parameter")
         for name, value in state.items():
             # Scalars are step counters, which need no check.
             if isinstance(value, Tensor) and value.dim() > 0:
-                yield from _readable(f"{name} of {owner}", value, may_be_inf=False)
-
-
-def _state_of(optimizer: Any) -> dict[Any, dict[str, Any]]:
-    """Return the state of the optimizer inside Accelerate's and DeepSpeed's wrappers."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    state: dict[Any, dict[str, Any]] = getattr(optimizer, "state", {})
-    return {key: value for key, value in state.items() if isinstance(value, dict)}
-
-
-def _readable(name: str, tensor: Any, *, may_be_inf: bool) -> Iterator[tuple[str, Tensor, bool]]:
-    # For a DTensor, _local_tensor is the part of this rank. Reading it needs no collective.
-    local = getattr(tensor, "_local_tensor", tensor)
-    # Eight-bit floats store quantised weights, which are not trained directly.
-    if local.is_floating_point() and local.element_size() > 1:
-        yield name, local.detach(), may_be_inf
+                yield f"{name} of {owner}", value, False
 
 
 # A signal may reach only one rank. The ranks agree on it by a collective, which would be too costly
@@ -110,7 +101,7 @@ class _NotSavedError(Exception):
     """Makes the Trainer's `_maybe_log_save_evaluate` end before it calls ``on_save``."""
 
 
-class SafeCheckpointsMixin:
+class SafeCheckpointsMixin(TrainerPart):
     """Mixin that makes every checkpoint of a Trainer complete and finite.
 
     - The mixin writes a save to a staging folder, flushes it to the disk and marks it as complete.
@@ -160,9 +151,8 @@ class SafeCheckpointsMixin:
         """Return the options in effect, from the trainer or from its training arguments."""
         if self.recovery is not None:
             return self.recovery
-        arguments: Any = self.args  # type: ignore[attr-defined]
-        is_ours = isinstance(arguments, RecoveryArguments)
-        return arguments.recovery_config() if is_ours else RecoveryConfig()
+        options: RecoveryConfig = getattr(self.args, "recovery_config", RecoveryConfig)()
+        return options
 
     # ---- for subclasses ----
 
@@ -192,12 +182,6 @@ class SafeCheckpointsMixin:
     def _on_saved(self, folder: Path) -> None:
         """React after a checkpoint has got its final name."""
 
-    def _on_save_refused(self, broken: str) -> None:
-        """React after a state was not saved because it was not finite."""
-
-    def _on_save_failed(self, folder: Path, error: Exception) -> None:
-        """React after a checkpoint could not be written."""
-
     def _wanted_checkpoints(self) -> set[str]:
         """Return the names of checkpoints that rotation must keep in addition to its own rules."""
         return set()
@@ -213,13 +197,12 @@ class SafeCheckpointsMixin:
             KeyboardInterrupt: The process received SIGINT, and the step has been saved.
             SystemExit: The process received SIGTERM, and the step has been saved. The code is 143.
         """
-        trainer: Any = self
         self._is_active = self._is_on()
         if not self._is_active:
             given = (resume_from_checkpoint, *args) if resume_from_checkpoint or args else ()
-            return super().train(*given, **kwargs)  # type: ignore[misc]
-        run_dir = Path(trainer.args.output_dir)
-        if trainer.args.should_save:
+            return super().train(*given, **kwargs)
+        run_dir = Path(self.args.output_dir)
+        if self.args.should_save:
             _tidy(run_dir)
         self._wait()
         resume = self._agreed(
@@ -227,28 +210,30 @@ class SafeCheckpointsMixin:
                 resume_from_checkpoint, run_dir, accepts_fresh=self._accepts_fresh()
             )
         )
-        if resume is not None and trainer.args.should_save:
+        if resume is not None and self.args.should_save:
             claim_(Path(resume))
         self._finite_step, self._agreed_signum = None, 0
         self._last_saved_step, self._num_failed_saves = None, 0
         try:
-            with DelayedSignals(_signals_to_delay(trainer.args)) as self._signals:
+            with DelayedSignals(_signals_to_delay(self.args)) as self._signals:
                 # An override of train() may take no arguments.
                 given = (resume, *args) if resume is not None or args else ()
-                result = super().train(*given, **kwargs)  # type: ignore[misc]
-                signum = self._agreed_signum or self._agree_on(self._signals.signum)
+                result = super().train(*given, **kwargs)
+                signum = self._agreed_signum or self._largest_of_ranks(self._signals.signum)
         finally:
             self._signals = None
+        # Exit as if the signal had ended the process.
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
         if signum:
-            leave(signum)
+            raise SystemExit(128 + signum)
         return result
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        trainer: Any = self
         missing = self._missing_state(checkpoint)
         has_optimizer = not any(name.startswith("optimizer") for name in missing)
         if checkpoint is None or (has_optimizer and "scheduler.pt" not in missing):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            super()._load_optimizer_and_scheduler(checkpoint)
         elif has_optimizer and not Path(checkpoint, "optimizer.pt").is_file():
             raise StateError(
                 f"{checkpoint} has an FSDP optimizer's state without scheduler.pt, and the Trainer "
@@ -256,39 +241,34 @@ class SafeCheckpointsMixin:
                 "away and use missing_state='fresh', which starts both from their initial state."
             )
         else:  # the Trainer loads neither if one of the two is missing
-            load_what_is_there_(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint), missing)
+            load_what_is_there_(self.optimizer, self.lr_scheduler, Path(checkpoint), missing)
         self._after_loading(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        args = self.args  # type: ignore[attr-defined]
-        own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-        if own not in self._missing_state(checkpoint):  # a warning was logged before
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        suffix = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        if f"rng_state{suffix}.pth" not in self._missing_state(checkpoint):  # warned of before
+            super()._load_rng_state(checkpoint)
 
-    def _missing_state(self, checkpoint: str | None) -> frozenset[str]:
+    def _missing_state(self, checkpoint: str | None) -> Collection[str]:
         """Return the names of files whose state starts fresh because the user asked for it."""
-        if checkpoint is None or not self._accepts_fresh():
-            return frozenset()
-        return frozenset(unfit_state(Path(checkpoint)))
+        return unfit_state(Path(checkpoint)) if checkpoint and self._accepts_fresh() else ()
 
     def _accepts_fresh(self) -> bool:
         return self.recovery_config().missing_state == "fresh"
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        trainer: Any = self
         self._before_epoch(kwargs.get("trial"))
-        if self._is_active and 0 < trainer.state.max_steps <= trainer.state.global_step:
+        if self._is_active and 0 < self.state.max_steps <= self.state.global_step:
             # The run was resumed at its last step. transformers 5.23 would train one more step.
-            trainer.control.should_training_stop = True
+            self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        super()._run_epoch(*args, **kwargs)
 
     # ---- stopping ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        trainer: Any = self
         self._after_step()
-        control, state = trainer.control, trainer.state
+        control, state = self.control, self.state
         if self._is_to_stop():
             control.should_save = control.should_training_stop = True
         elif self._agreed_signum:
@@ -297,7 +277,7 @@ class SafeCheckpointsMixin:
             control.should_evaluate = False  # after a signal there is only time for the save
         self._before_saving()
         if not self._is_active:
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+            super()._maybe_log_save_evaluate(*args, **kwargs)
             return
         is_refused = False
         if control.should_save and (broken := self._broken()) is not None:
@@ -306,7 +286,7 @@ class SafeCheckpointsMixin:
         best = state.best_metric, state.best_global_step
         self._is_in_step = True
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+            super()._maybe_log_save_evaluate(*args, **kwargs)
         except _NotSavedError:
             control.should_save, is_refused = False, True
         finally:
@@ -315,33 +295,31 @@ class SafeCheckpointsMixin:
             state.best_metric, state.best_global_step = best
 
     def _is_to_stop(self) -> bool:
-        state = self.state  # type: ignore[attr-defined]
         if self._signals is None or self._agreed_signum:
             return False
-        is_between = state.global_step % _AGREE_EVERY_STEPS and state.global_step < state.max_steps
-        if is_between and self.args.world_size > 1:  # type: ignore[attr-defined]
+        step, last = self.state.global_step, self.state.max_steps
+        if step % _AGREE_EVERY_STEPS and step < last and self.args.world_size > 1:
             return False
-        self._agreed_signum = self._agree_on(self._signals.signum)
+        self._agreed_signum = self._largest_of_ranks(self._signals.signum)
         return self._agreed_signum != 0
 
-    def _agree_on(self, signum: int) -> int:
-        """Return the signal that any rank has received, or 0. Every rank must call this method."""
-        trainer: Any = self
-        if trainer.args.world_size <= 1:
-            return signum
-        mine = torch.tensor([signum], device=trainer.args.device)
-        return int(trainer.accelerator.gather(mine).max())
+    def _largest_of_ranks(self, number: int) -> int:
+        """Return the largest number of any rank. Every rank must call this method."""
+        if self.args.world_size <= 1:
+            return number
+        mine = torch.tensor([number], device=self.args.device)
+        return int(self.accelerator.gather(mine).max())
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         if (result := self._end_early(trial)) is not None:
             return result
-        state = self.state  # type: ignore[attr-defined]
+        state = self.state
         best = state.best_model_checkpoint
         if self._agreed_signum:
             # With save_total_limit=1, the Trainer would load the best checkpoint and remove all
             # others, including the one that was saved after the signal.
             state.best_model_checkpoint = None
-        result = super()._finalize_training(trial, *args, **kwargs)  # type: ignore[misc]
+        result = super()._finalize_training(trial, *args, **kwargs)
         state.best_model_checkpoint = best
         return result
 
@@ -349,54 +327,53 @@ class SafeCheckpointsMixin:
 
     def _get_output_dir(self, trial: Any) -> str:
         # `_save_checkpoint` gets its folder only from this method.
-        own: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        own: str = super()._get_output_dir(trial)
         return own if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+            super()._push_from_checkpoint(checkpoint_folder)
         else:  # wait, because a background upload would read a folder that is renamed soon
             self._held_back_push = Path(checkpoint_folder).name
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        trainer: Any = self
         if not self._is_active:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
             return
         if (broken := self._broken()) is not None:
             self._refuse_to_save(broken)
             self._leave_unsaved()
             return
-        run_dir = str(super()._get_output_dir(trial))  # type: ignore[misc]
-        name = f"checkpoint-{trainer.state.global_step}"
+        run_dir = str(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
         staging = Path(run_dir, STAGING)
-        best, self._held_back_push = trainer.state.best_model_checkpoint, None
-        if trainer.args.should_save:
+        best, self._held_back_push = self.state.best_model_checkpoint, None
+        if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self._wait()
         try:
             self._staging = staging
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
             self._staging = None
             self._wait()
             self._publish(staging / name, run_dir)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if trainer.args.world_size > 1 or not _is_of_the_disk(error):
+            if self.args.world_size > 1 or not _is_of_the_disk(error):
                 raise  # other ranks are waiting inside the save, so the run cannot continue
             shutil.rmtree(staging, ignore_errors=True)  # free the disk space
-            trainer.state.best_model_checkpoint = best  # the Trainer set the staging folder
+            self.state.best_model_checkpoint = best  # the Trainer set the staging folder
             self._note_failed_save(Path(run_dir, name), error)
             self._leave_unsaved()
             return
         finally:
             self._staging = None
         self._wait()
-        if trainer.args.local_process_index == 0 and (staging / name).is_dir():
+        if self.args.local_process_index == 0 and (staging / name).is_dir():
             # This node has its own disk. The folder holds only the random states of its ranks.
             move_into_place(staging / name, Path(run_dir, name))
-        self._last_saved_step, self._num_failed_saves = trainer.state.global_step, 0
+        self._last_saved_step, self._num_failed_saves = self.state.global_step, 0
         self._push_held_back(Path(run_dir))
-        if trainer.args.should_save:
+        if self.args.should_save:
             self._rotate(Path(run_dir), just_saved=name)
 
     def _push_held_back(self, run_dir: Path) -> None:
@@ -404,7 +381,7 @@ class SafeCheckpointsMixin:
             return
         folder, self._held_back_push = run_dir / self._held_back_push, None
         try:
-            super()._push_from_checkpoint(str(folder))  # type: ignore[misc]
+            super()._push_from_checkpoint(str(folder))
         except (OSError, SafetensorError) as error:
             logger.warning("%s is saved, but could not be prepared for the Hub: %s.", folder, error)
 
@@ -414,48 +391,40 @@ class SafeCheckpointsMixin:
             raise _NotSavedError
 
     def _publish(self, staged: Path, run_dir: str) -> None:
-        trainer: Any = self
-        before = trainer.state.best_model_checkpoint
-        _point_at_best_(trainer.state, run_dir)
-        if not trainer.args.should_save:
-            self._on_saved(Path(run_dir, staged.name))
-            return
-        if trainer.state.best_model_checkpoint != before:
-            trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        sync_tree(staged)
-        write_marker(staged, step=trainer.state.global_step)
-        sync_tree(staged.parent)
-        move_into_place(staged, Path(run_dir, staged.name))
-        self._on_saved(Path(run_dir, staged.name))
+        before = self.state.best_model_checkpoint
+        _point_at_best_(self.state, run_dir)
+        folder = Path(run_dir, staged.name)
+        if self.args.should_save:
+            if self.state.best_model_checkpoint != before:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            sync_tree(staged)
+            write_marker(staged, step=self.state.global_step)
+            sync_tree(staged.parent)
+            move_into_place(staged, folder)
+        self._on_saved(folder)
 
     def _broken(self) -> str | None:
         """Return the name of a tensor that is not finite, or None if all ranks have finite tensors.
 
         The state is read once per step.
         """
-        trainer: Any = self
-        step = trainer.state.global_step
+        step = self.state.global_step
         if self._finite_step == step:
             return None
-        optimizer = None if trainer.args.save_only_model else trainer.optimizer
-        broken = first_nonfinite(trainer.model, optimizer)
-        if trainer.args.world_size > 1:
-            mine = torch.tensor([float(broken is not None)], device=trainer.args.device)
-            if bool(trainer.accelerator.gather(mine).max() > 0):
-                return broken or "a tensor of another rank"
-        if broken is None:
+        optimizer = None if self.args.save_only_model else self.optimizer
+        broken = first_nonfinite(self.model, optimizer)
+        if not self._largest_of_ranks(int(broken is not None)):
             self._finite_step = step
-        return broken
+            return None
+        return broken or "a tensor of another rank"
 
     def _refuse_to_save(self, broken: str) -> None:
-        trainer: Any = self
-        if trainer.is_world_process_zero():
+        if self.is_world_process_zero():
             logger.warning(
                 "Step %d is not saved: %s is not finite. Earlier checkpoints are unchanged.",
-                trainer.state.global_step,
+                self.state.global_step,
                 broken,
             )
-        self._on_save_refused(broken)
 
     def _note_failed_save(self, folder: Path, error: Exception) -> None:
         self._num_failed_saves += 1
@@ -469,32 +438,26 @@ class SafeCheckpointsMixin:
             error,
             f"That is {self._num_failed_saves} in a row, {since}. " if is_alarming else "",
         )
-        self._on_save_failed(folder, error)
 
     def _rotate(self, run_dir: Path, *, just_saved: str) -> None:
         """Apply `save_total_limit`, but always keep the newest checkpoint and the best one."""
-        trainer: Any = self
-        best, step = trainer.state.best_model_checkpoint, trainer.state.global_step
+        best, step = self.state.best_model_checkpoint, self.state.global_step
         kept = {just_saved, *self._wanted_checkpoints(), Path(best).name if best else just_saved}
-        rotate(run_dir, limit=trainer.args.save_total_limit, step=step, kept=kept)
+        rotate(run_dir, limit=self.args.save_total_limit, step=step, kept=kept)
         supersede_later_(run_dir, step=step)
 
     # ---- ranks ----
 
     def _wait(self) -> None:
-        trainer: Any = self
-        if trainer.args.world_size > 1:
-            trainer.accelerator.wait_for_everyone()
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
 
-    def _agreed(self, decide: Any) -> Any:
+    def _agreed(self, decide: Callable[[], Any]) -> Any:
         """Return the first rank's decision on every rank, or raise its error on every rank."""
-        trainer: Any = self
-        if trainer.args.world_size <= 1:
+        if self.args.world_size <= 1:
             return decide()
-        from accelerate.utils import broadcast_object_list
-
         outcome: list[Any] = [None]
-        if trainer.args.process_index == 0:
+        if self.args.process_index == 0:
             try:
                 outcome = [decide()]
             except Exception as error:  # raised on every rank below
@@ -516,11 +479,8 @@ def _point_at_best_(state: TrainerState, run_dir: str) -> None:
 
 def _is_of_the_disk(error: Exception) -> bool:
     """Return whether the error is a failed write. torch's archive writer raises RuntimeError."""
-    if isinstance(error, RuntimeError):
-        return any(
-            word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")
-        )
-    return True
+    words = ("inline_container", "PytorchStreamWriter", "iostream")
+    return not isinstance(error, RuntimeError) or any(word in str(error) for word in words)
 
 
 def _signals_to_delay(arguments: Any) -> tuple[signal.Signals, ...]:
@@ -528,8 +488,7 @@ def _signals_to_delay(arguments: Any) -> tuple[signal.Signals, ...]:
 
     There are none if the run does not save. Signals that transformers handles itself are left out.
     """
-    strategy = getattr(arguments.save_strategy, "value", arguments.save_strategy)
-    if strategy == "no":
+    if arguments.save_strategy == SaveStrategy.NO:
         return ()
     if getattr(arguments, "enable_jit_checkpoint", False):  # transformers itself handles SIGTERM
         return (signal.SIGINT,)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 
 __all__ = [
     "BackToTraining",
@@ -46,28 +46,16 @@ def schedule_free(optimizer: Any) -> ScheduleFree | None:
 class BackToTraining(TrainerCallback):
     """Returns to the training sequence at each step, and leaves the averaged weights at the end."""
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, *args: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
         """Switch to the training sequence before the Trainer's `training_step` does so."""
         if (switched := schedule_free(optimizer)) is not None:
-            _forget_gathered_(model)
+            # After an evaluation, the root module of FSDP2 still has its gathered weights.
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             switched.train()
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
         """Leave the averaged weights in the model."""
         if (switched := schedule_free(optimizer)) is not None:
             switched.eval()
@@ -89,24 +77,12 @@ class ScheduleFreeCallback(BackToTraining):
     """
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
         """Switch to the averaged weights if they are used before the next step."""
         leave_training(optimizer, control)
 
     on_epoch_end = on_step_end
-
-
-def _forget_gathered_(model: nn.Module | None) -> None:
-    """Make FSDP2 gather again, because its root module keeps gathered weights after evaluation."""
-    for module in model.modules() if model is not None else ():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def leave_training(optimizer: Any, control: TrainerControl) -> None:

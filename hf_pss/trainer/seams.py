@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from accelerate.utils import DistributedType
@@ -29,34 +29,36 @@ from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
 __all__ = [
     "PRIVATE_METHODS",
+    "TrainerPart",
     "check_methods",
     "refuse_backends",
     "trainer_of",
     "wrapped",
 ]
 
-PRIVATE_METHODS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = MappingProxyType(
+if TYPE_CHECKING:  # the base class of the mixins: a mixin may use everything that a Trainer has
+    from transformers import Trainer as TrainerPart
+else:
+    TrainerPart = object
+
+PRIVATE_METHODS: Mapping[str, tuple[tuple[str, ...], int | None]] = MappingProxyType(
     {
-        "_save_checkpoint": ("safe_checkpoints", ("self", "model", "trial"), 2),
-        "_get_output_dir": ("safe_checkpoints", ("self", "trial"), 1),
-        "_maybe_log_save_evaluate": ("safe_checkpoints", ("self",), None),
-        "_finalize_training": ("safe_checkpoints", ("self", "trial"), None),
-        "_push_from_checkpoint": ("safe_checkpoints", ("self", "checkpoint_folder"), 1),
-        "_load_rng_state": ("safe_checkpoints", ("self", "checkpoint"), 1),
-        "_run_epoch": ("safe_checkpoints", ("self",), None),
-        "_load_optimizer_and_scheduler": (
-            "safe_checkpoints, optimizers",
-            ("self", "checkpoint"),
-            1,
-        ),
-        "_init_training_state": ("rollback", ("self", "num_update_steps_per_epoch"), None),
-        "_load_best_model": ("transformers_fixes", ("self",), 0),
+        "_save_checkpoint": (("self", "model", "trial"), 2),
+        "_get_output_dir": (("self", "trial"), 1),
+        "_maybe_log_save_evaluate": (("self",), None),
+        "_finalize_training": (("self", "trial"), None),
+        "_push_from_checkpoint": (("self", "checkpoint_folder"), 1),
+        "_load_rng_state": (("self", "checkpoint"), 1),
+        "_run_epoch": (("self",), None),
+        "_load_optimizer_and_scheduler": (("self", "checkpoint"), 1),
+        "_init_training_state": (("self", "num_update_steps_per_epoch"), None),
+        "_load_best_model": (("self",), 0),
     }
 )
-"""The private methods of Trainer that the mixins override, by name. Each entry holds the module
-that overrides the method, the parameters that this module relies on, and the number of arguments
-that the Trainer passes by position. The number is None if it is not checked. The list was verified
-with transformers 5.3.0, 5.17.0, 5.23.0 and 5.24.0."""
+"""The private methods of Trainer that the mixins override, by name. Each entry holds the parameters
+that the mixin relies on, and the number of arguments that the Trainer passes by position. The
+number is None if it is not checked. The list was verified with transformers 5.3.0, 5.17.0, 5.23.0
+and 5.24.0."""
 
 
 @contextmanager
@@ -93,14 +95,12 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
 
     A callback receives no reference to its Trainer, so this function searches the call stack.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(None):
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer):
             handler = getattr(caller, "callback_handler", None)
             if handler is not None and any(one is callback for one in handler.callbacks):
                 return caller
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
@@ -141,7 +141,7 @@ def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> Non
     """
     of_mixins = {cls for mixin in mixins for cls in mixin.__mro__}
     behind = [c for c in trainer_class.__mro__ if c not in of_mixins and not issubclass(c, mixins)]
-    for name, (_, wanted, num_by_position) in PRIVATE_METHODS.items():
+    for name, (wanted, num_by_position) in PRIVATE_METHODS.items():
         own = getattr(Trainer, name, None)
         found = inspect.signature(own).parameters if own is not None else {}
         # Some packages patch Trainer with wrappers that take any arguments.
@@ -154,15 +154,15 @@ def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> Non
                 "install one that hf_pss was made for (5.3 or newer; tested with 5.23)."
             )
         owner = next((cls for cls in behind if name in vars(cls)), Trainer)
-        if owner is Trainer or num_by_position is None:
+        method = getattr(owner, name)
+        if owner is Trainer or num_by_position is None or _takes(method, num_by_position):
             continue
-        if not _takes(getattr(owner, name), num_by_position):
-            takes = ", ".join(inspect.signature(getattr(owner, name)).parameters)
-            raise IncompatibleVersionError(
-                f"{owner.__module__}.{owner.__name__}.{name} takes ({takes}), and the Trainer of "
-                f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}). "
-                f"Change {owner.__name__}.{name} so that it accepts these arguments."
-            )
+        raise IncompatibleVersionError(
+            f"{owner.__module__}.{owner.__name__}.{name} takes "
+            f"({', '.join(inspect.signature(method).parameters)}), and the Trainer of "
+            f"transformers {transformers.__version__} calls it with ({', '.join(wanted)}). "
+            f"Change {owner.__name__}.{name} so that it accepts these arguments."
+        )
 
 
 def _takes(method: Any, num_by_position: int) -> bool:

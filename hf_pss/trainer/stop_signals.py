@@ -1,4 +1,4 @@
-"""Delay SIGTERM and SIGINT until a step has been saved, and then exit with 128 + signal number."""
+"""Delay SIGTERM and SIGINT until a step has been saved."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import os
 import signal
 import threading
 from contextlib import suppress
-from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from types import FrameType
+from typing import Any, Self
 
-__all__ = ["DelayedSignals", "leave"]
+__all__ = ["DelayedSignals"]
 
 logger = logging.getLogger(__name__)
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class DelayedSignals:
@@ -29,10 +27,10 @@ class DelayedSignals:
     workers of a data loader therefore survive until the step is saved.
 
     Args:
-        signals: The signals to delay. The default is SIGTERM and SIGINT.
+        signals: The signals to delay.
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...] = _SIGNALS) -> None:
+    def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
         self.signum = 0
         self._signals = signals
         self._before: dict[signal.Signals, Any] = {}
@@ -48,12 +46,7 @@ class DelayedSignals:
                     signal.signal(one, self._remember)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Restore the previous handlers."""
         for one, before in self._before.items():
             signal.signal(one, before)
@@ -72,15 +65,3 @@ class DelayedSignals:
                 "%s: saving at the end of this step, then exiting. Send it again to exit at once.",
                 one.name,
             )
-
-
-def leave(signum: int) -> NoReturn:
-    """Exit as if the signal had ended the process, with code 128 + signum.
-
-    Raises:
-        KeyboardInterrupt: The signal is SIGINT, so handlers for Ctrl-C receive the exception.
-        SystemExit: The signal is any other.
-    """
-    if signum == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + signum)

@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+
+from hf_pss.trainer.seams import TrainerPart
 
 __all__ = [
     "PEAK_BF16_FLOPS",
@@ -107,8 +103,11 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-class Stopwatch:
+class Stopwatch(TrainerCallback):
     """Counts training tokens and seconds since the last reading, without evaluations and saves.
+
+    As a callback it starts and stops itself. The clock starts at the first step and not in
+    ``on_train_begin``, because a resumed run skips data first.
 
     Args:
         clock: A function that returns seconds from a monotonic clock.
@@ -122,29 +121,35 @@ class Stopwatch:
         self._step_ended = 0.0
         self._tokens = 0
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget everything, because a new call of ``train`` begins."""
+        self._began, self._tokens = None, 0
+
+    def on_step_begin(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        """Start the clock if it stands."""
+        self.begin(state.global_step)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Record the end of a step. `on_save` excludes the time from here."""
+        self._step_ended = self._clock()
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Exclude the time since the step ended, or since the last call, from the window."""
+        now = self._clock()
+        self._window_began += now - self._step_ended
+        self._step_ended = now
+
+    on_evaluate = on_save
+
     def begin(self, step: int) -> None:
         """Start at the first step of this session. Steps before a resume are not counted."""
         if self._began is None:
             self._began = self._window_began = self._step_ended = self._clock()
             self._first_step = step
 
-    def reset(self) -> None:
-        """Forget everything, because a new call of ``train`` begins."""
-        self._began, self._tokens = None, 0
-
     def add_tokens(self, count: int) -> None:
         """Add the tokens of a micro-batch."""
         self._tokens += count
-
-    def end_step(self) -> None:
-        """Record the end of a step. `leave_out` excludes the time from here."""
-        self._step_ended = self._clock()
-
-    def leave_out(self) -> None:
-        """Exclude the time since the step ended, or since the last call, from the window."""
-        now = self._clock()
-        self._window_began += now - self._step_ended
-        self._step_ended = now
 
     def read(self, *, step: int, max_steps: int) -> dict[str, float]:
         """Return ``tokens_per_second`` and ``eta_seconds``, and begin a new window.
@@ -167,40 +172,7 @@ class Stopwatch:
         return numbers
 
 
-class _Times(TrainerCallback):
-    """Starts and stops the stopwatch, and excludes evaluations and saves."""
-
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stopwatch.reset()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # The clock starts here and not in on_train_begin, because a resumed run skips data first.
-        self._stopwatch.begin(state.global_step)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stopwatch.end_step()
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stopwatch.leave_out()
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stopwatch.leave_out()
-
-
-class ThroughputTrainerMixin:
+class ThroughputTrainerMixin(TrainerPart):
     """Mixin that adds ``throughput/…`` to training logs and perplexity to evaluation logs.
 
     - ``throughput/tokens_per_second`` counts the tokens of all ranks since the last
@@ -225,14 +197,14 @@ class ThroughputTrainerMixin:
         self._stopwatch = Stopwatch()
         self._context_length = 0
         # The callback comes last, so that the work of other callbacks counts as part of the step.
-        self.add_callback(_Times(self._stopwatch))  # type: ignore[attr-defined]
+        self.add_callback(self._stopwatch)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Count the tokens of a micro-batch by its shape, without a read from the device."""
         ids = inputs["input_ids"]
         self._context_length = ids.shape[-1]
         self._stopwatch.add_tokens(ids.numel())
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -241,17 +213,16 @@ class ThroughputTrainerMixin:
             logs.update(self._throughput())
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = perplexity(logs[key])
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _throughput(self) -> dict[str, float]:
         # The Trainer has just read the loss from the device, so the device has finished the step.
-        args: TrainingArguments = self.args  # type: ignore[attr-defined]
-        state: TrainerState = self.state  # type: ignore[attr-defined]
+        args, state = self.args, self.state
         numbers = self._stopwatch.read(step=state.global_step, max_steps=state.max_steps)
         if (rate := numbers.get("tokens_per_second")) is not None:
             numbers["tokens_per_second"] = rate = rate * args.world_size
             if (peak := self._peak_flops(args)) is not None:
-                model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+                model = self.accelerator.unwrap_model(self.model)
                 flops = flops_per_token(model, context_length=self._context_length)
                 numbers["mfu"] = rate * flops / peak
         return {f"throughput/{name}": value for name, value in numbers.items()}

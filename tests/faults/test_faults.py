@@ -23,7 +23,7 @@ from hf_pss.runs.checkpoint import examine
 from hf_pss.runs.folder import checkpoints_by_step
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
-from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardTracker
+from hf_pss.trainer.trackers import TensorBoardTracker
 
 STEP = 9
 OPTIONS: dict[str, Any] = {"max_steps": 20, "save_steps": 2, "save_total_limit": 1}

@@ -725,7 +725,7 @@ def test_a_trainer_clips_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFi
     before = exact_maxima(gpt2(), "gpt2", rows)
     threshold = float(before.sort().values[1:3].mean())  # two heads above, two below
     options = {"max_steps": 1, "per_device_train_batch_size": len(data), "learning_rate": 0.0}
-    with caplog.at_level(logging.INFO, "hf_pss.trainer.optimizers"):
+    with caplog.at_level(logging.INFO, "hf_pss.trainer.chosen_optimizer"):
         trainer = run(tmp_path, f"qk_clip={threshold}", **options)
     after = exact_maxima(trainer.model, "gpt2", rows)
     assert far(after, before.clamp(max=threshold)) <= CLIPPED_TOLERANCE

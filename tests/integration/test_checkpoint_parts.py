@@ -80,7 +80,7 @@ def test_json_of_any_length_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_forked_child_ends_at_its_first_sigterm() -> None:
-    with DelayedSignals() as wish:
+    with DelayedSignals((signal.SIGTERM, signal.SIGINT)) as wish:
         assert exit_of_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM
         assert wish.signum == 0
 
@@ -97,7 +97,7 @@ def test_a_forked_child_waits_for_its_second_ctrl_c(caplog: pytest.LogCaptureFix
         except KeyboardInterrupt:
             os._exit(7)
 
-    with DelayedSignals():
+    with DelayedSignals((signal.SIGTERM, signal.SIGINT)):
         assert exit_of_child(told) == 7
     os.close(write)
     assert os.read(read, 9) == b"0"

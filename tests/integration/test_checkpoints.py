@@ -799,9 +799,9 @@ def test_a_signal_is_agreed_upon_once_more_at_the_end(tmp_path: Path) -> None:
     """The other of two ranks got the signal after the ranks last agreed."""
 
     class Other(PSSTrainer):
-        def _agree_on(self, signum: int) -> int:
+        def _largest_of_ranks(self, number: int) -> int:
             has_ended = self.state.global_step == MAX_STEPS and not self.is_in_train
-            return signal.SIGTERM if has_ended else super()._agree_on(signum)
+            return signal.SIGTERM if has_ended else super()._largest_of_ranks(number)
 
     with pytest.raises(SystemExit):
         run(tmp_path, trainer_class=Other)

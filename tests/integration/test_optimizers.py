@@ -46,9 +46,9 @@ from hf_pss import (
 from hf_pss.models.distributed import OneProcess
 from hf_pss.optim import RULES, build_optimizer, matrix_groups
 from hf_pss.optim.layout import matrices_of
-from hf_pss.trainer.arguments import OptimizerName, read_options
-from hf_pss.trainer.optimizer_resume import saved_kind
-from hf_pss.trainer.optimizers import refuse_two_optimizers
+from hf_pss.trainer.arguments import OptimizerName
+from hf_pss.trainer.chosen_optimizer import read_options, refuse_two_optimizers
+from hf_pss.trainer.resuming import saved_kind
 
 HALF = MAX_STEPS // 2
 NAMES = get_args(OptimizerName)

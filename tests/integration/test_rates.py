@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_pss import PSSConfig, PSSTrainingArguments, RecoveryConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.trainer.rates import set_base_rates_
+from hf_pss.trainer.optimizers import set_base_rates_
 
 RATE = 2.0**-9
 STEPS = {"max_steps": 8, "save_steps": 2, "learning_rate": RATE, "warmup_steps": 2}

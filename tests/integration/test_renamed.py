@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_pss import PSSConfig
-from hf_pss.trainer.transformers_fixes import load_renamed_
+from hf_pss.trainer.resuming import load_renamed_
 
 
 def mixtral(seed: int) -> PreTrainedModel:

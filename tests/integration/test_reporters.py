@@ -23,9 +23,8 @@ from hf_pss.detection.judgement import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, Intervention, MatrixChange
 from hf_pss.records.steps import HealthReading
-from hf_pss.trainer.trackers import TRACKERS, Trackers, trackers_for
-from hf_pss.trainer.trackers.row_trackers import WandbTracker
-from hf_pss.trainer.trackers.tracker import label_of
+from hf_pss.trainer.tracker_content import ThinnedReadings, draw_heat_map, label_of
+from hf_pss.trainer.trackers import TRACKERS, Trackers, WandbTracker, trackers_for
 
 # TensorBoard's scalars; half a unit in the last place.
 FLOAT32_ROUNDING = 2.0**-24
@@ -284,9 +283,6 @@ def test_readings_and_interventions_of_pss_reach_all_three(
 
 
 def test_the_heat_map_shows_the_fall(offline: Path) -> None:
-    from hf_pss.trainer.trackers.all_trackers import draw_heat_map
-    from hf_pss.trainer.trackers.tracker import ThinnedReadings
-
     readings = ThinnedReadings()
     assert draw_heat_map(readings) is None
     for step in range(1, 30):
@@ -314,7 +310,7 @@ def test_a_tracker_that_raises_is_one_warning(
         trainer, callback = train(offline, "wandb")
     assert trainer.state.global_step == STEPS
     assert calls == [1]
-    assert callback.trackers.names == ()
+    assert not callback.trackers
     warnings = [r.getMessage() for r in caplog.records if r.name.startswith("hf_pss")]
     assert len(warnings) == 1
     assert "wandb: RuntimeError: the server is gone. Training continues" in warnings[0]
@@ -323,7 +319,9 @@ def test_a_tracker_that_raises_is_one_warning(
 def test_a_run_that_is_closed_is_one_warning(
     offline: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trackers = Trackers([WandbTracker(wandb.init(project="pss"))])
+    wandb.init(project="pss")
+    args = TrainingArguments(output_dir=str(offline), report_to=["wandb"], use_cpu=True)
+    trackers = trackers_for(args)
     trackers.report(reading(1))
     wandb.finish()
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
@@ -361,7 +359,6 @@ def test_without_trackers_nothing_is_kept(offline: Path) -> None:
     trackers.alert(intervention())
     trackers.finish()
     assert not trackers
-    assert trackers.names == ()
     assert set(TRACKERS) == {"wandb", "tensorboard", "trackio"}
 
 
@@ -371,7 +368,7 @@ def test_without_matplotlib_the_table_is_logged(
     def missing(history: Any) -> None:
         raise ImportError("matplotlib is not installed.")
 
-    monkeypatch.setattr("hf_pss.trainer.trackers.all_trackers.draw_heat_map", missing)
+    monkeypatch.setattr("hf_pss.trainer.trackers.draw_heat_map", missing)
     with caplog.at_level(logging.WARNING, logger="hf_pss"):
         train(offline, "wandb")
     found = finish_and_read()

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from hf_pss.records.steps import HealthReading
-from hf_pss.trainer.trackers import summary_table
-from hf_pss.trainer.trackers.tracker import (
+from hf_pss.trainer.health_summary import summary_table
+from hf_pss.trainer.tracker_content import (
     MAX_CURVES,
     MAX_NUMBERS,
     NUM_BINS,

@@ -73,20 +73,20 @@ def test_a_window_holds_training_only() -> None:
         clock.now += 2.0
         watch.add_tokens(300)
         watch.begin(step)
-        watch.end_step()
+        watch.on_step_end()
     assert watch.read(step=2, max_steps=10) == {"tokens_per_second": 150.0, "eta_seconds": 16.0}
     clock.now += 100.0
-    watch.leave_out()  # an evaluation
+    watch.on_save()  # an evaluation
     clock.now += 50.0
-    watch.leave_out()  # and a save
+    watch.on_save()  # and a save
     clock.now += 1.0
     watch.add_tokens(300)
-    watch.end_step()
+    watch.on_step_end()
     clock.now += 30.0
-    watch.leave_out()  # another evaluation, between logs
+    watch.on_save()  # another evaluation, between logs
     clock.now += 2.0
     watch.add_tokens(300)
-    watch.end_step()
+    watch.on_step_end()
     # 2 × 300 tokens in 1 + 2 s; 187 s for four steps, six to go.
     assert watch.read(step=4, max_steps=10) == {
         "tokens_per_second": 200.0,

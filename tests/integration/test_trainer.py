@@ -40,9 +40,9 @@ from hf_pss import (
     PSSTrainingArguments,
 )
 from hf_pss.trainer.optimizers import OptimizerMixin
+from hf_pss.trainer.optional import _PARTS, optional_part
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.seams import PRIVATE_METHODS, check_methods, refuse_backends
-from hf_pss.trainer.transformers_fixes import TransformersFixesMixin
 
 
 class Weighted(Trainer):
@@ -157,6 +157,11 @@ def test_pss_trainer_takes_a_callback_of_its_own(tmp_path: Path) -> None:
         PSSTrainer(model=model, args=args, callbacks=[PSSCallback()], pss_config=EAGER)
 
 
+@pytest.mark.parametrize("name", _PARTS)
+def test_every_optional_part_is_there(name: str) -> None:
+    assert optional_part(name).__name__ == name
+
+
 # ---- private seams of transformers ----
 
 
@@ -173,7 +178,7 @@ class OtherSignaturePSS(PSSTrainerMixin, OtherSignature):
 
 def test_the_private_methods_are_there() -> None:
     for cls in (Trainer, PSSTrainer, WeightedPSS):
-        check_methods(cls, (RollbackMixin, OptimizerMixin, TransformersFixesMixin))
+        check_methods(cls, (RollbackMixin, OptimizerMixin))
 
 
 def test_no_other_private_method_of_trainer_is_overridden() -> None:
