@@ -10,7 +10,7 @@ import statistics
 import pytest
 
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.health.spike_score import SpikeScore
+from hf_pss.health.step_series import SpikeScore
 
 
 def oracle(values: list[float], window: int, recent: int) -> tuple[float, int]:
