@@ -25,9 +25,9 @@ from hf_pss.evidence.report_records import (
 from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
 from hf_pss.runs.durable import write_whole
 from hf_pss.view import canvas
+from hf_pss.view.canvas import inline_svg, render_template
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
 from hf_pss.view.numbers import significant
-from hf_pss.view.page import inline_svg, render_template
 
 __all__ = ["write_report"]
 

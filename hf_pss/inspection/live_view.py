@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hf_pss.records.messages import Alert, AlertLevel, alert_of
@@ -14,6 +13,7 @@ from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.follow import RunState
 from hf_pss.view.numbers import duration, plural
+from hf_pss.view.tables import lean_table
 
 __all__ = ["plain_lines", "render"]
 
@@ -117,11 +117,9 @@ def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
         return
     first, firsts = state.first_reading, _ranks(state.first_reading)
     has_past = first is not None and first.step < state.reading.step
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(f"lowest stable ranks, step {state.reading.step:,}", overflow="fold")
-    table.add_column("now", justify="right")
-    if first is not None and has_past:
-        table.add_column(f"step {first.step:,}", justify="right")
+    past_title = [f"step {first.step:,}"] if first is not None and has_past else []
+    title = f"lowest stable ranks, step {state.reading.step:,}"
+    table = lean_table([title], ["now", *past_title])
     names = _worst(ranks)
     for name in names[:num_matrices]:
         value = ranks[name]
