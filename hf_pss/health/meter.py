@@ -31,14 +31,6 @@ from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import Selection, canonical_name
 from hf_pss.models.selection.heads import AttentionHeads, HeadRows, find_heads
 
-__all__ = [
-    "ForwardHooks",
-    "RepresentationMeter",
-    "StopAttention",
-    "WatchAttention",
-    "blocks_of",
-]
-
 logger = logging.getLogger(__name__)
 
 See: TypeAlias = Callable[[nn.Module, Any, Any], None]

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-__all__ = ["METRICS", "PRESETS", "Cost", "Level", "Metric"]
-
 Cost: TypeAlias = Literal["light", "standard", "full"]
 """The cost of a metric: cheap enough for every step, for every few steps, or for sampled steps.
 docs/health.md has the times."""

@@ -33,8 +33,6 @@ from hf_pss.models.measurements import measure_matrix_grad_norms
 from hf_pss.models.selection import Selection
 from hf_pss.records.steps import HealthReading
 
-__all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVERY_STEPS: Mapping[Cost, int] = {"light": 10, "standard": 10, "full": 100}

@@ -16,15 +16,6 @@ from hf_pss.models.batching import gather, stacks
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, canonical_name
 
-__all__ = [
-    "SignDiversityMeter",
-    "SpectralNorm",
-    "SpectralNormMeter",
-    "jacobian_energy",
-    "measure_jacobian_energies",
-    "power_round",
-]
-
 # The number of calls of a `SpectralNormMeter` between two restarts.
 _RESTART_EVERY = 50
 # Rounding of a sum of squares in fp32 may turn an SR of 5 into 4.99999. It

@@ -16,22 +16,6 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import effective_rank, spectral_norm
 from hf_pss.linalg.scaling import compute_dtype, unit_scaled
 
-__all__ = [
-    "DEFAULT_RIDGE",
-    "CollapseMeasures",
-    "LogDetBounds",
-    "TokenMask",
-    "TokenSample",
-    "attention_logit_bound",
-    "collapse_measures",
-    "hidden_states",
-    "log_det_bounds",
-    "sign_diversity",
-    "spectral_alignment",
-    "token_cosine",
-    "unit_tokens",
-]
-
 
 class TokenMask:
     """The positions of the tokens that count, on the host. Creating it reads once from the device.

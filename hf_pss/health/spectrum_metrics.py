@@ -24,17 +24,6 @@ from hf_pss.models.batching import (
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
-__all__ = [
-    "Neighbours",
-    "effective_rank_of",
-    "first_directions",
-    "low_rank_distance",
-    "measure_alignments",
-    "measure_low_rank_distances",
-    "measure_spectra",
-    "residual_neighbours",
-]
-
 # The number of triplets beyond K. In our measurement 8 was the best of 0, 4 and 8.
 _SPARE = 8
 

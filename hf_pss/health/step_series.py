@@ -17,8 +17,6 @@ from hf_pss.detection.state import (
 )
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["ALARM_RATIO", "ChangeRates", "ConditionAlarm", "SpikeScore", "has_moved"]
-
 _VERSION = 1
 _WHAT = "the state of a SpikeScore"
 _KEYS = ("version", "num_steps", "window", "spikes", "nonfinite")

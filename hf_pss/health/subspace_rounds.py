@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["orthonormal_rows", "ritz_round"]
-
 # In units of ‖W‖_F² and of a row's length. It is far above the rounding of fp32.
 _LOST = 1e-5
 

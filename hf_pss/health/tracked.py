@@ -39,8 +39,6 @@ from hf_pss.models.batching import MatrixRef, matrix_refs, measure_each
 from hf_pss.models.distributed import Backend, Part, Replicated
 from hf_pss.models.selection import MatrixView
 
-__all__ = ["SpectrumTracker", "TrackedSpectrum"]
-
 # Vectors per matrix. The second one tracks the direction that may overtake the first. With two
 # vectors, a block is used five times, and all uses but the first are served by the cache.
 _WIDTH = 2

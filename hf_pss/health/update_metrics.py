@@ -26,8 +26,6 @@ from hf_pss.models.batching import (
 from hf_pss.models.distributed import Backend, Part
 from hf_pss.models.selection import MatrixView
 
-__all__ = ["RelativeUpdateMeter", "SpectralEdge", "SpectralEdgeMeter", "spectral_edge"]
-
 
 class RelativeUpdateMeter:
     """Measures ‖W_t − W_{t−1}‖_F / ‖W_{t−1}‖_F of each 2-D matrix in one update.

@@ -23,17 +23,6 @@ from hf_pss.models.batching import by_parameter, matrix_refs
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
 
-__all__ = [
-    "SECOND_MOMENTS",
-    "Denominators",
-    "commutator_size",
-    "denominators",
-    "exceptional_distance",
-    "exceptional_points",
-    "measure_denominators",
-    "whole_model",
-]
-
 SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")
 """The keys of v in the state of Adam and its family. AMSGrad divides by the maximum."""
 

@@ -21,8 +21,6 @@ from hf_pss.records.strict_json import finite_or_none, visible
 from hf_pss.view.numbers import plural, significant
 from hf_pss.view.tables import lean_table
 
-__all__ = ["SCHEMA_VERSION", "render_changes", "render_inspection", "render_series", "write_json"]
-
 SCHEMA_VERSION = 1
 
 _STYLES = {"non_finite": "bold red", "zero": "red"}

@@ -19,14 +19,6 @@ from hf_pss.inspection.measure import MatrixHealth, spectrum_of
 from hf_pss.records.strict_json import visible
 from hf_pss.view import canvas
 
-__all__ = [
-    "map_figure",
-    "noise_quantiles",
-    "render_page",
-    "series_figure",
-    "spectra_figure",
-]
-
 # A label that is longer than this would push the map off the page.
 _LONGEST_LABEL = 40
 _QUANTILES = 400

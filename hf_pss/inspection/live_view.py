@@ -15,8 +15,6 @@ from hf_pss.runs.follow import RunState
 from hf_pss.view.numbers import duration, plural
 from hf_pss.view.tables import lean_table
 
-__all__ = ["plain_lines", "render"]
-
 _STYLES = {AlertLevel.INFO: "", AlertLevel.WARN: "yellow", AlertLevel.ERROR: "bold red"}
 _STALE_SECONDS = 600.0
 

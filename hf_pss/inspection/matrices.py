@@ -34,8 +34,6 @@ from hf_pss.models.selection.layouts import (
 )
 from hf_pss.runs.safetensors_files import READABLE, Checkpoint, MatrixReader, TensorEntry
 
-__all__ = ["SMALL", "Contents", "StoredMatrix", "find_matrices"]
-
 _NOT_WEIGHTS = re.compile(r"(?:^|[._])(?:bias|masked_bias|inv_freq|running_mean|running_var)$")
 # The path shows that a stack holds experts. In Granite and JetMoE the name of the stack does.
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)|\.(?:input|output)_linear(?:\.weight)?$")

@@ -30,18 +30,6 @@ from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry
 
-__all__ = [
-    "ChangedMatrix",
-    "Inspection",
-    "JudgedMatrix",
-    "Progress",
-    "SeriesRow",
-    "compare",
-    "inspect_checkpoint",
-    "judge",
-    "series",
-]
-
 Progress = Callable[[int, str], None]
 """Receives the number of bytes just read and the name of the tensor, safe for a terminal."""
 

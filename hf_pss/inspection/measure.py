@@ -24,16 +24,6 @@ from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.models.selection.by_name import Place
 from hf_pss.runs.safetensors_files import PIECE_BYTES, MatrixReader, TensorEntry, read_pieces
 
-__all__ = [
-    "MatrixHealth",
-    "Pieces",
-    "count_nonfinite",
-    "measure",
-    "spectrum_of",
-    "streamed_norms",
-    "streamed_spectrum",
-]
-
 Pieces: TypeAlias = Callable[[], Iterable[Tensor]]
 """A function that iterates once over the rows of one matrix, as (rows, n) float32 or float64."""
 

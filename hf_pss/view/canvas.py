@@ -20,35 +20,17 @@ from hf_pss.view import numbers
 try:
     import jinja2
     import matplotlib as mpl
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes
     from matplotlib.collections import QuadMesh
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.lines import Line2D as Line2D
     from matplotlib.ticker import LogFormatter, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
         "The report draws with matplotlib and jinja2, which are not installed. "
         "Run `pip install 'hf-pss[report]'`."
     ) from error
-
-__all__ = [
-    "COLOURS",
-    "REFERENCE_COLOUR",
-    "Axes",
-    "Figure",
-    "Line2D",
-    "colour",
-    "draw_cells",
-    "inline_svg",
-    "mark_level",
-    "new_figure",
-    "render_template",
-    "save_png",
-    "style",
-    "to_svg",
-    "use_log_scale",
-]
 
 # Okabe and Ito's palette without yellow. It is clear with every common kind of colour vision.
 REFERENCE_COLOUR = "#555555"

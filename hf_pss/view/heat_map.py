@@ -16,8 +16,6 @@ from matplotlib.figure import Figure
 
 from hf_pss.view.canvas import draw_cells, new_figure
 
-__all__ = ["OUTSIDE_BLOCKS", "HeatMapPanel", "MatrixRow", "heat_map_figure", "row_of"]
-
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 # The block is the first number of a parameter's path: transformer.h.3.attn.c_attn.weight[q].
