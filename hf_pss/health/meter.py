@@ -402,7 +402,6 @@ class RepresentationMeter:
         """Return a bound of the logits of each attention with known inputs, equal on all ranks."""
         found = {}
         for attention in [a for a in self._attentions if a.name in norms]:
-            heads = attention.heads
             (query, query_bias), (key, key_bias) = (
                 self._projection(rows, parameters) for rows in (attention.query, attention.key)
             )
@@ -410,8 +409,7 @@ class RepresentationMeter:
                 query,
                 key,
                 norms[attention.name],
-                num_heads=heads.num_heads,
-                num_key_heads=heads.num_key_heads,
+                num_heads=attention.heads.num_heads,
                 query_bias=query_bias,
                 key_bias=key_bias,
                 scale=self._scales[attention.name],

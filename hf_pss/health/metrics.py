@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 Cost: TypeAlias = Literal["light", "standard", "full"]
-"""The cost of a metric: cheap enough for every step, for every few steps, or for sampled steps.
-docs/health.md has the times."""
+"""The cost of a metric: cheap enough for every step, for every few steps, or for sampled steps. The
+preset of a run measures the metrics up to its cost. docs/health.md has the times."""
 
 Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer", "representations"]
 """The tensors that a metric reads."""
@@ -56,18 +56,3 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 """Every metric by name, which is the last part of a scalar's name in reports. docs/health.md has
 the formula, the unit and the source of each. The mapping is read-only."""
-
-_ORDER: tuple[Cost, ...] = ("light", "standard", "full")
-
-PRESETS: Mapping[Cost, tuple[str, ...]] = MappingProxyType(
-    {
-        preset: tuple(
-            name
-            for name, metric in METRICS.items()
-            if metric.in_runs and _ORDER.index(metric.cost) <= level
-        )
-        for level, preset in enumerate(_ORDER)
-    }
-)
-"""The names of the metrics that a run with each preset measures, in the table's order. Each preset
-contains the previous one."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
-from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.errors import StateError
 from hf_pss.health.meter import RepresentationMeter, WatchAttention
 from hf_pss.health.metrics import Cost
 from hf_pss.health.spectrum_metrics import (
@@ -58,10 +58,10 @@ class HealthMonitor:
     """Measures one model while it trains, and changes nothing.
 
     Every step refreshes the tracker of σ₁ and updates the spike scores. Every ``every_steps``-th
-    step measures the whole preset, see `hf_pss.health.metrics.PRESETS`. docs/health.md has the
-    share of a step that this takes. If a metric raises an error, the monitor logs one warning that
-    names the metric. If the backend cannot hold an update back, the monitor warns once and leaves
-    out the metrics of gradients and of single updates.
+    step measures the whole preset: the metrics of `hf_pss.health.metrics.METRICS` up to its cost.
+    docs/health.md has the share of a step that this takes. If a metric raises an error, the monitor
+    logs one warning that names the metric. If the backend cannot hold an update back, the monitor
+    warns once and leaves out the metrics of gradients and of single updates.
 
     Args:
         selection: The matrices. For LoRA products only σ₁, ‖W‖_F and the stable rank are measured.
@@ -69,9 +69,6 @@ class HealthMonitor:
         preset: ``light``, ``standard`` or ``full``.
         every_steps: Steps between readings. 0 means `DEFAULT_EVERY_STEPS`.
         model: The model whose hidden states `full` measures. None leaves them out.
-
-    Raises:
-        ConfigurationError: The number of steps is below 0, or the preset is unknown.
     """
 
     def __init__(
@@ -83,11 +80,6 @@ class HealthMonitor:
         every_steps: int = 0,
         model: nn.Module | None = None,
     ) -> None:
-        if preset not in DEFAULT_EVERY_STEPS or every_steps < 0:
-            raise ConfigurationError(
-                f"You gave the preset {preset!r} and every_steps={every_steps}; give one of "
-                f"{', '.join(DEFAULT_EVERY_STEPS)}, and 0 or more."
-            )
         self.every_steps = every_steps or DEFAULT_EVERY_STEPS[preset]
         self.seconds = 0.0
         """The time spent in this object since the start of the run, or since it was resumed."""

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import effective_rank, spectral_norm
 from hf_pss.linalg.scaling import compute_dtype, unit_scaled
 
@@ -192,7 +191,6 @@ def attention_logit_bound(
     max_norm: Tensor | float,
     *,
     num_heads: int,
-    num_key_heads: int | None = None,
     query_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
@@ -211,11 +209,9 @@ def attention_logit_bound(
     Args:
         query: (num_heads · d_h, n), any real floating dtype. The outputs are in rows, one head
             after the other.
-        key: (num_key_heads · d_h, n).
+        key: (num_key_heads · d_h, n). Neighbouring query heads may share a key head.
         max_norm: The largest ‖x‖₂ of the projections' inputs, a tensor of shape () or a number.
         num_heads: The number of query heads.
-        num_key_heads: The number of key heads. Neighbouring query heads may share one. None means
-            the number of query heads.
         query_bias: (num_heads · d_h,).
         key_bias: (num_key_heads · d_h,).
         scale: The factor on q·k. None means 1/√d_h.
@@ -223,32 +219,15 @@ def attention_logit_bound(
     Returns:
         The bounds, (num_heads,), float32, or float64 for float64. A head with NaN or inf gives NaN.
 
-    Raises:
-        ConfigurationError: The rows cannot be divided among the heads, or the
-            heads among the key heads.
-
     >>> eye = torch.eye(4)
     >>> attention_logit_bound(2 * eye, eye, 3.0, num_heads=1).item()  # 2 · 1 · 9 / √4
     9.0
     """
-    num_key_heads = num_heads if num_key_heads is None else num_key_heads
-    rows = query.shape[0]
-    if (
-        num_heads < 1
-        or num_key_heads < 1
-        or rows % num_heads
-        or num_heads % num_key_heads
-        or key.shape[0] != rows // num_heads * num_key_heads
-    ):
-        raise ConfigurationError(
-            f"You gave {rows} rows of queries in {num_heads} heads and {key.shape[0]} rows of keys "
-            f"in {num_key_heads}; all heads must have as many rows, and key heads divide heads."
-        )
-    width = rows // num_heads
+    width = query.shape[0] // num_heads
     scale = 1 / math.sqrt(width) if scale is None else abs(scale)
     q = _largest_output(query, query_bias, max_norm, width)
     k = _largest_output(key, key_bias, max_norm, width)
-    bound: Tensor = scale * q * k.repeat_interleave(num_heads // num_key_heads)
+    bound: Tensor = scale * q * k.repeat_interleave(num_heads // len(k))
     return bound
 
 
@@ -381,19 +360,11 @@ def log_det_bounds(
     Returns:
         NaN without tokens, or if a token holds NaN or inf.
 
-    Raises:
-        ConfigurationError: The ridge is not above 0, or N < n.
-
     >>> bounds = log_det_bounds(torch.eye(2), 4, ridge=1.0)  # two more tokens
     >>> round(bounds.lower.exp().item(), 4), round(bounds.upper.exp().item(), 4)
     (8.0, 9.0)
     """
     n, d = tokens.shape[-2:]
-    if not ridge > 0 or num_tokens < n:
-        raise ConfigurationError(
-            f"You gave ridge={ridge}, num_tokens={num_tokens} with a sample of {n}; give a ridge "
-            "above 0 and at least as many tokens as the sample has."
-        )
     x = unit_tokens(tokens)
     if n == 0 or d == 0:
         nothing = x.new_full(x.shape[:-2], torch.nan)

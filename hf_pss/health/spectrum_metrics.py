@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import frobenius_norm, leading_triplets, quick_triplets
 from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.models.batching import (
@@ -96,14 +95,9 @@ def low_rank_distance(weight: Tensor, k: int) -> Tensor:
         The distance, (...), float32, or float64 for float64. It is 0 for the zero matrix, and NaN
         if the matrix holds NaN or inf.
 
-    Raises:
-        ConfigurationError: `k` is below 1.
-
     >>> low_rank_distance(torch.diag(torch.tensor([4.0, 3.0])), 2).item() < 1e-6
     True
     """
-    if k < 1:
-        raise ConfigurationError(f"You gave k={k} as the rank to measure from; give 1 or more.")
     scaled = unit_scaled(weight)
     triplets, rest = quick_triplets(scaled.matrix, k + _SPARE)
     # The values beyond K are orthogonal to the remainder.

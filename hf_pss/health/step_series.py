@@ -15,7 +15,6 @@ from hf_pss.detection.state import (
     read_number,
     read_object,
 )
-from hf_pss.errors import ConfigurationError
 
 _VERSION = 1
 _WHAT = "the state of a SpikeScore"
@@ -48,9 +47,6 @@ class SpikeScore:
         num_recent_steps: Number of steps that the score covers, at least 1.
         num_sigmas: Distance above the mean, in σ, at which a spike begins. It is above 0.
 
-    Raises:
-        ConfigurationError: A number is out of range.
-
     >>> score = SpikeScore(window_size=4, num_recent_steps=10)
     >>> [score.update(x) for x in (1.0, 1.1, 0.9, 1.0, 5.0)]
     [False, False, False, False, True]
@@ -61,11 +57,6 @@ class SpikeScore:
     def __init__(
         self, *, window_size: int = 128, num_recent_steps: int = 10_000, num_sigmas: float = 6.0
     ) -> None:
-        if window_size < 2 or num_recent_steps < 1 or not 0 < num_sigmas < math.inf:
-            raise ConfigurationError(
-                f"You gave window_size={window_size}, num_recent_steps={num_recent_steps}, "
-                f"num_sigmas={num_sigmas}; give at least 2, at least 1 and a number above 0."
-            )
         self._window: deque[float] = deque(maxlen=window_size)
         self._num_recent_steps = num_recent_steps
         self._num_sigmas = num_sigmas

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.scaling import compute_dtype
 from hf_pss.models.batching import (
     MatrixRef,
@@ -125,16 +124,9 @@ def spectral_edge(updates: Tensor) -> SpectralEdge:
         updates: (W, P), one update or its projection in each row, any real floating dtype, W >= 2.
             The decomposition is done in float64.
 
-    Raises:
-        ConfigurationError: There are fewer than two updates.
-
     >>> spectral_edge(torch.diag(torch.tensor([8.0, 4.0, 1.0]))).position
     2
     """
-    if updates.ndim != 2 or len(updates) < 2:
-        raise ConfigurationError(
-            f"You gave updates of shape {tuple(updates.shape)}; give (W, P) with W >= 2."
-        )
     epsilon = torch.finfo(updates.dtype).eps
     wide = updates.detach().to("cpu", torch.float64)
     if not bool(wide.isfinite().all()):

@@ -108,12 +108,7 @@ def measure_denominators(
     Returns:
         The ranges by name. Matrices without a second moment are left out. This happens before the
         first step, and with optimizers that keep no second moment.
-
-    Raises:
-        ConfigurationError: `trim` is out of range.
     """
-    if not 0 <= trim < 0.5:
-        raise ConfigurationError(f"You gave trim={trim}; give a share in [0, 0.5).")
     found: list[tuple[str, float]] = []
     rows: list[Tensor] = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -208,7 +208,7 @@ def write_json(
         data["changes"] = [_change(change) for change in changes]
     if rows:
         data["series"] = [_fields(row, *asdict(row)) for row in rows]
-    json.dump(data, stream, allow_nan=False, default=_numbers)
+    json.dump(data, stream, allow_nan=False, default=_plain)
     stream.write("\n")
 
 
@@ -244,14 +244,9 @@ def _change(change: ChangedMatrix) -> dict[str, Any]:
 
 
 def _fields(record: object, *names: str) -> dict[str, Any]:
-    return {name: _plain(getattr(record, name)) for name in names}
+    values = {name: getattr(record, name) for name in names}
+    return {n: finite_or_none(v) if isinstance(v, float) else v for n, v in values.items()}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return finite_or_none(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def _numbers(values: array[float]) -> list[float | None]:
-    return [finite_or_none(value) for value in values]
+def _plain(value: Path | array[float]) -> str | list[float | None]:
+    return str(value) if isinstance(value, Path) else [finite_or_none(x) for x in value]

@@ -58,7 +58,7 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     axes = figure.subplots()
     scale = LogNorm(vmin=low, vmax=high)
     image = canvas.draw_cells(axes, np.arange(len(kinds) + 1), values, scale)
-    for row, kind in bad:
+    for row, kind in sorted(bad):
         place = (kinds.index(kind) + 0.5, rows.index(row) + 0.5)
         axes.plot(*place, marker="x", color="#D55E00", ms=7, mew=2)
     labels = [_short(kind) for kind in kinds]

@@ -95,10 +95,7 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
         return
     num_shown = min(num_events, len(state.events))
     more = f", the newest {num_shown}" if state.num_events > num_shown else ""
-    counts = (
-        plural(state.num_events, "event"),
-        plural(state.num_interventions, "intervention"),
-    )
+    counts = plural(state.num_events, "event"), plural(state.num_interventions, "intervention")
     yield Text(f"{', '.join(counts)}{more}:")
     alerts = [alert_of(record) for record in state.events[-num_events:]]
     for alert in alerts:

@@ -219,12 +219,18 @@ class ChangedMatrix:
     @property
     def sigma1_ratio(self) -> float:
         """After / before; NaN if one is missing."""
-        return _ratio(self.before, self.after, "sigma1")
+        return self._ratio("sigma1")
 
     @property
     def stable_rank_ratio(self) -> float:
         """After / before; NaN if one is missing."""
-        return _ratio(self.before, self.after, "stable_rank")
+        return self._ratio("stable_rank")
+
+    def _ratio(self, what: str) -> float:
+        if self.before is None or self.after is None:
+            return math.nan
+        old, new = float(getattr(self.before, what)), float(getattr(self.after, what))
+        return new / old if old else math.nan
 
     @property
     def rank(self) -> tuple[int, float, float, str]:
@@ -291,13 +297,6 @@ def _moved(before: MatrixHealth, after: MatrixHealth) -> float:
     for one, other in zip(old_pieces(), new_pieces(), strict=True):
         square += float(((other - one) / before.frobenius).double().square().sum())
     return math.sqrt(square)
-
-
-def _ratio(before: MatrixHealth | None, after: MatrixHealth | None, what: str) -> float:
-    if before is None or after is None:
-        return math.nan
-    old, new = float(getattr(before, what)), float(getattr(after, what))
-    return new / old if old else math.nan
 
 
 def _distance(ratio: float) -> float:
