@@ -79,9 +79,13 @@ def health(
         check_output(
             html, "--html", example="health.html", drawn_by="hf_pss.inspection.health_page"
         )
-    from hf_pss.inspection.compare import compare as compare_inspections
-    from hf_pss.inspection.health_export import write_json
-    from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
+    from hf_pss.inspection.health_output import (
+        render_changes,
+        render_inspection,
+        render_series,
+        write_json,
+    )
+    from hf_pss.inspection.matrix_survey import compare as compare_inspections
     from hf_pss.inspection.matrix_survey import series
 
     seen = []

@@ -11,9 +11,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import Trainer
 
 from hf_pss.evidence.guards.base import TimedCallback
-from hf_pss.health.jacobian_energy import measure_jacobian_energies
-from hf_pss.health.sign_diversity import SignDiversityMeter
-from hf_pss.health.spectral_norms import SpectralNormMeter
+from hf_pss.health.probe_meters import (
+    SignDiversityMeter,
+    SpectralNormMeter,
+    measure_jacobian_energies,
+)
 from hf_pss.models.distributed import backend_for
 from hf_pss.models.measurements import UpdateMeter, measure_stable_ranks
 from hf_pss.models.selection import named_parameters_canonical, select_matrices

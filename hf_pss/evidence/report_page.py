@@ -27,15 +27,16 @@ from hf_pss.view.canvas import (
     Figure,
     Line2D,
     colour,
+    inline_svg,
     mark_level,
     new_figure,
+    render_template,
     save_png,
     style,
     use_log_scale,
 )
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, HeatMapPanel, heat_map_figure, row_of
 from hf_pss.view.numbers import plural, significant
-from hf_pss.view.page import inline_svg, render_template
 
 # A window of 1/40 of the run removes the noise of single batches and keeps a spike of ten
 # steps visible.

@@ -5,31 +5,36 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.health.capture import Capture, ForwardHooks, See
 from hf_pss.health.representations import (
     TokenMask,
+    TokenSample,
     attention_logit_bound,
     collapse_measures,
+    hidden_states,
     log_det_bounds,
+    sign_diversity,
+    spectral_alignment,
     token_cosine,
 )
-from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
 from hf_pss.models.batching import raise_together
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import Selection, canonical_name
 from hf_pss.models.selection.heads import AttentionHeads, HeadRows, find_heads
 
-__all__ = ["RepresentationMeter", "WatchAttention", "blocks_of"]
-
 logger = logging.getLogger(__name__)
 
+See: TypeAlias = Callable[[nn.Module, Any, Any], None]
+"""Takes a module, its inputs, and its output or keyword arguments."""
 StopAttention: TypeAlias = Callable[[], tuple[Mapping[str, Tensor], float]]
 """Ends the measurement of attention logits. Returns the largest logit of each head on this rank,
 shape (heads,), by the attention's name. Also returns the seconds spent."""
@@ -54,6 +59,83 @@ _MAXIMA = {_NORM, _LOGIT}
 _SCALES = ("scaling", "softmax_scale", "inv_norm_factor", "scale")
 _MOST_NAMES = 3
 _BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
+
+
+class ForwardHooks:
+    """Forward hooks of one training step. Errors that they raise never reach the model.
+
+    The hooks run only in training mode and only with gradients, so they skip generation and the
+    pass of a reference model. They also skip the second run of a checkpointed block. If a graph is
+    compiled while the hooks exist, it leaves them out and is not split.
+
+    Args:
+        root: The module that contains all hooked modules. When it starts, the hooks note whether
+            gradients are on, because reentrant checkpointing runs blocks without them. If a part of
+            it is called directly, the hooks assume that gradients are on.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root, self._has_gradients = root, True
+        self._handles: list[RemovableHandle] = []
+        self.error: Exception | None = None
+        """The first error of a hook. After it no hook is called."""
+        self.seconds = 0.0
+        """The time spent in the hooks."""
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def listen(self) -> None:
+        """Note for each pass whether gradients are on. Call this before `before` and `after`."""
+        self._handles += [
+            self._root.register_forward_pre_hook(self._enter),
+            self._root.register_forward_hook(self._leave),
+        ]
+
+    def after(self, module: nn.Module, see: See) -> None:
+        """Call ``see`` with the module, inputs and output after each forward of the module."""
+        self._handles.append(module.register_forward_hook(self._observe(see)))
+
+    def before(self, module: nn.Module, see: See) -> None:
+        """Call ``see`` with the module, inputs and keyword arguments before each forward."""
+        hook = self._observe(see)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Remove all hooks. `error` and `seconds` keep their values."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _enter(self, root: nn.Module, inputs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._has_gradients = torch.is_grad_enabled()
+
+    def _leave(self, root: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._has_gradients = True
+
+    def _observe(self, see: See) -> See:
+        def hook(module: nn.Module, inputs: Any, last: Any) -> None:
+            # This is a constant while torch traces, so torch does not compile the rest.
+            if not torch.compiler.is_compiling():
+                self._call(module, inputs, last, see)
+
+        return hook
+
+    @torch.no_grad()
+    def _call(self, module: nn.Module, inputs: Any, last: Any, see: See) -> None:
+        # A checkpointed block runs again in the backward pass.
+        if not module.training or torch._C._current_graph_task_id() != -1:
+            return
+        if not self._has_gradients or self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            see(module, inputs, last)
+        except Exception as error:
+            self.error = error
+        self.seconds += time.perf_counter() - started
 
 
 class RepresentationMeter:
@@ -81,32 +163,24 @@ class RepresentationMeter:
         backend: How parameters are stored.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        backend: Backend,
-    ) -> None:
+    def __init__(self, model: nn.Module, selection: Selection, backend: Backend) -> None:
         self._model, self._backend = model, backend
         self._watch: WatchAttention | None = None
         self._modules = {
             canonical_name(name): module
             for name, module in model.named_modules(remove_duplicate=False)
         }
-        names = blocks_of(selection)
-        self._blocks = tuple(name for name in names if name in self._modules)
+        self._blocks = tuple(name for name in blocks_of(selection) if name in self._modules)
         self._layers: dict[str, list[str]] = {}
         for view in selection.matrices:
             layer, _, leaf = view.parameter_name.rpartition(".")
             if len(view.shape) == 2 and leaf == "weight" and layer in self._modules:
                 self._layers.setdefault(layer, []).append(view.name)
         self._attentions: Sequence[AttentionHeads] = find_heads(model)[0]
-        scales = {a.name: _scale_of(a.module) for a in self._attentions}
-        # If there are adapters, the weights alone do not give queries and keys.
         self._scales = {
-            name: scale
-            for name, scale in scales.items()
-            if scale is not None and not selection.adapters
+            attention.name: scale
+            for attention in self._attentions
+            if not selection.adapters and (scale := _scale_of(attention.module)) is not None
         }
         self._has_two_sequences = any(
             getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -119,9 +193,10 @@ class RepresentationMeter:
 
     def _begin(self) -> None:
         """Drop the state of the last step."""
-        self._is_armed = False
+        self.is_armed = False
+        """Whether a step has begun that `read` can end."""
         self._hooks = ForwardHooks(self._model)
-        self._capture = Capture(self._blocks, max_tokens=_MAX_TOKENS, seed=0, choose=self._counting)
+        self._samples = {name: TokenSample(_MAX_TOKENS) for name in self._blocks}
         self._mask: TokenMask | None = None
         self._num_writes: int | None = None
         self._unmasked: list[str] = []
@@ -134,11 +209,6 @@ class RepresentationMeter:
     def seconds(self) -> float:
         """The time spent in the hooks of the last armed step, and on its attention logits."""
         return self._hooks.seconds + self._logit_seconds
-
-    @property
-    def is_armed(self) -> bool:
-        """Whether a step has begun that `read` can end."""
-        return self._is_armed
 
     def watch_attention(self, watch: WatchAttention) -> None:
         """Measure attention logits as well. Without this call they are only bounded."""
@@ -154,28 +224,28 @@ class RepresentationMeter:
         """
         self.disarm()
         self._begin()
-        self._is_armed = True
+        self.is_armed = True
         self._hooks.listen()
         self._hooks.before(self._model, self._see_batch)
         for name in self._blocks:
-            self._hooks.after(self._modules[name], self._see_tokens(name))
+            self._hooks.after(self._modules[name], partial(self._see_tokens, name))
         for layer, names in self._layers.items():
             known = [name for name in names if name in directions]
             if known:
                 v = torch.stack([directions[name] for name in known], dim=-1)
-                self._hooks.before(self._modules[layer], self._see_signs(layer, known, v))
+                see = partial(self._see_signs, layer, known, v)
+                self._hooks.before(self._modules[layer], see)
         for attention in self._attentions:
             if attention.name not in self._scales:
                 continue
-            linears = {id(rows.linear): rows.linear for rows in (attention.query, attention.key)}
-            for linear in linears.values():
-                self._hooks.before(linear, self._see_norm(attention.name))
+            for linear in {attention.query.linear, attention.key.linear}:
+                self._hooks.before(linear, partial(self._see_norm, attention.name))
         if self._watch is not None:
             self._stop = self._watch()
 
     def disarm(self) -> None:
         """Remove the hooks without taking a reading."""
-        self._is_armed = False
+        self.is_armed = False
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -219,14 +289,12 @@ class RepresentationMeter:
     def _see_batch(self, module: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
         # Count from the first pass, because schedule-free optimizers swap the weights after `arm`.
         num_writes = sum(parameter._version for parameter in self._trained)
-        if self._num_writes is None:
-            self._num_writes = num_writes
-        if num_writes != self._num_writes:
+        if self._num_writes not in (None, num_writes):
             self._remove_hooks()
             return
+        self._num_writes = num_writes
         mask = named.get("attention_mask")
-        is_usual = isinstance(mask, Tensor) and mask.ndim == 2
-        self._mask = TokenMask(mask) if is_usual else None  # type: ignore[arg-type]
+        self._mask = TokenMask(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _counting(self, name: str, hidden: Tensor) -> Tensor:
         """Return the positions of the tokens that count, on the host."""
@@ -240,30 +308,28 @@ class RepresentationMeter:
                 self._unmasked.append(name)
         return torch.arange(hidden.shape[:-1].numel())
 
-    def _see_tokens(self, name: str) -> See:
-        return lambda module, inputs, output: self._capture.add(name, output)
+    def _see_tokens(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = hidden_states(output)
+        if hidden is None:
+            logger.warning("%s returns no hidden states; it is left out.", name)
+        else:
+            self._samples[name].add(hidden, self._counting(name, hidden))
 
-    def _see_signs(self, layer: str, names: Sequence[str], v: Tensor) -> See:
-        def see(module: nn.Module, inputs: Any, named: Any) -> None:
-            x = inputs[0].detach()
-            positions = self._counting(layer, x)
-            x = x.reshape(-1, x.shape[-1])
-            if len(positions) == 0:
-                return
-            chosen = positions[:: -(-len(positions) // _MAX_SIGNS)].to(x.device)
-            for name, cosines in zip(names, spectral_alignment(x[chosen], v).mT, strict=True):
-                self._alignments.setdefault(name, []).append(cosines)
+    def _see_signs(
+        self, layer: str, names: Sequence[str], v: Tensor, module: nn.Module, inputs: Any, _: Any
+    ) -> None:
+        x = inputs[0].detach()
+        positions = self._counting(layer, x)
+        if len(positions) == 0:
+            return
+        chosen = positions[:: -(-len(positions) // _MAX_SIGNS)].to(x.device)
+        cosines = spectral_alignment(x.reshape(-1, x.shape[-1])[chosen], v)
+        for name, column in zip(names, cosines.mT, strict=True):
+            self._alignments.setdefault(name, []).append(column)
 
-        return see
-
-    def _see_norm(self, name: str) -> See:
-        def see(module: nn.Module, inputs: Any, named: Any) -> None:
-            x = inputs[0].detach()
-            norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax()
-            before = self._norms.get(name)
-            self._norms[name] = norm if before is None else torch.maximum(before, norm)
-
-        return see
+    def _see_norm(self, name: str, module: nn.Module, inputs: Any, _: Any) -> None:
+        norm = torch.linalg.vector_norm(inputs[0].detach(), dim=-1, dtype=torch.float32).amax()
+        self._norms[name] = torch.maximum(norm, self._norms.get(name, norm))
 
     # ---- the numbers ----
 
@@ -280,23 +346,14 @@ class RepresentationMeter:
     def _measured(self) -> dict[tuple[str, str], Tensor]:
         """Return this rank's numbers by metric and name, on the device."""
         found: dict[tuple[str, str], Tensor] = {}
-        num_seen = self._capture.num_seen
-        for name, tokens in self._capture.samples.items():
-            if num_seen[name] == 0:
-                continue
-            volume = log_det_bounds(tokens, num_seen[name])
-            shares = collapse_measures(tokens)
-            numbers = (
-                token_cosine(tokens),
-                volume.sample,
-                volume.lower,
-                volume.upper,
-                shares.mean_share,
-                shares.top_share,
-                shares.centred_top_share,
-                shares.effective_rank,
-            )
-            found |= {(m, name): x for m, x in zip(_OF_BLOCKS, numbers, strict=True)}
+        for name, sample in self._samples.items():
+            if sample.num_seen:
+                numbers = (
+                    token_cosine(sample.rows),
+                    *log_det_bounds(sample.rows, sample.num_seen),
+                    *collapse_measures(sample.rows),
+                )
+                found |= {(m, name): x for m, x in zip(_OF_BLOCKS, numbers, strict=True)}
         for name, cosines in self._alignments.items():
             found[_DIVERSITY, name] = sign_diversity(torch.cat(cosines))
         found |= {(_NORM, name): norm for name, norm in self._norms.items()}
@@ -315,20 +372,20 @@ class RepresentationMeter:
         keys += [(_DIVERSITY, name) for names in self._layers.values() for name in names]
         keys += [(metric, name) for metric in (_NORM, _LOGIT) for name in attentions]
         device = next(self._model.parameters()).device
-        has_failed = torch.tensor(error is not None, dtype=torch.float64)
         # A mean is never inf and a maximum never −inf, so these values stand for "not seen".
-        unseen = {True: torch.tensor(-math.inf), False: torch.tensor(math.inf)}
-        numbers = [own.get(key, unseen[key[0] in _MAXIMA]) for key in keys]
-        row = torch.stack([x.detach().to(device).double() for x in (has_failed, *numbers)])
-        table = row.new_zeros(self._backend.world_size, len(row))
-        table[self._backend.rank] = row
+        unseen = [-math.inf if metric in _MAXIMA else math.inf for metric, _ in keys]
+        numbers = [own.get(key, torch.tensor(x)) for key, x in zip(keys, unseen, strict=True)]
+        row = [torch.tensor(float(error is not None)), *numbers]
+        shape = self._backend.world_size, len(row)
+        table = torch.zeros(shape, dtype=torch.float64, device=device)
+        table[self._backend.rank] = torch.stack([x.detach().to(device).double() for x in row])
         every = torch.tensor(self._backend.sum_to_host(table.flatten()), dtype=torch.float64)
-        flags, *columns = every.view_as(table).mT
+        flags, *columns = every.view(shape).mT
         if flags.any():
             raise_together(error)
         joined: dict[str, dict[str, float]] = {}
-        for (metric, name), column in zip(keys, columns, strict=True):
-            seen = column[column != (-math.inf if metric in _MAXIMA else math.inf)]
+        for (metric, name), empty, column in zip(keys, unseen, columns, strict=True):
+            seen = column[column != empty]
             if len(seen):
                 number = seen.amax() if metric in _MAXIMA else seen.mean()
                 joined.setdefault(metric, {})[name] = float(number)
@@ -344,10 +401,7 @@ class RepresentationMeter:
     ) -> dict[str, float]:
         """Return a bound of the logits of each attention with known inputs, equal on all ranks."""
         found = {}
-        for attention in self._attentions:
-            if attention.name not in norms:
-                continue
-            heads = attention.heads
+        for attention in [a for a in self._attentions if a.name in norms]:
             (query, query_bias), (key, key_bias) = (
                 self._projection(rows, parameters) for rows in (attention.query, attention.key)
             )
@@ -355,8 +409,7 @@ class RepresentationMeter:
                 query,
                 key,
                 norms[attention.name],
-                num_heads=heads.num_heads,
-                num_key_heads=heads.num_key_heads,
+                num_heads=attention.heads.num_heads,
                 query_bias=query_bias,
                 key_bias=key_bias,
                 scale=self._scales[attention.name],

@@ -14,27 +14,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
-from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.health.alignment import measure_alignments
+from hf_pss.errors import StateError
 from hf_pss.health.meter import RepresentationMeter, WatchAttention
 from hf_pss.health.metrics import Cost
-from hf_pss.health.relative_update import ChangeRates, RelativeUpdateMeter
-from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spectrum_metrics import (
     effective_rank_of,
+    measure_alignments,
     measure_low_rank_distances,
     measure_spectra,
 )
-from hf_pss.health.spike_score import SpikeScore
+from hf_pss.health.step_series import ChangeRates, ConditionAlarm, SpikeScore
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
-from hf_pss.health.update_operator import ConditionAlarm, measure_denominators, whole_model
+from hf_pss.health.update_metrics import RelativeUpdateMeter, SpectralEdgeMeter
+from hf_pss.health.update_operator import measure_denominators, whole_model
 from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.distributed import Backend
 from hf_pss.models.measurements import measure_matrix_grad_norms
 from hf_pss.models.selection import Selection
 from hf_pss.records.steps import HealthReading
-
-__all__ = ["DEFAULT_EVERY_STEPS", "HealthMonitor", "describe"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +58,10 @@ class HealthMonitor:
     """Measures one model while it trains, and changes nothing.
 
     Every step refreshes the tracker of σ₁ and updates the spike scores. Every ``every_steps``-th
-    step measures the whole preset, see `hf_pss.health.metrics.PRESETS`. docs/health.md has the
-    share of a step that this takes. If a metric raises an error, the monitor logs one warning that
-    names the metric. If the backend cannot hold an update back, the monitor warns once and leaves
-    out the metrics of gradients and of single updates.
+    step measures the whole preset: the metrics of `hf_pss.health.metrics.METRICS` up to its cost.
+    docs/health.md has the share of a step that this takes. If a metric raises an error, the monitor
+    logs one warning that names the metric. If the backend cannot hold an update back, the monitor
+    warns once and leaves out the metrics of gradients and of single updates.
 
     Args:
         selection: The matrices. For LoRA products only σ₁, ‖W‖_F and the stable rank are measured.
@@ -72,9 +69,6 @@ class HealthMonitor:
         preset: ``light``, ``standard`` or ``full``.
         every_steps: Steps between readings. 0 means `DEFAULT_EVERY_STEPS`.
         model: The model whose hidden states `full` measures. None leaves them out.
-
-    Raises:
-        ConfigurationError: The number of steps is below 0, or the preset is unknown.
     """
 
     def __init__(
@@ -86,11 +80,6 @@ class HealthMonitor:
         every_steps: int = 0,
         model: nn.Module | None = None,
     ) -> None:
-        if preset not in DEFAULT_EVERY_STEPS or every_steps < 0:
-            raise ConfigurationError(
-                f"You gave the preset {preset!r} and every_steps={every_steps}; give one of "
-                f"{', '.join(DEFAULT_EVERY_STEPS)}, and 0 or more."
-            )
         self.every_steps = every_steps or DEFAULT_EVERY_STEPS[preset]
         self.seconds = 0.0
         """The time spent in this object since the start of the run, or since it was resumed."""
@@ -257,8 +246,7 @@ class HealthMonitor:
         spectra: dict[str, tuple[float, ...]] = {}
         with self._guard("spectral_norm"):
             matrices |= self._tracked(parameters, scalars)
-        if self._grad_norms:
-            matrices["grad_norm"] = self._grad_norms
+        matrices["grad_norm"] = self._grad_norms
         for name, score in self._spikes.items():
             if not math.isnan(score.score):
                 scalars[f"spike_score_{name}"] = score.score
@@ -266,11 +254,10 @@ class HealthMonitor:
             self._read_standard(parameters, optimizer, scalars, matrices)
         if self._is_full:
             self._read_full(parameters, matrices, spectra)
-            self._read_representations(parameters, matrices)
         with self._guard("change_rate"):
             for name, rates in self._rates.items():
-                if found := rates.of(step, matrices.get(name, {})):
-                    matrices[f"{name}_change_rate"] = found
+                matrices[f"{name}_change_rate"] = rates.of(step, matrices.get(name, {}))
+        matrices = {name: values for name, values in matrices.items() if values}
         for name, values in matrices.items():
             scalars |= {f"{name}/{end}": x for end, x in _summary(values.values()).items()}
         return HealthReading(step, scalars, matrices, spectra)
@@ -284,13 +271,12 @@ class HealthMonitor:
             scalars["spectral_norm/num_stale"] = float(len(stale))
         products = measure_adapter_spectra(self._adapters, parameters, self._backend)
         both: dict[str, TrackedSpectrum | AdapterSpectrum] = {**found, **products}
-        measured = {
+        return {
             "spectral_norm": {name: one.sigma for name, one in both.items()},
             "stable_rank": {name: one.stable_rank for name, one in both.items()},
             "frobenius_norm": {name: one.frobenius for name, one in both.items()},
             "spectral_norm_residual": {name: one.residual for name, one in found.items()},
         }
-        return {name: values for name, values in measured.items() if values}
 
     def _read_standard(
         self,
@@ -301,11 +287,9 @@ class HealthMonitor:
     ) -> None:
         if self._step_is_due:
             with self._guard("relative_update"):
-                if moved := self._updates.stop(parameters):
-                    matrices["relative_update"] = moved
+                matrices["relative_update"] = self._updates.stop(parameters)
         with self._guard("spectral_edge"):
-            edge = self._edge.measure(parameters)
-            if edge is not None:
+            if edge := self._edge.measure(parameters):
                 scalars["spectral_edge"] = edge.ratio
                 scalars["spectral_edge_position"] = float(edge.position)
         if optimizer is None:
@@ -314,13 +298,10 @@ class HealthMonitor:
             ranges = measure_denominators(self._views, parameters, optimizer, self._backend)
             if not ranges:
                 return
-            matrices["sqrt_condition"] = {n: one.sqrt_condition for n, one in ranges.items()}
-            matrices["trimmed_sqrt_condition"] = {
-                name: one.trimmed_sqrt_condition for name, one in ranges.items()
-            }
             both = whole_model(ranges)
-            scalars["sqrt_condition"] = both.sqrt_condition
-            scalars["trimmed_sqrt_condition"] = both.trimmed_sqrt_condition
+            for metric in ("sqrt_condition", "trimmed_sqrt_condition"):
+                matrices[metric] = {name: getattr(one, metric) for name, one in ranges.items()}
+                scalars[metric] = getattr(both, metric)
             self._compare(both.trimmed_sqrt_condition)
 
     def _compare(self, condition: float) -> None:
@@ -350,33 +331,23 @@ class HealthMonitor:
         matrices: dict[str, Mapping[str, float]],
         spectra: dict[str, tuple[float, ...]],
     ) -> None:
+        of_model = self._views, parameters, self._backend
         with self._guard("effective_rank"):
-            spectra |= measure_spectra(self._views, parameters, self._backend)
-            if spectra:
-                matrices["effective_rank"] = {n: effective_rank_of(s) for n, s in spectra.items()}
+            spectra |= measure_spectra(*of_model)
+            matrices["effective_rank"] = {n: effective_rank_of(s) for n, s in spectra.items()}
         with self._guard("low_rank_distance"):
-            if found := measure_low_rank_distances(
-                self._views, parameters, self._backend, _LOW_RANK
-            ):
-                matrices["low_rank_distance"] = found
+            matrices["low_rank_distance"] = measure_low_rank_distances(*of_model, _LOW_RANK)
         with self._guard("neighbour_alignment"):
-            if pairs := measure_alignments(self._views, parameters, self._backend):
-                matrices["neighbour_alignment"] = {p.reader: x for p, x in pairs.items()}
-
-    def _read_representations(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        matrices: dict[str, Mapping[str, float]],
-    ) -> None:
+            pairs = measure_alignments(*of_model)
+            matrices["neighbour_alignment"] = {p.reader: x for p, x in pairs.items()}
         meter = self._representations
         if meter is None or not meter.is_armed:
             return
-        try:
+        # The hooks run inside the model, so they are not tried again after an error.
+        self._representations = None
+        with self._guard("representations", "PSS does not measure it again in this run."):
             matrices |= meter.read(parameters)
-        except Exception as error:
-            # The hooks run inside the model, so they are not tried again.
-            self._representations = None
-            self._warn("representations", error, "PSS does not measure it again in this run.")
+            self._representations = meter
         self.seconds += meter.seconds
 
     @contextmanager
@@ -388,24 +359,25 @@ class HealthMonitor:
             self.seconds += time.perf_counter() - started
 
     @contextmanager
-    def _guard(self, metric: str) -> Iterator[None]:
+    def _guard(
+        self,
+        metric: str,
+        then: str = "PSS tries it again at the next reading, without another warning.",
+    ) -> Iterator[None]:
         """Turn the errors of a metric into one warning per metric and run."""
         try:
             yield
         except Exception as error:
-            then = "PSS tries it again at the next reading, without another warning."
-            self._warn(metric, error, then)
-
-    def _warn(self, metric: str, error: Exception, then: str) -> None:
-        if metric not in self._has_warned:
-            self._has_warned.add(metric)
-            logger.warning(
-                "The health metric %s failed: %s: %s. Training continues without this number. %s",
-                metric,
-                type(error).__name__,
-                str(error).rstrip("."),
-                then,
-            )
+            if metric not in self._has_warned:
+                self._has_warned.add(metric)
+                logger.warning(
+                    "The health metric %s failed: %s: %s. "
+                    "Training continues without this number. %s",
+                    metric,
+                    type(error).__name__,
+                    str(error).rstrip("."),
+                    then,
+                )
 
 
 def describe(reading: HealthReading) -> str:
@@ -425,11 +397,7 @@ def describe(reading: HealthReading) -> str:
 def _worst(metric: str, values: Mapping[str, float]) -> str:
     """Return the name with the worst value. NaN comes first, then the smallest or the largest."""
     sign = -1.0 if metric in _SMALLEST_IS_WORST else 1.0
-    return max(values, key=lambda name: (math.isnan(values[name]), sign * _number(values[name])))
-
-
-def _number(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
+    return max(values, key=lambda name: (math.isnan(values[name]), sign * values[name]))
 
 
 def _summary(values: Collection[float]) -> dict[str, float]:

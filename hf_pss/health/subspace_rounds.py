@@ -1,48 +1,12 @@
-"""Single rounds of power and subspace iteration on WᵀW, as functions of tensors."""
+"""Single rounds of subspace iteration on WᵀW, as functions of tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hf_pss.linalg.scaling import unit_scaled
-
-__all__ = ["orthonormal_rows", "power_round", "ritz_round"]
-
 # In units of ‖W‖_F² and of a row's length. It is far above the rounding of fp32.
 _LOST = 1e-5
-
-
-def power_round(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do one round of power iteration: u = Wv / ‖Wv‖, σ = ‖Wᵀu‖, v ← Wᵀu / σ.
-
-    This is the method of Golub & Van Loan, Matrix Computations, section 8.2, applied to WᵀW.
-
-    Args:
-        weight: (..., m, n), any real floating dtype.
-        v: (..., n), unit vectors, float32, or float64 for a float64 weight.
-
-    Returns:
-        Three tensors. The first is σ (...), which is not above σ₁ except for rounding. The second
-        is the new v (..., n). It is the old one if the matrix is not finite or maps it to zero. The
-        third is the residual (...) of the old v, which is 1 if a nonzero matrix maps it to zero.
-
-    >>> weight = torch.diag(torch.tensor([2.0, 1.0]))
-    >>> sigma, v, residual = power_round(weight, torch.tensor([1.0, 0.0]))
-    >>> sigma.item(), v.tolist(), residual.item()
-    (2.0, [1.0, 0.0], 0.0)
-    """
-    scaled = unit_scaled(weight)
-    image = (scaled.matrix @ v.unsqueeze(-1)).squeeze(-1)
-    length = torch.linalg.vector_norm(image, dim=-1)
-    u = image / _nonzero(length).unsqueeze(-1)
-    back = (scaled.matrix.mT @ u.unsqueeze(-1)).squeeze(-1)
-    sigma = torch.linalg.vector_norm(back, dim=-1)
-    residual = torch.linalg.vector_norm(back - length.unsqueeze(-1) * v, dim=-1) / _nonzero(sigma)
-    is_zero = scaled.matrix.abs().amax(dim=(-2, -1)) == 0
-    residual = torch.where((sigma == 0) & ~is_zero, 1.0, residual)
-    moved = torch.where((sigma > 0).unsqueeze(-1), back / _nonzero(sigma).unsqueeze(-1), v)
-    return scaled.restore(sigma), moved, torch.where(scaled.finite, residual, torch.nan)
 
 
 def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +99,3 @@ def orthonormal_rows(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
         block = block - (block @ basis.mT) @ basis
         block = torch.linalg.qr(block.mT).Q.mT
     return block
-
-
-def _nonzero(values: Tensor) -> Tensor:
-    return values.clamp_min(torch.finfo(values.dtype).tiny)

@@ -15,9 +15,9 @@ methods but the first approach σ₁ from below.
 - `SpectrumTracker`, in this module, makes one round of subspace iteration per step. A value is
   stale if its residual is above 0.02, so the error of other values is at most 1 %. The health
   metrics of a run use it.
-- `hf_pss.health.spectral_norms` makes one round of power iteration per call, and uses
-  `leading_triplets` every 50 calls. A value is stale if its residual is above 0.05. The probes of
-  sweeps use it, because their records hold its numbers.
+- `SpectralNormMeter` in `hf_pss.health.probe_meters` makes one round of power iteration per call,
+  and uses `leading_triplets` every 50 calls. A value is stale if its residual is above 0.05. The
+  probes of sweeps use it, because their records hold its numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,6 @@ from hf_pss.linalg.scaling import compute_dtype
 from hf_pss.models.batching import MatrixRef, matrix_refs, measure_each
 from hf_pss.models.distributed import Backend, Part, Replicated
 from hf_pss.models.selection import MatrixView
-
-__all__ = ["SpectrumTracker", "TrackedSpectrum"]
 
 # Vectors per matrix. The second one tracks the direction that may overtake the first. With two
 # vectors, a block is used five times, and all uses but the first are served by the cache.
@@ -99,19 +98,13 @@ class _Group:
     found: Tensor
     """(N, 3), float64, on the device: σ₁, ‖W‖_F and the residual. NaN before the first round."""
 
-    def chunks(self, size: int) -> Iterator[_Group]:
-        """Yield the group in parts of ``size`` matrices. The parts share the group's memory."""
-        for first in range(0, len(self.slots), size):
-            at = slice(first, first + size)
-            yield _Group(self.slots[at], self.vectors[at], self.scale[at], self.found[at])
-
-    def some(self, at: Sequence[int], index: Tensor) -> _Group:
-        """Return a copy of the group with only these matrices."""
+    @contextmanager
+    def some(self, at: Sequence[int]) -> Iterator[_Group]:
+        """Yield a group of only these matrices, and copy its results back at the end."""
+        index = _sent(at, self.vectors.device)
         kept = (x.index_select(0, index) for x in (self.vectors, self.scale, self.found))
-        return _Group(tuple(self.slots[i] for i in at), *kept)
-
-    def put_back_(self, some: _Group, index: Tensor) -> None:
-        """Copy the results of a part back."""
+        some = _Group(tuple(self.slots[i] for i in at), *kept)
+        yield some
         self.vectors = self.vectors.index_copy(0, index, some.vectors)
         self.scale = self.scale.index_copy(0, index, some.scale)
         self.found = self.found.index_copy(0, index, some.found)
@@ -174,10 +167,8 @@ class SpectrumTracker:
                 unsettled = self._unsettled_in(group)
                 if not unsettled:
                     break
-                index = _sent(unsettled, group.vectors.device)
-                some = group.some(unsettled, index)
-                self._round(some, parameters, is_first=False)
-                group.put_back_(some, index)
+                with group.some(unsettled) as some:
+                    self._round(some, parameters, is_first=False)
         self._unsettled = frozenset()
 
     @torch.no_grad()
@@ -221,6 +212,7 @@ class SpectrumTracker:
         matrix that is not finite. All ranks must call it.
         """
         found: dict[str, Tensor] = {}
+        turned: dict[str, Tensor] = {}
         for group in self._groups:
             sigma = group.found[:, :1]
             # The value is 0, 1 or NaN.
@@ -231,23 +223,20 @@ class SpectrumTracker:
                     continue
                 # The matrix is stored as inputs × outputs, so the vector is
                 # u₁. One product gives v₁.
-                v = vector.new_zeros(slot.shape[1])
+                v = turned[slot.name] = vector.new_zeros(slot.shape[1])
                 parameter = parameters[slot.view.parameter_name]
                 with self._backend.read_part(parameter) as part:
-                    is_whole = len(part.tensor) == parameter.shape[0]
-                    stored = _stored(slot, part, is_whole=is_whole)
+                    stored = _stored(slot, part, parameter)
                     if stored is not None:
                         # The rows of one expert are never divided among ranks.
                         start = 0 if slot.expert is not None else part.start
                         v[start : start + len(stored)] = stored.to(v.dtype) @ vector
-                found[slot.name] = v
-        turned = [slot for group in self._groups for slot in group.slots if slot.view.transposed]
         if turned:
-            whole = torch.cat([found[slot.name] for slot in turned])
+            whole = torch.cat(list(turned.values()))
             self._backend.total_(whole)
-            sizes = [slot.shape[1] for slot in turned]
-            for slot, v in zip(turned, torch.split(whole, sizes), strict=True):
-                found[slot.name] = torch.nn.functional.normalize(v, dim=0)
+            sizes = [len(v) for v in turned.values()]
+            for name, v in zip(turned, torch.split(whole, sizes), strict=True):
+                found[name] = torch.nn.functional.normalize(v, dim=0)
         return {slot.name: found[slot.name] for slot in self._slots if slot.name in found}
 
     # ---- inside ----
@@ -282,11 +271,7 @@ class SpectrumTracker:
         return [i for i, off in enumerate(group.found[:, 2].tolist()) if off > _EXTRA_ABOVE]
 
     def _round(
-        self,
-        group: _Group,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        is_first: bool = True,
+        self, group: _Group, parameters: Mapping[str, nn.Parameter], *, is_first: bool = True
     ) -> None:
         """Do one round. The first round of a refresh also measures ‖W‖_F."""
         images, squares = self._products(group, group.vectors, parameters, squares=is_first)
@@ -306,11 +291,9 @@ class SpectrumTracker:
         """
         num_rows = 2 * (_COLD_ROUNDS + 1) * group.vectors.shape[1]  # of the basis and its images
         size = max(1, _MAX_ELEMENTS // (num_rows * group.vectors.shape[2]))
-        chunks = list(group.chunks(size))
-        for chunk in chunks:
-            self._start_chunk_cold(chunk, parameters)
-        group.vectors = torch.cat([chunk.vectors for chunk in chunks])
-        group.scale = torch.cat([chunk.scale for chunk in chunks])
+        for first in range(0, len(group.slots), size):
+            with group.some(range(first, min(first + size, len(group.slots)))) as chunk:
+                self._start_chunk_cold(chunk, parameters)
 
     def _start_chunk_cold(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
         _, squares = self._products(group, group.vectors, parameters)
@@ -362,12 +345,11 @@ class SpectrumTracker:
             for i, slot in enumerate(group.slots):
                 parameter = parameters[slot.view.parameter_name]
                 with self._backend.read_part(parameter) as part:
-                    stored = _stored(slot, part, is_whole=len(part.tensor) == parameter.shape[0])
+                    stored = _stored(slot, part, parameter)
                     if stored is None:
                         continue
                     if is_batched:
-                        key = (len(stored), stored.dtype)
-                        batch.setdefault(key, []).append((i, stored))
+                        batch.setdefault((len(stored), stored.dtype), []).append((i, stored))
                         continue
                     tasks[i] = pool.submit(
                         _add_blockwise_, images[i], stored, scaled[i], norm=squares
@@ -416,16 +398,15 @@ class SpectrumTracker:
         }
 
 
-def _stored(slot: MatrixRef, part: Part, *, is_whole: bool) -> Tensor | None:
+def _stored(slot: MatrixRef, part: Part, parameter: Tensor) -> Tensor | None:
     """Return this rank's rows of a matrix as stored, (rows, c), sharing memory if possible."""
-    if not is_whole:
+    if len(part.tensor) == parameter.shape[0]:
+        found = slot.read(part.tensor)
+    else:
         piece = slot.view.piece(part.tensor, part.start, slot.expert)
         if piece is None:
             return None
         found = piece.read()
-    else:
-        own = part.tensor if slot.expert is None else part.tensor[slot.expert]
-        found = slot.matrix_view.read(own)
     return found.mT if slot.view.transposed else found
 
 
@@ -449,10 +430,7 @@ def _add_blockwise_(images: Tensor, stored: Tensor, vectors: Tensor, *, norm: bo
 
 
 def _add_batched_(
-    images: Tensor,
-    norms: list[Tensor],
-    members: Sequence[tuple[int, Tensor]],
-    vectors: Tensor,
+    images: Tensor, norms: list[Tensor], members: Sequence[tuple[int, Tensor]], vectors: Tensor
 ) -> None:
     """Do the same as `_add_blockwise_` for matrices of one shape, at most 64 MiB at a time."""
     size = max(1, _MAX_ELEMENTS // members[0][1].numel())
@@ -472,7 +450,7 @@ def _usable(scale: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where((scale >= tiny) & (scale <= 1 / tiny), scale, otherwise)
 
 
-def _sent(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
+def _sent(values: Sequence[int], device: torch.device) -> Tensor:
     """Copy host numbers to a device without waiting for it."""
     here = torch.tensor(values)
     if device.type == "cuda":  # a copy from pageable memory would wait

@@ -11,47 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.batching import MatrixRef, matrix_refs
+from hf_pss.linalg.scaling import compute_dtype
+from hf_pss.models.batching import by_parameter, matrix_refs
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView
-
-__all__ = [
-    "ALARM_RATIO",
-    "SECOND_MOMENTS",
-    "ConditionAlarm",
-    "Denominators",
-    "commutator_size",
-    "denominators",
-    "exceptional_distance",
-    "exceptional_points",
-    "has_moved",
-    "measure_denominators",
-    "sqrt_condition",
-    "whole_model",
-]
 
 SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")
 """The keys of v in the state of Adam and its family. AMSGrad divides by the maximum."""
 
-ALARM_RATIO = 10.0
-"""The factor in κ(V) between stable and unstable phases (arXiv 2605.23476)."""
-
-# The number of readings before the alarm has a reference, and the weight of the newest one [ours].
-_CALIBRATION_READINGS, _ALPHA = 10, 0.1
 # The shift keeps the exponent and three bits of the mantissa. So the middle of a bin is within 1/16
 # of its values, and its root is within 1/32.
 _SHIFT, _NUM_BINS = 20, 2048
 
 
-@dataclass(frozen=True, slots=True)
-class Denominators:
+class Denominators(NamedTuple):
     """The range of d = √v̂ + ε over one matrix, in units of its gradient. M is 1/d."""
 
     smallest: float
@@ -64,7 +44,13 @@ class Denominators:
 
     @property
     def sqrt_condition(self) -> float:
-        """√κ(M) = √(max d / min d), the bound of arXiv 2605.23476. It is inf if min d is 0."""
+        """√κ(M) = √(max d / min d), where M = diag(1/d). It is inf if min d is 0.
+
+        MH is similar to the symmetric M^½HM^½ = QΛQᵀ, so V = M^½Q holds eigenvectors of
+        J = I − ηMH. Therefore κ(V) = √κ(M) needs no Hessian (arXiv 2605.23476). With eigenvectors
+        of unit length κ is at most √n times the κ of the best scaling (van der Sluis 1969), so the
+        bound is not exact. The number of one matrix applies to that matrix's block of H.
+        """
         return _root_ratio(self.largest, self.smallest)
 
     @property
@@ -91,30 +77,8 @@ def denominators(second_moment: Tensor, *, eps: float, bias_correction: Tensor |
     >>> denominators(torch.tensor([0.25]), eps=0.5, bias_correction=0.25).tolist()
     [1.5]
     """
-    dtype = torch.float64 if second_moment.dtype == torch.float64 else torch.float32
-    return second_moment.detach().to(dtype).sqrt() / bias_correction**0.5 + eps
-
-
-def sqrt_condition(denominator: Tensor) -> Tensor:
-    """Return √κ(M) = √(max d / min d) of each matrix, where M = diag(1/d) and d = √v̂ + ε.
-
-    MH is similar to the symmetric M^½HM^½ = QΛQᵀ, so V = M^½Q holds eigenvectors of J = I − ηMH.
-    Therefore κ(V) = √κ(M) needs no Hessian (arXiv 2605.23476). With eigenvectors of unit length κ
-    is at most √n times the κ of the best scaling (van der Sluis 1969), so the bound is not exact.
-    If you pass one matrix, the bound applies to that matrix's block of H.
-
-    Args:
-        denominator: (..., m, n), positive.
-
-    Returns:
-        The root, (...), at least 1. It is inf if one d is 0, and NaN if one d is NaN or inf.
-
-    >>> sqrt_condition(torch.tensor([[1.0, 4.0], [2.0, 16.0]])).item()
-    4.0
-    """
-    largest = denominator.amax(dim=(-2, -1))
-    ratio = largest.sqrt() / denominator.amin(dim=(-2, -1)).sqrt()  # their quotient may overflow
-    return torch.where(largest.isfinite(), ratio, torch.nan)
+    v = second_moment.detach().to(compute_dtype(second_moment))
+    return v.sqrt() / bias_correction**0.5 + eps
 
 
 @torch.no_grad()
@@ -144,19 +108,11 @@ def measure_denominators(
     Returns:
         The ranges by name. Matrices without a second moment are left out. This happens before the
         first step, and with optimizers that keep no second moment.
-
-    Raises:
-        ConfigurationError: `trim` is out of range.
     """
-    if not 0 <= trim < 0.5:
-        raise ConfigurationError(f"You gave trim={trim}; give a share in [0, 0.5).")
     found: list[tuple[str, float]] = []
     rows: list[Tensor] = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    by_parameter: dict[str, list[MatrixRef]] = {}
-    for slot in matrix_refs(views):
-        by_parameter.setdefault(slot.view.parameter_name, []).append(slot)
-    for name, slots in by_parameter.items():
+    for name, slots in by_parameter(matrix_refs(views)):
         parameter = parameters[name]
         group = groups.get(id(parameter), optimizer.param_groups[0])
         correction = _bias_correction(optimizer, parameter, group)
@@ -189,60 +145,17 @@ def whole_model(ranges: Mapping[str, Denominators]) -> Denominators:
     >>> whole_model({"a": a, "b": b}).sqrt_condition
     4.0
     """
-    found = tuple(ranges.values())
-    if not found or any(math.isnan(one.largest) for one in found):
+    if not ranges or any(math.isnan(one.largest) for one in ranges.values()):
         return _BROKEN
-    return Denominators(
-        min(one.smallest for one in found),
-        max(one.largest for one in found),
-        min(one.low for one in found),
-        max(one.high for one in found),
-    )
-
-
-class ConditionAlarm:
-    """Compares √κ(M) with its moving average, which restarts after each alarm [ours]."""
-
-    def __init__(self) -> None:
-        self.reference = 0.0
-        """The moving average."""
-        self.num_readings = 0
-        """The number of readings in the moving average."""
-
-    def update(self, condition: float) -> float | None:
-        """Add a finite value. Return the reference from which it has moved, or None.
-
-        The first 10 readings after the start or after an alarm only calibrate.
-        """
-        has_reference = self.num_readings >= _CALIBRATION_READINGS
-        before = None
-        if has_reference and has_moved(self.reference, condition):
-            before, self.num_readings = self.reference, 0
-        old = condition if self.num_readings == 0 else self.reference
-        self.reference = old + _ALPHA * (condition - old)
-        self.num_readings += 1
-        return before
-
-
-def has_moved(reference: float, now: float) -> bool:
-    """Return whether the bound changed by the paper's order of magnitude up or down, or is NaN.
-
-    Our reference is the moving average of the bound. An absolute level has no meaning, because ε
-    alone can determine it.
-
-    >>> has_moved(100.0, 300.0), has_moved(100.0, 1000.0), has_moved(100.0, 9.0)
-    (False, True, True)
-    """
-    return not reference / ALARM_RATIO < now < reference * ALARM_RATIO
+    smallest, largest, low, high = zip(*ranges.values(), strict=True)
+    return Denominators(min(smallest), max(largest), min(low), max(high))
 
 
 _BROKEN = Denominators(math.nan, math.nan, math.nan, math.nan)
 
 
 def _root_ratio(larger: float, smaller: float) -> float:
-    if smaller == 0:
-        return math.inf
-    return math.sqrt(larger) / math.sqrt(smaller)
+    return math.sqrt(larger) / math.sqrt(smaller) if smaller else math.inf
 
 
 def _bias_correction(

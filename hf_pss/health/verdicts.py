@@ -14,21 +14,6 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = [
-    "LOW_SHARE_OF_SIBLINGS",
-    "MIN_SIBLINGS",
-    "Finding",
-    "FindingKind",
-    "Siblings",
-    "against_noise",
-    "against_past",
-    "against_siblings",
-    "damaged",
-    "siblings_of",
-    "urgency",
-    "usual",
-]
-
 FindingKind: TypeAlias = Literal[
     "non_finite", "zero", "low_rank", "below_siblings", "large", "fell", "grew", "metric"
 ]

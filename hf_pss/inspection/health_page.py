@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,26 +14,20 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from hf_pss.inspection.compare import ChangedMatrix
-from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
+from hf_pss.inspection.matrix_survey import ChangedMatrix, Inspection, JudgedMatrix, SeriesRow
 from hf_pss.inspection.measure import MatrixHealth, spectrum_of
 from hf_pss.records.strict_json import visible
 from hf_pss.view import canvas
-from hf_pss.view.page import inline_svg, render_template
-
-__all__ = [
-    "map_figure",
-    "noise_quantiles",
-    "render_page",
-    "series_figure",
-    "spectra_figure",
-]
 
 # A label that is longer than this would push the map off the page.
 _LONGEST_LABEL = 40
 _QUANTILES = 400
 # Beyond these, float64 leaves no room for an axis around σ₁.
 _LEAST_SIGMA, _MOST_SIGMA = 1e-300, 1e300
+
+
+_Cell: TypeAlias = tuple[tuple[str, int], str]
+"""The stack and the block of a row, and the kind of a column."""
 
 
 def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
@@ -48,7 +43,7 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     if not cells:
         return None
     rows = sorted({row for row, _ in cells})
-    kinds = list(dict.fromkeys(kind for _, kind in sorted(cells, key=lambda cell: cell[1])))
+    kinds = sorted({kind for _, kind in cells})
     values = np.full((len(rows), len(kinds)), np.nan)
     for (row, kind), value in cells.items():
         values[rows.index(row), kinds.index(kind)] = value
@@ -61,19 +56,11 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     height = float(np.clip(0.17 * len(rows) + 2.4, 3.2, 16.0))
     figure = canvas.new_figure(float(np.clip(0.5 * len(kinds) + 3, 6, 14)), height)
     axes = figure.subplots()
-    image = axes.pcolormesh(
-        np.arange(len(kinds) + 1),
-        np.arange(len(rows) + 1),
-        np.ma.masked_invalid(np.where(values > 0, values, np.nan)),
-        norm=LogNorm(vmin=low, vmax=high),
-        cmap="viridis",
-    )
-    for row, kind in bad:
+    scale = LogNorm(vmin=low, vmax=high)
+    image = canvas.draw_cells(axes, np.arange(len(kinds) + 1), values, scale)
+    for row, kind in sorted(bad):
         place = (kinds.index(kind) + 0.5, rows.index(row) + 0.5)
         axes.plot(*place, marker="x", color="#D55E00", ms=7, mew=2)
-    axes.set_facecolor("#eeeeee")
-    axes.grid(visible=False)
-    axes.set_ylim(len(rows), 0)
     labels = [_short(kind) for kind in kinds]
     axes.set_xticks(np.arange(len(kinds)) + 0.5, labels, rotation=45, ha="right")
     step = max(1, len(rows) // 40)
@@ -172,30 +159,23 @@ def noise_quantiles(m: int, n: int, share: npt.NDArray[np.float64]) -> npt.NDArr
     return found
 
 
-def _cells(
-    matrices: Sequence[JudgedMatrix],
-) -> tuple[dict[tuple[tuple[str, int], str], float], set[tuple[tuple[str, int], str]]]:
-    found: defaultdict[tuple[tuple[str, int], str], list[float]] = defaultdict(list)
+def _cells(matrices: Sequence[JudgedMatrix]) -> tuple[dict[_Cell, float], set[_Cell]]:
+    """Return the lowest positive share of each cell, and the cells with a broken matrix."""
+    found: defaultdict[_Cell, list[float]] = defaultdict(list)
     bad = set()
-    for one in matrices:
-        place = one.health.place
+    places = [one.health.place for one in matrices]
+    has_one_stack = len({place.stack for place in places if place.block is not None}) == 1
+    for one, place in zip(matrices, places, strict=True):
         if place.block is None:
             continue
-        cell = ((place.stack, place.block), place.kind)
+        cell = (("" if has_one_stack else place.stack, place.block), place.kind)
         found[cell].append(one.health.stable_rank / one.health.noise)
         if not one.health.stable_rank > 0:
             bad.add(cell)
-    stacks = {stack for (stack, _), _ in found}
-    named = stacks if len(stacks) > 1 else set()
     lowest = {
         cell: min((v for v in values if v > 0), default=math.nan) for cell, values in found.items()
     }
-
-    def renamed(cell: tuple[tuple[str, int], str]) -> tuple[tuple[str, int], str]:
-        (stack, block), kind = cell
-        return ((stack if stack in named else "", block), kind)
-
-    return {renamed(cell): v for cell, v in lowest.items()}, {renamed(cell) for cell in bad}
+    return lowest, bad
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -241,7 +221,7 @@ def render_page(
         OSError: A file can no longer be read.
     """
     with canvas.style():
-        series = inline_svg({"series": series_figure(rows)}) if rows else {}
+        series = canvas.inline_svg({"series": series_figure(rows)}) if rows else {}
     sections = [_section(one) for one in (inspection, other) if one is not None]
     values = {
         "sections": sections,
@@ -252,13 +232,13 @@ def render_page(
         "most_lines": _MOST_LINES,
         "nan": math.nan,
     }
-    return render_template("hf_pss.inspection", "page.html.j2", values)
+    return canvas.render_template("hf_pss.inspection", "page.html.j2", values)
 
 
 def _section(inspection: Inspection) -> Mapping[str, object]:
     shown = list(_spectra(inspection.matrices))
     with canvas.style():
-        drawn = inline_svg(
+        drawn = canvas.inline_svg(
             {"map": map_figure(inspection.matrices), "spectra": spectra_figure(shown)}
         )
     return {

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hf_pss.records.messages import Alert, AlertLevel, alert_of
@@ -14,8 +13,7 @@ from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.follow import RunState
 from hf_pss.view.numbers import duration, plural
-
-__all__ = ["plain_lines", "render"]
+from hf_pss.view.tables import lean_table
 
 _STYLES = {AlertLevel.INFO: "", AlertLevel.WARN: "yellow", AlertLevel.ERROR: "bold red"}
 _STALE_SECONDS = 600.0
@@ -97,10 +95,7 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
         return
     num_shown = min(num_events, len(state.events))
     more = f", the newest {num_shown}" if state.num_events > num_shown else ""
-    counts = (
-        plural(state.num_events, "event"),
-        plural(state.num_interventions, "intervention"),
-    )
+    counts = plural(state.num_events, "event"), plural(state.num_interventions, "intervention")
     yield Text(f"{', '.join(counts)}{more}:")
     alerts = [alert_of(record) for record in state.events[-num_events:]]
     for alert in alerts:
@@ -117,11 +112,9 @@ def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
         return
     first, firsts = state.first_reading, _ranks(state.first_reading)
     has_past = first is not None and first.step < state.reading.step
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(f"lowest stable ranks, step {state.reading.step:,}", overflow="fold")
-    table.add_column("now", justify="right")
-    if first is not None and has_past:
-        table.add_column(f"step {first.step:,}", justify="right")
+    past_title = [f"step {first.step:,}"] if first is not None and has_past else []
+    title = f"lowest stable ranks, step {state.reading.step:,}"
+    table = lean_table([title], ["now", *past_title])
     names = _worst(ranks)
     for name in names[:num_matrices]:
         value = ranks[name]

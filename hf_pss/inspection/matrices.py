@@ -34,8 +34,6 @@ from hf_pss.models.selection.layouts import (
 )
 from hf_pss.runs.safetensors_files import READABLE, Checkpoint, MatrixReader, TensorEntry
 
-__all__ = ["SMALL", "Contents", "StoredMatrix", "find_matrices"]
-
 _NOT_WEIGHTS = re.compile(r"(?:^|[._])(?:bias|masked_bias|inv_freq|running_mean|running_var)$")
 # The path shows that a stack holds experts. In Granite and JetMoE the name of the stack does.
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)|\.(?:input|output)_linear(?:\.weight)?$")
@@ -160,27 +158,25 @@ class _Rules:
         if not experts:
             is_cross = any("crossattention" in name.lower() for name, _ in steps)
             parts = layout_by_config(leaf, rows, columns, self._config, is_cross_attention=is_cross)
-        if parts is None:
-            is_fused = looks_fused(leaf) or (experts and leaf == "input_linear")
-            note = "fused, layout unknown: kept as one matrix" if is_fused else ""
-            stack = experts[0] if experts else None
-            whole = (rows, columns)
-            return [
-                StoredMatrix(entry.name, entry, place, whole, stack, transposed, None, note, why)
-            ]
+        note = ""
+        pieces: list[tuple[str, RowPattern | None]] = [("", None)]
+        if parts is not None:
+            pieces = [(f"[{label}]", pattern) for label, pattern in row_patterns(parts)]
+        elif looks_fused(leaf) or (experts and leaf == "input_linear"):
+            note = "fused, layout unknown: kept as one matrix"
         return [
             StoredMatrix(
-                name=f"{entry.name}[{label}]",
+                name=f"{entry.name}{label}",
                 entry=entry,
-                place=Place(place.stack, place.block, f"{place.kind}[{label}]"),
-                shape=(rows // pattern.period * pattern.size, columns),
-                num_experts=None,
+                place=Place(place.stack, place.block, f"{place.kind}{label}"),
+                shape=(rows // pattern.period * pattern.size if pattern else rows, columns),
+                num_experts=experts[0] if experts else None,
                 transposed=transposed,
                 rows=pattern,
-                note="",
+                note=note,
                 why_unselected=why,
             )
-            for label, pattern in row_patterns(parts)
+            for label, pattern in pieces
         ]
 
     def _is_transposed(self, entry: TensorEntry, place: Place) -> bool:

@@ -1,7 +1,7 @@
 """The health of a checkpoint: measure and judge every matrix, and search the other tensors.
 
-For a series of checkpoints of one run, this module gives one row of medians and
-extremes per checkpoint.
+For a series of checkpoints of one run, this module gives one row of medians and extremes per
+checkpoint. For two checkpoints of one model it gives the change of every matrix.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from hf_pss.errors import SelectionError
 from hf_pss.health.verdicts import (
@@ -27,16 +29,6 @@ from hf_pss.inspection.matrices import find_matrices
 from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry
-
-__all__ = [
-    "Inspection",
-    "JudgedMatrix",
-    "Progress",
-    "SeriesRow",
-    "inspect_checkpoint",
-    "judge",
-    "series",
-]
 
 Progress = Callable[[int, str], None]
 """Receives the number of bytes just read and the name of the tensor, safe for a terminal."""
@@ -70,14 +62,12 @@ def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
             ]
             worst_first = tuple(sorted(found, key=lambda finding: -finding.excess))
             judged.append(JudgedMatrix(health, worst_first))
-    return tuple(
-        sorted(
-            judged,
-            key=lambda one: urgency(
-                one.findings, one.health.stable_rank / one.health.noise, one.health.name
-            ),
-        )
-    )
+
+    def key(one: JudgedMatrix) -> tuple[int, float, float, str]:
+        share = one.health.stable_rank / one.health.noise
+        return urgency(one.findings, share, one.health.name)
+
+    return tuple(sorted(judged, key=key))
 
 
 def _damage(health: MatrixHealth) -> list[Finding]:
@@ -161,14 +151,8 @@ def inspect_checkpoint(
         measured += measure(matrix, exact=exact)
         size = matrix.rows.size / matrix.rows.period if matrix.rows else 1.0
         report(round(matrix.entry.num_bytes * size), visible(matrix.name))
-    return Inspection(
-        checkpoint=checkpoint,
-        exact=exact,
-        matrices=judge(measured),
-        bad_others=tuple(bad),
-        others=contents.others,
-        unread=contents.unread,
-    )
+    matrices = judge(measured)
+    return Inspection(checkpoint, exact, matrices, tuple(bad), contents.others, contents.unread)
 
 
 _STEP = re.compile(r"(?:^|[-_])(\d{1,12})$")
@@ -212,3 +196,108 @@ def _row(inspection: Inspection) -> SeriesRow:
         num_nonfinite=len(inspection.bad_others) + sum(one.num_nonfinite > 0 for one in healths),
         num_findings=inspection.num_findings,
     )
+
+
+# Changes of σ₁ or rank are ranked by ‖ΔW‖ if their logarithms agree to this many decimals.
+_EQUAL_DIGITS = 3
+# Prefixes that base models, models with heads and wrappers add to the same name.
+_WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|base_model|transformer|model)\.)+")
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedMatrix:
+    """One matrix in both checkpoints, or in one of them."""
+
+    name: str
+    """The name in the first checkpoint that has the matrix."""
+    before: MatrixHealth | None
+    after: MatrixHealth | None
+    relative_change: float
+    """‖W_after − W_before‖_F / ‖W_before‖_F. It is NaN if a matrix is missing or not finite, or if
+    the two differ in shape or precision (one float64 and one not)."""
+
+    @property
+    def sigma1_ratio(self) -> float:
+        """After / before; NaN if one is missing."""
+        return self._ratio("sigma1")
+
+    @property
+    def stable_rank_ratio(self) -> float:
+        """After / before; NaN if one is missing."""
+        return self._ratio("stable_rank")
+
+    def _ratio(self, what: str) -> float:
+        if self.before is None or self.after is None:
+            return math.nan
+        old, new = float(getattr(self.before, what)), float(getattr(self.after, what))
+        return new / old if old else math.nan
+
+    @property
+    def rank(self) -> tuple[int, float, float, str]:
+        """Sort key that puts the largest change first.
+
+        Matrices that have become non-finite come first, then changes of σ₁ and rank,
+        then the others.
+        """
+        bad_before, bad_after = (
+            side is not None and side.num_nonfinite > 0 for side in (self.before, self.after)
+        )
+        if bad_after and not bad_before:
+            return (0, 0.0, 0.0, self.name)
+        if self.before is None or self.after is None:
+            return (3, 0.0, 0.0, self.name)
+        moved = max(_distance(self.sigma1_ratio), _distance(self.stable_rank_ratio))
+        if math.isnan(moved):
+            return (2, 0.0, 0.0, self.name)
+        by_entries = 0.0 if math.isnan(self.relative_change) else self.relative_change
+        return (1, -round(moved, _EQUAL_DIGITS), -by_entries, self.name)
+
+
+@torch.no_grad()
+def compare(before: Inspection, after: Inspection) -> tuple[ChangedMatrix, ...]:
+    """Return the changes of every matrix, the largest first.
+
+    Names match without the prefixes of wrappers, so ``transformer.h.0…`` finds ``h.0…``. Cost: this
+    reads both checkpoints once more, one piece of each at a time.
+
+    Raises:
+        SelectionError: They have no matrix in common.
+    """
+    old, new = _by_name(before), _by_name(after)
+    if old.keys().isdisjoint(new):
+        old, new = _by_name(before, bare=True), _by_name(after, bare=True)
+    if old.keys().isdisjoint(new):
+        raise SelectionError(
+            f"{visible(before.checkpoint.path)} and {visible(after.checkpoint.path)} have no "
+            "name of a matrix in common: give two checkpoints of one model."
+        )
+    changes = []
+    for key, either in {**new, **old}.items():
+        one, other = old.get(key), new.get(key)
+        moved = _moved(one, other) if one and other else math.nan
+        changes.append(ChangedMatrix(either.name, one, other, moved))
+    return tuple(sorted(changes, key=lambda change: change.rank))
+
+
+def _by_name(inspection: Inspection, *, bare: bool = False) -> dict[str, MatrixHealth]:
+    healths = [one.health for one in inspection.matrices]
+    return {_WRAPPERS.sub("", one.name) if bare else one.name: one for one in healths}
+
+
+def _moved(before: MatrixHealth, after: MatrixHealth) -> float:
+    old, new = before.source.reader, after.source.reader
+    alike = (old.stored_shape, old.transposed, old.rows, old.dtype) == (
+        *(new.stored_shape, new.transposed, new.rows, new.dtype),
+    )
+    if not alike or not before.frobenius > 0 or math.isnan(after.frobenius):
+        return math.nan
+    square = 0.0
+    old_pieces, _ = old.tall_pieces(before.expert or 0)
+    new_pieces, _ = new.tall_pieces(after.expert or 0)
+    for one, other in zip(old_pieces(), new_pieces(), strict=True):
+        square += float(((other - one) / before.frobenius).double().square().sum())
+    return math.sqrt(square)
+
+
+def _distance(ratio: float) -> float:
+    return math.inf if ratio == 0 else abs(math.log(ratio))  # of NaN: NaN

@@ -24,16 +24,6 @@ from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.models.selection.by_name import Place
 from hf_pss.runs.safetensors_files import PIECE_BYTES, MatrixReader, TensorEntry, read_pieces
 
-__all__ = [
-    "MatrixHealth",
-    "Pieces",
-    "count_nonfinite",
-    "measure",
-    "spectrum_of",
-    "streamed_norms",
-    "streamed_spectrum",
-]
-
 Pieces: TypeAlias = Callable[[], Iterable[Tensor]]
 """A function that iterates once over the rows of one matrix, as (rows, n) float32 or float64."""
 
@@ -207,11 +197,11 @@ def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHeal
         experts = range(first, min(first + at_once, num_matrices))
         found = _exactly(reader, experts) if exact else _quickly(reader, experts)
         for expert, (sigma1, frobenius, spectrum) in zip(experts, found, strict=True):
-            stacked = matrix.num_experts is not None
+            is_stacked = matrix.num_experts is not None
             yield MatrixHealth(
-                name=f"{matrix.name}[{expert}]" if stacked else matrix.name,
+                name=f"{matrix.name}[{expert}]" if is_stacked else matrix.name,
                 source=matrix,
-                expert=expert if stacked else None,
+                expert=expert if is_stacked else None,
                 sigma1=sigma1,
                 frobenius=frobenius,
                 num_nonfinite=_num_bad(reader, expert) if math.isnan(frobenius) else 0,
@@ -222,9 +212,8 @@ def measure(matrix: StoredMatrix, *, exact: bool = False) -> Iterator[MatrixHeal
 @torch.no_grad()
 def spectrum_of(matrix: StoredMatrix, expert: int | None) -> array[float] | None:
     """Return all singular values of one matrix, largest first; None if it is not finite."""
-    reader = matrix.reader
-    _, _, spectrum = next(_exactly(reader, range(expert or 0, (expert or 0) + 1)))
-    return spectrum
+    first = expert or 0
+    return next(_exactly(matrix.reader, range(first, first + 1)))[2]
 
 
 @torch.no_grad()
@@ -243,7 +232,10 @@ def _quickly(reader: MatrixReader, experts: range) -> Iterator[_Found]:
             sigma1, frobenius = streamed_norms(*reader.tall_pieces(expert))
             yield sigma1, frobenius, None
         return
-    stack = _stack(reader, experts)
+    if len(experts) == 1:
+        stack = reader.whole(experts[0])[None]  # not copied
+    else:
+        stack = torch.stack([reader.whole(expert) for expert in experts])
     norms = frobenius_norm(stack)
     if bool(norms.isinf().any()):  # the entries are finite, but their norm exceeds float32
         stack = stack.double()
@@ -258,22 +250,12 @@ def _exactly(reader: MatrixReader, experts: range) -> Iterator[_Found]:
         if _num_bad(reader, expert):
             yield math.nan, math.nan, None
             continue
-        sigma = _singular_values(reader, expert)
+        if _bytes(reader) > WHOLE_BYTES:
+            sigma = streamed_spectrum(*reader.tall_pieces(expert, wide_ratio=1))
+        else:
+            scaled = unit_scaled(reader.whole(expert))
+            sigma = torch.linalg.svdvals(scaled.matrix).double() * scaled.scale.double()
         yield float(sigma[0]), float(torch.linalg.vector_norm(sigma)), array("d", sigma.tolist())
-
-
-def _singular_values(reader: MatrixReader, expert: int) -> Tensor:
-    if _bytes(reader) > WHOLE_BYTES:
-        return streamed_spectrum(*reader.tall_pieces(expert, wide_ratio=1))
-    scaled = unit_scaled(reader.whole(expert))
-    sigma: Tensor = torch.linalg.svdvals(scaled.matrix).double()
-    return sigma * scaled.scale.double()
-
-
-def _stack(reader: MatrixReader, experts: range) -> Tensor:
-    if len(experts) == 1:
-        return reader.whole(experts[0]).unsqueeze(0)
-    return torch.stack([reader.whole(expert) for expert in experts])
 
 
 def _num_bad(reader: MatrixReader, expert: int) -> int:

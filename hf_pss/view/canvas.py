@@ -1,37 +1,36 @@
-"""The look of all figures: one palette and one style sheet, without pyplot's global state."""
+"""The look of all figures, without pyplot's global state, and pages that hold them.
+
+A page needs no other file, no network and no script.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from hf_pss.view import MISSING_EXTRA
+import numpy as np
+import numpy.typing as npt
+
+from hf_pss.records.strict_json import visible
+from hf_pss.view import numbers
 
 try:
+    import jinja2
     import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.lines import Line2D as Line2D
     from matplotlib.ticker import LogFormatter, StrMethodFormatter
 except ImportError as error:
-    raise ImportError(MISSING_EXTRA) from error
-
-__all__ = [
-    "COLOURS",
-    "REFERENCE_COLOUR",
-    "Axes",
-    "Figure",
-    "Line2D",
-    "colour",
-    "mark_level",
-    "new_figure",
-    "save_png",
-    "style",
-    "to_svg",
-    "use_log_scale",
-]
+    raise ImportError(
+        "The report draws with matplotlib and jinja2, which are not installed. "
+        "Run `pip install 'hf-pss[report]'`."
+    ) from error
 
 # Okabe and Ito's palette, which is clear with every common kind of colour vision, with brown
 # instead of yellow.
@@ -122,3 +121,61 @@ def to_svg(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()
+
+
+def draw_cells(
+    axes: Axes,
+    edges: npt.ArrayLike,
+    values: npt.NDArray[np.float64],
+    scale: LogNorm,
+    *,
+    rasterized: bool = False,
+) -> QuadMesh:
+    """Draw numbers, (num_rows, num_columns), as coloured cells with the first row on top.
+
+    Cells that are not finite show the background.
+    """
+    mesh = axes.pcolormesh(
+        edges,
+        np.arange(len(values) + 1),
+        np.ma.masked_invalid(values),
+        norm=scale,
+        cmap="viridis",
+        rasterized=rasterized,
+    )
+    axes.set_facecolor("#eeeeee")
+    axes.grid(visible=False)
+    axes.set_ylim(len(values), 0)
+    return mesh
+
+
+def render_template(package: str, name: str, values: Mapping[str, object]) -> str:
+    """Fill in a template from a package.
+
+    The template can use `visible` and the functions of `hf_pss.view.numbers` as filters. Every
+    value is escaped.
+
+    Args:
+        package: Dotted name of the package.
+        name: File name of the template.
+        values: The variables of the template. A variable that is not here is an error.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {name: getattr(numbers, name) for name in numbers.__all__ if name != "NOTHING"}
+    environment.filters |= {**filters, "visible": visible}
+    return environment.get_template(name).render(values)
+
+
+def inline_svg(figures: Mapping[str, Figure | None]) -> dict[str, str]:
+    """Return figures as data URIs for ``<img src>``, without those that are None."""
+    return {
+        name: "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure)).decode("ascii")
+        for name, figure in figures.items()
+        if figure is not None
+    }

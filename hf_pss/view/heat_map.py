@@ -14,9 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from hf_pss.view.canvas import new_figure
-
-__all__ = ["OUTSIDE_BLOCKS", "HeatMapPanel", "MatrixRow", "heat_map_figure", "row_of"]
+from hf_pss.view.canvas import draw_cells, new_figure
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -85,7 +83,12 @@ def heat_map_figure(
     figure = new_figure(10, float(np.clip(0.085 * len(rows) + 1.2, 2.5, 9.0)))
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel, values in zip(all_axes, panels, maps, strict=True):
-        _draw(axes, panel, values, scale)
+        steps = panel.steps
+        last_width = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
+        edges = np.append(steps, steps[-1] + last_width)
+        draw_cells(axes, edges, values, scale, rasterized=True)
+        axes.set_title(panel.title)
+        axes.set_xlabel("step")
     _label_blocks(all_axes, rows)
     bar = figure.colorbar(all_axes[-1].collections[0], ax=list(all_axes), pad=0.01, fraction=0.05)
     _label_bar(bar.ax, low, high, noise)
@@ -107,27 +110,6 @@ def _lowest(panel: HeatMapPanel, rows: list[MatrixRow]) -> Floats:
     return np.where(np.isinf(found), np.nan, found)
 
 
-def _draw(axes: Axes, panel: HeatMapPanel, values: Floats, scale: LogNorm) -> None:
-    axes.pcolormesh(
-        _edges(panel.steps),
-        np.arange(len(values) + 1),
-        np.ma.masked_invalid(values),
-        norm=scale,
-        cmap="viridis",
-        rasterized=True,
-    )
-    axes.set_facecolor("#eeeeee")
-    axes.grid(visible=False)
-    axes.set_title(panel.title)
-    axes.set_xlabel("step")
-
-
-def _edges(steps: Floats) -> Floats:
-    """Return the borders of the cells. The last cell is as wide as the one before."""
-    last = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
-    return np.append(steps, steps[-1] + last)
-
-
 def _label_blocks(panels: Iterable[Axes], rows: list[MatrixRow]) -> None:
     blocks = [row.block for row in rows]
     names = sorted(set(blocks))
@@ -136,7 +118,6 @@ def _label_blocks(panels: Iterable[Axes], rows: list[MatrixRow]) -> None:
     for axes in panels:
         for start in starts[1:]:
             axes.axhline(start, color="white", lw=0.8)
-        axes.set_ylim(len(rows), 0)
         axes.set_yticks(centres, ["other" if b == OUTSIDE_BLOCKS else f"block {b}" for b in names])
         axes.tick_params(axis="y", length=0)
 

@@ -10,8 +10,6 @@ from rich.text import Text
 
 from hf_pss.records.strict_json import visible
 
-__all__ = ["lean_table", "marks", "sparkline"]
-
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BAD = "×"
 _EMPTY = " "

@@ -202,7 +202,7 @@ def test_a_page_replaces_no_file_of_another_kind(
 
 
 @pytest.mark.parametrize("error", [None, MemoryError(), LinAlgError("it did not converge")])
-@pytest.mark.parametrize("when", ["compare.compare", "health_page.render_page"])
+@pytest.mark.parametrize("when", ["matrix_survey.compare", "health_page.render_page"])
 def test_a_failure_while_reading_is_exit_code_2(
     run: Run,
     checkpoint: Path,

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from worker import main
 
-from hf_pss.health import alignment, meter, spectral_edge
+from hf_pss.health import meter, update_metrics
 from hf_pss.health import spectrum_metrics as spectra
 
 BROKEN = "--broken"
@@ -24,8 +24,8 @@ if __name__ == "__main__":
         sys.argv.remove(BROKEN)
         if os.environ.get("RANK") == "1":
             spectra.unit_scaled = fail  # type: ignore[attr-defined]
-            alignment.leading_triplets = fail  # type: ignore[attr-defined]
+            spectra.leading_triplets = fail  # type: ignore[attr-defined]
             spectra.quick_triplets = fail  # type: ignore[attr-defined]
-            spectral_edge.SpectralEdgeMeter._project = fail  # type: ignore[method-assign]
+            update_metrics.SpectralEdgeMeter._project = fail  # type: ignore[method-assign]
             meter.spectral_alignment = fail  # type: ignore[attr-defined]
     main()

@@ -15,15 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from hf_pss.health.alignment import measure_alignments
-from hf_pss.health.relative_update import RelativeUpdateMeter
-from hf_pss.health.spectral_edge import SpectralEdgeMeter
 from hf_pss.health.spectrum_metrics import (
     effective_rank_of,
+    measure_alignments,
     measure_low_rank_distances,
     measure_spectra,
 )
 from hf_pss.health.tracked import SpectrumTracker
+from hf_pss.health.update_metrics import RelativeUpdateMeter, SpectralEdgeMeter
 from hf_pss.health.update_operator import measure_denominators
 from hf_pss.models.distributed import Backend, OneProcess, Replicated, backend_for
 from hf_pss.models.selection import named_parameters_canonical, select_matrices

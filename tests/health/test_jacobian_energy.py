@@ -10,7 +10,7 @@ from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_pss.health.jacobian_energy import jacobian_energy, measure_jacobian_energies
+from hf_pss.health.probe_meters import jacobian_energy, measure_jacobian_energies
 from hf_pss.models.batching import matrix_names
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import named_parameters_canonical, select_matrices

@@ -9,7 +9,8 @@ import torch
 from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 
-from hf_pss.health.sign_diversity import SignDiversityMeter, sign_diversity, spectral_alignment
+from hf_pss.health.probe_meters import SignDiversityMeter
+from hf_pss.health.representations import sign_diversity, spectral_alignment
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 

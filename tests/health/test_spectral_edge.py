@@ -9,8 +9,7 @@ import torch
 from helpers import gpt2, llama
 from torch import Tensor, nn
 
-from hf_pss.errors import ConfigurationError
-from hf_pss.health.spectral_edge import SpectralEdgeMeter, spectral_edge
+from hf_pss.health.update_metrics import SpectralEdgeMeter, spectral_edge
 from hf_pss.models.distributed import OneProcess
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
@@ -74,14 +73,6 @@ def test_scale_does_not_matter(factor: float) -> None:
     found, expected = spectral_edge(updates * factor), spectral_edge(updates)
     assert found.position == expected.position
     assert found.ratio == pytest.approx(expected.ratio, rel=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (4,), (2, 3, 4)], ids=str)
-def test_one_update_has_no_spectrum(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigurationError, match="W >= 2"):
-        spectral_edge(torch.zeros(shape))
-    with pytest.raises(ConfigurationError, match="at least 2"):
-        SpectralEdgeMeter((), BACKEND, window_size=1)
 
 
 def flat(views: Views, tensors: dict[str, Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ import statistics
 
 import pytest
 
-from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.health.spike_score import SpikeScore
+from hf_pss.errors import StateError
+from hf_pss.health.step_series import SpikeScore
 
 
 def oracle(values: list[float], window: int, recent: int) -> tuple[float, int]:
@@ -123,11 +123,3 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change: dict[str, object
     with pytest.raises(StateError):
         score.restore("nothing")
     assert score.state() == before
-
-
-@pytest.mark.parametrize(
-    "options", [{"window_size": 1}, {"num_recent_steps": 0}, {"num_sigmas": math.nan}], ids=str
-)
-def test_numbers_without_a_meaning_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError, match="at least 2"):
-        SpikeScore(**options)

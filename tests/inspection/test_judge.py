@@ -6,6 +6,7 @@ import math
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,17 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from hf_pss.errors import SelectionError
-from hf_pss.inspection.compare import compare
-from hf_pss.inspection.health_export import as_json, write_json
+from hf_pss.inspection.health_output import (
+    render_changes,
+    render_inspection,
+    render_series,
+    write_json,
+)
 from hf_pss.inspection.health_page import noise_quantiles, render_page, series_figure
-from hf_pss.inspection.health_table import render_changes, render_inspection, render_series
 from hf_pss.inspection.matrix_survey import (
     Inspection,
     JudgedMatrix,
+    compare,
     inspect_checkpoint,
     judge,
     series,
@@ -126,8 +131,14 @@ def test_table(sick: Inspection) -> None:
     assert "8 more; --lines shows them" in text
 
 
+def written(inspection: Inspection, **compared: Any) -> dict[str, Any]:
+    stream = io.StringIO()
+    write_json(stream, inspection, **compared)
+    return json.loads(stream.getvalue(), parse_constant=pytest.fail)
+
+
 def test_json_is_strict(sick: Inspection) -> None:
-    data = json.loads(json.dumps(as_json(sick), allow_nan=False))
+    data = written(sick)
     assert data["finite"] is False
     first = data["matrices"][0]
     assert (first["name"], first["sigma1"], first["num_nonfinite"]) == (
@@ -140,9 +151,7 @@ def test_json_is_strict(sick: Inspection) -> None:
 
 
 def test_json_of_an_exact_inspection_has_spectra(tmp_path: Path) -> None:
-    stream = io.StringIO()
-    write_json(stream, inspected(tmp_path / "x", {"w.weight": torch.eye(5)}, exact=True))
-    row = json.loads(stream.getvalue())["matrices"][0]
+    row = written(inspected(tmp_path / "x", {"w.weight": torch.eye(5)}, exact=True))["matrices"][0]
     assert row["singular_values"] == [1.0] * 5
     assert row["effective_rank"] == pytest.approx(5)
 
@@ -160,8 +169,8 @@ def test_compare(tmp_path: Path, sick: Inspection) -> None:
     assert math.isnan(found["h.0.attn.q.weight"].relative_change)
     assert "→" in shown(render_changes(changes, num_lines=3))
     assert "10 more" in shown(render_changes(changes, num_lines=3))
-    data = as_json(before, other=sick, changes=changes)
-    assert json.loads(json.dumps(data, allow_nan=False))["changes"][0]["after"]["sigma1"] is None
+    data = written(before, other=sick, changes=changes)
+    assert data["changes"][0]["after"]["sigma1"] is None
 
 
 def test_compare_sees_through_wrappers(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from helpers import gpt2, token_rows
 from torch import Tensor
 
-from hf_pss.errors import ConfigurationError
 from hf_pss.health.representations import attention_logit_bound
 
 # Of the bound: float32 spectral norms.
@@ -30,7 +29,7 @@ def test_no_logit_is_above_it(num_heads: int, num_key_heads: int) -> None:
     q, k = torch.randn(8 * num_heads, 12), torch.randn(8 * num_key_heads, 12)
     x = torch.randn(500, 12)
     largest = x.norm(dim=-1).max()
-    bound = attention_logit_bound(q, k, largest, num_heads=num_heads, num_key_heads=num_key_heads)
+    bound = attention_logit_bound(q, k, largest, num_heads=num_heads)
     found = logits(x, q, k, num_heads, num_key_heads).abs().amax(dim=(1, 2))
     assert bound.shape == (num_heads,)
     assert bool((found <= bound).all())
@@ -86,17 +85,3 @@ def test_broken_zero_and_bfloat16_weights() -> None:
     assert found[1] == 0
     assert found[2] == float(whole[2])
     assert bool(attention_logit_bound(q[2:], k[2:], math.nan, num_heads=2).isnan().all())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_heads": 4},
-        {"num_heads": 0},
-        {"num_heads": 3, "num_key_heads": 2},
-        {"num_heads": 6, "num_key_heads": 3},
-    ],
-)
-def test_layouts_without_meaning(options: dict[str, int]) -> None:
-    with pytest.raises(ConfigurationError, match="key heads divide heads"):
-        attention_logit_bound(torch.ones(6, 5), torch.ones(6, 5), 1.0, **options)

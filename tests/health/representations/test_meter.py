@@ -24,8 +24,12 @@ from transformers import (
 from hf_pss import PSSCallback, PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.meter import blocks_of
-from hf_pss.health.representations import attention_logit_bound, token_cosine
-from hf_pss.health.sign_diversity import sign_diversity, spectral_alignment
+from hf_pss.health.representations import (
+    attention_logit_bound,
+    sign_diversity,
+    spectral_alignment,
+    token_cosine,
+)
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 EXACT_TOLERANCE = 1e-5  # 1.2e-7: other shapes of products

@@ -26,7 +26,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def num_tokens(meter: Any) -> int:
-    return meter._capture.num_seen[meter._blocks[0]]
+    return meter._samples[meter._blocks[0]].num_seen
 
 
 # ---- passes ----
@@ -51,7 +51,7 @@ def test_a_pass_without_gradients_is_not_counted(use_reentrant: bool | None) -> 
     model(**rows).loss.backward()
     with torch.no_grad():
         model(**rows)
-    assert set(meter._capture.num_seen.values()) == {NUM_TOKENS}
+    assert {sample.num_seen for sample in meter._samples.values()} == {NUM_TOKENS}
     assert {len(found) for found in meter._alignments.values()} == {1}
     meter.disarm()
 
@@ -62,7 +62,7 @@ def test_a_part_that_is_called_by_itself_is_counted() -> None:
     with torch.no_grad():
         model(**batch())
     model.model(input_ids=batch()["input_ids"]).last_hidden_state.sum().backward()
-    assert set(meter._capture.num_seen.values()) == {NUM_TOKENS}
+    assert {sample.num_seen for sample in meter._samples.values()} == {NUM_TOKENS}
     meter.disarm()
 
 
@@ -121,7 +121,7 @@ def test_the_mask_of_an_encoder_is_not_the_decoders(caplog: pytest.LogCaptureFix
         with caplog.at_level(logging.WARNING, "hf_pss"):
             meter.arm(directions)
             model(**rows)
-            seen = meter._capture.num_seen
+            seen = {name: sample.num_seen for name, sample in meter._samples.items()}
             found = meter.read(named_parameters_canonical(model))
     assert seen == {"encoder.block.0": 20, "decoder.block.0": NUM_TOKENS}
     counted = {name: len(x[0]) for name, x in meter._alignments.items()}

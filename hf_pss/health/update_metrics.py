@@ -1,4 +1,4 @@
-"""The gap in the spectrum of the last few updates, measured on random projections."""
+"""Metrics of updates: the share of each matrix that changes, and the gap between recent ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,90 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_pss.errors import ConfigurationError
-from hf_pss.models.batching import MatrixRef, assign_rounds, matrix_refs, raise_together, read_round
-from hf_pss.models.distributed import Backend
+from hf_pss.linalg.scaling import compute_dtype
+from hf_pss.models.batching import (
+    MatrixRef,
+    Stack,
+    assign_rounds,
+    by_parameter,
+    matrix_refs,
+    raise_together,
+    read_round,
+)
+from hf_pss.models.distributed import Backend, Part
 from hf_pss.models.selection import MatrixView
 
-__all__ = ["SpectralEdge", "SpectralEdgeMeter", "spectral_edge"]
+
+class RelativeUpdateMeter:
+    """Measures ‖W_t − W_{t−1}‖_F / ‖W_{t−1}‖_F of each 2-D matrix in one update.
+
+    This is the inverse of the trust ratio of LARS and LAMB (arXiv 1708.03888, 1904.00962). Here it
+    is computed from the update itself, including weight decay. It is the share of the matrix that
+    changes per step, without unit. It is 0 if nothing has changed, inf if a zero matrix has
+    changed, and NaN if a matrix holds NaN or inf.
+
+    Cost: standard. It needs the memory of one copy and of one parameter's difference, three passes
+    over the copy at measured steps, and one device-to-host read. If parameters are sharded, every
+    rank measures the rows that it stores. Do not use it with a backend that cannot hold an update
+    back, because both calls would then come after the update.
+
+    Args:
+        views: The matrices to read.
+        backend: How parameters are stored.
+    """
+
+    def __init__(self, views: Sequence[MatrixView], backend: Backend) -> None:
+        self._views = tuple(views)
+        self._backend = backend
+        self._before: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Copy the matrices before the update."""
+        self._before = {}
+        for name in {view.parameter_name: None for view in self._views}:
+            with self._backend.part(parameters[name]) as part:
+                self._before[name] = part.tensor.clone()
+
+    @torch.no_grad()
+    def stop(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+        """Return ‖ΔW‖_F/‖W‖_F of each 2-D matrix by name since `start`, and drop the copy.
+
+        For types narrower than float64 the squares are summed in float32. So entries beyond 1e19
+        give inf, and entries below 1e-22 give zero. Without a `start` the result is empty.
+        """
+        before, self._before = self._before, {}
+        if not before:
+            return {}
+        device = next(iter(before.values())).device
+        refs = matrix_refs(self._views)
+        rows: list[Tensor] = []
+        for name, group in by_parameter(refs):
+            with self._backend.part(parameters[name]) as part:
+                # The copy of a parameter is freed as soon as the parameter has been measured.
+                rows += [pair.to(device) for pair in _squares(group, before.pop(name), part)]
+        squares = torch.stack(rows)
+        self._backend.total_(squares)
+        changes, norms = squares.sqrt().unbind(dim=1)
+        ratios = torch.where((changes == 0) & (norms == 0), 0.0, changes / norms)
+        return dict(zip([ref.name for ref in refs], self._backend.agree(ratios), strict=True))
+
+
+def _squares(refs: Sequence[MatrixRef], old: Tensor, part: Part) -> list[Tensor]:
+    """Return ‖ΔW‖_F² and ‖W‖_F² of this rank's rows of each matrix, (2,), float64."""
+    dtype = compute_dtype(old)
+    moved = part.tensor.to(dtype) - old.to(dtype)
+    return [torch.stack([_square(ref, x, part.start) for x in (moved, old)]) for ref in refs]
+
+
+def _square(ref: MatrixRef, stored: Tensor, start: int) -> Tensor:
+    """Return ‖·‖_F² of this rank's rows of a matrix, float64."""
+    piece = ref.view.piece(stored, start, ref.expert)
+    if piece is None:
+        return stored.new_zeros((), dtype=torch.float64)
+    # If all of this were in float64, torch would copy the complete matrix on a CPU.
+    norm: Tensor = torch.linalg.vector_norm(piece.read(), dtype=compute_dtype(stored))
+    return norm.double().square()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +124,9 @@ def spectral_edge(updates: Tensor) -> SpectralEdge:
         updates: (W, P), one update or its projection in each row, any real floating dtype, W >= 2.
             The decomposition is done in float64.
 
-    Raises:
-        ConfigurationError: There are fewer than two updates.
-
     >>> spectral_edge(torch.diag(torch.tensor([8.0, 4.0, 1.0]))).position
     2
     """
-    if updates.ndim != 2 or len(updates) < 2:
-        raise ConfigurationError(
-            f"You gave updates of shape {tuple(updates.shape)}; give (W, P) with W >= 2."
-        )
     epsilon = torch.finfo(updates.dtype).eps
     wide = updates.detach().to("cpu", torch.float64)
     if not bool(wide.isfinite().all()):
@@ -91,10 +162,7 @@ class SpectralEdgeMeter:
         views: The matrices to read.
         backend: How parameters are stored.
         window_size: W, the number of updates, at least 2.
-        width: p and q, the numbers of rows of A and columns of B, at least 1.
-
-    Raises:
-        ConfigurationError: A number is out of range.
+        width: p and q, the numbers of rows of A and columns of B.
     """
 
     def __init__(
@@ -105,13 +173,7 @@ class SpectralEdgeMeter:
         window_size: int = 10,
         width: int = 16,
     ) -> None:
-        if window_size < 2 or width < 1:
-            raise ConfigurationError(
-                f"You gave window_size={window_size}, width={width}; give at least 2 and 1."
-            )
-        self._views = tuple(views)
-        self._backend = backend
-        self._width = width
+        self._views, self._backend, self._width = tuple(views), backend, width
         self._place = {slot.name: i for i, slot in enumerate(matrix_refs(self._views))}
         self._blocks: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._last: Tensor | None = None
@@ -126,7 +188,7 @@ class SpectralEdgeMeter:
         if self._last is not None:
             self._updates.append(now - self._last)
         self._last = now
-        if len(self._updates) < (self._updates.maxlen or 0):
+        if len(self._updates) != self._updates.maxlen:
             return None
         # The projections come from fp32 weights, so the precision of float32 decides
         # which values are rounding.
@@ -134,45 +196,36 @@ class SpectralEdgeMeter:
 
     def _projected(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Return the projections of all matrices in one row, (P,), float64, on the host."""
-        rows = self._width**2
-        found: Tensor | None = None
+        device = next(iter(parameters.values())).device
+        shape = len(self._place), self._width**2
+        found = torch.zeros(shape, dtype=torch.float64, device=device)
         error: Exception | None = None
         for turn in assign_rounds(self._views, parameters, self._backend.world_size):
             stack = read_round(turn, parameters, self._backend)
             if stack is None:
                 continue
-            if found is None:
-                found = stack.matrices.new_zeros(len(self._place), rows, dtype=torch.float64)
-            at = [self._place[name] for name in stack.names]
             try:
-                seen = self._project(stack.refs, stack.matrices)
+                seen = self._project(stack)
             except Exception as caught:  # the other ranks wait for this one in later turns
                 error = caught
                 continue
-            found[torch.tensor(at, device=found.device)] = seen.flatten(-2).to(found)
-        if found is None:  # this rank owns no matrix, but must take part in the exchange
-            device = next(iter(parameters.values())).device
-            found = torch.zeros(len(self._place), rows, dtype=torch.float64, device=device)
+            found[[self._place[name] for name in stack.names]] = seen.flatten(-2).to(found)
         flag = found.new_tensor([float(error is not None)])
         *every, has_failed = self._backend.sum_to_host(torch.cat([found.flatten(), flag]))
         if has_failed:
             raise_together(error)
         return torch.tensor(every, dtype=torch.float64)
 
-    def _project(self, slots: Sequence[MatrixRef], matrices: Tensor) -> Tensor:
-        names = tuple(slot.name for slot in slots)
-        dtype = torch.float64 if matrices.dtype == torch.float64 else torch.float32
-        if names not in self._blocks:
+    def _project(self, stack: Stack) -> Tensor:
+        matrices = stack.matrices.to(compute_dtype(stack.matrices))
+        if stack.names not in self._blocks:
             m, n = matrices.shape[-2:]
-            both = [
-                (_signs(name + " left", self._width, m), _signs(name + " right", n, self._width))
-                for name in names
-            ]
-            left, right = (torch.stack(list(blocks)) for blocks in zip(*both, strict=True))
-            device = matrices.device
-            self._blocks[names] = left.to(device, dtype) / self._width, right.to(device, dtype)
-        left, right = self._blocks[names]
-        return left @ (matrices.to(dtype) @ right)
+            left = [_signs(name + " left", self._width, m) for name in stack.names]
+            right = [_signs(name + " right", n, self._width) for name in stack.names]
+            sides = torch.stack(left).to(matrices) / self._width, torch.stack(right).to(matrices)
+            self._blocks[stack.names] = sides
+        a, b = self._blocks[stack.names]
+        return a @ (matrices @ b)
 
 
 def _gap(larger: float, smaller: float, floor: float) -> float:

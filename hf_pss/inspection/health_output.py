@@ -1,23 +1,27 @@
-"""An inspection as tables for a terminal: the worst matrices, and tensors without numbers."""
+"""An inspection as tables for a terminal, the worst matrices first, and as strict JSON."""
 
 from __future__ import annotations
 
+import json
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import takewhile
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hf_pss.inspection.compare import ChangedMatrix
 from hf_pss.inspection.matrices import SMALL
-from hf_pss.inspection.matrix_survey import Inspection, JudgedMatrix, SeriesRow
-from hf_pss.records.strict_json import visible
+from hf_pss.inspection.matrix_survey import ChangedMatrix, Inspection, JudgedMatrix, SeriesRow
+from hf_pss.records.strict_json import finite_or_none, visible
 from hf_pss.view.numbers import plural, significant
 from hf_pss.view.tables import lean_table
 
-__all__ = ["render_changes", "render_inspection", "render_series"]
+SCHEMA_VERSION = 1
 
 _STYLES = {"non_finite": "bold red", "zero": "red"}
 _MOST_UNREAD = 3
@@ -36,15 +40,17 @@ def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableTy
 
 def render_changes(changes: Sequence[ChangedMatrix], *, num_lines: int) -> RenderableType:
     """Return a table of the changes, before → after, with the largest first."""
-    table = lean_table(["matrix"], ["σ₁", "stable rank", "‖ΔW‖/‖W‖"])
     prefix = _common_prefix([change.name for change in changes])
-    for change in changes[:num_lines]:
-        table.add_row(
-            Text(_short(change.name, prefix)),
+    lines = (
+        (
+            _short(change.name, prefix),
             _arrow(change, "sigma1"),
             _arrow(change, "stable_rank"),
             significant(change.relative_change),
         )
+        for change in changes[:num_lines]
+    )
+    table = lean_table(["matrix"], ["σ₁", "stable rank", "‖ΔW‖/‖W‖"], rows=lines)
     hidden = len(changes) - num_lines
     more = [Text(f"{hidden:,} more; --lines shows them.", style="dim")] if hidden > 0 else []
     return Group(Text("Changes, the largest first:"), table, *more)
@@ -94,15 +100,14 @@ def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
     prefix = _common_prefix([one.health.name for one in inspection.matrices])
     for one in inspection.matrices[:num_lines]:
         health = one.health
+        style = _STYLES.get(one.findings[0].kind, "yellow") if one.findings else ""
         table.add_row(
             Text(_short(health.name, prefix)),
             "×".join(map(str, health.shape)),
             significant(health.sigma1),
             significant(health.stable_rank),
             _percent(health.stable_rank / health.noise),
-            Text(
-                _why(one), style=_STYLES.get(one.findings[0].kind, "yellow") if one.findings else ""
-            ),
+            Text(_why(one), style=style),
         )
     yield table
     hidden = len(inspection.matrices) - num_lines
@@ -157,3 +162,91 @@ def _arrow(change: ChangedMatrix, what: str) -> str:
 
 def _percent(ratio: float) -> str:
     return f"{ratio:.2%}" if math.isfinite(ratio) else "–"
+
+
+def write_json(
+    stream: TextIO,
+    inspection: Inspection,
+    *,
+    other: Inspection | None = None,
+    changes: Sequence[ChangedMatrix] = (),
+    rows: Sequence[SeriesRow] = (),
+) -> None:
+    """Write an inspection as JSON and a newline. NaN and inf become null.
+
+    The worst matrices come first, and the findings name those that are not finite. Only one
+    spectrum at a time is in memory as a list.
+
+    Args:
+        stream: Receives the text.
+        inspection: The first checkpoint.
+        other: The checkpoint to compare it with.
+        changes: Changes from `inspection` to `other`.
+        rows: Rows of a series that `inspection` begins and `other` ends.
+    """
+    data: dict[str, Any] = {
+        "version": SCHEMA_VERSION,
+        "path": str(inspection.checkpoint.path),
+        "model_type": inspection.checkpoint.model_type,
+        "method": "exact" if inspection.exact else "quick",
+        "finite": inspection.is_finite,
+        "num_tensors": len(inspection.checkpoint.tensors),
+        "num_bytes": inspection.checkpoint.num_bytes,
+        "num_findings": inspection.num_findings,
+        "matrices": [_matrix(one) for one in inspection.matrices],
+        "non_finite_tensors": [
+            {"name": entry.name, "num_nonfinite": num_bad}
+            for entry, num_bad in inspection.bad_others
+        ],
+        "unread_tensors": [
+            {"name": entry.name, "reason": reason} for entry, reason in inspection.unread
+        ],
+    }
+    if other is not None:
+        data["compared_with"] = str(other.checkpoint.path)
+        data["compared_finite"] = other.is_finite
+        data["changes"] = [_change(change) for change in changes]
+    if rows:
+        data["series"] = [_fields(row, *asdict(row)) for row in rows]
+    json.dump(data, stream, allow_nan=False, default=_plain)
+    stream.write("\n")
+
+
+def _matrix(judged: JudgedMatrix) -> dict[str, Any]:
+    health = judged.health
+    row: dict[str, Any] = {
+        "name": health.name,
+        "kind": health.place.kind,
+        "block": health.place.block,
+        "shape": list(health.shape),
+        "dtype": health.source.entry.dtype,
+        **_fields(health, "sigma1", "frobenius", "stable_rank"),
+        "noise_stable_rank": health.noise,
+        "num_nonfinite": health.num_nonfinite,
+        "findings": [_fields(found, "kind", "text") for found in judged.findings],
+    }
+    if health.source.note:
+        row["note"] = health.source.note
+    if health.spectrum is not None:
+        row |= _fields(health, "effective_rank")
+        row["singular_values"] = health.spectrum
+    return row
+
+
+def _change(change: ChangedMatrix) -> dict[str, Any]:
+    sides = {"before": change.before, "after": change.after}
+    brief = ("sigma1", "stable_rank", "num_nonfinite")
+    return {
+        "name": change.name,
+        **{side: None if one is None else _fields(one, *brief) for side, one in sides.items()},
+        **_fields(change, "sigma1_ratio", "stable_rank_ratio", "relative_change"),
+    }
+
+
+def _fields(record: object, *names: str) -> dict[str, Any]:
+    values = {name: getattr(record, name) for name in names}
+    return {n: finite_or_none(v) if isinstance(v, float) else v for n, v in values.items()}
+
+
+def _plain(value: Path | array[float]) -> str | list[float | None]:
+    return str(value) if isinstance(value, Path) else [finite_or_none(x) for x in value]

@@ -1,9 +1,10 @@
-"""The share of recent steps at which a series was far above its previous values."""
+"""Numbers that are followed from step to step on the host: spikes, rates of change, an alarm."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Self
 
 from hf_pss.detection.state import (
@@ -14,15 +15,18 @@ from hf_pss.detection.state import (
     read_number,
     read_object,
 )
-from hf_pss.errors import ConfigurationError
-
-__all__ = ["SpikeScore"]
 
 _VERSION = 1
 _WHAT = "the state of a SpikeScore"
 _KEYS = ("version", "num_steps", "window", "spikes", "nonfinite")
 # If all values of the window are equal, it has no scale. The number comes from OLMo.
 _NO_SCALE = 1e-10
+
+ALARM_RATIO = 10.0
+"""The factor in κ(V) between stable and unstable phases (arXiv 2605.23476)."""
+
+# The number of readings before the alarm has a reference, and the weight of the newest one [ours].
+_CALIBRATION_READINGS, _ALPHA = 10, 0.1
 
 
 class SpikeScore:
@@ -43,9 +47,6 @@ class SpikeScore:
         num_recent_steps: Number of steps that the score covers, at least 1.
         num_sigmas: Distance above the mean, in σ, at which a spike begins. It is above 0.
 
-    Raises:
-        ConfigurationError: A number is out of range.
-
     >>> score = SpikeScore(window_size=4, num_recent_steps=10)
     >>> [score.update(x) for x in (1.0, 1.1, 0.9, 1.0, 5.0)]
     [False, False, False, False, True]
@@ -56,11 +57,6 @@ class SpikeScore:
     def __init__(
         self, *, window_size: int = 128, num_recent_steps: int = 10_000, num_sigmas: float = 6.0
     ) -> None:
-        if window_size < 2 or num_recent_steps < 1 or not 0 < num_sigmas < math.inf:
-            raise ConfigurationError(
-                f"You gave window_size={window_size}, num_recent_steps={num_recent_steps}, "
-                f"num_sigmas={num_sigmas}; give at least 2, at least 1 and a number above 0."
-            )
         self._window: deque[float] = deque(maxlen=window_size)
         self._num_recent_steps = num_recent_steps
         self._num_sigmas = num_sigmas
@@ -137,3 +133,78 @@ class SpikeScore:
         if sigma * scale < _NO_SCALE:
             return False
         return value / scale > mean + self._num_sigmas * sigma
+
+
+class ChangeRates:
+    """Relative rates of change per step of positive numbers by name: (ln x_t − ln x_s) / (t − s).
+
+    [ours] It applies to σ₁, ‖W‖_F, stable rank and effective rank. A rate of 0.01 is
+    one per cent per step, and the rate of a product is the sum of its factors' rates. A
+    new name has no rate yet.
+
+    >>> rates = ChangeRates()
+    >>> rates.of(10, {"w": 1.0}), rates.of(12, {"w": math.e})
+    ({}, {'w': 0.5})
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[int, float]] = {}
+
+    def of(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the rates since the last value of each name, and store the new values.
+
+        A rate is NaN if one of the two values is not positive and finite. Such a value is not
+        stored, so one NaN spoils only one rate.
+
+        Args:
+            step: The step of the values. A name is skipped if its last value comes from
+                this step or a later one.
+            values: The values by name. Each name may have any unit, but must keep it.
+        """
+        rates = {}
+        for name, value in values.items():
+            last_step, last = self._last.get(name, (step, math.nan))
+            is_usable = 0 < value < math.inf
+            if last_step < step:
+                both = is_usable and last > 0
+                rate = (math.log(value) - math.log(last)) / (step - last_step) if both else math.nan
+                rates[name] = rate
+            if is_usable and (name not in self._last or last_step < step):
+                self._last[name] = (step, value)
+        return rates
+
+
+class ConditionAlarm:
+    """Compares √κ(M) with its moving average, which restarts after each alarm [ours]."""
+
+    def __init__(self) -> None:
+        self.reference = 0.0
+        """The moving average."""
+        self.num_readings = 0
+        """The number of readings in the moving average."""
+
+    def update(self, condition: float) -> float | None:
+        """Add a finite value. Return the reference from which it has moved, or None.
+
+        The first 10 readings after the start or after an alarm only calibrate.
+        """
+        has_reference = self.num_readings >= _CALIBRATION_READINGS
+        before = None
+        if has_reference and has_moved(self.reference, condition):
+            before, self.num_readings = self.reference, 0
+        old = condition if self.num_readings == 0 else self.reference
+        self.reference = old + _ALPHA * (condition - old)
+        self.num_readings += 1
+        return before
+
+
+def has_moved(reference: float, now: float) -> bool:
+    """Return whether the bound changed by the paper's order of magnitude up or down, or is NaN.
+
+    Our reference is the moving average of the bound. An absolute level has no meaning, because ε
+    alone can determine it.
+
+    >>> has_moved(100.0, 300.0), has_moved(100.0, 1000.0), has_moved(100.0, 9.0)
+    (False, True, True)
+    """
+    return not reference / ALARM_RATIO < now < reference * ALARM_RATIO
