@@ -15,7 +15,6 @@ from hf_pss.linalg.norms import stable_rank as stable_rank
 from hf_pss.linalg.polar import POLYNOMIAL_SCHEDULES as POLYNOMIAL_SCHEDULES
 from hf_pss.linalg.polar import PolynomialSchedule as PolynomialSchedule
 from hf_pss.linalg.polar import newton_schulz as newton_schulz
-from hf_pss.linalg.polar import polar_factor as polar_factor
 from hf_pss.linalg.smoothing import SMOOTHING_FUNCTIONS as SMOOTHING_FUNCTIONS
 from hf_pss.linalg.smoothing import Anchored as Anchored
 from hf_pss.linalg.smoothing import Cap as Cap

@@ -9,10 +9,10 @@ values and never raises σ_1.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -70,33 +70,29 @@ class Spectrum:
         return torch.where(self.index() < self.rank.unsqueeze(-1), held, self.sigma)
 
 
-class SmoothingFunction(Protocol):
+class SmoothingFunction(ABC):
     """A map φ on leading singular values, batched and pure. It does not use the matrix itself."""
 
     @property
     def whole_spectrum(self) -> bool:
         """Whether φ needs all min(m, n) values."""
+        return False
 
+    @abstractmethod
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K), descending. You may assume that s is positive."""
 
 
-@dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(SmoothingFunction):
     """φ(σ) = s for the dominant values."""
-
-    whole_spectrum: ClassVar[bool] = False
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
         return spectrum.move_dominant(spectrum.reference)
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(SmoothingFunction):
     """φ(σ) = s (1 + ln(σ/s)). φ(σ) ≈ σ near s, and s ≤ φ ≤ σ because ln x ≤ x − 1."""
-
-    whole_spectrum: ClassVar[bool] = False
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -105,7 +101,7 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
-class Softplus:
+class Softplus(SmoothingFunction):
     """φ(σ) = c − T softplus((s − σ)/T) with c = s + T ln 2: a soft minimum of σ and a cap.
 
     The cap c is chosen so that φ(s) = s. It follows that s ≤ φ(σ) ≤ min(σ, c).
@@ -113,7 +109,6 @@ class Softplus:
 
     temperature: float = 1.0
     """T in units of s. With a small T this function flattens like `Clip`."""
-    whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, f"temperature={self.temperature}", "a number above 0")
@@ -128,7 +123,7 @@ class Softplus:
 
 
 @dataclass(frozen=True, slots=True)
-class Convolution:
+class Convolution(SmoothingFunction):
     """φ(σ)_i = mean of σ_{i−h} … σ_{i+h} over the k dominant values and s, mirrored at both ends.
 
     φ keeps the sum of these k + 1 values, and all of them stay between s and σ₁. The mean includes
@@ -138,7 +133,6 @@ class Convolution:
 
     width: int = 3
     """2h + 1, which is odd."""
-    whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         odd = self.width >= 3 and self.width % 2 == 1
@@ -160,7 +154,7 @@ class Convolution:
 
 
 @dataclass(frozen=True, slots=True)
-class Softmax:
+class Softmax(SmoothingFunction):
     """φ(σ)_i = Σσ · softmax(σ/T)_i over the k dominant values and s.
 
     φ keeps the sum of these k + 1 values. They include s for the reason given in `Convolution`.
@@ -169,7 +163,6 @@ class Softmax:
 
     temperature: float = 1.0
     """T in units of σ₁, at least 1. With a large T all values become equal to their mean."""
-    whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 1, f"temperature={self.temperature}", "1 or more")
@@ -185,12 +178,11 @@ class Softmax:
 
 
 @dataclass(frozen=True, slots=True)
-class Cap:
+class Cap(SmoothingFunction):
     """φ(σ) = min(σ, β) for every value, dominant or not. This is a cap on the spectral norm."""
 
     level: float = 1.0
     """β, in the units of the matrix."""
-    whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _require(self.level > 0, f"level={self.level}", "a number above 0")
@@ -200,11 +192,8 @@ class Cap:
         return spectrum.sigma.clamp(max=self.level)
 
 
-@dataclass(frozen=True, slots=True)
-class Hammer:
+class Hammer(SmoothingFunction):
     """φ(σ₁) = σ₂ and no other change. This is an edit of rank one."""
-
-    whole_spectrum: ClassVar[bool] = False
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -215,7 +204,7 @@ class Hammer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StableRankCap:
+class StableRankCap(SmoothingFunction):
     """φ(σ) = min(σ, c) with the largest c for which ‖W*‖_F² / c² ≥ F: the stable-rank floor.
 
     With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F
@@ -227,7 +216,6 @@ class StableRankCap:
     floor: float | Tensor | None = None
     """F, or (...) with one floor for each matrix. None means the stable rank
     of noise of its shape."""
-    whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.floor, float | int):
@@ -253,7 +241,7 @@ class StableRankCap:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Anchored:
+class Anchored(SmoothingFunction):
     """φ with limits. No value moves past its level when the matrix was last healthy [ours].
 
     Let a_i be the recorded leading values and t the tolerance. Then σ* = min(max(φ(σ), lower),
@@ -290,14 +278,13 @@ class Anchored:
         return torch.where(known, moved, sigma)
 
 
-@dataclass(frozen=True, slots=True)
-class PolarReset:
+class PolarReset(SmoothingFunction):
     """φ(σ) = ‖W‖_F / √ρ for all ρ non-zero values: MSign's W ← ‖W‖_F UVᵀ / ‖UVᵀ‖_F.
 
     The source is arXiv 2602.01734. φ keeps ‖W‖_F, so values below the root mean square rise.
     """
 
-    whole_spectrum: ClassVar[bool] = True
+    whole_spectrum = True
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""

@@ -14,21 +14,6 @@ from typing import TypeAlias
 
 from hf_pss.models.selection.views import Role
 
-__all__ = [
-    "ADAPTER_FACTOR",
-    "MIXER",
-    "Place",
-    "Steps",
-    "children_by_module",
-    "is_adapter_factor",
-    "is_embedding_name",
-    "place_of",
-    "role_of",
-    "steps_by_name",
-    "why_no_block_matrix",
-    "why_no_projection",
-]
-
 Steps: TypeAlias = Sequence[tuple[str, str]]
 """The name and class name of each module around a tensor. The order is from the innermost module
 outwards to the module just below the block. A class name may be empty."""

@@ -16,16 +16,6 @@ from hf_pss.models.selection.parameter_rules import matrices_of
 from hf_pss.models.selection.survey import Site, is_linear, survey
 from hf_pss.models.selection.views import MatrixView
 
-__all__ = [
-    "AttentionHeads",
-    "HeadRows",
-    "Heads",
-    "find_heads",
-    "head_rows",
-    "heads_of",
-    "is_of_heads",
-]
-
 # The names of projections that are not fused.
 _PROJECTIONS: Mapping[str, str] = {
     **dict.fromkeys(("q_proj", "query", "q_lin", "q", "wq", "query_proj", "q_attn", "to_q"), "q"),

@@ -11,8 +11,6 @@ from torch import nn
 
 from hf_pss.models.selection.survey import canonical_name, stored_shape
 
-__all__ = ["AdapterView", "find_adapters"]
-
 _NESTED = re.compile(r"(?:\.base_layer)+$")
 
 

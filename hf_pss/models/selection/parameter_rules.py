@@ -28,15 +28,6 @@ from hf_pss.models.selection.layouts import (
 from hf_pss.models.selection.survey import Site, is_linear, survey
 from hf_pss.models.selection.views import MatrixView, Selection
 
-__all__ = [
-    "example_pattern",
-    "matrices_of",
-    "what_to_do",
-    "why_empty",
-    "why_unusable",
-    "why_unwanted",
-]
-
 _EXPERTS_CLASS = re.compile(r"Experts?$")
 _MAX_REASONS = 4
 _LORA_KIND = "LORA"  # a name in peft.PeftType

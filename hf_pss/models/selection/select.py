@@ -21,8 +21,6 @@ from hf_pss.models.selection.parameter_rules import (
 from hf_pss.models.selection.survey import Site, survey
 from hf_pss.models.selection.views import Exclusion, MatrixView, Role, Selection
 
-__all__ = ["select_matrices"]
-
 _ROLES: tuple[Role, ...] = get_args(Role)
 
 

@@ -12,15 +12,6 @@ from torch import Tensor, nn
 
 from hf_pss.models.selection.layouts import class_names, stores_inputs_first
 
-__all__ = [
-    "Site",
-    "canonical_name",
-    "find_blocks",
-    "is_linear",
-    "named_parameters_canonical",
-    "survey",
-]
-
 # Prefixes of torch.compile, activation checkpointing and FSDP1. DDP's `module.` is removed only at
 # the start, because further inside it may be a name in the model.
 _WRAPPERS = re.compile(

@@ -14,8 +14,6 @@ from hf_pss.errors import SelectionError
 from hf_pss.models.selection.layouts import RowPattern
 from hf_pss.models.selection.pairs import AdapterView
 
-__all__ = ["Exclusion", "MatrixView", "Piece", "Role", "Selection"]
-
 Role: TypeAlias = Literal["attention", "mlp"]
 
 _BLOCK_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
