@@ -100,51 +100,33 @@ class Log(SmoothingFunction):
         return spectrum.move_dominant(s * (1 + (spectrum.sigma / s).log()))
 
 
-@dataclass(frozen=True, slots=True)
 class Softplus(SmoothingFunction):
     """φ(σ) = c − T softplus((s − σ)/T) with c = s + T ln 2: a soft minimum of σ and a cap.
 
-    The cap c is chosen so that φ(s) = s. It follows that s ≤ φ(σ) ≤ min(σ, c).
+    T is s. The cap c is chosen so that φ(s) = s. It follows that s ≤ φ(σ) ≤ min(σ, c).
     """
-
-    temperature: float = 1.0
-    """T in units of s. With a small T this function flattens like `Clip`."""
-
-    def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"temperature={self.temperature}", "a number above 0")
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
-        s, t = spectrum.reference, self.temperature
+        s = spectrum.reference
         x = spectrum.sigma / s
-        return spectrum.move_dominant(
-            s * (1 + t * (math.log(2) - functional.softplus((1 - x) / t)))
-        )
+        return spectrum.move_dominant(s * (1 + (math.log(2) - functional.softplus(1 - x))))
 
 
-@dataclass(frozen=True, slots=True)
 class Convolution(SmoothingFunction):
-    """φ(σ)_i = mean of σ_{i−h} … σ_{i+h} over the k dominant values and s, mirrored at both ends.
+    """φ(σ)_i = mean of σ_{i−1}, σ_i, σ_{i+1} over the k dominant values and s, mirrored.
 
     φ keeps the sum of these k + 1 values, and all of them stay between s and σ₁. The mean includes
     s, which therefore rises. Without s, φ would be the identity for k = 1, which is the worst
-    collapse. h is at most k, because a wider window would wrap around and reverse the order.
+    collapse.
     """
-
-    width: int = 3
-    """2h + 1, which is odd."""
-
-    def __post_init__(self) -> None:
-        odd = self.width >= 3 and self.width % 2 == 1
-        _require(odd, f"width={self.width}", "an odd number of at least 3")
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
         index, k = spectrum.index(), spectrum.rank.unsqueeze(-1)
         last = k.clamp(max=spectrum.sigma.shape[-1] - 1)  # a 1×n matrix has no reference value
-        half = (self.width - 1) // 2
         total, count = torch.zeros_like(spectrum.sigma), torch.zeros_like(k)
-        for offset in range(-half, half + 1):
+        for offset in (-1, 0, 1):
             mirrored = (index + offset) % (2 * last + 2)
             mirrored = torch.minimum(mirrored, 2 * last + 1 - mirrored)
             used = last >= abs(offset)
@@ -153,43 +135,21 @@ class Convolution(SmoothingFunction):
         return torch.where(index <= last, total / count, spectrum.sigma)
 
 
-@dataclass(frozen=True, slots=True)
 class Softmax(SmoothingFunction):
-    """φ(σ)_i = Σσ · softmax(σ/T)_i over the k dominant values and s.
+    """φ(σ)_i = Σσ · softmax(σ/σ₁)_i over the k dominant values and s.
 
     φ keeps the sum of these k + 1 values. They include s for the reason given in `Convolution`.
-    With T ≥ σ₁ the ratios e^((σ_i−σ_j)/T) are at most σ_i/σ_j, so all values stay between s and σ₁.
+    The ratios e^((σ_i−σ_j)/σ₁) are at most σ_i/σ_j, so all values stay between s and σ₁.
     """
-
-    temperature: float = 1.0
-    """T in units of σ₁, at least 1. With a large T all values become equal to their mean."""
-
-    def __post_init__(self) -> None:
-        _require(self.temperature >= 1, f"temperature={self.temperature}", "1 or more")
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
         sigma = spectrum.sigma
         window = spectrum.index() <= spectrum.rank.unsqueeze(-1)
-        logits = sigma / (self.temperature * sigma[..., :1])
+        logits = sigma / sigma[..., :1]
         share = torch.where(window, logits, -math.inf).softmax(dim=-1)
         total = torch.where(window, sigma, 0.0).sum(dim=-1, keepdim=True)
         return torch.where(window, total * share, sigma)
-
-
-@dataclass(frozen=True, slots=True)
-class Cap(SmoothingFunction):
-    """φ(σ) = min(σ, β) for every value, dominant or not. This is a cap on the spectral norm."""
-
-    level: float = 1.0
-    """β, in the units of the matrix."""
-
-    def __post_init__(self) -> None:
-        _require(self.level > 0, f"level={self.level}", "a number above 0")
-
-    def __call__(self, spectrum: Spectrum) -> Tensor:
-        """Return the new values (..., K)."""
-        return spectrum.sigma.clamp(max=self.level)
 
 
 class Hammer(SmoothingFunction):
@@ -218,8 +178,10 @@ class StableRankCap(SmoothingFunction):
     of noise of its shape."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.floor, float | int):
-            _require(self.floor >= 1, f"floor={self.floor}", "a stable rank of at least 1")
+        if isinstance(self.floor, float | int) and not self.floor >= 1:
+            raise ConfigurationError(
+                f"You gave floor={self.floor}; give a stable rank of at least 1."
+            )
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -299,16 +261,10 @@ SMOOTHING_FUNCTIONS: dict[str, Callable[[], SmoothingFunction]] = {
     "softplus": Softplus,
     "convolution": Convolution,
     "softmax": Softmax,
-    "cap": Cap,
     "hammer": Hammer,
     "stable_rank_cap": StableRankCap,
     "polar": PolarReset,
 }
-
-
-def _require(condition: bool, given: str, allowed: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"You gave {given}; give {allowed}.")
 
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -17,10 +17,10 @@ from hf_pss.health.spectrum_metrics import (
     quick_low_rank_distance,
 )
 from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 BOTH = [low_rank_distance, quick_low_rank_distance]
 # Shares in [0, 1], so absolute.
 TOLERANCE = 4e-7  # 2.0e-7

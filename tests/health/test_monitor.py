@@ -22,7 +22,7 @@ from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.metrics import PRESETS, Cost
 from hf_pss.health.monitor import HealthMonitor, describe
 from hf_pss.linalg import effective_rank, stable_rank
-from hf_pss.models.distributed import OneProcess, Zero
+from hf_pss.models.distributed import Backend, Zero
 from hf_pss.models.selection import Selection, named_parameters_canonical, select_matrices
 from hf_pss.records.steps import HealthReading
 
@@ -134,7 +134,7 @@ def test_a_reading_says_how_many_estimates_are_stale() -> None:
     torch.manual_seed(0)
     model = gpt2()
     parameters = named_parameters_canonical(model)
-    monitor = HealthMonitor(select_matrices(model), OneProcess(), "light", every_steps=1)
+    monitor = HealthMonitor(select_matrices(model), Backend(), "light", every_steps=1)
     found = []
     for step in (1, 2):
         reading = monitor.after_update(step, parameters)
@@ -149,7 +149,7 @@ def test_a_reading_says_how_many_estimates_are_stale() -> None:
 def test_the_reference_of_the_preconditioner_restarts_after_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monitor = HealthMonitor(Selection((), ()), OneProcess(), "standard")
+    monitor = HealthMonitor(Selection((), ()), Backend(), "standard")
 
     def warned(*conditions: float) -> list[str]:
         caplog.clear()
@@ -215,7 +215,7 @@ def test_spike_scores_survive_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_state_is_refused_whole_or_taken_whole() -> None:
-    monitor = HealthMonitor(Selection((), ()), OneProcess(), "light")
+    monitor = HealthMonitor(Selection((), ()), Backend(), "light")
     monitor.restore(json.loads(json.dumps(monitor.state())))
     with pytest.raises(StateError):
         monitor.restore({"version": 1})
@@ -231,7 +231,7 @@ def test_the_worst_matrix_is_named() -> None:
 
 def test_a_negative_number_of_steps_and_an_unknown_preset_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="every_steps"):
-        HealthMonitor(Selection((), ()), OneProcess(), "light", every_steps=-1)
+        HealthMonitor(Selection((), ()), Backend(), "light", every_steps=-1)
     with pytest.raises(ConfigurationError, match="health"):
         PSSConfig.preset("paper", health="heavy")  # type: ignore[arg-type]
     assert PSSConfig.preset("paper", health=False).health == "off"  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 
 from hf_pss.health.sign_diversity import SignDiversityMeter, sign_diversity, spectral_alignment
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 COSINE_TOLERANCE = 3e-7  # 1.0e-7
 DIVERSITY_TOLERANCE = 6e-8  # 2.0e-8
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from hf_pss.errors import ConfigurationError
 from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter
 from hf_pss.health.subspace_rounds import power_round
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 EXACT_TOLERANCE = 4e-7  # 1.4e-7
 COSINE_TOLERANCE = 1.8e-7  # 6.1e-8
 # Noise of side 16 that moves by 1 % of its norm a call, one round each: no gap to converge by.

@@ -157,14 +157,12 @@ def steps_by_name(name: str, children: Mapping[str, frozenset[str]]) -> Steps:
     # The name of a bare parameter also counts, such as relative_position_bias_table.
     modules = name.removesuffix(".weight").split(".", _MOST_PARTS)
     block = next((i for i, part in enumerate(modules) if part.isdecimal()), -1)
-    return tuple(
-        (modules[i], _likely_class(children.get(".".join(modules[: i + 1]), frozenset())))
-        for i in range(len(modules) - 1, block, -1)
-    )
-
-
-def _likely_class(children: frozenset[str]) -> str:
-    return next((name for needed, name in _CLASS_BY_CHILDREN if needed <= children), "")
+    steps = []
+    for i in range(len(modules) - 1, block, -1):
+        held = children.get(".".join(modules[: i + 1]), frozenset())
+        likely = (class_name for needed, class_name in _CLASS_BY_CHILDREN if needed <= held)
+        steps.append((modules[i], next(likely, "")))
+    return tuple(steps)
 
 
 def role_of(steps: Steps) -> Role | None:
