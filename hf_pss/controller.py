@@ -30,7 +30,7 @@ from hf_pss.health.monitor import HealthMonitor
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
 from hf_pss.models.distributed import Backend
-from hf_pss.models.intervention import ModelSmoother
+from hf_pss.models.intervention import EvaluateLoss, ModelSmoother
 from hf_pss.models.measurements import Measurements
 from hf_pss.models.option_checks import (
     nothing_to_watch,
@@ -40,7 +40,6 @@ from hf_pss.models.option_checks import (
     tries_interventions,
 )
 from hf_pss.models.selection import Selection
-from hf_pss.models.trial import EvaluateLoss
 from hf_pss.models.triggers import Triggers
 from hf_pss.records.events import Event, EventKind, Intervention, Record
 from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line

@@ -17,10 +17,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from hf_pss import PSSConfig, PSSController, PSSTrainer, select_matrices
 from hf_pss.linalg import Clip, smooth_product, stable_rank
 from hf_pss.models.adapters import frozen_collapses, measure_adapter_spectra, smooth_adapters_
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import AdapterView, named_parameters_canonical
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 # Of s·B·A against the SVD of the product that PEFT itself materialises; relative to σ₁.
 PRODUCT = 1e-5  # 1.1e-6
 RANK = 1e-5  # 1.6e-6, relative
@@ -254,7 +254,7 @@ def test_the_bases_of_experts_are_measured() -> None:
     }
 
 
-class Mastered(OneProcess):
+class Mastered(Backend):
     """As ZeRO: what the forward reads is a bf16 copy of what the optimizer updates."""
 
     def __init__(self, masters: dict[int, Tensor]) -> None:

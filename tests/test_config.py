@@ -113,8 +113,8 @@ def test_the_words_are_those_of_the_registries() -> None:
             accepted.append(PSSConfig(smoothing=name).smoothing)
         except ConfigurationError:
             continue
-    # `cap` needs a level of its own; the floor uses the stable-rank cap by itself.
-    assert set(SMOOTHING_FUNCTIONS) - set(accepted) <= {"cap", "stable_rank_cap"}
+    # The floor uses the stable-rank cap by itself.
+    assert set(SMOOTHING_FUNCTIONS) - set(accepted) <= {"stable_rank_cap"}
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from hf_pss import NonFiniteError, PSSConfig, PSSController
 from hf_pss.detection import Verdict
 from hf_pss.detection.policy import Action
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.records.events import Event, Intervention
 
 SPIKE_CONFIG = PSSConfig.preset("paper", calibration_steps=2, cooldown_steps=0)
 
 
-class TooLate(OneProcess):
+class TooLate(Backend):
     """As ZeRO: the update has happened when its norm is known."""
 
     can_hold_back: ClassVar[bool] = False
@@ -197,7 +197,7 @@ def test_norms_may_be_tensors_floats_or_none() -> None:
 
 
 def test_one_read_brings_all_numbers_to_the_host() -> None:
-    class Counting(OneProcess):
+    class Counting(Backend):
         reads = 0
 
         def agree(self, values: Tensor) -> list[float]:

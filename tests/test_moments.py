@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from hf_pss import PSSConfig, PSSController
 from hf_pss.errors import ConfigurationError
-from hf_pss.models.optimizer_state import FIRST_MOMENTS
+from hf_pss.models.smoother import FIRST_MOMENTS
 
 # Worst share of a moment along the edit that `project` left, both optimizers: 6.4e-7 measured.
 LEFT_OVER = 2e-6

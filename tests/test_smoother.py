@@ -14,12 +14,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hf_pss.config import SmoothingName
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Clip
 from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 from hf_pss.models.smoother import smooth_matrices_
 from hf_pss.records.events import MatrixChange
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 # Relative to σ₁, against a full SVD in float64, worst over the matrices of the models below.
 EDIT_TOLERANCE = 2e-6  # measured 1.0e-6
 SIGMA_TOLERANCE = 1e-5  # measured 4.7e-6

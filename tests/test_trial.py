@@ -14,8 +14,8 @@ from trained import language, loss_of, trained_gpt2
 from hf_pss import PSSConfig, PSSController, config
 from hf_pss.config import PRESETS
 from hf_pss.detection.policy import Action
-from hf_pss.models.distributed import OneProcess
-from hf_pss.models.trial import Trial
+from hf_pss.models.distributed import Backend
+from hf_pss.models.intervention import Trial
 from hf_pss.records.events import Intervention, from_json_line, to_json_line
 
 ROWS = language(0, 64)
@@ -133,7 +133,7 @@ def test_the_decision(losses: tuple[float | None, ...], is_kept: bool) -> None:
     weight = model.weight
     weight.data.fill_(1.0)
     given = iter(losses)
-    trial = Trial(lambda: next(given), model, OneProcess(), 0.002, keeps_untried=False)
+    trial = Trial(lambda: next(given), model, Backend(), 0.002, keeps_untried=False)
     trial.before_write(["weight"])
     weight.data.fill_(2.0)
     assert trial.is_kept() is is_kept

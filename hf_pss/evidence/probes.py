@@ -16,8 +16,10 @@ from hf_pss.health.probe_meters import (
     SpectralNormMeter,
     measure_jacobian_energies,
 )
+from hf_pss.linalg import quick_stable_rank
+from hf_pss.models.batching import measure_each
 from hf_pss.models.distributed import backend_for
-from hf_pss.models.measurements import UpdateMeter, measure_stable_ranks
+from hf_pss.models.measurements import UpdateMeter
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 from hf_pss.records.strict_json import finite_or_none
 from hf_pss.trainer.callback import PSSCallback
@@ -108,7 +110,7 @@ class Probes(TimedCallback):
         if not self._is_due:
             return False
         parameters = named_parameters_canonical(self.model)
-        ranks = measure_stable_ranks(self._views, parameters, self._backend)
+        ranks = measure_each(self._views, parameters, self._backend, quick_stable_rank)
         self._note("stable_rank", ranks.values(), min)
         norms = self._norms.measure(parameters)
         growths = (norms[name].sigma / first for name, first in self._first.items())

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hf_pss.inspection.matrices import StoredMatrix
 from hf_pss.linalg import frobenius_norm, noise_stable_rank, spectral_norm
-from hf_pss.linalg.krylov import product
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import unit_scaled
+from hf_pss.linalg.triplets import product
 from hf_pss.models.selection.by_name import Place
 from hf_pss.runs.safetensors_files import PIECE_BYTES, MatrixReader, TensorEntry, read_pieces
 

@@ -1,7 +1,6 @@
 """Numerics: norms, ranks, singular triplets, polar factors and spectral smoothing of matrices."""
 
 from hf_pss.linalg.editing import Smoothed as Smoothed
-from hf_pss.linalg.editing import SmoothedProduct as SmoothedProduct
 from hf_pss.linalg.editing import SmoothingStatus as SmoothingStatus
 from hf_pss.linalg.editing import product_triplets as product_triplets
 from hf_pss.linalg.editing import smooth_product as smooth_product
@@ -13,21 +12,11 @@ from hf_pss.linalg.norms import quick_stable_rank as quick_stable_rank
 from hf_pss.linalg.norms import spectral_norm as spectral_norm
 from hf_pss.linalg.norms import stable_rank as stable_rank
 from hf_pss.linalg.polar import POLYNOMIAL_SCHEDULES as POLYNOMIAL_SCHEDULES
-from hf_pss.linalg.polar import PolynomialSchedule as PolynomialSchedule
 from hf_pss.linalg.polar import newton_schulz as newton_schulz
-from hf_pss.linalg.polar import polar_factor as polar_factor
 from hf_pss.linalg.smoothing import SMOOTHING_FUNCTIONS as SMOOTHING_FUNCTIONS
 from hf_pss.linalg.smoothing import Anchored as Anchored
-from hf_pss.linalg.smoothing import Cap as Cap
 from hf_pss.linalg.smoothing import Clip as Clip
-from hf_pss.linalg.smoothing import Convolution as Convolution
-from hf_pss.linalg.smoothing import Hammer as Hammer
-from hf_pss.linalg.smoothing import Log as Log
-from hf_pss.linalg.smoothing import PolarReset as PolarReset
 from hf_pss.linalg.smoothing import SmoothingFunction as SmoothingFunction
-from hf_pss.linalg.smoothing import Softmax as Softmax
-from hf_pss.linalg.smoothing import Softplus as Softplus
-from hf_pss.linalg.smoothing import Spectrum as Spectrum
 from hf_pss.linalg.smoothing import StableRankCap as StableRankCap
 from hf_pss.linalg.triplets import Triplets as Triplets
 from hf_pss.linalg.triplets import leading_triplets as leading_triplets

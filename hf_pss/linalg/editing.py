@@ -15,7 +15,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.norms import frobenius_norm, spectral_norm
 from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.linalg.smoothing import SmoothingFunction, Spectrum
-from hf_pss.linalg.triplets import DEFAULT_ROUNDS, Triplets, leading_triplets
+from hf_pss.linalg.triplets import Triplets, leading_triplets
 
 # The number of rounds to measure σ₁ after the edit. The edit leaves equal leading values, and for
 # these the iteration converges slowest. On the capped matrices of SmolLM2-135M σ₁ was too low by at
@@ -55,9 +55,7 @@ class Smoothed:
     gain: Tensor
     """(...): the factor on the whole matrix after the edit. It is 1 unless ‖W‖_F is kept."""
     v: Tensor
-    """(..., n, K), right singular vectors. They are a good `start` for the next call."""
-    residual: Tensor
-    """(..., K), as in `Triplets`."""
+    """(..., n, K), right singular vectors in columns."""
     rank: Tensor
     """(...) int64: k, the number of values that counted as dominant."""
     stable_rank_before: Tensor
@@ -79,8 +77,6 @@ def smooth_spectrum(
     *,
     max_rank: int = 32,
     keep_frobenius: bool = False,
-    start: Tensor | None = None,
-    num_rounds: int = DEFAULT_ROUNDS,
     check_finite: bool = True,
 ) -> Smoothed:
     """Smooth the dominant singular values: W* = W + U_k (φ(Σ_k) − Σ_k) V_kᵀ (arXiv 2602.01308).
@@ -105,8 +101,6 @@ def smooth_spectrum(
         max_rank: The largest number of values that may move. A φ of the whole
             spectrum has no such limit.
         keep_frobenius: Whether to rescale each changed matrix to its previous ‖W‖_F.
-        start: (..., n, b), guesses for v, as in `leading_triplets`.
-        num_rounds: Rounds of Krylov iteration, as in `leading_triplets`.
         check_finite: Whether to raise on NaN and inf, which costs one device-to-host read.
 
     Raises:
@@ -122,12 +116,9 @@ def smooth_spectrum(
     m, n = weight.shape[-2:] if weight.ndim >= 2 else (0, 0)
     size = min(m, n)
     num_values = max(1, size if phi.whole_spectrum else min(max_rank + 1, size))
-    triplets = leading_triplets(
-        weight, num_values, start=start, num_rounds=num_rounds, check_finite=check_finite
-    )
-    tail = _tail(weight, triplets)
-    num_values = triplets.sigma.shape[-1]
+    triplets = leading_triplets(weight, num_values, check_finite=check_finite)
     matrix = weight.detach().to(triplets.sigma.dtype)
+    tail = _tail(matrix, triplets)
     plan = plan_values(
         triplets.sigma, tail, phi, max_rank=max_rank, keep_frobenius=keep_frobenius, shape=(m, n)
     )
@@ -144,7 +135,6 @@ def smooth_spectrum(
     if not triplets.is_exact:
         measured = spectral_norm(edited, num_rounds=_MEASURING_ROUNDS)
         largest = torch.where(changed, torch.maximum(measured, largest), largest)
-    down_to_last = (after[..., 0] <= sigma[..., -1]) & (num_values < size)
     return Smoothed(
         weight=edited,
         u=triplets.u,
@@ -153,13 +143,12 @@ def smooth_spectrum(
         sigma_target=after,
         gain=gain,
         v=triplets.v,
-        residual=triplets.residual,
         rank=plan.rank,
         stable_rank_before=_stable_rank(sigma, tail),
         spectral_norm_after=largest,
         stable_rank_after=_stable_rank(values_after, tail * gain, largest),
         changed=changed,
-        status=status_of(plan.deficient, changed, down_to_last),
+        status=plan.status,
     )
 
 
@@ -175,8 +164,8 @@ class Plan:
     """(...) int64: k."""
     changed: Tensor
     """(...) bool."""
-    deficient: Tensor
-    """(...) bool: whether the reference level is zero to rounding."""
+    status: Tensor
+    """(...) int64: one `SmoothingStatus` for each matrix."""
 
 
 def plan_values(
@@ -203,7 +192,8 @@ def plan_values(
     rank = rank.clamp(1, max(1, min(max_rank, num_values - 1)))
     spectrum = Spectrum(sigma, rank, tail, shape)
     after = phi(spectrum)
-    if num_values < min(shape):
+    is_partial = num_values < min(shape)
+    if is_partial:
         after = torch.maximum(after, sigma[..., -1:])
     rounding = spectrum.rounding
     deficient = ((spectrum.reference <= rounding) | (after[..., :1] <= rounding)).squeeze(-1)
@@ -213,15 +203,19 @@ def plan_values(
     if keep_frobenius:
         before_to_after = spectrum.frobenius / replace(spectrum, sigma=after).frobenius
         gain = torch.where(changed, before_to_after, 1.0)
-    return Plan(after, gain, spectrum.rank, changed, deficient)
+    status = changed.to(torch.int64) * SmoothingStatus.SMOOTHED
+    if is_partial:
+        down_to_last = changed & (after[..., 0] <= sigma[..., -1])
+        status = torch.where(down_to_last, int(SmoothingStatus.TRUNCATED), status)
+    status = torch.where(deficient, int(SmoothingStatus.RANK_DEFICIENT), status)
+    return Plan(after, gain, rank, changed, status)
 
 
-def _tail(weight: Tensor, triplets: Triplets) -> Tensor:
+def _tail(matrix: Tensor, triplets: Triplets) -> Tensor:
     """Return ‖W − UΣVᵀ‖_F. For a collapsed matrix ‖W‖_F² − Σσ² would be only rounding."""
     u, sigma, v = triplets.u, triplets.sigma, triplets.v
-    if sigma.shape[-1] == min(weight.shape[-2:]):
+    if sigma.shape[-1] == min(matrix.shape[-2:]):
         return torch.zeros_like(sigma[..., 0])
-    matrix = weight.detach().to(sigma.dtype)
     return frobenius_norm(_plus_product(matrix, u * -sigma.unsqueeze(-2), v))
 
 
@@ -244,14 +238,6 @@ def _stable_rank(values: Tensor, tail: Tensor, largest: Tensor | None = None) ->
     return torch.where(largest > 0, ratios.square(), 0.0).sum(dim=-1)
 
 
-def status_of(deficient: Tensor, changed: Tensor, down_to_last: Tensor) -> Tensor:
-    """Return the `SmoothingStatus` of each matrix."""
-    status = torch.full_like(changed, int(SmoothingStatus.UNCHANGED), dtype=torch.int64)
-    status = torch.where(changed, int(SmoothingStatus.SMOOTHED), status)
-    status = torch.where(changed & down_to_last, int(SmoothingStatus.TRUNCATED), status)
-    return torch.where(deficient, int(SmoothingStatus.RANK_DEFICIENT), status)
-
-
 @dataclass(frozen=True, slots=True)
 class SmoothedProduct:
     """The factors after `smooth_product`, and the changes of their product's spectrum."""
@@ -266,8 +252,6 @@ class SmoothedProduct:
     """(..., K), the singular values of s·B*·A* before rounding."""
     rank: Tensor
     """(...) int64: k, the number of values that counted as dominant."""
-    changed: Tensor
-    """(...) bool."""
     status: Tensor
     """(...) int64: one `SmoothingStatus` for each product."""
 
@@ -296,7 +280,7 @@ def product_triplets(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tripl
     if scaling < 0:
         u = -u
     sigma = b.restore(a.restore(sigma)) * abs(scaling)
-    return Triplets(u=u, sigma=sigma, v=v, residual=sigma * 0.0, is_exact=True)
+    return Triplets(u=u, sigma=sigma, v=v, is_exact=True)
 
 
 def smooth_product(
@@ -354,6 +338,5 @@ def smooth_product(
         sigma_before=triplets.sigma,
         sigma_after=torch.where(finite.unsqueeze(-1), after, torch.nan),
         rank=plan.rank,
-        changed=plan.changed,
-        status=status_of(plan.deficient, plan.changed, torch.zeros_like(plan.changed)),
+        status=plan.status,
     )

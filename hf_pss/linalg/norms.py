@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg.krylov import cold_start, krylov_space
 from hf_pss.linalg.scaling import UnitScaled, unit_scaled
+from hf_pss.linalg.triplets import cold_start, krylov_space
 
 # A block of 4 columns and five multiplications by WᵀW. Of all variants these had the smallest error
 # at equal time (2026-11-20, torch 2.13, 1 thread). The others were different blocks, plain power
@@ -158,7 +158,7 @@ def _spectral(scaled: UnitScaled, num_rounds: int | None) -> Tensor:
     tall = weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
     y = tall
     if tall.shape[-1] > _SMALL:
-        y = krylov_space(tall, cold_start(tall, _BLOCK), num_rounds).core
+        _, y, _ = krylov_space(tall, cold_start(tall, _BLOCK), num_rounds)
     return _largest_eigenvalue(y.mT @ y).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""The polar factor UVᵀ of W = UΣVᵀ, exactly and by polynomial iteration (Newton–Schulz).
+"""The polar factor UVᵀ of W = UΣVᵀ, by polynomial iteration (Newton–Schulz).
 
 The table of schedules holds the coefficients, their source and the measured band of the result.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg.scaling import compute_dtype, require_finite, require_matrix, unit_scaled
+from hf_pss.linalg.scaling import compute_dtype, require_matrix
 
 Triple = tuple[float, float, float]
 
@@ -45,88 +45,53 @@ def _with_safety(coefficients: tuple[Triple, ...], factor: float) -> tuple[Tripl
     return (*((a / factor, b / factor**3, c / factor**5) for a, b, c in first), last)
 
 
-_KELLER = PolynomialSchedule(
-    coefficients=((3.4445, -4.7750, 2.0315),) * 5,
-    source="K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/",
-    interval=(3e-3, 1.0),
-    band=(0.6818, 1.2024),
-)
-
-_POLAR_EXPRESS = PolynomialSchedule(
-    coefficients=_with_safety(
-        (
-            (8.28721201814563, -23.595886519098837, 17.300387312530933),
-            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-            (1.875, -1.25, 0.375),
-        ),
-        factor=1.01,
-    ),
-    source="Amsel, Persson, Musco & Gower 2025, arXiv 2505.16932, algorithm 1 (safety 1.01)",
-    interval=(1e-3, 1.0),
-    band=(1 - 1e-14, 1 + 1e-14),
-)
-
-_POLAR_EXPRESS_4 = PolynomialSchedule(
-    coefficients=_with_safety(
-        (
-            (8.219101105846395, -23.40195672053618, 17.15819894322091),
-            (4.004876059148972, -2.922346774508395, 0.549118526726345),
-            (3.5235614361928365, -2.6398035290594555, 0.5272128341911068),
-            (2.5115271663527294, -1.8524483560830054, 0.43883263558021046),
-        ),
-        factor=1.01,
-    ),
-    source="Ours: the same algorithm, for four steps and singular values from 3e-3 on. Its band is "
-    "narrower than that of Keller's five steps",
-    interval=(3e-3, 1.0),
-    band=(0.7740, 1.2070),
-)
-
-_CLASSIC = PolynomialSchedule(
-    coefficients=((15 / 8, -10 / 8, 3 / 8),) * 12,
-    source="Björck & Bowie 1971, SIAM J. Numer. Anal. 8(2), the iteration of order 3",
-    interval=(3e-3, 1.0),
-    band=(1 - 5e-11, 1 + 1e-14),
-)
-
 POLYNOMIAL_SCHEDULES: dict[str, PolynomialSchedule] = {
-    "keller": _KELLER,
-    "polar_express": _POLAR_EXPRESS,
-    "polar_express_4": _POLAR_EXPRESS_4,
-    "classic": _CLASSIC,
+    "keller": PolynomialSchedule(
+        coefficients=((3.4445, -4.7750, 2.0315),) * 5,
+        source="K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/",
+        interval=(3e-3, 1.0),
+        band=(0.6818, 1.2024),
+    ),
+    "polar_express": PolynomialSchedule(
+        coefficients=_with_safety(
+            (
+                (8.28721201814563, -23.595886519098837, 17.300387312530933),
+                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+                (1.875, -1.25, 0.375),
+            ),
+            factor=1.01,
+        ),
+        source="Amsel, Persson, Musco & Gower 2025, arXiv 2505.16932, algorithm 1 (safety 1.01)",
+        interval=(1e-3, 1.0),
+        band=(1 - 1e-14, 1 + 1e-14),
+    ),
+    "polar_express_4": PolynomialSchedule(
+        coefficients=_with_safety(
+            (
+                (8.219101105846395, -23.40195672053618, 17.15819894322091),
+                (4.004876059148972, -2.922346774508395, 0.549118526726345),
+                (3.5235614361928365, -2.6398035290594555, 0.5272128341911068),
+                (2.5115271663527294, -1.8524483560830054, 0.43883263558021046),
+            ),
+            factor=1.01,
+        ),
+        source="Ours: the same algorithm, for four steps and singular values from 3e-3 on. Its "
+        "band is narrower than that of Keller's five steps",
+        interval=(3e-3, 1.0),
+        band=(0.7740, 1.2070),
+    ),
+    "classic": PolynomialSchedule(
+        coefficients=((15 / 8, -10 / 8, 3 / 8),) * 12,
+        source="Björck & Bowie 1971, SIAM J. Numer. Anal. 8(2), the iteration of order 3",
+        interval=(3e-3, 1.0),
+        band=(1 - 5e-11, 1 + 1e-14),
+    ),
 }
-
-
-def polar_factor(weight: Tensor) -> Tensor:
-    """Return UVᵀ, the semi-orthogonal matrix that is nearest to W (Higham 2008, theorem 8.4).
-
-    For a rank-deficient W the result is the partial isometry U_ρV_ρᵀ of the ρ singular values above
-    σ₁·max(m, n)·ε. For the zero matrix it is zero.
-
-    Args:
-        weight: (..., m, n), any real floating dtype.
-
-    Returns:
-        The polar factor, (..., m, n), float32, or float64 for float64.
-
-    Raises:
-        NonFiniteError: A matrix holds NaN or inf. The check reads from the device once.
-
-    >>> polar_factor(torch.diag(torch.tensor([4.0, 0.5]))).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
-    """
-    scaled = unit_scaled(weight)
-    require_finite(scaled)
-    u, sigma, vh = torch.linalg.svd(scaled.matrix, full_matrices=False)
-    rounding = max(weight.shape[-2:]) * torch.finfo(sigma.dtype).eps
-    kept = sigma > rounding * sigma[..., :1]
-    factor: Tensor = (u * kept.unsqueeze(-2)) @ vh
-    return factor
 
 
 def newton_schulz(
@@ -160,7 +125,12 @@ def newton_schulz(
     >>> newton_schulz(torch.diag(torch.tensor([4.0, 0.5]))).round(decimals=4).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    steps = _schedule(schedule).steps(_positive(num_steps))
+    if schedule not in POLYNOMIAL_SCHEDULES:
+        known = ", ".join(POLYNOMIAL_SCHEDULES)
+        raise ConfigurationError(f"You gave schedule={schedule!r}; choose one of {known}.")
+    if num_steps is not None and num_steps < 1:
+        raise ConfigurationError(f"You gave num_steps={num_steps}; give 1 or more, or None.")
+    steps = POLYNOMIAL_SCHEDULES[schedule].steps(num_steps)
     require_matrix(weight)
     result_dtype = compute_dtype(weight)
     x = _of_unit_norm(weight.detach(), dtype or result_dtype).flatten(0, -3)
@@ -272,16 +242,3 @@ def _multiply_add(
         return left @ right
     multiply = torch.addmm if y.ndim == 2 else torch.baddbmm
     return multiply(y, left, right, beta=beta, alpha=alpha)
-
-
-def _schedule(name: str) -> PolynomialSchedule:
-    if name not in POLYNOMIAL_SCHEDULES:
-        known = ", ".join(POLYNOMIAL_SCHEDULES)
-        raise ConfigurationError(f"You gave schedule={name!r}; choose one of {known}.")
-    return POLYNOMIAL_SCHEDULES[name]
-
-
-def _positive(num_steps: int | None) -> int | None:
-    if num_steps is not None and num_steps < 1:
-        raise ConfigurationError(f"You gave num_steps={num_steps}; give 1 or more, or None.")
-    return num_steps

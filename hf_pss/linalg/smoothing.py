@@ -9,10 +9,10 @@ values and never raises σ_1.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -70,33 +70,29 @@ class Spectrum:
         return torch.where(self.index() < self.rank.unsqueeze(-1), held, self.sigma)
 
 
-class SmoothingFunction(Protocol):
+class SmoothingFunction(ABC):
     """A map φ on leading singular values, batched and pure. It does not use the matrix itself."""
 
     @property
     def whole_spectrum(self) -> bool:
         """Whether φ needs all min(m, n) values."""
+        return False
 
+    @abstractmethod
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K), descending. You may assume that s is positive."""
 
 
-@dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(SmoothingFunction):
     """φ(σ) = s for the dominant values."""
-
-    whole_spectrum: ClassVar[bool] = False
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
         return spectrum.move_dominant(spectrum.reference)
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(SmoothingFunction):
     """φ(σ) = s (1 + ln(σ/s)). φ(σ) ≈ σ near s, and s ≤ φ ≤ σ because ln x ≤ x − 1."""
-
-    whole_spectrum: ClassVar[bool] = False
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -104,53 +100,33 @@ class Log:
         return spectrum.move_dominant(s * (1 + (spectrum.sigma / s).log()))
 
 
-@dataclass(frozen=True, slots=True)
-class Softplus:
+class Softplus(SmoothingFunction):
     """φ(σ) = c − T softplus((s − σ)/T) with c = s + T ln 2: a soft minimum of σ and a cap.
 
-    The cap c is chosen so that φ(s) = s. It follows that s ≤ φ(σ) ≤ min(σ, c).
+    T is s. The cap c is chosen so that φ(s) = s. It follows that s ≤ φ(σ) ≤ min(σ, c).
     """
-
-    temperature: float = 1.0
-    """T in units of s. With a small T this function flattens like `Clip`."""
-    whole_spectrum: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"temperature={self.temperature}", "a number above 0")
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
-        s, t = spectrum.reference, self.temperature
+        s = spectrum.reference
         x = spectrum.sigma / s
-        return spectrum.move_dominant(
-            s * (1 + t * (math.log(2) - functional.softplus((1 - x) / t)))
-        )
+        return spectrum.move_dominant(s * (1 + (math.log(2) - functional.softplus(1 - x))))
 
 
-@dataclass(frozen=True, slots=True)
-class Convolution:
-    """φ(σ)_i = mean of σ_{i−h} … σ_{i+h} over the k dominant values and s, mirrored at both ends.
+class Convolution(SmoothingFunction):
+    """φ(σ)_i = mean of σ_{i−1}, σ_i, σ_{i+1} over the k dominant values and s, mirrored.
 
     φ keeps the sum of these k + 1 values, and all of them stay between s and σ₁. The mean includes
     s, which therefore rises. Without s, φ would be the identity for k = 1, which is the worst
-    collapse. h is at most k, because a wider window would wrap around and reverse the order.
+    collapse.
     """
-
-    width: int = 3
-    """2h + 1, which is odd."""
-    whole_spectrum: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        odd = self.width >= 3 and self.width % 2 == 1
-        _require(odd, f"width={self.width}", "an odd number of at least 3")
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
         index, k = spectrum.index(), spectrum.rank.unsqueeze(-1)
         last = k.clamp(max=spectrum.sigma.shape[-1] - 1)  # a 1×n matrix has no reference value
-        half = (self.width - 1) // 2
         total, count = torch.zeros_like(spectrum.sigma), torch.zeros_like(k)
-        for offset in range(-half, half + 1):
+        for offset in (-1, 0, 1):
             mirrored = (index + offset) % (2 * last + 2)
             mirrored = torch.minimum(mirrored, 2 * last + 1 - mirrored)
             used = last >= abs(offset)
@@ -159,52 +135,25 @@ class Convolution:
         return torch.where(index <= last, total / count, spectrum.sigma)
 
 
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """φ(σ)_i = Σσ · softmax(σ/T)_i over the k dominant values and s.
+class Softmax(SmoothingFunction):
+    """φ(σ)_i = Σσ · softmax(σ/σ₁)_i over the k dominant values and s.
 
     φ keeps the sum of these k + 1 values. They include s for the reason given in `Convolution`.
-    With T ≥ σ₁ the ratios e^((σ_i−σ_j)/T) are at most σ_i/σ_j, so all values stay between s and σ₁.
+    The ratios e^((σ_i−σ_j)/σ₁) are at most σ_i/σ_j, so all values stay between s and σ₁.
     """
-
-    temperature: float = 1.0
-    """T in units of σ₁, at least 1. With a large T all values become equal to their mean."""
-    whole_spectrum: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _require(self.temperature >= 1, f"temperature={self.temperature}", "1 or more")
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
         sigma = spectrum.sigma
         window = spectrum.index() <= spectrum.rank.unsqueeze(-1)
-        logits = sigma / (self.temperature * sigma[..., :1])
+        logits = sigma / sigma[..., :1]
         share = torch.where(window, logits, -math.inf).softmax(dim=-1)
         total = torch.where(window, sigma, 0.0).sum(dim=-1, keepdim=True)
         return torch.where(window, total * share, sigma)
 
 
-@dataclass(frozen=True, slots=True)
-class Cap:
-    """φ(σ) = min(σ, β) for every value, dominant or not. This is a cap on the spectral norm."""
-
-    level: float = 1.0
-    """β, in the units of the matrix."""
-    whole_spectrum: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _require(self.level > 0, f"level={self.level}", "a number above 0")
-
-    def __call__(self, spectrum: Spectrum) -> Tensor:
-        """Return the new values (..., K)."""
-        return spectrum.sigma.clamp(max=self.level)
-
-
-@dataclass(frozen=True, slots=True)
-class Hammer:
+class Hammer(SmoothingFunction):
     """φ(σ₁) = σ₂ and no other change. This is an edit of rank one."""
-
-    whole_spectrum: ClassVar[bool] = False
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -215,7 +164,7 @@ class Hammer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StableRankCap:
+class StableRankCap(SmoothingFunction):
     """φ(σ) = min(σ, c) with the largest c for which ‖W*‖_F² / c² ≥ F: the stable-rank floor.
 
     With j values above c and R_j = ‖W‖_F² − Σ_{i≤j} σ_i², the condition (R_j + jc²)/c² = F
@@ -227,11 +176,12 @@ class StableRankCap:
     floor: float | Tensor | None = None
     """F, or (...) with one floor for each matrix. None means the stable rank
     of noise of its shape."""
-    whole_spectrum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.floor, float | int):
-            _require(self.floor >= 1, f"floor={self.floor}", "a stable rank of at least 1")
+        if isinstance(self.floor, float | int) and not self.floor >= 1:
+            raise ConfigurationError(
+                f"You gave floor={self.floor}; give a stable rank of at least 1."
+            )
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -253,7 +203,7 @@ class StableRankCap:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Anchored:
+class Anchored(SmoothingFunction):
     """φ with limits. No value moves past its level when the matrix was last healthy [ours].
 
     Let a_i be the recorded leading values and t the tolerance. Then σ* = min(max(φ(σ), lower),
@@ -290,14 +240,13 @@ class Anchored:
         return torch.where(known, moved, sigma)
 
 
-@dataclass(frozen=True, slots=True)
-class PolarReset:
+class PolarReset(SmoothingFunction):
     """φ(σ) = ‖W‖_F / √ρ for all ρ non-zero values: MSign's W ← ‖W‖_F UVᵀ / ‖UVᵀ‖_F.
 
     The source is arXiv 2602.01734. φ keeps ‖W‖_F, so values below the root mean square rise.
     """
 
-    whole_spectrum: ClassVar[bool] = True
+    whole_spectrum = True
 
     def __call__(self, spectrum: Spectrum) -> Tensor:
         """Return the new values (..., K)."""
@@ -312,16 +261,10 @@ SMOOTHING_FUNCTIONS: dict[str, Callable[[], SmoothingFunction]] = {
     "softplus": Softplus,
     "convolution": Convolution,
     "softmax": Softmax,
-    "cap": Cap,
     "hammer": Hammer,
     "stable_rank_cap": StableRankCap,
     "polar": PolarReset,
 }
-
-
-def _require(condition: bool, given: str, allowed: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"You gave {given}; give {allowed}.")
 
 
 Shapes = Mapping[str, tuple[int, int]]

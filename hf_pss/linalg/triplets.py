@@ -1,4 +1,4 @@
-"""Leading singular triplets of a stack of matrices, by block Krylov iteration."""
+"""Leading singular triplets of a stack of matrices, and the block Krylov spaces that give them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg.krylov import cold_start, krylov_space, product
 from hf_pss.linalg.scaling import require_finite, unit_scaled
 
 # The choice is based on measurements on 2026-11-21 (torch 2.13, 1 thread, k = 33, 768×768) with
@@ -28,6 +27,9 @@ _SPACE = 3
 _NEARLY_ZERO = 1e-5
 # The complete SVD of a 128×128 matrix takes 1.1 ms, and an iteration takes 1.2 ms.
 _EXACT_UP_TO = 128
+_SEED = 20260201
+# In units of ε and a column's norm. If less than this remains of the column, it is only rounding.
+_ROUNDING = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,6 @@ class Triplets:
     """(..., k), descending, in the units of the matrix."""
     v: Tensor
     """(..., n, k), with orthonormal columns."""
-    residual: Tensor
-    """(..., k): ‖Wᵀu − σv‖ / σ₁ for m >= n, and ‖W v − σu‖ / σ₁ for m < n. The other norm is zero
-    to rounding by construction. The residual is 0 for the zero matrix."""
     is_exact: bool
     """Whether the triplets come from a complete decomposition, not from an iteration."""
 
@@ -64,7 +63,7 @@ def leading_triplets(
     Values that have not converged are still consistent. No value is above the true one, U and V are
     orthonormal, and the equation of the longer side of W is exact: WV = UΣ for m >= n, WᵀU = VΣ for
     m < n. So an edit W − U(Σ − Σ*)Vᵀ with Σ* <= Σ is W times a contraction. It raises no singular
-    value of W, and changes ‖W‖_F² by exactly Σ(σ*² − σ²). `residual` measures the convergence.
+    value of W, and changes ‖W‖_F² by exactly Σ(σ*² − σ²).
 
     The measured errors of σ₁ and of σ_33 for k = 33, as a share of each, are: 1e-4 and
     0.03 for noise at 768×768, 1e-6 and 0.005 for noise at 256×256, and 1e-6 and 4e-4 for
@@ -77,7 +76,7 @@ def leading_triplets(
             used. Missing columns are filled deterministically, without the global random state.
         num_rounds: The number of multiplications by WᵀW. With 0, `start` is used unchanged.
         check_finite: Whether to raise on NaN and inf, which costs one device-to-host read. If
-            false, such a matrix gives NaN values and a residual of NaN.
+            false, such a matrix gives NaN values.
 
     Raises:
         NonFiniteError: A matrix holds NaN or inf, and check_finite is true.
@@ -110,10 +109,9 @@ def leading_triplets(
     else:
         u, sigma, v = _rayleigh_ritz(matrix, block, num_rounds)
     u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]
-    residual = torch.where(scaled.finite.unsqueeze(-1), _residual(matrix, u, sigma, v), torch.nan)
     if wide:
         u, v = v, u
-    return Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=is_exact)
+    return Triplets(u=u, sigma=scaled.restore(sigma), v=v, is_exact=is_exact)
 
 
 def quick_triplets(
@@ -152,17 +150,14 @@ def quick_triplets(
     rounds = rounds if num_rounds is None else num_rounds
     if is_small:
         u, sigma, v = _subspace(matrix, k, rounds)
-        residual = _residual(matrix.mT, v, sigma, u)
     else:
         tall = matrix.mT if matrix.shape[-2] < matrix.shape[-1] else matrix
         width = max(width, math.ceil(2 * k / (rounds + 1)))
         u, sigma, v = _rayleigh_ritz(tall, cold_start(tall, width), rounds)
         u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]
-        residual = _residual(tall, u, sigma, v)
         u, v = (u, v) if tall is matrix else (v, u)
     rest = torch.linalg.vector_norm(matrix - (u * sigma.unsqueeze(-2)) @ v.mT, dim=(-2, -1))
-    residual = torch.where(scaled.finite.unsqueeze(-1), residual, torch.nan)
-    triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, residual=residual, is_exact=False)
+    triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, is_exact=False)
     return triplets, scaled.restore(rest)
 
 
@@ -225,12 +220,79 @@ def _block(tall: Tensor, guess: Tensor | None, k: int, num_rounds: int) -> Tenso
 
 
 def _rayleigh_ritz(tall: Tensor, block: Tensor, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    space = krylov_space(tall, block, num_rounds)
-    u, sigma, v = _exact(space.core)
-    return space.u @ u, sigma, space.v @ v
+    left, core, right = krylov_space(tall, block, num_rounds)
+    u, sigma, v = _exact(core)
+    return left @ u, sigma, right @ v
 
 
-def _residual(tall: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
-    left: Tensor = ((u.mT @ tall).mT - v * sigma.unsqueeze(-2)).norm(dim=-2)
-    sigma1 = sigma[..., :1]
-    return left / torch.where(sigma1 > 0, sigma1, 1.0)
+def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bidiagonalise W by blocks, and keep each new block orthogonal to all previous ones.
+
+    V is a basis of span{X, (WᵀW)X, …, (WᵀW)^q X}, and U is one of the span of WV. The core is UᵀWV,
+    so WV = U·core. Its singular values are the Ritz values.
+
+    This is block Golub–Kahan–Lanczos (Golub, Luk & Overton 1981, ACM TOMS 7(2)) with full
+    re-orthogonalisation. W is multiplied once by each block of V. Wᵀ is multiplied once by each
+    block of U except the last one.
+
+    Args:
+        tall: (..., m, n), float32 or float64, m >= n, of unit scale.
+        start: (..., n, b): X.
+        num_rounds: q. If the space becomes complete earlier, fewer rounds are made.
+
+    Returns:
+        U, (..., m, K), the core, (..., K, K), and V, (..., n, K). U and V have orthonormal columns.
+    """
+    m, n = tall.shape[-2:]
+    width = start.shape[-1]
+    num_blocks = 1 + min(num_rounds, n // width - 1)
+    fill_u, fill_v = _normal(tall, m, width), _normal(tall, n, width)
+    u, image = (tall.new_empty(*tall.shape[:-1], num_blocks * width) for _ in range(2))
+    v = tall.new_empty(*tall.shape[:-2], n, num_blocks * width)
+    block = torch.linalg.qr(start).Q
+    for done in range(0, num_blocks * width, width):
+        new = slice(done, done + width)
+        if done > 0:
+            block = _orthonormal(block, v[..., :done], fill_v.roll(done, dims=-2))
+        v[..., new], image[..., new] = block, product(tall, block)
+        u[..., new] = _orthonormal(image[..., new], u[..., :done], fill_u.roll(done, dims=-2))
+        # Multiply Wᵀ by an orthonormal block, not by W V. In fp32 WᵀW would lose every direction
+        # below 3e-4 of σ₁, which contains the rest of a collapsed matrix.
+        if new.stop < num_blocks * width:
+            block = product(tall.mT, u[..., new])
+    return u, u.mT @ image, v
+
+
+def cold_start(weight: Tensor, num_columns: int) -> Tensor:
+    """Return a normal block (..., n, b), the same at every call, without torch's global RNG."""
+    n = weight.shape[-1]
+    return _normal(weight, n, min(num_columns, n)).expand(*weight.shape[:-2], -1, -1)
+
+
+def _normal(weight: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    block = torch.randn(num_rows, num_columns, generator=generator)
+    # A blocking copy from pageable memory would synchronise the host with the device.
+    return block.to(weight.device, weight.dtype, non_blocking=True)
+
+
+def product(matrix: Tensor, block: Tensor) -> Tensor:
+    """Return W X as (XᵀWᵀ)ᵀ.
+
+    On a CPU this is up to three times as fast for a narrow X, and it gives LAPACK's column order.
+    """
+    return (block.mT @ matrix.mT).mT
+
+
+def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
+    # If a column is in the span of the basis, only rounding remains of it, so a random
+    # direction replaces it. The projection is repeated because the first one may leave
+    # rounding within the span.
+    limit = _ROUNDING * torch.finfo(block.dtype).eps * block.norm(dim=-2)
+    for _ in range(2):
+        block = block - basis @ (basis.mT @ block)
+    left = torch.linalg.qr(block, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    block = torch.where((left <= limit).unsqueeze(-2), filler, block)
+    block = torch.linalg.qr(block).Q
+    block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    return block

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn, Self, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -70,11 +70,6 @@ class Stack:
         """The names of the matrices, in the order of the stack."""
         return tuple(ref.name for ref in self.refs)
 
-    def where(self, kept: Sequence[bool]) -> Self:
-        """Return the stack of those matrices for which ``kept`` is true."""
-        index = [i for i, keep in enumerate(kept) if keep]
-        return type(self)(tuple(self.refs[i] for i in index), self.matrices[index])
-
 
 def matrix_refs(views: Iterable[MatrixView]) -> tuple[MatrixRef, ...]:
     """Return every 2-D matrix of the views. Its name is the view's, plus ``[e]`` for expert e."""
@@ -87,7 +82,7 @@ def matrix_refs(views: Iterable[MatrixView]) -> tuple[MatrixRef, ...]:
 
 def matrix_names(views: Iterable[MatrixView]) -> tuple[str, ...]:
     """Return a name for each 2-D matrix, as in `matrix_refs`."""
-    return tuple(ref.name for ref in matrix_refs(views))
+    return tuple(matrix_shapes(views))
 
 
 def matrix_shapes(views: Iterable[MatrixView]) -> dict[str, tuple[int, int]]:
@@ -239,11 +234,7 @@ def measure_each(
         backend: How parameters are stored.
         measure: Maps a stack (b, m, n) to numbers of shape (b,).
     """
-
-    def column(matrices: Tensor) -> Tensor:
-        return measure(matrices).unsqueeze(-1)
-
-    rows = measure_rows(views, parameters, backend, column, width=1)
+    rows = measure_rows(views, parameters, backend, lambda w: measure(w).unsqueeze(-1), width=1)
     return {name: number for name, (number,) in rows.items()}
 
 
@@ -284,24 +275,11 @@ def measure_rows(
         for owner, refs in enumerate(one_round):
             names += [ref.name for ref in refs]
             zeros = torch.zeros(len(refs) * width)
-            is_here = owner == backend.rank and found is not None
+            is_here = owner == backend.rank
             numbers.append(found.flatten() if is_here and found is not None else zeros)
     if not names:
         return {}
     device = next(iter(parameters.values())).device
-    rows = zip(*[iter(_summed(numbers, error, device, backend))] * width, strict=True)
-    by_name = dict(zip(names, rows, strict=True))
-    return {name: by_name[name] for name in matrix_names(views)}
-
-
-class DecompositionError(LinAlgError):  # type: ignore[misc]
-    """A decomposition failed on some rank. Every rank raises this, so training can continue."""
-
-
-def _summed(
-    numbers: Sequence[Tensor], error: Exception | None, device: torch.device, backend: Backend
-) -> list[float]:
-    """Return the sum of all ranks' numbers, or raise on all ranks if one rank had an error."""
     has_failed = isinstance(error, LinAlgError)
     flags = torch.tensor([float(has_failed), float(error is not None and not has_failed)])
     every = torch.cat([number.to(device) for number in (*numbers, flags)])
@@ -311,7 +289,12 @@ def _summed(
     if num_failed:
         why = error or "a decomposition has failed on another rank"
         raise DecompositionError(str(why)) from error
-    return host
+    by_name = dict(zip(names, zip(*[iter(host)] * width, strict=True), strict=True))
+    return {name: by_name[name] for name in matrix_names(views)}
+
+
+class DecompositionError(LinAlgError):  # type: ignore[misc]
+    """A decomposition failed on some rank. Every rank raises this, so training can continue."""
 
 
 def raise_together(error: Exception | None) -> NoReturn:

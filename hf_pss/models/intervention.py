@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
@@ -18,18 +19,114 @@ from hf_pss.detection.policy import Action
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, SmoothingFunction, StableRankCap
 from hf_pss.models.adapters import frozen_collapses, smooth_adapters_
 from hf_pss.models.anchors import Anchors
+from hf_pss.models.distributed import Backend, reshard
 from hf_pss.models.measurements import Measurements
-from hf_pss.models.optimizer_state import (
+from hf_pss.models.selection import named_parameters_canonical
+from hf_pss.models.smoother import (
     FIRST_MOMENTS,
+    Edit,
     edit_first_moments_,
     edit_schedule_free_,
     is_schedule_free,
+    smooth_matrices_,
 )
-from hf_pss.models.smoother import Edit, PhiFor, smooth_matrices_
-from hf_pss.models.trial import EvaluateLoss, Trial
-from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange
+from hf_pss.records.events import Event, EventKind, Intervention
 
 logger = logging.getLogger(__name__)
+
+
+EvaluateLoss = Callable[[], float | Tensor | None]
+"""Returns the loss of one micro-batch with the current weights, or None.
+
+The function changes nothing, not even the random state. It returns the same
+loss for the same weights."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """Compares the loss before and after an edit, and undoes a harmful edit.
+
+    A trial copies what this rank stores of each edited parameter. So an edit that is undone leaves
+    no trace, not even of rounding. The copies need as much memory as the gradients of the edited
+    matrices, which a Trainer has already freed at this point of a step.
+
+    All ranks must make the same calls. The losses are means over ranks.
+    """
+
+    evaluate: EvaluateLoss
+    model: nn.Module
+    backend: Backend
+    margin_ratio: float
+    """The share of the loss's absolute value by which an edit may raise the loss."""
+    keeps_untried: bool
+    """Whether to keep an edit that cannot be tried because the loss is None."""
+    loss_before: float | None = None
+    """None until it is measured, and None if `evaluate` returns None."""
+    loss_after: float | None = None
+    _has_begun: bool = False
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def before_write(self, names: Collection[str]) -> None:
+        """Copy these parameters. The first call also measures the loss."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.loss_before = self._loss()
+        if self.loss_before is None and self.keeps_untried:
+            return
+        parameters = named_parameters_canonical(self.model)
+        for name in sorted(set(names) - self._kept.keys()):
+            self._kept[name] = self.backend.keep(parameters[name])
+
+    def is_kept(self) -> bool:
+        """Measure the loss again. Return whether the edit stays, and undo it if not."""
+        if not self._kept:
+            return True
+        if self.loss_before is not None:
+            self.loss_after = self._loss()
+        if self._is_no_worse():
+            return True
+        parameters = named_parameters_canonical(self.model)
+        for name, kept in self._kept.items():
+            self.backend.put_back_(parameters[name], kept)
+        return False
+
+    @property
+    def why_not(self) -> str:
+        """The reason why an edit was undone."""
+        if self.loss_before is None or self.loss_after is None:
+            return "there was no loss to try it on"
+        return "it raised the loss"
+
+    def _is_no_worse(self) -> bool:
+        before, after = self.loss_before, self.loss_after
+        if before is None or after is None:
+            return self.keeps_untried
+        if not math.isfinite(before):  # There is nothing to compare with.
+            return True
+        return after <= before + self.margin_ratio * abs(before)  # False for NaN.
+
+    @torch.no_grad()
+    def _loss(self) -> float | None:
+        """Return the mean loss over ranks, or None if one rank has None.
+
+        If a user's code raises an error, a run with several ranks ends, because the other ranks
+        wait inside the forward pass. A single process continues without the trial.
+        """
+        loss: float | Tensor | None = None
+        try:
+            loss = self.evaluate()
+        except Exception as error:
+            if self.backend.is_shared:
+                raise
+            logger.warning("PSS could not compute a loss to try an intervention on: %r", error)
+        finally:
+            # The next forward pass would reuse gathered weights, which an edit does not reach.
+            reshard(self.model)
+        device = next(self.model.parameters()).device
+        value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32, device=device)
+        numbers = torch.stack([value.detach().mean(), value.new_tensor(float(loss is None))])
+        mean, num_missing = self.backend.agree(numbers)
+        return None if num_missing else mean
 
 
 class ModelSmoother:
@@ -39,7 +136,7 @@ class ModelSmoother:
         measurements: The measurements of the model to smooth.
         config: The options.
         optimizer: The optimizer, whose state is edited in place; see ``moments``.
-        evaluate_loss: Computes the loss with which an intervention is tried; see ``trial``.
+        evaluate_loss: Computes the loss with which an intervention is tried; see `Trial`.
     """
 
     def __init__(
@@ -72,64 +169,49 @@ class ModelSmoother:
             anchors: The record of healthy values. None means no limits.
         """
         started = time.perf_counter()
+        config, selection = self._config, self._measurements.selection
+        parameters, backend = self._measurements.parameters(), self._measurements.backend
         trial = self._trial(event, is_floor=is_floor, is_anchored=anchors is not None)
-        is_repair = event.kind is EventKind.RESUME and self._config.reacts_to_spikes
+        options: dict[str, Any] = {
+            "names": self._names_to_smooth(judgement, is_floor=is_floor),
+            "max_rank": config.max_rank,
+            "keep_frobenius": config.keep_frobenius,
+            "before_write": None if trial is None else trial.before_write,
+        }
+
+        def floor_cap(names: Sequence[str]) -> SmoothingFunction:
+            return StableRankCap(torch.tensor([floors[name] for name in names]))
+
+        def phi_for(names: Sequence[str]) -> SmoothingFunction:
+            phi = SMOOTHING_FUNCTIONS[config.smoothing]()
+            return phi if anchors is None else Anchored(phi, anchors.levels(names))
+
         edits: list[Edit] = []
-        parameters = self._measurements.parameters()
-        changes = self._smooth_weights_(
+        changes = smooth_matrices_(
+            selection.matrices,
             parameters,
-            floor_cap=_floor_cap(floors) if is_floor else None,
-            phi_for=self._smoothing_function(anchors),
-            # Adapters have no floor, but a repair that a person asked for smooths them as well.
-            includes_adapters=is_repair or not is_floor,
-            names=self._names_to_smooth(judgement, is_floor=is_floor),
-            before_write=None if trial is None else trial.before_write,
+            backend,
+            floor_cap if is_floor else phi_for,
             and_then=edits.extend if self._has_state_to_edit() else None,
+            **options,
         )
+        # Adapters have no floor, but a repair that a person asked for smooths them as well.
+        is_repair = event.kind is EventKind.RESUME and config.reacts_to_spikes
+        if selection.adapters and (is_repair or not is_floor):
+            self._check_base(parameters)
+            changes += smooth_adapters_(selection.adapters, parameters, backend, phi_for, **options)
         if trial is not None and not trial.is_kept():
             event = replace(event, decision=Action.UNDO, reason=trial.why_not)
         elif self._optimizer is not None and edits:
             self._edit_optimizer_(self._optimizer, edits, parameters)
         return Intervention(
             event=event,
-            smoothing="stable_rank_cap" if is_floor else self._config.smoothing,
+            smoothing="stable_rank_cap" if is_floor else config.smoothing,
             seconds=time.perf_counter() - started,
             loss_before=None if trial is None else trial.loss_before,
             loss_after=None if trial is None else trial.loss_after,
             matrices=changes,
         )
-
-    def _smooth_weights_(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        floor_cap: PhiFor | None,
-        phi_for: PhiFor,
-        includes_adapters: bool,
-        and_then: Callable[[Sequence[Edit]], None] | None,
-        **options: Any,
-    ) -> tuple[MatrixChange, ...]:
-        """Smooth complete matrices by the floor's cap or by φ, and LoRA products by φ."""
-        options |= {
-            "max_rank": self._config.max_rank,
-            "keep_frobenius": self._config.keep_frobenius,
-        }
-        selection, backend = self._measurements.selection, self._measurements.backend
-        matrices, adapters = selection.matrices, selection.adapters
-        changes = smooth_matrices_(
-            matrices, parameters, backend, floor_cap or phi_for, and_then=and_then, **options
-        )
-        if adapters and includes_adapters:
-            self._check_base(parameters)
-            changes += smooth_adapters_(adapters, parameters, backend, phi_for, **options)
-        return changes
-
-    def _smoothing_function(self, anchors: Anchors | None) -> PhiFor:
-        def phi_for(names: Sequence[str]) -> SmoothingFunction:
-            phi = SMOOTHING_FUNCTIONS[self._config.smoothing]()
-            return phi if anchors is None else Anchored(phi, anchors.levels(names))
-
-        return phi_for
 
     def _trial(self, event: Event, *, is_floor: bool, is_anchored: bool) -> Trial | None:
         """Return a trial for one intervention, or None if no trial is wanted or possible."""
@@ -192,7 +274,3 @@ class ModelSmoother:
                 type(optimizer).__name__,
                 " or ".join(FIRST_MOMENTS),
             )
-
-
-def _floor_cap(floors: Mapping[str, float]) -> PhiFor:
-    return lambda names: StableRankCap(torch.tensor([floors[name] for name in names]))

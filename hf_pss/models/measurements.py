@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -40,38 +38,34 @@ from hf_pss.models.selection.by_name import ADAPTER_FACTOR
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class GradientProbe:
-    """The norm of each parameter's gradient. It stays on the device until `nonfinite` reads it.
+@torch.no_grad()
+def gradient_norms(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], backend: Backend
+) -> dict[str, Tensor]:
+    """Return the norm of this rank's part of each gradient, on the device, by parameter.
 
-    Take the probe before clipping. Clipping by a NaN norm makes every gradient NaN, and this hides
-    the parameter where the NaN began.
+    Measure before clipping. Clipping by a NaN norm makes every gradient NaN, and this hides the
+    parameter where the NaN began. Cost: one pass over the gradients, and no device-to-host read.
     """
+    grads = {n: _local(p.grad, backend).tensor for n, p in named_parameters if p.grad is not None}
+    return dict(zip(grads, _norms(list(grads.values())), strict=True))
 
-    names: tuple[str, ...]
-    norms: tuple[Tensor, ...]
-    """The norms of this rank's part of each gradient."""
 
-    @classmethod
-    @torch.no_grad()
-    def take(cls, named_parameters: Iterable[tuple[str, nn.Parameter]], backend: Backend) -> Self:
-        """Measure all gradients. Cost: one pass over them, and no device-to-host read."""
-        grads = {
-            n: _local(p.grad, backend).tensor for n, p in named_parameters if p.grad is not None
-        }
-        return cls(tuple(grads), _norms(list(grads.values())))
+def nonfinite_gradients(norms: Mapping[str, Tensor], backend: Backend) -> tuple[str, ...]:
+    """Return the parameters, in the model's order, whose gradient holds NaN or inf. One read.
 
-    def nonfinite(self, backend: Backend) -> tuple[str, ...]:
-        """Return the parameters, in the model's order, whose gradient holds NaN or inf. One read.
+    If there are several ranks, all of them must make this call.
 
-        If there are several ranks, all of them must make this call.
-        """
-        if not self.norms:
-            return ()
-        device = self.norms[0].device
-        flags = torch.stack([(~norm.isfinite()).double().to(device) for norm in self.norms])
-        backend.total_(flags)
-        return tuple(n for n, bad in zip(self.names, flags.tolist(), strict=True) if bad)
+    Args:
+        norms: The result of `gradient_norms`.
+        backend: How parameters are stored.
+    """
+    if not norms:
+        return ()
+    device = next(iter(norms.values())).device
+    flags = torch.stack([(~norm.isfinite()).double().to(device) for norm in norms.values()])
+    backend.total_(flags)
+    return tuple(n for n, bad in zip(norms, flags.tolist(), strict=True) if bad)
 
 
 @torch.no_grad()
@@ -149,23 +143,6 @@ def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(norms).square().sum()
 
 
-@torch.no_grad()
-def measure_stable_ranks(
-    views: Sequence[MatrixView], parameters: Mapping[str, nn.Parameter], backend: Backend
-) -> dict[str, float]:
-    """Return the stable rank of each 2-D matrix by name, NaN if the matrix holds NaN or inf.
-
-    Cost: a few products of each matrix with a narrow block. There is one batched call per shape,
-    and one device-to-host read for the whole model.
-
-    Args:
-        views: The matrices to measure.
-        parameters: The model's parameters by canonical name.
-        backend: How parameters are stored.
-    """
-    return measure_each(views, parameters, backend, quick_stable_rank)
-
-
 class UpdateMeter:
     """Measures one update as ‖W_t − W_{t−1}‖ over the named parameters.
 
@@ -230,7 +207,7 @@ class Measurements:
         watched = {view.parameter_name for view in self.selection.matrices}
         watched |= {name for view in self._adapters for name in (view.left_name, view.right_name)}
         self._meter = UpdateMeter(sorted(watched), self.backend)
-        self._probe: GradientProbe | None = None
+        self._probe: dict[str, Tensor] | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's current parameters by canonical name."""
@@ -266,7 +243,7 @@ class Measurements:
 
     def inspect_gradients(self) -> None:
         """Record on the device which gradients are finite."""
-        self._probe = GradientProbe.take(self.model.named_parameters(), self.backend)
+        self._probe = gradient_norms(self.model.named_parameters(), self.backend)
 
     def first_nonfinite_gradients(self) -> tuple[str, ...]:
         """Return the first parameters whose gradient is not finite, with one device-to-host read.
@@ -274,9 +251,9 @@ class Measurements:
         If every gradient is NaN, the result is empty unless `inspect_gradients` was called before
         clipping. The reason is that clipping by a NaN norm makes every gradient NaN.
         """
-        probe = self._probe or GradientProbe.take(self.model.named_parameters(), self.backend)
-        broken = probe.nonfinite(self.backend)
-        if self._probe is None and len(broken) == len(probe.names):
+        norms = self._probe or gradient_norms(self.model.named_parameters(), self.backend)
+        broken = nonfinite_gradients(norms, self.backend)
+        if self._probe is None and len(broken) == len(norms):
             return ()
         return tuple(map(canonical_name, broken[:_MAX_NAMED]))
 
@@ -311,14 +288,17 @@ class Measurements:
         """Return the stable rank of each matrix and LoRA product. Broken ones give NaN."""
         parameters = self.parameters()
         return {
-            **measure_stable_ranks(self.selection.matrices, parameters, self.backend),
+            **measure_each(self.selection.matrices, parameters, self.backend, quick_stable_rank),
             **{name: product.stable_rank for name, product in self._products(parameters).items()},
         }
 
     def spectral_norms(self) -> dict[str, float]:
         """Return σ₁ of each matrix, without LoRA products, which start at zero and only grow."""
         return measure_each(
-            self.selection.matrices, self.parameters(), self.backend, _quick_spectral_norm
+            self.selection.matrices,
+            self.parameters(),
+            self.backend,
+            lambda stack: spectral_norm(stack, num_rounds=QUICK_ROUNDS),
         )
 
     def leading_values(self) -> dict[str, list[float]]:
@@ -339,10 +319,6 @@ class Measurements:
 
     def _products(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, AdapterSpectrum]:
         return measure_adapter_spectra(self._adapters, parameters, self.backend)
-
-
-def _quick_spectral_norm(matrices: Tensor) -> Tensor:
-    return spectral_norm(matrices, num_rounds=QUICK_ROUNDS)
 
 
 def _check(model: nn.Module, config: PSSConfig) -> None:

@@ -10,7 +10,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.smoothing import looks_trained
 from hf_pss.models.measurements import Measurements, needs_no_matrix
 from hf_pss.models.selection import Selection
-from hf_pss.models.selection.parameter_rules import what_to_do, why_empty
+from hf_pss.models.selection.select import what_to_do, why_empty
 
 _FLOOR = "stable_rank_floor"
 

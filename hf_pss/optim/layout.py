@@ -8,8 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hf_pss.models.selection import MatrixView
-from hf_pss.models.selection.pairs import AdapterView
+from hf_pss.models.selection import AdapterView, MatrixView
 
 Part: TypeAlias = tuple[int, int, int] | tuple[int, int, int, int]
 Layout: TypeAlias = tuple[bool, tuple[Part, ...]]

@@ -13,7 +13,6 @@ from torch.optim.adamw import adamw
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.models.distributed import (
-    Alone,
     ComputedTensor,
     Ranks,
     Shards,
@@ -141,7 +140,7 @@ class MatrixOptimizer(Optimizer):
 
     def _reset_sharing(self) -> None:
         # The keys are the ranks that parameters are split over, or None for whole parameters.
-        self._sharing: dict[Ranks | None, Sharing] = {None: Alone()}
+        self._sharing: dict[Ranks | None, Sharing] = {None: Sharing()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, a pickle or a loaded state. None of these holds process groups."""
@@ -223,7 +222,7 @@ class MatrixOptimizer(Optimizer):
             if ranks is not None and ranks not in self._sharing:
                 self._sharing[ranks] = Shards(ranks)
             sharing = self._sharing[ranks]
-            is_alone_on_a_cpu = device.type == "cpu" and isinstance(sharing, Alone)
+            is_alone_on_a_cpu = device.type == "cpu" and type(sharing) is Sharing
             limit = _ON_A_CPU if is_alone_on_a_cpu else _AT_ONCE * sharing.num_shares
             for chunk in _chunks(places, params, limit):
                 self._step_shared(group, chunk, sharing, step)

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from hf_pss import PSSConfig, PSSController
 from hf_pss.evidence.recipes import Recipe
 from hf_pss.linalg import Clip, leading_triplets
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.models.smoother import smooth_matrices_
 
@@ -145,7 +145,7 @@ def test_one_intervention_at_gpt2_124m(device: str, capsys: pytest.CaptureFixtur
 
     def intervene() -> None:
         smooth_matrices_(
-            pss.selection.matrices, parameters, OneProcess(), lambda names: Clip(), max_rank=32
+            pss.selection.matrices, parameters, Backend(), lambda names: Clip(), max_rank=32
         )
 
     train(), intervene()

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pss import PSSConfig, PSSController
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
@@ -90,7 +90,7 @@ def _followed(lr: float, num_warmup_steps: int, batch: tuple[int, int]) -> Follo
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
     assert len({view.parameter_name for view in views}) == 48
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    each, once = (SpectrumTracker(views, OneProcess()) for _ in range(2))
+    each, once = (SpectrumTracker(views, Backend()) for _ in range(2))
     cold = _seconds(lambda: each.refresh(parameters))
     once.refresh(parameters)
     seconds, errors = [], {}
@@ -193,7 +193,7 @@ def test_growth_with_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     for name, (layers, width) in {**SIZES, "gpt2-xl": XL}.items():
         model = build(n_layer=1, n_embd=width, n_head=width // 64, vocab_size=64)
         views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
-        tracker = SpectrumTracker(views, OneProcess())
+        tracker = SpectrumTracker(views, Backend())
         tracker.refresh(parameters)
         # What the caches hold of one small layer a whole model would find gone.
         flush = torch.empty(2**24)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_pss.errors import NonFiniteError
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, Smoothed, SmoothingStatus, Spectrum, smooth_spectrum
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, Smoothed, SmoothingStatus, smooth_spectrum
+from hf_pss.linalg.smoothing import Spectrum
 
 # What each row promises beyond the common contract.
 ABOVE_REFERENCE = {"clip", "log", "softplus", "convolution", "softmax", "hammer"}

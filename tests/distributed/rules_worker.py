@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_pss.models.distributed import Alone, Replicas, Sharing, gathered
+from hf_pss.models.distributed import Replicas, Sharing, gathered
 from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.optim import RULES, build_optimizer
 
@@ -60,8 +60,8 @@ def main() -> None:
     drifts: dict[str, float] = {}
     for kind in MODELS:
         for algo in RULES:
-            alone = trained(kind, algo, mesh=None, sharing=Alone())
-            split = trained(kind, algo, mesh=mesh, sharing=Alone())
+            alone = trained(kind, algo, mesh=None, sharing=Sharing())
+            split = trained(kind, algo, mesh=mesh, sharing=Sharing())
             copies = trained(kind, algo, mesh=None, sharing=Replicas())
             for name, found in (("split", split), ("replicated", copies)):
                 drift = max(float((found[n] - alone[n]).abs().max()) for n in alone)

@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_pss import PSSConfig, PSSController
 from hf_pss.models import batching as stacks
-from hf_pss.models.distributed import OneProcess, gathered
+from hf_pss.models.distributed import Backend, gathered
 from hf_pss.models.selection import named_parameters_canonical
 
 MOMENTS = {"gpt2": "project", "experts": "project", "lora": "keep", "lora experts": "keep"}
@@ -95,7 +95,7 @@ def smoothed(kind: str, mesh: object | None) -> dict[str, dict[str, Tensor]]:
             parameter.grad = gradient
     optimizer.step()
     config = PSSConfig.preset("paper", moments=MOMENTS[kind])
-    backend = None if mesh is not None else OneProcess()
+    backend = None if mesh is not None else Backend()
     controller = PSSController(model, config, optimizer=optimizer, backend=backend)
     ranks = controller.stable_ranks()
     changes = controller.smooth_now().matrices

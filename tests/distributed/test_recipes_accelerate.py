@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 # The worker's backend that a file must end in, whatever the worker is told.
 BACKENDS = {
-    "single": ("one", "OneProcess"),
+    "single": ("one", "Backend"),
     "ddp": ("ddp", "Replicated"),
     "fsdp2": ("fsdp2-launched", "Sharded"),
     "zero2": ("zero-launched", "Zero"),

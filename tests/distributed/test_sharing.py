@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_pss.errors import ElsewhereError
-from hf_pss.linalg import Clip
+from hf_pss.linalg import Clip, quick_stable_rank
 from hf_pss.models import batching as stacks
 from hf_pss.models.batching import (
     DecompositionError,
@@ -29,8 +29,7 @@ from hf_pss.models.batching import (
     matrix_names,
     measure_each,
 )
-from hf_pss.models.distributed import OneProcess
-from hf_pss.models.measurements import measure_stable_ranks
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 from hf_pss.models.smoother import RAISED, smooth_matrices_
 
@@ -40,7 +39,7 @@ IMBALANCE = 0.15  # 0, counted and planned, at all of these sizes
 
 
 @dataclass(frozen=True)
-class Simulated(OneProcess):
+class Simulated(Backend):
     """One rank of many, the others of which never answer: it does its own share and no other."""
 
     number: int
@@ -107,7 +106,7 @@ def test_counted_operations_are_alike(world_size: int) -> None:
     for rank in range(world_size):
         backend = Simulated(rank, world_size)
         with FlopCounterMode(display=False) as counter:
-            measure_stable_ranks(views, parameters, backend)
+            measure_each(views, parameters, backend, quick_stable_rank)
             smooth_matrices_(views, parameters, backend, lambda names: Clip(), max_rank=32)
         counted.append(counter.get_total_flops())
     for flops in counted:
@@ -232,7 +231,7 @@ def test_each_measured_once_and_named() -> None:
     torch.manual_seed(0)
     model = gpt2(num_layers=2, width=32)
     views, parameters = select_matrices(model).matrices, named_parameters_canonical(model)
-    alone = measure_each(views, parameters, OneProcess(), lambda w: w.flatten(1).norm(dim=1))
+    alone = measure_each(views, parameters, Backend(), lambda w: w.flatten(1).norm(dim=1))
     assert list(alone) == list(matrix_names(views))
     shares = [
         measure_each(views, parameters, Simulated(r, 3), lambda w: w.flatten(1).norm(dim=1))

@@ -24,7 +24,7 @@ from hf_pss.health.spectrum_metrics import (
 from hf_pss.health.tracked import SpectrumTracker
 from hf_pss.health.update_metrics import RelativeUpdateMeter, SpectralEdgeMeter
 from hf_pss.health.update_operator import measure_denominators
-from hf_pss.models.distributed import Backend, OneProcess, Replicated, backend_for
+from hf_pss.models.distributed import Backend, Replicated, backend_for
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 NUM_STEPS = 3
@@ -97,7 +97,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     drifts = {}
     for kind in ("gpt2", "experts"):
-        whole = measured(kind, OneProcess())
+        whole = measured(kind, Backend())
         for name, backend in (("sharded", None), ("replicated", Replicated())):
             other = measured(kind, backend)
             assert other.keys() == whole.keys()

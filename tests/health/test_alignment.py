@@ -15,10 +15,10 @@ from hf_pss.health.spectrum_metrics import (
     measure_alignments,
     residual_neighbours,
 )
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 # Cosines in [0, 1], so absolute; vectors of float32 over the relative gap of σ₁ and σ₂.
 TOLERANCE = 1.8e-5  # 6.3e-6
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from hf_pss.health.spectrum_metrics import effective_rank_of, measure_spectra
 from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 TOLERANCE = 9e-7  # 3.2e-7, relative
 
 

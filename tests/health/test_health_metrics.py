@@ -10,17 +10,18 @@ from helpers import gpt2, llama, token_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.linalg import quick_stable_rank
+from hf_pss.models.batching import matrix_names, measure_each
+from hf_pss.models.distributed import Backend
 from hf_pss.models.measurements import (
-    GradientProbe,
     UpdateMeter,
+    gradient_norms,
     measure_matrix_grad_norms,
-    measure_stable_ranks,
+    nonfinite_gradients,
 )
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 # A few products with a narrow block find σ₁ of a random matrix from below: 1.1e-3.
 STABLE_RANK_TOLERANCE = 3e-3
 NORM_TOLERANCE = 1.2e-6  # 4.5e-7
@@ -45,7 +46,7 @@ def matrices(views: tuple[MatrixView, ...], tensors: dict[str, Tensor]) -> dict[
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_stable_ranks_are_those_of_an_svd(make: type) -> None:
     _, views, parameters = prepared(make)
-    measured = measure_stable_ranks(views, parameters, BACKEND)
+    measured = measure_each(views, parameters, BACKEND, quick_stable_rank)
     assert tuple(sorted(measured)) == tuple(sorted(matrix_names(views)))
     for name, matrix in matrices(views, parameters).items():
         sigma = torch.linalg.svdvals(matrix)
@@ -55,25 +56,25 @@ def test_stable_ranks_are_those_of_an_svd(make: type) -> None:
 
 def test_a_broken_matrix_has_no_stable_rank_and_harms_no_other() -> None:
     _, views, parameters = prepared()
-    before = measure_stable_ranks(views, parameters, BACKEND)
+    before = measure_each(views, parameters, BACKEND, quick_stable_rank)
     with torch.no_grad():
         parameters["transformer.h.0.mlp.c_fc.weight"][0, 0] = math.nan
         parameters["transformer.h.0.mlp.c_proj.weight"].zero_()
-    after = measure_stable_ranks(views, parameters, BACKEND)
+    after = measure_each(views, parameters, BACKEND, quick_stable_rank)
     assert math.isnan(after.pop("transformer.h.0.mlp.c_fc.weight"))
     assert after.pop("transformer.h.0.mlp.c_proj.weight") == 0
     assert after == {name: before[name] for name in after}
 
 
 def test_nothing_selected_is_nothing_measured() -> None:
-    assert measure_stable_ranks((), {}, BACKEND) == {}
+    assert measure_each((), {}, BACKEND, quick_stable_rank) == {}
     assert measure_matrix_grad_norms((), {}, BACKEND, 1.0) == {}
 
 
 def test_measuring_changes_no_weight() -> None:
     model, views, parameters = prepared()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    measure_stable_ranks(views, parameters, BACKEND)
+    measure_each(views, parameters, BACKEND, quick_stable_rank)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -113,7 +114,7 @@ def test_norms_of_half_gradients_are_summed_in_float32(dtype: torch.dtype, entry
     for view in views:
         exact = math.sqrt(math.prod(view.shape))
         assert measured[view.name] == pytest.approx(exact, rel=NORM_TOLERANCE)
-    assert GradientProbe.take(parameters.items(), BACKEND).nonfinite(BACKEND) == ()
+    assert nonfinite_gradients(gradient_norms(parameters.items(), BACKEND), BACKEND) == ()
 
 
 @pytest.mark.gpu
@@ -132,10 +133,10 @@ def test_gradients_may_lie_on_several_devices() -> None:
 def test_the_probe_names_the_first_bad_parameters_in_the_models_order() -> None:
     _, _, parameters = prepared()
     names = list(parameters)
-    assert GradientProbe.take(parameters.items(), BACKEND).nonfinite(BACKEND) == ()
+    assert nonfinite_gradients(gradient_norms(parameters.items(), BACKEND), BACKEND) == ()
     for name in (names[9], names[2], names[5], names[7]):
         parameters[name].grad.view(-1)[-1] = math.inf
-    assert GradientProbe.take(parameters.items(), BACKEND).nonfinite(BACKEND) == (
+    assert nonfinite_gradients(gradient_norms(parameters.items(), BACKEND), BACKEND) == (
         names[2],
         names[5],
         names[7],
@@ -147,14 +148,14 @@ def test_the_probe_remembers_what_clipping_spreads() -> None:
     _, _, parameters = prepared()
     names = list(parameters)
     parameters[names[4]].grad.view(-1)[0] = math.nan
-    probe = GradientProbe.take(parameters.items(), BACKEND)
+    probe = gradient_norms(parameters.items(), BACKEND)
     nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-    assert probe.nonfinite(BACKEND) == (names[4],)
-    assert GradientProbe.take(parameters.items(), BACKEND).nonfinite(BACKEND) == tuple(names)
+    assert nonfinite_gradients(probe, BACKEND) == (names[4],)
+    assert nonfinite_gradients(gradient_norms(parameters.items(), BACKEND), BACKEND) == tuple(names)
 
 
 def test_the_probe_of_a_model_without_gradients_is_empty() -> None:
-    assert GradientProbe.take(gpt2().named_parameters(), BACKEND).nonfinite(BACKEND) == ()
+    assert nonfinite_gradients(gradient_norms(gpt2().named_parameters(), BACKEND), BACKEND) == ()
 
 
 def test_the_update_norm_is_that_of_the_selected_parameters() -> None:

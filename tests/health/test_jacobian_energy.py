@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_pss.health.probe_meters import jacobian_energy, measure_jacobian_energies
 from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 # Shares in [0, 1], so absolute; the same band where triplets are iterated (side above 128).
 TOLERANCE = 8e-7  # 2.7e-7
 

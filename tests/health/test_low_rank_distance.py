@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hf_pss.health.spectrum_metrics import low_rank_distance, measure_low_rank_distances
 from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 # Shares in [0, 1], so absolute.
 TOLERANCE = 4e-7  # 2.0e-7
 ZERO_TOLERANCE = 1.2e-6  # 4.4e-7, what rounding leaves of a matrix of low rank

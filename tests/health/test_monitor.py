@@ -22,7 +22,7 @@ from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.health.metrics import METRICS, Cost
 from hf_pss.health.monitor import HealthMonitor, describe
 from hf_pss.linalg import effective_rank, stable_rank
-from hf_pss.models.distributed import OneProcess, Zero
+from hf_pss.models.distributed import Backend, Zero
 from hf_pss.models.selection import Selection, named_parameters_canonical, select_matrices
 from hf_pss.records.steps import HealthReading
 
@@ -137,7 +137,7 @@ def test_a_reading_says_how_many_estimates_are_stale() -> None:
     torch.manual_seed(0)
     model = gpt2()
     parameters = named_parameters_canonical(model)
-    monitor = HealthMonitor(select_matrices(model), OneProcess(), "light", every_steps=1)
+    monitor = HealthMonitor(select_matrices(model), Backend(), "light", every_steps=1)
     found = []
     for step in (1, 2):
         reading = monitor.after_update(step, parameters)
@@ -152,7 +152,7 @@ def test_a_reading_says_how_many_estimates_are_stale() -> None:
 def test_the_reference_of_the_preconditioner_restarts_after_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monitor = HealthMonitor(Selection((), ()), OneProcess(), "standard")
+    monitor = HealthMonitor(Selection((), ()), Backend(), "standard")
 
     def warned(*conditions: float) -> list[str]:
         caplog.clear()
@@ -218,7 +218,7 @@ def test_spike_scores_survive_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_state_is_refused_whole_or_taken_whole() -> None:
-    monitor = HealthMonitor(Selection((), ()), OneProcess(), "light")
+    monitor = HealthMonitor(Selection((), ()), Backend(), "light")
     monitor.restore(json.loads(json.dumps(monitor.state())))
     with pytest.raises(StateError):
         monitor.restore({"version": 1})

@@ -17,10 +17,10 @@ from hf_pss.health.update_operator import (
     measure_denominators,
     whole_model,
 )
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 TOLERANCE = 4e-7  # 1.6e-7, relative
 STEP_TOLERANCE = 2.5e-6  # 8.9e-7, relative: what a float32 weight shows of a step
 BOUND_TOLERANCE = 3.5e-15  # 1.2e-15, relative

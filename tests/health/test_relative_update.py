@@ -13,10 +13,10 @@ from helpers import gpt2, llama
 from hf_pss.health.step_series import ChangeRates
 from hf_pss.health.update_metrics import RelativeUpdateMeter
 from hf_pss.models.batching import matrix_names
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 METER_TOLERANCE = 3e-7  # 1.1e-7, relative
 
 
@@ -47,7 +47,7 @@ def test_the_meter_measures_every_matrix(make: type, dtype: torch.dtype) -> None
     assert meter.stop(parameters) == {}
 
 
-class Watched(OneProcess):
+class Watched(Backend):
     """Counts the tensors that still exist whenever a parameter is read."""
 
     tensors: ClassVar[list[weakref.ref[torch.Tensor]]] = []
@@ -55,7 +55,7 @@ class Watched(OneProcess):
 
     def part(self, parameter: torch.Tensor, rows: slice | None = None) -> Any:
         self.counts.append(sum(tensor() is not None for tensor in self.tensors))
-        return OneProcess.part(self, parameter, rows)
+        return Backend.part(self, parameter, rows)
 
 
 def test_the_meter_keeps_no_copy_of_what_it_has_measured() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from hf_pss.health.probe_meters import SignDiversityMeter
 from hf_pss.health.representations import sign_diversity, spectral_alignment
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 COSINE_TOLERANCE = 3e-7  # 1.0e-7
 DIVERSITY_TOLERANCE = 6e-8  # 2.0e-8
 

@@ -10,10 +10,10 @@ from helpers import gpt2, llama
 from torch import Tensor, nn
 
 from hf_pss.health.update_metrics import SpectralEdgeMeter, spectral_edge
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 TOLERANCE = 1e-12  # relative
 # Of the ratio, the worst of the seeds below: blocks of 16 and of 64, six matrices and fourteen.
 RATIO_BAND = 0.15  # 0.073, relative

@@ -10,10 +10,10 @@ from helpers import gpt2
 from torch import Tensor, nn
 
 from hf_pss.health.probe_meters import SpectralNormMeter, power_round
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 EXACT_TOLERANCE = 4e-7  # 1.4e-7
 COSINE_TOLERANCE = 1.8e-7  # 6.1e-8
 STALE_ABOVE = 0.05

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hf_pss.health.subspace_rounds import ritz_round
 from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
-BACKEND = OneProcess()
+BACKEND = Backend()
 COLD_TOLERANCE = 1e-6
 # Noise that moves by 1 % of its norm a step, 50 steps: the residual's bound is 1 %, too.
 DRIFT_TOLERANCE = 0.01
@@ -150,14 +150,14 @@ def test_zero_is_zero() -> None:
         assert not found.is_stale
 
 
-class Counted(OneProcess):
+class Counted(Backend):
     """Records the number of values in each read from the device."""
 
     reads: ClassVar[list[int]] = []
 
     def agree(self, values: Tensor) -> list[float]:
         self.reads.append(len(values))
-        return OneProcess.agree(self, values)
+        return Backend.agree(self, values)
 
 
 @pytest.mark.parametrize(("entry", "num_reads"), [(math.nan, 1), (0.0, 2)])

@@ -43,7 +43,7 @@ from hf_pss import (
     PSSTrainer,
     PSSTrainingArguments,
 )
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.optim import RULES, build_optimizer, matrix_groups
 from hf_pss.optim.layout import matrices_of
 from hf_pss.trainer.arguments import OptimizerName
@@ -545,7 +545,7 @@ def test_only_the_first_rank_warns_and_shows_the_groups(
         name = str(tmp_path / "model")
         trainer = chosen(tmp_path, "amuse", model=loaded_again(gpt2(), Path(name)))
         # Rank 1 as each of the two that are asked knows it.
-        monkeypatch.setattr(OneProcess, "rank", rank)
+        monkeypatch.setattr(Backend, "rank", rank)
         monkeypatch.setattr(trainer, "is_world_process_zero", lambda rank=rank: rank == 0)
         with caplog.at_level(logging.INFO, "hf_pss"):
             trainer.create_optimizer()

@@ -28,6 +28,13 @@ def with_spectrum(sigma: Tensor, m: int, n: int, *, seed: int = 0) -> Tensor:
     return matrix
 
 
+def polar_factor(weight: Tensor) -> Tensor:
+    """Return UVᵀ of a matrix of full rank, float64."""
+    u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    factor: Tensor = u @ vh
+    return factor
+
+
 def decaying(count: int) -> Tensor:
     """1/i, about what a trained matrix shows."""
     return 1 / torch.arange(1, count + 1, dtype=torch.float64)

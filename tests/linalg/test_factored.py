@@ -56,7 +56,7 @@ def test_smoothing_factors_is_smoothing_the_product(name: str, m: int, r: int, n
     u, sigma, vh = torch.linalg.svd(0.5 * b.double() @ a.double(), full_matrices=False)
     expected = (u[:, :r] * found.sigma_after.double()) @ vh[:r]
     check((0.5 * found.left.double() @ found.right.double() - expected).norm() / sigma[0], PRODUCT)
-    assert bool(found.changed)
+    assert found.status == SmoothingStatus.SMOOTHED
 
 
 def test_clip_agrees_with_the_dense_edit() -> None:
@@ -94,11 +94,13 @@ def test_products_that_cannot_be_smoothed_are_returned_bit_for_bit(what: str) ->
     elif what != "rank one":
         b[1, 2, 0] = math.nan if what == "nan" else math.inf
     found = smooth_product(b, a, Clip())
-    assert not found.changed[1]
+    assert found.status[1] != SmoothingStatus.SMOOTHED
     assert torch.equal(found.left[1].view(torch.int32), b[1].view(torch.int32))
     assert torch.equal(found.right[1], a[1])
     if what != "rank one":
-        assert found.changed[[0, 2]].all(), "one that is broken spoils no other"
+        assert (found.status[[0, 2]] == SmoothingStatus.SMOOTHED).all(), (
+            "one that is broken spoils no other"
+        )
     if what == "zero":
         assert found.status[1] == SmoothingStatus.RANK_DEFICIENT
 

@@ -2,27 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra import check, decaying, noise
+from spectra import check, decaying, noise, polar_factor
 from spectra import with_spectrum as matrix_with
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz, polar_factor
+from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz
 
 EXACT = 3e-6  # 1.1e-6
 BFLOAT16 = 0.02  # 0.0069
-
-
-def test_polar_factor_against_float64() -> None:
-    weight = noise(2, 30, 20)
-    check((polar_factor(weight) - polar_factor(weight.double())).abs(), EXACT)
-
-
-def test_a_rank_deficient_matrix_gives_a_partial_isometry() -> None:
-    sigma = torch.zeros(20)
-    sigma[:4] = torch.tensor([5.0, 3.0, 2.0, 1.0])
-    factor = polar_factor(matrix_with(sigma, 30, 20).float())
-    expected = (sigma > 0).float()
-    check((torch.linalg.svdvals(factor) - expected).abs(), EXACT)
 
 
 def test_newton_schulz_approaches_the_polar_factor() -> None:

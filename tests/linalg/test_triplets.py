@@ -27,6 +27,16 @@ def sigma_error(triplets: Triplets, weight: Tensor) -> Tensor:
     return (triplets.sigma.double() - exact[..., :k]).abs() / exact[..., :1]
 
 
+def residual(triplets: Triplets, weight: Tensor) -> Tensor:
+    """The norm that is not zero by construction: ‖Wᵀu − σv‖, or ‖W v − σu‖ of a wide matrix."""
+    weight, u, v = weight.double(), triplets.u.double(), triplets.v.double()
+    if weight.shape[-2] < weight.shape[-1]:
+        weight, u, v = weight.mT, v, u
+    sigma = triplets.sigma.double().unsqueeze(-2)
+    left = (weight.mT @ u - v * sigma).norm(dim=-2)
+    return left / sigma[..., 0, :1].clamp_min(1e-300)
+
+
 def orthonormality_error(columns: Tensor) -> Tensor:
     gram = columns.mT @ columns
     return (gram - torch.eye(gram.shape[-1])).abs().amax(dim=(-2, -1))
@@ -41,7 +51,7 @@ def test_small_matrices_are_decomposed_exactly(
     triplets = leading_triplets(weight, 5)
     assert triplets.sigma.shape == (min(5, *shape),)
     check(sigma_error(triplets, weight), EXACT_SIGMA)
-    check(triplets.residual, EXACT_RESIDUAL)
+    check(residual(triplets, weight), EXACT_RESIDUAL)
     check(orthonormality_error(triplets.u), ORTHONORMAL)
     check(orthonormality_error(triplets.v), ORTHONORMAL)
 
@@ -65,12 +75,12 @@ def test_iteration_on_noise_the_hardest_spectrum() -> None:
     assert sigma_error(fine, weight).max() < sigma_error(coarse, weight).max() / 3
 
 
-def test_unconverged_values_are_consistent_and_have_a_residual() -> None:
+def test_unconverged_values_are_consistent() -> None:
     weight = noise(300, 200)
     triplets = leading_triplets(weight, 20, num_rounds=1)
     ritz = triplets.u.mT @ weight @ triplets.v
     check((ritz - triplets.sigma.diag()).abs() / triplets.sigma[0], EXACT_RESIDUAL)
-    assert triplets.residual.min() > 0.01
+    assert residual(triplets, weight).min() > 0.01  # nothing has converged here
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 90, 120)])
@@ -80,7 +90,7 @@ def test_a_batch_is_its_matrices(shape: tuple[int, ...]) -> None:
     k = min(4, *shape[-2:])
     assert whole.u.shape == (*shape[:-1], k)
     assert whole.v.shape == (*shape[:-2], shape[-1], k)
-    assert whole.residual.shape == whole.sigma.shape == (*shape[:-2], k)
+    assert whole.sigma.shape == (*shape[:-2], k)
     sigma = whole.sigma.reshape(-1, k)
     for matrix, row in zip(weight.reshape(-1, *shape[-2:]), sigma, strict=True):
         check((leading_triplets(matrix, 4).sigma - row).abs() / row[0], EXACT_SIGMA)
@@ -101,7 +111,7 @@ def test_rank_deficient_and_zero_matrices(rank: int, shape: tuple[int, int]) -> 
     weight = matrix_with(sigma, *shape).float()
     triplets = leading_triplets(weight, 9)
     check((triplets.sigma.double() - sigma[:9]).abs() / 3, EXACT_SIGMA)
-    check(triplets.residual, EXACT_RESIDUAL)
+    check(residual(triplets, weight), EXACT_RESIDUAL)
     check(orthonormality_error(triplets.u), ORTHONORMAL)
     check(orthonormality_error(triplets.v), ORTHONORMAL)
 
@@ -109,9 +119,10 @@ def test_rank_deficient_and_zero_matrices(rank: int, shape: tuple[int, int]) -> 
 def test_more_equal_values_than_the_block_is_wide() -> None:
     sigma = torch.ones(200).double()
     sigma[:20] = 4.0
-    triplets = leading_triplets(matrix_with(sigma, 250, 200).float(), 20)
+    weight = matrix_with(sigma, 250, 200).float()
+    triplets = leading_triplets(weight, 20)
     check((triplets.sigma - 4).abs() / 4, EXACT_SIGMA)
-    check(triplets.residual, EXACT_RESIDUAL)
+    check(residual(triplets, weight), EXACT_RESIDUAL)
 
 
 def test_a_collapsed_matrix_keeps_the_rest_visible() -> None:
@@ -153,7 +164,6 @@ def test_non_finite_matrices(bad: float) -> None:
         leading_triplets(weight[1], 2)
     triplets = leading_triplets(weight, 2, check_finite=False)
     assert triplets.sigma.isnan().all(-1).tolist() == [False, True, False]
-    assert triplets.residual.isnan().all(-1).tolist() == [False, True, False]
 
 
 def test_deterministic_and_without_touching_the_global_random_state() -> None:

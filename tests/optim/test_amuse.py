@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hf_pss import PSSConfig, PSSController
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import newton_schulz
-from hf_pss.models.optimizer_state import is_schedule_free
+from hf_pss.models.smoother import is_schedule_free
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.amuse import Amuse, interpolation
 from hf_pss.optim.update_rule import UPDATE_SCALES

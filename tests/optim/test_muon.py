@@ -18,7 +18,7 @@ from optim.reference_twins.normuon import normuon
 from torch import Tensor, nn
 
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES
-from hf_pss.models.distributed import Alone
+from hf_pss.models.distributed import Sharing
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.muon import fast_dtype
 from hf_pss.optim.rules import RULES
@@ -239,7 +239,7 @@ def test_loading_a_state_keeps_the_sharing_of_work() -> None:
     """Accelerate loads an optimizer's own state into it when it wraps it."""
     weight = nn.Parameter(torch.randn(4, 4))
     optimizer = MatrixOptimizer([{"params": [weight], "algo": "muon"}])
-    shared = Alone()
+    shared = Sharing()
     optimizer.share_work_(shared)
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer._sharing[None] is shared

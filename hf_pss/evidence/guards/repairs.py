@@ -10,7 +10,7 @@ import torch
 from hf_pss.evidence.guards.weights import MatrixCallback
 from hf_pss.evidence.recipes import Fault
 from hf_pss.linalg import StableRankCap, noise_stable_rank
-from hf_pss.models.optimizer_state import FIRST_MOMENTS
+from hf_pss.models.smoother import FIRST_MOMENTS
 
 __all__ = ["Rescue"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_pss.models.distributed.sharded import shard_group
+from hf_pss.models.distributed.backend import split_mesh
 
 Ranks: TypeAlias = dist.ProcessGroup
 """The ranks that a parameter is split over."""
@@ -32,12 +32,16 @@ Compute: TypeAlias = Callable[[Mapping[int, Tensor]], dict[int, ComputedTensor]]
 """Maps complete tensors, by their place in the list of parameters, to their results."""
 
 
-class Sharing(Protocol):
-    """Divides work over ranks. There is one tensor for each parameter, laid out like it."""
+class Sharing:
+    """Divides work over ranks. This class: one process, which does all of it.
+
+    There is one tensor for each parameter, laid out like it.
+    """
 
     @property
     def num_shares(self) -> int:
         """The number of ranks that a tensor's rows are spread over. 1 if each rank has all rows."""
+        return 1
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
@@ -51,32 +55,19 @@ class Sharing(Protocol):
             tensors: This rank's rows of each tensor.
             compute: A function that is called once, with the tensors that this rank owns.
         """
-
-
-class Alone:
-    """One process, which owns all tensors."""
-
-    num_shares = 1
-
-    def compute(
-        self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
-    ) -> list[ComputedTensor]:
-        """Compute all results in this process."""
         found = compute(dict(enumerate(tensors)))
         return [found[i] for i in range(len(params))]
 
 
-class Replicas:
+class Replicas(Sharing):
     """DDP: every rank has every tensor, computes its share and sends it to the others.
 
     All ranks apply the result of the same rank, so replicas stay equal bit for bit.
     """
 
-    num_shares = 1
-
     def __init__(self, group: Ranks | None = None) -> None:
         self._group = group
-        self._states = _StateExchange(group)
+        self._shapes: dict[int, dict[str, torch.Size]] = {}
 
     def compute(
         self, params: Sequence[Tensor], tensors: Sequence[Tensor], compute: Compute
@@ -89,20 +80,48 @@ class Replicas:
         sizes = [m.numel() for m in tensors]
         gathered = _all_gather(_joined(flat, tensors), owners, sizes, self._group)
         answers = [values.view_as(m) for values, m in zip(gathered, tensors, strict=True)]
-        states = self._states.gather(params, found, owners, tensors[0])
+        states = self._gathered_states(params, found, owners, tensors[0])
         return [ComputedTensor(d, s) for d, s in zip(answers, states, strict=True)]
 
+    def _gathered_states(
+        self,
+        params: Sequence[Tensor],
+        found: Mapping[int, ComputedTensor],
+        owners: Sequence[int],
+        like: Tensor,
+    ) -> list[dict[str, Tensor]]:
+        """Return the states of all parameters, given the states that this rank computed.
 
-class Shards:
+        Every rank stores all states, so that any rank can save them and a run can resume
+        with different owners.
+        """
+        if any(id(p) not in self._shapes for p in params):
+            self._learn_shapes(params, found)
+        shapes = [self._shapes[id(p)] for p in params]
+        sizes = [sum(map(prod, own.values())) for own in shapes]
+        if not any(sizes):
+            return [{} for _ in params]
+        flat = [found[i].state[name].flatten().float() for i in sorted(found) for name in shapes[i]]
+        values = _all_gather(_joined(flat, [like.float()]), owners, sizes, self._group)
+        return [_unpacked(value, own) for value, own in zip(values, shapes, strict=True)]
+
+    def _learn_shapes(self, params: Sequence[Tensor], found: Mapping[int, ComputedTensor]) -> None:
+        """Exchange the shapes of each state once, because at first only the owner has them."""
+        mine = {i: {n: tuple(v.shape) for n, v in m.state.items()} for i, m in found.items()}
+        every: list[dict[int, dict[str, tuple[int, ...]]] | None]
+        every = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(every, mine, group=self._group)
+        for theirs in every:
+            for i, shapes in (theirs or {}).items():
+                self._shapes[id(params[i])] = {n: torch.Size(s) for n, s in shapes.items()}
+
+
+class Shards(Replicas):
     """FSDP2 and HSDP: one rank gathers a tensor, computes, and sends each rank its rows.
 
     Each step needs two all-to-alls. Each transfers as many bytes of the
     tensors as this rank stores.
     """
-
-    def __init__(self, group: Ranks) -> None:
-        self._group = group
-        self._states = _StateExchange(group)
 
     @property
     def num_shares(self) -> int:
@@ -146,7 +165,7 @@ class Shards:
             for theirs, pieces in zip(places, returned, strict=True)
             for place, values in zip(theirs, pieces, strict=True)
         }
-        states = self._states.gather(params, found, owners, tensors[0])
+        states = self._gathered_states(params, found, owners, tensors[0])
         return [ComputedTensor(answers[i], state) for i, state in enumerate(states)]
 
     def _exchange(
@@ -167,46 +186,6 @@ class Shards:
             list(chunk.split_with_sizes(list(theirs)))
             for chunk, theirs in zip(received.split_with_sizes(totals), sizes, strict=True)
         ]
-
-
-class _StateExchange:
-    """Sends the state of each parameter from its owner to all ranks.
-
-    Every rank stores all states, so that any rank can save them and a run can resume
-    with different owners.
-    """
-
-    def __init__(self, group: Ranks | None) -> None:
-        self._group = group
-        self._shapes: dict[int, dict[str, torch.Size]] = {}
-
-    def gather(
-        self,
-        params: Sequence[Tensor],
-        found: Mapping[int, ComputedTensor],
-        owners: Sequence[int],
-        like: Tensor,
-    ) -> list[dict[str, Tensor]]:
-        """Return the states of all parameters, given the states that this rank computed."""
-        if any(id(p) not in self._shapes for p in params):
-            self._learn(params, found)
-        shapes = [self._shapes[id(p)] for p in params]
-        sizes = [sum(map(prod, own.values())) for own in shapes]
-        if not any(sizes):
-            return [{} for _ in params]
-        flat = [found[i].state[name].flatten().float() for i in sorted(found) for name in shapes[i]]
-        values = _all_gather(_joined(flat, [like.float()]), owners, sizes, self._group)
-        return [_unpacked(value, own) for value, own in zip(values, shapes, strict=True)]
-
-    def _learn(self, params: Sequence[Tensor], found: Mapping[int, ComputedTensor]) -> None:
-        """Exchange the shapes of each state once, because at first only the owner has them."""
-        mine = {i: {n: tuple(v.shape) for n, v in m.state.items()} for i, m in found.items()}
-        every: list[dict[int, dict[str, tuple[int, ...]]] | None]
-        every = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(every, mine, group=self._group)
-        for theirs in every:
-            for i, shapes in (theirs or {}).items():
-                self._shapes[id(params[i])] = {n: torch.Size(s) for n, s in shapes.items()}
 
 
 def _owners(params: Sequence[Tensor], world_size: int) -> list[int]:
@@ -237,7 +216,12 @@ def shards_of(parameter: Tensor) -> Ranks | None:
     Raises:
         ConfigurationError: The parameter is not split in the way of FSDP2 and HSDP.
     """
-    return shard_group("A parameter", parameter) if isinstance(parameter, DTensor) else None
+    found = split_mesh("A parameter", parameter) if isinstance(parameter, DTensor) else None
+    if found is None:
+        return None
+    mesh, dimension = found
+    group: Ranks = mesh.get_group(dimension)
+    return group
 
 
 def _unpacked(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

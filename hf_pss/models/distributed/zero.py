@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ def is_zero(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-@dataclass(frozen=True, slots=True)
 class Zero(Replicated):
     """Reads the copy for the forward pass. Writes the fp32 master and the copy.
 
@@ -109,13 +107,9 @@ class Zero(Replicated):
         piece, group = stored.ds_tensor, stored.ds_process_group
         shape = _stored_shape(parameter)
         width = shape[1:].numel()
-        first, last, size = rows.start * width, rows.stop * width, len(piece)
-        count, shard = dist.get_world_size(group), dist.get_rank(group)
-        ends = [max(first, min(last, size * number)) for number in range(count + 1)]
-        lengths = [after - before for before, after in itertools.pairwise(ends)]
-        at = ends[shard] - size * shard
-        mine = piece[at : at + lengths[shard]].to(parameter.device)
-        found = to_owner(mine, lengths, dist.get_group_rank(group, owner), group)
+        wanted = rows.start * width, rows.stop * width
+        place = dist.get_group_rank(group, owner)
+        found = to_owner(piece, wanted, len(piece), place, group, parameter.device)
         return None if found is None else found.view(-1, *shape[1:])
 
     @contextmanager

@@ -14,21 +14,6 @@ from typing import TypeAlias
 
 from hf_pss.models.selection.views import Role
 
-__all__ = [
-    "ADAPTER_FACTOR",
-    "MIXER",
-    "Place",
-    "Steps",
-    "children_by_module",
-    "is_adapter_factor",
-    "is_embedding_name",
-    "place_of",
-    "role_of",
-    "steps_by_name",
-    "why_no_block_matrix",
-    "why_no_projection",
-]
-
 Steps: TypeAlias = Sequence[tuple[str, str]]
 """The name and class name of each module around a tensor. The order is from the innermost module
 outwards to the module just below the block. A class name may be empty."""
@@ -172,14 +157,12 @@ def steps_by_name(name: str, children: Mapping[str, frozenset[str]]) -> Steps:
     # The name of a bare parameter also counts, such as relative_position_bias_table.
     modules = name.removesuffix(".weight").split(".", _MOST_PARTS)
     block = next((i for i, part in enumerate(modules) if part.isdecimal()), -1)
-    return tuple(
-        (modules[i], _likely_class(children.get(".".join(modules[: i + 1]), frozenset())))
-        for i in range(len(modules) - 1, block, -1)
-    )
-
-
-def _likely_class(children: frozenset[str]) -> str:
-    return next((name for needed, name in _CLASS_BY_CHILDREN if needed <= children), "")
+    steps = []
+    for i in range(len(modules) - 1, block, -1):
+        held = children.get(".".join(modules[: i + 1]), frozenset())
+        likely = (class_name for needed, class_name in _CLASS_BY_CHILDREN if needed <= held)
+        steps.append((modules[i], next(likely, "")))
+    return tuple(steps)
 
 
 def role_of(steps: Steps) -> Role | None:

@@ -12,19 +12,9 @@ from torch import Tensor, nn
 
 from hf_pss.models.selection.by_name import role_of
 from hf_pss.models.selection.layouts import class_names, looks_fused
-from hf_pss.models.selection.parameter_rules import matrices_of
+from hf_pss.models.selection.select import matrices_of
 from hf_pss.models.selection.survey import Site, is_linear, survey
 from hf_pss.models.selection.views import MatrixView
-
-__all__ = [
-    "AttentionHeads",
-    "HeadRows",
-    "Heads",
-    "find_heads",
-    "head_rows",
-    "heads_of",
-    "is_of_heads",
-]
 
 # The names of projections that are not fused.
 _PROJECTIONS: Mapping[str, str] = {
@@ -33,6 +23,7 @@ _PROJECTIONS: Mapping[str, str] = {
     **dict.fromkeys(("v_proj", "value", "v_lin", "v", "wv", "value_proj", "to_v"), "v"),
     "q_b_proj": "q",
 }
+_UNKNOWN = "fused, layout unknown"
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _LATENT_HEAD_DIM = "qk_head_dim"
 _VALUE_HEAD_DIM = "v_head_dim"
@@ -113,9 +104,7 @@ def is_of_heads(site: Site, views: Sequence[MatrixView]) -> bool:
     """Return whether a parameter seems to be divided among heads, judged by its names."""
     if role_of(site.steps) != "attention":
         return False
-    labels = {_label(site, view) for view in views}
-    is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
-    return is_unknown or not labels.isdisjoint(("q", "k", "v", "k_nope"))
+    return any(_label(site, view) in ("q", "k", "v", "k_nope", _UNKNOWN) for view in views)
 
 
 def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
@@ -127,20 +116,20 @@ def find_heads(model: nn.Module) -> tuple[list[AttentionHeads], dict[str, str]]:
     Args:
         model: Any module, wrapped or not.
     """
-    owners: dict[int, tuple[str, nn.Module, dict[str, HeadRows], list[Site]]] = {}
+    owners: dict[int, tuple[str, nn.Module, dict[str, HeadRows], set[str]]] = {}
     for site in survey(model):
         if site.tied_to is not None or role_of(site.steps) != "attention" or len(site.shape) != 2:
             continue
         name = site.name.rpartition(".")[0].removesuffix(".base_layer")  # a level that peft adds
         name = name.rpartition(".")[0] if site.own_name == "weight" else name
-        *_, rows, sites = owners.setdefault(id(site.owner), (name, site.owner, {}, []))
-        sites.append(site)
-        if is_linear(site.module):
-            for view in matrices_of(site, None):
-                rows.setdefault(_label(site, view), HeadRows(site.module, view))
+        *_, rows, labels = owners.setdefault(id(site.owner), (name, site.owner, {}, set()))
+        for view in matrices_of(site, None):
+            labels.add(label := _label(site, view))
+            if is_linear(site.module):
+                rows.setdefault(label, HeadRows(site.module, view))
     found, reasons = [], {}
-    for name, owner, rows, sites in owners.values():
-        if not any(_is_of_queries(site) for site in sites):
+    for name, owner, rows, labels in owners.values():
+        if labels.isdisjoint(("q", _UNKNOWN)):
             continue
         reason = _why_unknown(owner, rows)
         heads = heads_of(owner)
@@ -189,12 +178,6 @@ def _is_cross_attention(name: str, owner: nn.Module) -> bool:
     return any(_CROSS.search(word) for word in (name, *class_names(owner)))
 
 
-def _is_of_queries(site: Site) -> bool:
-    views = matrices_of(site, None)
-    is_unknown = looks_fused(site.leaf) and not any(map(_is_part, views))
-    return is_unknown or any(_label(site, view) == "q" for view in views)
-
-
 def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
     label = _label(site, view)
     num_rows = view.shape[-2]
@@ -213,14 +196,11 @@ def _rows_of_a_head(site: Site, view: MatrixView) -> int | None:
     return width if num_rows == count * width and run % width == 0 else None
 
 
-def _is_part(view: MatrixView) -> bool:
-    return view.name.endswith("]")
-
-
 def _label(site: Site, view: MatrixView) -> str:
-    if _is_part(view):
+    """Return what a view projects to: q, k, v or the label of a part."""
+    if view.name.endswith("]"):
         return view.name[len(site.name) + 1 : -1]
-    return _PROJECTIONS.get(site.leaf, site.leaf)
+    return _UNKNOWN if looks_fused(site.leaf) else _PROJECTIONS.get(site.leaf, site.leaf)
 
 
 def _first(holder: Any, names: Sequence[str]) -> int | None:

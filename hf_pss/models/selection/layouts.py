@@ -11,21 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "CONV1D_LEAVES",
-    "FOREIGN_LAYOUTS",
-    "LAYOUTS",
-    "Parts",
-    "RowPattern",
-    "class_names",
-    "config_stores_inputs_first",
-    "find_layout",
-    "layout_by_config",
-    "looks_fused",
-    "row_patterns",
-    "stores_inputs_first",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class RowPattern:

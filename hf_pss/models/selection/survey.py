@@ -1,4 +1,4 @@
-"""The place of each parameter in a model: canonical name, repeated block, modules around it."""
+"""What a model holds: each parameter and its place, and the LoRA adapters in training."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from hf_pss.models.selection.layouts import class_names, stores_inputs_first
-
-__all__ = [
-    "Site",
-    "canonical_name",
-    "find_blocks",
-    "is_linear",
-    "named_parameters_canonical",
-    "survey",
-]
+from hf_pss.models.selection.views import AdapterView
 
 # Prefixes of torch.compile, activation checkpointing and FSDP1. DDP's `module.` is removed only at
 # the start, because further inside it may be a name in the model.
@@ -28,6 +20,7 @@ _WRAPPERS = re.compile(
 )
 _LEADING_WRAPPERS = re.compile(r"^(?:module\.)+|^module$")
 # peft moves the layer that it replaces one level deeper.
+_NESTED = re.compile(r"(?:\.base_layer)+$")
 _ADAPTED = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)$")
 
 
@@ -154,14 +147,12 @@ def find_blocks(modules: dict[str, nn.Module]) -> set[str]:
             blocks.update(
                 canonical_name(f"{prefix}{child_name}")
                 for child_name, child in module.named_children()
-                if _is_block(child) and _is_stacked(child, module)
+                if next(child.children(), None) is not None
+                and any(map(is_linear, child.modules()))
+                and _is_stacked(child, module)
             )
     found = {id(modules[name]) for name in blocks}
     return {name for name, module in modules.items() if id(module) in found}
-
-
-def _is_block(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None and any(map(is_linear, module.modules()))
 
 
 def _is_stacked(child: nn.Module, stack: nn.Module) -> bool:
@@ -220,3 +211,81 @@ def _embedding_rows(model: nn.Module) -> dict[int, int]:
 def stored_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the shape of the complete parameter, which ZeRO-3 stores separately."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def find_adapters(model: nn.Module) -> tuple[tuple[AdapterView, ...], dict[str, str]]:
+    """Return the products of all LoRA adapters in training, and reasons for the other factors.
+
+    An adapter is recognised by its structure in PEFT: a module has `lora_A`, `lora_B` and
+    `scaling`, each with an entry for the adapter's name.
+
+    Returns:
+        The products in the model's order, and the reason for each factor without a product
+        by its canonical name.
+    """
+    views: list[AdapterView] = []
+    left_out: dict[str, str] = {}
+    for path, module in model.named_modules():
+        lefts, rights = getattr(module, "lora_B", None), getattr(module, "lora_A", None)
+        # Tuners of other kinds, such as AdaLoRA, use the same names for bare parameters. These are
+        # not products of two matrices.
+        if not (isinstance(lefts, nn.ModuleDict) and isinstance(rights, nn.ModuleDict)):
+            continue
+        for adapter in (name for name in lefts if name in rights):
+            factors = [f"{path}.lora_{side}.{adapter}.weight" for side in "BA"]
+            reason = _why_none(module, adapter)
+            if reason is None:
+                views += _views(path, module, adapter, *map(canonical_name, factors))
+            else:
+                left_out |= dict.fromkeys(map(canonical_name, factors), reason)
+    return tuple(views), left_out
+
+
+def _why_none(module: Any, adapter: str) -> str | None:
+    left, right = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+    if len(stored_shape(left)) != 2 or len(stored_shape(right)) != 2:
+        return "LoRA factor of a convolution"
+    if adapter in getattr(module, "merged_adapters", ()):
+        return "LoRA factor: merged into the base weight"
+    if adapter not in getattr(module, "active_adapters", module.lora_B):
+        return f"LoRA factor: adapter {adapter!r} is not active"
+    if not (left.requires_grad and right.requires_grad):
+        return "LoRA factor: frozen, or its partner is"
+    return None
+
+
+def _views(
+    path: str, module: Any, adapter: str, left_name: str, right_name: str
+) -> Iterator[AdapterView]:
+    num_experts = int(getattr(module, "num_experts", 1) or 1)
+    target = canonical_name(path)
+    # PEFT wraps a module once for each adapted parameter.
+    parameter: str | None = getattr(module, "parameter_name", None)
+    base_name = _base_name(path, module, parameter or "weight")
+    if parameter is not None:
+        target = f"{_NESTED.sub('', target)}.{parameter}"
+    shape = (
+        stored_shape(module.lora_B[adapter].weight)[0],
+        stored_shape(module.lora_A[adapter].weight)[1],
+    )
+    for expert in range(num_experts):
+        behind = f"[{expert}]" if num_experts > 1 else ""
+        yield AdapterView(
+            name=f"{target}[{adapter}]{behind}",
+            left_name=left_name,
+            right_name=right_name,
+            base_name=base_name,
+            scaling=float(module.scaling[adapter]),
+            shape=shape,
+            num_experts=num_experts,
+            expert=expert,
+        )
+
+
+def _base_name(path: str, module: Any, parameter: str) -> str | None:
+    """Return the name of the weight under an adapter, or None if it is not a plain parameter."""
+    inner, path = getattr(module, "base_layer", None), f"{path}.base_layer"
+    while (deeper := getattr(inner, "base_layer", None)) is not None:
+        inner, path = deeper, f"{path}.base_layer"
+    is_plain = isinstance(getattr(inner, parameter, None), nn.Parameter)
+    return canonical_name(f"{path}.{parameter}") if is_plain else None

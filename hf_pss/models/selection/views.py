@@ -1,4 +1,4 @@
-"""A weight matrix as a view of a parameter, and the selection of all views."""
+"""A weight matrix as a view of a parameter, LoRA products, and the selection of all views."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from hf_pss.errors import SelectionError
 from hf_pss.models.selection.layouts import RowPattern
-from hf_pss.models.selection.pairs import AdapterView
-
-__all__ = ["Exclusion", "MatrixView", "Piece", "Role", "Selection"]
 
 Role: TypeAlias = Literal["attention", "mlp"]
 
@@ -164,7 +161,15 @@ class MatrixView:
 
     def _part(self, parameter: Tensor) -> Tensor:
         """Return a view that always shares memory: (..., m, n), or (..., periods, size, n)."""
-        self._check_stored_shape(tuple(parameter.shape))
+        *experts, m, n = self.shape
+        if self.rows is not None:
+            m = m // self.rows.size * self.rows.period
+        stored, given = (*experts, *((n, m) if self.transposed else (m, n))), tuple(parameter.shape)
+        if given != stored:
+            raise SelectionError(
+                f"{self.parameter_name} was selected with the shape {stored}, but a tensor of "
+                f"shape {given} was given: pass the full parameter, gathered from its shards."
+            )
         matrix = parameter.detach()
         if self.transposed:
             matrix = matrix.mT
@@ -173,16 +178,36 @@ class MatrixView:
         periods = torch.unflatten(matrix, -2, (-1, self.rows.period))
         return periods.narrow(-2, self.rows.start, self.rows.size)
 
-    def _check_stored_shape(self, given: tuple[int, ...]) -> None:
-        *experts, m, n = self.shape
-        if self.rows is not None:
-            m = m // self.rows.size * self.rows.period
-        stored = (*experts, n, m) if self.transposed else (*experts, m, n)
-        if given != stored:
-            raise SelectionError(
-                f"{self.parameter_name} was selected with the shape {stored}, but a tensor of "
-                f"shape {given} was given: pass the full parameter, gathered from its shards."
-            )
+
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    """The product s·B·A of an adapter. It holds names and numbers, never tensors.
+
+    Attributes:
+        name: The adapted module with the adapter in brackets: ``…q_proj[default]``. If there are
+            several experts, the number of the expert follows: ``…experts.down_proj[default][2]``.
+        left_name: The canonical name of B's parameter, (m, r), or (m, r·E) for E experts.
+        right_name: The canonical name of A's parameter, (r, n), or (E·r, n).
+        base_name: The canonical name of the frozen weight, or None if it is not a plain parameter.
+        scaling: The factor s.
+        shape: The shape (m, n) of the product.
+        num_experts: E, which is 1 for a linear map.
+        expert: The number of the expert.
+    """
+
+    name: str
+    left_name: str
+    right_name: str
+    base_name: str | None
+    scaling: float
+    shape: tuple[int, int]
+    num_experts: int = 1
+    expert: int = 0
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The names that a pattern may match: that of the product and those of its factors."""
+        return self.name, self.left_name, self.right_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,16 +246,13 @@ class Selection:
             (view.name, _dimensions(view.shape), "adapter", "product of LoRA's factors")
             for view in self.adapters
         ]
-        return _aligned([("name", "shape", "role", "reason"), *matrices, *products, *excluded])
+        lines = [("name", "shape", "role", "reason"), *matrices, *products, *excluded]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
+            for line in lines
+        )
 
 
 def _dimensions(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
-
-
-def _aligned(lines: list[tuple[str, str, str, str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
-        for line in lines
-    )

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hf_pss.health.meter import RepresentationMeter
 from hf_pss.health.tracked import SpectrumTracker
-from hf_pss.models.distributed import OneProcess
+from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
 
@@ -21,9 +21,9 @@ def hooks_of(model: nn.Module) -> int:
 
 def armed(model: nn.Module) -> tuple[RepresentationMeter, dict[str, Tensor]]:
     selection, parameters = select_matrices(model), named_parameters_canonical(model)
-    tracker = SpectrumTracker(selection.matrices, OneProcess())
+    tracker = SpectrumTracker(selection.matrices, Backend())
     tracker.refresh(parameters)
     directions = tracker.directions(parameters)
-    meter = RepresentationMeter(model, selection, OneProcess())
+    meter = RepresentationMeter(model, selection, Backend())
     meter.arm(directions)
     return meter, directions
