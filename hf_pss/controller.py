@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from hf_pss.detection.state import (
     read_object,
 )
 from hf_pss.errors import ConfigurationError, NonFiniteError
-from hf_pss.health.monitor import HealthMonitor
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
 from hf_pss.models.distributed import Backend
@@ -52,8 +52,42 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 2
 _FLOOR = "stable_rank_floor"
+_HEALTH_MODULE = "hf_pss.health.monitor"
+"""The metrics are an extension: this module is loaded only if ``health`` asks for them."""
 
 T = TypeVar("T")
+
+
+class HealthMetrics(Protocol):
+    """The part of `hf_pss.health.monitor.HealthMonitor` that a training loop uses."""
+
+    seconds: float
+    """The time that the metrics have taken."""
+
+    def watch_attention(self, watch: Callable[[], Any]) -> None:
+        """Measure attention logits with this function as well."""
+
+    def before_step(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Prepare to measure the forward passes of a step."""
+
+    def before_update(
+        self, step: int, parameters: Mapping[str, nn.Parameter], grad_norm_preclip: float | None
+    ) -> None:
+        """Measure the gradients."""
+
+    def after_update(
+        self, step: int, parameters: Mapping[str, nn.Parameter], **numbers: Any
+    ) -> HealthReading | None:
+        """Measure the weights, and return a reading if one is due."""
+
+    def state(self) -> dict[str, JSON]:
+        """Return everything that a checkpoint must hold."""
+
+    def restore(self, state: object) -> None:
+        """Restore a state, or raise `StateError`."""
+
+    def stop(self) -> None:
+        """End the run."""
 
 
 class PSSController:
@@ -122,10 +156,10 @@ class PSSController:
         )
         self._smoother = ModelSmoother(self._measurements, self.config, optimizer, evaluate_loss)
         self._anchors = self._first_anchors()
-        self.health: HealthMonitor | None = None
-        """The health monitor, which measures its own time. None if ``health`` is off."""
+        self.health: HealthMetrics | None = None
+        """The health metrics, which measure their own time. None if ``health`` is off."""
         if self.config.health != "off":
-            self.health = HealthMonitor(
+            self.health = import_module(_HEALTH_MODULE).HealthMonitor(
                 self.selection,
                 self._measurements.backend,
                 self.config.health,
@@ -251,7 +285,13 @@ class PSSController:
         # reading that is only for the report does not count as a cost of PSS.
         stable_ranks, reading = None, None
         if self.health is not None:
-            reading = self._read_health(self.health, step)
+            reading = self.health.after_update(
+                step.number,
+                self._measurements.parameters(),
+                optimizer=self._optimizer,
+                loss=step.loss,
+                grad_norm_preclip=step.grad_norm_preclip,
+            )
         elif step.is_due(self.config.health_every_steps):
             stable_ranks = self._measured(step, self.stable_ranks)
         started = time.perf_counter()
@@ -525,15 +565,6 @@ class PSSController:
             values = self._measured(step, self._measurements.leading_values)
             if values is not None:
                 self._anchors.update(step.number, values)
-
-    def _read_health(self, health: HealthMonitor, step: Step) -> HealthReading | None:
-        return health.after_update(
-            step.number,
-            self._measurements.parameters(),
-            optimizer=self._optimizer,
-            loss=step.loss,
-            grad_norm_preclip=step.grad_norm_preclip,
-        )
 
     def _prepare_health(self) -> None:
         """Install the hooks of the health metrics if they sample the next step."""
