@@ -16,7 +16,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
+from hf_pss.detection.detectors import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
 from hf_pss.detection.state import (
     JSON,

@@ -17,11 +17,10 @@ from typing import Any
 
 from rich.table import Table
 
-from hf_pss.detection import (
+from hf_pss.detection.detectors import (
     GLOBAL,
     Baseline,
     Detector,
-    DropDetector,
     FloorDetector,
     Quantity,
     RatioDetector,
@@ -75,11 +74,11 @@ _AVERAGE: dict[str, Any] = {"alpha": 0.1, "calibration_steps": 20, "patience_ste
 
 def _ratio(limit: float) -> Detector:
     # A controller routes readings by the quantity. Here the detector gets its series directly.
-    return RatioDetector(Quantity.GRAD_NORM, limit, _BASELINE)
+    return RatioDetector("ratio", Quantity.GRAD_NORM, limit, _BASELINE)
 
 
 def _drop(drop: float) -> Detector:
-    return DropDetector(drop, _BASELINE)
+    return RatioDetector("drop", Quantity.STABLE_RANK, 1 - drop, _BASELINE)
 
 
 def _floor(floor: float) -> Detector:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.detection.state import (
     JSON,

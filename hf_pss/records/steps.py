@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hf_pss.detection import Judgement, Verdict, worst
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import InterventionHistory
 from hf_pss.records.events import Event, Record
 
@@ -96,9 +96,10 @@ class Step:
         for judgement in self.judgements:
             if judgement.detector == "grad_norm_ratio":
                 numbers |= {"baseline": judgement.baseline, "threshold": judgement.threshold}
+        verdicts = (judgement.verdict for judgement in self.judgements)
         return StepReport(
             step=self.number,
-            verdict=worst(self.judgements).verdict if self.judgements else Verdict.NORMAL,
+            verdict=max(verdicts, key=list(Verdict).index, default=Verdict.NORMAL),
             update_applied=self.update_applied,
             records=tuple(self.records),
             scalars={

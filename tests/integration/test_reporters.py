@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from wandb_offline import finish_and_read
 
 from hf_pss import PSSConfig
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, Intervention, MatrixChange
 from hf_pss.records.steps import HealthReading
