@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,7 @@ from torch.optim import Optimizer
 from hf_pss.config import PSSConfig
 from hf_pss.detection.detectors import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
-from hf_pss.detection.state import (
-    JSON,
-    check_version,
-    read_integer,
-    read_mapping,
-    read_number,
-    read_object,
-)
+from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
@@ -42,9 +35,16 @@ from hf_pss.models.option_checks import (
 from hf_pss.models.selection import Selection
 from hf_pss.models.trial import EvaluateLoss
 from hf_pss.models.triggers import Triggers
-from hf_pss.records.events import Event, EventKind, Intervention, Record
+from hf_pss.records.events import (
+    Event,
+    EventKind,
+    HealthReading,
+    Intervention,
+    Record,
+    Step,
+    StepReport,
+)
 from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line
-from hf_pss.records.steps import HealthReading, Step, StepReport
 
 __all__ = ["PSSController", "StepReport"]
 
@@ -56,6 +56,7 @@ _HEALTH_MODULE = "hf_pss.health.monitor"
 """The metrics are an extension: this module is loaded only if ``health`` asks for them."""
 
 T = TypeVar("T")
+Parameters: TypeAlias = Mapping[str, nn.Parameter]
 
 
 class HealthMetrics(Protocol):
@@ -67,16 +68,16 @@ class HealthMetrics(Protocol):
     def watch_attention(self, watch: Callable[[], Any]) -> None:
         """Measure attention logits with this function as well."""
 
-    def before_step(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+    def before_step(self, step: int, parameters: Parameters) -> None:
         """Prepare to measure the forward passes of a step."""
 
     def before_update(
-        self, step: int, parameters: Mapping[str, nn.Parameter], grad_norm_preclip: float | None
+        self, step: int, parameters: Parameters, grad_norm_preclip: float | None
     ) -> None:
         """Measure the gradients."""
 
     def after_update(
-        self, step: int, parameters: Mapping[str, nn.Parameter], **numbers: Any
+        self, step: int, parameters: Parameters, **numbers: Any
     ) -> HealthReading | None:
         """Measure the weights, and return a reading if one is due."""
 
@@ -168,12 +169,8 @@ class PSSController:
             )
         self._current: Step | None = None
         self._has_loaded = False
-        has_loss = evaluate_loss is not None
-        self._warn(
-            option_warnings(
-                self.config, self._measurements, has_loss=has_loss, has_trainer=not speaks
-            )
-        )
+        options = {"has_loss": evaluate_loss is not None, "has_trainer": not speaks}
+        self._warn(option_warnings(self.config, self._measurements, **options))
         self.reset()
 
     # ---- one step ----
@@ -283,7 +280,7 @@ class PSSController:
         step.is_after_update = True
         # Health is measured before any smoothing, so that it shows the result of the optimizer. A
         # reading that is only for the report does not count as a cost of PSS.
-        stable_ranks, reading = None, None
+        stable_ranks = reading = None
         if self.health is not None:
             reading = self.health.after_update(
                 step.number,
@@ -406,8 +403,7 @@ class PSSController:
         found = read_object(state, tuple(self.state_dict()), what=what)
         step_number = read_integer(found["step"], what=f"'step' of {what}")
         seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
-        saved_history = read_mapping(found["history"], what="the history")
-        history = InterventionHistory.from_state_dict(saved_history)
+        history = InterventionHistory.from_state_dict(found["history"])
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))

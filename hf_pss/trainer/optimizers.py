@@ -15,8 +15,8 @@ from transformers.trainer import SCHEDULER_NAME
 from hf_pss.errors import ConfigurationError
 from hf_pss.models.distributed import Replicas
 from hf_pss.models.selection import canonical_name
-from hf_pss.optim import RULES, MatrixOptimizer, build_optimizer
-from hf_pss.optim.groups import AMUSE
+from hf_pss.optim import MatrixOptimizer, build_optimizer
+from hf_pss.optim.groups import AMUSE, known_options
 from hf_pss.optim.optimizer import ADAMW
 from hf_pss.optim.qk_clip import QKClip
 from hf_pss.trainer.arguments import QK_CLIP, PSSTrainingArguments
@@ -210,7 +210,7 @@ def _build(
     options = arguments.optimizer_options()
     options.pop(QK_CLIP, None)
     # Some rules require total_steps. create_scheduler sets the real number later.
-    asks = arguments.pss_optim in RULES and "total_steps" in RULES[arguments.pss_optim].defaults
+    asks = "total_steps" in known_options(str(arguments.pss_optim))
     unknown_yet = {"total_steps": 1} if asks and "total_steps" not in options else {}
     return build_optimizer(
         model,

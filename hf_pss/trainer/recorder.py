@@ -9,9 +9,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hf_pss.records.events import EventKind, Intervention, Record
+from hf_pss.records.events import EventKind, HealthReading, Intervention, Record, StepReport
 from hf_pss.records.messages import intervention_line
-from hf_pss.records.steps import HealthReading, StepReport
 from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.trackers import Trackers, summary_table, trackers_for

@@ -21,8 +21,7 @@ from wandb_offline import finish_and_read
 from hf_pss import PSSConfig
 from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
-from hf_pss.records.events import Event, Intervention, MatrixChange
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import Event, HealthReading, Intervention, MatrixChange
 from hf_pss.trainer.trackers import TRACKERS, Trackers, trackers_for
 from hf_pss.trainer.trackers.row_trackers import WandbTracker
 from hf_pss.trainer.trackers.tracker import label_of

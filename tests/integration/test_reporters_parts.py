@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 from hf_pss.trainer.trackers import summary_table
 from hf_pss.trainer.trackers.tracker import (
     MAX_CURVES,

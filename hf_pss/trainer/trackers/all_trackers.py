@@ -9,9 +9,8 @@ from types import MappingProxyType
 import numpy as np
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_pss.records.events import Record
+from hf_pss.records.events import HealthReading, Record
 from hf_pss.records.messages import Alerts
-from hf_pss.records.steps import HealthReading
 from hf_pss.trainer.trackers.row_trackers import TrackioTracker, WandbTracker
 from hf_pss.trainer.trackers.tensorboard_tracker import TensorBoardTracker
 from hf_pss.trainer.trackers.tracker import Curves, Image, Snapshot, ThinnedReadings, Tracker

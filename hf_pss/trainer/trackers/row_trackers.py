@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_pss.errors import StateError
+from hf_pss.records.events import HealthReading
 from hf_pss.records.messages import Alert
-from hf_pss.records.steps import HealthReading
 from hf_pss.trainer.trackers.tracker import Snapshot, Tracker, histogram_of, label_of, scalars_of
 
 __all__ = ["TrackioTracker", "WandbTracker"]

@@ -13,8 +13,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hf_pss.records.events import HealthReading
 from hf_pss.records.messages import Alert
-from hf_pss.records.steps import HealthReading
 
 __all__ = [
     "NONFINITE_SPECTRA",
