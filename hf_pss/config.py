@@ -40,8 +40,8 @@ def option(
         at_most: The number must not be greater than this.
         read_by: The detectors that read the option. Without one of them it has no effect.
     """
-    limits = {"minimum": minimum, "above": above, "at_most": at_most, "read_by": read_by}
-    return field(default=default, metadata={"help": help, **limits})
+    limits = {"minimum": minimum, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "read_by": read_by, **limits})
 
 
 class Options:
@@ -52,18 +52,15 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for spec in fields(self):  # type: ignore[arg-type]
-            name, hint, limits = spec.name, hints[spec.name], spec.metadata
+            name, hint = spec.name, hints[spec.name]
             if get_origin(hint) is tuple:
                 # YAML and argparse produce lists, but a frozen dataclass needs tuples.
                 object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
             value = getattr(self, name)
-            if hint is bool and not isinstance(value, bool):  # Python treats "false" as true
-                raise ConfigurationError(f"{name} is true or false; you gave {value!r}.")
-            _check_choice(name, value, _words(hint))
-            if limits["above"] is not None:
-                _check_range(name, value, limits["above"], limits["at_most"])
-            if limits["minimum"] is not None and not (value is None and spec.default is None):
-                _check_count(name, value, limits["minimum"])
+            is_missing = value is None and spec.default is None
+            if not is_missing and (required := _requirement(value, hint, spec.metadata)):
+                given = ", ".join(map(repr, value if isinstance(value, tuple) else (value,)))
+                raise ConfigurationError(f"{name} {required}; you gave {given}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that JSON and YAML can hold."""
@@ -300,8 +297,14 @@ class PSSConfig(Options):
         if given is False:  # YAML reads the bare word off as false
             object.__setattr__(self, "health", "off")
         Options.__post_init__(self)
-        _check_patterns("include", self.include)
-        _check_patterns("exclude", self.exclude)
+        for name in ("include", "exclude"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigurationError(
+                        f"{name} holds {pattern!r}, which is not a regular expression: {error}."
+                    ) from error
         if self.observe_only and self.smooth_on_resume:
             raise ConfigurationError(
                 "observe_only changes no weight, and smooth_on_resume changes all: set one of them "
@@ -368,11 +371,9 @@ class PSSConfig(Options):
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "anchored": MappingProxyType({}),
-        "floor": MappingProxyType({"detectors": ("stable_rank_floor",)}),
-        "paper": MappingProxyType(
-            {"detectors": ("grad_norm_ratio",), "anchor": "off", "trial": "off"}
-        ),
+        "anchored": {},
+        "floor": {"detectors": ("stable_rank_floor",)},
+        "paper": {"detectors": ("grad_norm_ratio",), "anchor": "off", "trial": "off"},
     }
 )
 """Named starting points. The defaults of `PSSConfig` are those of ``anchored``."""
@@ -400,33 +401,17 @@ def _as_tuple(name: str, value: Any) -> tuple[str, ...]:
     raise ConfigurationError(f"{name} is a list of words; you gave {value!r}.")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    given = value if isinstance(value, tuple) else (value,)
-    if choices and not set(given) <= set(choices):
-        raise ConfigurationError(
-            f"{name} may be {' or '.join(choices)}; you gave {', '.join(map(repr, given))}."
-        )
-
-
-def _check_range(name: str, value: Any, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and low < value <= high):  # NaN compares false, so it is rejected as well
-        allowed = f"above {low:g}" if high == _ANY else f"above {low:g} and at most {high:g}"
-        raise ConfigurationError(f"{name} must be a number {allowed}; you gave {value!r}.")
-
-
-def _check_patterns(name: str, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigurationError(
-                f"{name} holds {pattern!r}, which is not a regular expression: {error}."
-            ) from error
-
-
-def _check_count(name: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigurationError(
-            f"{name} must be a whole number of at least {minimum}; you gave {value!r}."
-        )
+def _requirement(value: Any, hint: Any, limits: Mapping[str, Any]) -> str | None:
+    """Return what a value must be, or None if it is that."""
+    words, minimum, low, high = _words(hint), limits["minimum"], limits["above"], limits["at_most"]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is bool and not isinstance(value, bool):  # Python treats "false" as true
+        return "is true or false"
+    if words and not set(value if isinstance(value, tuple) else (value,)) <= set(words):
+        return f"may be {' or '.join(words)}"
+    if low is not None and not (is_number and low < value <= high):  # NaN compares false
+        at_most = "" if high == _ANY else f" and at most {high:g}"
+        return f"must be a number above {low:g}{at_most}"
+    if minimum is not None and not (is_number and isinstance(value, int) and value >= minimum):
+        return f"must be a whole number of at least {minimum}"
+    return None

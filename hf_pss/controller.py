@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection import GLOBAL, Judgement, Quantity, Verdict
+from hf_pss.detection.detectors import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
-from hf_pss.detection.state import (
-    JSON,
-    check_version,
-    read_integer,
-    read_mapping,
-    read_number,
-    read_object,
-)
+from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
 from hf_pss.errors import ConfigurationError, NonFiniteError
-from hf_pss.health.monitor import HealthMonitor
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
 from hf_pss.models.distributed import Backend
@@ -41,9 +34,16 @@ from hf_pss.models.option_checks import (
 )
 from hf_pss.models.selection import Selection
 from hf_pss.models.triggers import Triggers
-from hf_pss.records.events import Event, EventKind, Intervention, Record
+from hf_pss.records.events import (
+    Event,
+    EventKind,
+    HealthReading,
+    Intervention,
+    Record,
+    Step,
+    StepReport,
+)
 from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line
-from hf_pss.records.steps import HealthReading, Step, StepReport
 
 __all__ = ["PSSController", "StepReport"]
 
@@ -51,8 +51,43 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 2
 _FLOOR = "stable_rank_floor"
+_HEALTH_MODULE = "hf_pss.health.monitor"
+"""The metrics are an extension: this module is loaded only if ``health`` asks for them."""
 
 T = TypeVar("T")
+Parameters: TypeAlias = Mapping[str, nn.Parameter]
+
+
+class HealthMetrics(Protocol):
+    """The part of `hf_pss.health.monitor.HealthMonitor` that a training loop uses."""
+
+    seconds: float
+    """The time that the metrics have taken."""
+
+    def watch_attention(self, watch: Callable[[], Any]) -> None:
+        """Measure attention logits with this function as well."""
+
+    def before_step(self, step: int, parameters: Parameters) -> None:
+        """Prepare to measure the forward passes of a step."""
+
+    def before_update(
+        self, step: int, parameters: Parameters, grad_norm_preclip: float | None
+    ) -> None:
+        """Measure the gradients."""
+
+    def after_update(
+        self, step: int, parameters: Parameters, **numbers: Any
+    ) -> HealthReading | None:
+        """Measure the weights, and return a reading if one is due."""
+
+    def state(self) -> dict[str, JSON]:
+        """Return everything that a checkpoint must hold."""
+
+    def restore(self, state: object) -> None:
+        """Restore a state, or raise `StateError`."""
+
+    def stop(self) -> None:
+        """End the run."""
 
 
 class PSSController:
@@ -121,10 +156,10 @@ class PSSController:
         )
         self._smoother = ModelSmoother(self._measurements, self.config, optimizer, evaluate_loss)
         self._anchors = self._first_anchors()
-        self.health: HealthMonitor | None = None
-        """The health monitor, which measures its own time. None if ``health`` is off."""
+        self.health: HealthMetrics | None = None
+        """The health metrics, which measure their own time. None if ``health`` is off."""
         if self.config.health != "off":
-            self.health = HealthMonitor(
+            self.health = import_module(_HEALTH_MODULE).HealthMonitor(
                 self.selection,
                 self._measurements.backend,
                 self.config.health,
@@ -133,12 +168,8 @@ class PSSController:
             )
         self._current: Step | None = None
         self._has_loaded = False
-        has_loss = evaluate_loss is not None
-        self._warn(
-            option_warnings(
-                self.config, self._measurements, has_loss=has_loss, has_trainer=not speaks
-            )
-        )
+        options = {"has_loss": evaluate_loss is not None, "has_trainer": not speaks}
+        self._warn(option_warnings(self.config, self._measurements, **options))
         self.reset()
 
     # ---- one step ----
@@ -248,9 +279,15 @@ class PSSController:
         step.is_after_update = True
         # Health is measured before any smoothing, so that it shows the result of the optimizer. A
         # reading that is only for the report does not count as a cost of PSS.
-        stable_ranks, reading = None, None
+        stable_ranks = reading = None
         if self.health is not None:
-            reading = self._read_health(self.health, step)
+            reading = self.health.after_update(
+                step.number,
+                self._measurements.parameters(),
+                optimizer=self._optimizer,
+                loss=step.loss,
+                grad_norm_preclip=step.grad_norm_preclip,
+            )
         elif step.is_due(self.config.health_every_steps):
             stable_ranks = self._measured(step, self.stable_ranks)
         started = time.perf_counter()
@@ -365,8 +402,7 @@ class PSSController:
         found = read_object(state, tuple(self.state_dict()), what=what)
         step_number = read_integer(found["step"], what=f"'step' of {what}")
         seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
-        saved_history = read_mapping(found["history"], what="the history")
-        history = InterventionHistory.from_state_dict(saved_history)
+        history = InterventionHistory.from_state_dict(found["history"])
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
@@ -524,15 +560,6 @@ class PSSController:
             values = self._measured(step, self._measurements.leading_values)
             if values is not None:
                 self._anchors.update(step.number, values)
-
-    def _read_health(self, health: HealthMonitor, step: Step) -> HealthReading | None:
-        return health.after_update(
-            step.number,
-            self._measurements.parameters(),
-            optimizer=self._optimizer,
-            loss=step.loss,
-            grad_norm_preclip=step.grad_norm_preclip,
-        )
 
     def _prepare_health(self) -> None:
         """Install the hooks of the health metrics if they sample the next step."""

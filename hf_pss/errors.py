@@ -1,5 +1,9 @@
 """The errors of hf_pss. Each is a `PSSError` and also the built-in error that a caller expects."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
+
 
 class PSSError(Exception):
     """Base class of every error that hf_pss raises deliberately."""
@@ -31,3 +35,9 @@ class TrainingFailedError(PSSError, RuntimeError):
 
 class IncompatibleVersionError(PSSError, RuntimeError):
     """A private method of transformers that hf_pss depends on has changed."""
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise a `ConfigurationError` with the choices if the value of an option is none of them."""
+    if value not in choices:
+        raise ConfigurationError(f"You gave {name}={value!r}; choose one of {', '.join(choices)}.")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange, Record
 from hf_pss.records.messages import AlertLevel, Alerts, alert_of

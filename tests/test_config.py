@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hf_pss import PRESETS, ConfigurationError, PSSConfig, config
-from hf_pss.detection import DETECTORS
+from hf_pss.detection.detectors import DETECTORS
 from hf_pss.linalg import SMOOTHING_FUNCTIONS
 
 BAD = [

@@ -12,7 +12,7 @@ from loops import Loop, changed, collapse_, make_model, stable_rank64
 from torch import Tensor, nn
 
 from hf_pss import NonFiniteError, PSSConfig, PSSController
-from hf_pss.detection import Verdict
+from hf_pss.detection.detectors import Verdict
 from hf_pss.detection.policy import Action
 from hf_pss.models.distributed import Backend
 from hf_pss.records.events import Event, Intervention

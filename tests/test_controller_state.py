@@ -13,7 +13,7 @@ from loops import Loop, changed, collapse_, make_model
 from torch import nn
 
 from hf_pss import PSSConfig, PSSController, StateError
-from hf_pss.detection import Verdict
+from hf_pss.detection.detectors import Verdict
 
 Damage: TypeAlias = Callable[[dict[str, Any]], Any]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_pss.detection import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.errors import StateError
 from hf_pss.records.events import (

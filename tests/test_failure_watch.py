@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from hf_pss.detection.failures import FailedInterventions, TrainingFailure
+from hf_pss.detection.explosion import FailedInterventions, TrainingFailure
 
 
 def failures(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_pss import PSSConfig
-from hf_pss.detection import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
 from hf_pss.errors import StateError
 

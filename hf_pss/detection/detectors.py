@@ -6,26 +6,192 @@ To add a detector, write one class and add one row to `DETECTORS`.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from enum import StrEnum
+from typing import TypeAlias
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection.baseline import Baseline
-from hf_pss.detection.judgement import Judgement, Quantity, Readings, Verdict
-from hf_pss.detection.state import JSON, check_version, read_mapping, read_object
+from hf_pss.detection.state import (
+    JSON,
+    check_version,
+    read_integer,
+    read_mapping,
+    read_number,
+    read_object,
+)
 from hf_pss.errors import ConfigurationError, StateError
 
 _VERSION = 1
+
+# A quotient by a denormal float64 has lost its digits, and a quotient by 0 is undefined.
+_SMALLEST_LEVEL = sys.float_info.min
+_LEARNED = ("level", "num_accepted", "num_refused")
 
 # The cap that restores a floor brings a matrix only within float32's rounding of it (5e-8
 # measured). Without this tolerance such a matrix would fire again at every check.
 _ROUNDING = 1e-5
 
+Readings: TypeAlias = Mapping[str, float]
+"""The readings of one quantity at one step, by matrix. A global quantity has one key, `GLOBAL`."""
 
-class Detector(Protocol):
-    """Judges the readings of one quantity, and learns from them.
+GLOBAL = "global"
+
+
+class Quantity(StrEnum):
+    """A quantity that a detector can read."""
+
+    GRAD_NORM = "grad_norm"
+    MATRIX_GRAD_NORM = "matrix_grad_norm"
+    UPDATE_NORM = "update_norm"
+    STABLE_RANK = "stable_rank"
+    SPECTRAL_NORM = "spectral_norm"
+
+
+class Verdict(StrEnum):
+    """The conclusion of a detector. The least severe one comes first."""
+
+    CALIBRATING = "calibrating"
+    NORMAL = "normal"
+    SPIKE = "spike"
+    NON_FINITE = "non_finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The conclusion of one detector about one set of readings.
+
+    `value`, `baseline` and `threshold` belong to the worst reading, which is the one
+    farthest over its threshold. While all names are still calibrating, they belong to the
+    first name in sorted order.
+    """
+
+    verdict: Verdict
+    detector: str
+    fired: tuple[str, ...] = ()
+    """The names that fired, the farthest over its threshold first, or those that are not finite."""
+    value: float | None = None
+    baseline: float | None = None
+    """b_{t-1}, before this reading was learned. None without a baseline."""
+    threshold: float | None = None
+    """The number at which the reading would fire. None while nothing may fire."""
+    new_level: tuple[str, ...] = ()
+    """The names that fired for too long. Their baselines therefore restart at this value."""
+
+
+@dataclass(slots=True)
+class Baseline:
+    """Exponential moving average of accepted finite values >= 0, with a calibration phase.
+
+    It is ``b_1 = g_1`` and ``b_t = (1 - alpha) b_{t-1} + alpha g_t`` over the accepted values. The
+    average comes from the paper, arXiv 2602.01308. The value of alpha and the rules below are ours.
+    The average starts at the first value, so it has no bias towards zero to correct. But the first
+    value keeps the weight ``(1 - alpha)^(t-1)``. The calibration phase waits until this weight is
+    small: it is 0.14 after 20 values at alpha = 0.1.
+
+    Three rules prevent harm from the average:
+
+    - A level of 0 (or denormal) has no scale. Nothing is compared with it, and the next value
+      restarts the baseline instead of being averaged into it.
+    - A value that fired is refused, which means that the baseline does not learn it.
+    - After `patience_steps` refusals in a row the baseline restarts at the new level and calibrates
+      again. Otherwise one lasting rise would fire at every later step.
+
+    >>> baseline = Baseline(alpha=0.5, calibration_steps=2, patience_steps=10)
+    >>> baseline.accept(1.0)
+    >>> baseline.accept(2.0)
+    >>> baseline.level, baseline.is_calibrated, baseline.ratio(6.0)
+    (1.5, True, 4.0)
+    """
+
+    alpha: float
+    """The weight of the newest value, in (0, 1]."""
+    calibration_steps: int
+    """The number of values to accept before anything may fire, >= 1."""
+    patience_steps: int
+    """The number of refusals in a row after which the new level is accepted, >= 1."""
+    level: float = 0.0
+    """b_t. It is 0 before the first value."""
+    num_accepted: int = 0
+    """The number of values in the average since it last started."""
+    num_refused: int = 0
+    """The current number of refusals in a row."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a value may be judged against the level."""
+        return self._has_scale and self.num_accepted >= self.calibration_steps
+
+    def ratio(self, value: float) -> float | None:
+        """Return ``value / b_{t-1}``, None if the level has no scale, or inf if it overflows."""
+        return value / self.level if self._has_scale else None
+
+    def accept(self, value: float) -> None:
+        """Learn a finite value >= 0."""
+        if not self._has_scale:
+            self._start_at(value)
+            return
+        mixed = (1 - self.alpha) * self.level + self.alpha * value
+        # Rounding can lift the mean above both values, which near 1.8e308 would give inf.
+        self.level = min(mixed, max(self.level, value))
+        self.num_accepted += 1
+        self.num_refused = 0
+
+    def refuse(self, value: float) -> bool:
+        """Do not learn `value`. If patience ends, restart the baseline at it and return True."""
+        self.num_refused += 1
+        if self.num_refused < self.patience_steps:
+            return False
+        self._start_at(value)
+        return True
+
+    def state(self) -> dict[str, JSON]:
+        """Return the learned numbers, as one part of a detector's versioned state."""
+        return {name: getattr(self, name) for name in _LEARNED}
+
+    def with_state(self, state: object, *, what: str) -> Baseline:
+        """Return a baseline with these settings and the given state.
+
+        Raises:
+            StateError: `state` does not have the form that `state()` returns.
+        """
+        found = read_object(state, _LEARNED, what)
+        read = {
+            name: read_integer(found[name], f"{name!r} of {what}", minimum=minimum)
+            for name, minimum in (("num_accepted", 1), ("num_refused", 0))
+        }
+        level = read_number(found["level"], f"'level' of {what}", minimum=0.0)
+        return replace(self, level=level, **read)
+
+    @property
+    def _has_scale(self) -> bool:
+        return self.level >= _SMALLEST_LEVEL
+
+    def _start_at(self, value: float) -> None:
+        self.level, self.num_accepted, self.num_refused = value, 1, 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """One reading and its threshold."""
+
+    name: str
+    value: float
+    baseline: float | None = None
+    threshold: float | None = None
+    severity: float = 0.0
+    """The reading over its threshold, as a ratio. It fires above 1, and is
+    0 if nothing may fire."""
+
+    @property
+    def fired(self) -> bool:
+        return self.severity > 1
+
+
+class Detector(ABC):
+    """Judges the readings of one quantity, each by a separate threshold, and learns from them.
 
     Every detector must have these properties. `tests/contracts` checks them for
     each row of `DETECTORS`:
@@ -35,55 +201,11 @@ class Detector(Protocol):
     - The detector does not learn a value that fired.
     - The order of the readings does not matter.
     - If a state cannot be loaded, the detector is unchanged.
+
+    Args:
+        name: The detector's key in `DETECTORS`.
+        quantity: The quantity that the detector reads.
     """
-
-    @property
-    def name(self) -> str:
-        """The detector's key in `DETECTORS`."""
-
-    @property
-    def quantity(self) -> Quantity:
-        """The quantity that the detector reads."""
-
-    def judge(self, readings: Readings) -> Judgement:
-        """Judge the readings of one step, then learn from them.
-
-        Raises:
-            ConfigurationError: Readings are missing or negative, or the detector
-                cannot judge one of them.
-        """
-
-    def state_dict(self) -> dict[str, JSON]:
-        """Return everything that the detector has learned, as plain JSON."""
-
-    def load_state_dict(self, state: object) -> None:
-        """Continue from a saved state, which is parsed JSON and not trusted.
-
-        Raises:
-            StateError: The state is truncated, damaged, of a different version or
-                of a different detector.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """One reading and its threshold."""
-
-    name: str
-    value: float
-    baseline: float | None
-    threshold: float | None
-    severity: float
-    """The reading over its threshold, as a ratio. It fires above 1, and is
-    0 if nothing may fire."""
-
-    @property
-    def fired(self) -> bool:
-        return self.severity > 1
-
-
-class _ComparingDetector(ABC):
-    """Compares each reading with a separate threshold."""
 
     def __init__(self, name: str, quantity: Quantity) -> None:
         self.name = name
@@ -97,22 +219,18 @@ class _ComparingDetector(ABC):
         """Learn from one reading. Return True if its baseline restarts at this value."""
         return False
 
-    def _check(self, readings: Readings) -> None:
-        if not readings:
-            raise ConfigurationError(
-                f"You gave detector {self.name!r} no reading: it would never fire. "
-                "Call judge only at steps where its quantity was measured."
-            )
+    def judge(self, readings: Readings) -> Judgement:
+        """Judge the readings of one step, of which there is at least one, then learn from them.
+
+        Raises:
+            ConfigurationError: A reading is negative.
+        """
         for name, value in readings.items():
             if value < 0 and value != -math.inf:
                 raise ConfigurationError(
                     f"You gave detector {self.name!r} the reading {name!r} = {value}; "
                     "norms and stable ranks are never negative."
                 )
-
-    def judge(self, readings: Readings) -> Judgement:
-        """See `Detector.judge`."""
-        self._check(readings)
         broken = sorted(name for name, value in readings.items() if not math.isfinite(value))
         if broken:
             return Judgement(
@@ -139,11 +257,16 @@ class _ComparingDetector(ABC):
         )
 
     def state_dict(self) -> dict[str, JSON]:
-        """See `Detector.state_dict`."""
+        """Return everything that the detector has learned, as plain JSON."""
         return {"version": _VERSION, "detector": self.name}
 
     def load_state_dict(self, state: object) -> None:
-        """See `Detector.load_state_dict`."""
+        """Continue from a saved state, which is parsed JSON and not trusted.
+
+        Raises:
+            StateError: The state is truncated, damaged, of a different version or
+                of a different detector.
+        """
         self._read_state(state)
 
     @property
@@ -161,8 +284,26 @@ class _ComparingDetector(ABC):
         return fields
 
 
-class _BaselineDetector(_ComparingDetector):
-    """Compares each reading with a separate running baseline."""
+class RatioDetector(Detector):
+    """Fires when a reading is too far from its running baseline: ``g_t / b_{t-1}`` passes τ.
+
+    A τ above 1 fires above it. Section "Detection" of PSS (arXiv 2602.01308) defines this for the
+    global gradient norm with τ = 2.5. The use of other quantities, and of one baseline for each
+    matrix, is ours. A τ below 1 fires below it, which is ours as well. Weight decay alone lowers
+    stable ranks slowly. So each matrix is compared with its recent past, and never with an absolute
+    level.
+
+    >>> baseline = Baseline(alpha=0.1, calibration_steps=2, patience_steps=50)
+    >>> detector = RatioDetector("grad_norm_ratio", Quantity.GRAD_NORM, 2.5, baseline)
+    >>> [detector.judge({"global": g}).verdict.value for g in (1.0, 1.0, 2.4, 9.0, float("nan"))]
+    ['calibrating', 'calibrating', 'normal', 'spike', 'non_finite']
+
+    Args:
+        name: The detector's key in `DETECTORS`.
+        quantity: The quantity that the detector reads.
+        limit_ratio: τ.
+        new_baseline: The baseline that each name starts with.
+    """
 
     def __init__(
         self, name: str, quantity: Quantity, limit_ratio: float, new_baseline: Baseline
@@ -172,29 +313,28 @@ class _BaselineDetector(_ComparingDetector):
         self._new_baseline = new_baseline
         self._baselines: dict[str, Baseline] = {}
 
-    @abstractmethod
-    def _severity(self, ratio: float) -> float:
-        """Map value / baseline to the severity. A severity above 1 fires."""
-
     def _compare(self, name: str, value: float) -> _Comparison:
-        baseline = self._baselines.get(name)
-        ratio = baseline.ratio(value) if baseline else None
-        if baseline is None or ratio is None:
-            return _Comparison(name, value, None, None, 0.0)
+        baseline = self._baselines.setdefault(name, replace(self._new_baseline))
+        ratio, limit = baseline.ratio(value), self._limit_ratio
+        if ratio is None:
+            return _Comparison(name, value)
         if not baseline.is_calibrated:
-            return _Comparison(name, value, baseline.level, None, 0.0)
-        threshold = self._limit_ratio * baseline.level
-        return _Comparison(name, value, baseline.level, threshold, self._severity(ratio))
+            return _Comparison(name, value, baseline.level)
+        if limit > 1:
+            severity = ratio / limit
+        else:
+            severity = limit / ratio if ratio else math.inf
+        return _Comparison(name, value, baseline.level, limit * baseline.level, severity)
 
     def _learn(self, comparison: _Comparison) -> bool:
-        baseline = self._baselines.setdefault(comparison.name, replace(self._new_baseline))
+        baseline = self._baselines[comparison.name]
         if comparison.fired:
             return baseline.refuse(comparison.value)
         baseline.accept(comparison.value)
         return False
 
     def state_dict(self) -> dict[str, JSON]:
-        """See `Detector.state_dict`."""
+        """Return the baselines as plain JSON."""
         baselines: dict[str, JSON] = {n: each.state() for n, each in self._baselines.items()}
         return {**super().state_dict(), "baselines": baselines}
 
@@ -208,50 +348,7 @@ class _BaselineDetector(_ComparingDetector):
         }
 
 
-class RatioDetector(_BaselineDetector):
-    """Fires when a reading is more than τ times its baseline: ``g_t / b_{t-1} > τ``.
-
-    Section "Detection" of PSS (arXiv 2602.01308) defines this for the global gradient norm with τ =
-    2.5. The use of other quantities, and of one baseline for each matrix, is ours.
-
-    >>> baseline = Baseline(alpha=0.1, calibration_steps=2, patience_steps=50)
-    >>> detector = RatioDetector(Quantity.GRAD_NORM, 2.5, baseline)
-    >>> [detector.judge({"global": g}).verdict.value for g in (1.0, 1.0, 2.4, 9.0, float("nan"))]
-    ['calibrating', 'calibrating', 'normal', 'spike', 'non_finite']
-
-    Args:
-        quantity: The quantity that the detector reads.
-        threshold_ratio: τ.
-        new_baseline: The baseline that each name starts with.
-    """
-
-    def __init__(self, quantity: Quantity, threshold_ratio: float, new_baseline: Baseline) -> None:
-        super().__init__(f"{quantity}_ratio", quantity, threshold_ratio, new_baseline)
-
-    def _severity(self, ratio: float) -> float:
-        return ratio / self._limit_ratio
-
-
-class DropDetector(_BaselineDetector):
-    """Fires when a reading falls below a share of its baseline: ``s_t < (1 - drop) b_{t-1}``.
-
-    This detector is ours. Weight decay alone lowers stable ranks slowly. So each matrix is compared
-    with its recent past, and never with an absolute level.
-
-    >>> baseline = Baseline(alpha=0.1, calibration_steps=1, patience_steps=50)
-    >>> detector = DropDetector(0.5, baseline)
-    >>> [detector.judge({"w": s}).verdict.value for s in (10.0, 9.0, 3.0)]
-    ['calibrating', 'normal', 'spike']
-    """
-
-    def __init__(self, drop: float, new_baseline: Baseline) -> None:
-        super().__init__("stable_rank_drop", Quantity.STABLE_RANK, 1 - drop, new_baseline)
-
-    def _severity(self, ratio: float) -> float:
-        return self._limit_ratio / ratio if ratio else math.inf
-
-
-class FloorDetector(_ComparingDetector):
+class FloorDetector(Detector):
     """Fires when a stable rank is below the floor of its matrix. It learns nothing.
 
     This detector is ours. A floor is absolute on purpose, and no patience raises it, because a
@@ -262,10 +359,6 @@ class FloorDetector(_ComparingDetector):
     """
 
     def __init__(self, floors: Mapping[str, float]) -> None:
-        if not floors:
-            raise ConfigurationError(
-                "You gave no stable-rank floor; give one for every matrix that is read."
-            )
         for name, floor in floors.items():
             if not 0 <= floor < math.inf:
                 raise ConfigurationError(
@@ -274,14 +367,6 @@ class FloorDetector(_ComparingDetector):
                 )
         super().__init__("stable_rank_floor", Quantity.STABLE_RANK)
         self._floors = dict(floors)
-
-    def _check(self, readings: Readings) -> None:
-        super()._check(readings)
-        if unknown := sorted(set(readings) - set(self._floors)):
-            raise ConfigurationError(
-                f"You gave {len(unknown)} stable ranks without a floor, such as {unknown[0]!r}; "
-                "give one floor for every matrix that is read (0 never fires)."
-            )
 
     def _compare(self, name: str, value: float) -> _Comparison:
         floor = self._floors[name]
@@ -315,17 +400,8 @@ class AnyOf:
         return frozenset(detector.quantity for detector in self._detectors.values())
 
     def judge(self, quantity: Quantity, readings: Readings) -> list[Judgement]:
-        """Return one judgement for each detector that reads the quantity, in their order.
-
-        Raises:
-            ConfigurationError: No detector reads `quantity`, or one cannot judge the readings.
-        """
-        readers = [d for d in self._detectors.values() if d.quantity == quantity]
-        if not readers:
-            raise ConfigurationError(
-                f"You gave readings of {quantity.value!r}, which no detector here reads; "
-                f"give one of {', '.join(sorted(self.quantities))}."
-            )
+        """Return one judgement for each detector that reads the quantity, in their order."""
+        readers = (d for d in self._detectors.values() if d.quantity == quantity)
         return [detector.judge(readings) for detector in readers]
 
     def state_dict(self) -> dict[str, JSON]:
@@ -334,7 +410,7 @@ class AnyOf:
         return {"version": _VERSION, "detectors": states}
 
     def load_state_dict(self, state: object) -> None:
-        """Continue all detectors from a saved state (parsed JSON, not trusted), or none of them.
+        """Continue all detectors from a saved state, which is parsed JSON and not trusted.
 
         Raises:
             StateError: The state is damaged, of a different version, or of different detectors.
@@ -343,14 +419,8 @@ class AnyOf:
         check_version(state, _VERSION, what)
         fields = read_object(state, ("version", "detectors"), what)
         saved = read_object(fields["detectors"], tuple(self._detectors), what)
-        before = {name: detector.state_dict() for name, detector in self._detectors.items()}
-        try:
-            for name, detector in self._detectors.items():
-                detector.load_state_dict(saved[name])
-        except StateError:
-            for name, detector in self._detectors.items():
-                detector.load_state_dict(before[name])
-            raise
+        for name, detector in self._detectors.items():
+            detector.load_state_dict(saved[name])
 
     def continue_from(self, other: AnyOf) -> None:
         """Copy the learned state of every detector that is also in the other set."""
@@ -365,39 +435,30 @@ Floors: TypeAlias = Mapping[str, float]
 _Factory: TypeAlias = Callable[[PSSConfig, Floors], Detector]
 
 
-def _new_baseline(config: PSSConfig) -> Baseline:
-    return Baseline(config.baseline_alpha, config.calibration_steps, config.patience_steps)
+def _ratio(name: str, quantity: Quantity, limit: Callable[[PSSConfig], float]) -> _Factory:
+    def make(config: PSSConfig, floors: Floors) -> Detector:
+        baseline = Baseline(config.baseline_alpha, config.calibration_steps, config.patience_steps)
+        return RatioDetector(name, quantity, limit(config), baseline)
+
+    return make
 
 
-def _gradient_ratio(quantity: Quantity) -> _Factory:
-    return lambda config, _: RatioDetector(quantity, config.threshold_ratio, _new_baseline(config))
+def _threshold(config: PSSConfig) -> float:
+    return config.threshold_ratio
 
 
 DETECTORS: dict[str, _Factory] = {
-    "grad_norm_ratio": _gradient_ratio(Quantity.GRAD_NORM),
-    "matrix_grad_norm_ratio": _gradient_ratio(Quantity.MATRIX_GRAD_NORM),
-    "update_norm_ratio": _gradient_ratio(Quantity.UPDATE_NORM),
-    "stable_rank_floor": lambda _, floors: FloorDetector(floors),
-    "stable_rank_drop": lambda config, _: DropDetector(
-        config.stable_rank_drop, _new_baseline(config)
+    "grad_norm_ratio": _ratio("grad_norm_ratio", Quantity.GRAD_NORM, _threshold),
+    "matrix_grad_norm_ratio": _ratio(
+        "matrix_grad_norm_ratio", Quantity.MATRIX_GRAD_NORM, _threshold
     ),
-    "spectral_norm_ratio": lambda config, _: RatioDetector(
-        Quantity.SPECTRAL_NORM, config.spectral_norm_ratio, _new_baseline(config)
+    "update_norm_ratio": _ratio("update_norm_ratio", Quantity.UPDATE_NORM, _threshold),
+    "stable_rank_floor": lambda _, floors: FloorDetector(floors),
+    "stable_rank_drop": _ratio(
+        "stable_rank_drop", Quantity.STABLE_RANK, lambda config: 1 - config.stable_rank_drop
+    ),
+    "spectral_norm_ratio": _ratio(
+        "spectral_norm_ratio", Quantity.SPECTRAL_NORM, lambda config: config.spectral_norm_ratio
     ),
 }
-
-
-def make_detector(name: str, config: PSSConfig, floors: Floors) -> Detector:
-    """Build the detector with this name from the options and floors that it needs.
-
-    >>> make_detector("grad_norm_ratio", PSSConfig(), {}).quantity.value
-    'grad_norm'
-
-    Raises:
-        ConfigurationError: The name is unknown, or the detector cannot use these floors.
-    """
-    if name not in DETECTORS:
-        raise ConfigurationError(
-            f"You asked for detector {name!r}; choose one of {', '.join(sorted(DETECTORS))}."
-        )
-    return DETECTORS[name](config, floors)
+"""The factory of each detector by name. It needs the options and the floors of the matrices."""

@@ -1,26 +1,20 @@
-"""The definition of an explosion and of a spike in the logged numbers of a run."""
+"""Trouble in the plain numbers of a run: spikes, explosions, and interventions that do not help.
+
+Interventions are known by their steps alone, so nothing here depends on PSS.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection.baseline import Baseline
-
-__all__ = [
-    "JUMP_STEPS",
-    "Explosion",
-    "ExplosionRule",
-    "find_explosion",
-    "find_rise_at_the_end",
-    "find_spikes",
-    "running_medians",
-]
+from hf_pss.detection.detectors import GLOBAL, Baseline, Quantity, RatioDetector, Verdict
 
 # A rule about several steps must not become a rule about one row, which may be an accident.
 _MIN_ROWS = 2
@@ -48,6 +42,9 @@ class ExplosionRule:
             plateau_steps=max(2 * _MIN_ROWS, math.ceil(self.plateau_steps / interval)),
             smoothing_steps=max(1, round(self.smoothing_steps / interval)),
         )
+
+
+_RULE = ExplosionRule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +76,9 @@ def find_explosion(
     Explosion(kind='rise', step=4)
     """
     finite = [v if v is not None and math.isfinite(v) else None for v in losses]
-    found = [_non_finite(finite, rule), _rise(finite, rule, unigram_entropy)]
-    steps = [explosion for explosion in found if explosion is not None]
-    if steps:
-        return min(steps, key=lambda explosion: explosion.step)
-    return _plateau(finite, rule, unigram_entropy)
+    found = (_non_finite(finite, rule), _rise(finite, rule, unigram_entropy))
+    first = min(filter(None, found), key=lambda explosion: explosion.step, default=None)
+    return first or _plateau(finite, rule, unigram_entropy)
 
 
 def find_rise_at_the_end(
@@ -120,18 +115,14 @@ def find_spikes(
     """
     config = PSSConfig()
     calibration = min(config.calibration_steps, max(_MIN_CALIBRATION_ROWS, len(losses) // 4))
-    norms = Baseline(config.baseline_alpha, calibration, config.patience_steps)
+    baseline = Baseline(config.baseline_alpha, calibration, config.patience_steps)
+    norms = RatioDetector("norm", Quantity.GRAD_NORM, config.threshold_ratio, baseline)
     window: list[float] = []
     found = []
     for index, (loss, norm) in enumerate(zip(losses, grad_norms, strict=True)):
         has_spiked = False
-        if norm is not None and math.isfinite(norm) and norm >= 0:
-            ratio = norms.ratio(norm) if norms.is_calibrated else None
-            has_spiked = ratio is not None and ratio > config.threshold_ratio
-            if has_spiked:
-                norms.refuse(norm)
-            else:
-                norms.accept(norm)
+        if norm is not None and norm >= 0:  # false for NaN
+            has_spiked = norms.judge({GLOBAL: norm}).verdict is Verdict.SPIKE
         if loss is not None:
             has_spiked |= bool(window) and loss >= median(window) + rule.rise_nats
             window = [*window, loss][-num_rows:]
@@ -188,3 +179,100 @@ def _plateau(
             break
         first -= 1
     return Explosion("plateau", first + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFailure:
+    """Interventions that did not help, or a different reason why a run cannot continue."""
+
+    onset_step: int
+    """The step at which the trouble began. The run was healthy well before this step."""
+    step: int
+    """The step at which the failure was found."""
+    reason: str
+    loss_before: float | None = None
+    loss: float | None = None
+
+
+class FailedInterventions:
+    """Counts interventions in a row that have failed, and reports when there are too many.
+
+    The rules are ours. An intervention fails in two cases:
+
+    - A second intervention that changes a weight follows within ``window_steps``.
+    - The loss has not recovered at the end of that window. This means that the median of the
+      last 25 steps is more than 0.5 nats above the median before the first intervention (the
+      rise of an `ExplosionRule`). The intervention fails once more with every further window
+      that ends without recovery.
+
+    ``max_failed`` of these in a row are a failure. A window that ends with recovery resets the
+    count. Interventions that only maintain the stable-rank floor do not count. A resumed run starts
+    with a count of zero.
+
+    >>> failed = FailedInterventions(window_steps=10, max_failed=2)
+    >>> found = [failed.update(s, loss=4.0, has_intervened=s in (5, 12, 19)) for s in range(1, 20)]
+    >>> found[-1].onset_step, found[-1].reason
+    (5, '2 interventions in a row failed since step 5')
+
+    Args:
+        window_steps: The number of steps within which an intervention must help.
+        max_failed: The number of failed interventions in a row that is reported as a failure.
+    """
+
+    def __init__(self, *, window_steps: int, max_failed: int) -> None:
+        self._window_steps, self._max_failed = window_steps, max_failed
+        self._losses: deque[float] = deque(maxlen=_RULE.smoothing_steps)
+        self._level: float | None = None
+        self._window_end = self._num_failed = 0
+        self.onset_step: int | None = None
+        """The first intervention whose outcome is still open. None in a healthy run."""
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        has_intervened: bool,
+        has_changed_weights: bool = True,
+    ) -> TrainingFailure | None:
+        """Add the numbers of one step, and return the failure that they complete, if any.
+
+        Args:
+            step: The number of the step.
+            loss: The loss of the step.
+            has_intervened: Whether PSS responded to a spike or a drop in this step.
+            has_changed_weights: Whether that response changed a weight. PSS leaves sound
+                weights alone. In that case a second spike proves nothing about smoothing, but
+                the loss still counts.
+        """
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+        if has_intervened and self.onset_step is None:
+            self.onset_step, self._num_failed = step, 0
+            self._level = median([*self._losses][:-1]) if len(self._losses) > 1 else None
+            self._window_end = step + self._window_steps
+        elif self.onset_step is not None and (
+            (has_intervened and has_changed_weights) or step >= self._window_end
+        ):
+            if not (has_intervened and has_changed_weights) and self._has_recovered():
+                self.onset_step = None
+                return None
+            self._num_failed += 1
+            self._window_end = step + self._window_steps
+        if self.onset_step is None or self._num_failed < self._max_failed:
+            return None
+        failure = TrainingFailure(
+            self.onset_step,
+            step,
+            f"{self._num_failed} interventions in a row failed since step {self.onset_step}",
+            self._level,
+            loss,
+        )
+        self.onset_step = None
+        return failure
+
+    def _has_recovered(self) -> bool:
+        if self._level is None or not self._losses:
+            return True  # No earlier loss exists to compare with.
+        recent = [*self._losses][-self._window_steps :]
+        return median(recent) <= self._level + _RULE.rise_nats

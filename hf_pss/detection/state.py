@@ -51,49 +51,53 @@ def read_mapping(value: object, what: str) -> dict[str, object]:
     """Return `value` as a dict with any string keys, or raise `StateError`."""
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
-    raise StateError(f"You gave {_quoted(value)} as {what}; it must be a JSON object. {_REMEDY}")
+    raise _unlike(value, what, "a JSON object")
 
 
 def read_number(value: object, what: str, *, minimum: float = -math.inf) -> float:
     """Return a finite JSON number that is at least `minimum` as a float, or raise `StateError`."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number) and number >= minimum:
-            return number
-    allowed = "a finite number" if minimum == -math.inf else f"a finite number >= {minimum}"
-    raise StateError(f"You gave {_quoted(value)} as {what}; it must be {allowed}. {_REMEDY}")
+    number = number_of(value)
+    if number is not None and math.isfinite(number) and number >= minimum:
+        return number
+    at_least = "" if minimum == -math.inf else f" >= {minimum}"
+    raise _unlike(value, what, f"a finite number{at_least}")
 
 
 def read_integer(value: object, what: str, *, minimum: int = 0) -> int:
     """Return a JSON integer that is at least `minimum`, or raise `StateError`."""
     if type(value) is int and value >= minimum:
         return value
-    raise StateError(
-        f"You gave {_quoted(value)} as {what}; it must be an integer >= {minimum}. {_REMEDY}"
-    )
+    raise _unlike(value, what, f"an integer >= {minimum}")
 
 
 def read_text(value: object, what: str) -> str:
     """Return a JSON string, or raise `StateError`."""
     if isinstance(value, str):
         return value
-    raise StateError(f"You gave {_quoted(value)} as {what}; it must be a string. {_REMEDY}")
+    raise _unlike(value, what, "a string")
 
 
 def read_list(value: object, what: str) -> list[object]:
     """Return a JSON array, or raise `StateError`."""
     if isinstance(value, list):
         return value
-    raise StateError(f"You gave {_quoted(value)} as {what}; it must be an array. {_REMEDY}")
+    raise _unlike(value, what, "an array")
+
+
+def number_of(value: object) -> float | None:
+    """Return a JSON number as a float, or inf if it overflows. Return None for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def _unlike(value: object, what: str, form: str) -> StateError:
+    return StateError(f"You gave {value!r:.80} as {what}; it must be {form}. {_REMEDY}")
 
 
 def _listed(names: Collection[str]) -> str:
     shown = ", ".join(repr(name) for name in list(names)[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def _quoted(value: object) -> str:
-    return f"{value!r:.80}"

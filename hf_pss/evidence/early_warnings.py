@@ -17,11 +17,10 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from hf_pss.detection import (
+from hf_pss.detection.detectors import (
     GLOBAL,
     Baseline,
     Detector,
-    DropDetector,
     FloorDetector,
     Quantity,
     RatioDetector,
@@ -51,11 +50,11 @@ class WarningRule:
 
 def _ratio(limit: float) -> Detector:
     # A controller routes readings by the quantity. Here the detector gets its series directly.
-    return RatioDetector(Quantity.GRAD_NORM, limit, _BASELINE)
+    return RatioDetector("ratio", Quantity.GRAD_NORM, limit, _BASELINE)
 
 
 def _drop(drop: float) -> Detector:
-    return DropDetector(drop, _BASELINE)
+    return RatioDetector("drop", Quantity.STABLE_RANK, 1 - drop, _BASELINE)
 
 
 def _floor(floor: float) -> Detector:

@@ -31,7 +31,7 @@ from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.distributed import Backend
 from hf_pss.models.measurements import measure_matrix_grad_norms
 from hf_pss.models.selection import Selection
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 
 logger = logging.getLogger(__name__)
 

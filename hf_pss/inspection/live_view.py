@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from hf_pss.records.events import HealthReading
 from hf_pss.records.messages import Alert, AlertLevel, alert_of
-from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.follow import RunState
 from hf_pss.view.numbers import duration, plural

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection import GLOBAL, Judgement
+from hf_pss.detection.detectors import GLOBAL, Judgement
 from hf_pss.detection.policy import Action
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, SmoothingFunction, StableRankCap
 from hf_pss.models.adapters import frozen_collapses, smooth_adapters_

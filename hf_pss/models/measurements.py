@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection import GLOBAL, Readings
+from hf_pss.detection.detectors import GLOBAL, Readings
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import quick_stable_rank, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS

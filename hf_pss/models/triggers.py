@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from hf_pss.config import PSSConfig
-from hf_pss.detection import (
+from hf_pss.detection.detectors import (
     DETECTORS,
     GLOBAL,
     AnyOf,
@@ -15,7 +15,6 @@ from hf_pss.detection import (
     Quantity,
     Readings,
     Verdict,
-    make_detector,
 )
 from hf_pss.detection.state import (
     JSON,
@@ -121,7 +120,7 @@ class Triggers:
         possible = {name for name in DETECTORS if name != _FLOOR or levels}
         if not set(names) <= possible or len(set(names)) < len(names):
             raise StateError(f"The PSS state is damaged: no run has the detectors {names}.")
-        saved = AnyOf([make_detector(name, self._config, levels) for name in names])
+        saved = AnyOf([DETECTORS[name](self._config, levels) for name in names])
         saved.load_state_dict(found["detectors"])
         self._starting_ranks, self.floors = starts, floors
         if tuple(names) == self._names:
@@ -138,7 +137,7 @@ class Triggers:
     def reset(self) -> None:
         """Reset everything except the floors."""
         self._detectors = AnyOf(
-            [make_detector(name, self._config, self.floors) for name in self._names]
+            [DETECTORS[name](self._config, self.floors) for name in self._names]
         )
 
     def _read_starting_ranks(self, saved: object) -> dict[str, float]:

@@ -97,8 +97,6 @@ class Amuse(MatrixOptimizer):
         ConfigurationError: A number is out of range.
     """
 
-    _own = _OWN
-
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
@@ -113,8 +111,6 @@ class Amuse(MatrixOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Its x, y and z start at the values of its parameters."""
-        for name, value in self._own.items():  # a copied optimizer has only these defaults
-            self.defaults.setdefault(name, value)
         group = {**self.defaults, **param_group}
         beta1, rho, warmup_steps = (group[name] for name in ("beta1", "rho", "warmup_steps"))
         if not 0 < beta1 <= 1 or not rho >= 0 or warmup_steps < 0 or warmup_steps == 1:
@@ -167,7 +163,7 @@ class Amuse(MatrixOptimizer):
     def _move_(
         self, params: Sequence[Tensor], directions: Sequence[Tensor], group: dict[str, Any]
     ) -> None:
-        zs = [self._base(p) for p in params]
+        zs = [self._stored(p, _BASE, torch.clone) for p in params]
         self._towards_z_(params, 1.0 - 1.0 / _beta(group, 0))  # y becomes x
         super()._move_(zs, directions, group)
         # Moving towards z by c gives the new x, and moving on by 1 − β gives the new y.
@@ -179,7 +175,7 @@ class Amuse(MatrixOptimizer):
     def _step_others(self, group: dict[str, Any], held: Sequence[int]) -> None:
         _count_(group)
         params = [group["params"][i] for i in held]
-        seconds = [local(self._zeros(p, "exp_avg_sq")) for p in params]
+        seconds = [local(self._stored(p, "exp_avg_sq")) for p in params]
         steps = [self._count_on(p) for p in params]
         beta2 = group["betas"][1]
         gradients = [local(p.grad) for p in params if p.grad is not None]
@@ -189,13 +185,6 @@ class Amuse(MatrixOptimizer):
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, group["eps"])
         self._move_(params, torch._foreach_div(gradients, roots), group)
-
-    def _base(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if _BASE not in state:
-            state[_BASE] = parameter.detach().clone(memory_format=torch.preserve_format)
-        found: Tensor = state[_BASE]
-        return found
 
     def _towards_z_(self, params: Iterable[Tensor], weight: float) -> None:
         moved = [p for p in params if _BASE in self.state.get(p, {})]

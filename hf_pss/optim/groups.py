@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, check_choice
 from hf_pss.models.distributed import backend_for
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 from hf_pss.models.selection.heads import head_rows, is_of_heads
 from hf_pss.models.selection.survey import survey
-from hf_pss.optim.amuse import Amuse
 from hf_pss.optim.layout import Layout, by_head, is_by_head, layout_of, layouts_of_factors
 from hf_pss.optim.optimizer import ADAMW, MatrixOptimizer
-from hf_pss.optim.rules import RULES
+from hf_pss.optim.rules import RULES, rule_named
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +133,7 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
         ConfigurationError: An option is unknown or out of range.
         SelectionError: The model has no matrix that could be selected.
     """
-    if algo not in (*RULES, AMUSE):
-        raise ConfigurationError(
-            f"You gave algo={algo!r}; choose one of {', '.join((*RULES, AMUSE))}."
-        )
+    check_choice("algo", algo, (*RULES, AMUSE))
     known = known_options(algo)
     if "qk_clip" in options:
         raise ConfigurationError(
@@ -151,10 +147,9 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
             f"{', '.join(sorted(known))}."
         )
     kind, rule = _kind_and_rule(algo)
-    own = {name: options.pop(name) for name in RULES[rule].defaults if name in options}
-    names = ("include", "exclude", "no_decay", "others_lr", "per_head")
-    grouping = {name: options.pop(name) for name in names if name in options}
-    optimizer = kind(matrix_groups(model, algo=rule, **grouping, **own), **options)
+    names = {*inspect.signature(matrix_groups).parameters, *rule_named(rule).defaults}
+    grouping = {name: options.pop(name) for name in names & options.keys()}
+    optimizer = kind(matrix_groups(model, algo=rule, **grouping), **options)
     if backend_for({}).rank == 0:  # the first rank of the run, however parameters are stored
         logger.info("%s", describe_groups(optimizer))
     return optimizer
@@ -173,11 +168,15 @@ def known_options(algo: str) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not parameter.empty and name != "algo"
     }
-    return known | dict(RULES[rule].defaults)
+    return known | dict(rule_named(rule).defaults)
 
 
 def _kind_and_rule(algo: str) -> tuple[type[MatrixOptimizer], str]:
-    return (Amuse, "muon") if algo == AMUSE else (MatrixOptimizer, algo)
+    if algo != AMUSE:
+        return MatrixOptimizer, algo
+    from hf_pss.optim.amuse import Amuse
+
+    return Amuse, "muon"
 
 
 def describe_groups(optimizer: MatrixOptimizer) -> str:

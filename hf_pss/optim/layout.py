@@ -1,14 +1,21 @@
-"""The layout of separate matrices within a parameter as plain values, and views made from it."""
+"""Separate matrices within parameters: their layout, and the directions of all of them.
+
+A layout consists of plain values. Directions are computed in stacks of equal shape and bounded
+size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from hf_pss.models.distributed import ComputedTensor
 from hf_pss.models.selection import AdapterView, MatrixView
+from hf_pss.optim.rules import Options, Rule, State
 
 Part: TypeAlias = tuple[int, int, int] | tuple[int, int, int, int]
 Layout: TypeAlias = tuple[bool, tuple[Part, ...]]
@@ -20,6 +27,11 @@ checkpoint is loaded without unpickling classes."""
 _NUMBERS_BY_HEAD = 4
 
 WHOLE: Layout = (False, ())
+
+# The largest number of elements in a stack. On a GPU it is large enough to keep the device busy. On
+# a CPU batching does not speed up large matrices, so there a stack must fit into the cache.
+_MAX_ELEMENTS = 2**26
+_MAX_ELEMENTS_CPU = 2**20
 
 
 def layout_of(views: Sequence[MatrixView]) -> Layout:
@@ -119,13 +131,94 @@ def runs_of(stored: Tensor, layout: Layout) -> list[Tensor]:
     return found
 
 
-def matrices_of(stored: Tensor, layout: Layout) -> list[Tensor]:
-    """Return (matrices, outputs, inputs) for each part of a tensor.
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Some matrices of one part of a parameter."""
 
-    The result is a view, unless the rows of a projection come in runs within heads.
+    key: int
+    part: int
+    momenta: Tensor
+    target: Tensor
+    """Shape (matrices, runs, rows, inputs). The momenta have runs and rows in one dimension."""
+    state: State
+
+    def __len__(self) -> int:
+        return len(self.momenta)
+
+
+def directions_of(
+    momenta: Mapping[int, Tensor],
+    layouts: Sequence[Layout],
+    states: Sequence[State],
+    rule: Rule,
+    options: Options,
+) -> dict[int, ComputedTensor]:
+    """Return the direction that a rule gives for each momentum, under the momentum's key.
 
     Args:
-        stored: As in `runs_of`.
-        layout: The parameter's layout.
+        momenta: Complete momenta of any shapes, laid out like their parameters, all on one device.
+        layouts: The layout of each parameter, by key.
+        states: The rule's state for each part of each parameter, by key: ``name.0``, ``name.1``, …
+        rule: The rule.
+        options: The options of the parameter group.
     """
-    return [runs.flatten(1, 2) for runs in runs_of(stored, layout)]
+    directions = {key: torch.empty_like(momentum) for key, momentum in momenta.items()}
+    pieces: dict[int, dict[str, list[Tensor]]] = {key: {} for key in momenta}
+    slices = (
+        piece
+        for key, momentum in momenta.items()
+        for piece in _slices(key, momentum, directions[key], layouts[key], states[key])
+    )
+    for stack in _stacks(slices):
+        joined = _joined([piece.momenta for piece in stack]).float()
+        state = {name: _joined([s.state[name] for s in stack]) for name in stack[0].state}
+        found, state = rule.direction(joined, state, options)
+        sizes = [len(piece) for piece in stack]
+        for piece, direction in zip(stack, found.split_with_sizes(sizes), strict=True):
+            piece.target.copy_(direction.reshape(piece.target.shape))
+        for name, values in state.items():
+            for piece, value in zip(stack, values.split_with_sizes(sizes), strict=True):
+                pieces[piece.key].setdefault(f"{name}.{piece.part}", []).append(value)
+    return {
+        # The states are copies, because a view would keep and save the memory of the whole stack.
+        key: ComputedTensor(direction, {n: torch.cat(own) for n, own in pieces[key].items()})
+        for key, direction in directions.items()
+    }
+
+
+def _slices(
+    key: int, momentum: Tensor, direction: Tensor, layout: Layout, state: State
+) -> Iterator[_Slice]:
+    parts = zip(runs_of(momentum, layout), runs_of(direction, layout), strict=True)
+    for part, (runs, target) in enumerate(parts):
+        matrices = runs.flatten(1, 2)  # a copy only if the rows lie within heads
+        ending = f".{part}"
+        size = max(1, _limit(matrices) // matrices[0].numel())
+        for first in range(0, len(matrices), size):
+            here = slice(first, first + size)
+            own = {
+                name.removesuffix(ending): value[here]
+                for name, value in state.items()
+                if name.endswith(ending)
+            }
+            yield _Slice(key, part, matrices[here], target[here], own)
+
+
+def _stacks(slices: Iterable[_Slice]) -> Iterator[list[_Slice]]:
+    by_shape: dict[object, list[_Slice]] = {}
+    for piece in slices:
+        stack = by_shape.setdefault((piece.momenta.shape[1:], frozenset(piece.state)), [])
+        num_matrices = len(piece) + sum(len(other) for other in stack)
+        if stack and num_matrices * piece.momenta[0].numel() > _limit(piece.momenta):
+            yield stack.copy()
+            stack.clear()
+        stack.append(piece)
+    yield from (stack for stack in by_shape.values() if stack)
+
+
+def _limit(tensor: Tensor) -> int:
+    return _MAX_ELEMENTS_CPU if tensor.is_cpu else _MAX_ELEMENTS
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

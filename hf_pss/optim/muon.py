@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, check_choice
 from hf_pss.linalg import POLYNOMIAL_SCHEDULES, newton_schulz
-from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
+from hf_pss.optim.rules import UPDATE_SCALES, Options, Rule, State
 
-_DTYPES = ("auto", "float32", "bfloat16")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def polar_direction(momenta: Tensor, options: Options) -> Tensor:
@@ -23,12 +22,11 @@ def polar_direction(momenta: Tensor, options: Options) -> Tensor:
         momenta: (b, m, n), float32.
         options: The options ``schedule``, ``num_steps`` and ``dtype``.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(options["dtype"])
     return newton_schulz(
         momenta,
         schedule=options["schedule"],
         num_steps=options["num_steps"],
-        dtype=dtype or fast_dtype(momenta),
+        dtype=_DTYPES.get(options["dtype"]) or fast_dtype(momenta),
     )
 
 
@@ -48,11 +46,8 @@ def check_polar(options: Options) -> None:
     Raises:
         ConfigurationError: A name is unknown, or num_steps is below 1.
     """
-    for name, known in (("schedule", POLYNOMIAL_SCHEDULES), ("dtype", _DTYPES)):
-        if options[name] not in known:
-            raise ConfigurationError(
-                f"You gave {name}={options[name]!r}; choose one of {', '.join(known)}."
-            )
+    check_choice("schedule", options["schedule"], POLYNOMIAL_SCHEDULES)
+    check_choice("dtype", options["dtype"], ("auto", *_DTYPES))
     num_steps = options["num_steps"]
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
         raise ConfigurationError(f"num_steps must be 1 or more, or None; you gave {num_steps!r}.")
@@ -86,7 +81,7 @@ def _check_normuon(options: Options) -> None:
 
 _POLAR = {"schedule": "polar_express_4", "num_steps": None, "dtype": "auto"}
 
-MUON = Rule(defaults=MappingProxyType(_POLAR), check=check_polar, direction=_muon)
+MUON = Rule(defaults=_POLAR, check=check_polar, direction=_muon)
 """K. Jordan et al. 2024, kellerjordan.github.io/posts/muon: D = s(m, n) · UVᵀ.
 
 ``schedule`` and ``num_steps`` are those of `newton_schulz`. ``dtype`` is the type of the iteration.
@@ -94,7 +89,7 @@ MUON = Rule(defaults=MappingProxyType(_POLAR), check=check_polar, direction=_muo
 """
 
 NORMUON = Rule(
-    defaults=MappingProxyType({**_POLAR, "row_beta": 0.95, "row_eps": 1e-8}),
+    defaults={**_POLAR, "row_beta": 0.95, "row_eps": 1e-8},
     check=_check_normuon,
     direction=_normuon,
 )

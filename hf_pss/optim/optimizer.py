@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, check_choice
 from hf_pss.models.distributed import (
     ComputedTensor,
     Ranks,
@@ -20,10 +21,8 @@ from hf_pss.models.distributed import (
     local,
     shards_of,
 )
-from hf_pss.optim.directions import MomentumJob, directions_of
-from hf_pss.optim.layout import WHOLE
-from hf_pss.optim.rules import RULES
-from hf_pss.optim.update_rule import UPDATE_SCALES, State
+from hf_pss.optim.layout import WHOLE, directions_of
+from hf_pss.optim.rules import RULES, UPDATE_SCALES, State, rule_named
 
 ADAMW = "adamw"
 
@@ -78,6 +77,8 @@ class MatrixOptimizer(Optimizer):
     """
 
     loss: Tensor | float | None
+    _own: Mapping[str, Any] = MappingProxyType({})
+    """The entries that a subclass adds to its groups, with their defaults."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class MatrixOptimizer(Optimizer):
             "eps": eps,
             "layouts": None,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **self._own})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with the defaults of its rule.
@@ -115,11 +116,8 @@ class MatrixOptimizer(Optimizer):
             ConfigurationError: See `MatrixOptimizer`.
         """
         algo = param_group.get("algo", ADAMW)
-        if algo != ADAMW and algo not in RULES:
-            raise ConfigurationError(
-                f"You gave algo={algo!r}; choose one of {', '.join((*RULES, ADAMW))}."
-            )
-        own = {} if algo == ADAMW else dict(RULES[algo].defaults)
+        check_choice("algo", algo, (*RULES, ADAMW))
+        own = {} if algo == ADAMW else rule_named(algo).defaults
         unknown = param_group.keys() - self.defaults.keys() - own.keys() - {"params", "initial_lr"}
         if unknown:
             raise ConfigurationError(
@@ -160,24 +158,19 @@ class MatrixOptimizer(Optimizer):
         """
         models = [group["layouts"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        redivided: set[Tensor] = set()
-        # Keep the model's layouts, because distributed checkpoints lose empty tuples.
-        for group, layouts in zip(self.param_groups, models, strict=True):
-            saved = group["layouts"] or ()
-            for parameter, before, now in zip(group["params"], saved, layouts or (), strict=False):
-                if _parts(before) != _parts(now):
-                    redivided.add(parameter)
+        groups = zip(self.param_groups, models, state_dict["param_groups"], strict=True)
+        for group, layouts, given in groups:
+            both = zip(group["params"], group["layouts"] or (), layouts or (), strict=False)
+            redivided = {p for p, before, now in both if _parts(before) != _parts(now)}
+            # Keep the model's layouts, because distributed checkpoints lose empty tuples.
             group["layouts"] = layouts
-        given = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        held = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        for key, parameter in zip(given, held, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if not _is_of_a_rule(name):
-                    continue
-                if parameter in redivided:
-                    del self.state[parameter][name]  # it belongs to different matrices
-                else:
-                    self.state[parameter][name] = value.to(parameter.device)
+            for parameter, key in zip(group["params"], given["params"], strict=True):
+                saved = state_dict["state"].get(key, {})
+                for name in filter(_is_of_a_rule, saved):
+                    if parameter in redivided:
+                        del self.state[parameter][name]  # it belongs to different matrices
+                    else:
+                        self.state[parameter][name] = saved[name].to(parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -234,12 +227,12 @@ class MatrixOptimizer(Optimizer):
         own = {name: value for name, value in group.items() if name != "params"}
         options = {**own, "step": step, "loss": self.loss}
 
+        layouts = [group["layouts"][i] for i in places]
+        states = [self._rule_state(parameter) for parameter in params]
+        rule = rule_named(group["algo"])
+
         def compute(whole: Mapping[int, Tensor]) -> dict[int, ComputedTensor]:
-            jobs = {
-                i: MomentumJob(momentum, group["layouts"][places[i]], self._rule_state(params[i]))
-                for i, momentum in whole.items()
-            }
-            return directions_of(jobs, RULES[group["algo"]], options)
+            return directions_of(whole, layouts, states, rule, options)
 
         moved = sharing.compute(params, self._updates(group, params), compute)
         for parameter, result in zip(params, moved, strict=True):
@@ -249,7 +242,7 @@ class MatrixOptimizer(Optimizer):
     def _updates(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[Tensor]:
         """Update the momentum, and return this rank's rows of the rule's input."""
         mu = group["momentum"]
-        momenta = [local(self._zeros(p, "momentum_buffer")) for p in params]
+        momenta = [local(self._stored(p, "momentum_buffer")) for p in params]
         gradients = [local(p.grad) for p in params if p.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - mu)
         if not group["nesterov"]:
@@ -290,8 +283,8 @@ class MatrixOptimizer(Optimizer):
         adamw(
             [local(p) for p in params],
             [local(p.grad) for p in params if p.grad is not None],
-            [local(self._zeros(p, "exp_avg")) for p in params],
-            [local(self._zeros(p, "exp_avg_sq")) for p in params],
+            [local(self._stored(p, "exp_avg")) for p in params],
+            [local(self._stored(p, "exp_avg_sq")) for p in params],
             [],
             [self.state[p]["step"] for p in params],
             fused=True,
@@ -304,10 +297,13 @@ class MatrixOptimizer(Optimizer):
             maximize=False,
         )
 
-    def _zeros(self, parameter: Tensor, name: str) -> Tensor:
+    def _stored(
+        self, parameter: Tensor, name: str, start: Callable[[Tensor], Tensor] = torch.zeros_like
+    ) -> Tensor:
+        """Return a tensor of a parameter's state, which starts as a function of the parameter."""
         state = self.state[parameter]
         if name not in state:
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state[name] = start(parameter.detach())
         found: Tensor = state[name]
         return found
 
@@ -353,11 +349,8 @@ def _complete_(group: dict[str, Any]) -> None:
         )
     if group["algo"] == ADAMW:
         return
-    if group["scale"] not in UPDATE_SCALES:
-        raise ConfigurationError(
-            f"You gave scale={group['scale']!r}; choose one of {', '.join(UPDATE_SCALES)}."
-        )
-    RULES[group["algo"]].check(group)
+    check_choice("scale", group["scale"], UPDATE_SCALES)
+    rule_named(group["algo"]).check(group)
     group["layouts"] = list(group["layouts"] or [WHOLE] * len(group["params"]))
     if len(group["layouts"]) != len(group["params"]):
         raise ConfigurationError(

@@ -131,14 +131,6 @@ class QKClip:
         self._largest = self._is_clipped = None
         return dict(zip(("max_attention_logit", "clipped_heads"), pair.tolist(), strict=True))
 
-    def _remember(self, maxima: Tensor) -> None:
-        is_clipped = _is_clipped(maxima, self._threshold)
-        if self._largest is None or self._is_clipped is None:
-            self._largest, self._is_clipped = maxima, is_clipped
-        else:
-            self._largest = torch.maximum(self._largest, maxima)
-            self._is_clipped = self._is_clipped | is_clipped
-
     @torch.no_grad()
     def clip_(self, maxima: Tensor) -> None:
         """Scale the projections of each head whose largest logit is above the threshold.
@@ -146,7 +138,12 @@ class QKClip:
         Args:
             maxima: The result of ``take``.
         """
-        self._remember(maxima)
+        is_clipped = _is_clipped(maxima, self._threshold)
+        if self._largest is None or self._is_clipped is None:
+            self._largest, self._is_clipped = maxima, is_clipped
+        else:
+            self._largest = torch.maximum(self._largest, maxima)
+            self._is_clipped = self._is_clipped | is_clipped
         linears = [p.linear for a in self._attentions for p in (a.query, a.key)]
         backend = backend_for({str(i): _weight(linear) for i, linear in enumerate(linears)})
         for attention, largest in zip(self._attentions, maxima, strict=True):

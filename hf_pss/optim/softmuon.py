@@ -6,14 +6,14 @@ Feoktistov et al. 2026, arXiv 2605.31371, and github.com/brain-lab-research/soft
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.muon import MUON, check_polar, polar_direction
-from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
+from hf_pss.optim.rules import UPDATE_SCALES, Options, Rule, State
 
 # The source's bounds on τ.
 _MIN_TAU, _MAX_TAU = 1.0, 1e9
@@ -72,8 +72,7 @@ def _soft_muon(momenta: Tensor, state: State, options: Options) -> tuple[Tensor,
     if fraction is None:
         return polar_direction(momenta, options) * scale, _not_fitted(momenta)
     finite, clean = _finite(momenta)
-    if _is_to_be_fitted(state):
-        state = _completed(state, _fit(torch.linalg.svdvals(clean)))
+    state = _fitted(state, clean, torch.linalg.svdvals)
     soft = 1 - options["saturation_tolerance"]
     tau = _temperature(soft / math.sqrt(1 - soft**2), fraction, state)
     return torch.where(finite, softened(clean, tau) * scale, torch.nan), state
@@ -86,8 +85,7 @@ def _soft_signum(momenta: Tensor, state: State, options: Options) -> tuple[Tenso
     finite, clean = _finite(momenta)
     if fraction is None:
         return torch.where(finite, clean.sign() * scale, torch.nan), _not_fitted(momenta)
-    if _is_to_be_fitted(state):
-        state = _completed(state, _fit(clean.flatten(1)))
+    state = _fitted(state, clean, _entries)
     tau = _temperature(math.atanh(1 - options["saturation_tolerance"]), fraction, state)
     soft = (clean * tau[:, None, None]).tanh().to(momenta.dtype)
     return torch.where(finite, soft * scale, torch.nan), state
@@ -109,32 +107,33 @@ def _finite(momenta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _not_fitted(momenta: Tensor) -> State:
-    """Return the state before the fit. It has its final shape, so it can be saved and loaded."""
+    """Return the state before the fit. It has its final shape, so it can be saved and loaded.
+
+    A negative width marks a missing fit.
+    """
     zeros = momenta.new_zeros(len(momenta))
-    return {
-        "cauchy_location": zeros,
-        "cauchy_width": zeros - 1,
-    }  # a negative width marks a missing fit
+    return {"cauchy_location": zeros, "cauchy_width": zeros - 1}
 
 
-def _is_to_be_fitted(state: State) -> bool:
-    # This device-to-host read happens only in the soft phase. Its decomposition needs one anyway.
-    return not state or bool((state["cauchy_width"] < 0).any())
+def _entries(matrices: Tensor) -> Tensor:
+    return matrices.flatten(1)
 
 
-def _completed(state: State, fitted: State) -> State:
-    """Use the fit only for matrices that have none, so that a new matrix changes no other one."""
-    if not state:
-        return fitted
+def _fitted(state: State, matrices: Tensor, values_of: Callable[[Tensor], Tensor]) -> State:
+    """Fit a Cauchy distribution to the values of each matrix that has no fit yet.
+
+    The location is the median, (b,), and the width is the median deviation, (b,).
+    """
+    state = state or _not_fitted(matrices)
     is_missing = state["cauchy_width"] < 0
-    return {name: torch.where(is_missing, v, state[name]) for name, v in fitted.items()}
-
-
-def _fit(values: Tensor) -> State:
-    """Fit a Cauchy distribution by median and median deviation. Return location and width, (b,)."""
+    # This device-to-host read happens only in the soft phase. Its decomposition needs one anyway.
+    if not is_missing.any():
+        return state
+    values = values_of(matrices)
     location = values.median(dim=-1).values
     width = (values - location.unsqueeze(-1)).abs().median(dim=-1).values
-    return {"cauchy_location": location, "cauchy_width": width}
+    fit = {"cauchy_location": location, "cauchy_width": width}
+    return {name: torch.where(is_missing, value, state[name]) for name, value in fit.items()}
 
 
 def _temperature(saturated: float, fraction: float, state: State) -> Tensor:
@@ -164,7 +163,7 @@ def _check_muon(options: Options) -> None:
 
 
 SOFTMUON = Rule(
-    defaults=MappingProxyType({**MUON.defaults, **_PHASES}),
+    defaults={**MUON.defaults, **_PHASES},
     check=_check_muon,
     direction=_soft_muon,
 )
@@ -183,7 +182,7 @@ run, and ``saturation_tolerance`` is ε. The other options are those of Muon.
 - After the last step τ stays constant.
 """
 
-SOFTSIGNUM = Rule(defaults=MappingProxyType(_PHASES), check=_check, direction=_soft_signum)
+SOFTSIGNUM = Rule(defaults=_PHASES, check=_check, direction=_soft_signum)
 """The elementwise version: sign(M), then tanh(τM), τ = clamp(artanh(1 − ε) / q(p), 1, 1e9).
 
 **Ours**:

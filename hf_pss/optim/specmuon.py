@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.optim.muon import MUON, check_polar, polar_direction
-from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
+from hf_pss.optim.rules import UPDATE_SCALES, Options, Rule, State
 
 # κ, which keeps √loss and the quotients with it finite if the loss is zero.
 _OFFSET = 1e-8
@@ -75,7 +73,7 @@ def _check(options: Options) -> None:
 
 
 SPECMUON = Rule(
-    defaults=MappingProxyType({**MUON.defaults, "num_modes": 8, "relaxation": 0.95}),
+    defaults={**MUON.defaults, "num_modes": 8, "relaxation": 0.95},
     check=_check,
     direction=_specmuon,
 )

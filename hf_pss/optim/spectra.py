@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import Triplets, leading_triplets
 from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.linalg.triplets import DEFAULT_ROUNDS
-from hf_pss.optim.update_rule import UPDATE_SCALES, Options, Rule, State
+from hf_pss.optim.rules import UPDATE_SCALES, Options, Rule, State
 
 
 def _spectra(momenta: Tensor, state: State, options: Options) -> tuple[Tensor, State]:
@@ -56,7 +54,7 @@ def _check(options: Options) -> None:
 
 
 SPECTRA = Rule(
-    defaults=MappingProxyType({"spike_fraction": 0.015, "num_rounds": 1}),
+    defaults={"spike_fraction": 0.015, "num_rounds": 1},
     check=_check,
     direction=_spectra,
 )

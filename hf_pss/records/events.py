@@ -1,4 +1,4 @@
-"""Records of events and interventions, and their form as one line of strict JSON each.
+"""Steps, events and interventions as plain numbers, and records of them as lines of strict JSON.
 
 A number that is NaN or infinite is written as null. The key ``non_finite`` of the record then holds
 its value: ``{"value": null, "non_finite": {"value": "inf"}}``. So every line is strict JSON, other
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from hf_pss.detection.judgement import Judgement, Verdict
-from hf_pss.detection.policy import Action, Decision
+from hf_pss.detection.detectors import Judgement, Verdict
+from hf_pss.detection.policy import Action, Decision, InterventionHistory
 from hf_pss.detection.state import (
     JSON,
     check_version,
@@ -80,19 +80,10 @@ class Event:
             kind = EventKind.NON_FINITE
         else:
             kind = _KINDS.get(judgement.detector, EventKind.SPIKE)
-        return cls(
-            step=step,
-            kind=kind,
-            detector=judgement.detector,
-            value=judgement.value,
-            baseline=judgement.baseline,
-            threshold=judgement.threshold,
-            fired=judgement.fired,
-            new_level=judgement.new_level,
-            loss=loss,
-            decision=decision.action,
-            reason=decision.reason,
-        )
+        values = asdict(judgement)
+        del values["verdict"]
+        values |= {"decision": decision.action, "reason": decision.reason}
+        return cls(step=step, kind=kind, loss=loss, **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +127,108 @@ class Intervention:
 
 
 Record: TypeAlias = Event | Intervention
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReading:
+    """The health metrics of one step. A number that is NaN or inf marks a broken matrix."""
+
+    step: int
+    """The number of optimizer steps so far."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """One number for the whole model by the name of a metric, or by metric and summary:
+    ``stable_rank/min``."""
+    matrices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """For each metric by name, one number for each matrix by name."""
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Singular values by the name of the matrix, descending, at the steps that sample them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The verdict of PSS on one step, and its actions."""
+
+    step: int
+    verdict: Verdict
+    update_applied: bool
+    records: tuple[Record, ...]
+    """Events and interventions, in the order in which they happened."""
+    scalars: Mapping[str, float]
+    """Finite numbers for the log. Numbers that are not finite or not yet defined are left out."""
+    is_in_trouble: bool
+    """Whether this step spiked or was not finite. A stable rank below its floor does not count."""
+    stable_ranks: Mapping[str, float] | None
+    """The stable rank of every matrix, every ``health_every_steps``. None with ``health``."""
+    health: HealthReading | None = None
+    """The metrics that ``health`` asks for. They describe the weights before smoothing."""
+
+
+@dataclass(slots=True)
+class Step:
+    """The current step, from before its update until its report."""
+
+    number: int
+    loss: float | None = None
+    grad_norm_preclip: float | None = None
+    update_applied: bool = True
+    is_discarded: bool = False
+    """Whether a different library dropped the update before this step was judged."""
+    last_intervention_step: int | None = None
+    """The step of the last intervention, before this step, of detectors that share the cooldown."""
+    is_after_update: bool = False
+    judgements: list[Judgement] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    to_smooth: list[tuple[Event, Judgement]] = field(default_factory=list)
+    """The events to which PSS responds by smoothing when the update is done, in this order."""
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """See `StepReport`."""
+        return any(
+            judgement.verdict is Verdict.NON_FINITE
+            or (judgement.verdict is Verdict.SPIKE and judgement.detector != "stable_rank_floor")
+            for judgement in self.judgements
+        )
+
+    def is_due(self, every_steps: int) -> bool:
+        """Return whether something with this interval is due now. 0 means never."""
+        return every_steps > 0 and self.number % every_steps == 0
+
+    def report(
+        self,
+        history: InterventionHistory,
+        *,
+        seconds: float,
+        stable_ranks: Mapping[str, float] | None,
+        health: HealthReading | None = None,
+        health_seconds: float | None = None,
+    ) -> StepReport:
+        """Return the report of this step, given the policy's history at its end."""
+        numbers: dict[str, float | None] = {
+            "grad_norm_preclip": self.grad_norm_preclip,
+            "interventions": history.num_interventions,
+            "nonfinite_steps": history.num_nonfinite_steps,
+            "seconds": seconds,
+            "health_seconds": health_seconds,
+        }
+        for judgement in self.judgements:
+            if judgement.detector == "grad_norm_ratio":
+                numbers |= {"baseline": judgement.baseline, "threshold": judgement.threshold}
+        verdicts = (judgement.verdict for judgement in self.judgements)
+        return StepReport(
+            step=self.number,
+            verdict=max(verdicts, key=list(Verdict).index, default=Verdict.NORMAL),
+            update_applied=self.update_applied,
+            records=tuple(self.records),
+            scalars={
+                name: float(number)
+                for name, number in numbers.items()
+                if number is not None and math.isfinite(number)
+            },
+            is_in_trouble=self.is_in_trouble,
+            stable_ranks=stable_ranks,
+            health=health,
+        )
 
 
 def to_json_line(record: Record) -> str:
@@ -198,35 +291,29 @@ def _decode(parsed: dict[str, object]) -> Record:
 
 
 def _types(cls: type[Record | MatrixChange]) -> dict[str, str]:
-    return {field.name: str(field.type) for field in fields(cls)}
+    return {spec.name: str(spec.type) for spec in fields(cls)}
 
 
 def _decode_values(types: dict[str, str], value: object, what: str) -> dict[str, Any]:
     parsed = read_mapping(value, what)
-    non_finite = _read_non_finite(parsed.pop("non_finite", {}), what)
+    words = read_mapping(parsed.pop("non_finite", {}), f"'non_finite' of {what}")
     found = read_object(parsed, types, what)
     decoded: dict[str, Any] = {}
     for name, type_name in types.items():
-        if name in non_finite and found[name] is None and "float" in type_name:
-            decoded[name] = non_finite.pop(name)
+        is_left_out = found[name] is None and "float" in type_name
+        if is_left_out and words.get(name) in ("nan", "inf", "-inf"):
+            decoded[name] = float(str(words.pop(name)))
         else:
             decoded[name] = _READERS[type_name](found[name], f"{name!r} of {what}")
-    if non_finite:
-        raise StateError(f"'non_finite' of {what} names {sorted(non_finite)}, which it may not.")
+    if words:
+        raise StateError(f"'non_finite' of {what} holds {words}, which it may not.")
     return decoded
 
 
-def _read_non_finite(value: object, what: str) -> dict[str, float]:
-    words = read_mapping(value, f"'non_finite' of {what}")
-    for name, word in words.items():
-        if word not in ("nan", "inf", "-inf"):
-            raise StateError(
-                f"'non_finite' of {what} holds {word!r} for {name!r}; it may hold nan, inf or -inf."
-            )
-    return {name: float(str(word)) for name, word in words.items()}
+_Reader: TypeAlias = Callable[[object, str], object]
 
 
-def _read_word(words: type[StrEnum]) -> Callable[[object, str], StrEnum]:
+def _read_word(words: type[StrEnum]) -> _Reader:
     def read(value: object, what: str) -> StrEnum:
         word = read_text(value, what)
         if word not in list(words):
@@ -236,29 +323,25 @@ def _read_word(words: type[StrEnum]) -> Callable[[object, str], StrEnum]:
     return read
 
 
-def _read_shape(value: object, what: str) -> tuple[int, ...]:
-    return tuple(read_integer(size, what) for size in read_list(value, what))
+def _read_matrix(value: object, what: str) -> MatrixChange:
+    return MatrixChange(**_decode_values(_types(MatrixChange), value, what))
 
 
-def _read_names(value: object, what: str) -> tuple[str, ...]:
-    return tuple(read_text(name, what) for name in read_list(value, what))
+def _tuple_of(read: _Reader) -> _Reader:
+    def read_items(value: object, what: str) -> tuple[object, ...]:
+        items = read_list(value, what)
+        return tuple(read(item, f"{what}[{index}]") for index, item in enumerate(items))
+
+    return read_items
 
 
-def _read_matrices(value: object, what: str) -> tuple[MatrixChange, ...]:
-    types = _types(MatrixChange)
-    return tuple(
-        MatrixChange(**_decode_values(types, item, f"{what}[{index}]"))
-        for index, item in enumerate(read_list(value, what))
-    )
-
-
-def _optional(read: Callable[[object, str], object]) -> Callable[[object, str], object]:
+def _optional(read: _Reader) -> _Reader:
     return lambda value, what: None if value is None else read(value, what)
 
 
 # The keys are annotations, which are strings in this file, so a new field needs no second table. If
 # a field has a new type, the first test that reads a record fails.
-_READERS: dict[str, Callable[[object, str], object]] = {
+_READERS: dict[str, _Reader] = {
     "int": read_integer,
     "int | None": _optional(read_integer),
     "float": read_number,
@@ -266,7 +349,7 @@ _READERS: dict[str, Callable[[object, str], object]] = {
     "str": read_text,
     "EventKind": _read_word(EventKind),
     "Action": _read_word(Action),
-    "tuple[int, ...]": _read_shape,
-    "tuple[str, ...]": _read_names,
-    "tuple[MatrixChange, ...]": _read_matrices,
+    "tuple[int, ...]": _tuple_of(read_integer),
+    "tuple[str, ...]": _tuple_of(read_text),
+    "tuple[MatrixChange, ...]": _tuple_of(_read_matrix),
 }

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hf_pss.detection import GLOBAL
+from hf_pss.detection.detectors import GLOBAL
 from hf_pss.detection.policy import Action
 from hf_pss.records.events import Event, EventKind, Intervention, Record
 
@@ -156,7 +156,7 @@ class Alert:
 def alert_of(record: Record) -> Alert:
     """Return the alert about a record.
 
-    >>> from hf_pss.detection.judgement import Judgement, Verdict
+    >>> from hf_pss.detection.detectors import Judgement, Verdict
     >>> from hf_pss.detection.policy import Decision
     >>> spike = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
     >>> event = Event.of(spike, Decision(Action.OBSERVE, "cooldown"), step=90, loss=4.0)

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from hf_pss.detection.state import number_of
 from hf_pss.errors import StateError
 
 __all__ = ["finite_or_none", "number_of", "parse_object", "read_object", "reason_of", "visible"]
@@ -86,16 +87,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number in JSON")
-
-
-def number_of(value: object) -> float | None:
-    """Return a JSON number as a float, or inf if it overflows. Return None for any other value."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf
 
 
 def finite_or_none(value: float | None) -> float | None:

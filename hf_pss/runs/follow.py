@@ -14,8 +14,7 @@ from typing import TypeVar
 
 from hf_pss.detection.policy import Action
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.records.events import Event, Intervention, Record
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import Event, HealthReading, Intervention, Record
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.folder import (
     EVENTS_FILE,

@@ -18,12 +18,12 @@ from hf_pss.errors import StateError
 from hf_pss.records.events import (
     Event,
     EventKind,
+    HealthReading,
     Intervention,
     Record,
     from_json_line,
     to_json_line,
 )
-from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import finite_or_none, number_of, parse_object
 from hf_pss.runs.durable import replacing
 from hf_pss.runs.folder import (

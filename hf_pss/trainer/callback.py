@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from hf_pss.config import PSSConfig
 from hf_pss.controller import PSSController, StepReport
-from hf_pss.detection import Verdict
+from hf_pss.detection.detectors import Verdict
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.models.batching import matrix_names
 from hf_pss.records.events import EventKind, Intervention, Record

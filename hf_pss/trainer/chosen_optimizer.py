@@ -19,7 +19,6 @@ from hf_pss.models.selection import canonical_name
 from hf_pss.optim.groups import AMUSE, build_optimizer, known_options
 from hf_pss.optim.optimizer import ADAMW
 from hf_pss.optim.qk_clip import QKClip
-from hf_pss.optim.rules import RULES
 from hf_pss.trainer.attention_maxima import AttentionMaxima, MeasureAttention
 from hf_pss.trainer.schedule_free import unwrapped
 
@@ -188,7 +187,7 @@ class ChosenOptimizer:
         names = {canonical_name(name) for name, _ in model.named_parameters()}
         threshold = options.pop(QK_CLIP, None)
         # Some rules require total_steps. `set_length` sets the real number later.
-        if args.pss_optim in RULES and "total_steps" in RULES[args.pss_optim].defaults:
+        if "total_steps" in known_options(args.pss_optim):
             options.setdefault("total_steps", 1)
         trainer.optimizer = build_optimizer(
             model,

@@ -24,7 +24,7 @@ from hf_pss.health.verdicts import (
     usual,
 )
 from hf_pss.models.selection.by_name import place_of
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.view.numbers import significant
 

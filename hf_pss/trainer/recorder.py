@@ -10,9 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hf_pss.records.events import EventKind, Intervention, Record
+from hf_pss.records.events import EventKind, HealthReading, Intervention, Record, StepReport
 from hf_pss.records.messages import intervention_line
-from hf_pss.records.steps import HealthReading, StepReport
 from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.optional import optional_part

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from hf_pss.detection.failures import FailedInterventions, TrainingFailure
+from hf_pss.detection.explosion import FailedInterventions, TrainingFailure
 from hf_pss.detection.policy import Action
 from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.records.events import Event, EventKind

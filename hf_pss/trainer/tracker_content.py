@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 
 __all__ = [
     "Curves",

@@ -17,9 +17,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_pss.errors import StateError
-from hf_pss.records.events import Record
+from hf_pss.records.events import HealthReading, Record
 from hf_pss.records.messages import Alert, Alerts
-from hf_pss.records.steps import HealthReading
 from hf_pss.trainer.tracker_content import (
     Curves,
     Image,

@@ -13,7 +13,7 @@ import pytest
 from commandline import Run
 from preloaded import PATIENCE_SECONDS
 
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, Intervention, MatrixChange, to_json_line
 from hf_pss.runs.records_files import health_line

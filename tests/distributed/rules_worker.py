@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_pss.models.distributed import Replicas, Sharing, gathered
 from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.optim import RULES, build_optimizer
+from hf_pss.optim.rules import rule_named
 
 MODELS = {"gpt2": gpt2, "experts": experts}
 NUM_STEPS, LR = 6, 0.05
@@ -30,7 +31,7 @@ def trained(kind: str, algo: str, *, mesh: object | None, sharing: Sharing) -> d
     model: nn.Module = MODELS[kind]()
     if mesh is not None:
         fully_shard(model, mesh=mesh)
-    known = RULES[algo].defaults
+    known = rule_named(algo).defaults
     options = {"dtype": "float32", **SOFT}
     chosen = {name: value for name, value in options.items() if name in known}
     optimizer = build_optimizer(model, algo=algo, lr=LR, **chosen)

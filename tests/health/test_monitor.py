@@ -24,7 +24,7 @@ from hf_pss.health.monitor import HealthMonitor, describe
 from hf_pss.linalg import effective_rank, stable_rank
 from hf_pss.models.distributed import Backend, Zero
 from hf_pss.models.selection import Selection, named_parameters_canonical, select_matrices
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 
 EXACT_TOLERANCE = 1e-5
 FOLLOWED_TOLERANCE = 1.5e-3  # 5.6e-4, after four steps of 1e-3 a weight

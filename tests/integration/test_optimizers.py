@@ -45,7 +45,7 @@ from hf_pss import (
 )
 from hf_pss.models.distributed import Backend
 from hf_pss.optim import RULES, build_optimizer, matrix_groups
-from hf_pss.optim.layout import matrices_of
+from hf_pss.optim.layout import runs_of
 from hf_pss.trainer.arguments import OptimizerName
 from hf_pss.trainer.chosen_optimizer import read_options, refuse_two_optimizers
 from hf_pss.trainer.resuming import saved_kind
@@ -355,7 +355,7 @@ def test_factors_of_experts_are_taken_apart_as_peft_puts_them_together() -> None
             parameter.data.normal_()
     (group,) = matrix_groups(model)
     left, right = (
-        matrices_of(parameter.detach(), layout)
+        [runs.flatten(1, 2) for runs in runs_of(parameter.detach(), layout)]
         for parameter, layout in zip(group["params"], group["layouts"], strict=True)
     )
     assert [tuple(a.shape) for a in right] == [(1, 2, 24)] * 3

@@ -19,10 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from wandb_offline import finish_and_read
 
 from hf_pss import PSSConfig
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
-from hf_pss.records.events import Event, Intervention, MatrixChange
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import Event, HealthReading, Intervention, MatrixChange
 from hf_pss.trainer.tracker_content import ThinnedReadings, draw_heat_map, label_of
 from hf_pss.trainer.trackers import TRACKERS, Trackers, WandbTracker, trackers_for
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 from hf_pss.trainer.health_summary import summary_table
 from hf_pss.trainer.tracker_content import (
     MAX_CURVES,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_pss.optim.update_rule import UPDATE_SCALES, Rule, State
+from hf_pss.optim.rules import UPDATE_SCALES, Rule, State
 
 # Vectors, wide, tall and square.
 SHAPES = [(1, 9), (9, 1), (24, 40), (40, 24), (32, 32)]

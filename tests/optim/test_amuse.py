@@ -19,7 +19,7 @@ from hf_pss.linalg import newton_schulz
 from hf_pss.models.smoother import is_schedule_free
 from hf_pss.optim import build_optimizer
 from hf_pss.optim.amuse import Amuse, interpolation
-from hf_pss.optim.update_rule import UPDATE_SCALES
+from hf_pss.optim.rules import UPDATE_SCALES
 
 NUM_STEPS, WARMUP, LR = 50, 10, 0.02
 SHAPE = (24, 16)

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.amuse import Amuse
-from hf_pss.optim.rules import RULES
+from hf_pss.optim.rules import RULES, rule_named
 
 # Largest difference of an entry, where a batch or a compiler adds in another order.
 BATCH_TOLERANCE = 1e-5
@@ -49,7 +49,7 @@ COUNTERS = {"step", "lr_max", "weight_sum", "average_weight", "beta", "next_beta
 OPTIONS: dict[str, dict[str, Any]] = {
     case: {
         **_NEEDED.get(rule, {}),
-        **({"dtype": "float32"} if "dtype" in RULES[rule].defaults else {}),
+        **({"dtype": "float32"} if "dtype" in rule_named(rule).defaults else {}),
     }
     for case, (_, rule) in CASES.items()
 }
@@ -398,7 +398,7 @@ def test_a_stack_moves_as_its_matrices_do(case: str) -> None:
 @on_each_rule
 def test_a_matrix_does_not_depend_on_its_neighbours(rule: str) -> None:
     """Also the contract of a rule: pure, stateful tensors by their first dimension."""
-    found = RULES[rule]
+    found = rule_named(rule)
     options = {
         **found.defaults,
         **OPTIONS[rule],

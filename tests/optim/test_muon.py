@@ -21,8 +21,7 @@ from hf_pss.linalg import POLYNOMIAL_SCHEDULES
 from hf_pss.models.distributed import Sharing
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.muon import fast_dtype
-from hf_pss.optim.rules import RULES
-from hf_pss.optim.update_rule import UPDATE_SCALES
+from hf_pss.optim.rules import UPDATE_SCALES, rule_named
 
 NUM_STEPS = 50
 LR, MOMENTUM, WEIGHT_DECAY = 0.02, 0.95, 0.1
@@ -165,7 +164,7 @@ def spread(m: int, n: int, low: float) -> Tensor:
 def test_directions_lie_in_the_band_of_the_schedule(schedule: str, m: int, n: int) -> None:
     row = POLYNOMIAL_SCHEDULES[schedule]
     momentum = spread(m, n, row.interval[0])
-    rule = RULES["muon"]
+    rule = rule_named("muon")
     options = {
         **rule.defaults,
         "schedule": schedule,

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
-from hf_pss.optim import build_optimizer, describe_groups, directions
-from hf_pss.optim.layout import by_head, layout_of, matrices_of, runs_of
+from hf_pss.optim import build_optimizer, describe_groups, layout
+from hf_pss.optim.layout import by_head, layout_of, runs_of
 
 LR = 0.05
 LOGGER = "hf_pss.optim.groups"
@@ -200,14 +200,14 @@ def test_equal_heads_are_one_call(make: Callable[[], Any], monkeypatch: pytest.M
     model = make()
     optimizer = build_optimizer(model, per_head=True)
     shapes: list[tuple[int, ...]] = []
-    joined = directions._joined
+    joined = layout._joined
 
     def watched(tensors: list[Tensor]) -> Tensor:
         found = joined(tensors)
         shapes.append(tuple(found.shape))
         return found
 
-    monkeypatch.setattr(directions, "_joined", watched)
+    monkeypatch.setattr(layout, "_joined", watched)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -224,12 +224,12 @@ def test_views_share_memory(transposed: bool, size: int) -> None:
     if size > 1:
         layouts.append(by_head((transposed, parts), num_rows=24, head_rows=[size] * 3))
         layouts.append(by_head((transposed, parts[:2]), num_rows=24, head_rows=[size // 2, size]))
-    for layout in layouts:
+    for each in layouts:
         stored.zero_()
-        for runs in runs_of(stored, layout):
+        views = runs_of(stored, each)
+        for runs in views:
             runs += 1
-        whole = sum(matrix.numel() for matrix in matrices_of(stored, layout))
-        assert int(stored.sum()) == whole
+        assert int(stored.sum()) == sum(runs.numel() for runs in views)
 
 
 def test_the_table_counts_heads_and_unknown_ones_are_announced(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.optim.muon import MUON
+from hf_pss.optim.rules import Rule
 from hf_pss.optim.softmuon import SOFTMUON, SOFTSIGNUM, folded_cauchy_quantile, softened
-from hf_pss.optim.update_rule import Rule
 
 EQUAL = 3e-7  # 1.1e-7
 ILL_CONDITIONED = 6e-8  # 2.7e-8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from failing_runs import FAILS_AT
 
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, to_json_line
 from hf_pss.rescue.diagnosis import Diagnosis, diagnose

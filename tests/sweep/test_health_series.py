@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from hf_pss.evidence.worker import read_health_series
-from hf_pss.records.steps import HealthReading
+from hf_pss.records.events import HealthReading
 from hf_pss.runs.records_files import health_line, reading_line
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_pss.detection.judgement import Judgement, Verdict
+from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.errors import ConfigurationError
 from hf_pss.inspection.live_view import plain_lines

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from hf_pss.detection import Verdict
+from hf_pss.detection.detectors import Verdict
 from hf_pss.evidence.guards.base import TimedCallback
 from hf_pss.trainer.callback import PSSCallback
 
