@@ -77,8 +77,6 @@ class Diagnosis:
     failure: RunFailure | None
     notes: tuple[str, ...]
     """Further findings, such as spikes from which the run recovered and the events of PSS."""
-    unigram_entropy: float | None
-    """The unigram entropy in nats, which `collapse` uses, or None if it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +142,7 @@ def diagnose(
         notes.append("No training loss was logged, so the run's course is unknown.")
     failure = failure or _by_evaluation(log) or _after_the_log(log, records)
     failure = failure or _by_ranks(rows, ranks, rule)
-    return Diagnosis(failure, tuple(notes), unigram_entropy)
+    return Diagnosis(failure, tuple(notes))
 
 
 def _sound_losses(rows: Sequence[LogRow], records: RunRecords) -> list[float | None]:

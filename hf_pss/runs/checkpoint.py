@@ -37,6 +37,7 @@ __all__ = [
     "Marker",
     "changed_files",
     "examine",
+    "has_pickled_weights",
     "layout_of",
     "open_weights",
     "read_marker",
@@ -174,6 +175,11 @@ def layout_of(folder: Path) -> Layout:
     if (folder / "pytorch_model_fsdp.bin").exists():
         return "fsdp_full"
     return "whole" if any(folder.glob("*.safetensors*")) else "none"
+
+
+def has_pickled_weights(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights in one of the formats `PICKLED_WEIGHTS`."""
+    return any(any(folder.glob(name)) for name in PICKLED_WEIGHTS)
 
 
 def open_weights(folder: Path) -> Checkpoint:
@@ -331,8 +337,7 @@ def _has_weights(folder: Path) -> bool:
 def _bad_weights(folder: Path) -> dict[str, str]:
     """Return the first weight file that is missing or holds NaN or inf, with the reason."""
     if not any(folder.rglob("*.safetensors")):
-        is_known = layout_of(folder) != "none"
-        if is_known or any(any(folder.glob(name)) for name in PICKLED_WEIGHTS):
+        if layout_of(folder) != "none" or has_pickled_weights(folder):
             return {}
         return {"model.safetensors": "is missing, and there are no other weights"}
     for tensor in open_weights(folder).tensors:
