@@ -23,7 +23,7 @@ from hf_pss.evidence.report_records import (
     load_run_directory,
 )
 from hf_pss.evidence.report_results import Result, headline, label, mean_result, outcome, result
-from hf_pss.runs.durable import write_whole
+from hf_pss.runs.folder import write_whole
 from hf_pss.view import canvas
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, row_of
 from hf_pss.view.numbers import significant

@@ -26,6 +26,7 @@ from hf_pss.runs.checkpoint import (
     Layout,
     examine,
     has_pickled_weights,
+    is_superseded,
     layout_of,
     open_weights,
     recorded_step,
@@ -37,7 +38,6 @@ from hf_pss.runs.folder import (
     leads_out,
     step_by_name,
 )
-from hf_pss.runs.rotation import is_superseded
 
 __all__ = [
     "CheckpointReport",

@@ -29,8 +29,15 @@ from hf_pss.records.strict_json import visible
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.smoothed_weights import Repair, matrices_to_smooth, summary, write_weights
 from hf_pss.runs.checkpoint import PICKLED_WEIGHTS, read_marker, write_marker
-from hf_pss.runs.durable import new_folder
-from hf_pss.runs.folder import MARKER, MAX_FILES, OPTIONS_FILE, STATE_FILE, SUPERSEDED, leads_out
+from hf_pss.runs.folder import (
+    MARKER,
+    MAX_FILES,
+    OPTIONS_FILE,
+    STATE_FILE,
+    SUPERSEDED,
+    leads_out,
+    new_folder,
+)
 from hf_pss.runs.log import read_state
 from hf_pss.runs.options import options_file, read_options
 from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint

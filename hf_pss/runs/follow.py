@@ -225,7 +225,8 @@ class Follower:
             return False
         # A state that is older than the event belongs to an earlier run in this folder.
         is_ours = _is_last(state_modified, self._tails[EVENTS_FILE].modified_seconds)
-        known = (self._state.reading, *self._logs.get(METRICS_FILE, ())[:1])
+        metrics = self._logs.get(METRICS_FILE)
+        known = (self._state.reading, metrics and metrics[0])
         steps = [one.step for one in known if one is not None]
         return max([self._steps_done * is_ours, *steps]) <= event.step
 

@@ -172,10 +172,8 @@ def differ_at(one: RunLog, other: RunLog) -> int | None:
     """
     losses = {row.step: row.loss for row in other.training}
     for row in one.training:
-        found = losses.get(row.step)
-        if found is not None and row.loss is not None and found != row.loss:
-            if not (math.isnan(found) and math.isnan(row.loss)):
-                return row.step
+        if str(row.loss) != str(losses.get(row.step, row.loss)):
+            return row.step
     return None
 
 

@@ -18,8 +18,7 @@ from typing import Any
 from hf_pss.config import PSSConfig
 from hf_pss.errors import PSSError
 from hf_pss.records.strict_json import read_object
-from hf_pss.runs.durable import write_whole
-from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out
+from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out, write_whole
 from hf_pss.runs.log import RunLog
 
 __all__ = [

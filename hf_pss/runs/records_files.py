@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,13 +25,13 @@ from hf_pss.records.events import (
 )
 from hf_pss.records.steps import HealthReading
 from hf_pss.records.strict_json import finite_or_none, number_of, parse_object
-from hf_pss.runs.durable import replacing
 from hf_pss.runs.folder import (
     EVENTS_FILE,
     HEALTH_FILE,
     MAX_LINE_BYTES,
     MAX_LINES_BYTES,
     leads_out,
+    replacing,
 )
 
 __all__ = [
@@ -207,13 +207,19 @@ def read_lines(path: Path, parse: Callable[[bytes], T]) -> ParsedLines[T]:
         OSError: The file cannot be read.
     """
     rows: list[T] = []
-    num_unreadable, is_cut = 0, False
-    for line in _lines(path):
-        try:
-            rows.append(parse(line))
-        except StateError:
-            is_cut = not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES
-            num_unreadable += not is_cut
+    num_unreadable, is_cut, left = 0, False, MAX_LINES_BYTES
+    if leads_out(path, path.parent) or not path.is_file():
+        return ParsedLines()
+    with path.open("rb") as stream:
+        while left > 0 and (line := stream.readline(MAX_LINE_BYTES)):
+            left -= len(line)
+            if not line.strip():
+                continue
+            try:
+                rows.append(parse(line))
+            except StateError:
+                is_cut = not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES
+                num_unreadable += not is_cut
     return ParsedLines(tuple(rows), num_unreadable, is_cut)
 
 
@@ -250,17 +256,6 @@ def parse_row(line: bytes) -> dict[str, Any]:
         StateError: The line is not a JSON object.
     """
     return parse_object(line, what="A line", allow_nonfinite=True)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    if leads_out(path, path.parent) or not path.is_file():
-        return
-    with path.open("rb") as stream:
-        left = MAX_LINES_BYTES
-        while left > 0 and (line := stream.readline(MAX_LINE_BYTES)):
-            left -= len(line)
-            if line.strip():
-                yield line
 
 
 # No stable rank is as large as this number.

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from hf_pss.errors import StateError
-from hf_pss.runs.checkpoint import Examination, examine, recorded_step
+from hf_pss.runs.checkpoint import Examination, examine, is_superseded, recorded_step
 from hf_pss.runs.folder import checkpoints_by_step, step_by_name
-from hf_pss.runs.rotation import is_superseded
 from hf_pss.trainer.optimizer_resume import move_to_
 
 __all__ = ["checkpoint_to_resume", "load_what_is_there_", "newest_whole"]
