@@ -25,8 +25,8 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.diagnosis import RunFailure
 from hf_pss.rescue.investigate import Investigation
-from hf_pss.runs.log import RunLog
 from hf_pss.runs.options import LR_SCALE, Launch, num_processes, read_launch
+from hf_pss.runs.records_files import RunLog
 
 __all__ = ["ResumePlan", "plan_resume"]
 
@@ -135,14 +135,14 @@ def plan_resume(
     is_left = lr_scale == 1.0  # the user wants the rates unchanged
     is_exact = launch is not None or is_in_files
     about_rate = [] if is_left else [*_about_rate(rise, found.failure, factor, is_exact=is_exact)]
+    is_rate_covered = bool(about_rate) or is_left
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     remarks = (
         *_about_steps_left(found.log, chosen, skipped),
         *about_rate,
         *_about_batches(found, chosen, skipped),
         *_about_command(chosen, launch, processes),
-        *_about_smoothing(smoothing, is_last_resort=found.choice.is_last_resort, is_copy=is_copy),
-        *([] if is_copy else _about_changes(is_rate_covered=bool(about_rate) or is_left)),
+        *_about_smoothing(smoothing, found, is_copy=is_copy, is_rate_covered=is_rate_covered),
     )
     command = words = None
     if launch is not None:
@@ -209,9 +209,8 @@ def _guard(smoothing: str, found: Investigation, *, is_copy: bool) -> Sequence[s
 def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
     """Return the option that scales the rates, including the run's original factor if known."""
     own = None if launch is None else launch.lr_scale
-    if own is None and factor == 1.0:
-        return []  # a resume takes the rates of the checkpoint
-    if launch is None and is_in_files:
+    # A resume takes the rates of the checkpoint.
+    if (own is None and factor == 1.0) or (launch is None and is_in_files):
         return []
     total = factor * (1.0 if own is None else own)
     if not 0 < total < math.inf:
@@ -358,7 +357,17 @@ def _about_command(
         )
 
 
-def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
+def _about_smoothing(
+    smoothing: str, found: Investigation, *, is_copy: bool, is_rate_covered: bool
+) -> Iterator[str]:
+    """Describe the smoothing, and what the user can change in the command.
+
+    Args:
+        smoothing: As in `plan_resume`.
+        found: The findings about the run.
+        is_copy: Whether the run continues from a repaired copy, which has the changes already.
+        is_rate_covered: Whether other remarks describe the learning rate.
+    """
     if smoothing == "none":
         yield (
             "Nothing is smoothed, because PSS only observes. Leave --pss_observe_only out if PSS "
@@ -375,13 +384,10 @@ def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> 
         yield (
             "The weights may be damaged, so the floor is the stable rank of noise of their shapes. "
             "Pretrained weights are below this floor, and for them --smoothing none is safer."
-            if is_last_resort
+            if found.choice.is_last_resort
             else "The floor is taken from the checkpoint itself, so smoothing changes nothing at "
             "the start. Later it lets no matrix fall below the floor."
         )
-
-
-def _about_changes(*, is_rate_covered: bool) -> Iterator[str]:
     if not is_rate_covered:
         yield (
             "--learning_rate alone has no effect here, because a resumed run takes its base rate "

@@ -42,9 +42,8 @@ from hf_pss.rescue.candidates import (
 )
 from hf_pss.rescue.diagnosis import FailureKind, RunFailure, diagnose
 from hf_pss.runs.folder import STATE_FILE, leads_out
-from hf_pss.runs.log import RunLog, differ_at, read_log
 from hf_pss.runs.options import recorded_entropy
-from hf_pss.runs.records_files import rank_ratios, read_run_records
+from hf_pss.runs.records_files import RunLog, differ_at, rank_ratios, read_log, read_run_records
 
 __all__ = ["LOW_SHARE", "Investigation", "investigate", "noise_share"]
 

@@ -38,8 +38,8 @@ from hf_pss.runs.folder import (
     leads_out,
     new_folder,
 )
-from hf_pss.runs.log import read_state
 from hf_pss.runs.options import options_file, read_options
+from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 
 __all__ = [

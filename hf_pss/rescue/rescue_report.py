@@ -16,7 +16,7 @@ from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.rescue.repair import Written
-from hf_pss.runs.log import RunLog
+from hf_pss.runs.records_files import RunLog
 from hf_pss.view.tables import lean_table, marks, sparkline
 
 if TYPE_CHECKING:

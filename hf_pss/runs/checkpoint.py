@@ -43,7 +43,7 @@ from hf_pss.runs.folder import (
     step_by_name,
     write_whole,
 )
-from hf_pss.runs.log import read_state
+from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import READABLE, Checkpoint, open_checkpoint, read_pieces
 
 __all__ = [
@@ -136,7 +136,7 @@ def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
         reads_weights: Whether to read the weights of a checkpoint without a marker. A caller that
             measures the weights itself passes False.
     """
-    step, marker = step_by_name(folder) or 0, None
+    step, marker = _step_of(folder), None
     fatal, lacks = list[str](), list[str]()
     try:
         marker = read_marker(folder)
@@ -457,8 +457,7 @@ class Lineage:
 
     def name_before(self, step: int) -> str | None:
         """Return the name of the last checkpoint before a step, complete or not."""
-        before = [folder.name for folder in self.folders if _step_of(folder) < step]
-        return before[-1] if before else None
+        return next((f.name for f in reversed(self.folders) if _step_of(f) < step), None)
 
 
 def abandon(run_dir: Path, later: Iterable[Path]) -> bool:

@@ -26,8 +26,14 @@ from hf_pss.runs.folder import (
     SUMMARY_FILE,
     checkpoints_by_step,
 )
-from hf_pss.runs.log import LogRow, merged, read_log
-from hf_pss.runs.records_files import parse_reading, parse_record, parse_row
+from hf_pss.runs.records_files import (
+    LogRow,
+    merged,
+    parse_reading,
+    parse_record,
+    parse_row,
+    read_log,
+)
 
 __all__ = ["Follower", "NewLines", "RunState", "Tail"]
 

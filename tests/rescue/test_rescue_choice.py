@@ -19,7 +19,7 @@ from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
 from hf_pss.rescue.candidates import report_on
 from hf_pss.rescue.investigate import Investigation, investigate
-from hf_pss.runs import log
+from hf_pss.runs import records_files
 from hf_pss.runs.checkpoint import examine
 from hf_pss.runs.folder import SUPERSEDED
 from hf_pss.runs.follow import Follower
@@ -105,7 +105,7 @@ def test_one_limit_on_the_size_of_a_state_holds_for_all(
     """Resume, rescue and watch agree on whether a large trainer_state.json can be read."""
     folder = spiked / "checkpoint-60"
     size = (folder / "trainer_state.json").stat().st_size
-    monkeypatch.setattr(log, "MAX_STATE_BYTES", size - is_too_large)
+    monkeypatch.setattr(records_files, "MAX_STATE_BYTES", size - is_too_large)
     for why in (examine(folder).problem, "; ".join(report_on(folder).missing)):
         assert ("larger than" in (why or "")) == is_too_large
     assert (Follower(folder).poll().log is None) == is_too_large

@@ -20,7 +20,7 @@ from hf_pss.rescue.command import ResumePlan, plan_resume
 from hf_pss.rescue.diagnosis import FailureKind, RunFailure
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.runs.folder import OPTIONS_FILE
-from hf_pss.runs.log import LogRow, RunLog
+from hf_pss.runs.records_files import LogRow, RunLog
 
 # Logged every four steps, of a hundred.
 LOG = RunLog(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4, 84, 4)))
