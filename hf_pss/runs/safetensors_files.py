@@ -389,8 +389,7 @@ class MatrixReader:
             for start, stop in self._runs(height):
                 for row in range(start, stop, most):
                     num_rows = min(most, stop - row)
-                    stream.seek(self._offset(expert, row, 0))
-                    raw = _read(stream, num_rows * width, self.entry)
+                    raw = _read(stream, self.entry, self._offset(expert, row, 0), num_rows * width)
                     yield self._columns(raw.view(num_rows, width)).to(self.dtype)
 
     def strips(self, expert: int = 0) -> Iterator[Tensor]:
@@ -410,8 +409,8 @@ class MatrixReader:
                 num_columns = min(most, width - column)
                 strip = torch.empty(len(rows), num_columns, dtype=READABLE[self.entry.dtype])
                 for target, row in zip(strip, rows, strict=True):
-                    stream.seek(self._offset(expert, row, column))
-                    _fill(target, stream, self.entry)
+                    offset = self._offset(expert, row, column)
+                    target.copy_(_read(stream, self.entry, offset, num_columns))
                 yield strip.to(self.dtype).mT
 
     def tall_pieces(
@@ -463,22 +462,16 @@ def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
     A piece takes at most `PIECE_BYTES` as float32, or as float64 if that is its dtype.
     """
     itemsize = READABLE[entry.dtype].itemsize
-    left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
+    total, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
     with entry.path.open("rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        while left:
-            count = min(left, most)
-            yield _read(stream, count, entry)
-            left -= count
+        for first in range(0, total, most):
+            count = min(most, total - first)
+            yield _read(stream, entry, entry.offset + first * itemsize, count)
 
 
-def _read(stream: FileIO, count: int, entry: TensorEntry) -> Tensor:
+def _read(stream: FileIO, entry: TensorEntry, offset: int, count: int) -> Tensor:
     numbers = torch.empty(count, dtype=READABLE[entry.dtype])
-    _fill(numbers, stream, entry)
-    return numbers
-
-
-def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
+    stream.seek(offset)
     target = numbers.view(torch.uint8).numpy().data
     done = 0
     while done < len(target):
@@ -489,3 +482,4 @@ def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
                 "complete."
             )
         done += got
+    return numbers
