@@ -39,17 +39,6 @@ from hf_pss.runs.folder import (
     step_by_name,
 )
 
-__all__ = [
-    "CheckpointReport",
-    "CheckpointVerdict",
-    "Choice",
-    "checkpoint_folders",
-    "choose",
-    "judged",
-    "num_weight_bytes",
-    "report_on",
-]
-
 CheckpointVerdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
 
 _LATEST = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()

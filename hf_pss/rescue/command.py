@@ -28,8 +28,6 @@ from hf_pss.rescue.investigate import Investigation
 from hf_pss.runs.options import LR_SCALE, Launch, num_processes, read_launch
 from hf_pss.runs.records_files import RunLog
 
-__all__ = ["ResumePlan", "plan_resume"]
-
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
 _FLOOR, _DEFAULT = "floor", "anchored"

@@ -41,8 +41,6 @@ from hf_pss.health.verdicts import LOW_SHARE_OF_SIBLINGS
 from hf_pss.records.strict_json import finite_or_none
 from hf_pss.runs.records_files import LogRow, RunLog, RunRecords
 
-__all__ = ["Diagnosis", "FailureKind", "RunFailure", "diagnose"]
-
 FailureKind: TypeAlias = Literal["non_finite", "spike", "slow_damage", "collapse"]
 RankRatios: TypeAlias = Sequence[tuple[int, float]]
 

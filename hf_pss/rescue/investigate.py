@@ -45,8 +45,6 @@ from hf_pss.runs.folder import STATE_FILE, leads_out
 from hf_pss.runs.options import recorded_entropy
 from hf_pss.runs.records_files import RunLog, differ_at, rank_ratios, read_log, read_run_records
 
-__all__ = ["LOW_SHARE", "Investigation", "investigate", "noise_share"]
-
 _MOST_TOKENS = 10**8
 _REACH = attrgetter("global_step")
 

@@ -42,16 +42,6 @@ from hf_pss.runs.options import options_file, read_options
 from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 
-__all__ = [
-    "RECORD_FILE",
-    "Repairs",
-    "Written",
-    "as_json",
-    "require_torch",
-    "rewrite_optimizer",
-    "write_repaired",
-]
-
 MomentsChange: TypeAlias = Literal["keep", "reset", "project"]
 
 RECORD_FILE = "hf_pss_rescue.json"

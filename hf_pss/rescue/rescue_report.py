@@ -22,15 +22,6 @@ from hf_pss.view.tables import lean_table, marks, sparkline
 if TYPE_CHECKING:
     from hf_pss.view.canvas import Axes
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "as_json",
-    "draw_course",
-    "render_investigation",
-    "render_plan",
-    "render_written",
-]
-
 SCHEMA_VERSION = 1
 _WIDTH = 60
 # Of each verdict: the style in a terminal, and the colour in a figure.

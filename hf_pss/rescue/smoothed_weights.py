@@ -28,8 +28,6 @@ from hf_pss.models.selection.by_name import is_adapter_factor
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import Checkpoint, read_pieces
 
-__all__ = ["Repair", "matrices_to_smooth", "summary", "write_weights"]
-
 _SMOOTHABLE = {"F16", "BF16", "F32", "F64"}
 
 

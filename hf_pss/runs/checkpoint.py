@@ -46,27 +46,6 @@ from hf_pss.runs.folder import (
 from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import READABLE, Checkpoint, open_checkpoint, read_pieces
 
-__all__ = [
-    "PICKLED_WEIGHTS",
-    "Examination",
-    "Layout",
-    "Lineage",
-    "abandon",
-    "changed_files",
-    "claim_",
-    "examine",
-    "has_pickled_weights",
-    "is_superseded",
-    "layout_of",
-    "open_weights",
-    "read_marker",
-    "recorded_step",
-    "rotate",
-    "supersede_later_",
-    "unfit_state",
-    "write_marker",
-]
-
 logger = logging.getLogger(__name__)
 
 Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]

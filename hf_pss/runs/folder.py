@@ -20,33 +20,6 @@ from typing import BinaryIO
 from hf_pss.errors import ConfigurationError
 from hf_pss.records.strict_json import visible
 
-__all__ = [
-    "ABANDONED",
-    "EVENTS_FILE",
-    "HEALTH_FILE",
-    "MARKER",
-    "MAX_CONFIG_BYTES",
-    "MAX_FILES",
-    "MAX_INDEX_BYTES",
-    "MAX_LINES_BYTES",
-    "MAX_LINE_BYTES",
-    "MAX_STATE_BYTES",
-    "METRICS_FILE",
-    "OPTIONS_FILE",
-    "STAGING",
-    "STATE_FILE",
-    "SUMMARY_FILE",
-    "SUPERSEDED",
-    "checkpoints_by_step",
-    "leads_out",
-    "move_into_place",
-    "new_folder",
-    "replacing",
-    "step_by_name",
-    "sync_tree",
-    "write_whole",
-]
-
 # Written by the Trainer into the run's folder and into each checkpoint.
 STATE_FILE = "trainer_state.json"
 # Written by PSS beside the checkpoints.

@@ -35,8 +35,6 @@ from hf_pss.runs.records_files import (
     read_log,
 )
 
-__all__ = ["Follower", "NewLines", "RunState", "Tail"]
-
 # The largest number of bytes that one poll reads from a file. It is twice the longest line, so that
 # the newest line is complete wherever the reading begins.
 MAX_POLL_BYTES = 2 * MAX_LINE_BYTES

@@ -21,18 +21,6 @@ from hf_pss.records.strict_json import number_of, read_object
 from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out, write_whole
 from hf_pss.runs.records_files import RunLog
 
-__all__ = [
-    "LR_SCALE",
-    "TRAINING_OPTIONS",
-    "Launch",
-    "num_processes",
-    "options_file",
-    "read_launch",
-    "read_options",
-    "recorded_entropy",
-    "write_options",
-]
-
 _MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 
 _OWN_OPTIONS = (

@@ -41,30 +41,6 @@ from hf_pss.runs.folder import (
     replacing,
 )
 
-__all__ = [
-    "REPORTED",
-    "REPORTED_WITH_HEALTH",
-    "JsonLines",
-    "LogRow",
-    "ParsedLines",
-    "RunLog",
-    "RunRecords",
-    "differ_at",
-    "health_line",
-    "log_scalars",
-    "merged",
-    "parse_reading",
-    "parse_record",
-    "parse_row",
-    "rank_ratios",
-    "read_lines",
-    "read_log",
-    "read_run_records",
-    "read_state",
-    "reading_line",
-    "without_false_zeros",
-]
-
 logger = logging.getLogger(__name__)
 
 REPORTED: Mapping[str, str] = {

@@ -31,18 +31,6 @@ from hf_pss.models.selection import RowPattern
 from hf_pss.records.strict_json import parse_object, read_object, visible
 from hf_pss.runs.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, leads_out
 
-__all__ = [
-    "DTYPE_BITS",
-    "PIECE_BYTES",
-    "READABLE",
-    "Checkpoint",
-    "MatrixReader",
-    "TensorEntry",
-    "open_checkpoint",
-    "read_header",
-    "read_pieces",
-]
-
 # The format allows 100 MB. This limit is lower, because parsed JSON takes several times its size.
 # It leaves 350 bytes for each of 90,000 tensors, which is the number in the largest models.
 MAX_HEADER_BYTES = MAX_INDEX_BYTES
