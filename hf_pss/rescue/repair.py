@@ -27,7 +27,7 @@ from torch import Tensor
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError, StateError
 from hf_pss.records.strict_json import visible
 from hf_pss.rescue.candidates import CheckpointReport
-from hf_pss.rescue.smoothed_weights import Repair, matrices_to_smooth, summary, write_weights
+from hf_pss.rescue.smoothed_weights import Repair, summary, write_weights
 from hf_pss.runs.checkpoint import PICKLED_WEIGHTS, read_marker, write_marker
 from hf_pss.runs.folder import (
     MARKER,
@@ -105,8 +105,6 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
     for name in (STATE_FILE, MARKER, _OPTIMIZER, _SCHEDULER):
         _refuse_outside(source, source / name)
     checkpoint = open_checkpoint(source)
-    if options.smoothing != "none":
-        matrices_to_smooth(checkpoint)  # raises before anything is written
     with new_folder(target, like=source) as folder:
         done = {Path(name) for name in (STATE_FILE, MARKER, SUPERSEDED)}
         done |= {entry.path.relative_to(source) for entry in checkpoint.tensors}

@@ -90,13 +90,13 @@ def write_weights(
         NonFiniteError: A matrix holds NaN or inf.
         OSError: A file could not be read or written.
     """
+    matrices = () if smoothing == "none" else matrices_to_smooth(checkpoint)
     copies: dict[Path, Path] = {}
     for path in dict.fromkeys(entry.path for entry in checkpoint.tensors):
         copies[path] = target / path.relative_to(folder)
         copies[path].parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copies[path])
     repairs: list[Repair] = []
-    matrices = () if smoothing == "none" else matrices_to_smooth(checkpoint)
     for entry, parts in itertools.groupby(matrices, key=attrgetter("entry")):
         tensor = torch.cat(tuple(read_pieces(entry))).view(entry.shape)
         for matrix in parts:

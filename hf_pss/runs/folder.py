@@ -29,7 +29,7 @@ OPTIONS_FILE = "hf_pss_options.json"
 # Written by a run of `hf-pss demo`.
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
-# The last file that is written into a checkpoint: see `hf_pss.runs.checkpoint.Marker`.
+# The last file that is written into a checkpoint: see `hf_pss.runs.checkpoint.write_marker`.
 MARKER = "pss_complete.json"
 # An empty file in a checkpoint. It disappears with the folder when the step is saved again.
 SUPERSEDED = "pss_superseded"
