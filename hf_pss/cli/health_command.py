@@ -109,7 +109,7 @@ def health(
             console.print(*([""] if number else []), part, sep="\n")
     if html is not None:
         from hf_pss.inspection.health_page import render_page
-        from hf_pss.runs.durable import write_whole
+        from hf_pss.runs.folder import write_whole
 
         with _reading(path):
             page = render_page(first, other=other, changes=changes, rows=rows)

@@ -118,7 +118,7 @@ def rescue(
     [bold]Exit codes[/bold]: 0 a checkpoint was chosen, 1 none can be used, 2 nothing to read.
     """
     if plot is not None:
-        check_output(plot, "--plot", example="failure.png", drawn_by="hf_pss.rescue.course_figure")
+        check_output(plot, "--plot", example="failure.png", drawn_by="hf_pss.view.canvas")
     _refuse_useless(write, moments, lr_scale, skip_batches, allow_pickle)
     from hf_pss.rescue.command import plan_resume
     from hf_pss.rescue.repair import as_json as written_as_json
@@ -142,12 +142,9 @@ def rescue(
                 allow_pickle=allow_pickle,
             )
         plan = plan_resume(
-            run_dir,
-            found.log,
+            found,
             chosen,
             smoothing=(smoothing or Smoothing.FLOOR).value,
-            is_last_resort=found.choice.is_last_resort,
-            failure=None if found.diagnosis is None else found.diagnosis.failure,
             lr_scale=lr_scale,
             repaired=None if written is None else written.path,
             skipped=skip_batches,
@@ -235,7 +232,7 @@ def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
 
 
 def _draw(found: Investigation, plot: Path) -> None:
-    from hf_pss.rescue.course_figure import draw_course
+    from hf_pss.rescue.rescue_report import draw_course
 
     try:
         draw_course(found, plot)

@@ -9,7 +9,7 @@ from hf_pss.cli.train_options import TrainPlan
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.runs.checkpoint import examine, recorded_step
 from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step
-from hf_pss.runs.log import read_log
+from hf_pss.runs.records_files import read_log
 from hf_pss.trainer.resuming import newest_whole
 
 __all__ = ["advice_after_failure", "choose_checkpoints", "latest_checkpoint"]

@@ -24,8 +24,7 @@ from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.recipes import RECIPES, Recipe
 from hf_pss.evidence.rows import Row, versions
 from hf_pss.evidence.runner import LOG_FILE, num_cores, prepare_corpora, run_cells
-from hf_pss.runs.durable import write_whole
-from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE, METRICS_FILE, SUMMARY_FILE
+from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE, METRICS_FILE, SUMMARY_FILE, write_whole
 
 __all__ = ["DEMO_RECIPE", "TWINS", "run_demo"]
 

@@ -21,7 +21,7 @@ from hf_pss.evidence.report_records import (
 )
 from hf_pss.evidence.rows import Floats, over_finite, rolling
 from hf_pss.records.events import Intervention, Record
-from hf_pss.runs.durable import write_whole
+from hf_pss.runs.folder import write_whole
 from hf_pss.view.canvas import (
     Axes,
     Figure,

@@ -1,7 +1,6 @@
 """Find out how a run failed, choose a checkpoint, and continue from it or from a repaired copy.
 
-`investigate` reads a run. It uses `diagnosis` and `early_ranks` to find the failure, and
-`candidates` to choose the checkpoint. `command` builds the command that resumes the run. `repair`
-writes a repaired copy with the help of `smoothed_weights` and `optimizer_files`. `rescue_report`
-and `course_figure` show the result.
+`investigate` reads a run. It uses `diagnosis` to find the failure, and `candidates` to choose the
+checkpoint. `command` builds the command that resumes the run. `repair` writes a repaired copy with
+the help of `smoothed_weights`. `rescue_report` shows the result.
 """

@@ -23,9 +23,10 @@ from hf_pss.inspection.matrix_survey import Inspection, Progress, inspect_checkp
 from hf_pss.records.strict_json import reason_of, visible
 from hf_pss.rescue.diagnosis import RunFailure
 from hf_pss.runs.checkpoint import (
-    PICKLED_WEIGHTS,
     Layout,
     examine,
+    has_pickled_weights,
+    is_superseded,
     layout_of,
     open_weights,
     recorded_step,
@@ -37,23 +38,12 @@ from hf_pss.runs.folder import (
     leads_out,
     step_by_name,
 )
-from hf_pss.runs.rotation import is_superseded
-
-__all__ = [
-    "CheckpointReport",
-    "CheckpointVerdict",
-    "Choice",
-    "checkpoint_folders",
-    "choose",
-    "judged",
-    "num_weight_bytes",
-    "report_on",
-]
 
 CheckpointVerdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
 
 _LATEST = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
 _STEP = attrgetter("step")
+_OF_EARLIER_RUN = "of an earlier run in this folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +57,11 @@ class CheckpointReport:
     """The time of the newest file, in UTC."""
     num_bytes: int
     layout: Layout
-    missing: tuple[str, ...]
+    missing: tuple[str, ...] = ()
     """The parts that a resumed Trainer would lack. Empty if the checkpoint is complete."""
-    problem: str | None
+    problem: str | None = None
     """The reason why the weights are useless or could not be read, or None."""
-    inspection: Inspection | None
+    inspection: Inspection | None = None
     """The measurements of the weights, or None if no weights could be opened."""
     remarks: tuple[str, ...] = ()
     is_superseded: bool = False
@@ -137,31 +127,16 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
     damage. If a link leads out of the checkpoint, no file of the checkpoint is opened.
     """
     size, newest = _size_and_time(folder)
-    report = CheckpointReport(
-        path=folder,
-        step=_step_of(folder),
-        written=newest,
-        num_bytes=size,
-        layout=layout_of(folder),
-        missing=(),
-        problem=None,
-        inspection=None,
-    )
+    report = CheckpointReport(folder, _step_of(folder), newest, size, layout_of(folder))
     if (link := _link_out(folder)) is not None:
         return replace(report, problem=f"{visible(link)} is a link that leads out: not opened")
     problem, inspection, remarks = _weights_of(folder, report.layout, progress)
     if not any(folder.glob("rng_state*.pth")):
         remarks.append("no random state: dropout differs after a resume")
     if superseded := is_superseded(folder):
-        remarks.append("of an earlier run in this folder")
-    return replace(
-        report,
-        is_superseded=superseded,
-        missing=_missing(folder),
-        problem=problem,
-        inspection=inspection,
-        remarks=tuple(remarks),
-    )
+        remarks.append(_OF_EARLIER_RUN)
+    report = replace(report, missing=_missing(folder), problem=problem, inspection=inspection)
+    return replace(report, remarks=tuple(remarks), is_superseded=superseded)
 
 
 def _weights_of(
@@ -171,11 +146,10 @@ def _weights_of(
     is_pickled = layout not in ("whole", "none")
     try:
         inspection = inspect_checkpoint(open_weights(folder), progress=progress)
-    except ConfigurationError as error:  # no safetensors
-        if is_pickled or any(any(folder.glob(name)) for name in PICKLED_WEIGHTS):
-            return None, None, ["its weights are pickles, which were not opened"]
-        return str(error), None, []
     except PSSError as error:
+        has_pickles = is_pickled or has_pickled_weights(folder)
+        if isinstance(error, ConfigurationError) and has_pickles:  # there are no safetensors
+            return None, None, ["its weights are pickles, which were not opened"]
         return str(error), None, []
     except OSError as error:
         return f"its weights cannot be read: {reason_of(error)}", None, []
@@ -301,7 +275,7 @@ def _why_not(one: CheckpointReport, failure: RunFailure | None, margin_steps: in
     if one.missing:
         return "; ".join(one.missing)
     if one.is_superseded:
-        return "of an earlier run in this folder"
+        return _OF_EARLIER_RUN
     if failure is not None and one.step >= failure.onset_step:
         return f"written after the failure began (step {failure.onset_step})"
     return f"within {margin_steps} steps of the failure"

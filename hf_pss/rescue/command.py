@@ -14,7 +14,6 @@ rate (see docs/experiments.md).
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shlex
@@ -25,10 +24,9 @@ from pathlib import Path
 from hf_pss.errors import ConfigurationError
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.diagnosis import RunFailure
-from hf_pss.runs.log import RunLog
+from hf_pss.rescue.investigate import Investigation
 from hf_pss.runs.options import LR_SCALE, Launch, num_processes, read_launch
-
-__all__ = ["ResumePlan", "plan_resume"]
+from hf_pss.runs.records_files import RunLog
 
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
@@ -96,13 +94,10 @@ class _Rise:
 
 
 def plan_resume(
-    run_dir: Path,
-    log: RunLog | None,
+    found: Investigation,
     chosen: CheckpointReport,
     *,
     smoothing: str,
-    is_last_resort: bool,
-    failure: RunFailure | None = None,
     lr_scale: float | None = None,
     repaired: Path | None = None,
     skipped: int = 0,
@@ -110,12 +105,11 @@ def plan_resume(
     """Return the command that resumes a run, and what the user must know about it.
 
     Args:
-        run_dir: The folder of the run.
-        log: The log of the run.
+        found: The findings about the run. After a spike, PSS also detects spikes in the resumed
+            run. After a last resort, the floor is that of noise, because the weights may be
+            damaged.
         chosen: The checkpoint to resume from.
         smoothing: ``floor``, the name of a smoothing function, or ``none``.
-        is_last_resort: Whether the weights may be damaged. If so, the floor is that of noise.
-        failure: How the run failed. After a spike, PSS also detects spikes in the resumed run.
         lr_scale: The factor on the schedule. The files of a repaired copy already contain it. If it
             is None, the log determines the factor.
         repaired: A repaired copy to resume from instead. It is already smoothed.
@@ -126,40 +120,41 @@ def plan_resume(
             number above 0.
     """
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
-    options = ["--resume_from_checkpoint", str(source), "--output_dir", str(_free_folder(run_dir))]
+    folder = _free_folder(found.run_dir)
+    options = ["--resume_from_checkpoint", str(source), "--output_dir", str(folder)]
     if smoothing == _FLOOR and chosen.is_adapter:
         smoothing = _DEFAULT
-    options += _guard(smoothing, is_last_resort, failure, is_copy=is_copy)
-    launch = read_launch(chosen.path.resolve(), log, without=_replaced(smoothing, options))
-    rise = _rise_after(log, chosen.step)
-    factor = _scale_to_hold(rise, failure) if lr_scale is None else lr_scale
+    options += _guard(smoothing, found, is_copy=is_copy)
+    launch = read_launch(chosen.path.resolve(), found.log, without=_replaced(smoothing, options))
+    rise = _rise_after(found.log, chosen.step)
+    factor = _scale_to_hold(rise, found.failure) if lr_scale is None else lr_scale
     is_in_files = is_copy and lr_scale is not None
     options += _lr_scale(factor, launch, is_in_files=is_in_files)
     is_left = lr_scale == 1.0  # the user wants the rates unchanged
     is_exact = launch is not None or is_in_files
-    about_rate = () if is_left else tuple(_about_rate(rise, failure, factor, is_exact=is_exact))
+    about_rate = [] if is_left else [*_about_rate(rise, found.failure, factor, is_exact=is_exact)]
+    is_rate_covered = bool(about_rate) or is_left
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
-    words = None if launch is None else (*_TRAIN, *options, *launch.words)
     remarks = (
-        *_about_steps_left(log, chosen, skipped=skipped),
+        *_about_steps_left(found.log, chosen, skipped),
         *about_rate,
-        *_about_batches(failure, log, chosen, skipped=skipped),
-        *_about_command(chosen, launch, processes=processes),
-        *_about_smoothing(smoothing, is_last_resort=is_last_resort, is_copy=is_copy),
-        *([] if is_copy else _about_changes(is_rate_covered=bool(about_rate) or is_left)),
+        *_about_batches(found, chosen, skipped),
+        *_about_command(chosen, launch, processes),
+        *_about_smoothing(smoothing, found, is_copy=is_copy, is_rate_covered=is_rate_covered),
     )
-    is_known = words is not None and processes is not None
-    command = (*_launcher(processes or 1), *(words or ())) if is_known else None
+    command = words = None
+    if launch is not None:
+        words = (*_TRAIN, *options, *launch.words)
+        command = None if processes is None else (*_launcher(processes), *words)
     return ResumePlan(tuple(options), command, remarks, words)
 
 
 def _rise_after(log: RunLog | None, step: int) -> _Rise | None:
     """Return how the logged rate rose after a checkpoint, or None if it did not rise."""
     rows = () if log is None else log.rows
-    logged = [(row.step, row.learning_rate) for row in rows if row.learning_rate is not None]
-    rates = [(at, rate) for at, rate in logged if math.isfinite(rate) and rate > 0]
-    before = [rate for at, rate in rates if at <= step]
-    later = [(rate, at) for at, rate in rates if at > step]
+    rates = [(rate, row.step) for row in rows if 0 < (rate := row.learning_rate or 0) < math.inf]
+    before = [rate for rate, at in rates if at <= step]
+    later = [(rate, at) for rate, at in rates if at > step]
     limit = _LEAST_RISE * before[-1] if before else math.inf
     higher = [(rate, at) for rate, at in later if rate > limit]
     if not higher:
@@ -183,14 +178,14 @@ def _scale_to_hold(rise: _Rise | None, failure: RunFailure | None) -> float:
 def _free_folder(run_dir: Path) -> Path:
     """Return an unused path beside the run's folder, where an earlier rescue may have written."""
     run = run_dir.resolve()
-    endings = itertools.chain(("",), (f"-{number}" for number in itertools.count(2)))
-    paths = (run.parent / f"{run.name}-rescued{ending}" for ending in endings)
-    return next(path for path in paths if not os.path.lexists(path))
+    path, number = run.with_name(f"{run.name}-rescued"), 1
+    while os.path.lexists(path):
+        number += 1
+        path = run.with_name(f"{run.name}-rescued-{number}")
+    return path
 
 
-def _guard(
-    smoothing: str, is_last_resort: bool, failure: RunFailure | None, *, is_copy: bool
-) -> Sequence[str]:
+def _guard(smoothing: str, found: Investigation, *, is_copy: bool) -> Sequence[str]:
     if smoothing == "none":
         return ["--pss_observe_only", "true"]  # otherwise the default preset would smooth
     if smoothing == _DEFAULT:
@@ -198,22 +193,22 @@ def _guard(
     if smoothing == _FLOOR:
         # The floor of healthy weights is derived from these weights. Damaged weights need the floor
         # of noise, because their own values would be taken for healthy.
-        own = ["--pss_floor_reference", "noise" if is_last_resort else "start"]
-        spiked = failure is not None and failure.kind == "spike"
+        own = ["--pss_floor_reference", "noise" if found.choice.is_last_resort else "start"]
+        spiked = found.failure is not None and found.failure.kind == "spike"
         options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
     else:
         options = ["--pss_preset", "paper", "--pss_trial", "spikes", "--pss_smoothing", smoothing]
     if not is_copy:
         options += ["--pss_smooth_on_resume", "true"]
-    return [*options, *(["--pss_moments", "reset"] if is_last_resort and not is_copy else [])]
+        options += ["--pss_moments", "reset"] if found.choice.is_last_resort else []
+    return options
 
 
 def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
     """Return the option that scales the rates, including the run's original factor if known."""
     own = None if launch is None else launch.lr_scale
-    if own is None and factor == 1.0:
-        return []  # a resume takes the rates of the checkpoint
-    if launch is None and is_in_files:
+    # A resume takes the rates of the checkpoint.
+    if (own is None and factor == 1.0) or (launch is None and is_in_files):
         return []
     total = factor * (1.0 if own is None else own)
     if not 0 < total < math.inf:
@@ -255,9 +250,7 @@ def _literal(value: str) -> str:
 # ---- The remarks that accompany the command ----
 
 
-def _about_steps_left(
-    log: RunLog | None, chosen: CheckpointReport, *, skipped: int
-) -> Iterator[str]:
+def _about_steps_left(log: RunLog | None, chosen: CheckpointReport, skipped: int) -> Iterator[str]:
     if log is None or log.max_steps is None or chosen.step + skipped < log.max_steps:
         return
     end = "The copy skips all remaining" if skipped else "The run has completed all its"
@@ -306,13 +299,12 @@ def _about_rate(
         )
 
 
-def _about_batches(
-    failure: RunFailure | None, log: RunLog | None, chosen: CheckpointReport, *, skipped: int
-) -> Iterator[str]:
+def _about_batches(found: Investigation, chosen: CheckpointReport, skipped: int) -> Iterator[str]:
     """State how many batches to skip so that the run passes the batch at which it failed.
 
     The checkpoint precedes that batch by a margin, so fewer steps would skip only sound batches.
     """
+    failure, log = found.failure, found.log
     if failure is None or log is None or failure.kind not in ("spike", "non_finite"):
         return
     needed = failure.noticed_step - chosen.step + log.log_interval
@@ -331,7 +323,7 @@ def _about_batches(
 
 
 def _about_command(
-    chosen: CheckpointReport, launch: Launch | None, *, processes: int | None
+    chosen: CheckpointReport, launch: Launch | None, processes: int | None
 ) -> Iterator[str]:
     """State which options the command holds, and which ones the user must add."""
     if launch is None:
@@ -363,7 +355,17 @@ def _about_command(
         )
 
 
-def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> Iterator[str]:
+def _about_smoothing(
+    smoothing: str, found: Investigation, *, is_copy: bool, is_rate_covered: bool
+) -> Iterator[str]:
+    """Describe the smoothing, and what the user can change in the command.
+
+    Args:
+        smoothing: As in `plan_resume`.
+        found: The findings about the run.
+        is_copy: Whether the run continues from a repaired copy, which has the changes already.
+        is_rate_covered: Whether other remarks describe the learning rate.
+    """
     if smoothing == "none":
         yield (
             "Nothing is smoothed, because PSS only observes. Leave --pss_observe_only out if PSS "
@@ -380,13 +382,10 @@ def _about_smoothing(smoothing: str, *, is_last_resort: bool, is_copy: bool) -> 
         yield (
             "The weights may be damaged, so the floor is the stable rank of noise of their shapes. "
             "Pretrained weights are below this floor, and for them --smoothing none is safer."
-            if is_last_resort
+            if found.choice.is_last_resort
             else "The floor is taken from the checkpoint itself, so smoothing changes nothing at "
             "the start. Later it lets no matrix fall below the floor."
         )
-
-
-def _about_changes(*, is_rate_covered: bool) -> Iterator[str]:
     if not is_rate_covered:
         yield (
             "--learning_rate alone has no effect here, because a resumed run takes its base rate "

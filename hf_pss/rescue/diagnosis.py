@@ -4,8 +4,8 @@ The definition of an explosion comes from `hf_pss.detection.explosion`, with its
 converted to rows of the log. We added the following rules:
 
 - A row is *not finite* if its loss is NaN or inf, if its loss is a 0 that stands for NaN
-  (see `hf_pss.runs.log.without_false_zeros`), or if its gradient norm is NaN and PSS did not
-  skip that step.
+  (see `hf_pss.runs.records_files.without_false_zeros`), or if its gradient norm is NaN and PSS did
+  not skip that step.
 - The *onset* is the step of the last sound row. The loss of a step is computed before its update,
   so the update of this step is the first that may have caused the damage.
 - A rise of the loss is a ``spike`` if there is a spike within one smoothing window of the onset.
@@ -38,10 +38,8 @@ from hf_pss.detection.explosion import (
 )
 from hf_pss.detection.policy import Action
 from hf_pss.health.verdicts import LOW_SHARE_OF_SIBLINGS
-from hf_pss.runs.log import LogRow, RunLog
-from hf_pss.runs.records_files import RunRecords
-
-__all__ = ["Diagnosis", "FailureKind", "RunFailure", "diagnose"]
+from hf_pss.records.strict_json import finite_or_none
+from hf_pss.runs.records_files import LogRow, RunLog, RunRecords
 
 FailureKind: TypeAlias = Literal["non_finite", "spike", "slow_damage", "collapse"]
 RankRatios: TypeAlias = Sequence[tuple[int, float]]
@@ -77,8 +75,6 @@ class Diagnosis:
     failure: RunFailure | None
     notes: tuple[str, ...]
     """Further findings, such as spikes from which the run recovered and the events of PSS."""
-    unigram_entropy: float | None
-    """The unigram entropy in nats, which `collapse` uses, or None if it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +140,13 @@ def diagnose(
         notes.append("No training loss was logged, so the run's course is unknown.")
     failure = failure or _by_evaluation(log) or _after_the_log(log, records)
     failure = failure or _by_ranks(rows, ranks, rule)
-    return Diagnosis(failure, tuple(notes), unigram_entropy)
+    return Diagnosis(failure, tuple(notes))
 
 
 def _sound_losses(rows: Sequence[LogRow], records: RunRecords) -> list[float | None]:
-    skipped = {one.step for one in records.events if one.decision is Action.SKIP_UPDATE}
-    found: list[float | None] = []
-    for row in rows:
-        is_broken = row.grad_norm is not None and math.isnan(row.grad_norm)
-        is_sound = _is_finite(row.loss) and (not is_broken or row.step in skipped)
-        found.append(row.loss if is_sound else None)
-    return found
+    nan_norms = {row.step for row in rows if math.isnan(row.grad_norm or 0.0)}
+    broken = nan_norms - {one.step for one in records.events if one.decision is Action.SKIP_UPDATE}
+    return [None if row.step in broken else finite_or_none(row.loss) for row in rows]
 
 
 def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, list[str]]:
@@ -211,7 +203,7 @@ def _not_finite(course: _Course, begin: int) -> RunFailure:
         "the loss was logged as 0, which is how the Trainer logs NaN"
         if row.is_false_zero
         else "the loss was NaN or inf"
-        if not _is_finite(row.loss)
+        if finite_or_none(row.loss) is None
         else "the gradient norm was NaN"
     )
     end = f"step {before} was still finite." if course.indices[begin] else "no row was finite."
@@ -250,8 +242,8 @@ def _risen(
 def _stuck(course: _Course, found: Explosion, entropy: float) -> RunFailure:
     point = _stuck_since(course.losses, found.step - 1, course.rule)
     index, step = course.indices[point], course.row(point).step
-    losses = [row.loss for row in course.rows[index:]]
-    level = statistics.median(v for v in losses if v is not None and math.isfinite(v))
+    losses = (finite_or_none(row.loss) for row in course.rows[index:])
+    level = statistics.median(loss for loss in losses if loss is not None)
     since = f"since step {step}" if index else "from the beginning"
     text = (
         f"The loss is stuck {since}: its median is {level:.3g}, and a model that has learned only "
@@ -279,11 +271,11 @@ def _stuck_since(losses: Sequence[float | None], begin: int, rule: ExplosionRule
 
 
 def _by_evaluation(log: RunLog) -> RunFailure | None:
-    evaluated = [row for row in log.rows if row.eval_loss is not None]
-    if not evaluated or _is_finite(evaluated[-1].eval_loss):
+    losses = [(row.step, row.eval_loss) for row in log.rows if row.eval_loss is not None]
+    if not losses or math.isfinite(losses[-1][1]):
         return None
-    begin = max((row.step for row in evaluated if _is_finite(row.eval_loss)), default=0)
-    first = next(row.step for row in evaluated if row.step > begin or begin == 0)
+    begin = max((step for step, loss in losses if math.isfinite(loss)), default=0)
+    first = next(step for step, _ in losses if step > begin or begin == 0)
     text = f"The validation loss at step {first} is NaN or inf; it was finite at step {begin}."
     return RunFailure("non_finite", begin + 1, first, text)
 
@@ -306,7 +298,7 @@ def _by_ranks(rows: Sequence[LogRow], ranks: RankRatios, rule: ExplosionRule) ->
         return None
     sound = max((at for at, ratio in ranks if ratio >= LOW_SHARE_OF_SIBLINGS), default=0)
     first = next(at for at, _ in ranks if at > sound or sound == 0)
-    finite = [(r.step, r.loss) for r in rows if r.loss is not None and math.isfinite(r.loss)]
+    finite = [(r.step, loss) for r in rows if (loss := finite_or_none(r.loss)) is not None]
     before = [loss for step, loss in finite if step <= first][-rule.smoothing_steps :]
     since = [loss for step, loss in finite if step > first]
     if not before or len(since) < rule.smoothing_steps:
@@ -337,7 +329,3 @@ def _of_events(records: RunRecords) -> list[str]:
     if records.num_unreadable:
         notes.append(f"{records.num_unreadable} lines of PSS's files could not be read.")
     return notes
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

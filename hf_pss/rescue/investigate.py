@@ -1,16 +1,36 @@
-"""Read the folder of a run: its log, its checkpoints, and the checkpoint to continue from."""
+"""Read the folder of a run: its log, its checkpoints, and the checkpoint to continue from.
+
+The log cannot show that the learning rate was too high from the beginning. The loss of such a run
+still falls, only by less. But if the network began from noise, its stable ranks fall farther within
+the first hundred steps than in a sound run, so `early_damage` detects the harm from the weights
+alone. We chose the following rule. For each matrix of the repeated blocks, divide the stable
+rank by the stable rank of noise of the same shape. The rule is met if the median of these shares is
+below `LOW_SHARE` in a checkpoint of the first `_EARLY_STEPS` steps.
+
+We measured the lowest share of each run with GPT-2 (2 layers, width 64, AdamW, 240 steps, a
+checkpoint every 20 steps, seeds 0 to 9). At a learning rate of 3e-3 it was 0.195 to 0.308. At 1e-2
+it was 0.100 to 0.184, and in 9 of 10 runs it was below a sixth. The share follows the harm rather
+than the rate. At 5e-3, the four runs below a sixth ended 0.16 to 0.32 nats above the runs at 3e-3.
+The six other runs had shares of 0.187 to 0.265 and ended at most 0.05 nats above.
+
+The rule also holds at widths 128 and 256 and with 6 layers. It missed two Llama runs at 1e-2, whose
+shares were 0.207 and 0.228. One run at 1e-2 that it found was hardly worse. Pretrained weights have
+lower stable ranks by nature, and larger networks and longer runs may have them as well, so the rule
+is not applied to these.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 from hf_pss.inspection.matrix_survey import Progress
-from hf_pss.records.strict_json import reason_of, visible
+from hf_pss.records.strict_json import finite_or_none, reason_of, visible
 from hf_pss.rescue.candidates import (
     CheckpointReport,
     Choice,
@@ -20,17 +40,22 @@ from hf_pss.rescue.candidates import (
     num_weight_bytes,
     report_on,
 )
-from hf_pss.rescue.diagnosis import Diagnosis, RunFailure, diagnose
-from hf_pss.rescue.early_ranks import early_damage
+from hf_pss.rescue.diagnosis import FailureKind, RunFailure, diagnose
 from hf_pss.runs.folder import STATE_FILE, leads_out
-from hf_pss.runs.log import RunLog, differ_at, read_log
 from hf_pss.runs.options import recorded_entropy
-from hf_pss.runs.records_files import rank_ratios, read_run_records
-
-__all__ = ["Investigation", "investigate"]
+from hf_pss.runs.records_files import RunLog, differ_at, rank_ratios, read_log, read_run_records
 
 _MOST_TOKENS = 10**8
 _REACH = attrgetter("global_step")
+
+LOW_SHARE = 1 / 6
+_EARLY_STEPS = 1000
+_RISES = ("spike", "slow_damage")
+# The largest allowed size of the smaller side of a matrix.
+_WIDEST = 256
+_FEWEST_MATRICES = 8
+# If a network has learned nothing, its first loss is at least the entropy minus this number.
+_WITHIN_NATS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +65,15 @@ class Investigation:
     run_dir: Path
     log: RunLog | None
     """The log of the run, or None if no log could be read."""
-    diagnosis: Diagnosis | None
+    failure: RunFailure | None
+    """How the run failed, or None if no failure was found."""
+    notes: tuple[str, ...]
+    """Further findings in the log. See `Diagnosis`."""
     checkpoints: tuple[CheckpointReport, ...]
     """The checkpoints, oldest first."""
     choice: Choice
     unreadable: tuple[str, ...]
     """The logs that could not be read, each with the reason."""
-
-    @property
-    def failure(self) -> RunFailure | None:
-        """How the run failed, or None if no failure was found."""
-        return None if self.diagnosis is None else self.diagnosis.failure
 
 
 def investigate(
@@ -93,26 +116,26 @@ def investigate(
         )
     begin(num_weight_bytes(folders))
     reports = [report_on(folder, progress) for folder in folders]
-    diagnosis = None
+    failures: list[RunFailure] = []  # the last one counts
+    notes: list[str] = []
     if log is not None:
         records = read_run_records(run_dir)
         entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
         ranks = records.rank_ratios or rank_ratios((one.step, one.stable_ranks) for one in reports)
         diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=entropy)
-        diagnosis = replace(diagnosis, notes=(*of_others, *diagnosis.notes))
-        if entropy is not None:
-            earlier = early_damage(log, reports, entropy, diagnosis.failure)
-            diagnosis = diagnosis if earlier is None else _instead(diagnosis, earlier)
+        early = early_damage(log, reports, entropy, diagnosis.failure)
+        failures += [one for one in (diagnosis.failure, early) if one is not None]
+        notes += [*of_others, *diagnosis.notes]
         margin_steps = max(margin_steps, log.log_interval)
     if failed_at is not None:
-        diagnosis = diagnosis or Diagnosis(None, (), None)
-        kind = "slow_damage" if diagnosis.failure is None else diagnosis.failure.kind
+        kind: FailureKind = failures[-1].kind if failures else "slow_damage"
         text = f"You stated that the run was bad from step {failed_at} on."
-        diagnosis = _instead(diagnosis, RunFailure(kind, failed_at, failed_at, text))
-    failure = None if diagnosis is None else diagnosis.failure
+        failures.append(RunFailure(kind, failed_at, failed_at, text))
+    notes += [f"Also found: {one.text}" for one in failures[:-1]]
+    failure = failures[-1] if failures else None
     checked = judged(reports, failure)
     choice = choose(checked, failure, margin_steps=margin_steps)
-    return Investigation(run_dir, log, diagnosis, checked, choice, tuple(unreadable))
+    return Investigation(run_dir, log, failure, tuple(notes), checked, choice, tuple(unreadable))
 
 
 def _newest_log(
@@ -153,13 +176,6 @@ def _newest_log(
     return taken, (note,), unreadable
 
 
-def _instead(diagnosis: Diagnosis, failure: RunFailure) -> Diagnosis:
-    """Replace the failure that the log shows, and mention the replaced failure in a note."""
-    found = diagnosis.failure
-    notes = diagnosis.notes if found is None else (*diagnosis.notes, f"Also found: {found.text}")
-    return replace(diagnosis, failure=failure, notes=notes)
-
-
 def _known_entropy(
     run_dir: Path, folders: Sequence[Path], reports: Sequence[CheckpointReport]
 ) -> float | None:
@@ -173,3 +189,61 @@ def _known_entropy(
             if type(size) is int and 1 < size <= _MOST_TOKENS:
                 return math.log(size)
     return None
+
+
+def early_damage(
+    log: RunLog,
+    reports: Sequence[CheckpointReport],
+    unigram_entropy: float | None,
+    found: RunFailure | None,
+) -> RunFailure | None:
+    """Apply the rule to a run that began from noise. The cost is negligible.
+
+    Args:
+        log: The log of the run. If the first loss is below the entropy, the weights were already
+            trained or the loss was logged too late. In that case the function returns None.
+        reports: The reports on all checkpoints. Only checkpoints that could be measured count.
+        unigram_entropy: The unigram entropy of the training text in nats. If it is None, the
+            function returns None.
+        found: The failure that the log shows. A rise in the first steps may itself be the result of
+            earlier harm, so the rule is applied to the checkpoints before it.
+    """
+    if found is not None and (found.kind not in _RISES or found.onset_step > _EARLY_STEPS):
+        return None
+    rows = log.training
+    loss = rows[0].loss if rows else None
+    if unigram_entropy is None or loss is None or not loss >= unigram_entropy - _WITHIN_NATS:
+        return None
+    last = _EARLY_STEPS if found is None else found.onset_step - 1
+    early = [one for one in reports if one.step <= last and one.problem is None]
+    shares = [(one.step, share) for one in early if (share := noise_share(one)) is not None]
+    low = [(step, share) for step, share in sorted(shares) if share < LOW_SHARE]
+    if not low:
+        return None
+    step, share = low[0]
+    least = min(share for _, share in low)
+    rates = [rate for row in log.rows if (rate := finite_or_none(row.learning_rate)) is not None]
+    peak = f" ({max(rates):.2g} at its peak)" if rates else ""
+    return RunFailure(
+        kind="slow_damage",
+        onset_step=1,
+        noticed_step=step,
+        text=f"The loss does not show it, but the weights do: at step {step} the median matrix of "
+        f"the blocks had {share:.1%} of the stable rank of noise of its shape, at the lowest "
+        f"{least:.1%}. In sound runs of small networks it stays above {LOW_SHARE:.1%}. The likely "
+        f"cause is a learning rate that was too high from the beginning{peak}.",
+    )
+
+
+def noise_share(report: CheckpointReport) -> float | None:
+    """Return the median ratio of a block matrix's stable rank to the stable rank of noise.
+
+    The result is None if the checkpoint has too few matrices, or if a matrix is larger than those
+    for which the rule was measured.
+    """
+    matrices = () if report.inspection is None else report.inspection.matrices
+    blocks = [one.health for one in matrices if one.health.place.block is not None]
+    if len(blocks) < _FEWEST_MATRICES or max(min(one.shape) for one in blocks) > _WIDEST:
+        return None
+    shares = [one.stable_rank / one.noise for one in blocks]
+    return statistics.median(shares) if all(map(math.isfinite, shares)) else None

@@ -1,10 +1,17 @@
 """Write a repaired copy of a checkpoint.
 
 The copy is either complete or not written at all, and it never replaces an existing file.
+
+optimizer.pt and scheduler.pt are the only pickles that rescue opens, and it opens them only if the
+user allows it. It always calls ``torch.load(weights_only=True)``, which builds tensors and plain
+values and calls nothing else. Rescue requires torch 2.10 or later, because earlier versions have
+security holes in this function: CVE-2025-32434 before 2.6 and CVE-2026-24747 before 2.10. If torch
+refuses to load a file, rescue does not try another method.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,30 +19,34 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from hf_pss.errors import ConfigurationError, StateError
+import torch
+from torch import Tensor
+
+from hf_pss.errors import ConfigurationError, IncompatibleVersionError, StateError
 from hf_pss.records.strict_json import visible
 from hf_pss.rescue.candidates import CheckpointReport
-from hf_pss.rescue.optimizer_files import (
-    OPTIMIZER,
-    SCHEDULER,
-    MomentsChange,
-    require_torch,
-    rewrite_optimizer,
-    rewrite_scheduler,
-)
-from hf_pss.rescue.smoothed_weights import Repair, matrices_to_smooth, summary, write_weights
+from hf_pss.rescue.smoothed_weights import Repair, summary, write_weights
 from hf_pss.runs.checkpoint import PICKLED_WEIGHTS, read_marker, write_marker
-from hf_pss.runs.durable import new_folder
-from hf_pss.runs.folder import MARKER, MAX_FILES, OPTIONS_FILE, STATE_FILE, SUPERSEDED, leads_out
-from hf_pss.runs.log import read_state
+from hf_pss.runs.folder import (
+    MARKER,
+    MAX_FILES,
+    OPTIONS_FILE,
+    STATE_FILE,
+    SUPERSEDED,
+    leads_out,
+    new_folder,
+)
 from hf_pss.runs.options import options_file, read_options
+from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
 
-__all__ = ["RECORD_FILE", "Repairs", "Written", "as_json", "write_repaired"]
+MomentsChange: TypeAlias = Literal["keep", "reset", "project"]
 
 RECORD_FILE = "hf_pss_rescue.json"
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_LEAST_TORCH = (2, 10)
 # training_args.bin is a pickle that a resumed run does not need. The other files hold weights in
 # formats that are not smoothed.
 _LEFT_OUT = ("training_args.bin", *PICKLED_WEIGHTS, "tf_model.h5")
@@ -91,17 +102,21 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
     """
     _check(chosen, target, options)
     source = chosen.path.resolve()
-    for name in (STATE_FILE, MARKER, OPTIMIZER, SCHEDULER):
+    for name in (STATE_FILE, MARKER, _OPTIMIZER, _SCHEDULER):
         _refuse_outside(source, source / name)
     checkpoint = open_checkpoint(source)
-    if options.smoothing != "none":
-        matrices_to_smooth(checkpoint)  # raises before anything is written
     with new_folder(target, like=source) as folder:
+        done = {Path(name) for name in (STATE_FILE, MARKER, SUPERSEDED)}
+        done |= {entry.path.relative_to(source) for entry in checkpoint.tensors}
+        if options.needs_pickle:
+            moments, lr_scale = options.moments, options.lr_scale
+            rewrite_optimizer(source / _OPTIMIZER, folder / _OPTIMIZER, moments, lr_scale)
+            done.add(Path(_OPTIMIZER))
+        if options.lr_scale != 1.0:
+            _rewrite_scheduler(source / _SCHEDULER, folder / _SCHEDULER, options.lr_scale)
+            done.add(Path(_SCHEDULER))
         repairs = write_weights(checkpoint, source, folder, options.smoothing)
-        done = {entry.path.relative_to(source) for entry in checkpoint.tensors}
-        done |= _write_optimizer(source, folder, options)
-        own = {Path(name) for name in (STATE_FILE, MARKER, SUPERSEDED)}
-        left_out = _copy_others(source, folder, done | own)
+        left_out = _copy_others(source, folder, done)
         _copy_run_options(source, folder)
         _check_names(checkpoint, folder)
         written = Written(
@@ -145,32 +160,12 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
             "them, in an order that the model defines. Resume with the printed command and "
             "--pss_moments project, or give --moments reset."
         )
-    if not options.needs_pickle:
-        return
-    if not options.allow_pickle:
+    if options.needs_pickle and not options.allow_pickle:
         raise ConfigurationError(
             "--moments reset and --lr-scale change optimizer.pt and scheduler.pt, which are "
             "pickles. Add --allow-pickle if you trust the source of the checkpoint. They are "
             "opened with weights_only=True."
         )
-    require_torch()
-
-
-def _write_optimizer(source: Path, folder: Path, options: Repairs) -> set[Path]:
-    """Write the optimizer and schedule files that change, and return their names."""
-    done = set()
-    if options.needs_pickle:
-        rewrite_optimizer(
-            source / OPTIMIZER,
-            folder / OPTIMIZER,
-            moments=options.moments,
-            lr_scale=options.lr_scale,
-        )
-        done.add(Path(OPTIMIZER))
-    if options.lr_scale != 1.0:
-        rewrite_scheduler(source / SCHEDULER, folder / SCHEDULER, lr_scale=options.lr_scale)
-        done.add(Path(SCHEDULER))
-    return done
 
 
 def _copy_others(source: Path, folder: Path, done: set[Path]) -> tuple[str, ...]:
@@ -257,3 +252,93 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
         )
     if left_out:
         yield f"Not copied: {', '.join(left_out[:5])}{'…' if len(left_out) > 5 else ''}."
+
+
+def rewrite_optimizer(source: Path, target: Path, moments: MomentsChange, lr_scale: float) -> None:
+    """Write an optimizer file with scaled learning rates, with an empty state, or with both.
+
+    ``reset`` removes the state of all parameters: the moments and Adam's step count. If only
+    the moments were set to zero, the large step count would make the first update up to 3.2
+    times too large.
+
+    Args:
+        source: The optimizer.pt file to read.
+        target: A path that does not exist yet.
+        moments: ``keep`` or ``reset``.
+        lr_scale: The factor by which every learning rate is multiplied.
+
+    Raises:
+        IncompatibleVersionError: The installed torch is too old to open the file safely.
+        StateError: The file is damaged, or it holds more than tensors and plain values.
+        OSError: A file could not be read or written.
+    """
+    state = _load(source)
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise StateError(f"{visible(source)} does not hold an optimizer's state: no param_groups.")
+    for group in groups:
+        for key in {"lr", "initial_lr"} & group.keys():
+            group[key] = _scaled(group[key], lr_scale, source)
+    if moments == "reset":
+        state["state"] = {}
+    _save(state, target)
+
+
+def _rewrite_scheduler(source: Path, target: Path, lr_scale: float) -> None:
+    """Write a schedule file with scaled learning rates. The step of the schedule is unchanged."""
+    state = _load(source)
+    if not isinstance(state.get("base_lrs"), list):
+        raise StateError(
+            f"{visible(source)} has no base_lrs: this kind of schedule cannot be scaled in a file. "
+            "Leave --lr-scale out."
+        )
+    for key in ("base_lrs", "_last_lr"):
+        if isinstance(state.get(key), list):
+            state[key] = [_scaled(rate, lr_scale, source) for rate in state[key]]
+    _save(state, target)
+
+
+def require_torch() -> None:
+    """Raise an error if the restricted unpickler of the installed torch has known security holes.
+
+    Raises:
+        IncompatibleVersionError: torch is older than 2.10.
+    """
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < _LEAST_TORCH:
+        raise IncompatibleVersionError(
+            f"You have torch {torch.__version__}. Before 2.10 a pickle can run programs even when "
+            "it is opened with weights_only=True. Upgrade, or leave out the options that need "
+            "--allow-pickle."
+        )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    require_torch()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler can raise any exception for damaged bytes
+        raise StateError(
+            f"{visible(path)} cannot be opened: it is damaged, or holds more than tensors and "
+            "plain values."
+        ) from error
+    if not isinstance(state, dict):
+        raise StateError(f"{visible(path)} holds a {type(state).__name__}, not a state.")
+    return state
+
+
+def _save(state: dict[str, Any], target: Path) -> None:
+    try:
+        torch.save(state, target)
+    except RuntimeError as error:  # torch's archive writer raises this when a write fails
+        raise OSError(
+            errno.EIO, "torch could not write it; the disk may be full", target
+        ) from error
+
+
+def _scaled(rate: Any, scale: float, path: Path) -> Any:
+    if isinstance(rate, bool) or not isinstance(rate, int | float | Tensor):
+        raise StateError(f"{visible(path)} is damaged: {visible(rate)} is not a learning rate.")
+    return rate * scale

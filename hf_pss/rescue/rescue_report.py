@@ -1,10 +1,12 @@
-"""Show the result of an investigation as strict JSON, or as text for a terminal."""
+"""Show the result of an investigation as strict JSON, as text for a terminal, or as a figure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -14,19 +16,23 @@ from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.rescue.repair import Written
+from hf_pss.runs.records_files import RunLog
 from hf_pss.view.tables import lean_table, marks, sparkline
 
-__all__ = ["SCHEMA_VERSION", "as_json", "render_investigation", "render_plan", "render_written"]
+if TYPE_CHECKING:
+    from hf_pss.view.canvas import Axes
 
 SCHEMA_VERSION = 1
 _WIDTH = 60
+# Of each verdict: the style in a terminal, and the colour in a figure.
 _STYLES = {
-    "healthy": "green",
-    "unopened": "yellow",
-    "suspect": "yellow",
-    "incomplete": "red",
-    "damaged": "bold red",
+    "healthy": ("green", "#009E73"),
+    "unopened": ("yellow", "#E69F00"),
+    "suspect": ("yellow", "#E69F00"),
+    "incomplete": ("red", "#D55E00"),
+    "damaged": ("bold red", "#D55E00"),
 }
+_LOSS, _EVAL_LOSS, _NORM, _FAILURE = "#0072B2", "#009E73", "#555555", "#D55E00"
 _KINDS = {
     "non_finite": "NOT FINITE",
     "spike": "SPIKE",
@@ -43,14 +49,14 @@ def as_json(found: Investigation, plan: ResumePlan | None, written: Any = None) 
         plan: How to resume the run, or None if no checkpoint was chosen.
         written: A description of the copy that `--write` made, as plain data.
     """
-    choice, log, diagnosis = found.choice, found.log, found.diagnosis
+    choice, log = found.choice, found.log
     return {
         "version": SCHEMA_VERSION,
         "run": str(found.run_dir),
         "log": log and {"path": str(log.path), "step": log.global_step, "rows": len(log.rows)},
         "unreadable": list(found.unreadable),
         "failure": found.failure and asdict(found.failure),
-        "notes": [] if diagnosis is None else list(diagnosis.notes),
+        "notes": list(found.notes),
         "checkpoints": [_checkpoint(one) for one in found.checkpoints],
         "chosen": None if choice.chosen is None else str(choice.chosen.path),
         "reason": choice.reason,
@@ -116,10 +122,10 @@ def render_written(written: Written) -> RenderableType:
 
 
 def _course(found: Investigation) -> Iterator[RenderableType]:
-    log, diagnosis, failure = found.log, found.diagnosis, found.failure
+    log, failure = found.log, found.failure
     for line in found.unreadable:
         yield Text(f"Cannot be read: {line}", style="red")
-    if log is None or diagnosis is None:
+    if log is None:
         yield Text("No log could be read, so the time and kind of failure are unknown.", "yellow")
         return
     end = "" if not log.max_steps else f" of {log.max_steps:,}"
@@ -132,7 +138,7 @@ def _course(found: Investigation) -> Iterator[RenderableType]:
     else:
         yield Text(f"{_KINDS[failure.kind]} at step {failure.onset_step:,}.", style="bold red")
         yield Text(failure.text)
-    for note in diagnosis.notes:
+    for note in found.notes:
         yield Text(note, style="dim")
     rows = log.training
     if len(rows) < 2:
@@ -164,7 +170,7 @@ def _checkpoints(found: Investigation) -> Iterator[RenderableType]:
             Text(f"{'→' if one.path == chosen else ' '} {visible(one.path.name)}"),
             f"{one.written:%Y-%m-%d %H:%M}",
             f"{one.num_bytes / 2**20:,.1f}",
-            Text(one.verdict, style=_STYLES[one.verdict]),
+            Text(one.verdict, style=_STYLES[one.verdict][0]),
             Text("; ".join(findings) or "complete, every number finite"),
         )
     yield table
@@ -183,3 +189,58 @@ def _choice(found: Investigation) -> Iterator[Text]:
     yield Text(f"Chosen: {visible(choice.chosen.path.name)}, {choice.reason}.", style="bold")
     for one, reason in choice.passed_over:
         yield Text(f"  passed over {visible(one.path.name)}: {reason}")
+
+
+def draw_course(found: Investigation, path: Path) -> None:
+    """Write the figure as a PNG file.
+
+    Args:
+        found: The findings about a run. If it has no readable log, only its checkpoints are drawn.
+        path: The file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    from hf_pss.view import canvas  # needs an extra
+
+    with canvas.style():
+        figure = canvas.new_figure(8.0, 4.6)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        _curve(top, found.log, "loss", "loss", _LOSS)
+        _curve(top, found.log, "eval_loss", "validation loss", _EVAL_LOSS)
+        _curve(bottom, found.log, "grad_norm", "gradient norm", _NORM)
+        failure, chosen = found.failure, found.choice.chosen
+        for axes in (top, bottom):
+            for one in found.checkpoints:
+                axes.axvline(one.step, color=_STYLES[one.verdict][1], lw=0.8, ls=":")
+            if failure is not None:
+                axes.axvline(failure.onset_step, color=_FAILURE, lw=1.5)
+            if chosen is not None:
+                axes.axvline(chosen.step, color=_STYLES[chosen.verdict][1], lw=1.5, ls="--")
+        title = (
+            "no failure found" if failure is None else f"{failure.kind}, step {failure.onset_step}"
+        )
+        title += "" if chosen is None else f"; continue from step {chosen.step}"
+        top.set_title(f"{title} (dotted: checkpoints)".replace("_", " "))
+        norms = [row.grad_norm for row in (found.log.rows if found.log else ())]
+        if any(norm is not None and 0 < norm < math.inf for norm in norms):
+            canvas.use_log_scale(bottom)
+        top.set_ylabel("loss, nats")
+        bottom.set_ylabel("gradient norm")
+        bottom.set_xlabel("step")
+        if top.get_legend_handles_labels()[0]:
+            top.legend()
+        canvas.save_png(figure, path)
+
+
+def _curve(axes: Axes, log: RunLog | None, field: str, label: str, colour: str) -> None:
+    rows = () if log is None else log.rows
+    points = [(row.step, value) for row in rows if (value := getattr(row, field)) is not None]
+    sound = [(step, value) for step, value in points if math.isfinite(value)]
+    if sound:
+        axes.plot(*zip(*sound, strict=True), color=colour, label=label)
+    bad = [step for step, value in points if not math.isfinite(value)]
+    if bad:
+        level = max((value for _, value in sound), default=1.0)
+        marks = [level] * len(bad)
+        axes.plot(bad, marks, "x", color=_FAILURE, label=f"{label} NaN or inf")

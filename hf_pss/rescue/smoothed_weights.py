@@ -1,18 +1,20 @@
 """Smooth the weights of a safetensors file and write them to another file, without the model.
 
-The header is copied byte for byte, so names, dtypes, order and metadata are unchanged. The file
-holds tied tensors only once. The smoothed matrices are those that `select_matrices` would choose in
-a run. They are read, smoothed and written one tensor at a time.
+The file is copied first, and then the smoothed tensors are written into the copy. Names, dtypes,
+order and metadata are therefore unchanged. The file holds tied tensors only once. The smoothed
+matrices are those that `select_matrices` would choose in a run. They are read, smoothed and written
+one tensor at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,12 +23,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.inspection.matrices import StoredMatrix, find_matrices
-from hf_pss.linalg import SMOOTHING_FUNCTIONS, SmoothingFunction, StableRankCap, smooth_spectrum
+from hf_pss.linalg import SMOOTHING_FUNCTIONS, StableRankCap, smooth_spectrum
 from hf_pss.models.selection.by_name import is_adapter_factor
 from hf_pss.records.strict_json import visible
-from hf_pss.runs.safetensors_files import PIECE_BYTES, READABLE, Checkpoint, TensorEntry
-
-__all__ = ["Repair", "matrices_to_smooth", "summary", "write_weights"]
+from hf_pss.runs.safetensors_files import Checkpoint, read_pieces
 
 _SMOOTHABLE = {"F16", "BF16", "F32", "F64"}
 
@@ -90,27 +90,20 @@ def write_weights(
         NonFiniteError: A matrix holds NaN or inf.
         OSError: A file could not be read or written.
     """
-    views: defaultdict[str, list[StoredMatrix]] = defaultdict(list)
-    if smoothing != "none":
-        for matrix in matrices_to_smooth(checkpoint):
-            views[matrix.entry.name].append(matrix)
-    files: defaultdict[Path, list[TensorEntry]] = defaultdict(list)
-    for entry in checkpoint.tensors:
-        files[entry.path].append(entry)
+    matrices = () if smoothing == "none" else matrices_to_smooth(checkpoint)
+    copies: dict[Path, Path] = {}
+    for path in dict.fromkeys(entry.path for entry in checkpoint.tensors):
+        copies[path] = target / path.relative_to(folder)
+        copies[path].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copies[path])
     repairs: list[Repair] = []
-    for path, entries in files.items():
-        out = target / path.relative_to(folder)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as source, out.open("xb") as sink:
-            _copy(source, sink, entries[0].offset, path)
-            for entry in entries:
-                if entry.name not in views:
-                    _copy(source, sink, entry.num_bytes, path)
-                    continue
-                tensor = _read(source, entry)
-                for matrix in views[entry.name]:
-                    repairs += _smooth_(tensor, matrix, smoothing)
-                sink.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    for entry, parts in itertools.groupby(matrices, key=attrgetter("entry")):
+        tensor = torch.cat(tuple(read_pieces(entry))).view(entry.shape)
+        for matrix in parts:
+            repairs += _smooth_(tensor, matrix, smoothing)
+        with copies[entry.path].open("r+b") as sink:
+            sink.seek(entry.offset)
+            sink.write(tensor.flatten().view(torch.uint8).numpy().data)
     return repairs
 
 
@@ -118,13 +111,13 @@ def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repai
     """Smooth one matrix, or each matrix of a stack, in place inside its tensor."""
     rows = None if matrix.rows is None else matrix.rows.stored_rows(matrix.shape[0])
     axis = -1 if matrix.transposed else -2
-    experts = range(matrix.num_experts) if matrix.num_experts is not None else (None,)
+    # The default level of the cap is that of noise of the same shape.
+    phi = StableRankCap() if smoothing == "floor" else SMOOTHING_FUNCTIONS[smoothing]()
+    is_stack = matrix.num_experts is not None
     found = []
-    for expert in experts:
-        whole = tensor if expert is None else tensor[expert]
+    for expert, whole in enumerate(tensor.unbind() if is_stack else [tensor]):
         part = whole if rows is None else whole.index_select(axis, rows)
-        name = matrix.name if expert is None else f"{matrix.name}[{expert}]"
-        phi = _function(smoothing, matrix.shape)
+        name = f"{matrix.name}[{expert}]" if is_stack else matrix.name
         try:
             done = smooth_spectrum(part, phi, max_rank=PSSConfig().max_rank)
         except LinAlgError as error:
@@ -132,13 +125,12 @@ def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repai
                 f"{visible(name)} cannot be decomposed. Choose an earlier checkpoint."
             ) from error
         if bool(done.changed):
-            edited = done.weight
-            if not bool(edited.isfinite().all()):
+            if not bool(done.weight.isfinite().all()):
                 raise NonFiniteError(f"{visible(name)} is not finite after smoothing.")
             if rows is None:
-                whole.copy_(edited)
+                whole.copy_(done.weight)
             else:
-                whole.index_copy_(whole.ndim + axis, rows, edited)
+                whole.index_copy_(axis, rows, done.weight)
         found.append(
             Repair(
                 name=name,
@@ -150,34 +142,6 @@ def _smooth_(tensor: Tensor, matrix: StoredMatrix, smoothing: str) -> list[Repai
             )
         )
     return found
-
-
-def _function(smoothing: str, shape: tuple[int, int]) -> SmoothingFunction:
-    if smoothing == "floor":
-        return StableRankCap()  # the default level is that of noise of the same shape
-    return SMOOTHING_FUNCTIONS[smoothing]()
-
-
-def _read(source: BinaryIO, entry: TensorEntry) -> Tensor:
-    raw = source.read(entry.num_bytes)
-    if len(raw) < entry.num_bytes:
-        raise _shorter(entry.path)
-    # torch.frombuffer needs writable memory, so the bytes are copied into a bytearray.
-    return torch.frombuffer(bytearray(raw), dtype=READABLE[entry.dtype]).view(entry.shape)
-
-
-def _copy(source: BinaryIO, sink: BinaryIO, num_bytes: int, path: Path) -> None:
-    left = num_bytes
-    while left:
-        piece = source.read(min(left, PIECE_BYTES))
-        if not piece:
-            raise _shorter(path)
-        sink.write(piece)
-        left -= len(piece)
-
-
-def _shorter(path: Path) -> StateError:
-    return StateError(f"{visible(path)} became shorter while it was read.")
 
 
 def summary(repairs: Sequence[Repair]) -> str:

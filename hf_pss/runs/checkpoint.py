@@ -1,6 +1,7 @@
-"""Decide whether a Trainer can resume from a checkpoint, which must be complete and finite.
+"""Decide whether a Trainer can resume from a checkpoint, and which checkpoints belong to a run.
 
-Resuming, rolling back and `hf-pss rescue` all use this module. It opens no pickle.
+Resuming, rolling back and `hf-pss rescue` all use this module. It opens no pickle. A Trainer can
+resume from a checkpoint that is complete and finite:
 
 - PSS writes a marker as the last file of a checkpoint. The marker lists every file with its size,
   and it means that the weights and the optimizer state were finite. If there is a marker, only
@@ -9,13 +10,19 @@ Resuming, rolling back and `hf-pss rescue` all use this module. It opens no pick
   with the file sizes, and all numbers are checked for NaN and inf.
 - A ``.pt`` file is a ZIP archive. In both cases its first bytes, its last bytes and the start of
   its directory are checked. A file that was cut short fails this check.
+
+A run may start in the folder of an earlier run and find checkpoints of later steps there. Once the
+new run has saved a checkpoint, those older checkpoints do not count as the newest ones, regardless
+of their step numbers and dates.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -25,25 +32,21 @@ from hf_pss.detection.state import check_version, read_integer, read_mapping
 from hf_pss.detection.state import read_object as read_keys
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 from hf_pss.records.strict_json import read_object, reason_of, visible
-from hf_pss.runs.durable import write_whole
-from hf_pss.runs.folder import MARKER, MAX_FILES, MAX_INDEX_BYTES, STATE_FILE, step_by_name
-from hf_pss.runs.log import read_state
+from hf_pss.runs.folder import (
+    ABANDONED,
+    MARKER,
+    MAX_FILES,
+    MAX_INDEX_BYTES,
+    STATE_FILE,
+    SUPERSEDED,
+    checkpoints_by_step,
+    step_by_name,
+    write_whole,
+)
+from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import READABLE, Checkpoint, open_checkpoint, read_pieces
 
-__all__ = [
-    "PICKLED_WEIGHTS",
-    "Examination",
-    "Layout",
-    "Marker",
-    "changed_files",
-    "examine",
-    "layout_of",
-    "open_weights",
-    "read_marker",
-    "recorded_step",
-    "unfit_state",
-    "write_marker",
-]
+logger = logging.getLogger(__name__)
 
 Layout: TypeAlias = Literal["whole", "fsdp_full", "fsdp_sharded", "deepspeed", "none"]
 """How the weights that a resumed Trainer reads are stored. ``none`` means no known file."""
@@ -74,15 +77,6 @@ _FIRST_FILE, _DIRECTORY, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END_BYTES = 22
 _OFFSET = slice(16, 20)
 _IN_ZIP64_RECORD = 2**32 - 1  # the real offset is beyond 4 GiB
-
-
-@dataclass(frozen=True, slots=True)
-class Marker:
-    """The content of the completion marker, which describes the checkpoint when it was written."""
-
-    step: int
-    files: Mapping[str, int]
-    """The path of every file inside the checkpoint, with its size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +115,8 @@ def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
         reads_weights: Whether to read the weights of a checkpoint without a marker. A caller that
             measures the weights itself passes False.
     """
-    step, marker = step_by_name(folder) or 0, None
+    step, marker = _step_of(folder), None
+    fatal, lacks = list[str](), list[str]()
     try:
         marker = read_marker(folder)
         recorded_step(folder)
@@ -129,17 +124,18 @@ def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
         rewritten = [name for name in wrong if _WEIGHTS.fullmatch(name)]
         if marker is None:
             wrong |= _bad_weights(folder) if reads_weights else {}
-        elif rewritten and _has_weights(folder) and not _bad_weights(folder):
-            # Another program has sharded, merged or converted the weights, and they are finite.
-            wrong = {name: why for name, why in wrong.items() if name not in rewritten}
+        elif rewritten and any((folder / name).is_file() for name in _LOADED):
+            if not _bad_weights(folder):
+                # Another program has sharded, merged or converted the weights; they are finite.
+                wrong = {name: why for name, why in wrong.items() if name not in rewritten}
+        for name, why in wrong.items():
+            is_state = _TRAINING_STATE.fullmatch(name)
+            (lacks if is_state else fatal).append(f"{visible(name)} {why}")
     except (PSSError, OSError) as error:
-        return Examination(folder, step, marker is not None, reason_of(error))
-    reasons = {name: f"{visible(name)} {why}" for name, why in wrong.items()}
-    lacks = tuple(why for name, why in reasons.items() if _TRAINING_STATE.fullmatch(name))
-    fatal = [why for name, why in reasons.items() if not _TRAINING_STATE.fullmatch(name)]
+        fatal = [reason_of(error)]
     if fatal:
         return Examination(folder, step, marker is not None, "; ".join(fatal[:3]))
-    return Examination(folder, step, marker is not None, lacks=lacks)
+    return Examination(folder, step, marker is not None, lacks=tuple(lacks))
 
 
 def recorded_step(folder: Path) -> int:
@@ -174,6 +170,11 @@ def layout_of(folder: Path) -> Layout:
     if (folder / "pytorch_model_fsdp.bin").exists():
         return "fsdp_full"
     return "whole" if any(folder.glob("*.safetensors*")) else "none"
+
+
+def has_pickled_weights(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights in one of the formats `PICKLED_WEIGHTS`."""
+    return any(any(folder.glob(name)) for name in PICKLED_WEIGHTS)
 
 
 def open_weights(folder: Path) -> Checkpoint:
@@ -217,8 +218,10 @@ def write_marker(folder: Path, *, step: int) -> None:
     write_whole(folder / MARKER, f"{text}\n")
 
 
-def read_marker(folder: Path) -> Marker | None:
-    """Return the marker of a checkpoint, or None if it has none because a plain Trainer wrote it.
+def read_marker(folder: Path) -> dict[str, int] | None:
+    """Return the sizes of all files when the marker of a checkpoint was written.
+
+    The result is None if the checkpoint has no marker, because a plain Trainer wrote it.
 
     Raises:
         StateError: The marker is damaged or has a later version.
@@ -238,10 +241,11 @@ def read_marker(folder: Path) -> Marker | None:
         if inner.is_absolute() or ".." in inner.parts or "\\" in name or "\0" in name:
             raise StateError(f"{what} names a file outside of the checkpoint: it is damaged.")
         files[name] = read_integer(size, what=f"the size of a file of {what}")
-    return Marker(read_integer(fields["step"], what=f"'step' of {what}"), files)
+    read_integer(fields["step"], what=f"'step' of {what}")
+    return files
 
 
-def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
+def changed_files(folder: Path, marker: Mapping[str, int]) -> dict[str, str]:
     """Return the files that have changed since the marker was written, each with the reason.
 
     Only files that a resume reads are compared, so a README.md, a chat template or a tokenizer may
@@ -250,7 +254,7 @@ def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
     The contents are not compared.
     """
     wrong = {}
-    for name, size in marker.files.items():
+    for name, size in marker.items():
         path = folder / name
         if not _RESUMED.fullmatch(name) or path.name == _ARGUMENTS:
             continue
@@ -260,20 +264,15 @@ def changed_files(folder: Path, marker: Marker) -> dict[str, str]:
             continue  # the caller reads trainer_state.json in any case
         elif path.suffix != ".json":
             wrong[name] = f"has {found} bytes of {size}"
-        elif not _is_json(path):
-            wrong[name] = "is damaged JSON"
+        else:
+            try:
+                read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
+            except StateError:
+                wrong[name] = "is damaged JSON"
     return wrong
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
-    except StateError:
-        return False
-    return True
-
-
-def _unfit_files(folder: Path, marker: Marker | None) -> dict[str, str]:
+def _unfit_files(folder: Path, marker: Mapping[str, int] | None) -> dict[str, str]:
     """Return the files that a resumed Trainer lacks or cannot read, each with the reason."""
     wrong = {} if marker is None else changed_files(folder, marker)
     for path in sorted(islice(folder.rglob("*"), MAX_FILES)):
@@ -305,34 +304,25 @@ def _needed(folder: Path) -> Iterator[str]:
 
 def _why_no_archive(path: Path) -> str | None:
     """Return why a file is not a complete ZIP archive, which is torch's format since 1.6."""
-    cut = "was not written to its end"
     try:
         with path.open("rb") as stream:
-            if stream.read(len(_FIRST_FILE)) != _FIRST_FILE:
-                return cut
-            size = stream.seek(0, 2)
+            begin, size = stream.read(len(_FIRST_FILE)), stream.seek(0, 2)
             stream.seek(max(0, size - _END_BYTES))
             end = stream.read(_END_BYTES)
-            if not end.startswith(_END):
-                return cut
+            is_whole = begin == _FIRST_FILE and end.startswith(_END)
             offset = int.from_bytes(end[_OFFSET], "little")
-            if offset == _IN_ZIP64_RECORD:
-                return None
-            stream.seek(offset)
-            return None if stream.read(len(_DIRECTORY)) == _DIRECTORY else cut
+            if is_whole and offset != _IN_ZIP64_RECORD:
+                stream.seek(offset)
+                is_whole = stream.read(len(_DIRECTORY)) == _DIRECTORY
     except OSError as error:
         return f"cannot be read: {reason_of(error)}"
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _LOADED)
+    return None if is_whole else "was not written to its end"
 
 
 def _bad_weights(folder: Path) -> dict[str, str]:
     """Return the first weight file that is missing or holds NaN or inf, with the reason."""
     if not any(folder.rglob("*.safetensors")):
-        is_known = layout_of(folder) != "none"
-        if is_known or any(any(folder.glob(name)) for name in PICKLED_WEIGHTS):
+        if layout_of(folder) != "none" or has_pickled_weights(folder):
             return {}
         return {"model.safetensors": "is missing, and there are no other weights"}
     for tensor in open_weights(folder).tensors:
@@ -341,3 +331,146 @@ def _bad_weights(folder: Path) -> dict[str, str]:
         ):
             return {tensor.path.name: f"holds NaN or inf, in {visible(tensor.name)}"}
     return {}
+
+
+def is_superseded(folder: Path) -> bool:
+    """Return whether a later run has started in the same run folder and has saved there."""
+    return (folder / SUPERSEDED).exists()
+
+
+def claim_(folder: Path) -> None:
+    """Remove the mark of an earlier run from a checkpoint, because a run continues from it."""
+    try:
+        (folder / SUPERSEDED).unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be changed: %s.", folder, error)
+
+
+def supersede_later_(run_dir: Path, *, step: int) -> None:
+    """Mark checkpoints of steps after the one that was just saved, so that none is resumed."""
+    for folder in checkpoints_by_step(run_dir):
+        if _step_of(folder) <= step or is_superseded(folder):
+            continue
+        logger.warning(
+            "%s is of an earlier run, because step %d was saved after it: "
+            "resume_from_checkpoint=True will skip it.",
+            folder,
+            step,
+        )
+        try:
+            (folder / SUPERSEDED).touch()
+        except OSError as error:
+            logger.warning("%s cannot be changed, and may be resumed: %s.", folder, error)
+
+
+def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]) -> None:
+    """Remove checkpoints beyond the limit, first those of an earlier run and then the oldest.
+
+    Args:
+        run_dir: The folder that holds the ``checkpoint-N`` folders.
+        limit: The value of `save_total_limit`. If it is None or 0, nothing is removed.
+        step: The step that was just saved.
+        kept: The names of checkpoints that stay, even beyond the limit.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints_by_step(run_dir)
+    found.sort(key=lambda folder: _step_of(folder) <= step)  # a stable sort keeps the step order
+    for folder in [one for one in found if one.name not in kept]:
+        if len(found) <= limit:
+            return
+        logger.info("Removing %s: save_total_limit is %d.", folder, limit)
+        shutil.rmtree(folder, ignore_errors=True)
+        found.remove(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """The checkpoints that belong to a run, in the order of saving.
+
+    They are the checkpoint that the run was resumed from, older checkpoints in the same folder as
+    that one, and the checkpoints that the run has saved. Some of them may have been removed since.
+    The run does not return to any other checkpoint in its folder.
+    """
+
+    folders: tuple[Path, ...] = ()
+    source: Path | None = None
+    """The checkpoint that the run was resumed from, which may be in any folder. It is None for
+    a new run."""
+
+    @classmethod
+    def of(cls, source: Path | None) -> Lineage:
+        """Return the lineage of a run that is resumed from a checkpoint, or of a new run."""
+        if source is None:
+            return cls()
+        step = step_by_name(source)
+        beside = [] if step is None else checkpoints_by_step(source.parent)
+        older = (path for path in beside if _step_of(path) < (step or 0))
+        return cls((*(path for path in older if not is_superseded(path)), source), source)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the checkpoint folders."""
+        return {folder.name for folder in self.folders}
+
+    def with_saved(self, folder: Path) -> Lineage:
+        """Return the lineage extended by a checkpoint that was just saved."""
+        return replace(self, folders=(*self.folders, folder))
+
+    def up_to(self, step: int) -> Lineage:
+        """Return the lineage without the checkpoints of later steps."""
+        return replace(self, folders=tuple(f for f in self.folders if _step_of(f) <= step))
+
+    def newest_before(self, step: int) -> Examination | None:
+        """Return the newest complete checkpoint of an earlier step, and log the skipped ones."""
+        for folder in reversed(self.folders):
+            if not folder.is_dir():  # rotation has removed it
+                continue
+            found = examine(folder)
+            if found.step >= step:
+                continue
+            if found.is_whole:
+                return found
+            logger.warning("Skipping %s: %s.", folder, found.why_not)
+        return None
+
+    def name_before(self, step: int) -> str | None:
+        """Return the name of the last checkpoint before a step, complete or not."""
+        return next((f.name for f in reversed(self.folders) if _step_of(f) < step), None)
+
+
+def abandon(run_dir: Path, later: Iterable[Path]) -> bool:
+    """Move checkpoints of a run to the folder `ABANDONED`, and remove its previous content.
+
+    If a checkpoint cannot be moved, the function logs a warning and continues, because the rollback
+    is more important.
+
+    Returns:
+        Whether any checkpoint was moved.
+    """
+    there = [path for path in later if path.parent == run_dir and path.is_dir()]
+    if not there:
+        return False
+    folder, num_moved = run_dir / ABANDONED, 0
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in there:
+        try:
+            folder.mkdir(exist_ok=True)
+            path.rename(folder / path.name)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be moved, although interventions had begun to fail: %s.", path, error
+            )
+            continue
+        num_moved += 1
+        logger.warning(
+            "%s was written after interventions began to fail. It was moved to %s, so that no run "
+            "resumes from it.",
+            path.name,
+            folder,
+        )
+    return num_moved > 0
+
+
+def _step_of(folder: Path) -> int:
+    return step_by_name(folder) or 0

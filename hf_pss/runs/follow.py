@@ -6,9 +6,9 @@ import hashlib
 import math
 import os
 import stat
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,10 +25,14 @@ from hf_pss.runs.folder import (
     SUMMARY_FILE,
     checkpoints_by_step,
 )
-from hf_pss.runs.log import LogRow, merged, read_log
-from hf_pss.runs.records_files import parse_reading, parse_record, parse_row
-
-__all__ = ["Follower", "NewLines", "RunState", "Tail"]
+from hf_pss.runs.records_files import (
+    LogRow,
+    merged,
+    parse_reading,
+    parse_record,
+    parse_row,
+    read_log,
+)
 
 # The largest number of bytes that one poll reads from a file. It is twice the longest line, so that
 # the newest line is complete wherever the reading begins.
@@ -129,33 +133,33 @@ class Tail:
         return NewLines(kept, restarted, num_lost, has_more)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunState:
     """The state of a run, as far as its files show it."""
 
     folder: Path
-    log: LogRow | None
+    log: LogRow | None = None
     """The newest row with a training loss. A number that was not finite is NaN."""
-    log_source: str
+    log_source: str = ""
     """The file that holds this row, relative to the run's folder."""
-    max_steps: int | None
-    events: tuple[Record, ...]
+    max_steps: int | None = None
+    events: tuple[Record, ...] = ()
     """The newest events, in the order of the file."""
-    fresh_events: tuple[Record, ...]
+    fresh_events: tuple[Record, ...] = ()
     """The events that are new since the last poll."""
-    num_events: int
-    num_interventions: int
-    reading: HealthReading | None
+    num_events: int = 0
+    num_interventions: int = 0
+    reading: HealthReading | None = None
     """The newest health reading. The stable rank of a matrix without a value is NaN."""
-    first_reading: HealthReading | None
+    first_reading: HealthReading | None = None
     """The earliest health reading that was read, for comparison."""
-    num_unreadable: int
+    num_unreadable: int = 0
     """The number of lines and states in the current files that could not be read."""
-    modified_seconds: float | None
+    modified_seconds: float | None = None
     """The time of the last write to any file, in the units of `time.time`."""
-    has_resumed: bool
+    has_resumed: bool = False
     """Whether the run returned to an earlier step since the last poll, which supersedes events."""
-    has_ended: bool
+    has_ended: bool = False
     """Whether the last step is saved, a demo is complete, or the newest event stopped the run."""
 
     @property
@@ -180,20 +184,14 @@ class Follower:
             raise ConfigurationError(
                 f"There is no folder {visible(folder)}. Give a run's output_dir."
             )
-        self._folder = folder
         _refuse_a_folder_of_runs(folder)
+        self._state = RunState(folder)
         self._tails = {n: Tail(folder / n) for n in (EVENTS_FILE, HEALTH_FILE, METRICS_FILE)}
-        self._events: deque[Record] = deque(maxlen=_MOST_EVENTS)
-        # The hashes of all events, not only of `_events`, because after a resume thousands of old
+        # The hashes of all events, not only of the newest, because after a resume thousands of old
         # lines may be read again.
         self._known: set[bytes] = set()
-        self._num_events = self._num_interventions = 0
-        self._reading: HealthReading | None = None
-        self._first_reading: HealthReading | None = None
-        self._logs: dict[str, LogRow] = {}
-        self._state_key: tuple[str, int, int] | None = None
-        self._state_source = ""
-        self._max_steps: int | None = None
+        self._logs: dict[str, tuple[LogRow, str]] = {}  # of each kind of file, with the path
+        self._state_key: tuple[Path, int, int] | None = None
         self._steps_done = 0
         self._num_unreadable: Counter[str] = Counter()
         self._is_behind: dict[str, bool] = {}
@@ -202,77 +200,69 @@ class Follower:
         """Read everything that is new."""
         # The files that mark the end of a run are checked first. If they exist, all lines that were
         # written before the end exist already.
-        summary_modified = _modified(self._folder / SUMMARY_FILE)
+        state = self._state
+        summary_modified = _modified(state.folder / SUMMARY_FILE)
         state_modified = self._poll_state()
-        fresh, has_resumed = self._poll_events()
+        self._poll_events()
         self._poll_health()
         self._poll_metrics()
         written = _newest(*(tail.modified_seconds for tail in self._tails.values()))
-        is_done = 0 < (self._max_steps or 0) <= self._steps_done
+        is_done = 0 < (state.max_steps or 0) <= self._steps_done
         has_ended = (
             _is_last(summary_modified, _newest(written, state_modified))
             # A run that extends a finished run in the same folder writes lines before it saves.
             or (is_done and _is_last(state_modified, written))
             or self._has_stopped(state_modified)
         )
-        newest = max(self._logs, key=lambda source: self._logs[source].step, default=None)
-        return RunState(
-            folder=self._folder,
-            log=None if newest is None else self._logs[newest],
-            log_source=self._state_source if newest == STATE_FILE else newest or "",
-            max_steps=self._max_steps,
-            events=tuple(self._events),
-            fresh_events=fresh,
-            num_events=self._num_events,
-            num_interventions=self._num_interventions,
-            reading=self._reading,
-            first_reading=self._first_reading,
-            num_unreadable=self._num_unreadable.total(),
-            modified_seconds=_newest(written, state_modified, summary_modified),
-            has_resumed=has_resumed,
-            has_ended=has_ended and not any(self._is_behind.values()),
-        )
+        state.has_ended = has_ended and not any(self._is_behind.values())
+        if self._logs:
+            state.log, state.log_source = max(self._logs.values(), key=lambda one: one[0].step)
+        state.num_unreadable = self._num_unreadable.total()
+        state.modified_seconds = _newest(written, state_modified, summary_modified)
+        return replace(state)
 
     def _has_stopped(self, state_modified: float | None) -> bool:
         """Return whether the newest event stopped the run and no later step has followed."""
-        event = self._events[-1] if self._events else None
+        event = self._state.events[-1] if self._state.events else None
         if not isinstance(event, Event) or event.decision is not Action.STOP:
             return False
         # A state that is older than the event belongs to an earlier run in this folder.
         is_ours = _is_last(state_modified, self._tails[EVENTS_FILE].modified_seconds)
-        known = (self._reading, self._logs.get(METRICS_FILE))
+        metrics = self._logs.get(METRICS_FILE)
+        known = (self._state.reading, metrics and metrics[0])
         steps = [one.step for one in known if one is not None]
-        return max(steps + [self._steps_done] * is_ours, default=0) <= event.step
+        return max([self._steps_done * is_ours, *steps]) <= event.step
 
-    def _poll_events(self) -> tuple[tuple[Record, ...], bool]:
-        new = self._new_lines(EVENTS_FILE)
+    def _poll_events(self) -> None:
+        state, new = self._state, self._new_lines(EVENTS_FILE)
+        state.has_resumed = new.has_restarted
         if new.has_restarted:
-            self._events.clear()
-            self._num_events = self._num_interventions = 0
-        fresh = []
+            state.events, state.num_events, state.num_interventions = (), 0, 0
+        records, fresh = list(state.events), []
         for line, record in self._parsed(EVENTS_FILE, new, parse_record):
-            self._events.append(record)
-            self._num_events += 1
+            records.append(record)
+            state.num_events += 1
             is_change = isinstance(record, Intervention) and record.has_changed_weights
-            self._num_interventions += is_change
+            state.num_interventions += is_change
             digest = hashlib.blake2b(line, digest_size=_DIGEST_BYTES).digest()
             if digest not in self._known:
                 fresh.append(record)
                 self._known.add(digest)
-        return tuple(fresh), new.has_restarted
+        state.events, state.fresh_events = tuple(records[-_MOST_EVENTS:]), tuple(fresh)
 
     def _poll_health(self) -> None:
         for _, found in self._parsed(HEALTH_FILE, self._new_lines(HEALTH_FILE), parse_reading):
             if "stable_rank" in found.matrices:
-                self._reading = found
-                if self._first_reading is None or self._first_reading.step > found.step:
-                    self._first_reading = found
+                self._state.reading = found
+                first = self._state.first_reading
+                if first is None or first.step > found.step:
+                    self._state.first_reading = found
 
     def _poll_metrics(self) -> None:
         for _, row in self._parsed(METRICS_FILE, self._new_lines(METRICS_FILE), parse_row):
             if isinstance(step := row.get("step"), int) and "loss" in row:
                 # A demo writes null for a loss that is not finite.
-                self._logs[METRICS_FILE] = merged(LogRow(step, loss=math.nan), row)
+                self._logs[METRICS_FILE] = merged(LogRow(step, loss=math.nan), row), METRICS_FILE
 
     def _new_lines(self, name: str) -> NewLines:
         new = self._tails[name].poll()
@@ -294,7 +284,7 @@ class Follower:
     def _poll_state(self) -> float | None:
         """Read the newest trainer_state.json if it has changed, and return its time of change."""
         try:
-            folders = [self._folder, *checkpoints_by_step(self._folder)]
+            folders = [self._state.folder, *checkpoints_by_step(self._state.folder)]
         except OSError:  # the folder is being removed
             return None
         places = [folder / STATE_FILE for folder in folders]
@@ -303,7 +293,7 @@ class Follower:
             return None
         modified, path = max(dated)
         try:
-            key = (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+            key = (path, path.stat().st_mtime_ns, path.stat().st_size)
             if key != self._state_key:
                 self._state_key = key
                 self._num_unreadable[STATE_FILE] = 0
@@ -317,9 +307,9 @@ class Follower:
     def _read_state(self, path: Path) -> None:
         log = read_log(path)
         if log.training:
-            self._logs[STATE_FILE] = log.training[-1]
-            self._state_source = path.relative_to(self._folder).as_posix()
-        self._max_steps, self._steps_done = log.max_steps or None, log.global_step
+            source = path.relative_to(self._state.folder).as_posix()
+            self._logs[STATE_FILE] = log.training[-1], source
+        self._state.max_steps, self._steps_done = log.max_steps or None, log.global_step
 
 
 def _newest(*times: float | None) -> float | None:

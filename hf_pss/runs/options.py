@@ -7,9 +7,9 @@ listed here, and only if they are printable and do not begin with a dash.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,22 +17,9 @@ from typing import Any
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import PSSError
-from hf_pss.records.strict_json import read_object
-from hf_pss.runs.durable import write_whole
-from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out
-from hf_pss.runs.log import RunLog
-
-__all__ = [
-    "LR_SCALE",
-    "TRAINING_OPTIONS",
-    "Launch",
-    "num_processes",
-    "options_file",
-    "read_launch",
-    "read_options",
-    "recorded_entropy",
-    "write_options",
-]
+from hf_pss.records.strict_json import number_of, read_object
+from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out, write_whole
+from hf_pss.runs.records_files import RunLog
 
 _MOST_ENTROPY = 20.0  # ln of five hundred million tokens
 
@@ -129,7 +116,7 @@ def read_launch(checkpoint: Path, log: RunLog | None, *, without: Collection[str
     given |= {name: training.get(name) for name in TRAINING_OPTIONS if name not in without}
     given |= {"max_steps": log.max_steps or None, "logging_steps": log.log_interval}
     lr_scale = training.get(LR_SCALE)
-    if not (lr_scale is None or _is_factor(lr_scale)):
+    if lr_scale is not None and not 0 < (number_of(lr_scale) or 0) < math.inf:
         return None
     is_whole = _BATCH_SIZE in training
     if not is_whole:
@@ -170,12 +157,6 @@ def _kept_in(path: Path) -> dict[str, Any] | None:
         return read_options(path)
     except (PSSError, OSError):
         return None
-
-
-def _is_factor(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 < value <= sys.float_info.max
 
 
 def _words(name: str, value: object) -> list[str] | None:

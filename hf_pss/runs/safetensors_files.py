@@ -21,7 +21,6 @@ from fractions import Fraction
 from functools import partial
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,18 +31,6 @@ from hf_pss.models.selection import RowPattern
 from hf_pss.records.strict_json import parse_object, read_object, visible
 from hf_pss.runs.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, leads_out
 
-__all__ = [
-    "DTYPE_BITS",
-    "PIECE_BYTES",
-    "READABLE",
-    "Checkpoint",
-    "MatrixReader",
-    "TensorEntry",
-    "open_checkpoint",
-    "read_header",
-    "read_pieces",
-]
-
 # The format allows 100 MB. This limit is lower, because parsed JSON takes several times its size.
 # It leaves 350 bytes for each of 90,000 tensors, which is the number in the largest models.
 MAX_HEADER_BYTES = MAX_INDEX_BYTES
@@ -53,20 +40,14 @@ _METADATA = "__metadata__"
 # digits than Python prints.
 _MOST_DIMENSIONS = 16
 _MAX_SIZE = 2**63 - 1
-_SIZES = (
-    f"shape and data_offsets are lists of at most {_MOST_DIMENSIONS} whole numbers, none negative "
-    "or above 2^63 - 1"
-)
 
 # All dtypes of safetensors 0.8. `READABLE` lists those that this module can read.
-DTYPE_BITS: Mapping[str, int] = MappingProxyType(
-    {
-        **{"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64},
-        **{"U64": 64, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
-        **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
-        **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
-    }
-)
+DTYPE_BITS: Mapping[str, int] = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64},
+    **{"U64": 64, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +90,16 @@ def read_header(path: Path) -> tuple[TensorEntry, ...]:
             raise _damaged(what, f"it ends after {size} bytes, before a header could begin")
         header_bytes = int.from_bytes(prefix, "little")
         if header_bytes > MAX_HEADER_BYTES:
-            raise _damaged(
-                what,
-                f"it announces a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are "
-                "read",
-            )
-        if _PREFIX_BYTES + header_bytes > size:
-            raise _damaged(
-                what,
-                f"truncated: its header alone needs {_PREFIX_BYTES + header_bytes} bytes, the file "
-                f"has {size}",
-            )
+            limit = f"at most {MAX_HEADER_BYTES} are read"
+            raise _damaged(what, f"it announces a header of {header_bytes} bytes; {limit}")
+        data_begins = _PREFIX_BYTES + header_bytes
+        if data_begins > size:
+            needs = f"its header alone needs {data_begins} bytes"
+            raise _damaged(what, f"truncated: {needs}, the file has {size}")
         header = parse_object(stream.read(header_bytes), what=f"The header of {what}")
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(what, f"{_METADATA} maps text to text")
-    data_begins = _PREFIX_BYTES + header_bytes
     entries = [_entry(path, data_begins, name, row) for name, row in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     _check_cover(what, entries, data_begins, size)
@@ -139,15 +114,13 @@ def _entry(path: Path, data_begins: int, name: str, row: object) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(what, f"safetensors has no dtype {visible(dtype)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(what, _SIZES)
+        sizes = f"at most {_MOST_DIMENSIONS} whole numbers, none negative or above 2^63 - 1"
+        raise _damaged(what, f"shape and data_offsets are lists of {sizes}")
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or stop - start != bits // 8:
-        raise _damaged(
-            what,
-            f"{dtype} of shape {visible(shape)} does not take the {stop - start} bytes that its "
-            "offsets span",
-        )
+        span = f"the {stop - start} bytes that its offsets span"
+        raise _damaged(what, f"{dtype} of shape {visible(shape)} does not take {span}")
     return TensorEntry(name, dtype, tuple(shape), path, data_begins + start, stop - start)
 
 
@@ -233,8 +206,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    indices = _ordered(folder.glob(f"*{_INDEX}"))
-    weights = _ordered(folder.glob(f"*{_WEIGHTS}"))
+    def rank(path: Path) -> tuple[int, str]:
+        stem = path.name.split(".")[0]
+        return (*_PREFERRED, stem).index(stem), path.name
+
+    indices = sorted(folder.glob(f"*{_INDEX}"), key=rank)
+    weights = sorted(folder.glob(f"*{_WEIGHTS}"), key=rank)
     whole = [path for path in weights if path.name.removesuffix(_WEIGHTS) in _PREFERRED]
     if whole:
         return _checkpoint(folder, [_confined(whole[0], folder)])
@@ -242,7 +219,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _open_index(indices[0], shown=folder)
     if weights:
         return _checkpoint(folder, [_confined(path, folder) for path in weights])
-    if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
+    if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         raise ConfigurationError(_refusal(f"{visible(folder)} holds pickles only and"))
     inside = sorted(visible(found.parent.name) for found in folder.glob(f"*/*{_WEIGHTS}"))
     hint = f" Give one of its folders: {', '.join(dict.fromkeys(inside))}." if inside else ""
@@ -335,14 +312,6 @@ def _commit_of(folder: Path) -> Path:
     return commits[0]
 
 
-def _ordered(paths: Iterator[Path]) -> list[Path]:
-    def rank(path: Path) -> tuple[int, str]:
-        stem = path.name.split(".")[0]
-        return (_PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED), path.name)
-
-    return sorted(paths, key=rank)
-
-
 def _refusal(what: str) -> str:
     return (
         f"{what} is not read: only .safetensors files are opened, because a pickle can run any "
@@ -350,16 +319,10 @@ def _refusal(what: str) -> str:
     )
 
 
-READABLE: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F32": torch.float32,
-        "F64": torch.float64,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-    }
-)
+READABLE: Mapping[str, torch.dtype] = {
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 
 # The largest size of one piece in memory, in the precision of the computation.
 PIECE_BYTES = 64 * 2**20
@@ -414,8 +377,7 @@ class MatrixReader:
             for start, stop in self._runs(height):
                 for row in range(start, stop, most):
                     num_rows = min(most, stop - row)
-                    stream.seek(self._offset(expert, row, 0))
-                    raw = _read(stream, num_rows * width, self.entry)
+                    raw = _read(stream, self.entry, self._offset(expert, row, 0), num_rows * width)
                     yield self._columns(raw.view(num_rows, width)).to(self.dtype)
 
     def strips(self, expert: int = 0) -> Iterator[Tensor]:
@@ -435,8 +397,8 @@ class MatrixReader:
                 num_columns = min(most, width - column)
                 strip = torch.empty(len(rows), num_columns, dtype=READABLE[self.entry.dtype])
                 for target, row in zip(strip, rows, strict=True):
-                    stream.seek(self._offset(expert, row, column))
-                    _fill(target, stream, self.entry)
+                    offset = self._offset(expert, row, column)
+                    target.copy_(_read(stream, self.entry, offset, num_columns))
                 yield strip.to(self.dtype).mT
 
     def tall_pieces(
@@ -488,22 +450,16 @@ def read_pieces(entry: TensorEntry) -> Iterator[Tensor]:
     A piece takes at most `PIECE_BYTES` as float32, or as float64 if that is its dtype.
     """
     itemsize = READABLE[entry.dtype].itemsize
-    left, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
+    total, most = entry.num_bytes // itemsize, PIECE_BYTES // max(itemsize, 4)
     with entry.path.open("rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        while left:
-            count = min(left, most)
-            yield _read(stream, count, entry)
-            left -= count
+        for first in range(0, total, most):
+            count = min(most, total - first)
+            yield _read(stream, entry, entry.offset + first * itemsize, count)
 
 
-def _read(stream: FileIO, count: int, entry: TensorEntry) -> Tensor:
+def _read(stream: FileIO, entry: TensorEntry, offset: int, count: int) -> Tensor:
     numbers = torch.empty(count, dtype=READABLE[entry.dtype])
-    _fill(numbers, stream, entry)
-    return numbers
-
-
-def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
+    stream.seek(offset)
     target = numbers.view(torch.uint8).numpy().data
     done = 0
     while done < len(target):
@@ -514,3 +470,4 @@ def _fill(numbers: Tensor, stream: FileIO, entry: TensorEntry) -> None:
                 "complete."
             )
         done += got
+    return numbers

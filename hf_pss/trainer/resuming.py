@@ -28,9 +28,8 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_pss.errors import StateError
-from hf_pss.runs.checkpoint import Examination, examine, recorded_step
+from hf_pss.runs.checkpoint import Examination, examine, is_superseded, recorded_step
 from hf_pss.runs.folder import checkpoints_by_step, step_by_name
-from hf_pss.runs.rotation import is_superseded
 
 __all__ = [
     "Kind",

@@ -16,9 +16,8 @@ from hf_pss.detection.explosion import FailedInterventions, TrainingFailure
 from hf_pss.detection.policy import Action
 from hf_pss.errors import NonFiniteError, TrainingFailedError
 from hf_pss.records.events import Event, EventKind
-from hf_pss.runs.checkpoint import Examination
+from hf_pss.runs.checkpoint import Examination, Lineage, abandon
 from hf_pss.runs.folder import ABANDONED
-from hf_pss.runs.rotation import Lineage, abandon
 from hf_pss.trainer.recovery import TrainingMonitor
 from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
 

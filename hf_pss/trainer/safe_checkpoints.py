@@ -19,10 +19,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from hf_pss.errors import StateError
-from hf_pss.runs.checkpoint import examine, unfit_state, write_marker
-from hf_pss.runs.durable import move_into_place, sync_tree
-from hf_pss.runs.folder import STAGING, checkpoints_by_step
-from hf_pss.runs.rotation import claim_, rotate, supersede_later_
+from hf_pss.runs.checkpoint import (
+    claim_,
+    examine,
+    rotate,
+    supersede_later_,
+    unfit_state,
+    write_marker,
+)
+from hf_pss.runs.folder import STAGING, checkpoints_by_step, move_into_place, sync_tree
 from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_
 from hf_pss.trainer.seams import TrainerPart

@@ -40,7 +40,7 @@ def test_all_ranks_files_are_in_one_checkpoint_with_one_marker(
         assert examine(path).is_whole, examine(path)
         marker = read_marker(path)
         assert marker is not None
-        assert OWN_FILES[backend] <= marker.files.keys()
+        assert OWN_FILES[backend] <= marker.keys()
     assert not (run.folder / "_pss_saving").exists()
     resumed = launch(backend, tmp_path / "again", resume=run.checkpoint)
     assert [rank["digest"] for rank in resumed.ranks] == [rank["digest"] for rank in run.ranks]

@@ -32,7 +32,7 @@ from hf_pss.inspection.matrix_survey import (
 )
 from hf_pss.models.selection.by_name import Place, place_of
 from hf_pss.records.strict_json import visible
-from hf_pss.runs.durable import write_whole
+from hf_pss.runs.folder import write_whole
 from hf_pss.runs.safetensors_files import open_checkpoint
 
 EVIL = "h.0.\x1b[2J\u202e<script>.weight"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hf_pss.runs import checkpoint as marker
-from hf_pss.runs.checkpoint import Marker, changed_files
-from hf_pss.runs.durable import sync_tree
+from hf_pss.runs.checkpoint import changed_files
+from hf_pss.runs.folder import sync_tree
 from hf_pss.trainer.stop_signals import DelayedSignals
 
 NOBODY = 65534
@@ -74,9 +74,9 @@ def test_a_file_system_that_syncs_no_folders_is_taken_as_it_is(
 def test_json_of_any_length_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
-    assert changed_files(tmp_path, Marker(1, {path.name: 3})) == {}
+    assert changed_files(tmp_path, {path.name: 3}) == {}
     monkeypatch.setattr(marker, "MAX_INDEX_BYTES", 8)
-    assert changed_files(tmp_path, Marker(1, {path.name: 3})) == {path.name: "is damaged JSON"}
+    assert changed_files(tmp_path, {path.name: 3}) == {path.name: "is damaged JSON"}
 
 
 def test_a_forked_child_ends_at_its_first_sigterm() -> None:

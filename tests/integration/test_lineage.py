@@ -9,8 +9,8 @@ import pytest
 from helpers import make_trainer
 
 from hf_pss import PSSConfig
+from hf_pss.runs.checkpoint import Lineage, abandon
 from hf_pss.runs.folder import ABANDONED
-from hf_pss.runs.rotation import Lineage, abandon
 
 
 def folders(run_dir: Path, *steps: int) -> list[Path]:

@@ -12,8 +12,14 @@ from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, to_json_line
 from hf_pss.rescue.diagnosis import Diagnosis, diagnose
-from hf_pss.runs.log import LogRow, RunLog, read_log, without_false_zeros
-from hf_pss.runs.records_files import RunRecords, read_run_records
+from hf_pss.runs.records_files import (
+    LogRow,
+    RunLog,
+    RunRecords,
+    read_log,
+    read_run_records,
+    without_false_zeros,
+)
 
 # Of the tiny model, whose loss is summed over 11 of 12 tokens.
 STUCK_AT = 3.5

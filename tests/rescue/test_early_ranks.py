@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_pss.rescue import early_ranks
-from hf_pss.rescue.early_ranks import LOW_SHARE, noise_share
-from hf_pss.rescue.investigate import Investigation, investigate
+from hf_pss.rescue import investigate as module
+from hf_pss.rescue.investigate import LOW_SHARE, Investigation, investigate, noise_share
 
 RunOf = Callable[..., Path]
 
@@ -42,16 +41,14 @@ def looked_at(run: Path, entropy: float = KNOWS_NOTHING) -> Investigation:
 
 
 def kind_of(found: Investigation) -> str | None:
-    assert found.diagnosis is not None
-    return None if found.diagnosis.failure is None else found.diagnosis.failure.kind
+    return None if found.failure is None else found.failure.kind
 
 
 def test_low_ranks_are_damage_from_the_beginning(sound: Path) -> None:
     assert kind_of(looked_at(sound)) is None
     flatten(sound / "checkpoint-60", 3.0)
     found = looked_at(sound)
-    assert found.diagnosis is not None
-    failure = found.diagnosis.failure
+    failure = found.failure
     assert failure is not None
     assert (failure.kind, failure.onset_step, failure.noticed_step) == ("slow_damage", 1, 60)
     low = [one.step for one in found.checkpoints if (noise_share(one) or 1.0) < LOW_SHARE]
@@ -74,7 +71,7 @@ def test_networks_beyond_the_measured_sizes_are_not_judged(
     sound: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
     flatten(sound / "checkpoint-60", 3.0)
-    monkeypatch.setattr(early_ranks, limit, value)
+    monkeypatch.setattr(module, limit, value)
     assert kind_of(looked_at(sound)) is None
 
 
@@ -87,9 +84,8 @@ def test_an_early_spike_may_follow_from_damage_before_it(
     flatten(run / "checkpoint-40", 3.0)
     found = looked_at(run)
     assert kind_of(found) == "slow_damage"
-    assert found.diagnosis is not None
-    assert any("Also found: A spike at step" in note for note in found.diagnosis.notes)
-    monkeypatch.setattr(early_ranks, "_EARLY_STEPS", 60)
+    assert any("Also found: A spike at step" in note for note in found.notes)
+    monkeypatch.setattr(module, "_EARLY_STEPS", 60)
     assert kind_of(looked_at(run)) == "spike"
 
 

@@ -35,8 +35,13 @@ from hf_pss.errors import ConfigurationError, PSSError, StateError
 from hf_pss.linalg import noise_stable_rank
 from hf_pss.rescue import repair
 from hf_pss.rescue.candidates import CheckpointReport, report_on
-from hf_pss.rescue.optimizer_files import require_torch, rewrite_optimizer
-from hf_pss.rescue.repair import RECORD_FILE, Repairs, write_repaired
+from hf_pss.rescue.repair import (
+    RECORD_FILE,
+    Repairs,
+    require_torch,
+    rewrite_optimizer,
+    write_repaired,
+)
 from hf_pss.rescue.smoothed_weights import matrices_to_smooth
 from hf_pss.runs.folder import OPTIONS_FILE
 from hf_pss.runs.safetensors_files import open_checkpoint
@@ -303,9 +308,7 @@ def test_the_mode_comes_last(
 def test_a_full_disk_is_an_error_of_the_system(damaged: CheckpointReport) -> None:
     """Where torch raises a RuntimeError of its archive writer."""
     with pytest.raises(OSError, match="disk may be full"):
-        rewrite_optimizer(
-            damaged.path / "optimizer.pt", Path("/dev/full"), moments="keep", lr_scale=0.5
-        )
+        rewrite_optimizer(damaged.path / "optimizer.pt", Path("/dev/full"), "keep", 0.5)
 
 
 def test_a_file_system_that_flushes_no_folders_is_enough(

@@ -15,11 +15,12 @@ from torch.distributed.run import parse_args
 from hf_pss import PSSTrainingArguments
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.errors import ConfigurationError
-from hf_pss.rescue.candidates import CheckpointReport
+from hf_pss.rescue.candidates import CheckpointReport, Choice
 from hf_pss.rescue.command import ResumePlan, plan_resume
 from hf_pss.rescue.diagnosis import FailureKind, RunFailure
+from hf_pss.rescue.investigate import Investigation
 from hf_pss.runs.folder import OPTIONS_FILE
-from hf_pss.runs.log import LogRow, RunLog
+from hf_pss.runs.records_files import LogRow, RunLog
 
 # Logged every four steps, of a hundred.
 LOG = RunLog(Path("x"), 80, 100, 8, tuple(LogRow(step, 3.0) for step in range(4, 84, 4)))
@@ -46,18 +47,11 @@ def run_dir(tmp_path: Path) -> Path:
 def plan(run_dir: Path, **options: Any) -> ResumePlan:
     layout = options.pop("layout", "whole")
     path = run_dir / "checkpoint-40"
-    chosen = CheckpointReport(
-        path=path,
-        step=40,
-        written=datetime.now(UTC),
-        num_bytes=0,
-        layout=layout,
-        missing=(),
-        problem=None,
-        inspection=None,
-    )
-    given = {"smoothing": "floor", "is_last_resort": False, **options}
-    return plan_resume(run_dir, LOG, chosen, **given)
+    chosen = CheckpointReport(path, 40, datetime.now(UTC), 0, layout)
+    failure = options.pop("failure", None)
+    choice = Choice(chosen, "", (), options.pop("is_last_resort", False))
+    found = Investigation(run_dir, LOG, failure, (), (chosen,), choice, ())
+    return plan_resume(found, chosen, **{"smoothing": "floor", **options})
 
 
 def said(run_dir: Path, **options: Any) -> str:

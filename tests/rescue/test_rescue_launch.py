@@ -15,9 +15,8 @@ from hf_pss.cli.saved_options import options_to_keep
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.runs.folder import EVENTS_FILE, OPTIONS_FILE
-from hf_pss.runs.log import RunLog
 from hf_pss.runs.options import TRAINING_OPTIONS, num_processes, read_launch
-from hf_pss.runs.records_files import RunRecords, read_run_records
+from hf_pss.runs.records_files import RunLog, RunRecords, read_run_records
 
 FRESH = ("--model_config", "gpt2", "--use_cpu")
 LOG = RunLog(Path("trainer_state.json"), 5, 10, 8, ())

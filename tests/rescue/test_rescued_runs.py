@@ -28,17 +28,8 @@ def loss_of(trainer: Trainer) -> float:
 
 def plan_for(run: Path, smoothing: str = "floor") -> ResumePlan:
     found = investigate(run, margin_steps=20)
-    chosen, diagnosis = found.choice.chosen, found.diagnosis
-    assert chosen is not None
-    assert diagnosis is not None
-    return plan_resume(
-        run,
-        found.log,
-        chosen,
-        smoothing=smoothing,
-        is_last_resort=found.choice.is_last_resort,
-        failure=diagnosis.failure,
-    )
+    assert found.choice.chosen is not None
+    return plan_resume(found, found.choice.chosen, smoothing=smoothing)
 
 
 def follow(plan: ResumePlan) -> Trainer:
