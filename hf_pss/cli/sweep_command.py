@@ -173,7 +173,7 @@ def guards() -> None:
     """List the guards that a grid may name, with their sources."""
     from rich.table import Table
 
-    from hf_pss.evidence.guards.table import GUARDS
+    from hf_pss.evidence.guards import GUARDS
 
     shown = Table("guard", "what it does", "source")
     for name, guard in GUARDS.items():

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import Trainer
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.guards.base import TimedCallback
+from hf_pss.evidence.guard_callbacks import TimedCallback
 from hf_pss.health.jacobian_energy import measure_jacobian_energies
 from hf_pss.health.sign_diversity import SignDiversityMeter
 from hf_pss.health.spectral_norms import SpectralNorm, SpectralNormMeter
