@@ -13,6 +13,7 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.data import (
     END_OF_TEXT,
     BlockDataset,
+    TextSource,
     encode_documents,
     hold_out,
     load_text,
@@ -31,8 +32,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(autouse=True)
-def quiet_datasets() -> None:
+def quiet_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -136,7 +138,7 @@ def test_every_format_gives_the_same_blocks(
         write_rows(path, [{"text": text, "id": 1}, {"text": None, "id": 2}, {"text": " ", "id": 3}])
     else:
         datasets.Dataset.from_dict({"text": [text]}).to_parquet(str(path))
-    blocks = load_text(path, tokenizer, context_length=16, cache_dir=tmp_path / "cache")
+    blocks = load_text(TextSource(str(path)), tokenizer, context_length=16)
     expected = pack_blocks(encode_documents([text], tokenizer), context_length=16)
     assert torch.equal(blocks.blocks, expected.blocks)
 
@@ -145,12 +147,12 @@ def test_another_column_can_hold_the_text(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"body": SENTENCE * 9, "id": 1}])
-    options = {"context_length": 8, "cache_dir": tmp_path / "cache"}
-    assert len(load_text(path, tokenizer, column="body", **options)) > 0
+    text, body, number = (TextSource(str(path), column) for column in ("text", "body", "id"))
+    assert len(load_text(body, tokenizer, context_length=8)) > 0
     with pytest.raises(ConfigurationError, match="no column 'text'; it has 'body', 'id'"):
-        load_text(path, tokenizer, **options)
+        load_text(text, tokenizer, context_length=8)
     with pytest.raises(ConfigurationError, match="holds int, not text"):
-        load_text(path, tokenizer, column="id", **options)
+        load_text(number, tokenizer, context_length=8)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_a_file_that_gives_no_block_is_refused(
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigurationError, match=message):
-        load_text(tmp_path / name, tokenizer, context_length=64, cache_dir=tmp_path / "cache")
+        load_text(TextSource(str(tmp_path / name)), tokenizer, context_length=64)
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "./missing", "/no/such/place"])
@@ -176,35 +178,33 @@ def test_a_missing_file_is_not_looked_up_on_the_hub(
     source: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ConfigurationError, match="There is no file"):
-        load_text(source, tokenizer, context_length=64)
+        load_text(TextSource(source), tokenizer, context_length=64)
 
 
 def test_a_folder_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is a folder"):
-        load_text(tmp_path, tokenizer, context_length=64)
+        load_text(TextSource(str(tmp_path)), tokenizer, context_length=64)
 
 
 def test_a_dataset_that_is_a_script_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     # A name that `datasets` takes for a script's without asking the Hub, and we not for a file's.
     with pytest.raises(ConfigurationError, match=r"nobody/\.py.*scripts are no longer supported"):
-        load_text("nobody/.py", tokenizer, context_length=64)
+        load_text(TextSource("nobody/.py"), tokenizer, context_length=64)
 
 
 def test_an_unknown_dataset_names_what_was_tried(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError, match=r"nobody/nothing.*subset 'raw', split 'train'"):
-        load_text("nobody/nothing", tokenizer, context_length=64, subset="raw", cache_dir=tmp_path)
+        load_text(TextSource("nobody/nothing", subset="raw"), tokenizer, context_length=64)
 
 
 def test_a_pattern_names_several_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name * 20}])
-    blocks = load_text(
-        tmp_path / "*.jsonl", tokenizer, context_length=4, cache_dir=tmp_path / "cache"
-    )
+    blocks = load_text(TextSource(str(tmp_path / "*.jsonl")), tokenizer, context_length=4)
     expected = pack_blocks(encode_documents(["a" * 20, "b" * 20], tokenizer), context_length=4)
     assert torch.equal(blocks.blocks, expected.blocks)
 
@@ -213,13 +213,13 @@ def test_a_pattern_of_several_formats_or_of_nothing_is_refused(tmp_path: Path) -
     write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "b.txt").write_text("b", encoding="utf-8")
     with pytest.raises(ConfigurationError, match=r"several formats \(json, text\)"):
-        open_rows(tmp_path / "*")
+        open_rows(TextSource(str(tmp_path / "*")))
     with pytest.raises(ConfigurationError, match="No file matches"):
-        open_rows(tmp_path / "*.parquet")
+        open_rows(TextSource(str(tmp_path / "*.parquet")))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_column_is_checked_when_rows_are_opened(streaming: bool, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"body": "a", "id": 1}])
     with pytest.raises(ConfigurationError, match="no column 'text'; it has 'body', 'id'"):
-        open_rows(path, streaming=streaming, cache_dir=tmp_path / "cache")
+        open_rows(TextSource(str(path)), streaming=streaming)

@@ -13,13 +13,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.data import encode_documents, open_rows, train_tokenizer
-from hf_pss.evidence.packing import (
+from hf_pss.evidence.data import (
     PackedStream,
+    TextSource,
+    encode_documents,
     first_blocks,
     is_held_out,
+    open_rows,
     pack_documents,
     split_stream,
+    train_tokenizer,
 )
 
 NUM_FILES = 4
@@ -48,7 +51,9 @@ def pattern(texts: list[str], tmp_path: Path) -> str:
 
 
 def stream_of(pattern: str, tokenizer: PreTrainedTokenizerFast, length: int = 16) -> PackedStream:
-    return PackedStream(open_rows(pattern, streaming=True), tokenizer, context_length=length)
+    return PackedStream(
+        open_rows(TextSource(pattern), streaming=True), tokenizer, context_length=length
+    )
 
 
 def tokens_of(stream: PackedStream, **options: int) -> list[list[int]]:
@@ -112,7 +117,7 @@ def test_workers_share_the_files(
 def test_a_shuffled_stream_is_another_at_every_epoch(
     pattern: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    rows = open_rows(pattern, streaming=True).shuffle(seed=0, buffer_size=100)
+    rows = open_rows(TextSource(pattern), streaming=True).shuffle(seed=0, buffer_size=100)
     stream = PackedStream(rows, tokenizer, context_length=16)
     first, again = tokens_of(stream), tokens_of(stream)
     stream.set_epoch(1)

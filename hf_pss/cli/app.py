@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from hf_pss.cli.demo_command import demo
+from hf_pss.cli.demo_command import demo, report
 from hf_pss.cli.health_command import health
-from hf_pss.cli.report_command import report
 from hf_pss.cli.rescue_command import rescue
 from hf_pss.cli.sweep_command import sweep
 from hf_pss.cli.train_command import TrainCommand, train

@@ -1,4 +1,4 @@
-"""`hf-pss demo`: train twins on the built-in corpus and write their report."""
+"""`hf-pss demo` trains twins on the built-in corpus; `hf-pss report` writes their report again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_pss.cli.report_command import REPORT_MODULE, show_report
-from hf_pss.cli.terminal import EXIT_CODES, require_extra
+from hf_pss.cli.terminal import EXIT_CODES, REPORT_MODULE, Processes, require_extra
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["demo"]
+__all__ = ["demo", "report"]
 
 
 def demo(
@@ -28,10 +27,7 @@ def demo(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's 1e-2")
     ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at the same time.", show_default="one per core"),
-    ] = None,
+    processes: Processes = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Write into a folder that holds other files."),
@@ -55,8 +51,14 @@ def demo(
     A milder learning rate:  [cyan]hf-pss demo --learning-rate 3e-3 --output-dir runs/mild[/cyan]
     """
     require_extra(REPORT_MODULE)
-    if not overwrite:
-        _refuse_foreign_folder(output_dir)
+    if output_dir.is_file():
+        raise ConfigurationError(f"{output_dir} is a file; give a folder as --output-dir.")
+    is_foreign = output_dir.is_dir() and not (output_dir / "run.json").is_file()
+    if is_foreign and any(output_dir.iterdir()) and not overwrite:
+        raise ConfigurationError(
+            f"{output_dir} holds files, but no earlier demo. Choose another --output-dir, or add "
+            "--overwrite to write there all the same."
+        )
     from hf_pss.evidence.demo import DEMO_RECIPE, run_demo
 
     given: dict[str, Any] = {"num_steps": steps, "learning_rate": learning_rate}
@@ -70,7 +72,7 @@ def demo(
         console=Console(stderr=True),
     )
     try:
-        show_report(output_dir)
+        _show_report(output_dir)
     except ConfigurationError:
         # A demo that was interrupted before its first log line has nothing to report.
         if status == "finished":
@@ -78,12 +80,26 @@ def demo(
     raise typer.Exit(EXIT_CODES[status])
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Allow an earlier demo, which is replaced without a question, and refuse anything else."""
-    if folder.is_file():
-        raise ConfigurationError(f"{folder} is a file; give a folder as --output-dir.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").is_file():
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The folder that hf-pss demo wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The page, or a folder for it.", show_default="RUN_DIR/report.html"),
+    ] = None,
+) -> None:
+    """Write the report of a demo run, also of one that was interrupted or is still running."""
+    require_extra(REPORT_MODULE)
+    if not run_dir.is_dir():
         raise ConfigurationError(
-            f"{folder} holds files, but no earlier demo. Choose another --output-dir, or add "
-            "--overwrite to write there all the same."
+            f"There is no folder {run_dir}. Give the one that `hf-pss demo` wrote."
         )
+    _show_report(run_dir, output)
+
+
+def _show_report(run_dir: Path, output: Path | None = None) -> None:
+    from hf_pss.evidence.report_page import write_report
+    from hf_pss.evidence.report_results import render_table
+
+    page = write_report(run_dir, output)
+    Console().print(render_table(run_dir))
+    typer.echo(page)  # plain: rich would break a long path over two lines

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from hf_pss.cli.terminal import bytes_bar, check_output
-from hf_pss.errors import ConfigurationError, PSSError, StateError
+from hf_pss.cli.terminal import AsJson, bytes_bar, check_output, reading, writing
+from hf_pss.errors import StateError
 
 if TYPE_CHECKING:
     from hf_pss.inspection.matrix_survey import Inspection
@@ -41,9 +39,7 @@ def health(
         bool,
         typer.Option("--exact", help="Compute all singular values, not σ₁ alone in five rounds."),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write everything to stdout as JSON, and no table.")
-    ] = False,
+    as_json: AsJson = False,
     html: Annotated[
         Path | None,
         typer.Option(help="Write a page with maps and spectra. Needs hf-pss\\[report]."),
@@ -90,10 +86,10 @@ def health(
 
     seen = []
     for one in (path, *(compare or ())):
-        with _reading(one):
+        with reading(one):
             seen.append(_inspect(one, exact))
     first, other = seen[0], seen[-1] if len(seen) > 1 else None
-    with _reading(path):
+    with reading(path):
         changes = () if other is None else compare_inspections(first, other)
     rows = series(seen) if len(seen) > 2 else ()
     if as_json:
@@ -111,15 +107,11 @@ def health(
         from hf_pss.inspection.health_page import render_page
         from hf_pss.runs.folder import write_whole
 
-        with _reading(path):
+        with reading(path):
             page = render_page(first, other=other, changes=changes, rows=rows)
-        try:
+        with writing(html, "--html"):
             html.parent.mkdir(parents=True, exist_ok=True)
             write_whole(html, page)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{html} cannot be written: {error.strerror}. Give another --html."
-            ) from error
         if not as_json:
             typer.echo(html)
     _exit_by_finiteness(seen)
@@ -136,26 +128,6 @@ def _exit_by_finiteness(seen: list[Inspection]) -> None:
             )
     if not all(one.is_finite for one in seen):
         raise typer.Exit(_NOT_FINITE)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn a missing file, a lack of memory or a failure of LAPACK into a message and exit code 2.
-
-    Otherwise Python would exit with 1, which for this command means that a number is not finite.
-    """
-    from hf_pss.records.strict_json import visible
-
-    try:
-        yield
-    except PSSError:
-        raise
-    except OSError as error:
-        what = visible(error.filename or path)
-        raise StateError(f"{what} cannot be read: {visible(error.strerror)}.") from error
-    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError for both
-        why = visible(error) or "the memory is used up"
-        raise StateError(f"{visible(path)} could not be measured: {why}.") from error
 
 
 def _inspect(path: Path, exact: bool) -> Inspection:

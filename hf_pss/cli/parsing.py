@@ -33,7 +33,7 @@ from hf_pss.cli.train_options import (
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.trainer.arguments import PSSTrainingArguments
 
-__all__ = ["make_parser", "micro_batches", "one_line", "parse_plan", "suggest"]
+__all__ = ["make_parser", "micro_batches", "one_line", "parse_plan", "read_yaml", "suggest"]
 
 # Defaults that differ from those of transformers, because they suit one run on one machine. Numbers
 # of steps below 1 are shares of all steps.
@@ -190,12 +190,19 @@ def _words_of_file(path: Path, parser: _Parser) -> list[str]:
 
     This parses each option alone first, so that an error names the line of the file.
     """
+    options = read_yaml(path)
+    if options is None:
+        return []
+    if not isinstance(options, dict):
+        raise ConfigurationError(
+            f"{path} must hold options, one a line, such as `learning_rate: 3e-3`."
+        )
     words: list[str] = []
-    for key, value in _read_yaml(path).items():
-        name = key.replace("-", "_")
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
         if name not in parser.names or name == "config":
             raise ConfigurationError(
-                f"{path} sets {key!r}, which is not an option.{suggest(name, parser.names)}"
+                f"{path} sets {str(key)!r}, which is not an option.{suggest(name, parser.names)}"
             )
         own = list(_as_words(name, value))
         try:
@@ -211,20 +218,18 @@ def _words_of_file(path: Path, parser: _Parser) -> list[str]:
     return words
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or it is not valid YAML.
+    """
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"The file {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise ConfigurationError(
-            f"{path} must hold options, one a line, such as `learning_rate: 3e-3`."
-        )
-    return {str(name): value for name, value in options.items()}
 
 
 def _as_words(name: str, value: Any) -> Iterator[str]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_pss.detection.policy import Action, InterventionHistory
 from hf_pss.records.events import Event, EventKind
@@ -27,57 +25,54 @@ from hf_pss.view.numbers import plural
 
 __all__ = [
     "ProgressDisplay",
-    "RunSummary",
-    "count_steps",
+    "closing_streak",
+    "is_broken",
+    "last_evaluation",
+    "problem_of",
     "render_summary",
     "set_step_counts_",
-    "summarise",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """The result of a run. None stands for a number that the run does not have."""
-
-    num_steps: int
-    train_loss: float | None
-    """The last logged loss, which is the mean over the steps since the previous log."""
-    eval_loss: float | None
-    num_interventions: int | None
-    num_nonfinite_steps: int | None
-    overhead_ratio: float | None
-    """Seconds in PSS divided by seconds of training, in this session."""
-    num_observed: int | None
-    """Number of events that would have been interventions; None unless the run only observed."""
-    nonfinite_streak: int
-    """Number of non-finite steps in a row at the end of the run."""
-    health: str | None = None
-    """A text about the matrices that look unhealthy; None if nothing was measured."""
-
-    @property
-    def has_broken_weights(self) -> bool:
-        """Whether the last evaluation was not finite."""
-        return self.eval_loss is not None and not math.isfinite(self.eval_loss)
-
-    @property
-    def problem(self) -> str | None:
-        """The reason why the run failed, in a sentence; None if it did not fail."""
-        if self.has_broken_weights:
-            return (
-                f"The validation loss is {self.eval_loss}: these weights are unusable, and no "
-                "model was saved."
-            )
-        # A single step may be a bad batch, or a loss scaler that raised its scale too far.
-        if self.nonfinite_streak > 1:
-            return (
-                f"The last {self.nonfinite_streak} steps were not finite: nothing was learned in "
-                "them, and the weights may be unusable."
-            )
-        return None
+def last_evaluation(trainer: Trainer) -> float | None:
+    """Return the last validation loss; None if the run was never evaluated."""
+    history = reversed(trainer.state.log_history)
+    return next((row["eval_loss"] for row in history if "eval_loss" in row), None)
 
 
-def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> RunSummary:
-    """Gather the numbers of a run that has ended.
+def closing_streak(trainer: Trainer) -> int:
+    """Return the number of non-finite steps in a row at the end of the run."""
+    controller = PSSCallback.of(trainer).controller
+    if controller is None:
+        return 0
+    history = InterventionHistory.from_state_dict(controller.state_dict()["history"])
+    is_last = history.last_nonfinite_step == controller.step_number
+    return history.nonfinite_streak if is_last else 0
+
+
+def is_broken(eval_loss: float | None) -> bool:
+    """Return whether the last evaluation was not finite."""
+    return eval_loss is not None and not math.isfinite(eval_loss)
+
+
+def problem_of(eval_loss: float | None, nonfinite_streak: int) -> str | None:
+    """Return the reason why the run failed, in a sentence; None if it did not fail."""
+    if is_broken(eval_loss):
+        return (
+            f"The validation loss is {eval_loss}: these weights are unusable, and no model was "
+            "saved."
+        )
+    # A single step may be a bad batch, or a loss scaler that raised its scale too far.
+    if nonfinite_streak > 1:
+        return (
+            f"The last {nonfinite_streak} steps were not finite: nothing was learned in them, and "
+            "the weights may be unusable."
+        )
+    return None
+
+
+def render_summary(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> RenderableType:
+    """Put the numbers of a run that has ended into a table, and the health of its matrices below.
 
     Args:
         trainer: The Trainer of that run.
@@ -86,59 +81,37 @@ def summarise(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> 
     """
     history = trainer.state.log_history
     callback = PSSCallback.of(trainer)  # not before: the Trainer replaces it when it resumes
-    report = callback.report
-    scalars: Mapping[str, float] = report.scalars if report is not None else {}
-    return RunSummary(
-        num_steps=trainer.state.global_step,
-        train_loss=next((_logged_loss(row) for row in reversed(history) if "loss" in row), None),
-        eval_loss=next((row["eval_loss"] for row in reversed(history) if "eval_loss" in row), None),
-        num_interventions=_whole(scalars.get("interventions")),
-        num_nonfinite_steps=_whole(scalars.get("nonfinite_steps")),
-        overhead_ratio=pss_seconds / train_seconds if report is not None else None,
-        num_observed=_count_observed(callback, Path(trainer.args.output_dir, EVENTS_FILE)),
-        nonfinite_streak=_closing_streak(callback),
-        health=callback.health_summary,
-    )
-
-
-def render_summary(summary: RunSummary, model_dir: Path) -> RenderableType:
-    """Put the numbers and the model's folder into a table of two columns, and the health below."""
-    perplexity = None if summary.eval_loss is None else math.exp(min(summary.eval_loss, 700.0))
-    overhead = None if summary.overhead_ratio is None else 100 * summary.overhead_ratio
+    scalars = {} if callback.report is None else callback.report.scalars
+    eval_loss = last_evaluation(trainer)
+    perplexity = None if eval_loss is None else math.exp(min(eval_loss, 700.0))
+    overhead = None if callback.report is None else 100 * (pss_seconds / train_seconds)
+    observed = _count_observed(callback, Path(trainer.args.output_dir, EVENTS_FILE))
+    train_loss = next((_logged_loss(row) for row in reversed(history) if "loss" in row), None)
     rows = [
-        ("steps", summary.num_steps, "{:,}"),
-        ("train loss", summary.train_loss, "{:.4f}"),
-        ("validation loss", summary.eval_loss, "{:.4f}"),
+        ("steps", trainer.state.global_step, "{:,}"),
+        ("train loss", train_loss, "{:.4f}"),
+        ("validation loss", eval_loss, "{:.4f}"),
         ("validation perplexity", perplexity, "{:.4g}"),
-        ("interventions", summary.num_interventions, "{:,}"),
-        ("would have intervened", summary.num_observed, "{:,}"),
-        ("non-finite steps", summary.num_nonfinite_steps, "{:,}"),
+        ("interventions", scalars.get("interventions"), "{:,.0f}"),
+        *([] if observed is None else [("would have intervened", observed, "{:,}")]),
+        ("non-finite steps", scalars.get("nonfinite_steps"), "{:,.0f}"),
         ("overhead of PSS", overhead, "{:.2f} %"),
-        ("model", "not saved" if summary.has_broken_weights else str(model_dir), "{}"),
+        ("model", "not saved" if is_broken(eval_loss) else trainer.args.output_dir, "{}"),
     ]
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value, form in rows:
-        if name != "would have intervened" or value is not None:
-            table.add_row(name, "–" if value is None else form.format(value))
+        table.add_row(name, "–" if value is None else form.format(value))
     # This is a `Text`, because names hold square brackets, which rich would read as markup.
-    return table if summary.health is None else Group(table, Text(summary.health))
+    health = callback.health_summary
+    return table if health is None else Group(table, Text(health))
 
 
 def _logged_loss(logs: Mapping[str, float]) -> float:
     # The Trainer's `logging_nan_inf_filter` writes 0.0 if no step since the last log was finite.
     is_hidden = logs["loss"] == 0.0 and logs.get("pss/nonfinite_steps", 0) > 0
     return math.nan if is_hidden else float(logs["loss"])
-
-
-def _closing_streak(callback: PSSCallback) -> int:
-    controller = callback.controller
-    if controller is None:
-        return 0
-    history = InterventionHistory.from_state_dict(controller.state_dict()["history"])
-    is_last = history.last_nonfinite_step == controller.step_number
-    return history.nonfinite_streak if is_last else 0
 
 
 def _count_observed(callback: PSSCallback, path: Path) -> int | None:
@@ -157,13 +130,6 @@ def _count_observed(callback: PSSCallback, path: Path) -> int | None:
     )
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
-_COLUMNS = ("step {task.completed}/{task.total}", "{task.fields[loss]}", "{task.fields[events]}")
-
-
 class ProgressDisplay(TrainerCallback):
     """Show a run inside a context: a bar, one line per evaluation, and PSS's warnings.
 
@@ -177,8 +143,10 @@ class ProgressDisplay(TrainerCallback):
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self._trainer = trainer
         self._console = console
-        left, *right = (TextColumn(column) for column in _COLUMNS)
-        self._bar = Progress(left, BarColumn(), *right, TimeRemainingColumn(), console=console)
+        texts = ("{task.fields[loss]}", "{task.fields[events]}", TimeRemainingColumn())
+        self._bar = Progress(
+            "step {task.completed}/{task.total}", BarColumn(), *texts, console=console
+        )
         self._task = self._bar.add_task("", visible=False, loss="", events="")
         self._handler = RichHandler(
             console=console, show_path=False, show_time=False, highlighter=NullHighlighter()
@@ -196,17 +164,12 @@ class ProgressDisplay(TrainerCallback):
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
         logging.getLogger("hf_pss").removeHandler(self._handler)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         """Show the bar, which starts at the step of the checkpoint if the run resumes."""
         visible = state.is_world_process_zero and not args.disable_tqdm
@@ -214,29 +177,19 @@ class ProgressDisplay(TrainerCallback):
             self._task, total=state.max_steps, completed=state.global_step, visible=visible
         )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the seconds of earlier sessions, which PSS has loaded before the first step."""
         if self._earlier_seconds is None:
             self._earlier_seconds = self._all_seconds()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
         self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the newest loss and the number of interventions."""
-        if not logs or "loss" not in logs:
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:
             return
         self._loss = _logged_loss(logs)
         events = plural(logs.get("pss/interventions", 0), "intervention")
@@ -244,20 +197,13 @@ class ProgressDisplay(TrainerCallback):
             events += f", {plural(num_bad, 'non-finite step')}"
         self._bar.update(self._task, loss=f"loss {self._loss:.3f}", events=events)
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Print a line that stays."""
-        if state.is_world_process_zero and metrics and "eval_loss" in metrics:
+        if state.is_world_process_zero:
             train = "–" if self._loss is None else f"{self._loss:.3f}"
             self._console.print(
                 f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  "
-                f"train loss {train}  validation loss {metrics['eval_loss']:.3f}",
+                f"train loss {train}  validation loss {kwargs['metrics']['eval_loss']:.3f}",
                 highlight=False,
             )
 
@@ -272,18 +218,13 @@ def set_step_counts_(arguments: TrainingArguments, *, num_blocks: int) -> None:
     A resumed run compares its arguments with those in the checkpoint. It would warn that 0.1
     differs from 80.
     """
-    total = count_steps(arguments, num_blocks=num_blocks)
+    batches: float = num_blocks / (arguments.train_batch_size * arguments.world_size)
+    whole = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    an_epoch: int = max(1, math.ceil(whole / arguments.gradient_accumulation_steps))
+    total = arguments.max_steps
+    if total <= 0:
+        total = math.ceil(float(arguments.num_train_epochs) * an_epoch)
     for name in ("logging_steps", "eval_steps", "save_steps"):
         share = getattr(arguments, name)
         if share is not None and 0 < share < 1:
             setattr(arguments, name, math.ceil(share * total))
-
-
-def count_steps(arguments: TrainingArguments, *, num_blocks: int) -> int:
-    """Return how many optimizer steps a run over `num_blocks` blocks takes."""
-    if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    batches: float = num_blocks / (arguments.train_batch_size * arguments.world_size)
-    whole = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    an_epoch: int = max(1, math.ceil(whole / arguments.gradient_accumulation_steps))
-    return math.ceil(float(arguments.num_train_epochs) * an_epoch)

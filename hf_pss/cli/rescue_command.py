@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_pss.cli.terminal import bytes_bar, check_output
+from hf_pss.cli.terminal import AsJson, bytes_bar, check_output, reading, writing
 from hf_pss.errors import ConfigurationError, StateError
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ def rescue(
         Path | None,
         typer.Option(help="Write a PNG of loss and gradient norm. Needs hf-pss\\[report]."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write everything to stdout as JSON, and no table.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find out when and how a run failed, choose a checkpoint, and print the command to continue.
 
@@ -119,12 +117,26 @@ def rescue(
     """
     if plot is not None:
         check_output(plot, "--plot", example="failure.png", drawn_by="hf_pss.view.canvas")
-    _refuse_useless(write, moments, lr_scale, skip_batches, allow_pickle)
+    if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
+        raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
+    if write is None and (moments is not Moments.KEEP or skip_batches or allow_pickle):
+        raise ConfigurationError(
+            "--moments, --skip-batches and --allow-pickle change the copy that --write OUT "
+            "writes: add it, or leave them out."
+        )
     from hf_pss.rescue.command import plan_resume
-    from hf_pss.rescue.repair import as_json as written_as_json
-    from hf_pss.rescue.rescue_report import as_json as exported
+    from hf_pss.rescue.investigate import investigate
 
-    found = _investigate(run_dir, margin_steps, unigram_entropy, failed_at)
+    with reading(run_dir), bytes_bar() as bar:
+        task = bar.add_task("", total=None, tensor="")
+        found = investigate(
+            run_dir,
+            margin_steps=margin_steps,
+            unigram_entropy=unigram_entropy,
+            failed_at=failed_at,
+            begin=lambda total: bar.update(task, total=total),
+            progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
+        )
     chosen = found.choice.chosen
     plan = written = None
     if chosen is not None:
@@ -150,70 +162,37 @@ def rescue(
             skipped=skip_batches,
         )
     if plot is not None:
-        _draw(found, plot)
+        from hf_pss.rescue.rescue_report import draw_course
+
+        with writing(plot, "--plot"):
+            draw_course(found, plot)
     if as_json:
-        done = None if written is None else written_as_json(written)
-        typer.echo(json.dumps(exported(found, plan, done), allow_nan=False))
+        _print_json(found, written, plan)
     else:
-        _show(found, written, plan, plot)
+        _show(found, written, plan)
+        if plot is not None:
+            typer.echo(plot)
     if chosen is None:
         raise typer.Exit(_NONE_USABLE)
 
 
-def _refuse_useless(
-    write: Path | None,
-    moments: Moments,
-    lr_scale: float | None,
-    skip_batches: int,
-    allow_pickle: bool,
-) -> None:
-    if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
-        raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
-    if write is None and (moments is not Moments.KEEP or skip_batches or allow_pickle):
-        raise ConfigurationError(
-            "--moments, --skip-batches and --allow-pickle change the copy that --write OUT "
-            "writes: add it, or leave them out."
-        )
+def _print_json(found: Investigation, written: Written | None, plan: ResumePlan | None) -> None:
+    from hf_pss.rescue import repair, rescue_report
+
+    done = None if written is None else repair.as_json(written)
+    typer.echo(json.dumps(rescue_report.as_json(found, plan, done), allow_nan=False))
 
 
-def _show(
-    found: Investigation, written: Written | None, plan: ResumePlan | None, plot: Path | None
-) -> None:
+def _show(found: Investigation, written: Written | None, plan: ResumePlan | None) -> None:
     from hf_pss.rescue.rescue_report import render_investigation, render_plan, render_written
 
     console = Console(soft_wrap=False)
     console.print(render_investigation(found))
     if written is not None:
-        console.print()
-        console.print(render_written(written))
+        console.print("", render_written(written), sep="\n")
     if plan is not None:
         console.print()
         Console(soft_wrap=True).print(render_plan(plan))
-    if plot is not None:
-        typer.echo(plot)
-
-
-def _investigate(
-    run_dir: Path, margin_steps: int, unigram_entropy: float | None, failed_at: int | None
-) -> Investigation:
-    from hf_pss.records.strict_json import visible
-    from hf_pss.rescue.investigate import investigate
-
-    try:
-        with bytes_bar() as bar:
-            task = bar.add_task("", total=None, tensor="")
-            return investigate(
-                run_dir,
-                margin_steps=margin_steps,
-                unigram_entropy=unigram_entropy,
-                failed_at=failed_at,
-                begin=lambda total: bar.update(task, total=total),
-                progress=lambda done, tensor: bar.update(task, advance=done, tensor=tensor),
-            )
-    except OSError as error:
-        raise StateError(
-            f"{visible(run_dir)} cannot be read: {visible(error.strerror)}."
-        ) from error
 
 
 def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
@@ -228,15 +207,4 @@ def _write(chosen: CheckpointReport, target: Path, **options: Any) -> Written:
         raise StateError(
             f"{visible(chosen.path)} could not be copied to {visible(target)}: "
             f"{visible(error.strerror or error)}{where}. Nothing of the copy is left."
-        ) from error
-
-
-def _draw(found: Investigation, plot: Path) -> None:
-    from hf_pss.rescue.rescue_report import draw_course
-
-    try:
-        draw_course(found, plot)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{plot} cannot be written: {error.strerror}. Give another --plot."
         ) from error

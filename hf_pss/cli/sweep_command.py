@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from hf_pss.cli.report_command import REPORT_MODULE
-from hf_pss.cli.terminal import EXIT_CODES, require_extra
+from hf_pss.cli.terminal import EXIT_CODES, REPORT_MODULE, Processes, require_extra
 from hf_pss.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -32,10 +31,7 @@ Reference = Annotated[str, typer.Option(help="The guard that the others are comp
 def run(
     grid: Annotated[Path, typer.Argument(help="A YAML file; see recipes/lr_sweep.")],
     output_dir: Folder = Path("runs/sweep"),
-    processes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at the same time.", show_default="one per core"),
-    ] = None,
+    processes: Processes = None,
 ) -> None:
     """Run a grid: recipe × optimizer × learning rate × guard × seed.
 
@@ -173,7 +169,7 @@ def guards() -> None:
     """List the guards that a grid may name, with their sources."""
     from rich.table import Table
 
-    from hf_pss.evidence.guards.table import GUARDS
+    from hf_pss.evidence.guards import GUARDS
 
     shown = Table("guard", "what it does", "source")
     for name, guard in GUARDS.items():

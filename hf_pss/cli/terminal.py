@@ -8,20 +8,42 @@ import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, PSSError, StateError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["EXIT_CODES", "bytes_bar", "check_output", "require_extra", "without_noise"]
+__all__ = [
+    "EXIT_CODES",
+    "REPORT_MODULE",
+    "AsJson",
+    "Processes",
+    "bytes_bar",
+    "check_output",
+    "reading",
+    "require_extra",
+    "without_noise",
+    "writing",
+]
 
 # Exit codes, by the status that a demo or a sweep returns.
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
+
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Runs at the same time.", show_default="one per core")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write everything to stdout as JSON, and no table.")
+]
+
+REPORT_MODULE = "hf_pss.evidence.report_page"
+"""It can be imported only if the extra ``report`` is installed."""
 
 
 def require_extra(module: str) -> None:
@@ -62,6 +84,37 @@ def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> Non
         )
     if path.exists() and not path.is_file():
         raise ConfigurationError(f"{path} is not a regular file. Give another {option}.")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a missing file, a lack of memory or a failure of LAPACK into a message and exit code 2.
+
+    Otherwise Python would exit with 1, which has another meaning for `health` and `rescue`.
+    """
+    from hf_pss.records.strict_json import visible
+
+    try:
+        yield
+    except PSSError:
+        raise
+    except OSError as error:
+        what = visible(error.filename or path)
+        raise StateError(f"{what} cannot be read: {visible(error.strerror)}.") from error
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError for both
+        why = visible(error) or "the memory is used up"
+        raise StateError(f"{visible(path)} could not be measured: {why}.") from error
+
+
+@contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """Turn a failure to write the file that an option names into a message and exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written: {error.strerror}. Give another {option}."
+        ) from error
 
 
 def bytes_bar() -> Progress:

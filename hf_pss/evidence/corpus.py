@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,11 @@ def build_corpus(
     Raises:
         ConfigurationError: The interpreter ships no sources, or an option leaves no block.
     """
-    sources = _read_library(Path(sysconfig.get_paths()["stdlib"]))
+    sources = _read_sources()
     options: dict[str, Any] = {"vocab_size": vocab_size, "max_tokens": max_tokens}
     fingerprint = _fingerprint(sources, options)
-    folder = (cache_dir or _default_cache()) / f"corpus-{fingerprint[:16]}"
+    cache = cache_dir or os.environ.get("HF_PSS_CACHE") or Path.home() / ".cache" / "hf_pss"
+    folder = Path(cache, f"corpus-{fingerprint[:16]}")
     if not folder.is_dir():
         _fill_atomically(folder, sources, options, progress or (lambda text: None))
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -119,35 +121,25 @@ def read_library() -> tuple[list[str], list[str]]:
     Raises:
         ConfigurationError: The interpreter ships no sources.
     """
-    held_out, kept = _split(_read_library(Path(sysconfig.get_paths()["stdlib"])))
+    held_out, kept = _split(_read_sources())
     return [source.text for source in kept], [source.text for source in held_out]
 
 
-def _read_library(root: Path) -> list[Source]:
-    sources = [
-        Source(path.relative_to(root).as_posix(), text)
-        for path in _python_files(root)
-        if (text := _decode(path.read_bytes())) is not None
-    ]
+def _read_sources() -> list[Source]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - _SKIPPED_FOLDERS
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            with suppress(UnicodeDecodeError):
+                if text := path.read_bytes().decode("utf-8"):
+                    sources.append(Source(path.relative_to(root).as_posix(), text))
     if not sources:
         raise ConfigurationError(
             f"Your interpreter ships no Python sources under {root}, so there is no built-in "
             "corpus. Give a text of your own."
         )
     return sorted(sources, key=lambda source: (source.rank, source.path))
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
-
-
-def _decode(content: bytes) -> str | None:
-    try:
-        return content.decode("utf-8") or None
-    except UnicodeDecodeError:
-        return None
 
 
 def _fingerprint(sources: list[Source], options: dict[str, Any]) -> str:
@@ -157,10 +149,6 @@ def _fingerprint(sources: list[Source], options: dict[str, Any]) -> str:
     for source in sources:
         digest.update(f"{source.path}\0{len(source.text)}\0{source.text}".encode())
     return digest.hexdigest()
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("HF_PSS_CACHE") or Path.home() / ".cache" / "hf_pss")
 
 
 def _fill_atomically(

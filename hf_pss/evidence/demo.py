@@ -7,19 +7,18 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 
 from hf_pss.config import PRESETS, PSSConfig
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.evidence.baselines import TRAINERS_OWN
-from hf_pss.evidence.corpus import Corpus, build_corpus
+from hf_pss.evidence.corpus import Corpus
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.recipes import RECIPES, Recipe
 from hf_pss.evidence.rows import Row, versions
@@ -32,14 +31,11 @@ _RECIPE_NAME = "slow_damage"
 DEMO_RECIPE = RECIPES[_RECIPE_NAME]
 """A small GPT-2 at a learning rate above its best one."""
 
-TWINS: Mapping[str, PSSConfig] = MappingProxyType(
-    {
-        # PSS observes and records but changes nothing, so this trains bit for bit as the
-        # plain Trainer.
-        "plain": PSSConfig(observe_only=True),
-        **{name: PSSConfig.preset(name) for name in PRESETS},
-    }
-)
+TWINS: Mapping[str, PSSConfig] = {
+    # PSS observes and records but changes nothing, so this trains bit for bit as the plain Trainer.
+    "plain": PSSConfig(observe_only=True),
+    **{name: PSSConfig.preset(name) for name in PRESETS},
+}
 """The guards of the demo. All train from the same seed on the same data."""
 
 _VERSION = 1
@@ -73,10 +69,14 @@ def run_demo(
         ``finished``, ``interrupted`` (by Ctrl-C; the results so far are kept) or ``failed``.
 
     Raises:
-        ConfigurationError: A guard is unknown, a count is below one, or a file of an earlier demo
-            cannot be removed.
+        ConfigurationError: A guard is unknown, or a file of an earlier demo cannot be removed.
     """
-    _check(guards, num_seeds, num_processes)
+    unknown = sorted(set(guards) - set(TWINS))
+    if unknown or not guards or len(set(guards)) < len(guards):
+        raise ConfigurationError(
+            f"You asked for the guards {', '.join(guards) or 'none'}; name each once, out of "
+            f"{', '.join(TWINS)}."
+        )
     console = console or Console()
     started = time.monotonic()
     cells = [
@@ -91,11 +91,8 @@ def run_demo(
         for seed in range(num_seeds)
         for guard in guards
     ]
-    prepare_corpora(cells, console)
+    (corpus,) = prepare_corpora(cells, console)
     at_a_time = min(num_processes or num_cores(), len(cells))
-    corpus = build_corpus(
-        vocab_size=recipe.vocab_size, context_length=recipe.context_length, max_tokens=None
-    )
     info = {
         **_description(recipe, corpus),
         "pss": {guard: TWINS[guard].to_dict() for guard in guards},
@@ -112,17 +109,6 @@ def run_demo(
     return status
 
 
-def _check(guards: Sequence[str], num_seeds: int, num_processes: int | None) -> None:
-    unknown = sorted(set(guards) - set(TWINS))
-    if unknown or not guards or len(set(guards)) < len(guards):
-        raise ConfigurationError(
-            f"You asked for the guards {', '.join(guards) or 'none'}; name each once, out of "
-            f"{', '.join(TWINS)}."
-        )
-    if num_seeds < 1 or (num_processes is not None and num_processes < 1):
-        raise ConfigurationError("The numbers of seeds and of processes must be 1 or more.")
-
-
 def _description(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     return {
@@ -131,7 +117,7 @@ def _description(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "running",
         "elapsed_seconds": 0.0,
-        "recipe": recipe.to_dict(),
+        "recipe": asdict(recipe),
         "model": {
             "params": recipe.model().num_parameters(),
             "layers": recipe.num_layers,
@@ -150,10 +136,10 @@ def _description(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
 
 def _train_all(out: Path, cells: Sequence[Cell], at_a_time: int, console: Console) -> str:
     columns = (
-        TextColumn("{task.description:<14}"),
+        "{task.description:<14}",
         BarColumn(),
-        TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[note]}"),
+        "{task.completed:>5.0f}/{task.total:.0f}",
+        "{task.fields[note]}",
         TimeRemainingColumn(),
     )
     broken: dict[Path, str] = {}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -17,9 +17,8 @@ import yaml
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.baselines import OPTIMIZERS, TRAINERS_OWN
-from hf_pss.evidence.guards.base import Guard
-from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.baselines import OPTIMIZERS
+from hf_pss.evidence.guards import GUARDS, Guard
 from hf_pss.evidence.recipes import RECIPES, Recipe
 from hf_pss.evidence.rows import Row, versions
 
@@ -70,7 +69,7 @@ class Cell:
     def guard(self) -> Guard:
         """The guard: one from the table, or PSS with the grid's options."""
         if self.pss is None:
-            return _table_guard(self.guard_name)
+            return GUARDS[self.guard_name]
         return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
 
     @property
@@ -81,9 +80,8 @@ class Cell:
     @property
     def id(self) -> str:
         """A hash of everything that determines the run, including the guard's name and options."""
-        recipe = self.recipe.to_dict()
-        for name in ("description", "explosion"):  # they change how a run is reported, not the run
-            del recipe[name]
+        recipe = asdict(self.recipe)
+        del recipe["explosion"]  # it changes how a run is reported, not the run
         own = {name: recipe.pop(name) for name in _BESIDE_TRAINING}
         parts = [
             # This has the nesting of the first version, so that rows of earlier sweeps
@@ -99,20 +97,20 @@ class Cell:
 
     def new_row(self, **measured: Any) -> Row:
         """Return the row of this run with the measured numbers."""
-        about: dict[str, Any] = {
-            "id": self.id,
-            "recipe": self.recipe_name,
-            "optimizer": self.optimizer,
-            "learning_rate": self.learning_rate,
-            "guard": self.guard_name,
-            "guard_id": self.guard_id,
-            "changes": dict(self.changes),
-            "seed": self.seed,
-            "num_steps": self.recipe.num_steps,
-            "versions": versions(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        return Row(**about, **measured)
+        return Row(
+            id=self.id,
+            recipe=self.recipe_name,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            guard=self.guard_name,
+            guard_id=self.guard_id,
+            changes=dict(self.changes),
+            seed=self.seed,
+            num_steps=self.recipe.num_steps,
+            versions=versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            **measured,
+        )
 
     def check(self) -> None:
         """Check that the run is possible.
@@ -122,16 +120,11 @@ class Cell:
                 no CUDA device that the recipe needs.
         """
         guard, recipe = self.guard, self.recipe
-        has_one_rate = recipe.matrix_lr_ratio == 1.0
-        if guard.optimizer is not None and (self.optimizer != "adamw" or not has_one_rate):
+        is_plain = self.optimizer == "adamw" and recipe.matrix_lr_ratio == 1.0
+        if guard.optimizer is not None and not is_plain:
             raise ConfigurationError(
                 f"The guard {self.guard_name} is an optimizer in AdamW's place, with one learning "
                 f"rate for all parameters; the cell {self} asks for another."
-            )
-        if self.optimizer == TRAINERS_OWN and not has_one_rate:
-            raise ConfigurationError(
-                f"The Trainer's own optimizer has one learning rate for all parameters; {self} "
-                "asks for two."
             )
         if guard.needs_fault and recipe.fault is None:
             raise ConfigurationError(
@@ -266,18 +259,14 @@ def _choice(what: str, name: Any, table: Mapping[str, _T], hint: str = "") -> _T
     return table[name]
 
 
-def _table_guard(name: str) -> Guard:
-    hint = ", or give PSS options of your own: {name: ..., preset: floor, floor_ratio: 0.5}"
-    return _choice("guard", name, GUARDS, hint)
-
-
 def _guard(entry: Any) -> tuple[str, PSSConfig | None]:
     """Return a guard's name, and its PSS options if the grid gives them.
 
     An entry with options is a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
     """
     if isinstance(entry, str):
-        _table_guard(entry)
+        hint = ", or give PSS options of your own: {name: ..., preset: floor, floor_ratio: 0.5}"
+        _choice("guard", entry, GUARDS, hint)
         return entry, None
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ConfigurationError(f"A guard is a name or a mapping with a name, not {entry!r}.")

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import Trainer
 
-from hf_pss.evidence.guards.base import TimedCallback
+from hf_pss.evidence.guard_callbacks import TimedCallback
 from hf_pss.health.probe_meters import (
     SignDiversityMeter,
     SpectralNormMeter,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import (
@@ -22,6 +21,10 @@ from hf_pss.detection.explosion import ExplosionRule
 from hf_pss.errors import ConfigurationError
 
 __all__ = ["RECIPES", "Fault", "Recipe"]
+
+
+Architecture = Literal["gpt2", "post_ln"]
+Schedule = Literal["warmup_stable_decay", "constant", "ramp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,6 @@ class Recipe:
     The defaults train a GPT-2 of 8 layers at a learning rate above its best one.
     """
 
-    description: str = ""
     num_layers: int = 8
     width: int = 64
     num_heads: int = 4
@@ -68,7 +70,7 @@ class Recipe:
     num_eval_blocks: int = 256
     health_every_steps: int = 20
     """Interval of the health readings in the demo. In a sweep the guards set the interval."""
-    architecture: Literal["gpt2", "post_ln"] = "gpt2"
+    architecture: Architecture = "gpt2"
     """GPT-2 normalises the input of each block, and ``post_ln`` is GPT-1, which
     normalises the output."""
     init_gain: float = 1.0
@@ -78,7 +80,7 @@ class Recipe:
     matrix_lr_ratio: float = 1.0
     """Ratio of the learning rate of the block matrices to that of the other parameters."""
     adam_beta1: float = 0.9
-    schedule: Literal["warmup_stable_decay", "constant", "ramp"] = "warmup_stable_decay"
+    schedule: Schedule = "warmup_stable_decay"
     """``warmup_stable_decay`` and ``constant`` begin with a linear warm-up and then stay constant.
     The first decays linearly to zero over the last 40 % of the steps. ``ramp`` rises linearly from
     zero over the whole run."""
@@ -89,10 +91,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(
-                    f"{name} must be above 0; you gave {getattr(self, name)!r}."
-                )
+            if not (value := getattr(self, name)) > 0:
+                raise ConfigurationError(f"{name} must be above 0; you gave {value!r}.")
         if self.width % self.num_heads:
             raise ConfigurationError(
                 f"{self.num_heads} heads do not divide a width of {self.width}; choose a multiple."
@@ -140,15 +140,7 @@ class Recipe:
         return model
 
     def arguments(self, output_dir: Path, seed: int) -> TrainingArguments:
-        """Return the training arguments of one run; they are the same for every guard.
-
-        Raises:
-            ConfigurationError: The recipe needs a CUDA device and this machine has none.
-        """
-        if self.on_gpu and not torch.cuda.is_available():
-            raise ConfigurationError(
-                f"This recipe ({self.description}) needs a CUDA device; there is none here."
-            )
+        """Return the training arguments of one run; they are the same for every guard."""
         schedule: dict[str, Any] = {
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": min(self.warmup_steps, self.num_steps // 2),
@@ -182,20 +174,13 @@ class Recipe:
             **schedule,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain JSON."""
-        return asdict(self)
-
 
 _POSITIVE = (
     *("num_layers", "width", "num_heads", "context_length", "vocab_size", "batch_size"),
     *("learning_rate", "num_steps", "warmup_steps", "weight_decay", "adam_beta2"),
     *("eval_every_steps", "num_eval_blocks", "health_every_steps"),
 )
-_WORDS = {
-    "architecture": ("gpt2", "post_ln"),
-    "schedule": ("warmup_stable_decay", "constant", "ramp"),
-}
+_WORDS = {"architecture": get_args(Architecture), "schedule": get_args(Schedule)}
 
 
 def _check_like(name: str, value: Any, now: Any) -> None:
@@ -211,77 +196,49 @@ def _check_like(name: str, value: Any, now: Any) -> None:
 # With half the depth and batch size of the default, a step takes a third of the time.
 _TINY: dict[str, Any] = {"num_layers": 4, "batch_size": 8, "num_steps": 600}
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "slow_damage": Recipe(
-            description="GPT-2, 8 layers x 64: at 1e-2 stable ranks collapse early and the loss "
-            "stays high"
-        ),
-        "slow_damage_tiny": Recipe(
-            description="The same with 4 layers and batch 8: a run takes 15 s", **_TINY
-        ),
-        "wide": Recipe(description="GPT-2, 6 layers x 128", num_layers=6, width=128),
-        "deep": Recipe(
-            description="GPT-2, 24 layers x 48: damaged from 2e-2 on",
-            num_layers=24,
-            width=48,
-            num_heads=6,
-            batch_size=8,
-        ),
-        "ramp": Recipe(
-            description="The tiny GPT-2; the learning rate rises from zero through the whole run: "
-            "descent, then explosion where the rate becomes too high",
-            **{**_TINY, "num_steps": 1000},
-            schedule="ramp",
-        ),
-        "collapse": Recipe(
-            description="GPT-1 (post-LN), 12 layers: at 1e-2 it falls to unigram entropy within "
-            "100 steps",
-            num_layers=12,
-            batch_size=8,
-            num_steps=400,
-            architecture="post_ln",
-        ),
-        "random_batch": Recipe(
-            description="The tiny GPT-2; the tokens of steps 300 to 302 are drawn at random",
-            **_TINY,
-            learning_rate=3e-3,
-            fault=Fault("random_batch", start=300, num_steps=3),
-        ),
-        "nan_gradient": Recipe(
-            description="The tiny GPT-2; the gradients of step 300 hold a NaN",
-            **_TINY,
-            learning_rate=3e-3,
-            fault=Fault("nan_gradient", start=300),
-        ),
-        "damaged": Recipe(
-            description="The tiny GPT-2 at a sound rate; from step 200 on, 20 steps at 30 times "
-            "that rate",
-            **_TINY,
-            learning_rate=2e-3,
-            fault=Fault("high_learning_rate", start=200, num_steps=20, factor=30.0),
-        ),
-        "damaged_mildly": Recipe(
-            description="The same with 5 steps at 10 times that rate",
-            **_TINY,
-            learning_rate=2e-3,
-            fault=Fault("high_learning_rate", start=200, num_steps=5, factor=10.0),
-        ),
-        "undamaged": Recipe(
-            description="The twin of `damaged` without the damage", **_TINY, learning_rate=2e-3
-        ),
-        "gpt2_124m": Recipe(
-            description="GPT-2 124M, context 1024, on one GPU: bfloat16, compiled",
-            num_layers=12,
-            width=768,
-            num_heads=12,
-            context_length=1024,
-            vocab_size=8192,
-            batch_size=16,
-            num_steps=1000,
-            warmup_steps=100,
-            on_gpu=True,
-        ),
-    }
-)
+RECIPES: Mapping[str, Recipe] = {
+    # At 1e-2 stable ranks collapse early and the loss stays high.
+    "slow_damage": Recipe(),
+    # A run takes 15 s.
+    "slow_damage_tiny": Recipe(**_TINY),
+    "wide": Recipe(num_layers=6, width=128),
+    # Damaged from 2e-2 on.
+    "deep": Recipe(num_layers=24, width=48, num_heads=6, batch_size=8),
+    # The learning rate rises from zero through the whole run: descent, then explosion where the
+    # rate becomes too high.
+    "ramp": Recipe(**{**_TINY, "num_steps": 1000}, schedule="ramp"),
+    # GPT-1 (post-LN): at 1e-2 it falls to unigram entropy within 100 steps.
+    "collapse": Recipe(num_layers=12, batch_size=8, num_steps=400, architecture="post_ln"),
+    # The tokens of steps 300 to 302 are drawn at random.
+    "random_batch": Recipe(
+        **_TINY, learning_rate=3e-3, fault=Fault("random_batch", start=300, num_steps=3)
+    ),
+    # The gradients of step 300 hold a NaN.
+    "nan_gradient": Recipe(**_TINY, learning_rate=3e-3, fault=Fault("nan_gradient", start=300)),
+    # At a sound rate; from step 200 on, 20 steps at 30 times that rate.
+    "damaged": Recipe(
+        **_TINY,
+        learning_rate=2e-3,
+        fault=Fault("high_learning_rate", start=200, num_steps=20, factor=30.0),
+    ),
+    # The same with 5 steps at 10 times that rate.
+    "damaged_mildly": Recipe(
+        **_TINY,
+        learning_rate=2e-3,
+        fault=Fault("high_learning_rate", start=200, num_steps=5, factor=10.0),
+    ),
+    # The twin of `damaged` without the damage.
+    "undamaged": Recipe(**_TINY, learning_rate=2e-3),
+    # GPT-2 124M, context 1024, on one GPU: bfloat16, compiled.
+    "gpt2_124m": Recipe(
+        num_layers=12,
+        width=768,
+        num_heads=12,
+        context_length=1024,
+        vocab_size=8192,
+        num_steps=1000,
+        warmup_steps=100,
+        on_gpu=True,
+    ),
+}
 """Every recipe, by the name that a grid gives. The grid sets the learning rate."""

@@ -25,12 +25,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from hf_pss.errors import ConfigurationError, PSSError
+from hf_pss.evidence.corpus import Corpus, build_corpus
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.rows import Row, append_row, drop_unfinished_line, read_rows
 
@@ -73,11 +73,9 @@ def run_sweep(
 
     Raises:
         ConfigurationError: A cell cannot be run, the folder cannot be written to, another sweep is
-            writing to it, or a count is not positive.
+            writing to it.
         PSSError: A worker was killed from outside.
     """
-    if num_processes is not None and num_processes < 1:
-        raise ConfigurationError("The number of processes must be 1 or more.")
     for cell in cells:
         cell.check()
     console = console or Console(stderr=True)
@@ -105,13 +103,8 @@ def _run_missing(
     if not todo:
         return "finished"
     prepare_corpora(todo, console)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("runs", total=len(todo))
 
@@ -168,7 +161,7 @@ def run_cells(
                 done, _ = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
                     cell = pending.pop(future)
-                    row = _row_of(future, cell)
+                    row = future.result()
                     is_failed |= row.status == "failed"
                     take(cell, row)
                 poll()
@@ -180,16 +173,6 @@ def run_cells(
                 "Finished runs are kept. Run the same command with fewer --processes to continue."
             ) from error
     return "failed" if is_failed else "finished"
-
-
-def _row_of(future: Future[Row], cell: Cell) -> Row:
-    """Return the row of the run. An error in one run must not end the others."""
-    try:
-        return future.result()
-    except (ConfigurationError, BrokenProcessPool):
-        raise
-    except Exception as error:
-        return cell.new_row(status="failed", error=f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -243,33 +226,34 @@ def _end_with_parent(parent: int) -> None:
 def _run(cell: Cell, folder: Path | None) -> Row:
     from hf_pss.evidence.worker import run_cell, train_cell
 
-    if folder is None:
-        return run_cell(cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG_FILE).open("wb") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG_FILE).open("wb") as log:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(log.fileno(), stream.fileno())
     try:
-        return train_cell(cell, folder)
-    except Exception:
-        traceback.print_exc()
+        return run_cell(cell) if folder is None else train_cell(cell, folder)
+    except ConfigurationError:
         raise
+    except Exception as error:  # an error in one run must not end the others
+        if folder is not None:
+            traceback.print_exc()
+        return cell.new_row(status="failed", error=f"{type(error).__name__}: {error}")
 
 
-def prepare_corpora(cells: Sequence[Cell], console: Console) -> None:
+def prepare_corpora(cells: Sequence[Cell], console: Console) -> list[Corpus]:
     """Fill the corpus cache once, before several processes need it."""
-    from hf_pss.evidence.corpus import build_corpus
-
-    for vocab_size, context_length in sorted(
-        {(cell.recipe.vocab_size, cell.recipe.context_length) for cell in cells}
-    ):
+    wanted = sorted({(cell.recipe.vocab_size, cell.recipe.context_length) for cell in cells})
+    return [
         build_corpus(
             vocab_size=vocab_size,
             context_length=context_length,
             max_tokens=None,
             progress=lambda text: console.print(f"Preparing the corpus: {text} …"),
         )
+        for vocab_size, context_length in wanted
+    ]
 
 
 def num_cores() -> int:

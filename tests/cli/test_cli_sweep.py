@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from commandline import Run
 
-from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.guards import GUARDS
 from hf_pss.evidence.rows import Row, append_row
 
 USER_MISTAKE = 2

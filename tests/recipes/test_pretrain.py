@@ -23,9 +23,8 @@ from typer.testing import CliRunner, Result
 
 import hf_pss
 from hf_pss.cli.app import app
-from hf_pss.cli.model import SIZES, load_tokenizer, make_config, make_model
+from hf_pss.cli.loading import SIZES, load_tokenizer, load_training_text, make_config, make_model
 from hf_pss.cli.parsing import micro_batches, parse_plan
-from hf_pss.cli.text import open_stream
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.data import train_tokenizer
 
@@ -263,9 +262,9 @@ def test_two_ranks_read_one_stream_and_no_block_twice(
     assert [len(rank["blocks"]) for rank in ranks] == [3 * 2 * 4] * 2
     assert len(set(blocks)) == len(blocks)
     # Together they read the stream's beginning, and all of it.
-    plan = parse_plan([*stream, "--max_steps", "3"])
+    plan = parse_plan([*stream, "--max_steps", "3", "--shuffle_buffer", "1"])
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
-    text = open_stream(plan.data, tokenizer, shuffle_buffer=1, seed=42)
+    text = load_training_text(plan, tokenizer)
     ahead = [tuple(item["input_ids"].tolist()) for item, _ in zip(text.train, blocks, strict=False)]
     assert set(blocks) == set(ahead)
     assert len([row for row in history("out") if "throughput/eta_seconds" in row]) == 3

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hf_pss.cli.model import read_overrides
+from hf_pss.cli.loading import read_overrides
 from hf_pss.cli.parsing import TrainPlan, parse_plan
-from hf_pss.cli.saved_options import options_to_keep
+from hf_pss.cli.resume import options_to_keep
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.runs.folder import EVENTS_FILE, OPTIONS_FILE

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from helpers import arguments, gpt2, token_rows
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_pss import PSSTrainer
-from hf_pss.evidence.guards.base import Guard, OptimizerSettings, TimedCallback
+from hf_pss.evidence.guard_callbacks import TimedCallback
+from hf_pss.evidence.guards import Guard
 
-SETTINGS = OptimizerSettings(learning_rate=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+SETTINGS = TrainingArguments("unused", learning_rate=3e-3, weight_decay=0.1, use_cpu=True)
 
 
 def trainer_of(

@@ -11,7 +11,7 @@ from sweep_cells import cell
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.grid import Cell, read_grid
-from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.guards import GUARDS
 from hf_pss.evidence.recipes import RECIPES
 
 BASE = "recipes: [wide]\nlearning_rates: [1e-3]\nguards: [none]\n"

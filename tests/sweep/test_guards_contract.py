@@ -10,7 +10,7 @@ import torch
 from helpers import gpt2
 from sweep_guards import SETTINGS, trainer_of
 
-from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.guards import GUARDS
 
 # A rescue treats what a recipe's fault has done, and refuses a trainer without one.
 UNFAULTED = [name for name in GUARDS if not name.startswith("rescue_")]

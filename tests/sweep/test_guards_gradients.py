@@ -13,9 +13,8 @@ from sweep_guards import trainer_of
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_pss.evidence.guards.base import Guard
-from hf_pss.evidence.guards.gradients import OlmoSkipStep, SkipStepRule, ZClip, ZClipRule
-from hf_pss.evidence.guards.table import GUARDS
+from hf_pss.evidence.guard_callbacks import OlmoSkipStep, SkipStepRule, ZClip, ZClipRule
+from hf_pss.evidence.guards import GUARDS, Guard
 
 NORMS = np.random.default_rng(0).lognormal(sigma=0.3, size=400).tolist()
 SPIKES = {60: 30.0, 61: 8.0, 200: 5.0, 300: 100.0}

@@ -12,9 +12,13 @@ from helpers import gpt2, token_rows
 from sweep_guards import trainer_of
 
 from hf_pss import PSSConfig, select_matrices
-from hf_pss.evidence.guards.base import Guard
-from hf_pss.evidence.guards.gradients import LearningRateDrop
-from hf_pss.evidence.guards.weights import ScheduledSmoothing, SpectralCap, sigma_reparam_
+from hf_pss.evidence.guard_callbacks import (
+    LearningRateDrop,
+    ScheduledSmoothing,
+    SpectralCap,
+    sigma_reparam_,
+)
+from hf_pss.evidence.guards import Guard
 from hf_pss.linalg import spectral_norm
 from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.trainer.callback import PSSCallback

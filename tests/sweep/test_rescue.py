@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from hf_pss import PSSTrainer
 from hf_pss.config import PSSConfig
-from hf_pss.evidence.guards.repairs import Rescue, Treatment
+from hf_pss.evidence.guard_callbacks import Rescue, Treatment
 from hf_pss.evidence.recipes import Fault
 from hf_pss.linalg import noise_stable_rank
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
@@ -70,7 +70,7 @@ def treated(folder: Path, treatment: Treatment | None) -> tuple[Watch, Rescue | 
         train_dataset=token_rows(),
         pss_config=PSSConfig.preset("paper", observe_only=True),
     )
-    rescue = Rescue(FAULT, treatment, floor_ratio=FLOOR_RATIO) if treatment else None
+    rescue = Rescue(FAULT, treatment) if treatment else None
     watch = Watch()
     for callback in (Harm(), rescue, watch):
         if callback is not None:

@@ -98,9 +98,3 @@ def test_a_mistake_in_a_cell_ends_the_sweep_with_its_message(tmp_path: Path) -> 
     cells: list[Cell] = [cell("stable_adamw", optimizer="sgd")]
     with pytest.raises(ConfigurationError, match="in AdamW's place"):
         run_sweep(cells, tmp_path, num_processes=1, console=quiet())
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_a_number_of_processes_below_one_is_refused(tmp_path: Path, count: int) -> None:
-    with pytest.raises(ConfigurationError, match="1 or more"):
-        run_sweep([cell()], tmp_path, num_processes=count)

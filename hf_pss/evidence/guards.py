@@ -1,57 +1,70 @@
-"""The guards that a sweep can compare, by name."""
+"""The protections of a training run that a sweep compares with PSS, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_pss.config import PSSConfig
-from hf_pss.evidence.baselines import (
-    adagc,
-    reparametrized_adamw,
-    spam,
-    stable_adamw,
-    stable_spam,
-)
-from hf_pss.evidence.guards.base import Guard
-from hf_pss.evidence.guards.gradients import LearningRateDrop, OlmoSkipStep, ZClip
-from hf_pss.evidence.guards.repairs import Rescue, Treatment
-from hf_pss.evidence.guards.weights import (
+from hf_pss.evidence.baselines import OptimizerMaker, packaged_adam, reparametrized_adamw
+from hf_pss.evidence.guard_callbacks import (
     REPARAMETRIZED,
+    LearningRateDrop,
+    OlmoSkipStep,
+    Rescue,
     ScheduledSmoothing,
     SpectralCap,
+    Treatment,
+    ZClip,
+    ZClipRule,
     sigma_reparam_,
 )
 from hf_pss.trainer.callback import PSSCallback
 
-__all__ = ["GUARDS"]
+__all__ = ["GUARDS", "Guard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A protection of a training run, as the differences from the same run without it.
+
+    The recipe sets everything else: initial weights, order of the data, schedule.
+    """
+
+    description: str
+    """One line for tables and ``--help``."""
+    source: str
+    """The paper and its rule, or the package that implements it."""
+    pss: PSSConfig = field(default_factory=lambda: PSSConfig(observe_only=True))
+    """Options of PSS, which only observes unless the guard is PSS."""
+    max_grad_norm: float | None = None
+    """Clipping at this global norm. With 0 nothing is clipped; None leaves it to the recipe."""
+    optimizer: OptimizerMaker | None = None
+    """Builds the optimizer that replaces AdamW. With None the recipe's optimizer stays."""
+    callback: Callable[[Trainer], TrainerCallback] | None = None
+    """Acts during training, after PSS's callback."""
+    needs_fault: bool = False
+    """Whether the guard treats a run after the recipe's fault. Without a fault it does nothing."""
+    prepare: Callable[[nn.Module], None] | None = None
+    """Changes the model before training, when it has the recipe's initial weights."""
+
 
 _PSS_PAPER = "Dispelling the Curse of Singularities, arXiv 2602.01308"
 
 
-def _olmo_skip(trainer: Trainer) -> TrainerCallback:
-    pss = PSSCallback.of(trainer)
-    return OlmoSkipStep(lambda: pss.readings)
-
-
-def _rescue(treatment: Treatment) -> Guard:
-    def callback(trainer: Trainer) -> TrainerCallback:
-        return Rescue(trainer.recipe.fault, treatment)
-
-    descriptions = {
-        "smooth": "matrices capped at the stable-rank floor 0.8 x noise, once, after the fault",
-        "smooth_and_reset": "the same, and all first moments set to zero",
-        "reset": "only the first moments set to zero",
-        "roll_back": "weights and optimizer as before the fault; then the next data",
-    }
+def _rescue(treatment: Treatment, description: str) -> Guard:
     return Guard(
-        description=descriptions[treatment], source="ours", callback=callback, needs_fault=True
+        description=description,
+        source="ours",
+        callback=lambda trainer: Rescue(trainer.recipe.fault, treatment),
+        needs_fault=True,
     )
 
 
-_ROWS = {
+GUARDS: Mapping[str, Guard] = {
     "none": Guard(
         description="no protection, not even clipping",
         source="control",
@@ -67,37 +80,44 @@ _ROWS = {
         source="ZClip, arXiv 2504.02507, reciprocal rule of the authors' code; without that code's "
         "second limit, a fixed norm of 1; non-finite norms are not averaged",
         max_grad_norm=0.0,
-        callback=lambda trainer: ZClip(),
+        callback=lambda trainer: ZClip(ZClipRule()),
     ),
+    # β = 0.98 and λ_rel = 1.05. For the first 100 steps it clips globally at λ_abs = 1, and the
+    # smallest norm so far serves as the average. These numbers are the package's defaults.
     "adagc": Guard(
         description="each tensor's gradient clipped at 1.05 times its own average",
         source="AdaGC, arXiv 2502.11034; pytorch_optimizer",
         max_grad_norm=0.0,
-        optimizer=adagc,
+        optimizer=packaged_adam("AdaGC"),
     ),
+    # A cosine warm-up of 150 steps after a reset (the package's default is 50) and full density,
+    # which means no sparse momentum. The package does not restart Adam's bias correction at a
+    # reset. After a reset it limits entries only from the 20th step on.
     "spam": Guard(
         description="Adam with entries clipped at g² = 5000 v, moments reset every 500 steps",
         source="SPAM, arXiv 2501.06842; pytorch_optimizer with the paper's warm-up of 150 steps",
         max_grad_norm=0.0,
-        optimizer=spam,
+        optimizer=packaged_adam("SPAM", warmup_epoch=150),
     ),
+    # γ₁ = 0.7, γ₂ = 0.9 and θ = 0.999, which are the package's defaults.
     "stable_spam": Guard(
         description="Adam on clipped and normalised gradients, moments reset every 1000 steps",
         source="Stable-SPAM, arXiv 2502.17055; pytorch_optimizer",
         max_grad_norm=0.0,
-        optimizer=stable_spam,
+        optimizer=packaged_adam("StableSPAM"),
     ),
+    # Algorithm 2 of the paper, whose average corrects v for its bias.
     "stable_adamw": Guard(
         description="AdamW, learning rate over max(1, RMS(g/√v)) of each tensor",
         source="StableAdamW, arXiv 2304.13013; pytorch_optimizer, which also scales weight decay",
         max_grad_norm=0.0,
-        optimizer=stable_adamw,
+        optimizer=packaged_adam("StableAdamW"),
     ),
     "olmo_skip": Guard(
         description="update skipped where loss or norm passes mean + 6σ of 128 steps",
         source="OLMo-core's SkipStepOptimizer; non-finite values are skipped and not remembered, "
         "and a skipped step leaves the moments as they are",
-        callback=_olmo_skip,
+        callback=lambda trainer: OlmoSkipStep(PSSCallback.of(trainer)),
     ),
     "spectral_cap": Guard(
         description="σ₁ of each matrix held to the edge of noise of variance 1/n, 1 + √(m/n)",
@@ -152,11 +172,15 @@ _ROWS = {
         source=f"{_PSS_PAPER}; anchor, trial and floor are ours",
         pss=PSSConfig.preset("anchored"),
     ),
-    "rescue_smooth": _rescue("smooth"),
-    "rescue_smooth_and_reset": _rescue("smooth_and_reset"),
-    "rescue_reset": _rescue("reset"),
-    "rescue_roll_back": _rescue("roll_back"),
+    "rescue_smooth": _rescue(
+        "smooth", "matrices capped at the stable-rank floor 0.8 x noise, once, after the fault"
+    ),
+    "rescue_smooth_and_reset": _rescue(
+        "smooth_and_reset", "the same, and all first moments set to zero"
+    ),
+    "rescue_reset": _rescue("reset", "only the first moments set to zero"),
+    "rescue_roll_back": _rescue(
+        "roll_back", "weights and optimizer as before the fault; then the next data"
+    ),
 }
-
-GUARDS: Mapping[str, Guard] = MappingProxyType(_ROWS)
 """Guard by name. If ``max_grad_norm`` is None, the recipe's clipping stays on."""

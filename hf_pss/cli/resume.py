@@ -1,7 +1,8 @@
-"""Keep the options that a run's checkpoints depend on, so that `--resume` can compare them."""
+"""Resume a run of `hf-pss train`: the checkpoint to resume from, and the options that it needs."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,23 +10,20 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
-from hf_pss.cli.model import read_overrides
+from hf_pss.cli.loading import BUILT_IN, read_overrides
 from hf_pss.cli.parsing import make_parser
-from hf_pss.cli.text import BUILT_IN
 from hf_pss.cli.train_options import TrainPlan
 from hf_pss.detection.state import check_version, read_mapping, read_object
 from hf_pss.errors import ConfigurationError, StateError
-from hf_pss.runs.options import (
-    LR_SCALE,
-    TRAINING_OPTIONS,
-    options_file,
-    read_options,
-    write_options,
-)
+from hf_pss.runs.checkpoint import examine, recorded_step
+from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step
+from hf_pss.runs.options import LR_SCALE, TRAINING_OPTIONS, options_file, read_options
+from hf_pss.runs.records_files import read_log
+from hf_pss.trainer.resuming import newest_whole
 
-__all__ = ["KeepOptions", "options_to_keep"]
+__all__ = ["advice_after_failure", "choose_checkpoints", "latest_checkpoint", "options_to_keep"]
 
 _VERSION = 1
 # These must stay the same, because the weights depend on them. The data and the rate may change.
@@ -41,24 +39,99 @@ _MAY_BE_PATHS = ("model", "model_config", "tokenizer", "dataset")
 Options: TypeAlias = dict[str, Any]
 
 
-class KeepOptions(TrainerCallback):
-    """Writes the options when training begins, unless a resumed run does not know them (None)."""
+def choose_checkpoints(plan: TrainPlan) -> tuple[Path | None, list[Path]]:
+    """Return the checkpoint to resume from, and the earlier run's checkpoints to remove.
 
-    def __init__(self, options: Options | None) -> None:
-        self._options = options
+    Raises:
+        ConfigurationError: There is nothing to resume, nothing left to train, or the folder holds
+            an earlier run.
+        StateError: There are checkpoints, but none is complete.
+    """
+    output_dir = Path(plan.arguments.output_dir)
+    given = str(plan.arguments.resume_from_checkpoint or "false")
+    if plan.run.resume or given.lower() == "true":
+        accepts_fresh = plan.arguments.pss_missing_state == "fresh"
+        latest = latest_checkpoint(output_dir, accepts_fresh=accepts_fresh)
+        if latest is None:
+            raise ConfigurationError(
+                f"{output_dir} holds no checkpoint to resume from. Leave --resume out, or give "
+                "the --output_dir of the run that you want to continue."
+            )
+    elif given.lower() != "false":
+        latest = Path(given)
+    else:
+        earlier = checkpoints_by_step(output_dir)
+        if not plan.run.overwrite and any(_step_of(path) is not None for path in earlier):
+            raise ConfigurationError(
+                f"{output_dir} holds checkpoints of an earlier run. Add --resume to continue it, "
+                "--overwrite to remove them, or choose another --output_dir."
+            )
+        return None, earlier if plan.run.overwrite else []
+    step, max_steps = _step_of(latest), plan.arguments.max_steps
+    if step is None:
+        raise ConfigurationError(f"{latest} is not a complete checkpoint: no {STATE_FILE}.")
+    if 0 < max_steps <= step:  # the Trainer would still take one more step (5.23)
+        where = "at" if step == max_steps else "past"
+        raise ConfigurationError(
+            f"{latest.name} is already {where} --max_steps {max_steps}. Give more steps, or start "
+            "a run in another --output_dir."
+        )
+    return latest, []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the file, on the first process only."""
-        if state.is_world_process_zero and self._options is not None:
-            write_options(Path(args.output_dir), {"version": _VERSION, **self._options})
+
+def latest_checkpoint(output_dir: Path, *, accepts_fresh: bool = False) -> Path | None:
+    """Return the newest checkpoint that can be resumed, and log the newer ones that cannot.
+
+    Args:
+        output_dir: The run's folder. The result is None if it holds no checkpoint at all.
+        accepts_fresh: Also accept a checkpoint without the optimizer's or the schedule's state.
+
+    Raises:
+        StateError: There are checkpoints, but none can be resumed.
+    """
+    if not checkpoints_by_step(output_dir):
+        return None
+    return newest_whole(output_dir, accepts_fresh=accepts_fresh).path
+
+
+def advice_after_failure(output_dir: Path, resumed: Path | None) -> str:
+    """Return the advice for a run that failed: which checkpoint to continue from, and how.
+
+    Args:
+        output_dir: The run's folder.
+        resumed: The checkpoint from which the run had resumed. It may be in a different folder.
+    """
+    candidates = [*([resumed] if resumed else []), *checkpoints_by_step(output_dir)]
+    usable = [found for found in map(examine, candidates) if found.problem is None]
+    losses = {}  # the validation losses at the step of each checkpoint
+    for found in usable:
+        log = read_log(found.path / STATE_FILE)
+        rows = (row for row in log.rows if row.step == log.global_step)
+        losses[found.path] = [row.eval_loss for row in rows if row.eval_loss is not None]
+    healthy = [found for found in usable if any(map(math.isfinite, losses[found.path]))]
+    if not healthy and usable and not any(losses.values()):
+        return f"No checkpoint was evaluated; the latest, of unknown health, is {usable[-1].path}."
+    if not healthy:
+        return "No checkpoint has a finite evaluation to continue from: start the run again."
+    best = healthy[-1]
+    resume = "--resume_from_checkpoint continues from it at the old learning rate, "
+    return (
+        f"The last checkpoint whose evaluation was finite is {best.path}: "
+        f"{resume if best.is_whole else ''}--model starts from its weights at another."
+    )
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    try:
+        return recorded_step(checkpoint)
+    except (StateError, OSError):
+        return None
 
 
 def options_to_keep(
     plan: TrainPlan, checkpoint: Path | None, *, warn: Callable[[str], None]
 ) -> Options | None:
-    """Return the options for `KeepOptions`: the given ones, or those of the run that is resumed.
+    """Return the options to write beside the checkpoints: the given ones, or the resumed run's.
 
     Raises:
         ConfigurationError: A resumed run has a different model or context length, or the file with
@@ -103,7 +176,8 @@ def _options_of(plan: TrainPlan) -> Options:
     options["learning_rate"] = plan.arguments.learning_rate
     options["training"] = _unlike_the_defaults(plan.arguments)
     options["paths"] = _local_paths(options)
-    return {**options, "unigram_entropy": None}  # filled in once the text is loaded
+    # The entropy is filled in once the text is loaded.
+    return {"version": _VERSION, **options, "unigram_entropy": None}
 
 
 def _unlike_the_defaults(arguments: TrainingArguments) -> Options:
@@ -146,7 +220,7 @@ def _read(path: Path, known: Options) -> Options:
         check_version(parsed, _VERSION, "the file")
         # Files of earlier versions lack these.
         later: Options = {"training": {}, "paths": {}, "unigram_entropy": None}
-        kept = dict(read_object({**later, **parsed}, ("version", *known), "the file"))
+        kept = dict(read_object({**later, **parsed}, tuple(known), "the file"))
         for name in ("training", "paths"):
             kept[name] = dict(read_mapping(kept[name], name))
     except (OSError, StateError) as error:
@@ -154,7 +228,6 @@ def _read(path: Path, known: Options) -> Options:
             f"The options of the run that you resume cannot be read from {path}: {error} "
             "Remove the file to resume without comparing them."
         ) from error
-    del kept["version"]
     return kept
 
 
