@@ -15,8 +15,8 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence import report_page
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
+from hf_pss.view import canvas as view_canvas
 from hf_pss.view import numbers as text
-from hf_pss.view import page as view_page
 
 VOID = {"meta", "img", "br"}
 
@@ -66,7 +66,7 @@ def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def words_only(no_png: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made and not rendered."""
-    monkeypatch.setattr(view_page, "to_svg", lambda figure: b"<svg/>")
+    monkeypatch.setattr(view_canvas, "to_svg", lambda figure: b"<svg/>")
 
 
 def show(run_dir: Path) -> str:
