@@ -143,7 +143,7 @@ def _llama() -> nn.Module:
             vocab_size=128,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=2,
             bos_token_id=1,
@@ -211,7 +211,7 @@ def _bert() -> nn.Module:
         BertConfig(
             vocab_size=128,
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=64,
             max_position_embeddings=64,
@@ -264,7 +264,7 @@ def _vit() -> nn.Module:
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=64,
             image_size=16,
