@@ -55,6 +55,7 @@ SCENARIOS = (
     "collapse_dead",
     "slow_decay",
     "slow_ascent",
+    "rate_explosion",
 )
 _SOUND = SCENARIOS[:8]
 # The loss of a policy shows no other failure than NaN.
@@ -196,6 +197,12 @@ def _rate_jump(plan: Plan, draw: random.Random, kind: str) -> None:
     plan.done = f"from step {at} on the rate is {factor:g} times higher"
 
 
+def _rate_explosion(plan: Plan, draw: random.Random, kind: str) -> None:
+    at = plan.at
+    plan.rate, plan.clip, plan.may_smooth = lambda step: 1000.0 if step >= at else 1.0, 0.0, True
+    plan.done = f"from step {at} on the rate is 1,000 times higher, without clipping"
+
+
 def _rate_from_start(plan: Plan, draw: random.Random, kind: str) -> None:
     factor = draw.choice((60.0, 200.0))
     plan.at, plan.rate, plan.may_smooth = 1, lambda step: factor, True
@@ -229,7 +236,7 @@ def _spike_batch(plan: Plan, draw: random.Random, kind: str) -> None:
 
 
 def _spike_update(plan: Plan, draw: random.Random, kind: str) -> None:
-    size = draw.choice((0.5, 1.0))
+    size = draw.choice((2.0, 4.0))
     plan.on_update = _only({plan.at}, lambda model: _perturb(model, size, plan.at))
     plan.may_smooth = True
     plan.done = f"the update of step {plan.at} adds noise of {size:g} times each matrix"
@@ -246,7 +253,7 @@ def _spike_poison(plan: Plan, draw: random.Random, kind: str) -> None:
 
 
 def _spike_late(plan: Plan, draw: random.Random, kind: str) -> None:
-    size, at = draw.choice((1.0, 2.0)), round(draw.uniform(0.55, 0.75) * plan.num_steps)
+    size, at = draw.choice((2.0, 4.0)), round(draw.uniform(0.55, 0.75) * plan.num_steps)
     plan.at, plan.may_smooth = at, True
     plan.on_update = _only({at}, lambda model: _perturb(model, size, at))
     plan.rate = lambda step: 1.0 if step <= at else 0.005
@@ -267,13 +274,13 @@ def _collapse_dead(plan: Plan, draw: random.Random, kind: str) -> None:
 
 
 def _slow_decay(plan: Plan, draw: random.Random, kind: str) -> None:
-    factor = draw.choice((0.95, 0.975, 0.985))
+    factor = draw.choice((0.9, 0.93, 0.96))
     plan.on_update, plan.may_smooth = _since(plan.at, lambda model: _scale(model, factor)), False
     plan.done = f"from step {plan.at} on each update shrinks all matrices by {1 - factor:.1%}"
 
 
 def _slow_ascent(plan: Plan, draw: random.Random, kind: str) -> None:
-    at, factor = plan.at, draw.choice((0.03, 0.1))
+    at, factor = plan.at, draw.choice((0.1, 0.3))
     plan.on_gradient = _since(at, lambda model: _scale_gradient(model, -1.0))
     plan.rate = lambda step: factor if step >= at else 1.0
     plan.done = f"from step {at} on the sign of the gradient is wrong"
@@ -299,6 +306,7 @@ _MAKERS: dict[str, Callable[[Plan, random.Random, str], None]] = {
     "collapse_dead": _collapse_dead,
     "slow_decay": _slow_decay,
     "slow_ascent": _slow_ascent,
+    "rate_explosion": _rate_explosion,
 }
 
 
@@ -699,6 +707,7 @@ def label_of(kind: str, scenario: str, plan: Plan, readings: Readings) -> Label:
         )
     judge = {
         "rate_jump": _diverged_label,
+        "rate_explosion": _diverged_label,
         "rate_from_start": _from_start_label,
         "collapse_stuck": _stuck_label,
         "collapse_dead": _dead_label,
@@ -744,6 +753,8 @@ def _spike_label(plan: Plan, shown: Evidence) -> Label:
 
 
 def _diverged_label(plan: Plan, shown: Evidence) -> Label:
+    if shown.lost <= 0.15 and shown.peak > max(6 * shown.noise, 0.3):
+        return Label("spike_recovered", plan.at, 3, why=f"{plan.done}, and the run gets over it")
     if shown.lost < 0.4 or shown.risen < max(0.4, 3 * shown.noise):
         return _ambiguous("the run survives the high rate, or it is not clear")
     return Label(
@@ -781,7 +792,7 @@ def _dead_label(plan: Plan, shown: Evidence) -> Label:
 
 
 def _slow_label(plan: Plan, shown: Evidence) -> Label:
-    if shown.lost < 0.3 or shown.risen < max(0.3, 3 * shown.noise):
+    if shown.lost < 0.2 or shown.risen < max(0.2, 3 * shown.noise):
         return _ambiguous("the rise is too small to be seen")
     if shown.jump > 0.5:
         return _ambiguous("the rise is not slow")
@@ -808,8 +819,7 @@ def trained(kind: str, scenario: str, seed: int) -> dict[str, Any]:
     rows = [row for row in trainer.state.log_history if "grad_norm" in row]
     readings = trainer.readings
     assert len(rows) == len(readings.losses) == plan.num_steps
-    label = label_of(kind, scenario, plan, readings)
-    return {
+    row = {
         "name": f"{kind}/{scenario}/{seed}",
         "kind": kind,
         "scenario": scenario,
@@ -832,6 +842,18 @@ def trained(kind: str, scenario: str, seed: int) -> dict[str, Any]:
                 strict=True,
             )
         ],
+    }
+    return labelled(row)
+
+
+def labelled(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the label that follows from its numbers."""
+    kind, scenario = row["kind"], row["scenario"]
+    plan = planned(kind, scenario, row["seed"])
+    readings = Readings(row["loss"], [(step, value) for step, value in row["evaluations"]])
+    label = label_of(kind, scenario, plan, readings)
+    return {
+        **row,
         "evidence": evidence_of(readings, plan).words(),
         "label": {name: getattr(label, name) for name in Label.__dataclass_fields__},
     }
@@ -855,10 +877,8 @@ def stored(kind: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def _store(kind: str, row: dict[str, Any]) -> None:
-    """Write the file of a kind with one row more."""
-    rows = [*stored(kind), row]
-    text = "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in rows)
+def _store(kind: str, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     FOLDER.mkdir(exist_ok=True)
     staged = _path(kind).with_suffix(".new")
     staged.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
@@ -884,7 +904,12 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this")
+    parser.add_argument("--relabel", action="store_true", help="only label the stored runs again")
     options = parser.parse_args()
+    if options.relabel:
+        for kind in options.kinds:
+            _store(kind, [labelled(row) for row in stored(kind)])
+        return
     torch.set_num_threads(1)
     begun = time.monotonic()
     known = {row["name"] for kind in options.kinds for row in stored(kind)}
@@ -893,7 +918,7 @@ def main() -> None:
             continue
         since = time.monotonic()
         row = trained(kind, scenario, seed)
-        _store(kind, row)
+        _store(kind, [*stored(kind), row])
         label = row["label"]
         sys.stdout.write(
             f"{row['name']:40} {label['verdict']:16} {time.monotonic() - since:5.1f} s "
