@@ -726,6 +726,8 @@ def _sound_label(kind: str, plan: Plan, readings: Readings, shown: Evidence) -> 
             if shown.end <= -0.45
             else (_ambiguous("the mean reward fell"))
         )
+    if plan.hard_from is not None and shown.risen > 0.3 and shown.falling < 0.25:
+        return _ambiguous("only the data explain that the loss stays higher")
     if descent <= 0.02 * abs(shown.begin):
         return _ambiguous("the run has learned next to nothing")
     if shown.end - lowest > 0.15 * descent:
