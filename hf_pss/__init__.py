@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from hf_pss.config import PRESETS as PRESETS
     from hf_pss.config import PSSConfig as PSSConfig
     from hf_pss.controller import PSSController as PSSController
-    from hf_pss.controller import StepReport as StepReport
     from hf_pss.errors import ConfigurationError as ConfigurationError
     from hf_pss.errors import IncompatibleVersionError as IncompatibleVersionError
     from hf_pss.errors import NonFiniteError as NonFiniteError
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from hf_pss.errors import SelectionError as SelectionError
     from hf_pss.errors import StateError as StateError
     from hf_pss.models.selection import select_matrices as select_matrices
+    from hf_pss.records.events import StepReport as StepReport
     from hf_pss.trainer.arguments import PSSTrainingArguments as PSSTrainingArguments
     from hf_pss.trainer.callback import PSSCallback as PSSCallback
     from hf_pss.trainer.pss_trainer import PSSTrainer as PSSTrainer
@@ -30,7 +30,7 @@ _PUBLIC = {
     "PRESETS": "config",
     "PSSConfig": "config",
     "PSSController": "controller",
-    "StepReport": "controller",
+    "StepReport": "records.events",
     "ConfigurationError": "errors",
     "IncompatibleVersionError": "errors",
     "NonFiniteError": "errors",

@@ -13,8 +13,6 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["PRESETS", "Options", "PSSConfig", "option"]
-
 logger = logging.getLogger(__name__)
 
 _ANY = sys.float_info.max

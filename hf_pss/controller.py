@@ -45,8 +45,6 @@ from hf_pss.records.events import (
 )
 from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line
 
-__all__ = ["PSSController", "StepReport"]
-
 logger = logging.getLogger(__name__)
 
 _VERSION = 2

@@ -18,8 +18,6 @@ from hf_pss.cli.train_command import TrainCommand, train
 from hf_pss.cli.watch_command import watch
 from hf_pss.errors import NonFiniteError, PSSError
 
-__all__ = ["app", "main"]
-
 USER_MISTAKE, NON_FINITE, INTERRUPTED = 2, 3, 130
 
 

@@ -12,8 +12,6 @@ from rich.console import Console
 from hf_pss.cli.terminal import EXIT_CODES, REPORT_MODULE, Processes, require_extra
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["demo", "report"]
-
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),

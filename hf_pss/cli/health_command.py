@@ -15,7 +15,6 @@ from hf_pss.errors import StateError
 if TYPE_CHECKING:
     from hf_pss.inspection.matrix_survey import Inspection
 
-__all__ = ["health"]
 
 _NOT_FINITE = 1
 

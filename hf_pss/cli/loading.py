@@ -27,21 +27,6 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.evidence import data
 from hf_pss.evidence.corpus import build_corpus, read_library
 
-__all__ = [
-    "BUILT_IN",
-    "SIZES",
-    "Text",
-    "check_fit",
-    "load",
-    "load_model",
-    "load_tokenizer",
-    "load_training_text",
-    "make_config",
-    "make_model",
-    "named_model",
-    "read_overrides",
-]
-
 BUILT_IN = "python"
 
 # Layers, width and heads of GPT-2 (Radford et al. 2019, table 2). As in the released weights, the

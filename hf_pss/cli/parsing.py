@@ -33,8 +33,6 @@ from hf_pss.cli.train_options import (
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.trainer.arguments import PSSTrainingArguments
 
-__all__ = ["make_parser", "micro_batches", "one_line", "parse_plan", "read_yaml", "suggest"]
-
 # Defaults that differ from those of transformers, because they suit one run on one machine. Numbers
 # of steps below 1 are shares of all steps.
 _DEFAULTS = {

@@ -23,16 +23,6 @@ from hf_pss.runs.records_files import parse_record, read_lines
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.view.numbers import plural
 
-__all__ = [
-    "ProgressDisplay",
-    "closing_streak",
-    "is_broken",
-    "last_evaluation",
-    "problem_of",
-    "render_summary",
-    "set_step_counts_",
-]
-
 
 def last_evaluation(trainer: Trainer) -> float | None:
     """Return the last validation loss; None if the run was never evaluated."""

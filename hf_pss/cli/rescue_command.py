@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hf_pss.rescue.investigate import Investigation
     from hf_pss.rescue.repair import Written
 
-__all__ = ["Moments", "Smoothing", "rescue"]
 
 _NONE_USABLE = 1
 

@@ -23,8 +23,6 @@ from hf_pss.runs.options import LR_SCALE, TRAINING_OPTIONS, options_file, read_o
 from hf_pss.runs.records_files import read_log
 from hf_pss.trainer.resuming import newest_whole
 
-__all__ = ["advice_after_failure", "choose_checkpoints", "latest_checkpoint", "options_to_keep"]
-
 _VERSION = 1
 # These must stay the same, because the weights depend on them. The data and the rate may change.
 _BINDING = (

@@ -14,7 +14,6 @@ from hf_pss.errors import ConfigurationError
 if TYPE_CHECKING:
     from hf_pss.evidence.rows import Row
 
-__all__ = ["sweep"]
 
 sweep = typer.Typer(
     no_args_is_help=True,

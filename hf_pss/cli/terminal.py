@@ -19,18 +19,6 @@ from hf_pss.errors import ConfigurationError, PSSError, StateError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = [
-    "EXIT_CODES",
-    "REPORT_MODULE",
-    "AsJson",
-    "Processes",
-    "bytes_bar",
-    "check_output",
-    "reading",
-    "require_extra",
-    "without_noise",
-    "writing",
-]
 
 # Exit codes, by the status that a demo or a sweep returns.
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}

@@ -25,8 +25,6 @@ from hf_pss.cli.train_options import (
 )
 from hf_pss.config import PRESETS, PSSConfig
 
-__all__ = ["TrainCommand", "train"]
-
 _INTRODUCTION = """\
 Usage: hf-pss train [--config FILE.yaml] [OPTIONS]
 

@@ -13,16 +13,6 @@ from hf_pss.errors import ConfigurationError
 if TYPE_CHECKING:
     from hf_pss.trainer.arguments import PSSTrainingArguments
 
-__all__ = [
-    "FRESH_LEARNING_RATE",
-    "LEARNING_RATE_HELP",
-    "TUNED_LEARNING_RATE",
-    "DataOptions",
-    "ModelOptions",
-    "RunOptions",
-    "ScaleOptions",
-    "TrainPlan",
-]
 
 # These are our choice. The default of transformers, 5e-5, is too low for fresh weights and high for
 # pretrained ones.

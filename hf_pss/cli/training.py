@@ -34,8 +34,6 @@ from hf_pss.trainer.pss_trainer import PSSTrainer
 from hf_pss.trainer.throughput import ThroughputTrainerMixin, num_parameters
 from hf_pss.view.numbers import plural
 
-__all__ = ["run_training"]
-
 
 class _TextTrainer(ThroughputTrainerMixin, PSSTrainer):
     """PSSTrainer with tokens per second and perplexity in its logs."""

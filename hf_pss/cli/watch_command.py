@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from hf_pss.runs.follow import Follower, RunState
 
-__all__ = ["watch"]
 
 _NUM_EVENTS = 6
 

@@ -16,18 +16,6 @@ from hf_pss.models.selection import MatrixView, named_parameters_canonical, sele
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.layout import layout_of
 
-__all__ = [
-    "OPTIMIZERS",
-    "TRAINERS_OWN",
-    "Groups",
-    "OptimizerMaker",
-    "decay_groups",
-    "make_optimizer",
-    "matrix_groups",
-    "packaged_adam",
-    "reparametrized_adamw",
-]
-
 TRAINERS_OWN = "trainer"
 """The optimizer name with which a cell leaves the choice to the Trainer, whose default is AdamW."""
 

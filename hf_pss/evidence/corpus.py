@@ -29,8 +29,6 @@ from hf_pss.evidence.data import (
     wrap_tokenizer,
 )
 
-__all__ = ["Corpus", "Progress", "build_corpus", "read_library"]
-
 Progress = Callable[[str], None]
 
 # These are not part of the language's library. The tests exist in only some installations.

@@ -21,27 +21,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pss.errors import ConfigurationError
 
-__all__ = [
-    "END_OF_TEXT",
-    "BlockDataset",
-    "PackedStream",
-    "TextSource",
-    "Tokens",
-    "encode_documents",
-    "first_blocks",
-    "hold_out",
-    "is_held_out",
-    "load_text",
-    "open_rows",
-    "pack_blocks",
-    "pack_documents",
-    "read_documents",
-    "split_stream",
-    "train_tokenizer",
-    "unigram_entropy_nats",
-    "wrap_tokenizer",
-]
-
 Tokens = npt.NDArray[np.int32]
 _Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 

@@ -25,8 +25,6 @@ from hf_pss.evidence.rows import Row, versions
 from hf_pss.evidence.runner import LOG_FILE, num_cores, prepare_corpora, run_cells
 from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE, METRICS_FILE, SUMMARY_FILE, write_whole
 
-__all__ = ["DEMO_RECIPE", "TWINS", "run_demo"]
-
 _RECIPE_NAME = "slow_damage"
 DEMO_RECIPE = RECIPES[_RECIPE_NAME]
 """A small GPT-2 at a learning rate above its best one."""

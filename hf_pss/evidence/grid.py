@@ -22,8 +22,6 @@ from hf_pss.evidence.guards import GUARDS, Guard
 from hf_pss.evidence.recipes import RECIPES, Recipe
 from hf_pss.evidence.rows import Row, versions
 
-__all__ = ["Cell", "read_grid"]
-
 _T = TypeVar("_T")
 
 # The fields of a recipe that enter a cell's id beside the numbers of the training.

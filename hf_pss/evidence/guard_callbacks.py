@@ -29,21 +29,6 @@ from hf_pss.models.selection import MatrixView, named_parameters_canonical, sele
 from hf_pss.models.smoother import FIRST_MOMENTS, smooth_matrices_
 from hf_pss.trainer.callback import PSSCallback
 
-__all__ = [
-    "REPARAMETRIZED",
-    "LearningRateDrop",
-    "OlmoSkipStep",
-    "Rescue",
-    "ScheduledSmoothing",
-    "SkipStepRule",
-    "SpectralCap",
-    "TimedCallback",
-    "Treatment",
-    "ZClip",
-    "ZClipRule",
-    "sigma_reparam_",
-]
-
 
 class TimedCallback(TrainerCallback):
     """A callback that acts around every step, and records its time and the steps it changed.

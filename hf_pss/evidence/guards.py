@@ -24,8 +24,6 @@ from hf_pss.evidence.guard_callbacks import (
 )
 from hf_pss.trainer.callback import PSSCallback
 
-__all__ = ["GUARDS", "Guard"]
-
 
 @dataclass(frozen=True, slots=True)
 class Guard:

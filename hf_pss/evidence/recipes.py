@@ -20,9 +20,6 @@ from transformers import (
 from hf_pss.detection.explosion import ExplosionRule
 from hf_pss.errors import ConfigurationError
 
-__all__ = ["RECIPES", "Fault", "Recipe"]
-
-
 Architecture = Literal["gpt2", "post_ln"]
 Schedule = Literal["warmup_stable_decay", "constant", "ramp"]
 

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hf_pss.detection.policy import Action
+from hf_pss.detection.state import number_of
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.evidence.rows import Floats
 from hf_pss.records.events import Event, HealthReading, Intervention, MatrixChange, Record
-from hf_pss.records.strict_json import number_of, read_object
+from hf_pss.records.strict_json import read_object
 from hf_pss.runs.folder import (
     EVENTS_FILE,
     HEALTH_FILE,

@@ -34,16 +34,6 @@ from hf_pss.evidence.corpus import Corpus, build_corpus
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.rows import Row, append_row, drop_unfinished_line, read_rows
 
-__all__ = [
-    "LOG_FILE",
-    "ROWS_FILE",
-    "num_cores",
-    "prepare_corpora",
-    "run_cells",
-    "run_sweep",
-    "signals_interrupt",
-]
-
 ROWS_FILE = "rows.jsonl"
 LOG_FILE = "train.log"
 _POLL_SECONDS = 0.2

@@ -31,8 +31,6 @@ from hf_pss.runs.records_files import parse_reading, read_lines
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.pss_trainer import PSSTrainer
 
-__all__ = ["CellTrainer", "read_health_series", "run_cell", "train_cell"]
-
 # The PSS numbers of a step that a line of the record holds.
 _PSS_NUMBERS = ("grad_norm_preclip", "baseline", "threshold", "interventions", "nonfinite_steps")
 

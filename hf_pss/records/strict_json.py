@@ -12,10 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hf_pss.detection.state import number_of
 from hf_pss.errors import StateError
-
-__all__ = ["finite_or_none", "number_of", "parse_object", "read_object", "reason_of", "visible"]
 
 # The number of characters of a name that are shown.
 _LONGEST = 300

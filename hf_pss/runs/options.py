@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_pss.config import PSSConfig
+from hf_pss.detection.state import number_of
 from hf_pss.errors import PSSError
-from hf_pss.records.strict_json import number_of, read_object
+from hf_pss.records.strict_json import read_object
 from hf_pss.runs.folder import MAX_CONFIG_BYTES, OPTIONS_FILE, leads_out, write_whole
 from hf_pss.runs.records_files import RunLog
 

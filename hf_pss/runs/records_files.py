@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from hf_pss.detection.state import read_integer
+from hf_pss.detection.state import number_of, read_integer
 from hf_pss.errors import StateError
 from hf_pss.records.events import (
     Event,
@@ -29,7 +29,7 @@ from hf_pss.records.events import (
     from_json_line,
     to_json_line,
 )
-from hf_pss.records.strict_json import finite_or_none, number_of, parse_object, read_object, visible
+from hf_pss.records.strict_json import finite_or_none, parse_object, read_object, visible
 from hf_pss.runs.folder import (
     EVENTS_FILE,
     HEALTH_FILE,

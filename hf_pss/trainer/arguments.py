@@ -25,8 +25,6 @@ from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recovery import RecoveryConfig
 
-__all__ = ["OptimizerName", "PSSTrainingArguments", "join_"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 from hf_pss.health.meter import StopAttention, WatchAttention
 from hf_pss.models.selection.heads import AttentionHeads, find_heads
 
-__all__ = ["AttentionMaxima", "MeasureAttention", "attention_watch"]
-
 logger = logging.getLogger(__name__)
 
 Attention = Callable[..., Any]

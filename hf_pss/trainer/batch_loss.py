@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from hf_pss.trainer.seams import wrapped
 
-__all__ = ["BatchLoss"]
-
 # The attributes in which trl's trainers collect metrics while they compute a loss.
 _METRICS = ("_metrics", "_stored_metrics", "_logs", "_total_train_tokens")
 

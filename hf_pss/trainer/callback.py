@@ -18,11 +18,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from hf_pss.config import PSSConfig
-from hf_pss.controller import PSSController, StepReport
+from hf_pss.controller import PSSController
 from hf_pss.detection.detectors import Verdict
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.models.batching import matrix_names
-from hf_pss.records.events import EventKind, Intervention, Record
+from hf_pss.records.events import EventKind, Intervention, Record, StepReport
 from hf_pss.runs.records_files import log_scalars
 from hf_pss.trainer.arguments import PSSTrainingArguments
 from hf_pss.trainer.batch_loss import BatchLoss
@@ -32,8 +32,6 @@ from hf_pss.trainer.recorder import RunRecorder
 from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.seams import refuse_backends, trainer_of, wrapped
-
-__all__ = ["PSSCallback"]
 
 logger = logging.getLogger(__name__)
 

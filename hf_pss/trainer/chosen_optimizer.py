@@ -22,8 +22,6 @@ from hf_pss.optim.qk_clip import QKClip
 from hf_pss.trainer.attention_maxima import AttentionMaxima, MeasureAttention
 from hf_pss.trainer.schedule_free import unwrapped
 
-__all__ = ["ChosenOptimizer", "read_options", "refuse_two_optimizers"]
-
 logger = logging.getLogger(__name__)
 
 Options: TypeAlias = dict[str, Any]

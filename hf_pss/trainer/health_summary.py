@@ -28,8 +28,6 @@ from hf_pss.records.events import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.view.numbers import significant
 
-__all__ = ["summary_table"]
-
 # If one of these metrics is not finite, the weights are damaged.
 _OF_WEIGHTS = {"spectral_norm", "stable_rank", "frobenius_norm"}
 _WIDTH = 110

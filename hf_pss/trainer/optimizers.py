@@ -18,8 +18,6 @@ from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.resuming import Kind, kind_of, move_to_, saved_kind
 from hf_pss.trainer.seams import TrainerPart
 
-__all__ = ["OptimizerMixin", "set_base_rates_"]
-
 logger = logging.getLogger(__name__)
 
 

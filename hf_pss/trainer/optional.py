@@ -5,8 +5,6 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import Any
 
-__all__ = ["optional_part"]
-
 _PARTS = {
     "ChosenOptimizer": "chosen_optimizer",  # pss_optim
     "read_options": "chosen_optimizer",

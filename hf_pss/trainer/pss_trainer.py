@@ -17,8 +17,6 @@ from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.schedule_free import BackToTraining, leave_training
 from hf_pss.trainer.seams import check_methods
 
-__all__ = ["PSSTrainer", "PSSTrainerMixin"]
-
 
 class PSSTrainerMixin(RollbackMixin, OptimizerMixin):
     """Adds PSS to any Trainer subclass: ``class MyTrainer(PSSTrainerMixin, SFTTrainer): ...``.

@@ -16,8 +16,6 @@ from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.optional import optional_part
 
-__all__ = ["RunRecorder"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -9,8 +9,6 @@ from typing import Literal
 from hf_pss.config import Options, option
 from hf_pss.records.events import Record
 
-__all__ = ["RecoveryConfig", "StepOutcome", "TrainingMonitor"]
-
 
 @dataclass(frozen=True, slots=True)
 class RecoveryConfig(Options):

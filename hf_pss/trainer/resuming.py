@@ -31,17 +31,6 @@ from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import Examination, examine, is_superseded, recorded_step
 from hf_pss.runs.folder import checkpoints_by_step, step_by_name
 
-__all__ = [
-    "Kind",
-    "checkpoint_to_resume",
-    "kind_of",
-    "load_renamed_",
-    "load_what_is_there_",
-    "move_to_",
-    "newest_whole",
-    "saved_kind",
-]
-
 logger = logging.getLogger(__name__)
 
 _CHOICES = (

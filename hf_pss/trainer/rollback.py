@@ -21,8 +21,6 @@ from hf_pss.runs.folder import ABANDONED
 from hf_pss.trainer.recovery import TrainingMonitor
 from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
 
-__all__ = ["RollbackMixin"]
-
 logger = logging.getLogger(__name__)
 
 

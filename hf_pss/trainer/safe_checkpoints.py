@@ -33,8 +33,6 @@ from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_
 from hf_pss.trainer.seams import TrainerPart
 from hf_pss.trainer.stop_signals import DelayedSignals
 
-__all__ = ["SafeCheckpointsMixin", "first_nonfinite"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -9,15 +9,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl
 
-__all__ = [
-    "BackToTraining",
-    "ScheduleFree",
-    "ScheduleFreeCallback",
-    "leave_training",
-    "schedule_free",
-    "unwrapped",
-]
-
 
 @runtime_checkable
 class ScheduleFree(Protocol):

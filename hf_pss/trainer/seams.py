@@ -27,17 +27,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
-__all__ = [
-    "PRIVATE_METHODS",
-    "TrainerPart",
-    "check_methods",
-    "refuse_backends",
-    "trainer_of",
-    "wrapped",
-]
-
 if TYPE_CHECKING:  # the base class of the mixins: a mixin may use everything that a Trainer has
-    from transformers import Trainer as TrainerPart
+    from transformers import Trainer
+
+    TrainerPart = Trainer
 else:
     TrainerPart = object
 

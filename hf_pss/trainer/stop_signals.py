@@ -10,8 +10,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["DelayedSignals"]
-
 logger = logging.getLogger(__name__)
 
 

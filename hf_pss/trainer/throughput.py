@@ -13,16 +13,6 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 
 from hf_pss.trainer.seams import TrainerPart
 
-__all__ = [
-    "PEAK_BF16_FLOPS",
-    "Stopwatch",
-    "ThroughputTrainerMixin",
-    "flops_per_token",
-    "num_parameters",
-    "peak_flops",
-    "perplexity",
-]
-
 # The numbers are from NVIDIA's data sheets. The first key that occurs in the device's name applies.
 PEAK_BF16_FLOPS: Mapping[str, float] = {
     "A100": 312e12,

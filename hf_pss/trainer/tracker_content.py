@@ -14,19 +14,6 @@ import numpy.typing as npt
 
 from hf_pss.records.events import HealthReading
 
-__all__ = [
-    "Curves",
-    "Histogram",
-    "Image",
-    "Snapshot",
-    "ThinnedReadings",
-    "draw_heat_map",
-    "histogram_of",
-    "label_of",
-    "names_of",
-    "scalars_of",
-]
-
 logger = logging.getLogger(__name__)
 
 Image: TypeAlias = npt.NDArray[np.uint8]

@@ -31,8 +31,6 @@ from hf_pss.trainer.tracker_content import (
 )
 from hf_pss.view.numbers import significant
 
-__all__ = ["TRACKERS", "Tracker", "Trackers", "trackers_for"]
-
 logger = logging.getLogger(__name__)
 
 # The Trainer logs this key with every row and defines it as the x axis of every curve.

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from helpers import gpt2, make_trainer
+from hf_pss.runs.log import read_log
 from labelled import INTERVALS, VERDICTS, labelled_logs, logged
 from make_labelled_logs import FOLDER, part_of
 from transformers import Trainer
-
-from hf_pss.runs.log import read_log
 
 
 def same(one: float, other: float) -> bool:
