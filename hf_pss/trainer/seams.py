@@ -28,8 +28,6 @@ from transformers import Trainer, TrainerCallback
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
 if TYPE_CHECKING:  # the base class of the mixins: a mixin may use everything that a Trainer has
-    from transformers import Trainer
-
     TrainerPart = Trainer
 else:
     TrainerPart = object
