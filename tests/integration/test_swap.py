@@ -256,10 +256,11 @@ def test_a_run_that_goes_back_does_not_begin_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_steps=1)
-    trainer._prepare_monitor = lambda **_: None
     trainer.train()
     caplog.clear()
-    PSSCallback.of(trainer).before_training(is_rollback=True, may_repair=True)
+    callback = PSSCallback.of(trainer)
+    callback.before_training(is_rollback=True, may_repair=True)
+    callback.before_training = lambda **_: None
     trainer.train()
     assert said(caplog) == []
 
