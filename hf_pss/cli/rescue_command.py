@@ -50,7 +50,7 @@ def rescue(
         typer.Option(
             min=0.0,
             help="Unigram entropy of the training text, in nats. Default: the value that hf-pss "
-            "train kept, or ln(vocab_size).",
+            "train kept. Without it, no loss is compared with an entropy.",
         ),
     ] = None,
     failed_at: Annotated[

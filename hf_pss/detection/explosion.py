@@ -5,12 +5,11 @@ Interventions are known by their steps alone, so nothing here depends on PSS.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 from typing import Literal
 
 from hf_pss.config import PSSConfig
@@ -19,20 +18,36 @@ from hf_pss.detection.detectors import GLOBAL, Baseline, Quantity, RatioDetector
 # A rule about several steps must not become a rule about one row, which may be an accident.
 _MIN_ROWS = 2
 _MIN_CALIBRATION_ROWS = 3
-# A spike is judged by this number of previous steps. A rise at the end of a log is judged by this
-# number of last steps.
-JUMP_STEPS = 5
+# A median of this number of losses is little delayed, and one outlier does not change it.
+FEW_ROWS = 3
+# The scatter of the losses is measured over this number of rows.
+_SCATTER_ROWS = 50
+# With fewer differences nothing counts as a rise. Up to the second number, each row corrects the
+# scatter, although the lowest level came earlier.
+_FEWEST_DIFFERENCES = 2
+_MIN_DIFFERENCES = 10
+# Normal noise: the standard deviation of one value per median absolute second difference
+# (1.4826 / √6), and that of a median of n values times √n.
+_SIGMA_OF_DIFFERENCES = 0.6053
+_SIGMA_OF_MEDIAN = 1.2533
 
 
 @dataclass(frozen=True, slots=True)
 class ExplosionRule:
-    """The numbers of the definition; see `find_explosion` and `find_spikes`."""
+    """The numbers of the definition; see `find_explosion`.
 
-    rise_nats: float = 0.5
+    No number has the unit of the loss, so a loss that is multiplied by a constant gets the same
+    verdict. The factors were chosen on the labelled logs in tests/rescue.
+    """
+
     num_steps: int = 20
-    plateau_nats: float = 0.1
-    plateau_steps: int = 50
     smoothing_steps: int = 25
+    plateau_steps: int = 50
+    plateau_nats: float = 0.1
+    """Only for losses in nats whose unigram entropy is known."""
+    share_of_level: float = 0.125
+    share_of_descent: float = 0.2
+    num_scatters: float = 5.0
 
     def in_rows(self, interval: int) -> ExplosionRule:
         """Return the rule for a log that has one row every `interval` steps."""
@@ -42,6 +57,28 @@ class ExplosionRule:
             plateau_steps=max(2 * _MIN_ROWS, math.ceil(self.plateau_steps / interval)),
             smoothing_steps=max(1, round(self.smoothing_steps / interval)),
         )
+
+    def rise(self, level: float, scatter: float, *, descent: float = 0.0) -> float:
+        """Return the smallest rise of a running median that is neither noise nor negligible.
+
+        It is the largest of three numbers:
+
+        - ``share_of_level`` of the level,
+        - ``num_scatters`` times the scatter of a median of ``smoothing_steps`` losses,
+        - ``share_of_descent`` of the descent or ``num_scatters`` times the scatter of one loss,
+          whichever is smaller.
+
+        Args:
+            level: The lowest running median.
+            scatter: The standard deviation of one loss around its trend.
+            descent: By how much the running median had fallen to that level.
+        """
+        of_one = self.num_scatters * scatter
+        of_medians = of_one
+        if self.smoothing_steps > 1:
+            of_medians *= _SIGMA_OF_MEDIAN / math.sqrt(self.smoothing_steps)
+        relative = self.share_of_level * abs(level)
+        return max(relative, of_medians, min(self.share_of_descent * descent, of_one))
 
 
 _RULE = ExplosionRule()
@@ -57,23 +94,30 @@ class Explosion:
 
 
 def find_explosion(
-    losses: Sequence[float | None], rule: ExplosionRule, *, unigram_entropy: float
+    losses: Sequence[float | None], rule: ExplosionRule, *, unigram_entropy: float = math.inf
 ) -> Explosion | None:
     """Return the first explosion in a curve of training losses, or None.
 
     - ``non_finite``: The loss is NaN, infinite or None for ``num_steps`` steps in a row, or at all
       steps up to the end. One skipped step is not an explosion.
-    - ``rise``: The median loss of ``smoothing_steps`` steps stays at least ``rise_nats`` above its
-      smallest previous value for ``num_steps`` steps in a row. This counts only after a descent to
-      below the unigram entropy. The explosion begins at the first of these steps.
+    - ``rise``: The median loss of ``smoothing_steps`` steps stays above its smallest previous value
+      by at least `ExplosionRule.rise` for ``num_steps`` steps in a row. If the unigram entropy is
+      known, this counts only after a descent to below it. The explosion begins at the first of
+      these steps.
     - ``plateau``: Over the last ``plateau_steps`` steps the median loss is not below the unigram
       entropy less ``plateau_nats``. The model has then learned only the frequencies of tokens. The
       explosion begins at the first of these steps. It begins earlier if all medians of
       ``plateau_steps`` steps since an earlier step were not below that level.
 
+    Args:
+        losses: The loss of each step, in any unit. None and NaN are steps without a finite loss.
+        rule: The numbers of the definition.
+        unigram_entropy: The unigram entropy of the training text in nats. It is inf for a loss
+            whose mean over tokens is not in nats. No run is then at a plateau.
+
     >>> rule = ExplosionRule(num_steps=3, smoothing_steps=1)
-    >>> find_explosion([6.0, 4.0, 3.0, 5.0, 5.0, 5.0], rule, unigram_entropy=6.4)
-    Explosion(kind='rise', step=4)
+    >>> find_explosion([*range(20, 2, -1), 8.0, 8.0, 8.0], rule)
+    Explosion(kind='rise', step=19)
     """
     finite = [v if v is not None and math.isfinite(v) else None for v in losses]
     found = (_non_finite(finite, rule), _rise(finite, rule, unigram_entropy))
@@ -87,48 +131,95 @@ def find_rise_at_the_end(
     """Return the index at which a rise begins that lasts to the end of the losses, or None.
 
     A run may be stopped soon after a rise. So fewer rows are required at the end of a log: at least
-    `num_rows` losses, each ``rise_nats`` above the smallest previous median.
+    `num_rows` losses, each above the smallest previous median by `ExplosionRule.rise`.
     """
-    medians = list(running_medians(losses, rule.smoothing_steps))
-    lowest = list(itertools.accumulate((math.inf if m is None else m for m in medians), min))
+    levels = list(running_levels(losses, rule))
     begin = len(losses)
     while begin > 1 and (last := losses[begin - 1]) is not None:
-        if last < lowest[begin - 2] + rule.rise_nats:
+        if last <= levels[begin - 1].limit:
             break
         begin -= 1
     is_long = len(losses) - begin >= max(_MIN_ROWS, num_rows)
     return begin if is_long and begin > 0 else None
 
 
-def find_spikes(
-    losses: Sequence[float | None],
-    grad_norms: Sequence[float | None],
-    rule: ExplosionRule,
-    *,
-    num_rows: int,
-) -> list[int]:
-    """Return the indices at which the gradient norm or the loss spiked.
+def find_norm_spikes(grad_norms: Sequence[float | None]) -> list[int]:
+    """Return the indices at which the gradient norm spiked, by the rule of the default detector.
 
-    The norm spikes by the rule of the default detector: it is more than τ times a moving average
-    that does not learn from refused values. The loss spikes if it is at least ``rise_nats`` above
-    the median of the previous `num_rows` losses.
+    The norm is then more than τ times a moving average that does not learn from refused values.
     """
     config = PSSConfig()
-    calibration = min(config.calibration_steps, max(_MIN_CALIBRATION_ROWS, len(losses) // 4))
+    calibration = min(config.calibration_steps, max(_MIN_CALIBRATION_ROWS, len(grad_norms) // 4))
     baseline = Baseline(config.baseline_alpha, calibration, config.patience_steps)
     norms = RatioDetector("norm", Quantity.GRAD_NORM, config.threshold_ratio, baseline)
-    window: list[float] = []
-    found = []
-    for index, (loss, norm) in enumerate(zip(losses, grad_norms, strict=True)):
-        has_spiked = False
-        if norm is not None and norm >= 0:  # false for NaN
-            has_spiked = norms.judge({GLOBAL: norm}).verdict is Verdict.SPIKE
-        if loss is not None:
-            has_spiked |= bool(window) and loss >= median(window) + rule.rise_nats
-            window = [*window, loss][-num_rows:]
-        if has_spiked:
-            found.append(index)
-    return found
+    return [
+        index
+        for index, norm in enumerate(grad_norms)
+        if norm is not None
+        and norm >= 0  # false for NaN
+        and norms.judge({GLOBAL: norm}).verdict is Verdict.SPIKE
+    ]
+
+
+class Scatter:
+    """The standard deviation of one loss around its trend, measured over the last losses.
+
+    It is the median absolute second difference, scaled so that it equals the standard deviation of
+    independent normal noise. A linear trend and rare outliers hardly change it. If most differences
+    are 0, it is their mean.
+    """
+
+    def __init__(self) -> None:
+        self._differences: deque[float] = deque(maxlen=_SCATTER_ROWS)
+        self._last: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of differences that were measured."""
+        return len(self._differences)
+
+    def add(self, loss: float) -> None:
+        """Add the next finite loss."""
+        if len(self._last) == 2:
+            self._differences.append(abs(self._last[0] - 2 * self._last[1] + loss))
+        self._last = (*self._last[-1:], loss)
+
+    @property
+    def value(self) -> float:
+        """The standard deviation in the unit of the loss, or 0 before the third loss."""
+        if not self._differences:
+            return 0.0
+        return _SIGMA_OF_DIFFERENCES * (median(self._differences) or fmean(self._differences))
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The running median of the losses at one row, and what it is compared with."""
+
+    median: float | None
+    """The median of the last losses, or None for a row without a finite loss."""
+    lowest: float
+    """The smallest previous median, or inf."""
+    limit: float
+    """The median at which the loss has risen, or inf."""
+
+
+def running_levels(losses: Sequence[float | None], rule: ExplosionRule) -> Iterator[Level]:
+    """Yield the level of each row. The cost per row is O(``smoothing_steps``)."""
+    lowest, highest, limit, scatter = math.inf, -math.inf, math.inf, Scatter()
+    num_losses = 0
+    for loss, level in zip(losses, running_medians(losses, rule.smoothing_steps), strict=True):
+        yield Level(level, lowest, limit)
+        if loss is None or level is None:
+            continue
+        num_losses += 1
+        scatter.add(loss)
+        if num_losses < min(FEW_ROWS, rule.smoothing_steps):
+            continue  # one odd first loss is not a level
+        highest = max(highest, level)
+        is_new = level < lowest
+        lowest = min(lowest, level)
+        if _FEWEST_DIFFERENCES <= len(scatter) and (is_new or len(scatter) < _MIN_DIFFERENCES):
+            limit = lowest + rule.rise(lowest, scatter.value, descent=highest - lowest)
 
 
 def running_medians(losses: Iterable[float | None], width: int) -> Iterator[float | None]:
@@ -152,16 +243,15 @@ def _non_finite(losses: Sequence[float | None], rule: ExplosionRule) -> Explosio
 def _rise(
     losses: Sequence[float | None], rule: ExplosionRule, unigram_entropy: float
 ) -> Explosion | None:
-    lowest, streak, began = math.inf, 0, 0
-    for step, level in enumerate(running_medians(losses, rule.smoothing_steps), start=1):
-        if level is None:
+    streak = began = 0
+    for step, level in enumerate(running_levels(losses, rule), start=1):
+        if level.median is None:
             continue
-        has_descended = lowest < unigram_entropy
-        streak = streak + 1 if has_descended and level >= lowest + rule.rise_nats else 0
+        has_descended = level.lowest < unigram_entropy
+        streak = streak + 1 if has_descended and level.median > level.limit else 0
         began = step if streak == 1 else began  # there may be steps without a loss in between
         if streak == rule.num_steps:
             return Explosion("rise", began)
-        lowest = min(lowest, level)
     return None
 
 
@@ -201,9 +291,9 @@ class FailedInterventions:
 
     - A second intervention that changes a weight follows within ``window_steps``.
     - The loss has not recovered at the end of that window. This means that the median of the
-      last 25 steps is more than 0.5 nats above the median before the first intervention (the
-      rise of an `ExplosionRule`). The intervention fails once more with every further window
-      that ends without recovery.
+      last 25 steps has risen above the median before the first intervention by
+      `ExplosionRule.rise`, which does not depend on the unit of the loss. The intervention fails
+      once more with every further window that ends without recovery.
 
     ``max_failed`` of these in a row are a failure. A window that ends with recovery resets the
     count. Interventions that only maintain the stable-rank floor do not count. A resumed run starts
@@ -222,7 +312,9 @@ class FailedInterventions:
     def __init__(self, *, window_steps: int, max_failed: int) -> None:
         self._window_steps, self._max_failed = window_steps, max_failed
         self._losses: deque[float] = deque(maxlen=_RULE.smoothing_steps)
+        self._scatter = Scatter()
         self._level: float | None = None
+        self._limit = math.inf
         self._window_end = self._num_failed = 0
         self.onset_step: int | None = None
         """The first intervention whose outcome is still open. None in a healthy run."""
@@ -245,14 +337,20 @@ class FailedInterventions:
                 weights alone. In that case a second spike proves nothing about smoothing, but
                 the loss still counts.
         """
+        is_first = has_intervened and self.onset_step is None
+        if is_first:
+            self.onset_step, self._num_failed = step, 0
+            self._level = median(self._losses) if self._losses else None
+            if self._level is not None:
+                self._limit = self._level + _RULE.rise(self._level, self._scatter.value)
+            self._window_end = step + self._window_steps
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
-        if has_intervened and self.onset_step is None:
-            self.onset_step, self._num_failed = step, 0
-            self._level = median([*self._losses][:-1]) if len(self._losses) > 1 else None
-            self._window_end = step + self._window_steps
-        elif self.onset_step is not None and (
-            (has_intervened and has_changed_weights) or step >= self._window_end
+            self._scatter.add(loss)
+        if (
+            not is_first
+            and self.onset_step is not None
+            and ((has_intervened and has_changed_weights) or step >= self._window_end)
         ):
             if not (has_intervened and has_changed_weights) and self._has_recovered():
                 self.onset_step = None
@@ -275,4 +373,4 @@ class FailedInterventions:
         if self._level is None or not self._losses:
             return True  # No earlier loss exists to compare with.
         recent = [*self._losses][-self._window_steps :]
-        return median(recent) <= self._level + _RULE.rise_nats
+        return median(recent) <= self._limit

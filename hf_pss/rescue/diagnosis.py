@@ -1,39 +1,44 @@
 """Find out from the log of a run when and how the run failed.
 
 The definition of an explosion comes from `hf_pss.detection.explosion`, with its numbers of steps
-converted to rows of the log. We added the following rules:
+converted to rows of the log. No rule depends on the unit of the loss. We added these rules:
 
-- A row is *not finite* if its loss is NaN or inf, if its loss is a 0 that stands for NaN
-  (see `hf_pss.runs.records_files.without_false_zeros`), or if its gradient norm is NaN and PSS did
-  not skip that step.
-- The *onset* is the step of the last sound row. The loss of a step is computed before its update,
-  so the update of this step is the first that may have caused the damage.
-- A rise of the loss is a ``spike`` if there is a spike within one smoothing window of the onset.
-  Otherwise it is ``slow_damage``.
-- A run has *recovered* once the median loss is within ``plateau_nats`` of the lowest median before
-  the failure. After 20 recoveries, only two groups of rows are examined: those of the lowest
-  median, and those since the loss last returned to its level.
-- A ``collapse`` has one of two forms. The loss stays near the unigram entropy, which is taken as
-  the ln of the vocabulary size if nothing better is known. The collapse then begins where the loss
-  last moved by ``plateau_nats``. In the other form, the median stable rank is below a quarter of
-  its first measured value while the loss no longer improves.
+- A row is *not finite* if its loss is NaN or inf, or if its loss is a 0 that stands for NaN (see
+  `hf_pss.runs.records_files.without_false_zeros`). A gradient norm of NaN or inf counts only if it
+  lasts for five steps and at least two rows, and if PSS did not skip these steps.
+- The *onset* is the step of the last row before the loss rose, or before a spike of the gradient
+  norm that came first. The loss of a step is computed before its update, so the update of this step
+  is the first that may have caused the damage.
+- A rise is a ``spike`` if the loss comes halfway up within three steps or two rows. Otherwise it is
+  ``slow_damage``.
+- A run has *recovered* once the median loss is back below the limit of a rise, or if most of the
+  rise is undone at the end of the log and the loss still falls. After 20 recoveries, only two
+  groups of rows are examined: those of the lowest median, and those since the loss last returned
+  to its level.
+- A ``collapse`` has one of three forms. The loss has not moved by 1 % since the first row. Or it
+  stays near the unigram entropy, if `hf-pss train` or the user has given it. Or the median stable
+  rank is below a quarter of its first measured value while the loss no longer improves.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from hf_pss.detection.explosion import (
-    JUMP_STEPS,
+    FEW_ROWS,
     Explosion,
     ExplosionRule,
+    Level,
+    Scatter,
     find_explosion,
+    find_norm_spikes,
     find_rise_at_the_end,
-    find_spikes,
+    running_levels,
     running_medians,
 )
 from hf_pss.detection.policy import Action
@@ -45,6 +50,16 @@ FailureKind: TypeAlias = Literal["non_finite", "spike", "slow_damage", "collapse
 RankRatios: TypeAlias = Sequence[tuple[int, float]]
 
 _RULE = ExplosionRule()
+# The loss is near its lowest level within this share of a rise.
+_NEAR = 0.2
+_UNMOVED = 0.01
+# A rise at the end of the log needs fewer steps than elsewhere: the run may have been stopped.
+_END_STEPS = 5
+# A rise is a spike if the loss comes halfway up within this number of steps, or within two rows, of
+# which the first may be a mean over steps before and after.
+_JUMP_STEPS = 3
+_JUMP_ROWS = 2
+_LASTS = " and did not come back."
 _MOST_RECOVERIES = 20
 _MOST_NAMED = 5
 _NAMES = {
@@ -88,7 +103,10 @@ class _Course:
     indices: Sequence[int]
     """The index of each point in `rows`."""
     rule: ExplosionRule
+    end_rows: int
+    """The number of rows that a rise at the end of the log lasts."""
     jump_rows: int
+    """The number of rows within which a spike comes halfway up."""
 
     def row(self, point: int) -> LogRow:
         return self.rows[self.indices[point]]
@@ -98,14 +116,14 @@ class _Course:
         index = self.indices[point]
         return self.rows[index - 1].step if index else 0
 
-    def medians(self) -> list[float | None]:
-        return list(running_medians(self.losses, self.rule.smoothing_steps))
+    def levels(self) -> list[Level]:
+        return list(running_levels(self.losses, self.rule))
 
     def only(self, *parts: slice) -> _Course:
         """Return a course that holds only some of the points."""
         losses = [loss for part in parts for loss in self.losses[part]]
         indices = [index for part in parts for index in self.indices[part]]
-        return _Course(self.rows, losses, indices, self.rule, self.jump_rows)
+        return replace(self, losses=losses, indices=indices)
 
 
 def diagnose(
@@ -122,17 +140,18 @@ def diagnose(
         records: The events and readings of PSS, which are empty for a run without PSS.
         ranks: Pairs of a step and the median ratio of a stable rank to its first measured value,
             sorted by step.
-        unigram_entropy: The unigram entropy in nats, at most ln(vocabulary). If it is None, no loss
-            counts as stuck.
+        unigram_entropy: The unigram entropy in nats, for a loss in nats per token. If it is None,
+            no loss is compared with it.
     """
     rows = log.training
     notes = _of_events(records)
     rule = _RULE.in_rows(log.log_interval)
     failure = None
     if rows:
-        losses = _sound_losses(rows, records)
-        jump_rows = max(1, round(JUMP_STEPS / log.log_interval))
-        course = _Course(rows, losses, range(len(rows)), rule, jump_rows)
+        end_rows = max(2, round(_END_STEPS / log.log_interval))
+        jump_rows = max(_JUMP_ROWS, round(_JUMP_STEPS / log.log_interval))
+        losses = _sound_losses(rows, records, end_rows)
+        course = _Course(rows, losses, range(len(rows)), rule, end_rows, jump_rows)
         entropy = math.inf if unigram_entropy is None else unigram_entropy
         failure, recoveries = _first_lasting(course, entropy)
         notes += recoveries
@@ -143,10 +162,23 @@ def diagnose(
     return Diagnosis(failure, tuple(notes))
 
 
-def _sound_losses(rows: Sequence[LogRow], records: RunRecords) -> list[float | None]:
-    nan_norms = {row.step for row in rows if math.isnan(row.grad_norm or 0.0)}
-    broken = nan_norms - {one.step for one in records.events if one.decision is Action.SKIP_UPDATE}
-    return [None if row.step in broken else finite_or_none(row.loss) for row in rows]
+def _sound_losses(rows: Sequence[LogRow], records: RunRecords, num_rows: int) -> list[float | None]:
+    """Return the losses, and None for rows that are not finite.
+
+    A gradient norm of NaN or inf alone may be one overflow in float16, which the loss scaler skips.
+    It counts from `num_rows` rows in a row on, unless PSS has skipped the step.
+    """
+    skipped = {one.step for one in records.events if one.decision is Action.SKIP_UPDATE}
+    losses = [finite_or_none(row.loss) for row in rows]
+    broken = [
+        row.grad_norm is not None and not math.isfinite(row.grad_norm) and row.step not in skipped
+        for row in rows
+    ]
+    for is_broken, group in itertools.groupby(range(len(rows)), broken.__getitem__):
+        at = list(group)
+        if is_broken and len(at) >= num_rows:
+            losses[at[0] : at[-1] + 1] = [None] * len(at)
+    return losses
 
 
 def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, list[str]]:
@@ -161,16 +193,24 @@ def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, 
         losses, rule = course.losses, course.rule
         found = find_explosion(losses, rule, unigram_entropy=entropy)
         if found is None or found.kind == "plateau":
-            risen = find_rise_at_the_end(losses, rule, num_rows=course.jump_rows)
+            risen = find_rise_at_the_end(losses, rule, num_rows=course.end_rows)
             if risen is not None:
-                return _risen(course, risen, to_the_end=True)[-1], notes
-            return None if found is None else _stuck(course, found, entropy), notes
+                failure = _risen(course, risen, to_the_end=True)[-1]
+                if not _recovers(course, risen):
+                    return failure, notes
+                notes.append(f"{failure.text.removesuffix(_LASTS)}, and it still falls.")
+                return None, notes
+            stuck = None if found is None else _stuck(course, found, entropy)
+            return stuck or _unmoved(course), notes
         begin = found.step - 1
         if found.kind == "non_finite":
             end = next((i for i in range(begin, len(losses)) if losses[i] is not None), None)
             failure = _not_finite(course, begin)
         else:
             begin, end, failure = _risen(course, begin)
+            if end is None and _recovers(course, found.step - 1):
+                notes.append(f"{failure.text.removesuffix(_LASTS)}, and it still falls.")
+                return None, notes
         if end is None:
             return failure, notes
         notes.append(
@@ -188,11 +228,12 @@ def _last_stretch(course: _Course) -> _Course:
     recoveries is examined.
     """
     width = course.rule.smoothing_steps
-    finite = [(median, at) for at, median in enumerate(course.medians()) if median is not None]
+    levels = course.levels()
+    finite = [(one.median, at) for at, one in enumerate(levels) if one.median is not None]
     if not finite:
         return course
-    lowest, at = min(finite)
-    back = max(place for median, place in finite if median <= lowest + course.rule.plateau_nats)
+    _, at = min(finite)
+    back = max(place for median, place in finite if median <= levels[-1].limit)
     since = max(at + 1, back + 1 - 2 * width)
     return course.only(slice(max(0, at + 1 - width), at + 1), slice(since, None))
 
@@ -204,7 +245,7 @@ def _not_finite(course: _Course, begin: int) -> RunFailure:
         if row.is_false_zero
         else "the loss was NaN or inf"
         if finite_or_none(row.loss) is None
-        else "the gradient norm was NaN"
+        else "the gradient norm was NaN or inf"
     )
     end = f"step {before} was still finite." if course.indices[begin] else "no row was finite."
     text = f"At step {row.step} {how}, and no sound row follows; {end}"
@@ -215,28 +256,57 @@ def _risen(
     course: _Course, begin: int, *, to_the_end: bool = False
 ) -> tuple[int, int | None, RunFailure]:
     """Return the point where a rise begins, the point where it ends or None, and the failure."""
-    rule, medians = course.rule, course.medians()
-    lowest = min(one for one in medians[:begin] if one is not None)
-    back = lowest + rule.plateau_nats
-    sound = max(i for i, one in enumerate(medians[:begin]) if one is not None and one <= back)
-    after = range(begin, 0 if to_the_end else len(medians))
-    end = next((i for i in after if (m := medians[i]) is not None and m <= back), None)
+    levels = course.levels()
+    medians = [one.median for one in levels]
+    lowest, limit = levels[begin].lowest, levels[begin].limit
+    end = None
+    if not to_the_end:
+        after = range(begin, len(medians))
+        end = next((i for i in after if (m := medians[i]) is not None and m <= limit), None)
+    losses = course.losses
+    highest = statistics.median(loss for loss in losses[begin:end] if loss is not None)
+    half = (lowest + highest) / 2
+    at_lowest = max(i for i, m in enumerate(medians[:begin]) if m == lowest)
+    few = list(running_medians(losses, min(FEW_ROWS, course.rule.smoothing_steps)))
+    points = [(i, v) for i in range(at_lowest, len(few)) if (v := few[i]) is not None]
+    top = next(i for i, loss in points if loss >= half)
+    below = max((i for i, loss in points if i < top and loss <= limit), default=at_lowest)
+    kind: FailureKind = "spike" if top - below <= course.jump_rows else "slow_damage"
+    near = lowest + _NEAR * (limit - lowest)
+    calm = (i for i in range(at_lowest, top) if (v := losses[i]) is not None and v <= near)
+    sound = max(calm, default=at_lowest)
+    if kind == "spike":
+        sound = max(sound, below - course.end_rows)
     norms = [course.rows[index].grad_norm for index in course.indices]
-    spikes = find_spikes(course.losses, norms, rule, num_rows=course.jump_rows)
-    near = [i for i in spikes if abs(i - sound) <= rule.smoothing_steps + 1 or sound < i <= begin]
-    first = min([*near, sound + 1])
-    onset = course.step_before(first)
-    highest = statistics.median(loss for loss in course.losses[begin:end] if loss is not None)
-    rise = f"rose from {lowest:.3g} to {highest:.3g} nats (medians)"
-    kind: FailureKind = "spike" if near else "slow_damage"
-    if near:
-        row = course.row(near[0])
+    spikes = find_norm_spikes(norms)
+    near_rows = range(sound - course.rule.smoothing_steps, sound + 1)
+    first = next((i for i in spikes if i in near_rows), sound + 1)
+    rise = f"rose from {lowest:.3g} to {highest:.3g} (medians)"
+    if kind == "spike":
+        row = course.row(below + 1)
         norm = "" if row.grad_norm is None else f", gradient norm {row.grad_norm:.3g}"
         text = f"A spike at step {row.step} (loss {row.loss:.3g}{norm}): the loss {rise}"
     else:
-        text = f"From step {onset} on, without any spike, the loss {rise}"
-    text += " and did not come back." if end is None else "."
+        text = f"From step {course.step_before(first)} on, without any spike, the loss {rise}"
+    text += _LASTS if end is None else "."
+    onset = course.step_before(first)
     return first, end, RunFailure(kind, onset, course.row(begin).step, text)
+
+
+def _recovers(course: _Course, begin: int) -> bool:
+    """Whether a rise is nearly undone at the end of the log, and the loss still falls.
+
+    The loss is below its highest level before the rise, four fifths of the rise are undone, and the
+    last third of the rows has undone a third of what it found.
+    """
+    levels = course.levels()
+    before = [one.median for one in levels[:begin] if one.median is not None]
+    since = [one.median for one in levels[begin:] if one.median is not None]
+    lowest, width = levels[begin].lowest, max(course.rule.smoothing_steps, len(since) // 3)
+    if len(since) <= width or since[-1] >= max(before):
+        return False
+    left = since[-1] - lowest
+    return left <= _NEAR * (max(since) - lowest) and since[-1 - width] - since[-1] >= left / 2
 
 
 def _stuck(course: _Course, found: Explosion, entropy: float) -> RunFailure:
@@ -250,6 +320,31 @@ def _stuck(course: _Course, found: Explosion, entropy: float) -> RunFailure:
         f"the frequencies of tokens has at most {entropy:.3g} nats."
     )
     return RunFailure("collapse", course.step_before(point), step, text)
+
+
+def _unmoved(course: _Course) -> RunFailure | None:
+    """Return the failure of a run that has learned nothing, if its loss shows that.
+
+    Over at least 100 steps, the median of the last third differs from that of the first third by
+    less than 1 % of it, and from the first loss as well. The loss must scatter by less than 1 %,
+    because a noisier loss may hide a descent.
+    """
+    losses = [loss for loss in course.losses if loss is not None]
+    third, rule = len(losses) // 3, course.rule
+    if len(losses) < 2 * rule.plateau_steps:
+        return None
+    first, last = statistics.median(losses[:third]), statistics.median(losses[-third:])
+    scatter = Scatter()
+    for loss in losses:
+        scatter.add(loss)
+    least = _UNMOVED * abs(first)
+    if max(abs(last - first), abs(last - losses[0]), scatter.value) >= least:
+        return None
+    text = (
+        f"The loss has not moved: it began at {losses[0]:.4g}, and its median is {last:.4g}. Check "
+        "the learning rate, and that the optimizer holds the parameters that the loss depends on."
+    )
+    return RunFailure("collapse", 0, course.rows[-1].step, text)
 
 
 def _stuck_since(losses: Sequence[float | None], begin: int, rule: ExplosionRule) -> int:
@@ -304,7 +399,8 @@ def _by_ranks(rows: Sequence[LogRow], ranks: RankRatios, rule: ExplosionRule) ->
     if not before or len(since) < rule.smoothing_steps:
         return None
     now = statistics.median(since[-rule.smoothing_steps :])
-    if now < statistics.median(before) - rule.plateau_nats:
+    level = statistics.median(before)
+    if now < level - _NEAR * rule.rise(level, 0.0):
         return None  # stable ranks fall in healthy training too, and this run still learns
     text = (
         f"Without any spike, half of the matrices have fallen below {ranks[-1][1]:.0%} of the "

@@ -93,7 +93,8 @@ def investigate(
         run_dir: The folder of the run, or the folder of one checkpoint.
         margin_steps: The margin that `hf_pss.rescue.candidates` describes.
         unigram_entropy: The unigram entropy of the training text in nats. If it is None, the value
-            that `hf-pss train` has saved is used, or else ln(vocab_size).
+            that `hf-pss train` has saved is used. If there is none, no loss is compared with an
+            entropy, because the log does not tell the unit of the loss.
         failed_at: The first step at which the run was bad, if the caller knows more than the log
             shows. For example, a learning rate that was too high from the beginning shows only in a
             comparison with other runs, or in the weights of small networks (`early_damage`).
@@ -120,9 +121,10 @@ def investigate(
     notes: list[str] = []
     if log is not None:
         records = read_run_records(run_dir)
-        entropy = unigram_entropy or _known_entropy(run_dir, folders, reports)
+        known = unigram_entropy or recorded_entropy(folders[-1].parent if folders else run_dir)
         ranks = records.rank_ratios or rank_ratios((one.step, one.stable_ranks) for one in reports)
-        diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=entropy)
+        diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=known)
+        entropy = known or _entropy_of_vocabulary(reports)
         early = early_damage(log, reports, entropy, diagnosis.failure)
         failures += [one for one in (diagnosis.failure, early) if one is not None]
         notes += [*of_others, *diagnosis.notes]
@@ -176,12 +178,7 @@ def _newest_log(
     return taken, (note,), unreadable
 
 
-def _known_entropy(
-    run_dir: Path, folders: Sequence[Path], reports: Sequence[CheckpointReport]
-) -> float | None:
-    kept = recorded_entropy(folders[-1].parent if folders else run_dir)
-    if kept is not None:
-        return kept
+def _entropy_of_vocabulary(reports: Sequence[CheckpointReport]) -> float | None:
     for one in reversed(reports):
         config = {} if one.inspection is None else one.inspection.checkpoint.config
         for part in (config, config.get("text_config")):

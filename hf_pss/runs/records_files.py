@@ -429,8 +429,9 @@ def without_false_zeros(rows: Iterable[LogRow]) -> tuple[LogRow, ...]:
     With ``logging_nan_inf_filter``, the Trainer leaves NaN and inf out of its sum of losses. The
     logged loss is therefore exactly 0 if no step since the previous row was finite. This function
     uses its own rule to recognise such a loss. If PSS has counted non-finite steps, the loss is
-    false if the count has risen. Without a count, a loss of exactly 0 is false unless an earlier
-    loss was 0.01 or less.
+    false if the count has risen. Without a count, a loss of exactly 0 is true beside a finite
+    gradient norm above 0. Beside a norm that is NaN, inf, 0 or missing, it is false unless an
+    earlier loss was 0.01 or less.
 
     Args:
         rows: The rows, sorted by step.
@@ -440,7 +441,8 @@ def without_false_zeros(rows: Iterable[LogRow]) -> tuple[LogRow, ...]:
         if row.loss == 0.0:
             now = row.nonfinite_steps
             has_risen = now is not None and (now > num_before or 0 < now < num_before)
-            if has_risen or (now is None and least > _LEAST_LOSS):
+            has_gradient = row.grad_norm is not None and 0 < row.grad_norm < math.inf
+            if has_risen or (now is None and not has_gradient and least > _LEAST_LOSS):
                 row = replace(row, loss=math.nan, is_false_zero=True)
         if row.loss is not None and math.isfinite(row.loss):
             least = min(least, row.loss)

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from helpers import gpt2, make_trainer
-from hf_pss.runs.log import read_log
-from labelled import INTERVALS, VERDICTS, labelled_logs, logged
+from labelled import INTERVALS, VERDICTS, LabelledLog, Part, labelled_logs, logged
 from make_labelled_logs import FOLDER, part_of
 from transformers import Trainer
+
+from hf_pss.rescue.diagnosis import diagnose
+from hf_pss.runs.records_files import RunRecords, read_log
 
 
 def same(one: float, other: float) -> bool:
@@ -96,3 +98,34 @@ def test_a_written_log_can_be_read(tmp_path: Path, interval: int) -> None:
     found = read_log(log.write(tmp_path, interval, scale=20.0))
     assert len(found.rows) == len(log.losses) // interval
     assert found.log_interval == interval
+
+
+# ---- the verdicts of rescue on these logs ----
+
+
+def verdict(log: LabelledLog, folder: Path, interval: int, scale: float = 1.0) -> str | None:
+    found = diagnose(read_log(log.write(folder, interval, scale=scale)), RunRecords()).failure
+    return None if found is None else found.kind
+
+
+@pytest.mark.parametrize(("part", "least"), [("tune", 0.95), ("report", 0.92)])
+def test_rescue_tells_failed_runs_from_others(part: Part, least: float, tmp_path: Path) -> None:
+    """No sound run has failed. What is missed are mostly runs that have learned nothing."""
+    num_right = num_all = 0
+    for log in labelled_logs(part):
+        for interval in INTERVALS:
+            found = verdict(log, tmp_path, interval)
+            if log.label.verdict == "sound":
+                assert found is None, (log.name, interval)
+            if log.label.verdict == "non_finite":
+                assert found == "non_finite", (log.name, interval)
+            num_right += (found is not None) == log.label.is_failure
+            num_all += 1
+    assert num_right >= least * num_all
+
+
+@pytest.mark.parametrize("scale", [1e-3, 20.0, 1e4])
+def test_the_unit_of_the_loss_changes_no_verdict(scale: float, tmp_path: Path) -> None:
+    for log in labelled_logs():
+        expected = verdict(log, tmp_path, 5)
+        assert verdict(log, tmp_path, 5, scale) == expected, log.name
