@@ -24,7 +24,10 @@ def run_worker(
     return found
 
 
-@pytest.mark.parametrize("trainer", ["PSSTrainer", "SafeTrainer"])
+# Both save with SafeCheckpointsMixin; SafeTrainer is a Trainer with this mixin and without PSS.
+@pytest.mark.parametrize(
+    "trainer", ["PSSTrainer", pytest.param("SafeTrainer", marks=pytest.mark.slow)]
+)
 def test_a_kill_in_any_phase_of_a_save_loses_at_most_that_save(
     trainer: str, tmp_path: Path
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from hf_pss.config import PRESETS
 
 HELD = language(7, 256)
 STEPS = 40
+# Batches of one row, so that an odd row is an odd batch.
+ODD = {"per_device_train_batch_size": 1, "learning_rate": 1e-4}
 
 
 def rows_with_odd_ones(seed: int) -> list[dict[str, Tensor]]:
@@ -59,6 +63,13 @@ def fine_tune(
     return loss_of(trainer.model, HELD)
 
 
+@cache
+def plain_loss() -> float:
+    """Return the loss after a fine-tuning with the plain Trainer, with `ODD`."""
+    with TemporaryDirectory() as folder:
+        return fine_tune(Path(folder), None, **ODD)
+
+
 def spikes_in(folder: Path) -> list[dict[str, Any]]:
     return [event for event in events_of(folder) if event["detector"] == "grad_norm_ratio"]
 
@@ -82,15 +93,14 @@ def test_false_alarms_do_no_harm(adapted: bool, tmp_path: Path) -> None:
 def test_one_odd_batch_under_every_preset(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"per_device_train_batch_size": 1, "learning_rate": 1e-4}
-    plain = fine_tune(tmp_path / "plain", None, **options)
+    plain = plain_loss()
     config = PSSConfig.preset(name, **({} if name == "floor" else {"calibration_steps": 5}))
-    ours = fine_tune(tmp_path / "pss", config, **options)
+    ours = fine_tune(tmp_path / "pss", config, **ODD)
     if name == "paper":
         assert ours > plain + 0.02, "as published it is to do harm here, or this test shows nothing"
         assert "look trained" in caplog.text
         tried = PSSConfig.preset("paper", calibration_steps=5, trial="spikes")
-        ours = fine_tune(tmp_path / "tried", tried, **options)
+        ours = fine_tune(tmp_path / "tried", tried, **ODD)
         decisions = {event["decision"] for event in spikes_in(tmp_path / "tried")}
         assert "undo" in decisions
     assert ours <= plain + 0.02
@@ -100,8 +110,6 @@ def test_one_odd_batch_under_every_preset(
 def test_every_smoothing_function_that_the_default_can_reach(
     smoothing: str, tmp_path: Path
 ) -> None:
-    options = {"per_device_train_batch_size": 1, "learning_rate": 1e-4}
-    plain = fine_tune(tmp_path / "plain", None, **options)
     config = PSSConfig(calibration_steps=5, smoothing=smoothing)
-    assert fine_tune(tmp_path / "pss", config, **options) <= plain + 0.005
+    assert fine_tune(tmp_path / "pss", config, **ODD) <= plain_loss() + 0.005
     assert spikes_in(tmp_path / "pss")

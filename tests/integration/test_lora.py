@@ -144,7 +144,7 @@ def fine_tune(
     return run
 
 
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("max_grad_norm", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_a_spike_leaves_no_trace_in_the_end(
     fine_tune: Callable[..., tuple[float, Trainer]], max_grad_norm: float
 ) -> None:

@@ -54,6 +54,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     for case, (_, rule) in CASES.items()
 }
 
+# Tracing takes seconds a case: the quick run has a plain rule, one with a closure, and AMUSE.
+COMPILED_QUICKLY = {("muon", "one"), ("specmuon", "one"), ("amuse", "one")}
+
 on_each_case = pytest.mark.parametrize("case", CASES)
 on_each_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -428,9 +431,14 @@ def test_a_matrix_does_not_depend_on_its_neighbours(rule: str) -> None:
 
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 compiles no step with a closure")
 @pytest.mark.parametrize(
-    "shapes", [[(6, 4)], pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["one", "all"]
+    ("case", "shapes"),
+    [
+        pytest.param(case, shapes, id=f"{case}-{name}", marks=marks)
+        for case in CASES
+        for name, shapes in (("one", [(6, 4)]), ("all", SHAPES))
+        for marks in ([] if (case, name) in COMPILED_QUICKLY else pytest.mark.slow,)
+    ],
 )
-@on_each_case
 def test_a_compiled_step_is_the_same(case: str, shapes: list[tuple[int, ...]]) -> None:
     """The third step of three is in the soft phase of the rules that have one."""
     plain, compiled = Problem(case, shapes=shapes), Problem(case, shapes=shapes)
