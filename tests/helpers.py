@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from hf_pss import PSSCallback, PSSConfig, PSSTrainer, PSSTrainingArguments, RecoveryConfig
+from hf_pss.config import DetectorName
 
 VOCABULARY = 48
 LENGTH = 12
@@ -33,6 +36,7 @@ MAX_STEPS = 8
 # The paper's detector with a threshold and a calibration so low that eight steps see it fire.
 EAGER = PSSConfig.preset("paper", threshold_ratio=1.0001, calibration_steps=1, cooldown_steps=0)
 
+ALL_DETECTORS = get_args(DetectorName)
 # Every preset, its thresholds out of reach: the run must be the plain Trainer's.
 OUT_OF_REACH = {
     "paper": PSSConfig.preset("paper", threshold_ratio=1e9, calibration_steps=1),
@@ -42,14 +46,7 @@ OUT_OF_REACH = {
     ),
     "all detectors": PSSConfig.preset(
         "paper",
-        detectors=(
-            "grad_norm_ratio",
-            "matrix_grad_norm_ratio",
-            "update_norm_ratio",
-            "stable_rank_floor",
-            "stable_rank_drop",
-            "spectral_norm_ratio",
-        ),
+        detectors=ALL_DETECTORS,
         threshold_ratio=1e9,
         floor_ratio=1e-6,
         stable_rank_drop=0.99,
@@ -96,6 +93,23 @@ def llama() -> PreTrainedModel:
             max_position_embeddings=LENGTH,
         )
     )
+
+
+def mixtral(num_experts: int = 3, **options: Any) -> PreTrainedModel:
+    """Give one layer whose experts are stacked in one parameter."""
+    config = MixtralConfig(
+        **{
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 48,
+            **options,
+        },
+        num_local_experts=num_experts,
+    )
+    return MixtralForCausalLM(config)
 
 
 def bert() -> PreTrainedModel:

@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import controller_of, events_of, gpt2, llama, make_trainer, steps_of, token_rows
+from helpers import (
+    controller_of,
+    events_of,
+    gpt2,
+    llama,
+    make_trainer,
+    mixtral,
+    steps_of,
+    token_rows,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hf_pss import PSSConfig, PSSController, PSSTrainer, select_matrices
 from hf_pss.linalg import Clip, smooth_product, stable_rank
@@ -24,20 +32,6 @@ BACKEND = Backend()
 # Of s·B·A against the SVD of the product that PEFT itself materialises; relative to σ₁.
 PRODUCT = 1e-5  # 1.1e-6
 RANK = 1e-5  # 1.6e-6, relative
-
-
-def mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=3,
-            vocab_size=48,
-        )
-    )
 
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {

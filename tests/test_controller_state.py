@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from helpers import ALL_DETECTORS
 from loops import Loop, changed, collapse_, make_model
 from torch import nn
 
@@ -20,14 +21,7 @@ Damage: TypeAlias = Callable[[dict[str, Any]], Any]
 
 EVERYTHING = PSSConfig.preset(
     "paper",
-    detectors=(
-        "grad_norm_ratio",
-        "matrix_grad_norm_ratio",
-        "update_norm_ratio",
-        "stable_rank_floor",
-        "stable_rank_drop",
-        "spectral_norm_ratio",
-    ),
+    detectors=ALL_DETECTORS,
     calibration_steps=2,
     check_every_steps=2,
     cooldown_steps=1,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import mixtral
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,8 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -42,17 +41,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def experts() -> PreTrainedModel:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=5,
-            vocab_size=48,
-        )
-    )
+    return mixtral(5)
 
 
 def build(kind: str) -> nn.Module:

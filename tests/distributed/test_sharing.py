@@ -8,14 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import gpt2
+from helpers import gpt2, mixtral
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
-    MixtralConfig,
     PreTrainedModel,
 )
 
@@ -130,16 +129,7 @@ def test_only_what_moves_travels() -> None:
 
 def experts() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=8,
-        vocab_size=48,
-    )
-    return AutoModelForCausalLM.from_config(config)
+    return mixtral(8)
 
 
 def test_experts_are_gathered_once_though_they_take_several_turns(

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import mixtral
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_pss.health.spectrum_metrics import (
     effective_rank_of,
@@ -35,17 +36,7 @@ def build(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=20, n_head=2, vocab_size=48))
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=5,
-            vocab_size=48,
-        )
-    )
+    return mixtral(5)
 
 
 def measured(kind: str, backend: Backend | None) -> dict[str, float]:

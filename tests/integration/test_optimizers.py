@@ -20,6 +20,7 @@ from helpers import (
     history,
     llama,
     make_trainer,
+    mixtral,
     steps_of,
     token_rows,
     train,
@@ -29,8 +30,6 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import (
     HfArgumentParser,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -339,17 +338,8 @@ def test_both_factors_of_an_adapter_are_matrices(base: Any, tmp_path: Path) -> N
 
 def test_factors_of_experts_are_taken_apart_as_peft_puts_them_together() -> None:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-        vocab_size=48,
-    )
     where = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
-    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(r=2, lora_alpha=2, **where))
+    model = get_peft_model(mixtral(), LoraConfig(r=2, lora_alpha=2, **where))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()

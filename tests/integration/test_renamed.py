@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gpt2, history, make_trainer, token_rows, weights_of
+from helpers import gpt2, history, make_trainer, mixtral, token_rows, weights_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
-    MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
@@ -22,25 +21,14 @@ from hf_pss import PSSConfig
 from hf_pss.trainer.resuming import load_renamed_
 
 
-def mixtral(seed: int) -> PreTrainedModel:
+def seeded(seed: int) -> PreTrainedModel:
     set_seed(seed)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=3,
-            vocab_size=48,
-            max_position_embeddings=12,
-        )
-    )
+    return mixtral(max_position_embeddings=12)
 
 
 def resumed(folder: Path, checkpoint: Path, **options: object) -> Trainer:
     """Another initialisation: what is not loaded shows."""
-    trainer = make_trainer(folder, model=mixtral(4), rows=token_rows(), save_steps=4, **options)
+    trainer = make_trainer(folder, model=seeded(4), rows=token_rows(), save_steps=4, **options)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return trainer
 
@@ -51,7 +39,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 def test_a_mixture_of_experts_resumes_exactly(tmp_path: Path) -> None:
     pss = PSSConfig.preset("paper")
-    run = make_trainer(tmp_path / "run", pss, model=mixtral(3), rows=token_rows(), save_steps=4)
+    run = make_trainer(tmp_path / "run", pss, model=seeded(3), rows=token_rows(), save_steps=4)
     run.train()
     again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4", pss=pss)
     assert losses(again) == losses(run)
@@ -63,7 +51,7 @@ def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
     run = make_trainer(
         tmp_path,
         PSSConfig.preset("paper"),
-        model=mixtral(3),
+        model=seeded(3),
         rows=token_rows(),
         eval_rows=token_rows(8),
         save_steps=4,
@@ -86,12 +74,12 @@ def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
 
 
 def test_a_model_in_shards_is_left_alone(tmp_path: Path) -> None:
-    mixtral(3).save_pretrained(tmp_path)
+    seeded(3).save_pretrained(tmp_path)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        model = mixtral(4)
+        model = seeded(4)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         assert load_renamed_(model, tmp_path) == ()
     finally:
@@ -100,7 +88,7 @@ def test_a_model_in_shards_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_plain_trainer_still_does_not(tmp_path: Path) -> None:
     """When this fails, transformers has mended it: `load_renamed_` can go."""
-    run = make_trainer(tmp_path / "run", model=mixtral(3), rows=token_rows(), save_steps=4)
+    run = make_trainer(tmp_path / "run", model=seeded(3), rows=token_rows(), save_steps=4)
     run.train()
     again = resumed(tmp_path / "again", tmp_path / "run" / "checkpoint-4")
     assert losses(again)[4:] != losses(run)[4:]
@@ -116,10 +104,10 @@ def test_a_model_under_its_own_names_is_left_alone(tied: bool, tmp_path: Path) -
 
 
 def test_sharded_checkpoints_too(tmp_path: Path) -> None:
-    mixtral(3).save_pretrained(tmp_path, max_shard_size="10KB")
+    seeded(3).save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    other = mixtral(4)
+    other = seeded(4)
     assert len(load_renamed_(other, tmp_path)) == 3  # gate, gate_up_proj, down_proj
     for name in ("gate_up_proj", "down_proj"):
         key = f"model.layers.0.mlp.experts.{name}"
-        assert torch.equal(other.state_dict()[key], mixtral(3).state_dict()[key])
+        assert torch.equal(other.state_dict()[key], seeded(3).state_dict()[key])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ALL_DETECTORS,
     controller_of,
     differences,
     events_of,
@@ -45,14 +46,7 @@ pytestmark = [
 
 # Acts wherever it can, with everything that measures switched on.
 EAGER = PSSConfig(
-    detectors=(
-        "grad_norm_ratio",
-        "matrix_grad_norm_ratio",
-        "update_norm_ratio",
-        "stable_rank_floor",
-        "stable_rank_drop",
-        "spectral_norm_ratio",
-    ),
+    detectors=ALL_DETECTORS,
     threshold_ratio=1.0001,
     spectral_norm_ratio=1.0001,
     floor_ratio=1.3,

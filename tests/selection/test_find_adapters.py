@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import llama
+from helpers import llama, mixtral
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_pss import SelectionError, select_matrices
 from hf_pss.models.selection import Selection
@@ -141,17 +140,8 @@ def test_tuners_without_two_matrices_are_left_out() -> None:
 
 
 def test_experts_are_named_after_their_parameter() -> None:
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-        vocab_size=48,
-    )
     model = adapted(
-        MixtralForCausalLM(config),
+        mixtral(2),
         target_modules=[],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
