@@ -232,8 +232,8 @@ def describe_nonfinite(
     else:
         response = event.decision.value.replace("_", " ")
     return (
-        f"Step {event.step} is not finite ({event.detector} = {event.value}, loss {event.loss})"
-        f"{_first_in(event)}: {response}. Non-finite steps so far: {num_nonfinite_steps}."
+        f"Step {event.step} is not finite ({_numbers(event)}){_first_in(event)}: {response}. "
+        f"Non-finite steps so far: {num_nonfinite_steps}.{_hint_at_labels(event)}"
     )
 
 
@@ -256,8 +256,8 @@ def describe_stop(event: Event, *, is_after_update: bool) -> str:
         )
     moment = "after" if is_after_update else "before"
     return (
-        f"Stopped {moment} the update of step {event.step}: {event.detector} = {event.value}, "
-        f"loss = {event.loss}{_first_in(event)} ({event.reason}). {remedy}"
+        f"Stopped {moment} the update of step {event.step}: {_numbers(event)}{_first_in(event)} "
+        f"({event.reason}). {remedy}{_hint_at_labels(event)}"
     )
 
 
@@ -294,6 +294,18 @@ def _where(event: Event) -> str:
 def _first_in(event: Event) -> str:
     where = _where(event)
     return f", first{where}" if where else ""
+
+
+def _numbers(event: Event) -> str:
+    of_loss = "" if event.detector == "loss" else f", loss = {event.loss}"
+    return f"{event.detector} = {event.value}{of_loss}"
+
+
+def _hint_at_labels(event: Event) -> str:
+    """Name the usual cause of a NaN loss beside a finite gradient: a mean over no labels, 0/0."""
+    if event.detector != "loss":
+        return ""
+    return " The gradient is finite, so the batch may have no label that counts (all are -100)."
 
 
 def _number(value: float | None) -> float:

@@ -92,34 +92,45 @@ class OptimizerMixin(TrainerPart):
         if (chosen := self._chosen) is not None:
             chosen.set_length(args[0] if args else kwargs["num_training_steps"])
         scheduler = super().create_scheduler(*args, **kwargs)
+        given = self._given_rates = [] if self._given_rates is None else self._given_rates
+        given[:] = _base_rates(scheduler)
         if (scale := self._scale) is not None:
-            given = self._given_rates = [] if self._given_rates is None else self._given_rates
-            given[:] = map(float, _schedule_in(scheduler).base_lrs)
             set_base_rates_(scheduler, [rate * scale for rate in given])
         return scheduler
 
     def rescale_rates_(self, checkpoint: str) -> None:
         """Give a resumed schedule the rates of this run, multiplied by ``pss_lr_scale``.
 
-        Without ``pss_lr_scale``, the rates of the checkpoint apply, as in a plain Trainer. If every
-        resume uses the same factor, it is applied only once and not once per resume.
+        Without ``pss_lr_scale``, the rates of the checkpoint apply, as in a plain Trainer. A
+        warning says so if this run was given others. If every resume uses the same factor, it is
+        applied only once and not once per resume.
         """
         scale, given = self._scale, self._given_rates
-        if scale is None or given is None:
+        if given is None:
+            return
+        if scale is None:
+            loaded = _base_rates(self.lr_scheduler)
+            if loaded != given and self.is_world_process_zero():
+                logger.warning(
+                    "The schedule continues from the base rate of %s, which is %s. The rate of "
+                    "this run, %s, has no effect. To use it, set pss_lr_scale=1.",
+                    checkpoint,
+                    _shown(loaded),
+                    _shown(given),
+                )
             return
         wanted = [rate * scale for rate in given]
         loaded = set_base_rates_(self.lr_scheduler, wanted)
         for group, rate in zip(self.optimizer.param_groups, given, strict=True):
             group["initial_lr"] = rate  # a second train() builds its schedule from this rate
         if loaded != wanted and self.is_world_process_zero():
-            shown = [", ".join(f"{x:.3g}" for x in dict.fromkeys(r)) for r in (wanted, loaded)]
             logger.warning(
                 "pss_lr_scale=%g: the schedule continues from a base rate of %s. The checkpoint %s "
                 "has %s.",
                 scale,
-                shown[0],
+                _shown(wanted),
                 checkpoint,
-                shown[1],
+                _shown(loaded),
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -170,6 +181,10 @@ def _described(kind: Kind) -> str:
     return f"groups of {' and '.join(rules)}" if rules else "an optimizer of another package"
 
 
+def _shown(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(rates))
+
+
 def set_base_rates_(scheduler: Any, rates: Sequence[float]) -> list[float]:
     """Change the base rates of a schedule, and keep its position.
 
@@ -203,18 +218,30 @@ def set_base_rates_(scheduler: Any, rates: Sequence[float]) -> list[float]:
     return before
 
 
+def _base_rates(scheduler: Any) -> list[float]:
+    """Return the base rates of a schedule, or none if it is not a `LambdaLR`."""
+    schedule = _unwrapped(scheduler)
+    return [float(x) for x in schedule.base_lrs] if type(schedule) is LambdaLR else []
+
+
+def _unwrapped(scheduler: Any) -> Any:
+    """Return the schedule inside Accelerate's wrappers."""
+    while isinstance(scheduler, AcceleratedScheduler):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
 def _schedule_in(scheduler: Any) -> LambdaLR:
     """Return the schedule inside Accelerate's wrappers.
 
     Raises:
         ConfigurationError: The schedule is not a `LambdaLR`.
     """
-    while isinstance(scheduler, AcceleratedScheduler):
-        scheduler = scheduler.scheduler
+    schedule = _unwrapped(scheduler)
     # Other schedules keep more rates than the base rates, or derive rates from the optimizer.
-    if type(scheduler) is not LambdaLR:
+    if type(schedule) is not LambdaLR:
         raise ConfigurationError(
-            f"pss_lr_scale cannot scale {type(scheduler).__name__}, whose rates are not multiples "
+            f"pss_lr_scale cannot scale {type(schedule).__name__}, whose rates are not multiples "
             "of base rates: leave it out, or choose another lr_scheduler_type."
         )
-    return scheduler
+    return schedule
