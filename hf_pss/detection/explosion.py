@@ -206,19 +206,23 @@ class Level:
 def running_levels(losses: Sequence[float | None], rule: ExplosionRule) -> Iterator[Level]:
     """Yield the level of each row. The cost per row is O(``smoothing_steps``)."""
     lowest, highest, limit, scatter = math.inf, -math.inf, math.inf, Scatter()
-    num_losses = 0
+    num_losses, largest = 0, 0.0
     for loss, level in zip(losses, running_medians(losses, rule.smoothing_steps), strict=True):
         yield Level(level, lowest, limit)
         if loss is None or level is None:
             continue
         num_losses += 1
-        scatter.add(loss)
+        if num_losses == 1 or loss <= 2 * abs(largest):
+            largest = loss if num_losses == 1 else max(largest, loss)
+            scatter.add(loss)
         if num_losses < min(FEW_ROWS, rule.smoothing_steps):
             continue  # one odd first loss is not a level
         highest = max(highest, level)
         is_new = level < lowest
         lowest = min(lowest, level)
-        if _FEWEST_DIFFERENCES <= len(scatter) and (is_new or len(scatter) < _MIN_DIFFERENCES):
+        if len(scatter) < _FEWEST_DIFFERENCES:
+            limit = 2 * lowest if lowest > 0 else math.inf
+        elif is_new or len(scatter) < _MIN_DIFFERENCES:
             limit = lowest + rule.rise(lowest, scatter.value, descent=highest - lowest)
 
 

@@ -4,8 +4,9 @@ The definition of an explosion comes from `hf_pss.detection.explosion`, with its
 converted to rows of the log. No rule depends on the unit of the loss. We added these rules:
 
 - A row is *not finite* if its loss is NaN or inf, or if its loss is a 0 that stands for NaN (see
-  `hf_pss.runs.records_files.without_false_zeros`). A gradient norm of NaN or inf counts only if it
-  lasts for five steps and at least two rows, and if PSS did not skip these steps.
+  `hf_pss.runs.records_files.without_false_zeros`). A gradient norm of NaN or inf counts if the
+  loss is not finite soon after, or if it lasts for five steps and at least three rows. Steps that
+  PSS has skipped do not count.
 - The *onset* is the step of the last row before the loss rose, or before a spike of the gradient
   norm that came first. The loss of a step is computed before its update, so the update of this step
   is the first that may have caused the damage.
@@ -55,6 +56,7 @@ _NEAR = 0.2
 _UNMOVED = 0.01
 # A rise at the end of the log needs fewer steps than elsewhere: the run may have been stopped.
 _END_STEPS = 5
+_NAN_ROWS = 3
 # A rise is a spike if the loss comes halfway up within this number of steps, or within two rows, of
 # which the first may be a mean over steps before and after.
 _JUMP_STEPS = 3
@@ -150,7 +152,7 @@ def diagnose(
     if rows:
         end_rows = max(2, round(_END_STEPS / log.log_interval))
         jump_rows = max(_JUMP_ROWS, round(_JUMP_STEPS / log.log_interval))
-        losses = _sound_losses(rows, records, end_rows)
+        losses = _sound_losses(rows, records, max(_NAN_ROWS, end_rows))
         course = _Course(rows, losses, range(len(rows)), rule, end_rows, jump_rows)
         entropy = math.inf if unigram_entropy is None else unigram_entropy
         failure, recoveries = _first_lasting(course, entropy)
@@ -165,18 +167,19 @@ def diagnose(
 def _sound_losses(rows: Sequence[LogRow], records: RunRecords, num_rows: int) -> list[float | None]:
     """Return the losses, and None for rows that are not finite.
 
-    A gradient norm of NaN or inf alone may be one overflow in float16, which the loss scaler skips.
-    It counts from `num_rows` rows in a row on, unless PSS has skipped the step.
+    A gradient norm of NaN or inf alone may be an overflow in float16, which the loss scaler skips.
+    It counts if it lasts for `num_rows` rows or if the loss is not finite in one of the next rows.
+    Steps that PSS has skipped do not count.
     """
     skipped = {one.step for one in records.events if one.decision is Action.SKIP_UPDATE}
     losses = [finite_or_none(row.loss) for row in rows]
     broken = [
-        row.grad_norm is not None and not math.isfinite(row.grad_norm) and row.step not in skipped
-        for row in rows
+        loss is None or (row.step not in skipped and not math.isfinite(row.grad_norm or 0.0))
+        for row, loss in zip(rows, losses, strict=True)
     ]
     for is_broken, group in itertools.groupby(range(len(rows)), broken.__getitem__):
         at = list(group)
-        if is_broken and len(at) >= num_rows:
+        if is_broken and (len(at) >= num_rows or any(losses[i] is None for i in at)):
             losses[at[0] : at[-1] + 1] = [None] * len(at)
     return losses
 

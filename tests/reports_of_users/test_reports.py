@@ -220,7 +220,6 @@ def test_a_failed_run_is_found_in_its_log(
             [2.7522, 2.6150, 2.6687, 2.7682, 2.5128, 2.4566],
             [3.0608, 2.7647, 2.7647, 2.5309, NAN, NAN],
             10,
-            marks=pytest.mark.xfail(reason="rescue takes a last norm of NaN for a failure"),
             id="InternLM/xtuner#187",
         ),
     ],

@@ -139,11 +139,12 @@ def test_one_bad_row_between_sound_ones_is_not_a_failure() -> None:
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_one_skipped_overflow_is_not_a_failure_and_five_are(norm: float) -> None:
     """A loss scaler in float16 skips a step now and then, also the last one."""
-    skipped = [1.0] * 29 + [norm]
-    assert diagnose(synthetic([3.0] * 30, norms=skipped), RunRecords()).failure is None
-    for every, num_rows in ((1, 5), (20, 2)):
+    losses = [3.0 - 0.05 * i for i in range(30)]
+    for every, num_rows in ((1, 5), (20, 3)):
+        norms = [1.0] * (31 - num_rows) + [norm] * (num_rows - 1)
+        assert diagnose(synthetic(losses, norms=norms, every=every), RunRecords()).failure is None
         norms = [1.0] * (30 - num_rows) + [norm] * num_rows
-        failure = diagnose(synthetic([3.0] * 30, norms=norms, every=every), RunRecords()).failure
+        failure = diagnose(synthetic(losses, norms=norms, every=every), RunRecords()).failure
         assert failure is not None
         assert (failure.kind, failure.onset_step) == ("non_finite", every * (30 - num_rows))
 
