@@ -253,13 +253,14 @@ def test_a_training_begins_with_one_line(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_run_that_goes_back_does_not_begin_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_steps=1)
-    trainer._prepare_monitor = lambda **_: None
     trainer.train()
     caplog.clear()
-    PSSCallback.of(trainer).before_training(is_rollback=True, may_repair=True)
+    callback = PSSCallback.of(trainer)
+    callback.before_training(is_rollback=True, may_repair=True)
+    monkeypatch.setattr(callback, "before_training", lambda **_: None)
     trainer.train()
     assert said(caplog) == []
 
