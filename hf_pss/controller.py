@@ -101,9 +101,10 @@ class PSSController:
     >>> pss.step(grad_norm, update=optimizer.step).verdict.value
     'calibrating'
 
-    If your loop cannot pass its update as a function, call `before_update` before it and
-    `after_update` after it. If you use ``smooth_on_resume``, call `smooth_now` after
-    `load_state_dict`.
+    Every call counts as one step. If you accumulate gradients, call it once for each update: with
+    Accelerate, if ``accelerator.sync_gradients``. If your loop cannot pass its update as a
+    function, call `before_update` before it and `after_update` after it. If you use
+    ``smooth_on_resume``, call `smooth_now` after `load_state_dict`.
 
     Args:
         model: The model being trained, wrapped or not. Its parameters are looked up by name at
@@ -169,6 +170,8 @@ class PSSController:
         equal states."""
         self._current: Step | None = None
         self._has_loaded = False
+        self._speaks = speaks
+        self._has_norm: set[bool] = set()  # whether the steps so far had a gradient norm
         options = {"has_loss": evaluate_loss is not None, "has_trainer": not speaks}
         self._warn(option_warnings(self.config, self._measurements, **options))
         self.reset()
@@ -242,6 +245,7 @@ class PSSController:
         """
         started = time.perf_counter()
         self.step_number += 1
+        self._note_norm(grad_norm_preclip is not None)
         step = self._current = Step(
             self.step_number,
             loss,
@@ -426,6 +430,19 @@ class PSSController:
         for sentence in sentences:
             if self._measurements.backend.rank == 0:
                 logger.warning("%s", sentence)
+
+    def _note_norm(self, has_norm: bool) -> None:
+        """Warn once if only some steps have a norm, as if each micro-batch were a step."""
+        is_mixed = self._has_norm == {not has_norm}
+        self._has_norm.add(has_norm)
+        if is_mixed and self._speaks:
+            self._warn(
+                [
+                    f"PSS, step {self.step_number}: only some of the steps have a gradient norm, "
+                    "and PSS counts every call as a step. If you accumulate gradients, call it "
+                    "once for each update: with Accelerate, if accelerator.sync_gradients."
+                ]
+            )
 
     def _judge_weights(
         self, step: Step, stable_ranks: Mapping[str, float] | None

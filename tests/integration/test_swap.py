@@ -182,6 +182,19 @@ def test_the_option_is_spelt_as_the_caller_spells_it(
     assert r"name it: PSSConfig(include=[r'body\.\d+\.weight']). Options: PSSConfig or" in line
 
 
+def test_muon_without_a_matrix_is_an_error_with_an_example_that_works(tmp_path: Path) -> None:
+    options = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    args = PSSTrainingArguments(str(tmp_path), pss_optim="muon", **options)
+    with pytest.raises(SelectionError, match="options in pss_optim_args: No weight") as caught:
+        PSSTrainer(PLAIN["mamba"](), args, train_dataset=rows_for("mamba")).train()
+    example = re.search(r"include=\[r'(.+)'\]", str(caught.value))
+    assert example is not None
+    args.pss_optim_args = {"include": [example[1]]}
+    trainer = PSSTrainer(PLAIN["mamba"](), args, train_dataset=rows_for("mamba"))
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_patterns_that_leave_nothing_are_not_in_the_example(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
