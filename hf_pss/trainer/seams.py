@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
 if TYPE_CHECKING:  # a mixin may use everything that a Trainer has
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
