@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from hf_pss.config import PSSConfig
 from hf_pss.detection.detectors import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
-from hf_pss.detection.state import JSON, check_version, read_integer, read_number, read_object
+from hf_pss.detection.state import JSON, check_version, read_integer, read_object
 from hf_pss.errors import ConfigurationError, NonFiniteError
 from hf_pss.models.anchors import Anchors
 from hf_pss.models.batching import DecompositionError
@@ -47,7 +47,7 @@ from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _FLOOR = "stable_rank_floor"
 _HEALTH_MODULE = "hf_pss.health.monitor"
 """The metrics are an extension: this module is loaded only if ``health`` asks for them."""
@@ -101,9 +101,10 @@ class PSSController:
     >>> pss.step(grad_norm, update=optimizer.step).verdict.value
     'calibrating'
 
-    If your loop cannot pass its update as a function, call `before_update` before it and
-    `after_update` after it. If you use ``smooth_on_resume``, call `smooth_now` after
-    `load_state_dict`.
+    Every call counts as one step. If you accumulate gradients, call it once for each update: with
+    Accelerate, if ``accelerator.sync_gradients``. If your loop cannot pass its update as a
+    function, call `before_update` before it and `after_update` after it. If you use
+    ``smooth_on_resume``, call `smooth_now` after `load_state_dict`.
 
     Args:
         model: The model being trained, wrapped or not. Its parameters are looked up by name at
@@ -164,8 +165,13 @@ class PSSController:
                 every_steps=self.config.health_every_steps,
                 model=model,
             )
+        self.seconds = 0.0
+        """The time that PSS has taken, without health. It is no part of the state: equal runs save
+        equal states."""
         self._current: Step | None = None
         self._has_loaded = False
+        self._speaks = speaks
+        self._has_norm: set[bool] = set()  # whether the steps so far had a gradient norm
         options = {"has_loss": evaluate_loss is not None, "has_trainer": not speaks}
         self._warn(option_warnings(self.config, self._measurements, **options))
         self.reset()
@@ -239,6 +245,7 @@ class PSSController:
         """
         started = time.perf_counter()
         self.step_number += 1
+        self._note_norm(grad_norm_preclip is not None)
         step = self._current = Step(
             self.step_number,
             loss,
@@ -379,7 +386,6 @@ class PSSController:
         return {
             "version": _VERSION,
             "step": self.step_number,
-            "seconds": self.seconds,
             "history": self._history.state_dict(),
             "anchors": None if self._anchors is None else self._anchors.state_dict(),
             **self._triggers.state_dict(),
@@ -399,14 +405,13 @@ class PSSController:
         check_version(state, _VERSION, what=what)
         found = read_object(state, tuple(self.state_dict()), what=what)
         step_number = read_integer(found["step"], what=f"'step' of {what}")
-        seconds = read_number(found["seconds"], minimum=0.0, what=f"'seconds' of {what}")
         history = InterventionHistory.from_state_dict(found["history"])
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
         # This is the last statement that may raise.
         self._triggers.load_state_dict({key: found[key] for key in self._triggers.state_dict()})
-        self._history, self.step_number, self.seconds = history, step_number, seconds
+        self._history, self.step_number = history, step_number
         self._anchors, self._has_loaded = anchors, True
         self._prepare_health()
 
@@ -415,7 +420,7 @@ class PSSController:
         self._triggers.reset()
         if self._anchors is not None:
             self._anchors = Anchors(self._anchors.healthy)
-        self._history, self.step_number, self.seconds = InterventionHistory(), step_number, 0.0
+        self._history, self.step_number = InterventionHistory(), step_number
         self._prepare_health()
 
     # ---- one step, in detail ----
@@ -425,6 +430,19 @@ class PSSController:
         for sentence in sentences:
             if self._measurements.backend.rank == 0:
                 logger.warning("%s", sentence)
+
+    def _note_norm(self, has_norm: bool) -> None:
+        """Warn once if only some steps have a norm, as if each micro-batch were a step."""
+        is_mixed = self._has_norm == {not has_norm}
+        self._has_norm.add(has_norm)
+        if is_mixed and self._speaks:
+            self._warn(
+                [
+                    f"PSS, step {self.step_number}: only some of the steps have a gradient norm, "
+                    "and PSS counts every call as a step. If you accumulate gradients, call it "
+                    "once for each update: with Accelerate, if accelerator.sync_gradients."
+                ]
+            )
 
     def _judge_weights(
         self, step: Step, stable_ranks: Mapping[str, float] | None

@@ -196,6 +196,24 @@ def test_norms_may_be_tensors_floats_or_none() -> None:
     assert "grad_norm_preclip" not in report.scalars
 
 
+def test_a_loop_that_calls_step_for_each_micro_batch_is_warned_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Accelerate's clip_grad_norm_ returns None between the boundaries of an accumulation."""
+    norms = [None, None, None, 1.0]
+    for given, num_warnings in ((norms * 2, 1), (norms[::-1], 1), ([None] * 3, 0), ([1.0] * 3, 0)):
+        pss = PSSController(make_model(), PSSConfig.preset("paper"))
+        caplog.clear()
+        for norm in given:
+            pss.step(norm, update=lambda: None)
+        assert caplog.text.count("if accelerator.sync_gradients") == num_warnings
+    pss = PSSController(make_model(), PSSConfig.preset("paper"), speaks=False)
+    caplog.clear()
+    for norm in norms:
+        pss.step(norm, update=lambda: None)
+    assert caplog.text == ""
+
+
 def test_one_read_brings_all_numbers_to_the_host() -> None:
     class Counting(Backend):
         reads = 0

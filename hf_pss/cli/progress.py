@@ -61,20 +61,19 @@ def problem_of(eval_loss: float | None, nonfinite_streak: int) -> str | None:
     return None
 
 
-def render_summary(trainer: Trainer, *, train_seconds: float, pss_seconds: float) -> RenderableType:
+def render_summary(trainer: Trainer, *, train_seconds: float) -> RenderableType:
     """Put the numbers of a run that has ended into a table, and the health of its matrices below.
 
     Args:
         trainer: The Trainer of that run.
         train_seconds: Wall time of this session's training, with the evaluations.
-        pss_seconds: Seconds in PSS during this session.
     """
     history = trainer.state.log_history
     callback = PSSCallback.of(trainer)  # not before: the Trainer replaces it when it resumes
     scalars = {} if callback.report is None else callback.report.scalars
     eval_loss = last_evaluation(trainer)
     perplexity = None if eval_loss is None else math.exp(min(eval_loss, 700.0))
-    overhead = None if callback.report is None else 100 * (pss_seconds / train_seconds)
+    overhead = None if not scalars else 100 * scalars["seconds"] / train_seconds
     observed = _count_observed(callback, Path(trainer.args.output_dir, EVENTS_FILE))
     train_loss = next((_logged_loss(row) for row in reversed(history) if "loss" in row), None)
     rows = [
@@ -126,12 +125,10 @@ class ProgressDisplay(TrainerCallback):
     Only the first process writes.
 
     Args:
-        trainer: The Trainer whose run is shown.
         console: The output. The bar appears only if this is a terminal; the lines always appear.
     """
 
-    def __init__(self, trainer: Trainer, console: Console) -> None:
-        self._trainer = trainer
+    def __init__(self, console: Console) -> None:
         self._console = console
         texts = ("{task.fields[loss]}", "{task.fields[events]}", TimeRemainingColumn())
         self._bar = Progress(
@@ -142,12 +139,6 @@ class ProgressDisplay(TrainerCallback):
             console=console, show_path=False, show_time=False, highlighter=NullHighlighter()
         )
         self._loss: float | None = None
-        self._earlier_seconds: float | None = None
-
-    @property
-    def pss_seconds(self) -> float:
-        """Seconds in PSS during this session, without those of the run that it resumed."""
-        return 0.0 if self._earlier_seconds is None else self._all_seconds() - self._earlier_seconds
 
     def __enter__(self) -> Self:
         logging.getLogger("hf_pss").addHandler(self._handler)
@@ -166,11 +157,6 @@ class ProgressDisplay(TrainerCallback):
         self._bar.reset(
             self._task, total=state.max_steps, completed=state.global_step, visible=visible
         )
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the seconds of earlier sessions, which PSS has loaded before the first step."""
-        if self._earlier_seconds is None:
-            self._earlier_seconds = self._all_seconds()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
@@ -196,10 +182,6 @@ class ProgressDisplay(TrainerCallback):
                 f"train loss {train}  validation loss {kwargs['metrics']['eval_loss']:.3f}",
                 highlight=False,
             )
-
-    def _all_seconds(self) -> float:
-        controller = PSSCallback.of(self._trainer).controller
-        return controller.seconds if controller is not None else 0.0
 
 
 def set_step_counts_(arguments: TrainingArguments, *, num_blocks: int) -> None:

@@ -114,7 +114,7 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
     output_dir = Path(trainer.args.output_dir)
     for other in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other)
-    display = progress.ProgressDisplay(trainer, console)
+    display = progress.ProgressDisplay(console)
     trainer.add_callback(display)
     try:
         with display, without_noise(trainer.model):
@@ -131,8 +131,7 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
     if not progress.is_broken(eval_loss):
         trainer.save_model()
     trainer.save_state()
-    seconds, pss_seconds = outcome.metrics["train_runtime"], display.pss_seconds
-    summary = progress.render_summary(trainer, train_seconds=seconds, pss_seconds=pss_seconds)
+    summary = progress.render_summary(trainer, train_seconds=outcome.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         Console().print(summary)
     if problem := progress.problem_of(eval_loss, progress.closing_streak(trainer)):

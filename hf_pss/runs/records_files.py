@@ -49,20 +49,14 @@ REPORTED: Mapping[str, str] = {
     "pss/threshold": "the norm at which this step would have fired; after the calibration",
     "pss/interventions": "interventions since the start of the run",
     "pss/nonfinite_steps": "non-finite steps since the start of the run",
-    "pss/seconds": "seconds spent in PSS since the start of the run",
 }
-"""The keys of every training log and their meanings. A number without a value is left out."""
-
-REPORTED_WITH_HEALTH: Mapping[str, str] = {
-    "pss/health_seconds": "seconds spent on the health metrics since the run began or was resumed",
-}
-"""The additional keys of a training log if ``health`` is on."""
+"""The keys of every training log and their meanings. A number without a value is left out. No
+clock is among them, because a checkpoint holds the logs, and equal runs save equal states."""
 
 
 def log_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers of a step under the keys of `REPORTED` and `REPORTED_WITH_HEALTH`."""
-    keys = (*REPORTED, *REPORTED_WITH_HEALTH)
-    return {key: scalars[name] for key in keys if (name := key.removeprefix("pss/")) in scalars}
+    """Return the numbers of a step under the keys of `REPORTED`."""
+    return {key: scalars[name] for key in REPORTED if (name := key.removeprefix("pss/")) in scalars}
 
 
 def health_line(step: int, stable_ranks: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, SelectionError
 from hf_pss.models.distributed import Replicas
 from hf_pss.models.selection import canonical_name
 from hf_pss.optim.groups import AMUSE, build_optimizer, known_options
@@ -180,23 +180,33 @@ class ChosenOptimizer:
     # ---- building ----
 
     def build(self, model: nn.Module) -> None:
-        """Give the trainer its optimizer for a model, with QK-clip if ``qk_clip`` was given."""
+        """Give the trainer its optimizer for a model, with QK-clip if ``qk_clip`` was given.
+
+        Raises:
+            SelectionError: The model has no matrix that could be selected, or a pattern matches
+                none.
+        """
         trainer, args, options = self._trainer, self._trainer.args, self._options
         names = {canonical_name(name) for name, _ in model.named_parameters()}
         threshold = options.pop(QK_CLIP, None)
         # Some rules require total_steps. `set_length` sets the real number later.
         if "total_steps" in known_options(args.pss_optim):
             options.setdefault("total_steps", 1)
-        trainer.optimizer = build_optimizer(
-            model,
-            algo=args.pss_optim,
-            lr=args.learning_rate,
-            weight_decay=args.weight_decay,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            no_decay=names - set(map(canonical_name, trainer.get_decay_parameter_names(model))),
-            **options,
-        )
+        try:
+            trainer.optimizer = build_optimizer(
+                model,
+                algo=args.pss_optim,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                no_decay=names - set(map(canonical_name, trainer.get_decay_parameter_names(model))),
+                **options,
+            )
+        except SelectionError as error:
+            raise SelectionError(
+                f"pss_optim={args.pss_optim!r}, with its options in pss_optim_args: {error}"
+            ) from error
         if trainer.accelerator.distributed_type in _REPLICATED:
             trainer.optimizer.share_work_(Replicas())
         self._clip_attention(model, threshold)

@@ -41,18 +41,6 @@ class PSSTrainerMixin(RollbackMixin, OptimizerMixin):
             of a Trainer class.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        in_front = cls.__mro__[: cls.__mro__.index(PSSTrainerMixin)]
-        for other in in_front:
-            # The methods of that class would run instead of the methods of the mixin.
-            if issubclass(other, Trainer) and not issubclass(other, PSSTrainerMixin):
-                raise ConfigurationError(
-                    f"{cls.__name__} has PSSTrainerMixin to the right of {other.__name__}, where "
-                    f"it has no effect: write class {cls.__name__}(PSSTrainerMixin, "
-                    f"{other.__name__})."
-                )
-
     def __init__(
         self,
         *args: Any,

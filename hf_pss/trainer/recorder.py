@@ -100,11 +100,13 @@ class RunRecorder:
         if self._trackers is not None:
             self._trackers.finish()
         if report is not None:
+            health = report.scalars.get("health_seconds")
             logger.info(
-                "PSS: %d interventions, %d non-finite steps, %.2f s.",
+                "PSS: %d interventions, %d non-finite steps, %.2f s%s.",
                 report.scalars["interventions"],
                 report.scalars["nonfinite_steps"],
                 report.scalars["seconds"],
+                "" if health is None else f", and {health:.2f} s for health",
             )
 
     def _open_trackers(self) -> Any:

@@ -27,10 +27,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_pss.errors import ConfigurationError, IncompatibleVersionError
 
-if TYPE_CHECKING:  # the base class of the mixins: a mixin may use everything that a Trainer has
-    TrainerPart = Trainer
+if TYPE_CHECKING:  # a mixin may use everything that a Trainer has
+    from transformers import Trainer as _Base
 else:
-    TrainerPart = object
+    _Base = object
 
 PRIVATE_METHODS: Mapping[str, tuple[tuple[str, ...], int | None]] = MappingProxyType(
     {
@@ -50,6 +50,27 @@ PRIVATE_METHODS: Mapping[str, tuple[tuple[str, ...], int | None]] = MappingProxy
 that the mixin relies on, and the number of arguments that the Trainer passes by position. The
 number is None if it is not checked. The list was verified with transformers 5.3.0, 5.17.0, 5.23.0
 and 5.24.0."""
+
+
+class TrainerPart(_Base):
+    """The base class of the mixins, which must stand to the left of a Trainer class.
+
+    Raises:
+        ConfigurationError: A subclass is defined that has a mixin to the right of a Trainer class.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        in_front = cls.__mro__[: cls.__mro__.index(TrainerPart)]
+        for place, other in enumerate(in_front):
+            # The methods of that class would run instead of the methods of the mixin.
+            if issubclass(other, Trainer) and not issubclass(other, TrainerPart):
+                mixin = next(one for one in in_front[place:] if issubclass(one, TrainerPart))
+                raise ConfigurationError(
+                    f"{cls.__name__} has {mixin.__name__} to the right of {other.__name__}, where "
+                    f"it has no effect: write class {cls.__name__}({mixin.__name__}, "
+                    f"{other.__name__})."
+                )
 
 
 @contextmanager

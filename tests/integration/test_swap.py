@@ -176,6 +176,19 @@ def test_the_option_is_spelt_as_the_caller_spells_it(
     assert r"name it: PSSConfig(include=[r'body\.\d+\.weight']). Options: PSSConfig or" in line
 
 
+def test_muon_without_a_matrix_is_an_error_with_an_example_that_works(tmp_path: Path) -> None:
+    options = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    args = PSSTrainingArguments(str(tmp_path), pss_optim="muon", **options)
+    with pytest.raises(SelectionError, match="options in pss_optim_args: No weight") as caught:
+        PSSTrainer(PLAIN["mamba"](), args, train_dataset=rows_for("mamba")).train()
+    example = re.search(r"include=\[r'(.+)'\]", str(caught.value))
+    assert example is not None
+    args.pss_optim_args = {"include": [example[1]]}
+    trainer = PSSTrainer(PLAIN["mamba"](), args, train_dataset=rows_for("mamba"))
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_patterns_that_leave_nothing_are_not_in_the_example(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -247,14 +260,14 @@ def test_a_training_begins_with_one_line(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_run_that_goes_back_does_not_begin_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path, PSSConfig(), max_steps=1)
     trainer.train()
     caplog.clear()
     callback = PSSCallback.of(trainer)
     callback.before_training(is_rollback=True, may_repair=True)
-    callback.before_training = lambda **_: None
+    monkeypatch.setattr(callback, "before_training", lambda **_: None)
     trainer.train()
     assert said(caplog) == []
 

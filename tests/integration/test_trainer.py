@@ -42,7 +42,9 @@ from hf_pss import (
 from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.optional import _PARTS, optional_part
 from hf_pss.trainer.rollback import RollbackMixin
+from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
 from hf_pss.trainer.seams import PRIVATE_METHODS, check_methods, refuse_backends
+from hf_pss.trainer.throughput import ThroughputTrainerMixin
 
 
 class Weighted(Trainer):
@@ -229,7 +231,14 @@ def test_the_mixin_to_the_right_of_a_trainer_is_an_error_when_the_class_is_made(
     with pytest.raises(ConfigurationError, match="to the right of Weighted"):
         type("Wrong", (Weighted, PSSTrainer), {})
 
+    for mixin in (SafeCheckpointsMixin, RollbackMixin, OptimizerMixin, ThroughputTrainerMixin):
+        with pytest.raises(ConfigurationError, match=rf"Wrong\({mixin.__name__}, Weighted\)"):
+            type("Wrong", (Weighted, mixin), {})
+
     class Right(WeightedPSS):
+        pass
+
+    class Beside(PSSTrainer, ThroughputTrainerMixin):
         pass
 
     class Alone(PSSTrainerMixin):
@@ -238,6 +247,7 @@ def test_the_mixin_to_the_right_of_a_trainer_is_an_error_when_the_class_is_made(
     class Later(Alone, Weighted):
         pass
 
+    assert Beside.__mro__.index(ThroughputTrainerMixin) < Beside.__mro__.index(Trainer)
     assert Right.__mro__.index(PSSTrainerMixin) < Right.__mro__.index(Weighted)
     assert Later.__mro__.index(PSSTrainerMixin) < Later.__mro__.index(Weighted)
 

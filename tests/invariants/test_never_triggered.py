@@ -82,5 +82,5 @@ def test_the_log_gains_only_pss_keys(tmp_path: Path) -> None:
     assert history(pss) == history(plain)
     added = [set(a) - set(b) for a, b in zip(pss.state.log_history, plain.state.log_history)]  # noqa: B905
     assert added[:-1]
-    assert all({"pss/grad_norm_preclip", "pss/seconds"} <= keys for keys in added[:-1])
+    assert all({"pss/grad_norm_preclip", "pss/interventions"} <= keys for keys in added[:-1])
     assert all(key.startswith("pss/") for keys in added for key in keys)

@@ -184,6 +184,7 @@ HEAD = "output head inside a block"
         ("img_mod.lin", "Modulation.Linear", MODULATION),
         ("film.scale_bias", "T5FiLMLayer.Linear", MODULATION),
         ("cond_proj", "Linear", MODULATION),
+        ("1.mapper_sca", "SDCascadeTimestepBlock.Linear", MODULATION),
         ("ada_rms_norm.linear1", "VoxtralRealtimeTextAdaRmsNorm.Linear", MODULATION),
         ("norm1.emb.timestep_embedder.linear_1", "A.B.TimestepEmbedding.Linear", EMBEDDER),
         ("resnets.0.time_emb_proj", "ModuleList.ResnetBlock2D.Linear", EMBEDDER),
@@ -203,6 +204,7 @@ HEAD = "output head inside a block"
         ("patch_embed.attn.qkv", "PatchEmbed.Custom.Linear", None),
         ("heads.0.key", "ModuleList.Head.Linear", None),
         ("temporal_dense", "Linear", None),
+        ("kv_mapper.1", "Sequential.Linear", None),
         ("multi_modal_mlp.fc1", "Xmod.Linear", None),
     ],
 )

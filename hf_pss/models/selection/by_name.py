@@ -52,6 +52,7 @@ _PURPOSES = (
         re.compile(
             r"^(?!pre_?norm|post_?norm)(?:\w*_)?(?:layer|rms|group)?_?norm_?\d*(?:_context)?$"
             r"|modulat|ada_?ln|ada_?(?:layer_?)?norm|(?:^|_)mod(?:_|\d*$)|(?:^|_)film"
+            r"|^mapper(?:_(?:sca|crp))?$"  # Stable Cascade's, of the timestep
             r"|scale_?shift|shift_?scale|(?:^|_)cond(?:ition(?:ing|er)?)?(?:_|\d*$)",
             re.IGNORECASE,
         ),
