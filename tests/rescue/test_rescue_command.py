@@ -50,7 +50,8 @@ def plan(run_dir: Path, **options: Any) -> ResumePlan:
     chosen = CheckpointReport(path, 40, datetime.now(UTC), 0, layout)
     failure = options.pop("failure", None)
     choice = Choice(chosen, "", (), options.pop("is_last_resort", False))
-    found = Investigation(run_dir, LOG, failure, (), (chosen,), choice, ())
+    is_from_noise = options.pop("began_from_noise", False)
+    found = Investigation(run_dir, LOG, failure, (), (chosen,), choice, (), is_from_noise)
     return plan_resume(found, chosen, **{"smoothing": "floor", **options})
 
 
@@ -90,7 +91,11 @@ def test_a_launcher_that_is_not_known_is_not_made_up(run_dir: Path, layout: str)
         ({}, "floor start True"),
         ({"failure": failed("slow_damage")}, "floor start True"),
         ({"failure": failed()}, "anchored start True"),
-        ({"failure": failed(), "is_last_resort": True}, "anchored noise True"),
+        ({"failure": failed(), "is_last_resort": True}, "anchored start True"),
+        (
+            {"failure": failed(), "is_last_resort": True, "began_from_noise": True},
+            "anchored noise True",
+        ),
         ({"failure": failed(), "repaired": Path("out")}, "anchored start False"),
         ({"smoothing": "log"}, "paper start True"),
     ],
@@ -102,7 +107,7 @@ def test_the_guard(run_dir: Path, options: dict[str, Any], expected: str) -> Non
     found = f"{arguments.pss_preset} {config.floor_reference} {config.smooth_on_resume}"
     assert found == expected
     assert config.scope == "fired"  # as in the run
-    assert config.moments == ("reset" if options.get("is_last_resort") else "project")
+    assert config.moments == ("reset" if "noise" in expected else "project")
     assert not config.observe_only
     assert arguments.pss_detectors is None
 
@@ -192,13 +197,13 @@ def test_a_rate_that_rose_to_slow_damage_is_held(
     # A spike may have been a batch's doing.
     spiked = plan(run_dir, failure=failed())
     assert lr_scale_of(spiked) is None
-    assert "Lower it with --lr-scale 0.25." in " ".join(spiked.remarks)
+    assert "lower it, call hf-pss rescue with --lr-scale 0.25." in " ".join(spiked.remarks)
     as_it_was = plan(run_dir, failure=failed("slow_damage"), lr_scale=1.0)
     assert lr_scale_of(as_it_was) is None
     assert "--lr-scale" not in " ".join(as_it_was.remarks)
     stuck = plan(run_dir, failure=failed("collapse", noticed=43))
     assert lr_scale_of(stuck) is None
-    assert "Lower it with --lr-scale 0.25." in " ".join(stuck.remarks)
+    assert "lower it, call hf-pss rescue with --lr-scale 0.25." in " ".join(stuck.remarks)
     # It rose when all was over.
     early = plan(run_dir, failure=failed("slow_damage", noticed=43))
     assert lr_scale_of(early) is None
