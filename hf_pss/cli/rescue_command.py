@@ -152,14 +152,15 @@ def rescue(
                 skip_batches=skip_batches,
                 allow_pickle=allow_pickle,
             )
-        plan = plan_resume(
-            found,
-            chosen,
-            smoothing=(smoothing or Smoothing.FLOOR).value,
-            lr_scale=lr_scale,
-            repaired=None if written is None else written.path,
-            skipped=skip_batches,
-        )
+        with reading(chosen.path):
+            plan = plan_resume(
+                found,
+                chosen,
+                smoothing=(smoothing or Smoothing.FLOOR).value,
+                lr_scale=lr_scale,
+                repaired=None if written is None else written.path,
+                skipped=skip_batches,
+            )
     if plot is not None:
         from hf_pss.rescue.rescue_report import draw_course
 

@@ -156,10 +156,10 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
     """
     try:
         return _report_on(folder, progress)
-    except OSError as error:
-        why = reason_of(error) if folder.is_dir() else "it was removed while it was read"
-        gone = datetime.fromtimestamp(0, tz=UTC)
-        return CheckpointReport(folder, step_by_name(folder) or 0, gone, 0, "none", problem=why)
+    except (PSSError, OSError) as error:
+        unknown = datetime.fromtimestamp(0, tz=UTC)
+        step = step_by_name(folder) or 0
+        return CheckpointReport(folder, step, unknown, 0, "none", problem=reason_of(error))
 
 
 def _report_on(folder: Path, progress: Progress | None) -> CheckpointReport:

@@ -36,7 +36,7 @@ from hf_pss.runs.records_files import RunLog
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
 _PLATEAU = "reduce_lr_on_plateau"
-_FLOOR, _DEFAULT, _NO_DETECTORS = "floor", "anchored", "no detectors"
+_FLOOR, _DEFAULT = "floor", "anchored"
 _TRAIN = ("hf-pss", "train")
 _LAUNCHER, _LAUNCH = "<your launcher>", "<your launch command>"
 _UNKNOWN = re.compile(rf"{_LAUNCHER}|{_LAUNCH}|<more than \d+>")
@@ -71,9 +71,9 @@ class ResumePlan:
     @property
     def python(self) -> str:
         """The equivalent Python code for a script without a command line."""
-        pairs = _by_name(self.options)
-        (resumed,) = pairs.pop("resume_from_checkpoint")
-        words = [f"{name}={_literal(*values)}" for name, values in pairs.items()]
+        pairs = dict(zip(self.options[::2], self.options[1::2], strict=True))
+        resumed = pairs.pop("--resume_from_checkpoint")
+        words = [f"{name.removeprefix('--')}={_literal(value)}" for name, value in pairs.items()]
         return (
             f"args = PSSTrainingArguments(..., {', '.join(words)})\n"
             "PSSTrainer(model=model, args=args, train_dataset=dataset).train(\n"
@@ -133,9 +133,8 @@ def plan_resume(
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     folder = _free_folder(found.run_dir)
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(folder)]
-    if smoothing != "none" and chosen.has_nothing_to_smooth:
-        smoothing = _NO_DETECTORS
-    elif smoothing == _FLOOR and chosen.is_adapter:
+    has_nothing = smoothing != "none" and chosen.has_nothing_to_smooth
+    if has_nothing or (smoothing == _FLOOR and chosen.is_adapter):
         smoothing = _DEFAULT
     options += _guard(smoothing, found, is_copy=is_copy)
     launch = read_launch(chosen.path.resolve(), found.log, without=_replaced(smoothing, options))
@@ -157,7 +156,13 @@ def plan_resume(
         *_about_steps_left(found.log, chosen, skipped),
         *about_rate,
         *_about_batches(found, chosen, skipped),
-        *_about_smoothing(smoothing, found, is_copy=is_copy, is_rate_covered=is_rate_covered),
+        *_about_smoothing(
+            smoothing,
+            found,
+            has_nothing=has_nothing,
+            is_copy=is_copy,
+            is_rate_covered=is_rate_covered,
+        ),
     )
     words = (_LAUNCH, *options)
     if launch is not None:
@@ -205,8 +210,6 @@ def _free_folder(run_dir: Path) -> Path:
 def _guard(smoothing: str, found: Investigation, *, is_copy: bool) -> Sequence[str]:
     if smoothing == "none":
         return ["--pss_observe_only", "true"]  # otherwise the default preset would smooth
-    if smoothing == _NO_DETECTORS:
-        return ["--pss_detectors"]  # the guard against non-finite steps needs none
     if smoothing == _DEFAULT:
         return ["--pss_preset", _DEFAULT]
     if smoothing == _FLOOR:
@@ -256,7 +259,7 @@ def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
     return {
         LR_SCALE,
         *(f"pss_{name}" for name in own),
-        *_by_name(options),
+        *(word.removeprefix("--") for word in options[::2]),
     }
 
 
@@ -275,20 +278,7 @@ def _with_steps(words: Sequence[str], is_done: bool) -> Iterator[str]:
         yield f"<more than {word}>" if is_done and before == "--max_steps" else word
 
 
-def _by_name(options: Sequence[str]) -> dict[str, list[str]]:
-    """Return the values of each option, without the dashes. No value begins with dashes."""
-    found: dict[str, list[str]] = {}
-    for word in options:
-        if word.startswith("--"):
-            values = found[word.removeprefix("--")] = []
-        else:
-            values.append(word)
-    return found
-
-
-def _literal(value: str | None = None) -> str:
-    if value is None:
-        return "[]"
+def _literal(value: str) -> str:
     try:
         float(value)
     except ValueError:
@@ -416,13 +406,19 @@ def _about_command(
 
 
 def _about_smoothing(
-    smoothing: str, found: Investigation, *, is_copy: bool, is_rate_covered: bool
+    smoothing: str,
+    found: Investigation,
+    *,
+    has_nothing: bool,
+    is_copy: bool,
+    is_rate_covered: bool,
 ) -> Iterator[str]:
     """Describe the smoothing, and what the user can change in the command.
 
     Args:
         smoothing: As in `plan_resume`.
         found: The findings about the run.
+        has_nothing: Whether the weights hold nothing to smooth.
         is_copy: Whether the run continues from a repaired copy, which has the changes already.
         is_rate_covered: Whether other remarks describe the learning rate.
     """
@@ -431,14 +427,14 @@ def _about_smoothing(
             "Nothing is smoothed, because PSS only observes. Leave --pss_observe_only out if PSS "
             "is to guard the resumed run."
         )
-    if smoothing == _NO_DETECTORS:
+    if has_nothing:
         yield (
-            "The weights hold no matrix that PSS smooths, so it watches none. It only skips steps "
-            "that are not finite."
+            "The weights hold no matrix that PSS smooths, so the run warns once and PSS only "
+            "skips steps that are not finite."
         )
     if is_copy:
         return
-    if smoothing == _DEFAULT:
+    if smoothing == _DEFAULT and not has_nothing:
         yield (
             "Adapters start at zero and have no stable-rank floor. Nothing is smoothed when the "
             "run is resumed. After that, the default preset of PSS guards it."

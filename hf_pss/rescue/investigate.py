@@ -135,13 +135,19 @@ def investigate(
         if unreadable:
             raise StateError(unreadable[0])
         raise ConfigurationError(
-            f"{visible(run_dir)} holds no checkpoint-… and no {STATE_FILE}. Give the output_dir "
-            "of a run."
+            f"{visible(run_dir)} holds no checkpoint-N and no {STATE_FILE}. Give the output_dir "
+            "of a run, or one checkpoint."
         )
     begin(num_weight_bytes(folders))
-    reports = [report_on(folder, progress) for folder in folders]
+    read = [report_on(folder, progress) for folder in folders]
+    reports = [one for one in read if one.path.is_dir()]
     failures: list[RunFailure] = []  # the last one counts
-    notes: list[str] = []
+    notes = [
+        f"{visible(one.path.name)} was removed while rescue was reading, so the run may still be "
+        "alive."
+        for one in read
+        if one not in reports
+    ]
     own = began_from_noise(folders[-1].parent if folders else run_dir)
     is_from_noise = own is True
     if log is not None:

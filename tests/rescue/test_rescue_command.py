@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -291,3 +292,52 @@ def test_adapters_are_not_asked_for_a_floor(place: str, run_dir: Path) -> None:
     assert options[options.index("--pss_preset") + 1] == "anchored"
     assert not {"--pss_floor_reference", "--pss_smooth_on_resume"} & set(options)
     assert "no stable-rank floor" in said(run_dir, is_last_resort=True)
+
+
+@pytest.mark.parametrize("has_own_scheduler", [True, False])
+def test_a_schedule_of_deepspeed_is_not_scaled(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, has_own_scheduler: bool
+) -> None:
+    """PSSTrainer refuses pss_lr_scale there. The Trainer saves scheduler.pt for its own alone."""
+    rising(run_dir, monkeypatch)
+    options: dict[str, Any] = {"layout": "deepspeed", "failure": failed("slow_damage")}
+    if has_own_scheduler:
+        assert "--pss_lr_scale" not in plan(run_dir, **options).options
+        assert "change the rates there" in said(run_dir, **options)
+        assert "--pss_lr_scale" not in plan(run_dir, **options, lr_scale=1.0).options
+        with pytest.raises(ConfigurationError, match="cannot start with --lr-scale"):
+            plan(run_dir, **options, lr_scale=0.5)
+    else:
+        (run_dir / "checkpoint-40" / "scheduler.pt").touch()
+        assert "--pss_lr_scale" in plan(run_dir, **options).options
+
+
+def test_a_schedule_that_cannot_be_scaled_is_left(run_dir: Path) -> None:
+    options = json.loads(OPTIONS)
+    options["training"]["lr_scheduler_type"] = "reduce_lr_on_plateau"
+    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+    assert "not multiples of a base rate" in said(run_dir)
+    with pytest.raises(ConfigurationError, match="Leave it out"):
+        plan(run_dir, lr_scale=0.5)
+
+
+def test_a_run_without_steps_left_gets_a_command_to_complete(run_dir: Path) -> None:
+    """`hf-pss train` ends with an error if the checkpoint is at --max_steps."""
+    resumed = plan(run_dir, repaired=run_dir.with_name("out"), skipped=60)
+    assert resumed.command is None
+    assert "--max_steps <more than 100>" in resumed.shell
+    assert plan(run_dir, repaired=run_dir.with_name("out"), skipped=59).command is not None
+
+
+def test_an_unknown_word_of_a_file_is_quoted(run_dir: Path) -> None:
+    options = json.loads(OPTIONS) | {"dataset": "<more than 1> x; rm <your launcher>"}
+    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+    assert "'<more than 1> x; rm <your launcher>'" in plan(run_dir).shell
+
+
+def test_each_option_of_rescue_is_named_as_such(run_dir: Path) -> None:
+    """Every other option in the remarks belongs to the command that is printed."""
+    own = re.compile(r"--(?:write|skip-batches|lr-scale|failed-at|smoothing|moments) ")
+    for options in ({}, {"failure": failed()}, {"failure": failed("slow_damage")}):
+        for remark in plan(run_dir, **options).remarks:
+            assert not own.search(remark.partition("call hf-pss rescue with ")[0]), remark
