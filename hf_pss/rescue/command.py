@@ -290,7 +290,8 @@ def _literal(value: str) -> str:
 
 
 def _has_no_steps_left(log: RunLog | None, chosen: CheckpointReport, skipped: int) -> bool:
-    return log is not None and bool(log.max_steps) and chosen.step + skipped >= log.max_steps
+    end = None if log is None else log.max_steps
+    return end is not None and 0 < end <= chosen.step + skipped
 
 
 def _about_steps_left(log: RunLog | None, chosen: CheckpointReport, skipped: int) -> Iterator[str]:

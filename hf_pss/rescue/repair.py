@@ -240,7 +240,7 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
     if options.smoothing == "floor" and any(one.changed for one in repairs):
         yield (
             "The measure was noise of their shapes. Sound weights lie below that too, pretrained "
-            "ones above all, so if these are not damaged, --smoothing none is better."
+            "ones above all. If these are not damaged, call hf-pss rescue with --smoothing none."
         )
     if options.moments == "reset":
         yield "The optimizer starts without state, at the rate of the schedule."
