@@ -39,7 +39,7 @@ def rescue(
         Smoothing | None,
         typer.Option(
             help="How to smooth the weights on resume. Default: floor. The default for a copy is "
-            "none, unless the copy is a last resort.",
+            "none, unless it is a last resort whose weights do not look trained.",
         ),
     ] = None,
     margin_steps: Annotated[
@@ -142,7 +142,7 @@ def rescue(
         if write is not None:
             # The noise floor does not suit sound weights, so a copy of sound weights is not
             # smoothed. The run that continues gives them a floor from their own stable ranks.
-            unasked = Smoothing.FLOOR if found.choice.is_last_resort else Smoothing.NONE
+            unasked = Smoothing.FLOOR if found.may_raise_to_noise else Smoothing.NONE
             written = _write(
                 chosen,
                 write,
@@ -152,14 +152,15 @@ def rescue(
                 skip_batches=skip_batches,
                 allow_pickle=allow_pickle,
             )
-        plan = plan_resume(
-            found,
-            chosen,
-            smoothing=(smoothing or Smoothing.FLOOR).value,
-            lr_scale=lr_scale,
-            repaired=None if written is None else written.path,
-            skipped=skip_batches,
-        )
+        with reading(chosen.path):
+            plan = plan_resume(
+                found,
+                chosen,
+                smoothing=(smoothing or Smoothing.FLOOR).value,
+                lr_scale=lr_scale,
+                repaired=None if written is None else written.path,
+                skipped=skip_batches,
+            )
     if plot is not None:
         from hf_pss.rescue.rescue_report import draw_course
 

@@ -16,8 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -33,6 +31,7 @@ from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.evidence.corpus import Corpus, build_corpus
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.rows import Row, append_row, drop_unfinished_line, read_rows
+from hf_pss.runs.signals import signals_interrupt
 
 ROWS_FILE = "rows.jsonl"
 LOG_FILE = "train.log"
@@ -249,24 +248,3 @@ def prepare_corpora(cells: Sequence[Cell], console: Console) -> list[Corpus]:
 def num_cores() -> int:
     """Count the cores that this process may use, or all if the system does not report that."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP act like Ctrl-C, so that they leave results and no orphans."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread only
-        return
-    # Windows has no SIGHUP. If nohup has set it to be ignored, it stays ignored.
-    wanted = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
-    handled = [one for one in wanted if signal.getsignal(one) not in (None, signal.SIG_IGN)]
-    before = {one: signal.signal(one, interrupt) for one in handled}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)

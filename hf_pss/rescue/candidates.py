@@ -20,6 +20,9 @@ from typing import Literal, TypeAlias
 
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.inspection.matrix_survey import Inspection, Progress, inspect_checkpoint
+from hf_pss.inspection.measure import MatrixHealth
+from hf_pss.linalg.smoothing import looks_trained
+from hf_pss.models.selection.by_name import is_adapter_factor
 from hf_pss.records.strict_json import reason_of, visible
 from hf_pss.rescue.diagnosis import RunFailure
 from hf_pss.runs.checkpoint import (
@@ -52,7 +55,7 @@ class CheckpointReport:
 
     path: Path
     step: int
-    """The step in the name of the folder."""
+    """The step in the name of the folder. If the name holds none, the step in its state."""
     written: datetime
     """The time of the newest file, in UTC."""
     num_bytes: int
@@ -86,6 +89,26 @@ class CheckpointReport:
         return {one.health.name: one.health.stable_rank for one in self.inspection.matrices}
 
     @property
+    def selected(self) -> tuple[MatrixHealth, ...]:
+        """The matrices that a run would watch and smooth. Empty if the weights are not measured."""
+        matrices = () if self.inspection is None else self.inspection.matrices
+        return tuple(one.health for one in matrices if not one.health.source.why_unselected)
+
+    @property
+    def has_nothing_to_smooth(self) -> bool:
+        """Whether the weights are measured, and a run would smooth none of them."""
+        if self.inspection is None or self.selected:
+            return False
+        return not any(is_adapter_factor(one.name) for one in self.inspection.checkpoint.tensors)
+
+    @property
+    def may_be_trained(self) -> bool:
+        """Whether the stable ranks show training, or are not known."""
+        found = self.selected
+        shapes = {one.name: one.shape for one in found}
+        return not found or looks_trained(shapes, {one.name: one.stable_rank for one in found})
+
+    @property
     def worst(self) -> str:
         """The matrix with the worst finding, and that finding. Empty without findings."""
         if self.inspection is None or not self.inspection.matrices:
@@ -103,7 +126,11 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     """
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {visible(run_dir)}. Give a run's folder.")
-    is_one = step_by_name(run_dir.resolve()) is not None
+    # Callbacks and other libraries write checkpoint-last, checkpoint-best or epoch-3. The run's own
+    # folder may hold a state and weights as well, but no schedule.
+    is_one = step_by_name(run_dir.resolve()) is not None or (
+        (run_dir / STATE_FILE).is_file() and (run_dir / "scheduler.pt").is_file()
+    )
     # The user has named this folder, so it may be a link to any place.
     own = run_dir.resolve() if run_dir.is_symlink() else run_dir
     return checkpoints_by_step(run_dir) or ([own] if is_one else [])
@@ -124,8 +151,18 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
     """Measure one checkpoint. Its safetensors are read once, by `inspect_checkpoint`.
 
     The function never raises an exception for a damaged checkpoint, because the report states the
-    damage. If a link leads out of the checkpoint, no file of the checkpoint is opened.
+    damage. The same holds for a checkpoint that a live run removes in the meantime. If a link leads
+    out of the checkpoint, no file of the checkpoint is opened.
     """
+    try:
+        return _report_on(folder, progress)
+    except (PSSError, OSError) as error:
+        unknown = datetime.fromtimestamp(0, tz=UTC)
+        step = step_by_name(folder) or 0
+        return CheckpointReport(folder, step, unknown, 0, "none", problem=reason_of(error))
+
+
+def _report_on(folder: Path, progress: Progress | None) -> CheckpointReport:
     size, newest = _size_and_time(folder)
     report = CheckpointReport(folder, _step_of(folder), newest, size, layout_of(folder))
     if (link := _link_out(folder)) is not None:
@@ -190,7 +227,13 @@ def judged(
 
 def _step_of(folder: Path) -> int:
     step = step_by_name(folder)
-    return (step_by_name(folder.resolve()) or 0) if step is None else step
+    step = step_by_name(folder.resolve()) if step is None else step
+    if step is not None:
+        return step
+    try:
+        return recorded_step(folder)
+    except PSSError:
+        return 0
 
 
 def _size_and_time(folder: Path) -> tuple[int, datetime]:

@@ -5,6 +5,10 @@ checkpoints, the number of steps is in trainer_state.json, and the random states
 processes. Other scripts keep their arguments only in training_args.bin, a pickle that this package
 never opens. For these scripts, only the options to add are given.
 
+No option is given with which the run cannot start, and none that can destroy trained weights. So
+adapters get no floor, a model without a matrix to smooth gets only the guard against non-finite
+steps, and weights that look trained get neither the noise floor nor a reset of the moments.
+
 If a run suffered slow damage while its learning rate was rising, the schedule is scaled. We chose
 the following rule. The factor is the largest one under which the rate does not exceed the rate at
 the checkpoint. It is at least 0.1, because it also scales the rate at the checkpoint itself.
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +35,11 @@ from hf_pss.runs.records_files import RunLog
 
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
+_PLATEAU = "reduce_lr_on_plateau"
 _FLOOR, _DEFAULT = "floor", "anchored"
 _TRAIN = ("hf-pss", "train")
+_LAUNCHER, _LAUNCH = "<your launcher>", "<your launch command>"
+_UNKNOWN = re.compile(rf"{_LAUNCHER}|{_LAUNCH}|<more than \d+>")
 # PSS options of the failed run that the new command does not take over, because they did not
 # protect the run or apply only to its original start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
@@ -43,20 +51,22 @@ class ResumePlan:
 
     options: tuple[str, ...]
     """Words to add to the launch command of any script that reads PSSTrainingArguments."""
-    command: tuple[str, ...] | None
-    """The complete command for a run of `hf-pss train`, or None if the launch is unknown."""
+    words: tuple[str, ...]
+    """All words of the command. Unknown parts are in angle brackets."""
     remarks: tuple[str, ...]
-    train_words: tuple[str, ...] | None = None
-    """The words after the launcher, if `hf-pss train` started the run."""
+    is_own_launch: bool = False
+    """Whether `hf-pss train` started the run, so that no other option has to be given."""
+
+    @property
+    def command(self) -> tuple[str, ...] | None:
+        """The complete command, or None if a part of it is unknown."""
+        return None if any(map(_UNKNOWN.fullmatch, self.words)) else self.words
 
     @property
     def shell(self) -> str:
         """The command for a shell. Unknown parts are in angle brackets."""
-        if self.command is not None:
-            return shlex.join(self.command)
-        if self.train_words is not None:
-            return f"<your launcher> {shlex.join(self.train_words)}"
-        return f"<your launch command> {shlex.join(self.options)}"
+        quoted = (w if _UNKNOWN.fullmatch(w) else shlex.quote(w) for w in self.words)
+        return " ".join(quoted)
 
     @property
     def python(self) -> str:
@@ -106,10 +116,10 @@ def plan_resume(
 
     Args:
         found: The findings about the run. After a spike, PSS also detects spikes in the resumed
-            run. After a last resort, the floor is that of noise, because the weights may be
-            damaged.
+            run.
         chosen: The checkpoint to resume from.
-        smoothing: ``floor``, the name of a smoothing function, or ``none``.
+        smoothing: ``floor``, the name of a smoothing function, or ``none``. Adapters have no floor.
+            If the weights hold nothing to smooth, the run only skips steps that are not finite.
         lr_scale: The factor on the schedule. The files of a repaired copy already contain it. If it
             is None, the log determines the factor.
         repaired: A repaired copy to resume from instead. It is already smoothed.
@@ -117,36 +127,48 @@ def plan_resume(
 
     Raises:
         ConfigurationError: The product of `lr_scale` and the run's original factor is not a finite
-            number above 0.
+            number above 0, or the schedule cannot be scaled.
+        OSError: The checkpoint cannot be read.
     """
     source, is_copy = (repaired or chosen.path).resolve(), repaired is not None
     folder = _free_folder(found.run_dir)
     options = ["--resume_from_checkpoint", str(source), "--output_dir", str(folder)]
-    if smoothing == _FLOOR and chosen.is_adapter:
+    has_nothing = smoothing != "none" and chosen.has_nothing_to_smooth
+    if has_nothing or (smoothing == _FLOOR and chosen.is_adapter):
         smoothing = _DEFAULT
     options += _guard(smoothing, found, is_copy=is_copy)
     launch = read_launch(chosen.path.resolve(), found.log, without=_replaced(smoothing, options))
     rise = _rise_after(found.log, chosen.step)
-    factor = _scale_to_hold(rise, found.failure) if lr_scale is None else lr_scale
+    why = _why_unscalable(chosen, launch)
+    if why and lr_scale not in (None, 1.0):
+        raise ConfigurationError(f"The run cannot start with --lr-scale. {why} Leave it out.")
+    factor = lr_scale or (1.0 if why else _scale_to_hold(rise, found.failure))
     is_in_files = is_copy and lr_scale is not None
     options += _lr_scale(factor, launch, is_in_files=is_in_files)
     is_left = lr_scale == 1.0  # the user wants the rates unchanged
     is_exact = launch is not None or is_in_files
-    about_rate = [] if is_left else [*_about_rate(rise, found.failure, factor, is_exact=is_exact)]
+    about_rate = [why] if why else [*_about_rate(rise, found.failure, factor, is_exact=is_exact)]
+    about_rate = [] if is_left else about_rate
     is_rate_covered = bool(about_rate) or is_left
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     remarks = (
+        *_about_command(chosen, launch, processes),
         *_about_steps_left(found.log, chosen, skipped),
         *about_rate,
         *_about_batches(found, chosen, skipped),
-        *_about_command(chosen, launch, processes),
-        *_about_smoothing(smoothing, found, is_copy=is_copy, is_rate_covered=is_rate_covered),
+        *_about_smoothing(
+            smoothing,
+            found,
+            has_nothing=has_nothing,
+            is_copy=is_copy,
+            is_rate_covered=is_rate_covered,
+        ),
     )
-    command = words = None
+    words = (_LAUNCH, *options)
     if launch is not None:
-        words = (*_TRAIN, *options, *launch.words)
-        command = None if processes is None else (*_launcher(processes), *words)
-    return ResumePlan(tuple(options), command, remarks, words)
+        is_done = _has_no_steps_left(found.log, chosen, skipped)
+        words = (*_launcher(processes), *_TRAIN, *options, *_with_steps(launch.words, is_done))
+    return ResumePlan(tuple(options), words, remarks, launch is not None)
 
 
 def _rise_after(log: RunLog | None, step: int) -> _Rise | None:
@@ -193,15 +215,24 @@ def _guard(smoothing: str, found: Investigation, *, is_copy: bool) -> Sequence[s
     if smoothing == _FLOOR:
         # The floor of healthy weights is derived from these weights. Damaged weights need the floor
         # of noise, because their own values would be taken for healthy.
-        own = ["--pss_floor_reference", "noise" if found.choice.is_last_resort else "start"]
+        own = ["--pss_floor_reference", "noise" if found.may_raise_to_noise else "start"]
         spiked = found.failure is not None and found.failure.kind == "spike"
         options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
     else:
         options = ["--pss_preset", "paper", "--pss_trial", "spikes", "--pss_smoothing", smoothing]
     if not is_copy:
         options += ["--pss_smooth_on_resume", "true"]
-        options += ["--pss_moments", "reset"] if found.choice.is_last_resort else []
+        options += ["--pss_moments", "reset"] if found.may_raise_to_noise else []
     return options
+
+
+def _why_unscalable(chosen: CheckpointReport, launch: Launch | None) -> str:
+    """Return why ``pss_lr_scale`` would be refused, or an empty text."""
+    if chosen.layout == "deepspeed" and not (chosen.path / "scheduler.pt").is_file():
+        return "DeepSpeed's configuration has a scheduler of its own: change the rates there."
+    if launch is not None and _PLATEAU in launch.words:
+        return f"The rates of {_PLATEAU} are not multiples of a base rate."
+    return ""
 
 
 def _lr_scale(factor: float, launch: Launch | None, *, is_in_files: bool) -> Sequence[str]:
@@ -232,11 +263,19 @@ def _replaced(smoothing: str, options: Sequence[str]) -> set[str]:
     }
 
 
-def _launcher(processes: int) -> tuple[str, ...]:
+def _launcher(processes: int | None) -> tuple[str, ...]:
+    if processes is None:
+        return (_LAUNCHER,)
     if processes == 1:
         return ()
     # --standalone picks a free port on this machine. `hf-pss` is a program and not a Python file.
     return ("torchrun", "--standalone", f"--nproc-per-node={processes}", "--no-python")
+
+
+def _with_steps(words: Sequence[str], is_done: bool) -> Iterator[str]:
+    """Yield the words of a launch. If no step is left, the number of steps is unknown."""
+    for before, word in zip(("", *words), words, strict=False):
+        yield f"<more than {word}>" if is_done and before == "--max_steps" else word
 
 
 def _literal(value: str) -> str:
@@ -250,13 +289,18 @@ def _literal(value: str) -> str:
 # ---- The remarks that accompany the command ----
 
 
+def _has_no_steps_left(log: RunLog | None, chosen: CheckpointReport, skipped: int) -> bool:
+    end = None if log is None else log.max_steps
+    return end is not None and 0 < end <= chosen.step + skipped
+
+
 def _about_steps_left(log: RunLog | None, chosen: CheckpointReport, skipped: int) -> Iterator[str]:
-    if log is None or log.max_steps is None or chosen.step + skipped < log.max_steps:
+    if not _has_no_steps_left(log, chosen, skipped):
         return
     end = "The copy skips all remaining" if skipped else "The run has completed all its"
     yield (
-        f"{end} steps, so it needs a larger --max_steps to continue. If you know the step at which "
-        "it went wrong, give --failed-at STEP."
+        f"{end} steps, so the training command needs a larger --max_steps to continue. If you know "
+        "the step at which the run went wrong, call hf-pss rescue with --failed-at STEP."
     )
 
 
@@ -283,7 +327,7 @@ def _about_rate(
             rose += ". "
         yield (
             f"{rose}From here on the run has {factor:.3g} times the rates that it had{scaled}. "
-            "--lr-scale 1 leaves them as they were."
+            "To leave them as they were, call hf-pss rescue with --lr-scale 1."
         )
         if not is_exact:
             yield (
@@ -291,11 +335,14 @@ def _about_rate(
                 "already scaled, in its own launch or an earlier one, multiply the two factors."
             )
     elif rise is not None:
-        yield f"{rose}, so the run may fail again. Lower it with --lr-scale {rise.held:.2g}."
+        yield (
+            f"{rose}, so the run may fail again. To lower it, call hf-pss rescue with --lr-scale "
+            f"{rise.held:.2g}."
+        )
     elif failure is not None and failure.kind == "slow_damage":
         yield (
             "The learning rate stays as it was. If it did the harm and does it again, lower it: "
-            "--lr-scale 0.3."
+            "call hf-pss rescue with --lr-scale 0.3."
         )
 
 
@@ -312,13 +359,16 @@ def _about_batches(found: Investigation, chosen: CheckpointReport, skipped: int)
         return
     text = (
         "A batch may have caused the failure. The resumed run reaches it again by step "
-        f"{failure.noticed_step}. A copy can skip it: --write OUT --skip-batches {needed}. This "
-        f"costs the data of {needed} updates, most of them sound, and the run ends that many "
-        "updates earlier."
+        f"{failure.noticed_step}. To skip it, call hf-pss rescue with --write OUT --skip-batches "
+        f"{needed}. This costs the data of {needed} updates, most of them sound, and the run ends "
+        "that many updates earlier."
     )
     end = chosen.step + needed
     if log.max_steps is not None and end >= log.max_steps:
-        text += f" That leaves none of its steps: give more than --max_steps {end}."
+        text += (
+            " That leaves none of its steps: give the training command more than "
+            f"--max_steps {end}."
+        )
     yield text
 
 
@@ -328,8 +378,9 @@ def _about_command(
     """State which options the command holds, and which ones the user must add."""
     if launch is None:
         yield (
-            "Give all other options as before: the same data, steps, batch size and number of "
-            "processes. The script must read PSSTrainingArguments and train with PSSTrainer."
+            "The script must read PSSTrainingArguments, train with PSSTrainer, and pass "
+            "args.resume_from_checkpoint to its train(). Give all other options as before: the "
+            "same data, steps, batch size and number of processes."
         )
     elif launch.is_whole:
         yield (
@@ -356,13 +407,19 @@ def _about_command(
 
 
 def _about_smoothing(
-    smoothing: str, found: Investigation, *, is_copy: bool, is_rate_covered: bool
+    smoothing: str,
+    found: Investigation,
+    *,
+    has_nothing: bool,
+    is_copy: bool,
+    is_rate_covered: bool,
 ) -> Iterator[str]:
     """Describe the smoothing, and what the user can change in the command.
 
     Args:
         smoothing: As in `plan_resume`.
         found: The findings about the run.
+        has_nothing: Whether the weights hold nothing to smooth.
         is_copy: Whether the run continues from a repaired copy, which has the changes already.
         is_rate_covered: Whether other remarks describe the learning rate.
     """
@@ -371,24 +428,38 @@ def _about_smoothing(
             "Nothing is smoothed, because PSS only observes. Leave --pss_observe_only out if PSS "
             "is to guard the resumed run."
         )
+    if has_nothing:
+        yield (
+            "The weights hold no matrix that PSS smooths, so the run warns once and PSS only "
+            "skips steps that are not finite."
+        )
     if is_copy:
         return
-    if smoothing == _DEFAULT:
+    if smoothing == _DEFAULT and not has_nothing:
         yield (
             "Adapters start at zero and have no stable-rank floor. Nothing is smoothed when the "
             "run is resumed. After that, the default preset of PSS guards it."
         )
-    if smoothing == _FLOOR:
+    if smoothing == _FLOOR and found.may_raise_to_noise:
         yield (
-            "The weights may be damaged, so the floor is the stable rank of noise of their shapes. "
-            "Pretrained weights are below this floor, and for them --smoothing none is safer."
-            if found.choice.is_last_resort
-            else "The floor is taken from the checkpoint itself, so smoothing changes nothing at "
-            "the start. Later it lets no matrix fall below the floor."
+            "The weights may be damaged, so the floor is the stable rank of noise of their shapes."
+        )
+    elif smoothing == _FLOOR and found.choice.is_last_resort:
+        yield (
+            "The weights may be damaged, but they may also hold what a long training has learned, "
+            "which the stable rank of noise as a floor would destroy. So the floor is taken from "
+            "the checkpoint itself. Weights that you started from, such as pretrained ones, are "
+            "the better start if they are at hand. If the run began from random weights, change "
+            "the command to --pss_floor_reference noise and add --pss_moments reset."
+        )
+    elif smoothing == _FLOOR:
+        yield (
+            "The floor is taken from the checkpoint itself, so smoothing changes nothing at the "
+            "start. Later it lets no matrix fall below the floor."
         )
     if not is_rate_covered:
         yield (
             "--learning_rate alone has no effect here, because a resumed run takes its base rate "
-            "from scheduler.pt. To lower the rate, give --lr-scale 0.5."
+            "from scheduler.pt. To lower the rate, call hf-pss rescue with --lr-scale 0.5."
         )
-    yield "To skip batches, give --write OUT --skip-batches N."
+    yield "To skip batches, call hf-pss rescue with --write OUT --skip-batches N."

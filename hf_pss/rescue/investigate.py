@@ -17,6 +17,10 @@ The rule also holds at widths 128 and 256 and with 6 layers. It missed two Llama
 shares were 0.207 and 0.228. One run at 1e-2 that it found was hardly worse. Pretrained weights have
 lower stable ranks by nature, and larger networks and longer runs may have them as well, so the rule
 is not applied to these.
+
+A network from noise is known by the options of `hf-pss train` or by its first loss. If the first
+logged loss is the mean of several steps, the loss of the first step is estimated. If that remains
+below the entropy, the log does not show how the run began, and the low ranks become a note.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from hf_pss.rescue.candidates import (
 )
 from hf_pss.rescue.diagnosis import FailureKind, RunFailure, diagnose
 from hf_pss.runs.folder import STATE_FILE, leads_out
-from hf_pss.runs.options import recorded_entropy
+from hf_pss.runs.options import began_from_noise, recorded_entropy
 from hf_pss.runs.records_files import RunLog, differ_at, rank_ratios, read_log, read_run_records
 
 _MOST_TOKENS = 10**8
@@ -56,6 +60,11 @@ _WIDEST = 256
 _FEWEST_MATRICES = 8
 # If a network has learned nothing, its first loss is at least the entropy minus this number.
 _WITHIN_NATS = 0.1
+# The loss of other tasks can be far above any entropy [ours].
+_MOST_ABOVE_NATS = 1.0
+# The first loss is estimated from a mean as if it were that of at most this many steps, because
+# the estimate multiplies the noise of the losses by this number [ours].
+_MOST_ESTIMATED_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,21 @@ class Investigation:
     choice: Choice
     unreadable: tuple[str, ...]
     """The logs that could not be read, each with the reason."""
+    began_from_noise: bool = False
+    """Whether the run is known to have begun from random weights."""
+
+    @property
+    def may_raise_to_noise(self) -> bool:
+        """Whether the noise floor on the chosen checkpoint can destroy nothing that was learned.
+
+        This holds only for a last resort. Either its weights do not look trained, or the damage
+        began so soon after a start from random weights that the low stable ranks are the damage.
+        """
+        chosen, failure = self.choice.chosen, self.failure
+        if chosen is None or chosen.is_adapter or not self.choice.is_last_resort:
+            return False
+        is_early = failure is not None and failure.onset_step <= _EARLY_STEPS
+        return not chosen.may_be_trained or (self.began_from_noise and is_early)
 
 
 def investigate(
@@ -112,22 +136,37 @@ def investigate(
         if unreadable:
             raise StateError(unreadable[0])
         raise ConfigurationError(
-            f"{visible(run_dir)} holds no checkpoint-… and no {STATE_FILE}. Give the output_dir "
-            "of a run."
+            f"{visible(run_dir)} holds no checkpoint-N and no {STATE_FILE}. Give the output_dir "
+            "of a run, or one checkpoint."
         )
     begin(num_weight_bytes(folders))
-    reports = [report_on(folder, progress) for folder in folders]
+    read = [report_on(folder, progress) for folder in folders]
+    reports = [one for one in read if one.path.is_dir()]
     failures: list[RunFailure] = []  # the last one counts
-    notes: list[str] = []
+    notes = [
+        f"{visible(one.path.name)} was removed while rescue was reading, so the run may still be "
+        "alive."
+        for one in read
+        if one not in reports
+    ]
+    own = began_from_noise(folders[-1].parent if folders else run_dir)
+    is_from_noise = own is True
     if log is not None:
         records = read_run_records(run_dir)
         known = unigram_entropy or recorded_entropy(folders[-1].parent if folders else run_dir)
         ranks = records.rank_ratios or rank_ratios((one.step, one.stable_ranks) for one in reports)
         diagnosis = diagnose(log, records, ranks=ranks, unigram_entropy=known)
         entropy = known or _entropy_of_vocabulary(reports)
-        early = early_damage(log, reports, entropy, diagnosis.failure)
-        failures += [one for one in (diagnosis.failure, early) if one is not None]
+        early = early_damage(log, reports, diagnosis.failure)
+        is_fresh = _began_from_noise(log, entropy) if own is None else own
+        failures += [one for one in (diagnosis.failure, early if is_fresh else None) if one]
         notes += [*of_others, *diagnosis.notes]
+        if early is not None and is_fresh is None:
+            notes.append(
+                f"If the run began from random weights, it was damaged early. {early.text} In this "
+                f"case call hf-pss rescue with --failed-at {early.onset_step}."
+            )
+        is_from_noise = is_from_noise or (own is None and _shows_noise(log, entropy))
         margin_steps = max(margin_steps, log.log_interval)
     if failed_at is not None:
         kind: FailureKind = failures[-1].kind if failures else "slow_damage"
@@ -137,7 +176,9 @@ def investigate(
     failure = failures[-1] if failures else None
     checked = judged(reports, failure)
     choice = choose(checked, failure, margin_steps=margin_steps)
-    return Investigation(run_dir, log, failure, tuple(notes), checked, choice, tuple(unreadable))
+    return Investigation(
+        *(run_dir, log, failure, tuple(notes), checked, choice, tuple(unreadable)), is_from_noise
+    )
 
 
 def _newest_log(
@@ -188,28 +229,44 @@ def _entropy_of_vocabulary(reports: Sequence[CheckpointReport]) -> float | None:
     return None
 
 
+def _began_from_noise(log: RunLog, unigram_entropy: float | None) -> bool | None:
+    """Return whether the first loss shows weights that knew nothing, or None if it is not logged.
+
+    The first row can hold the mean of k steps. If the loss falls, no other of these steps is below
+    the mean of the next row. So the loss of the first step is at most k - 1 times the difference of
+    the two means above the first mean.
+    """
+    rows = log.training[:2]
+    if unigram_entropy is None or not rows:
+        return False
+    losses = [math.nan if row.loss is None else row.loss for row in rows]
+    least, first_step = unigram_entropy - _WITHIN_NATS, rows[0].step
+    if losses[0] >= least or first_step == 1:
+        return losses[0] >= least
+    num_others = min(first_step, _MOST_ESTIMATED_STEPS) - 1
+    return losses[0] + num_others * (losses[0] - losses[-1]) >= least or None
+
+
+def _shows_noise(log: RunLog, unigram_entropy: float | None) -> bool:
+    """Return whether the loss of the first step alone is that of random weights."""
+    row = next(iter(log.training), None)
+    if unigram_entropy is None or row is None or row.step != 1 or row.loss is None:
+        return False
+    return -_WITHIN_NATS <= row.loss - unigram_entropy <= _MOST_ABOVE_NATS
+
+
 def early_damage(
-    log: RunLog,
-    reports: Sequence[CheckpointReport],
-    unigram_entropy: float | None,
-    found: RunFailure | None,
+    log: RunLog, reports: Sequence[CheckpointReport], found: RunFailure | None
 ) -> RunFailure | None:
     """Apply the rule to a run that began from noise. The cost is negligible.
 
     Args:
-        log: The log of the run. If the first loss is below the entropy, the weights were already
-            trained or the loss was logged too late. In that case the function returns None.
+        log: The log of the run.
         reports: The reports on all checkpoints. Only checkpoints that could be measured count.
-        unigram_entropy: The unigram entropy of the training text in nats. If it is None, the
-            function returns None.
         found: The failure that the log shows. A rise in the first steps may itself be the result of
             earlier harm, so the rule is applied to the checkpoints before it.
     """
     if found is not None and (found.kind not in _RISES or found.onset_step > _EARLY_STEPS):
-        return None
-    rows = log.training
-    loss = rows[0].loss if rows else None
-    if unigram_entropy is None or loss is None or not loss >= unigram_entropy - _WITHIN_NATS:
         return None
     last = _EARLY_STEPS if found is None else found.onset_step - 1
     early = [one for one in reports if one.step <= last and one.problem is None]

@@ -41,6 +41,7 @@ from hf_pss.runs.folder import (
 from hf_pss.runs.options import options_file, read_options
 from hf_pss.runs.records_files import read_state
 from hf_pss.runs.safetensors_files import Checkpoint, open_checkpoint
+from hf_pss.runs.signals import signals_interrupt
 
 MomentsChange: TypeAlias = Literal["keep", "reset", "project"]
 
@@ -99,13 +100,14 @@ def write_repaired(chosen: CheckpointReport, target: Path, options: Repairs) -> 
         IncompatibleVersionError: The installed torch is too old to open a pickle safely.
         StateError: A file is damaged, or a symbolic link leads out of the checkpoint.
         OSError: A file could not be read or written. The partial copy is removed.
+        KeyboardInterrupt: The process received SIGTERM or SIGHUP. The partial copy is removed.
     """
     _check(chosen, target, options)
     source = chosen.path.resolve()
     for name in (STATE_FILE, MARKER, _OPTIMIZER, _SCHEDULER):
         _refuse_outside(source, source / name)
     checkpoint = open_checkpoint(source)
-    with new_folder(target, like=source) as folder:
+    with signals_interrupt(), new_folder(target, like=source) as folder:
         done = {Path(name) for name in (STATE_FILE, MARKER, SUPERSEDED)}
         done |= {entry.path.relative_to(source) for entry in checkpoint.tensors}
         if options.needs_pickle:
@@ -238,7 +240,7 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
     if options.smoothing == "floor" and any(one.changed for one in repairs):
         yield (
             "The measure was noise of their shapes. Sound weights lie below that too, pretrained "
-            "ones above all, so if these are not damaged, --smoothing none is better."
+            "ones above all. If these are not damaged, call hf-pss rescue with --smoothing none."
         )
     if options.moments == "reset":
         yield "The optimizer starts without state, at the rate of the schedule."

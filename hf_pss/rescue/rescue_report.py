@@ -110,7 +110,7 @@ def render_plan(plan: ResumePlan) -> RenderableType:
     # `visible` would shorten a long command.
     shell = "".join(c if c.isprintable() else visible(c) for c in plan.shell)
     lines = [Text("To continue:", style="bold"), Text(f"  {shell}")]
-    if plan.command is None and plan.train_words is None:
+    if not plan.is_own_launch:
         lines += [Text("or in Python:"), *(Text(f"  {line}") for line in plan.python.splitlines())]
     return Group(*lines, *(Text(f"· {remark}", style="dim") for remark in plan.remarks))
 

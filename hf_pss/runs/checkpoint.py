@@ -57,7 +57,11 @@ _RESUMED = re.compile(
     r"(.*/)?([^/]*\.(safetensors|bin|pt|pth|distcp|index\.json)|latest|\.metadata"
     r"|(trainer_state|config|adapter_config)\.json)$"
 )
-_ARCHIVES = (".pt", ".pth", ".bin")
+# Of the archives, those that torch wrote for the Trainer, Accelerate, PEFT or DeepSpeed.
+_OWN_ARCHIVE = re.compile(
+    r"(.*/)?(optimizer|scheduler|scaler|rng_state|random_states|pytorch_model|adapter_model)[^/]*"
+    r"\.(pt|pth|bin)$|global_step[^/]*/.*\.pt$"
+)
 _ARGUMENTS = "training_args.bin"  # no resume reads it
 _WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?")
 # The files that a Trainer looks for when it loads weights.
@@ -276,10 +280,11 @@ def _unfit_files(folder: Path, marker: Mapping[str, int] | None) -> dict[str, st
     """Return the files that a resumed Trainer lacks or cannot read, each with the reason."""
     wrong = {} if marker is None else changed_files(folder, marker)
     for path in sorted(islice(folder.rglob("*"), MAX_FILES)):
-        if path.suffix not in _ARCHIVES or path.name == _ARGUMENTS or not path.is_file():
-            continue
+        name = path.relative_to(folder).as_posix()
+        if not _OWN_ARCHIVE.fullmatch(name) or not path.is_file():
+            continue  # a ggml.bin of llama.cpp is no archive, and no resume reads it
         if (reason := _why_no_archive(path)) is not None:
-            wrong.setdefault(path.relative_to(folder).as_posix(), reason)
+            wrong.setdefault(name, reason)
     for name in _needed(folder):
         if not (folder / name).is_file():
             wrong.setdefault(name, "is missing")

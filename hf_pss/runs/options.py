@@ -153,6 +153,19 @@ def recorded_entropy(folder: Path) -> float | None:
     return value if isinstance(value, float) and 0 < value < _MOST_ENTROPY else None
 
 
+def began_from_noise(folder: Path) -> bool | None:
+    """Return whether `hf-pss train` began with random weights, or None if another script trained.
+
+    Args:
+        folder: The folder of the run, or of a repaired copy.
+    """
+    path = folder / OPTIONS_FILE
+    kept = None if leads_out(path, folder) else _kept_in(path)
+    if kept is None or not (kept.get("model") or kept.get("model_config")):
+        return None
+    return not kept.get("model")
+
+
 def _kept_in(path: Path) -> dict[str, Any] | None:
     try:
         return read_options(path)

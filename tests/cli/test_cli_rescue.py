@@ -131,7 +131,9 @@ def test_a_finished_run_is_reported_as_such(run: Run, run_dir: Path) -> None:
     (run_dir / "checkpoint-5" / "model.safetensors").write_bytes(
         (run_dir / "checkpoint-4" / "model.safetensors").read_bytes()
     )
-    assert "has completed all its steps" in " ".join(run("rescue", run_dir).stdout.split())
+    text = " ".join(run("rescue", run_dir).stdout.split())
+    assert "has completed all its steps" in text
+    assert "--max_steps <more than 5>" in text
 
 
 @pytest.mark.parametrize(("rates", "is_said"), [((0.1, 0.2), True), ((0.2, 0.1), False)])

@@ -25,8 +25,9 @@ from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.recipes import Recipe
 from hf_pss.evidence.report_page import write_report
 from hf_pss.evidence.report_results import render_table
-from hf_pss.evidence.runner import num_cores, signals_interrupt
+from hf_pss.evidence.runner import num_cores
 from hf_pss.evidence.worker import train_cell
+from hf_pss.runs.signals import signals_interrupt
 
 TINY = Recipe(
     num_layers=1,

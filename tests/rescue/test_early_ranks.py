@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_pss.rescue import investigate as module
 from hf_pss.rescue.investigate import LOW_SHARE, Investigation, investigate, noise_share
+from hf_pss.runs.folder import OPTIONS_FILE
 
 RunOf = Callable[..., Path]
 
@@ -94,3 +95,36 @@ def test_without_a_logged_loss_ranks_are_not_judged(sound: Path) -> None:
     for path in sound.rglob("trainer_state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"log_history": []}))
     assert kind_of(looked_at(sound)) is None
+
+
+def averaged(run: Path, first_two: tuple[float, float]) -> None:
+    """Let the log hold a row every five steps, and begin with these means."""
+    for path in run.rglob("trainer_state.json"):
+        state = json.loads(path.read_text())
+        rows = [row for row in state["log_history"] if row["step"] % 5 == 0]
+        rows[0]["loss"], rows[1]["loss"] = first_two
+        path.write_text(json.dumps(state | {"log_history": rows}))
+
+
+@pytest.mark.parametrize(
+    ("first_two", "is_failure"),
+    [((3.0, 2.8), True), ((2.4, 2.39), False)],  # estimates of the first loss: 3.8 and 2.44
+)
+def test_a_first_mean_does_not_hide_damage(
+    sound: Path, first_two: tuple[float, float], is_failure: bool
+) -> None:
+    averaged(sound, first_two)
+    assert not any("random weights" in note for note in looked_at(sound).notes)
+    flatten(sound / "checkpoint-60", 3.0)
+    found = looked_at(sound)
+    assert (kind_of(found) == "slow_damage") == is_failure
+    assert any("If the run began from random" in note for note in found.notes) != is_failure
+
+
+@pytest.mark.parametrize(("start", "kind"), [("model_config", "slow_damage"), ("model", None)])
+def test_the_options_of_a_run_show_how_it_began(sound: Path, start: str, kind: str | None) -> None:
+    averaged(sound, (2.4, 2.39))
+    flatten(sound / "checkpoint-60", 3.0)
+    (sound / OPTIONS_FILE).write_text(json.dumps({start: "gpt2"}))
+    assert kind_of(looked_at(sound)) == kind
+    assert looked_at(sound).began_from_noise == (kind is not None)

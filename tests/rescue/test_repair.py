@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,6 +346,25 @@ def test_an_error_while_writing_leaves_no_files(
     monkeypatch.setattr(repair, "_write_state", full)
     with pytest.raises(OSError, match="No space"):
         repaired(damaged, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_while_writing_leaves_no_files(
+    damaged: CheckpointReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def terminated(*_: Any) -> None:
+        os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(repair, "_write_state", terminated)
+    # Without the mend, the handler of this test is called instead of ending pytest.
+    before = signal.signal(getattr(signal, name), lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            repaired(damaged, tmp_path / "out")
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert os.listdir(tmp_path) == []
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
+from hf_pss.rescue import candidates
 from hf_pss.rescue.candidates import report_on
 from hf_pss.rescue.investigate import Investigation, investigate
 from hf_pss.runs import records_files
@@ -275,3 +276,59 @@ def test_a_file_that_differs_from_the_marker_makes_it_incomplete(tmp_path: Path)
     found = looked_at(tmp_path / "run")
     assert verdicts(found)[8] == "incomplete"
     assert chosen(found) == 4
+
+
+@pytest.mark.parametrize("name", ["ggml.bin", "notes.pt", "inner/notes.pth"])
+def test_an_archive_that_no_trainer_wrote_is_ignored(tmp_path: Path, name: str) -> None:
+    train(tmp_path / "run", PSSConfig.preset("paper"), save_steps=4)
+    path = tmp_path / "run" / "checkpoint-8" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"ggml")
+    assert chosen(looked_at(tmp_path / "run")) == 8
+    (path.parent / "optimizer.pt").write_bytes(b"ggml")
+    assert verdicts(looked_at(tmp_path / "run"))[8] == "incomplete"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-last", "checkpoint-epoch-3", "best"])
+def test_a_checkpoint_of_any_name_is_judged(spiked: Path, name: str) -> None:
+    folder = (spiked / "checkpoint-60").rename(spiked.parent / name)
+    found = looked_at(folder)
+    assert verdicts(found) == {60: "healthy"}
+    (folder / "optimizer.pt").unlink()
+    assert verdicts(looked_at(folder)) == {60: "incomplete"}
+
+
+@pytest.mark.parametrize(
+    "reader",
+    ["_size_and_time", "layout_of", "_link_out", "open_weights", "examine", "recorded_step"],
+)
+def test_a_live_run_may_remove_checkpoints_in_the_meantime(
+    spiked: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    original = getattr(candidates, reader)
+
+    def removing(folder: Path, **options: object) -> object:
+        if folder.name == "checkpoint-60":
+            shutil.rmtree(folder, ignore_errors=True)
+        return original(folder, **options)
+
+    monkeypatch.setattr(candidates, reader, removing)
+    found = looked_at(spiked)
+    assert 60 not in verdicts(found)
+    assert chosen(found) == 40
+    assert any("checkpoint-60 was removed" in note for note in found.notes)
+
+
+def test_the_noise_floor_is_not_for_weights_that_may_be_trained(
+    spiked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not looked_at(spiked).may_raise_to_noise  # a checkpoint before the failure
+    for step in (20, 40, 60):
+        shutil.rmtree(spiked / f"checkpoint-{step}")
+    found = looked_at(spiked)
+    assert found.choice.is_last_resort
+    assert not found.may_raise_to_noise
+    # The first loss is that of random weights, so the low stable ranks are the damage.
+    assert investigate(spiked, margin_steps=5, unigram_entropy=3.6).may_raise_to_noise
+    monkeypatch.setattr("hf_pss.rescue.candidates.looks_trained", lambda *_: False)
+    assert looked_at(spiked).may_raise_to_noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,8 @@ def plan(run_dir: Path, **options: Any) -> ResumePlan:
     chosen = CheckpointReport(path, 40, datetime.now(UTC), 0, layout)
     failure = options.pop("failure", None)
     choice = Choice(chosen, "", (), options.pop("is_last_resort", False))
-    found = Investigation(run_dir, LOG, failure, (), (chosen,), choice, ())
+    is_from_noise = options.pop("began_from_noise", False)
+    found = Investigation(run_dir, LOG, failure, (), (chosen,), choice, (), is_from_noise)
     return plan_resume(found, chosen, **{"smoothing": "floor", **options})
 
 
@@ -90,7 +92,11 @@ def test_a_launcher_that_is_not_known_is_not_made_up(run_dir: Path, layout: str)
         ({}, "floor start True"),
         ({"failure": failed("slow_damage")}, "floor start True"),
         ({"failure": failed()}, "anchored start True"),
-        ({"failure": failed(), "is_last_resort": True}, "anchored noise True"),
+        ({"failure": failed(), "is_last_resort": True}, "anchored start True"),
+        (
+            {"failure": failed(), "is_last_resort": True, "began_from_noise": True},
+            "anchored noise True",
+        ),
         ({"failure": failed(), "repaired": Path("out")}, "anchored start False"),
         ({"smoothing": "log"}, "paper start True"),
     ],
@@ -102,7 +108,7 @@ def test_the_guard(run_dir: Path, options: dict[str, Any], expected: str) -> Non
     found = f"{arguments.pss_preset} {config.floor_reference} {config.smooth_on_resume}"
     assert found == expected
     assert config.scope == "fired"  # as in the run
-    assert config.moments == ("reset" if options.get("is_last_resort") else "project")
+    assert config.moments == ("reset" if "noise" in expected else "project")
     assert not config.observe_only
     assert arguments.pss_detectors is None
 
@@ -192,13 +198,13 @@ def test_a_rate_that_rose_to_slow_damage_is_held(
     # A spike may have been a batch's doing.
     spiked = plan(run_dir, failure=failed())
     assert lr_scale_of(spiked) is None
-    assert "Lower it with --lr-scale 0.25." in " ".join(spiked.remarks)
+    assert "lower it, call hf-pss rescue with --lr-scale 0.25." in " ".join(spiked.remarks)
     as_it_was = plan(run_dir, failure=failed("slow_damage"), lr_scale=1.0)
     assert lr_scale_of(as_it_was) is None
     assert "--lr-scale" not in " ".join(as_it_was.remarks)
     stuck = plan(run_dir, failure=failed("collapse", noticed=43))
     assert lr_scale_of(stuck) is None
-    assert "Lower it with --lr-scale 0.25." in " ".join(stuck.remarks)
+    assert "lower it, call hf-pss rescue with --lr-scale 0.25." in " ".join(stuck.remarks)
     # It rose when all was over.
     early = plan(run_dir, failure=failed("slow_damage", noticed=43))
     assert lr_scale_of(early) is None
@@ -286,3 +292,52 @@ def test_adapters_are_not_asked_for_a_floor(place: str, run_dir: Path) -> None:
     assert options[options.index("--pss_preset") + 1] == "anchored"
     assert not {"--pss_floor_reference", "--pss_smooth_on_resume"} & set(options)
     assert "no stable-rank floor" in said(run_dir, is_last_resort=True)
+
+
+@pytest.mark.parametrize("has_own_scheduler", [True, False])
+def test_a_schedule_of_deepspeed_is_not_scaled(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, has_own_scheduler: bool
+) -> None:
+    """PSSTrainer refuses pss_lr_scale there. The Trainer saves scheduler.pt for its own alone."""
+    rising(run_dir, monkeypatch)
+    options: dict[str, Any] = {"layout": "deepspeed", "failure": failed("slow_damage")}
+    if has_own_scheduler:
+        assert "--pss_lr_scale" not in plan(run_dir, **options).options
+        assert "change the rates there" in said(run_dir, **options)
+        assert "--pss_lr_scale" not in plan(run_dir, **options, lr_scale=1.0).options
+        with pytest.raises(ConfigurationError, match="cannot start with --lr-scale"):
+            plan(run_dir, **options, lr_scale=0.5)
+    else:
+        (run_dir / "checkpoint-40" / "scheduler.pt").touch()
+        assert "--pss_lr_scale" in plan(run_dir, **options).options
+
+
+def test_a_schedule_that_cannot_be_scaled_is_left(run_dir: Path) -> None:
+    options = json.loads(OPTIONS)
+    options["training"]["lr_scheduler_type"] = "reduce_lr_on_plateau"
+    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+    assert "not multiples of a base rate" in said(run_dir)
+    with pytest.raises(ConfigurationError, match="Leave it out"):
+        plan(run_dir, lr_scale=0.5)
+
+
+def test_a_run_without_steps_left_gets_a_command_to_complete(run_dir: Path) -> None:
+    """`hf-pss train` ends with an error if the checkpoint is at --max_steps."""
+    resumed = plan(run_dir, repaired=run_dir.with_name("out"), skipped=60)
+    assert resumed.command is None
+    assert "--max_steps <more than 100>" in resumed.shell
+    assert plan(run_dir, repaired=run_dir.with_name("out"), skipped=59).command is not None
+
+
+def test_an_unknown_word_of_a_file_is_quoted(run_dir: Path) -> None:
+    options = json.loads(OPTIONS) | {"dataset": "<more than 1> x; rm <your launcher>"}
+    (run_dir / OPTIONS_FILE).write_text(json.dumps(options))
+    assert "'<more than 1> x; rm <your launcher>'" in plan(run_dir).shell
+
+
+def test_each_option_of_rescue_is_named_as_such(run_dir: Path) -> None:
+    """Every other option in the remarks belongs to the command that is printed."""
+    own = re.compile(r"--(?:write|skip-batches|lr-scale|failed-at|smoothing|moments) ")
+    for options in ({}, {"failure": failed()}, {"failure": failed("slow_damage")}):
+        for remark in plan(run_dir, **options).remarks:
+            assert not own.search(remark.partition("call hf-pss rescue with ")[0]), remark
