@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -18,7 +21,7 @@ from hf_pss.cli.train_command import TrainCommand, train
 from hf_pss.cli.watch_command import watch
 from hf_pss.errors import NonFiniteError, PSSError
 
-USER_MISTAKE, NON_FINITE, INTERRUPTED = 2, 3, 130
+USER_MISTAKE, NON_FINITE, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 
 
 class _Commands(TyperGroup):
@@ -92,5 +95,38 @@ app.add_typer(sweep, name="sweep")
 
 
 def main() -> None:
-    """Run the program."""
-    app()
+    """Run the program.
+
+    If stdout cannot be written, Python, rich and typer exit with 1, which has another meaning for
+    `health`. The code is then 141 if the reader of a pipe has ended, and 2 otherwise. Characters
+    that the encoding of stdout lacks, such as σ, are written as "?".
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            end.code = BROKEN_PIPE
+        raise
+    except OSError as error:
+        if not _is_stdout_lost():
+            raise
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(BROKEN_PIPE) from error
+        _complain(f"The output cannot be written: {error.strerror}.")
+        raise SystemExit(USER_MISTAKE) from error
+
+
+def _is_stdout_lost() -> bool:
+    """Return whether stdout cannot be written. If so, send the rest of it to nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

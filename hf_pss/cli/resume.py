@@ -18,7 +18,7 @@ from hf_pss.cli.train_options import TrainPlan
 from hf_pss.detection.state import check_version, read_mapping, read_object
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.runs.checkpoint import examine, recorded_step
-from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step
+from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step, step_by_name
 from hf_pss.runs.options import LR_SCALE, TRAINING_OPTIONS, options_file, read_options
 from hf_pss.runs.records_files import read_log
 from hf_pss.trainer.resuming import newest_whole
@@ -116,6 +116,28 @@ def advice_after_failure(output_dir: Path, resumed: Path | None) -> str:
     return (
         f"The last checkpoint whose evaluation was finite is {best.path}: "
         f"{resume if best.is_whole else ''}--model starts from its weights at another."
+    )
+
+
+def advice_after_failed_save(output_dir: Path, step: int) -> str:
+    """Return the advice for a run that could not write its final model.
+
+    Args:
+        output_dir: The run's folder.
+        step: The step at which the run ended.
+    """
+    usable = [
+        found.path
+        for found in map(examine, checkpoints_by_step(output_dir))
+        if found.problem is None
+    ]
+    if not usable:
+        return "There is no checkpoint either. Free some disk space and start the run again."
+    if step_by_name(usable[-1]) == step:
+        return f"{usable[-1]} holds the final weights; use that folder as the model."
+    return (
+        f"The latest checkpoint is {usable[-1]}. Free some disk space, then add --resume to the "
+        "same command: it trains only the steps after that checkpoint."
     )
 
 

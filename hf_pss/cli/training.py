@@ -13,6 +13,7 @@ import datasets
 import torch
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -68,6 +69,7 @@ def run_training(plan: TrainPlan) -> None:
         ConfigurationError: A model, text or checkpoint is missing, or they do not fit together.
         NonFiniteError: The run stopped at a step that was not finite, or its final
             weights are not finite.
+        StateError: The final model cannot be written, or the checkpoint cannot be resumed.
     """
     transformers.utils.logging.disable_progress_bar()  # our own bar is on the terminal
     datasets.disable_progress_bars()
@@ -119,8 +121,8 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
     try:
         with display, without_noise(trainer.model):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        with suppress(StateError):  # no checkpoint can be resumed
+    except (KeyboardInterrupt, SystemExit):  # a signal
+        with suppress(StateError, OSError):  # no checkpoint can be resumed, or the terminal is gone
             if latest := resume.latest_checkpoint(output_dir):
                 console.print(f"{latest} is saved. To continue, add --resume to the same command.")
         raise
@@ -128,9 +130,15 @@ def _train(trainer: PSSTrainer, console: Console, checkpoint: Path | None) -> No
         advice = resume.advice_after_failure(output_dir, checkpoint)
         raise NonFiniteError(f"{error} {advice}") from error
     eval_loss = progress.last_evaluation(trainer)
-    if not progress.is_broken(eval_loss):
-        trainer.save_model()
-    trainer.save_state()
+    try:
+        if not progress.is_broken(eval_loss):
+            trainer.save_model()
+        trainer.save_state()
+    except (OSError, SafetensorError) as error:
+        advice = resume.advice_after_failed_save(output_dir, trainer.state.global_step)
+        raise StateError(
+            f"The final model could not be written to {output_dir}: {error}. {advice}"
+        ) from error
     summary = progress.render_summary(trainer, train_seconds=outcome.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         Console().print(summary)

@@ -104,6 +104,10 @@ class _NotSavedError(Exception):
     """Makes the Trainer's `_maybe_log_save_evaluate` end before it calls ``on_save``."""
 
 
+class _EvaluationStoppedError(Exception):
+    """Ends an evaluation after a signal. Only the save of this step is still to be done."""
+
+
 class SafeCheckpointsMixin(TrainerPart):
     """Mixin that makes every checkpoint of a Trainer complete and finite.
 
@@ -117,9 +121,9 @@ class SafeCheckpointsMixin(TrainerPart):
       first, and the run does not resume from them.
     - ``resume_from_checkpoint=True`` takes the newest complete checkpoint. If you name an
       incomplete checkpoint, the mixin raises an error.
-    - After SIGTERM or SIGINT, the trainer saves at the end of the step and exits with code 128 + n,
-      where n is the signal's number, unless ``save_strategy`` is ``no``. It skips evaluation and
-      removes no checkpoint.
+    - After SIGTERM, SIGINT or SIGHUP, the trainer saves at the end of the step and exits with code
+      128 + n, where n is the signal's number, unless ``save_strategy`` is ``no``. It skips
+      evaluation, or ends the one that is running, and removes no checkpoint.
 
     List the mixin to the left of a Trainer class. It does not need PSS::
 
@@ -143,6 +147,7 @@ class SafeCheckpointsMixin(TrainerPart):
     _finite_step: int | None = None
     _held_back_push: str | None = None
     _is_in_step = False
+    _num_predictions = 0
     _num_failed_saves = 0
     _last_saved_step: int | None = None
 
@@ -198,7 +203,8 @@ class SafeCheckpointsMixin(TrainerPart):
             StateError: There is no checkpoint to resume from, or the one that you named is
                 incomplete. The message lists the choices.
             KeyboardInterrupt: The process received SIGINT, and the step has been saved.
-            SystemExit: The process received SIGTERM, and the step has been saved. The code is 143.
+            SystemExit: The process received SIGTERM or SIGHUP, and the step has been saved. The
+                code is 143 or 129.
         """
         self._is_active = self._is_on()
         if not self._is_active:
@@ -272,7 +278,8 @@ class SafeCheckpointsMixin(TrainerPart):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._after_step()
         control, state = self.control, self.state
-        if self._is_to_stop():
+        step = state.global_step
+        if self._is_to_stop(0 if step >= state.max_steps else step):
             control.should_save = control.should_training_stop = True
         elif self._agreed_signum:
             control.should_save = False  # this is the end of the epoch, after the step was saved
@@ -289,7 +296,13 @@ class SafeCheckpointsMixin(TrainerPart):
         best = state.best_metric, state.best_global_step
         self._is_in_step = True
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            try:
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+            except _EvaluationStoppedError:
+                control = self.control
+                control.should_evaluate, control.should_save = False, True
+                control.should_training_stop = True
+                super()._maybe_log_save_evaluate(*args, **kwargs)
         except _NotSavedError:
             control.should_save, is_refused = False, True
         finally:
@@ -297,11 +310,23 @@ class SafeCheckpointsMixin(TrainerPart):
         if is_refused:  # best_model_checkpoint must not name a checkpoint that was not saved
             state.best_metric, state.best_global_step = best
 
-    def _is_to_stop(self) -> bool:
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict one batch. After a signal, end the evaluation so that this step is saved."""
+        if self._is_in_step:
+            self._num_predictions += 1
+            if self._is_to_stop(self._num_predictions):
+                raise _EvaluationStoppedError
+        return super().prediction_step(*args, **kwargs)
+
+    def _is_to_stop(self, count: int) -> bool:
+        """Return whether a rank has newly received a signal.
+
+        Several ranks agree on it only if `count`, which is the same on all of them, is a multiple
+        of 5.
+        """
         if self._signals is None or self._agreed_signum:
             return False
-        step, last = self.state.global_step, self.state.max_steps
-        if step % _AGREE_EVERY_STEPS and step < last and self.args.world_size > 1:
+        if count % _AGREE_EVERY_STEPS and self.args.world_size > 1:
             return False
         self._agreed_signum = self._largest_of_ranks(self._signals.signum)
         return self._agreed_signum != 0
@@ -493,9 +518,10 @@ def _signals_to_delay(arguments: Any) -> tuple[signal.Signals, ...]:
     """
     if arguments.save_strategy == SaveStrategy.NO:
         return ()
-    if getattr(arguments, "enable_jit_checkpoint", False):  # transformers itself handles SIGTERM
-        return (signal.SIGINT,)
-    return (signal.SIGTERM, signal.SIGINT)
+    names = ["SIGINT", "SIGHUP"]  # Windows has no SIGHUP
+    if not getattr(arguments, "enable_jit_checkpoint", False):  # transformers handles SIGTERM
+        names.append("SIGTERM")
+    return tuple(one for one in signal.Signals if one.name in names)
 
 
 def _tidy(run_dir: Path) -> None:

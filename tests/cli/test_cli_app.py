@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from commandline import Run
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from hf_pss.cli.app import _Commands, app
+from hf_pss.cli.app import _Commands, app, main
 from hf_pss.errors import ConfigurationError
 
 # Seconds of CPU for `hf-pss --help`: 0.24 measured; torch or transformers would add 3 and more.
@@ -93,3 +97,56 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert result.exit_code == 1
     assert CliRunner().invoke(broken, ["interrupted"]).exit_code == 130
     assert app is not broken
+
+
+# ---- stdout ----
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """A model of which `health` prints a table with letters that ASCII lacks."""
+    path = tmp_path / "model.safetensors"
+    weights = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"model.layers.0.self_attn.q_proj.weight": weights}, path)
+    return str(path)
+
+
+def code_of_health(
+    monkeypatch: pytest.MonkeyPatch, stdout: str | int, *words: str, encoding: str = "utf-8"
+) -> object:
+    """Return the exit code of the program with this stdout, a path or a descriptor."""
+    monkeypatch.setattr(sys, "argv", ["hf-pss", "health", *words])
+    with open(stdout, "w", encoding=encoding) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_full_stdout_does_not_say_that_weights_are_not_finite(
+    words: tuple[str, ...],
+    checkpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert code_of_health(monkeypatch, "/dev/full", checkpoint, *words) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_reader_that_left_does_not_say_that_weights_are_not_finite(
+    words: tuple[str, ...], checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    assert code_of_health(monkeypatch, write, checkpoint, *words) == 141
+
+
+def test_a_stdout_without_greek_letters_gets_question_marks(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "shown.txt"
+    assert code_of_health(monkeypatch, str(path), checkpoint, encoding="ascii") == 0
+    assert "?" in path.read_text(encoding="ascii")

@@ -22,7 +22,7 @@ from hf_pss import PSSConfig
 from hf_pss.cli.loading import load_training_text, make_config
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.cli.progress import problem_of
-from hf_pss.cli.resume import advice_after_failure
+from hf_pss.cli.resume import advice_after_failed_save, advice_after_failure
 from hf_pss.cli.terminal import without_noise
 from hf_pss.errors import ConfigurationError
 
@@ -231,17 +231,44 @@ def test_overwrite_removes_nothing_before_all_is_checked(
     assert not earlier.exists()
 
 
-def test_an_interrupted_run_names_the_option_that_continues_it(train: Run, text_file: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_names_the_option_that_continues_it(
+    signum: int, code: int, train: Run, text_file: Path
+) -> None:
     def interrupt() -> None:
         while not Path("out/checkpoint-2/trainer_state.json").is_file():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signum)
 
     threading.Thread(target=interrupt, daemon=True).start()
     words = ("--max_steps", "100000", "--save_steps", "2", "--eval_strategy", "no")
     result = train("--dataset", text_file, "--output_dir", "out", *words)
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert "--resume" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (("--save_strategy", "no"), "There is no checkpoint either"),
+        (("--save_steps", "5"), "out/checkpoint-5 holds the final weights"),
+    ],
+)
+def test_a_final_model_that_cannot_be_written_is_a_message_with_advice(
+    words: tuple[str, str], advice: str, train: Run, text_file: Path
+) -> None:
+    Path("out/model.safetensors").mkdir(parents=True)  # stands for a full disk
+    result = train("--dataset", text_file, "--output_dir", "out", "--eval_strategy", "no", *words)
+    assert result.exit_code == 2, result.output
+    assert "could not be written to out" in result.stderr
+    assert advice in result.stderr.replace("\n", " ")
+
+
+def test_after_a_failed_save_the_rest_of_the_steps_can_be_trained_again(tmp_path: Path) -> None:
+    train_tiny(tmp_path, PSSConfig(), max_steps=2, save_steps=2)
+    advice = advice_after_failed_save(tmp_path, 5)
+    assert "checkpoint-2" in advice
+    assert "--resume" in advice
 
 
 def test_nonfinite_stop_has_its_own_exit_code(train: Run, text_file: Path) -> None:

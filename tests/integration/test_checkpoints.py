@@ -34,6 +34,7 @@ from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import examine, read_marker, write_marker
 from hf_pss.runs.folder import MARKER, STAGING
+from hf_pss.trainer import stop_signals
 from hf_pss.trainer.resuming import newest_whole
 from hf_pss.trainer.schedule_free import schedule_free
 
@@ -723,12 +724,17 @@ class Send(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("signum", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    ("signum", "error"),
+    [
+        (signal.SIGTERM, SystemExit),
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGHUP, SystemExit),
+    ],
 )
 def test_a_signal_saves_this_step_and_leaves(
     signum: int, error: type[BaseException], tmp_path: Path
 ) -> None:
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     whole = run(tmp_path / "whole")
     trainer = make_trainer(tmp_path / "cut", CONFIG)
     trainer.add_callback(Send(signum, 3))
@@ -737,7 +743,9 @@ def test_a_signal_saves_this_step_and_leaves(
     if isinstance(raised.value, SystemExit):
         assert raised.value.code == 128 + signum
     assert checkpoints_in(tmp_path / "cut") == ["checkpoint-3"]
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [
+        signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ] == before
     resumed = run(tmp_path / "cut", resume=True)
     assert differences_at_the_end(whole, resumed) == []
 
@@ -806,7 +814,30 @@ def test_a_signal_is_agreed_upon_once_more_at_the_end(tmp_path: Path) -> None:
         run(tmp_path, trainer_class=Other)
 
 
-def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+def test_a_signal_during_an_evaluation_saves_without_waiting_for_its_end(tmp_path: Path) -> None:
+    class Counts(PSSTrainer):
+        num_predicted = 0
+
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.num_predicted == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            result = super().prediction_step(*args, **kwargs)
+            self.num_predicted += 1
+            return result
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+    options["eval_rows"] = token_rows(4)
+    trainer = make_trainer(tmp_path / "cut", CONFIG, trainer_class=Counts, **options)
+    trainer.add_callback(saves := Saves())
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert (trainer.num_predicted, saves.steps) == (1, [2])
+    ends = [run(tmp_path / "whole", **options), run(tmp_path / "cut", resume=True, **options)]
+    assert list(differences(*(weights_of(end.model) for end in ends))) == []
+
+
+def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_signals, "_ONE_REQUEST_SECONDS", 0.0)
     trainer = make_trainer(tmp_path, CONFIG)
     trainer.add_callback(Send(signal.SIGINT, 3))
     trainer.add_callback(Send(signal.SIGINT, 3))
