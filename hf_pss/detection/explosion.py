@@ -180,7 +180,8 @@ class Scatter:
     def add(self, loss: float) -> None:
         """Add the next finite loss."""
         if len(self._last) == 2:
-            self._differences.append(abs(self._last[0] - 2 * self._last[1] + loss))
+            before, last = self._last
+            self._differences.append(abs((loss - last) - (last - before)))
         self._last = (*self._last[-1:], loss)
 
     @property
