@@ -57,6 +57,7 @@ _UNMOVED = 0.01
 # A rise at the end of the log needs fewer steps than elsewhere: the run may have been stopped.
 _END_STEPS = 5
 _NAN_ROWS = 3
+_LARGEST = 1e300
 # A rise is a spike if the loss comes halfway up within this number of steps, or within two rows, of
 # which the first may be a mean over steps before and after.
 _JUMP_STEPS = 3
@@ -173,6 +174,8 @@ def _sound_losses(rows: Sequence[LogRow], records: RunRecords, num_rows: int) ->
     """
     skipped = {one.step for one in records.events if one.decision is Action.SKIP_UPDATE}
     losses = [finite_or_none(row.loss) for row in rows]
+    # The median of two larger numbers can overflow.
+    losses = [None if loss is not None and abs(loss) > _LARGEST else loss for loss in losses]
     broken = [
         loss is None or (row.step not in skipped and not math.isfinite(row.grad_norm or 0.0))
         for row, loss in zip(rows, losses, strict=True)
@@ -272,7 +275,7 @@ def _risen(
     at_lowest = max(i for i, m in enumerate(medians[:begin]) if m == lowest)
     few = list(running_medians(losses, min(FEW_ROWS, course.rule.smoothing_steps)))
     points = [(i, v) for i in range(at_lowest, len(few)) if (v := few[i]) is not None]
-    top = next(i for i, loss in points if loss >= half)
+    top = next((i for i, loss in points if loss >= half), begin)
     below = max((i for i, loss in points if i < top and loss <= limit), default=at_lowest)
     kind: FailureKind = "spike" if top - below <= course.jump_rows else "slow_damage"
     near = lowest + _NEAR * (limit - lowest)

@@ -230,9 +230,15 @@ def test_notes_of_pss(tmp_path: Path) -> None:
     assert read_run_records(tmp_path / "nowhere") == RunRecords()
 
 
-@pytest.mark.parametrize("level", [1e17, -1e17, 1e300, -1e308, 1e-300, 0.0])
+@pytest.mark.parametrize("level", [1e17, -1e17, 1e300, -1e300, 1e-300, 0.0])
 def test_a_constant_loss_of_any_size_has_not_risen(level: float) -> None:
     norms = [1.0] * 60
     assert diagnose(synthetic([level] * 60, norms=norms), RunRecords()).failure is None
     found = diagnose(synthetic([level] * 200, norms=[1.0] * 200), RunRecords()).failure
     assert found is None or found.kind == "collapse"  # it has not moved
+
+
+def test_a_loss_that_cannot_be_averaged_is_not_finite() -> None:
+    failure = diagnose(synthetic([3.0] * 30 + [-1.7e308] * 30), RunRecords()).failure
+    assert failure is not None
+    assert (failure.kind, failure.onset_step) == ("non_finite", 30)
