@@ -125,6 +125,8 @@ def plan_resume(
     if smoothing == _FLOOR and chosen.is_adapter:
         smoothing = _DEFAULT
     options += _guard(smoothing, found, is_copy=is_copy)
+    if chosen.has_only_weights:
+        options += ["--pss_missing_state", "fresh"]
     launch = read_launch(chosen.path.resolve(), found.log, without=_replaced(smoothing, options))
     rise = _rise_after(found.log, chosen.step)
     factor = _scale_to_hold(rise, found.failure) if lr_scale is None else lr_scale

@@ -160,6 +160,11 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
             "them, in an order that the model defines. Resume with the printed command and "
             "--pss_moments project, or give --moments reset."
         )
+    if chosen.has_only_weights and (options.needs_pickle or options.lr_scale != 1.0):
+        raise ConfigurationError(
+            f"{visible(chosen.path)} holds only weights (save_only_model), so --moments reset and "
+            "--lr-scale have nothing to change. Leave them out."
+        )
     if options.needs_pickle and not options.allow_pickle:
         raise ConfigurationError(
             "--moments reset and --lr-scale change optimizer.pt and scheduler.pt, which are "

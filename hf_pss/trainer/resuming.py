@@ -67,7 +67,8 @@ def checkpoint_to_resume(
                 "checkpoint, or use resume_from_checkpoint=True, which takes the newest valid one."
             )
         if found.lacks and not accepts_fresh:
-            raise StateError(f"{wanted} is incomplete: {found.why_not}. {_CHOICES}")
+            what = "cannot be continued exactly" if found.has_only_weights else "is incomplete"
+            raise StateError(f"{wanted} {what}: {found.why_not}. {_CHOICES}")
     if found.lacks:
         logger.warning(
             "%s: %s. As requested, that part starts from its initial state.",

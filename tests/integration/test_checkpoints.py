@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -363,12 +364,18 @@ def convert(folder: Path) -> None:
     GPT2LMHeadModel.from_pretrained(folder).double().save_pretrained(folder)
 
 
+def pickle_weights(folder: Path) -> None:
+    """Save the weights as torch does, for a program that reads no safetensors."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def lose_a_shard(folder: Path) -> None:
     reshard(folder)
     min(folder.glob("model-*.safetensors")).unlink()
 
 
-@pytest.mark.parametrize("change", [reshard, convert])
+@pytest.mark.parametrize("change", [reshard, convert, pickle_weights])
 def test_weights_that_a_person_saved_again_are_whole_by_their_own_account(
     change: Callable[[Path], None], copied_run: Path
 ) -> None:
@@ -386,6 +393,90 @@ def test_a_shard_that_is_lost_is_still_named(copied_run: Path) -> None:
 
 def unmark(folder: Path) -> None:
     (folder / MARKER).unlink()
+
+
+def make_deepspeed(folder: Path, *, ranks: int = 4) -> Path:
+    """Turn a checkpoint into one that has the file names of DeepSpeed ZeRO-2."""
+    (folder / "optimizer.pt").unlink()
+    (folder / "rng_state.pth").unlink()
+    unmark(folder)
+    step = folder / "global_step8"
+    step.mkdir()
+    (folder / "latest").write_text(step.name)
+    torch.save({}, step / "mp_rank_00_model_states.pt")
+    for rank in range(ranks):
+        torch.save({}, folder / f"rng_state_{rank}.pth")
+        torch.save({}, step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return step
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_deepspeed_checkpoint_without_the_file_of_one_rank_names_the_rank(
+    rank: int, copied_run: Path
+) -> None:
+    folder = copied_run / "checkpoint-8"
+    step = make_deepspeed(folder)
+    assert examine(folder).problem is None
+    name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    (step / name).unlink()
+    assert examine(folder).problem == f"{step.name}/{name} is missing"
+
+
+@pytest.mark.parametrize("tag", ["global_step99", "", "../checkpoint-6", "\0"])
+def test_a_latest_that_leads_nowhere_is_named(tag: str, copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    make_deepspeed(folder)
+    (folder / "latest").write_text(tag)
+    assert "that latest names is missing" in str(examine(folder).problem)
+
+
+def test_an_fsdp_checkpoint_without_a_file_that_its_metadata_names(copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    (folder / "optimizer.pt").unlink()
+    unmark(folder)
+    for inner in ("pytorch_model_fsdp_0", "optimizer_0"):
+        for name in ("__0_0.distcp", "__1_0.distcp"):
+            (folder / inner).mkdir(exist_ok=True)
+            (folder / inner / name).touch()
+        with (folder / inner / ".metadata").open("wb") as stream:
+            pickle.dump({"storage": ["__0_0.distcp", "__1_0.distcp"]}, stream)
+    assert examine(folder).is_whole
+    (folder / "pytorch_model_fsdp_0" / "__1_0.distcp").unlink()
+    assert examine(folder).problem == "pytorch_model_fsdp_0/__1_0.distcp is missing"
+
+
+def test_one_shard_of_five_without_an_index_is_incomplete(copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00005.safetensors")
+    unmark(folder)
+    problem = examine(folder).problem
+    assert problem is not None
+    assert "model.safetensors.index.json is missing" in problem
+    assert "model-00002-of-00005.safetensors is missing" in problem
+    assert newest_whole(copied_run).path.name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
+def test_files_of_other_programs_do_not_count(is_marked: bool, copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    for name in ("ggml.bin", "notes.pt", "gguf/weights.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not an archive")
+    if not is_marked:
+        unmark(folder)
+    assert examine(folder).is_whole
+
+
+@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
+def test_weights_alone_are_named_so_and_resumed_on_request(is_marked: bool, tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2, save_steps=2, save_only_model=True)
+    if not is_marked:
+        unmark(tmp_path / "checkpoint-2")
+    with pytest.raises(StateError, match="only weights, as save_only_model=True") as caught:
+        run(tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert "optimizer.pt is missing" not in str(caught.value)
+    fresh = RecoveryConfig(missing_state="fresh")
+    assert run(tmp_path, max_steps=4, resume=True, recovery=fresh).state.global_step == 4
 
 
 @pytest.mark.parametrize("damage", [*FATAL, *PARTIAL])
