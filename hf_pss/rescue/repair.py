@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -220,6 +221,8 @@ def _write_state(source: Path, target: Path, skip: int) -> None:
     state = read_state(source)
     step = state["global_step"]
     state["global_step"] = step + skip
+    if state.get("num_train_epochs") == sys.maxsize:  # data without a length: see place_in_data
+        state["epoch"] += skip / state["max_steps"]
     saved = state.get("stateful_callbacks")
     for name in ("PSSCallback", "attributes", "saved_state"):
         saved = saved.get(name) if isinstance(saved, dict) else None

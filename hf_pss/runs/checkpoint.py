@@ -42,6 +42,7 @@ from hf_pss.runs.folder import (
     STATE_FILE,
     SUPERSEDED,
     checkpoints_by_step,
+    remove_checkpoint,
     step_by_name,
     write_whole,
 )
@@ -448,7 +449,10 @@ def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]
         if len(found) <= limit:
             return
         logger.info("Removing %s: save_total_limit is %d.", folder, limit)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            remove_checkpoint(folder)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s.", folder, error)
         found.remove(folder)
 
 
