@@ -747,15 +747,21 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(copied_ru
                 os.write(write, str(worker).encode())
             signal.pause()
     worker = int(os.read(read, 20))
-    with pytest.raises(ConfigurationError, match=rf"process {first} on .* different output_dir"):
-        run(copied_run, max_steps=2)
-    assert run(copied_run, max_steps=2, save_strategy="no").state.global_step == 2
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
-    assert (copied_run / LOCK).exists()
-    assert run(copied_run, max_steps=10, resume=True).state.global_step == 10
-    assert not (copied_run / LOCK).exists()
-    os.kill(worker, signal.SIGKILL)
+    try:
+        with pytest.raises(
+            ConfigurationError, match=rf"process {first} on .* different output_dir"
+        ):
+            run(copied_run, max_steps=2)
+        assert run(copied_run, max_steps=2, save_strategy="no").state.global_step == 2
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        first = 0
+        assert (copied_run / LOCK).exists()
+        assert run(copied_run, max_steps=10, resume=True).state.global_step == 10
+        assert not (copied_run / LOCK).exists()
+    finally:
+        for child in filter(None, (first, worker)):
+            os.kill(child, signal.SIGKILL)
 
 
 # ---- a save that fails ----
