@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from hf_pss.cli.train_options import TrainPlan
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
 from hf_pss.evidence.data import BlockDataset, unigram_entropy_nats
 from hf_pss.models.measurements import select_watched
+from hf_pss.runs.folder import remove_checkpoint
 from hf_pss.runs.options import write_options
 from hf_pss.trainer.pss_trainer import PSSTrainer
 from hf_pss.trainer.throughput import ThroughputTrainerMixin, num_parameters
@@ -55,7 +55,7 @@ class _Begin(TrainerCallback):
         """Do so, on the first process only."""
         if state.is_world_process_zero:
             for folder in self._earlier:
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)
             if self._options is not None:
                 write_options(Path(args.output_dir), self._options)
 

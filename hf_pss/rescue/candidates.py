@@ -67,6 +67,8 @@ class CheckpointReport:
     inspection: Inspection | None = None
     """The measurements of the weights, or None if no weights could be opened."""
     remarks: tuple[str, ...] = ()
+    has_only_weights: bool = False
+    """Whether it was saved without the optimizer's state, as with save_only_model=True."""
     is_superseded: bool = False
     """Whether a later run has started in the same run folder and has saved there."""
     verdict: CheckpointVerdict = "healthy"
@@ -168,12 +170,16 @@ def _report_on(folder: Path, progress: Progress | None) -> CheckpointReport:
     if (link := _link_out(folder)) is not None:
         return replace(report, problem=f"{visible(link)} is a link that leads out: not opened")
     problem, inspection, remarks = _weights_of(folder, report.layout, progress)
-    if not any(folder.glob("rng_state*.pth")):
+    missing, has_only_weights = _missing(folder)
+    if has_only_weights:
+        remarks.append("only weights (save_only_model): a resume starts a fresh optimizer")
+    elif not any(folder.glob("rng_state*.pth")):
         remarks.append("no random state: dropout differs after a resume")
     if superseded := is_superseded(folder):
         remarks.append(_OF_EARLIER_RUN)
-    report = replace(report, missing=_missing(folder), problem=problem, inspection=inspection)
-    return replace(report, remarks=tuple(remarks), is_superseded=superseded)
+    report = replace(report, missing=missing, problem=problem, inspection=inspection)
+    report = replace(report, has_only_weights=has_only_weights, is_superseded=superseded)
+    return replace(report, remarks=tuple(remarks))
 
 
 def _weights_of(
@@ -199,13 +205,15 @@ def _weights_of(
     return problem, inspection, [beside] if is_pickled else []
 
 
-def _missing(folder: Path) -> tuple[str, ...]:
+def _missing(folder: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the parts that a checkpoint should have and lacks, and whether it has only weights."""
     found = examine(folder, reads_weights=False)  # the inspection has already read the weights
     if found.problem is not None:
-        return (found.problem,)
+        return (found.problem,), False
     step = recorded_step(folder)
     differs = () if step == _step_of(folder) else (f"{STATE_FILE} is of step {step}",)
-    return (*differs, *found.lacks)
+    only = found.has_only_weights
+    return (*differs, *(() if only else found.lacks)), only
 
 
 def judged(

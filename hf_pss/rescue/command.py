@@ -137,6 +137,8 @@ def plan_resume(
     if has_nothing or (smoothing == _FLOOR and chosen.is_adapter):
         smoothing = _DEFAULT
     options += _guard(smoothing, found, is_copy=is_copy)
+    if chosen.has_only_weights:
+        options += ["--pss_missing_state", "fresh"]
     launch = read_launch(chosen.path.resolve(), found.log, without=_replaced(smoothing, options))
     rise = _rise_after(found.log, chosen.step)
     why = _why_unscalable(chosen, launch)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -162,6 +163,11 @@ def _check(chosen: CheckpointReport, target: Path, options: Repairs) -> None:
             "them, in an order that the model defines. Resume with the printed command and "
             "--pss_moments project, or give --moments reset."
         )
+    if chosen.has_only_weights and (options.needs_pickle or options.lr_scale != 1.0):
+        raise ConfigurationError(
+            f"{visible(chosen.path)} holds only weights (save_only_model), so --moments reset and "
+            "--lr-scale have nothing to change. Leave them out."
+        )
     if options.needs_pickle and not options.allow_pickle:
         raise ConfigurationError(
             "--moments reset and --lr-scale change optimizer.pt and scheduler.pt, which are "
@@ -217,6 +223,8 @@ def _write_state(source: Path, target: Path, skip: int) -> None:
     state = read_state(source)
     step = state["global_step"]
     state["global_step"] = step + skip
+    if state.get("num_train_epochs") == sys.maxsize:  # data without a length: see place_in_data
+        state["epoch"] += skip / state["max_steps"]
     saved = state.get("stateful_callbacks")
     for name in ("PSSCallback", "attributes", "saved_state"):
         saved = saved.get(name) if isinstance(saved, dict) else None

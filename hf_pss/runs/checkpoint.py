@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -37,9 +38,11 @@ from hf_pss.runs.folder import (
     MARKER,
     MAX_FILES,
     MAX_INDEX_BYTES,
+    MAX_STATE_BYTES,
     STATE_FILE,
     SUPERSEDED,
     checkpoints_by_step,
+    remove_checkpoint,
     step_by_name,
     write_whole,
 )
@@ -57,19 +60,30 @@ _RESUMED = re.compile(
     r"(.*/)?([^/]*\.(safetensors|bin|pt|pth|distcp|index\.json)|latest|\.metadata"
     r"|(trainer_state|config|adapter_config)\.json)$"
 )
-# Of the archives, those that torch wrote for the Trainer, Accelerate, PEFT or DeepSpeed.
-_OWN_ARCHIVE = re.compile(
-    r"(.*/)?(optimizer|scheduler|scaler|rng_state|random_states|pytorch_model|adapter_model)[^/]*"
-    r"\.(pt|pth|bin)$|global_step[^/]*/.*\.pt$"
+# Those of them that torch.save writes. People put other .pt and .bin files into a checkpoint, too.
+_ARCHIVE = re.compile(
+    r"((optimizer|scheduler|scaler|(rng_state|random_states|pytorch_model)[^/]*|([^/]+/)?adapter_model)"
+    r"|global_step[^/]*/[^/]+)\.(pt|pth|bin)"
 )
 _ARGUMENTS = "training_args.bin"  # no resume reads it
-_WEIGHTS = re.compile(r"[^/]*\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(
+    r"([^/]+/)?[^/]*\.safetensors(\.index\.json)?"
+    r"|(pytorch_model(?!_fsdp)[^/]*|([^/]+/)?adapter_model)\.(bin|bin\.index\.json)"
+)
 # The files that a Trainer looks for when it loads weights.
 _LOADED = (
     *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
+_ADAPTERS = ("*/adapter_model.safetensors", "*/adapter_model.bin")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+# One of several files of weights. Its name holds how many there are.
+_NUMBERED = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})(\.safetensors|\.bin)")
+# A file of one rank. Under DeepSpeed, only the names say how many ranks there were. Under FSDP2, a
+# rank may have nothing to write, and the .metadata names the files.
+_ZERO_FILE = re.compile(r"(.*zero_pp_rank_)([0-9]{1,5})(_mp_rank_([0-9]+)_.*_states\.pt)")
+_RANDOM_STATE = re.compile(r"rng_state_([0-9]{1,5})\.pth")
+_DISTRIBUTED_FILE = re.compile(rb"__[0-9]+_[0-9]+\.distcp")
 _SHARDED_WEIGHTS, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 # If one of these files is missing, transformers 5.23 restarts that part without a warning.
 _TRAINING_STATE = re.compile(
@@ -80,6 +94,7 @@ _TRAINING_STATE = re.compile(
 _FIRST_FILE, _DIRECTORY, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END_BYTES = 22
 _OFFSET = slice(16, 20)
+_MAX_TAG_BYTES = 256  # the longest name of a folder
 _IN_ZIP64_RECORD = 2**32 - 1  # the real offset is beyond 4 GiB
 
 
@@ -96,6 +111,8 @@ class Examination:
     """The reason why no run can continue from the checkpoint, or None."""
     lacks: tuple[str, ...] = ()
     """The missing parts of the optimizer, schedule and random state, which would start fresh."""
+    has_only_weights: bool = False
+    """Whether it was saved without these parts, as with save_only_model=True."""
 
     @property
     def is_whole(self) -> bool:
@@ -105,7 +122,8 @@ class Examination:
     @property
     def why_not(self) -> str:
         """The reasons against resuming from the checkpoint. Empty if there are none."""
-        return self.problem or "; ".join(self.lacks)
+        only = "it holds only weights, as save_only_model=True saves them"
+        return self.problem or (only if self.has_only_weights else "; ".join(self.lacks))
 
 
 def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
@@ -128,7 +146,7 @@ def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
         rewritten = [name for name in wrong if _WEIGHTS.fullmatch(name)]
         if marker is None:
             wrong |= _bad_weights(folder) if reads_weights else {}
-        elif rewritten and any((folder / name).is_file() for name in _LOADED):
+        elif rewritten and _has_loadable(folder):
             if not _bad_weights(folder):
                 # Another program has sharded, merged or converted the weights; they are finite.
                 wrong = {name: why for name, why in wrong.items() if name not in rewritten}
@@ -139,7 +157,9 @@ def examine(folder: Path, *, reads_weights: bool = True) -> Examination:
         fatal = [reason_of(error)]
     if fatal:
         return Examination(folder, step, marker is not None, "; ".join(fatal[:3]))
-    return Examination(folder, step, marker is not None, lacks=tuple(lacks))
+    names = marker if marker is not None else os.listdir(folder)
+    only_weights = bool(lacks) and not any(map(_TRAINING_STATE.fullmatch, names))
+    return Examination(folder, step, marker is not None, None, tuple(lacks), only_weights)
 
 
 def recorded_step(folder: Path) -> int:
@@ -281,8 +301,8 @@ def _unfit_files(folder: Path, marker: Mapping[str, int] | None) -> dict[str, st
     wrong = {} if marker is None else changed_files(folder, marker)
     for path in sorted(islice(folder.rglob("*"), MAX_FILES)):
         name = path.relative_to(folder).as_posix()
-        if not _OWN_ARCHIVE.fullmatch(name) or not path.is_file():
-            continue  # a ggml.bin of llama.cpp is no archive, and no resume reads it
+        if not _ARCHIVE.fullmatch(name) or not path.is_file():
+            continue
         if (reason := _why_no_archive(path)) is not None:
             wrong.setdefault(name, reason)
     for name in _needed(folder):
@@ -296,15 +316,59 @@ def _needed(folder: Path) -> Iterator[str]:
     layout = layout_of(folder)
     if layout == "deepspeed":  # DeepSpeed keeps all of its state in one folder per step
         yield "latest"
+        yield from _needed_of_zero(folder)
         return
     if layout == "fsdp_sharded":
-        yield f"{_SHARDED_WEIGHTS}/.metadata"
-        yield f"{_SHARDED_OPTIMIZER}/.metadata"
+        yield from _needed_of_fsdp(folder / _SHARDED_WEIGHTS)
+        yield from _needed_of_fsdp(folder / _SHARDED_OPTIMIZER)
     elif layout == "fsdp_full":
         yield "optimizer.bin"
     elif layout == "whole" or not (folder / "optimizer.bin").is_file():
         yield "optimizer.pt"
     yield "scheduler.pt"
+    if layout in ("whole", "none") and not _has_loadable(folder):
+        for shard in filter(None, (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())):
+            stem, number, suffix = shard.groups()
+            yield f"{stem}{suffix}.index.json"
+            yield from (f"{stem}-{i:05}-of-{number}{suffix}" for i in range(1, int(number) + 1))
+            return
+
+
+def _needed_of_zero(folder: Path) -> Iterator[str]:
+    """Yield the files that the ranks of DeepSpeed ZeRO have written, by the number of ranks."""
+    if not (folder / "latest").is_file():
+        return
+    with (folder / "latest").open("rb") as stream:
+        tag = stream.read(_MAX_TAG_BYTES).decode(errors="replace").strip()
+    step = folder / tag
+    if step.parent != folder or not step.is_dir():
+        yield f"the folder {visible(tag)} that latest names"
+        return
+    files = [found for path in step.iterdir() if (found := _ZERO_FILE.fullmatch(path.name))]
+    ranks = {int(found[2]) for found in files}
+    if all(int(found[4]) == 0 for found in files):  # no rank of a model-parallel group
+        states = (_RANDOM_STATE.fullmatch(path.name) for path in folder.iterdir())
+        ranks |= {int(state[1]) for state in states if state}
+    for begin, end in sorted({(found[1], found[3]) for found in files}):
+        for rank in range(1 + max(ranks)):
+            yield f"{step.name}/{begin}{rank}{end}"
+
+
+def _needed_of_fsdp(folder: Path) -> Iterator[str]:
+    """Yield the files of a sharded state. The .metadata is a pickle, so it is only searched."""
+    metadata = folder / ".metadata"
+    yield f"{folder.name}/{metadata.name}"
+    if metadata.is_file():
+        with metadata.open("rb") as stream:
+            names = _DISTRIBUTED_FILE.findall(stream.read(MAX_STATE_BYTES))
+        yield from (f"{folder.name}/{name.decode()}" for name in sorted(set(names)))
+
+
+def _has_loadable(folder: Path) -> bool:
+    """Return whether a folder holds weights under a name that the Trainer looks for."""
+    return any((folder / name).is_file() for name in _LOADED) or any(
+        any(folder.glob(pattern)) for pattern in _ADAPTERS
+    )
 
 
 def _why_no_archive(path: Path) -> str | None:
@@ -327,7 +391,7 @@ def _why_no_archive(path: Path) -> str | None:
 def _bad_weights(folder: Path) -> dict[str, str]:
     """Return the first weight file that is missing or holds NaN or inf, with the reason."""
     if not any(folder.rglob("*.safetensors")):
-        if layout_of(folder) != "none" or has_pickled_weights(folder):
+        if layout_of(folder) != "none" or _has_loadable(folder):
             return {}
         return {"model.safetensors": "is missing, and there are no other weights"}
     for tensor in open_weights(folder).tensors:
@@ -385,7 +449,10 @@ def rotate(run_dir: Path, *, limit: int | None, step: int, kept: Collection[str]
         if len(found) <= limit:
             return
         logger.info("Removing %s: save_total_limit is %d.", folder, limit)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            remove_checkpoint(folder)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s.", folder, error)
         found.remove(folder)
 
 

@@ -10,15 +10,21 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.records.strict_json import visible
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Written by the Trainer into the run's folder and into each checkpoint.
 STATE_FILE = "trainer_state.json"
@@ -38,6 +44,10 @@ SUPERSEDED = "pss_superseded"
 # rotates checkpoints and when it resumes, and uploads to the Hub leave out names that begin
 # with an underscore.
 STAGING = "_pss_saving"
+# An empty file in a checkpoint while the Trainer writes it.
+UNFINISHED = "pss_unfinished"
+# A run that saves holds a lock on this file. After a crash the file stays, but not the lock.
+LOCK = "_pss_lock"
 # Holds the checkpoints that were saved after interventions began to fail. No resume looks here.
 ABANDONED = "_pss_abandoned"
 
@@ -53,12 +63,13 @@ MAX_INDEX_BYTES = 32 * 2**20
 # A config.json or an options file takes a few thousand bytes.
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_FILES = 10_000
+_MAX_HOLDER_CHARACTERS = 300
 
 # The pattern is that of transformers, but it allows only ASCII digits, and at most as many as a
 # step can have.
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
-_REPLACED = "replaced"
+_REPLACED, _REMOVED = "replaced", "removed"
 # Windows flushes only files that are open for writing. On other systems, opening read-only is
 # enough, and it also works for read-only files.
 _TO_FLUSH = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
@@ -176,6 +187,65 @@ def move_into_place(staged: Path, target: Path) -> None:
         raise
     _sync_folder(target.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint. A crash leaves it complete, or leaves no folder of its name.
+
+    Raises:
+        OSError: The folder cannot be renamed, and is unchanged.
+    """
+    removed = folder.parent / STAGING / _REMOVED
+    shutil.rmtree(removed, ignore_errors=True)
+    removed.parent.mkdir(exist_ok=True)
+    folder.rename(removed)
+    shutil.rmtree(removed.parent, ignore_errors=True)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder while the block runs.
+
+    The operating system releases the lock when the process ends, even if it is killed. If the
+    folder or its file system cannot be locked, the block runs without a lock.
+
+    Raises:
+        ConfigurationError: Another process holds the lock.
+    """
+    path = run_dir / LOCK
+    try:
+        stream = path.open("a+", encoding="utf-8")
+    except OSError:
+        yield
+        return
+    with stream:
+        _lock(stream, path)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _lock(stream: TextIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # A record lock belongs to this process alone, so the forked workers of a data loader, which
+        # may outlive it for some seconds, do not hold it.
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+    except (BlockingIOError, PermissionError) as error:
+        stream.seek(0)
+        holder = visible(stream.read(_MAX_HOLDER_CHARACTERS)) or "another process"
+        raise ConfigurationError(
+            f"Another run is training in {visible(path.parent)} ({holder}). Both would write the "
+            "same checkpoints. Give this run a different output_dir, or end the other run first."
+        ) from error
+    except OSError:
+        return  # some network file systems have no locks
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -28,8 +29,15 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_pss.errors import StateError
-from hf_pss.runs.checkpoint import Examination, examine, is_superseded, recorded_step
-from hf_pss.runs.folder import checkpoints_by_step, step_by_name
+from hf_pss.runs.checkpoint import (
+    Examination,
+    examine,
+    is_superseded,
+    layout_of,
+    recorded_step,
+)
+from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step, step_by_name
+from hf_pss.runs.records_files import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +75,8 @@ def checkpoint_to_resume(
                 "checkpoint, or use resume_from_checkpoint=True, which takes the newest valid one."
             )
         if found.lacks and not accepts_fresh:
-            raise StateError(f"{wanted} is incomplete: {found.why_not}. {_CHOICES}")
+            what = "cannot be continued exactly" if found.has_only_weights else "is incomplete"
+            raise StateError(f"{wanted} {what}: {found.why_not}. {_CHOICES}")
     if found.lacks:
         logger.warning(
             "%s: %s. As requested, that part starts from its initial state.",
@@ -81,6 +90,39 @@ def checkpoint_to_resume(
             found.path,
         )
     return str(wanted if wanted is not True else found.path)
+
+
+def backend_of(checkpoint: Path) -> str | None:
+    """Return the backend that a checkpoint needs, or None for one process and DDP."""
+    layout = layout_of(checkpoint)
+    return "DeepSpeed" if layout == "deepspeed" else "FSDP" if "fsdp" in layout else None
+
+
+def check_backend(checkpoint: Path, ours: str | None, *, accepts_fresh: bool) -> None:
+    """Refuse a checkpoint of another backend, whose optimizer's state the Trainer cannot read.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        ours: The backend of this run, as `backend_of` names it.
+        accepts_fresh: Whether this run may load the weights of DeepSpeed and start the rest fresh.
+
+    Raises:
+        StateError: The checkpoint was saved under another backend.
+    """
+    theirs = backend_of(checkpoint)
+    if theirs == ours or (accepts_fresh and (theirs, ours) == ("DeepSpeed", None)):
+        return
+    names = [name or "one process or DDP" for name in (theirs, ours)]
+    way_out = (
+        ", or use missing_state='fresh' (--pss_missing_state fresh) to load its weights and start "
+        "with a fresh optimizer"
+        if (theirs, ours) == ("DeepSpeed", None)
+        else ""
+    )
+    raise StateError(
+        f"{checkpoint} was saved under {names[0]}, and this run trains under {names[1]}, where the "
+        f"state of its optimizer cannot be read. Start the run under {names[0]}{way_out}."
+    )
 
 
 def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
@@ -138,13 +180,29 @@ def load_what_is_there_(
 
     if "optimizer.pt" not in missing and (checkpoint / "optimizer.pt").is_file():
         load_(optimizer, "optimizer.pt")
-    if "scheduler.pt" not in missing:
+    if "scheduler.pt" not in missing and (checkpoint / "scheduler.pt").is_file():
         load_(scheduler, "scheduler.pt")
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # a loaded optimizer state would have set it
     else:
         step = recorded_step(checkpoint)
         move_to_(scheduler, {"last_epoch": step, "_step_count": step + 1})
+
+
+def place_in_data(checkpoint: Path, num_accumulated: int) -> tuple[int, int]:
+    """Return the complete passes over data without a length, and the batches of the next one.
+
+    The Trainer (5.23) saves as ``epoch`` the passes plus the batches of the current pass, divided
+    by the most batches that a run can have. After a step, the current pass has at least one batch.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        num_accumulated: The number of batches that a step accumulates.
+    """
+    state = read_state(checkpoint / STATE_FILE)
+    epoch, most = state.get("epoch") or 0.0, (state.get("max_steps") or 0) * num_accumulated
+    passes = max(0, math.ceil(epoch) - 1)
+    return passes, round((epoch - passes) * most)
 
 
 # ---- optimizers of another kind ----
@@ -247,6 +305,9 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
 
     Returns:
         The names of the weights that were loaded.
+
+    Raises:
+        StateError: The model has weights that the checkpoint does not hold under any name.
     """
     saved = _saved_names(checkpoint)
     if not saved or not isinstance(model, PreTrainedModel):
@@ -264,6 +325,13 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
     if not missing:
         return ()
     twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    if foreign := [name for name in missing if name not in twin]:
+        raise StateError(
+            f"{checkpoint} does not hold {len(foreign)} weights of this model, such as "
+            f"{foreign[0]}: it was saved from a different model. Build the model that it was saved "
+            "from. To begin a new run with its weights, load them with from_pretrained, and leave "
+            "resume_from_checkpoint out."
+        )
     model.load_state_dict({name: twin[name] for name in missing}, strict=False)
     # The Trainer has just warned about missing keys. This message adds that they are loaded.
     logger.warning(

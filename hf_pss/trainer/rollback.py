@@ -158,7 +158,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         If there is no checkpoint to return to, smoothing continues. If the backend cannot roll
         back, the run stops, and the error names the checkpoint.
         """
-        if self._mode() == "stop" or self._backend_of_no_return() is not None:
+        if self._mode() == "stop" or self._backend() is not None:
             return True
         return self._target(failure) is not None
 
@@ -180,7 +180,7 @@ class RollbackMixin(SafeCheckpointsMixin):
         step = self._monitor.step
         onset = min(step, self._onset_step() or step)
         failure = TrainingFailure(onset, step, "the run stopped at a step that was not finite")
-        is_possible = self._mode() == "rollback" and self._backend_of_no_return() is None
+        is_possible = self._mode() == "rollback" and self._backend() is None
         if not is_possible or self._target(failure) is None:
             raise error
         return failure
@@ -230,7 +230,7 @@ class RollbackMixin(SafeCheckpointsMixin):
             TrainingFailedError: A rollback is impossible or not wanted.
         """
         mode, most = self._mode(), self.recovery_config().max_rollbacks
-        target, backend = self._target(failure), self._backend_of_no_return()
+        target, backend = self._target(failure), self._backend()
         if mode == "stop" or backend or target is None or num_rollbacks >= most:
             why = failure.reason
             if mode == "rollback" and backend:
@@ -356,7 +356,7 @@ class RollbackMixin(SafeCheckpointsMixin):
     def _warn_if_impossible(self, resume: Any) -> None:
         if self._mode() != "rollback" or not self.is_world_process_zero():
             return
-        if (backend := self._backend_of_no_return()) is not None:
+        if (backend := self._backend()) is not None:
             logger.warning(
                 "on_failure='rollback' is not possible under %s, where a second train() cannot "
                 "shard the model again. A failure stops the run, as with 'stop', and names the "
@@ -373,12 +373,6 @@ class RollbackMixin(SafeCheckpointsMixin):
                 if self.args.save_strategy == SaveStrategy.NO
                 else "save_only_model=True saves no optimizer, so no checkpoint is complete",
             )
-
-    def _backend_of_no_return(self) -> str | None:
-        """Return the name of a backend that cannot train twice in one process, or None."""
-        if self.is_deepspeed_enabled:
-            return "DeepSpeed"
-        return "FSDP" if self.is_fsdp_enabled else None
 
     def _mode(self) -> str:
         return self.recovery_config().on_failure

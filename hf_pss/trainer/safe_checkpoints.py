@@ -6,7 +6,9 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,22 @@ from hf_pss.runs.checkpoint import (
     unfit_state,
     write_marker,
 )
-from hf_pss.runs.folder import STAGING, checkpoints_by_step, move_into_place, sync_tree
+from hf_pss.runs.folder import (
+    STAGING,
+    UNFINISHED,
+    checkpoints_by_step,
+    locked,
+    move_into_place,
+    sync_tree,
+)
 from hf_pss.trainer.recovery import RecoveryConfig
-from hf_pss.trainer.resuming import checkpoint_to_resume, load_what_is_there_
+from hf_pss.trainer.resuming import (
+    backend_of,
+    check_backend,
+    checkpoint_to_resume,
+    load_what_is_there_,
+    place_in_data,
+)
 from hf_pss.trainer.seams import TrainerPart
 from hf_pss.trainer.stop_signals import DelayedSignals
 
@@ -87,9 +102,18 @@ def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any, bool]
     for parameter, state in of_parameters:
         owner = names.get(id(parameter), "a parameter")
         for name, value in state.items():
-            # Scalars are step counters, which need no check.
-            if isinstance(value, Tensor) and value.dim() > 0:
-                yield f"{name} of {owner}", value, False
+            for tensor in _tensors_in(value):
+                yield f"{name} of {owner}", tensor, False
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in a value of an optimizer's state. SOAP and LBFGS keep some in lists."""
+    if isinstance(value, Tensor):
+        if value.dim() > 0:  # scalars are step counters, which need no check
+            yield value
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(inner)
 
 
 # A signal may reach only one rank. The ranks agree on it by a collective, which would be too costly
@@ -144,7 +168,6 @@ class SafeCheckpointsMixin(TrainerPart):
     _staging: Path | None = None
     _signals: DelayedSignals | None = None
     _agreed_signum = 0
-    _finite_step: int | None = None
     _held_back_push: str | None = None
     _is_in_step = False
     _num_predictions = 0
@@ -200,8 +223,9 @@ class SafeCheckpointsMixin(TrainerPart):
         """Train. A checkpoint is checked before any part of it is loaded.
 
         Raises:
+            ConfigurationError: Another process is training in the same output_dir.
             StateError: There is no checkpoint to resume from, or the one that you named is
-                incomplete. The message lists the choices.
+                incomplete or was saved under another backend. The message lists the choices.
             KeyboardInterrupt: The process received SIGINT, and the step has been saved.
             SystemExit: The process received SIGTERM or SIGHUP, and the step has been saved. The
                 code is 143 or 129.
@@ -211,17 +235,27 @@ class SafeCheckpointsMixin(TrainerPart):
             given = (resume_from_checkpoint, *args) if resume_from_checkpoint or args else ()
             return super().train(*given, **kwargs)
         run_dir = Path(self.args.output_dir)
-        if self.args.should_save:
-            _tidy(run_dir)
-        self._wait()
-        resume = self._agreed(
-            lambda: checkpoint_to_resume(
-                resume_from_checkpoint, run_dir, accepts_fresh=self._accepts_fresh()
-            )
-        )
-        if resume is not None and self.args.should_save:
-            claim_(Path(resume))
-        self._finite_step, self._agreed_signum = None, 0
+        with ExitStack() as stack:
+            # The trials of a search share this folder, but each saves in a folder of its own.
+            if self.args.save_strategy != SaveStrategy.NO and self.hp_search_backend is None:
+                self._agreed(lambda: stack.enter_context(locked(run_dir)))
+                if self.args.should_save:
+                    _tidy(run_dir)
+                self._wait()
+            resume = self._agreed(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
+            if resume is not None and self.args.should_save:
+                claim_(Path(resume))
+            return self._train(resume, *args, **kwargs)
+
+    def _checkpoint_to_resume(self, wanted: Any) -> str | None:
+        run_dir, accepts_fresh = Path(self.args.output_dir), self._accepts_fresh()
+        resume = checkpoint_to_resume(wanted, run_dir, accepts_fresh=accepts_fresh)
+        if resume is not None:
+            check_backend(Path(resume), self._backend(), accepts_fresh=accepts_fresh)
+        return resume
+
+    def _train(self, resume: str | None, *args: Any, **kwargs: Any) -> Any:
+        self._agreed_signum = 0
         self._last_saved_step, self._num_failed_saves = None, 0
         try:
             with DelayedSignals(_signals_to_delay(self.args)) as self._signals:
@@ -238,11 +272,25 @@ class SafeCheckpointsMixin(TrainerPart):
             raise SystemExit(128 + signum)
         return result
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        place: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        checkpoint = args[3] if len(args) > 3 else kwargs["resume_from_checkpoint"]
+        # The Trainer marks data without a length like this. It then counts all batches as one pass.
+        if not self._is_active or not checkpoint or self.state.num_train_epochs != sys.maxsize:
+            return place
+        passes, batches = place_in_data(Path(checkpoint), self.args.gradient_accumulation_steps)
+        return passes, 0 if self.args.ignore_data_skip else batches
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         missing = self._missing_state(checkpoint)
         has_optimizer = not any(name.startswith("optimizer") for name in missing)
         if checkpoint is None or (has_optimizer and "scheduler.pt" not in missing):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except ValueError as error:
+                if checkpoint is None or "parameter group" not in str(error):
+                    raise
+                self._start_optimizer_fresh(Path(checkpoint), error)
         elif has_optimizer and not Path(checkpoint, "optimizer.pt").is_file():
             raise StateError(
                 f"{checkpoint} has an FSDP optimizer's state without scheduler.pt, and the Trainer "
@@ -253,6 +301,18 @@ class SafeCheckpointsMixin(TrainerPart):
             load_what_is_there_(self.optimizer, self.lr_scheduler, Path(checkpoint), missing)
         self._after_loading(checkpoint)
 
+    def _start_optimizer_fresh(self, checkpoint: Path, error: ValueError) -> None:
+        """Load the schedule alone, because the optimizer's state is of other parameters."""
+        what = f"the optimizer's state in {checkpoint} is of other parameters than this run trains"
+        if not self._accepts_fresh():
+            raise StateError(
+                f"{what[0].upper()}{what[1:]} ({error}). Build the same model and freeze the same "
+                "parameters as before. Or use missing_state='fresh' (--pss_missing_state fresh) "
+                "to load the weights and the schedule, and start with a fresh optimizer."
+            ) from error
+        logger.warning("As requested, the optimizer starts from its initial state: %s.", what)
+        load_what_is_there_(self.optimizer, self.lr_scheduler, checkpoint, {"optimizer.pt"})
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         suffix = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         if f"rng_state{suffix}.pth" not in self._missing_state(checkpoint):  # warned of before
@@ -260,7 +320,16 @@ class SafeCheckpointsMixin(TrainerPart):
 
     def _missing_state(self, checkpoint: str | None) -> Collection[str]:
         """Return the names of files whose state starts fresh because the user asked for it."""
-        return unfit_state(Path(checkpoint)) if checkpoint and self._accepts_fresh() else ()
+        if not checkpoint or not self._accepts_fresh():
+            return ()
+        is_foreign = not self._backend() and backend_of(Path(checkpoint)) == "DeepSpeed"
+        return {*unfit_state(Path(checkpoint)), *(["optimizer.pt"] if is_foreign else [])}
+
+    def _backend(self) -> str | None:
+        """Return the name of a backend with checkpoints of its own, or None."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        return "FSDP" if self.is_fsdp_enabled else None
 
     def _accepts_fresh(self) -> bool:
         return self.recovery_config().missing_state == "fresh"
@@ -290,9 +359,6 @@ class SafeCheckpointsMixin(TrainerPart):
             super()._maybe_log_save_evaluate(*args, **kwargs)
             return
         is_refused = False
-        if control.should_save and (broken := self._broken()) is not None:
-            control.should_save, is_refused = False, True
-            self._refuse_to_save(broken)
         best = state.best_metric, state.best_global_step
         self._is_in_step = True
         try:
@@ -380,6 +446,9 @@ class SafeCheckpointsMixin(TrainerPart):
             shutil.rmtree(staging, ignore_errors=True)
         self._wait()
         try:
+            if self.args.should_save:
+                (staging / name).mkdir(parents=True)
+                (staging / name / UNFINISHED).touch()
             self._staging = staging
             super()._save_checkpoint(model, trial)
             self._staging = None
@@ -423,6 +492,8 @@ class SafeCheckpointsMixin(TrainerPart):
         _point_at_best_(self.state, run_dir)
         folder = Path(run_dir, staged.name)
         if self.args.should_save:
+            # If someone removes the folder in the middle of a save, the Trainer makes it again.
+            (staged / UNFINISHED).unlink()
             if self.state.best_model_checkpoint != before:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             sync_tree(staged)
@@ -432,19 +503,11 @@ class SafeCheckpointsMixin(TrainerPart):
         self._on_saved(folder)
 
     def _broken(self) -> str | None:
-        """Return the name of a tensor that is not finite, or None if all ranks have finite tensors.
-
-        The state is read once per step.
-        """
-        step = self.state.global_step
-        if self._finite_step == step:
-            return None
+        """Return the name of a tensor that is not finite, or None if there is none on any rank."""
         optimizer = None if self.args.save_only_model else self.optimizer
         broken = first_nonfinite(self.model, optimizer)
-        if not self._largest_of_ranks(int(broken is not None)):
-            self._finite_step = step
-            return None
-        return broken or "a tensor of another rank"
+        is_broken = self._largest_of_ranks(int(broken is not None))
+        return broken or ("a tensor of another rank" if is_broken else None)
 
     def _refuse_to_save(self, broken: str) -> None:
         if self.is_world_process_zero():
@@ -507,7 +570,7 @@ def _point_at_best_(state: TrainerState, run_dir: str) -> None:
 
 def _is_of_the_disk(error: Exception) -> bool:
     """Return whether the error is a failed write. torch's archive writer raises RuntimeError."""
-    words = ("inline_container", "PytorchStreamWriter", "iostream")
+    words = ("inline_container", "PytorchStreamWriter", "iostream", "Parent directory")
     return not isinstance(error, RuntimeError) or any(word in str(error) for word in words)
 
 
@@ -536,7 +599,7 @@ def _tidy(run_dir: Path) -> None:
                 logger.warning("%s was complete when the process died; it is kept.", staged.name)
                 move_into_place(staged, run_dir / staged.name)
                 return
-        logger.warning("Removing %s: the process died while it wrote this save.", staging)
+        logger.warning("Removing %s: the process died in a save or a removal.", staging)
         shutil.rmtree(staging)
     except OSError as error:
         logger.warning("Cannot tidy %s: %s.", staging, error)

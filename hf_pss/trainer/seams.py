@@ -42,7 +42,10 @@ PRIVATE_METHODS: Mapping[str, tuple[tuple[str, ...], int | None]] = MappingProxy
         "_load_rng_state": (("self", "checkpoint"), 1),
         "_run_epoch": (("self",), None),
         "_load_optimizer_and_scheduler": (("self", "checkpoint"), 1),
-        "_init_training_state": (("self", "num_update_steps_per_epoch"), None),
+        "_init_training_state": (
+            ("self", "num_update_steps_per_epoch", "resume_from_checkpoint"),
+            None,
+        ),
         "_load_best_model": (("self",), 0),
     }
 )

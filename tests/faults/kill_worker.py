@@ -26,6 +26,8 @@ from helpers import checkpoint_differences, differences, make_trainer
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_pss import PSSConfig
+from hf_pss.runs.checkpoint import examine
+from hf_pss.runs.folder import checkpoints_by_step
 from hf_pss.trainer import safe_checkpoints as saving
 
 STEPS = 8
@@ -82,8 +84,9 @@ def killing_while_removing() -> None:
     original = shutil.rmtree
 
     def patched(path: Any, *args: Any, **kwargs: Any) -> None:
-        if re.fullmatch(r"checkpoint-3", Path(path).name):
-            for file in sorted(Path(path).iterdir())[::2]:
+        files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        if (Path(path).parent / "checkpoint-5").exists() and files:
+            for file in files[::2]:
                 file.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         original(path, *args, **kwargs)
@@ -196,12 +199,14 @@ def kill_in_phases(out: Path, reference: Path, kind: str = "PSSTrainer") -> list
         folder = out / name.replace(" ", "_")
         killed = wait(fork(folder, patch, kind))
         newest = published(folder)
+        torn = [one.name for one in checkpoints_by_step(folder) if not examine(one).is_whole]
         ended = wait(fork(folder, kind=kind))
         found.append(
             {
                 "phase": name,
                 "killed": killed,
                 "newest": newest,
+                "torn": torn,
                 "began": began(folder),
                 "ended": ended,
                 "differences": differences_at_the_end(reference, folder),

@@ -40,6 +40,7 @@ def test_a_kill_in_any_phase_of_a_save_loses_at_most_that_save(
         assert life["began"] in (4, 5), life
         assert life["began"] >= life["newest"] or life["phase"].startswith("half"), life
         assert life["differences"] == [], life
+        assert life["torn"] == [], life
         assert "_pss_saving" not in life["left"], life
     kept = {life["phase"]: life["began"] for life in lives}
     # From the marker on, a save is kept although it had no name yet.

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from helpers import (
     MAX_STEPS,
     checkpoint_differences,
     differences,
+    gpt2,
     history,
     make_trainer,
     run_differences,
@@ -27,13 +29,14 @@ from helpers import (
     weights_of,
 )
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
-from hf_pss.errors import StateError
+from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.runs.checkpoint import examine, read_marker, write_marker
-from hf_pss.runs.folder import MARKER, STAGING
+from hf_pss.runs.folder import LOCK, MARKER, STAGING, locked
 from hf_pss.trainer import stop_signals
 from hf_pss.trainer.resuming import newest_whole
 from hf_pss.trainer.schedule_free import schedule_free
@@ -198,7 +201,19 @@ def a_buffer(model: Any, optimizer: Any) -> torch.Tensor:
     return model.get_buffer("transformer.running")
 
 
-WHERE = {"weight": a_weight, "momentum": a_momentum, "buffer": a_buffer}
+def a_list_of_the_optimizer(model: Any, optimizer: Any) -> torch.Tensor:
+    """Of the kind that SOAP and Shampoo keep, of which the optimizer in these tests reads none."""
+    factors = {"left": [torch.zeros(2, 2), None], "right": (torch.zeros(3),)}
+    optimizer.state[a_weight(model, optimizer)]["factors"] = factors
+    return factors["right"][0]
+
+
+WHERE = {
+    "weight": a_weight,
+    "momentum": a_momentum,
+    "list": a_list_of_the_optimizer,
+    "buffer": a_buffer,
+}
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -216,6 +231,23 @@ def test_with_a_limit_of_one_a_healthy_checkpoint_remains(
     weights = load_file(tmp_path / name / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert f"Step {step} is not saved" in caplog.text
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_evaluate"])
+def test_weights_that_break_after_the_end_of_a_step_are_not_saved(
+    event: str, tmp_path: Path
+) -> None:
+    def breaks(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            with torch.no_grad():
+                a_weight(kwargs["model"], None).fill_(math.nan)
+
+    trainer = make_trainer(
+        tmp_path, CONFIG, save_steps=2, eval_strategy="steps", eval_steps=2, eval_rows=token_rows(4)
+    )
+    trainer.add_callback(type("Breaks", (TrainerCallback,), {event: breaks})())
+    trainer.train()
+    assert checkpoints_in(tmp_path) == ["checkpoint-2"]
 
 
 def test_the_plain_trainer_keeps_the_broken_one_alone(tmp_path: Path) -> None:
@@ -364,12 +396,18 @@ def convert(folder: Path) -> None:
     GPT2LMHeadModel.from_pretrained(folder).double().save_pretrained(folder)
 
 
+def pickle_weights(folder: Path) -> None:
+    """Save the weights as torch does, for a program that reads no safetensors."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def lose_a_shard(folder: Path) -> None:
     reshard(folder)
     min(folder.glob("model-*.safetensors")).unlink()
 
 
-@pytest.mark.parametrize("change", [reshard, convert])
+@pytest.mark.parametrize("change", [reshard, convert, pickle_weights])
 def test_weights_that_a_person_saved_again_are_whole_by_their_own_account(
     change: Callable[[Path], None], copied_run: Path
 ) -> None:
@@ -387,6 +425,90 @@ def test_a_shard_that_is_lost_is_still_named(copied_run: Path) -> None:
 
 def unmark(folder: Path) -> None:
     (folder / MARKER).unlink()
+
+
+def make_deepspeed(folder: Path, *, ranks: int = 4) -> Path:
+    """Turn a checkpoint into one that has the file names of DeepSpeed ZeRO-2."""
+    (folder / "optimizer.pt").unlink()
+    (folder / "rng_state.pth").unlink()
+    unmark(folder)
+    step = folder / "global_step8"
+    step.mkdir()
+    (folder / "latest").write_text(step.name)
+    torch.save({}, step / "mp_rank_00_model_states.pt")
+    for rank in range(ranks):
+        torch.save({}, folder / f"rng_state_{rank}.pth")
+        torch.save({}, step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return step
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_deepspeed_checkpoint_without_the_file_of_one_rank_names_the_rank(
+    rank: int, copied_run: Path
+) -> None:
+    folder = copied_run / "checkpoint-8"
+    step = make_deepspeed(folder)
+    assert examine(folder).problem is None
+    name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    (step / name).unlink()
+    assert examine(folder).problem == f"{step.name}/{name} is missing"
+
+
+@pytest.mark.parametrize("tag", ["global_step99", "", "../checkpoint-6", "\0"])
+def test_a_latest_that_leads_nowhere_is_named(tag: str, copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    make_deepspeed(folder)
+    (folder / "latest").write_text(tag)
+    assert "that latest names is missing" in str(examine(folder).problem)
+
+
+def test_an_fsdp_checkpoint_without_a_file_that_its_metadata_names(copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    (folder / "optimizer.pt").unlink()
+    unmark(folder)
+    for inner in ("pytorch_model_fsdp_0", "optimizer_0"):
+        for name in ("__0_0.distcp", "__1_0.distcp"):
+            (folder / inner).mkdir(exist_ok=True)
+            (folder / inner / name).touch()
+        with (folder / inner / ".metadata").open("wb") as stream:
+            pickle.dump({"storage": ["__0_0.distcp", "__1_0.distcp"]}, stream)
+    assert examine(folder).is_whole
+    (folder / "pytorch_model_fsdp_0" / "__1_0.distcp").unlink()
+    assert examine(folder).problem == "pytorch_model_fsdp_0/__1_0.distcp is missing"
+
+
+def test_one_shard_of_five_without_an_index_is_incomplete(copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00005.safetensors")
+    unmark(folder)
+    problem = examine(folder).problem
+    assert problem is not None
+    assert "model.safetensors.index.json is missing" in problem
+    assert "model-00002-of-00005.safetensors is missing" in problem
+    assert newest_whole(copied_run).path.name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
+def test_files_of_other_programs_do_not_count(is_marked: bool, copied_run: Path) -> None:
+    folder = copied_run / "checkpoint-8"
+    for name in ("ggml.bin", "notes.pt", "gguf/weights.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not an archive")
+    if not is_marked:
+        unmark(folder)
+    assert examine(folder).is_whole
+
+
+@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
+def test_weights_alone_are_named_so_and_resumed_on_request(is_marked: bool, tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2, save_steps=2, save_only_model=True)
+    if not is_marked:
+        unmark(tmp_path / "checkpoint-2")
+    with pytest.raises(StateError, match="only weights, as save_only_model=True") as caught:
+        run(tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert "optimizer.pt is missing" not in str(caught.value)
+    fresh = RecoveryConfig(missing_state="fresh")
+    assert run(tmp_path, max_steps=4, resume=True, recovery=fresh).state.global_step == 4
 
 
 @pytest.mark.parametrize("damage", [*FATAL, *PARTIAL])
@@ -544,6 +666,105 @@ def test_a_run_that_had_ended_takes_no_step_more(copied_run: Path) -> None:
     assert checkpoints_in(copied_run) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
 
 
+class EndlessRows(IterableDataset):
+    """Rows without a length: a pass has five batches."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from token_rows(20)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("saved", [2, 5, 7])
+def test_a_resume_finds_its_place_in_data_without_a_length(
+    saved: int, accumulated: int, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "rows": EndlessRows(),
+        "gradient_accumulation_steps": accumulated,
+        "lr_scheduler_type": "constant",
+        "save_steps": saved,
+    }
+    whole = run(tmp_path / "whole", max_steps=12, **options)
+    run(tmp_path / "parts", max_steps=saved, **options)  # max_steps differs from the resumed run's
+    resumed = run(tmp_path / "parts", max_steps=12, **options, resume=True)
+    assert list(differences(weights_of(whole.model), weights_of(resumed.model), "model")) == []
+
+
+# ---- another model, another backend, another run ----
+
+
+def freeze(model: Any) -> Any:
+    model.transformer.wpe.requires_grad_(False)
+    return model
+
+
+OTHER_MODELS = {"frozen": lambda: freeze(gpt2(1)), "one layer more": lambda: gpt2(2)}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_resume_with_other_parameters_names_the_choices(name: str, copied_run: Path) -> None:
+    model = OTHER_MODELS[name]()
+    with pytest.raises(StateError, match=r"is of other parameters.*missing_state='fresh'"):
+        make_trainer(copied_run, CONFIG, model=model).train(resume_from_checkpoint=True)
+
+
+def test_a_resume_after_freezing_starts_a_fresh_optimizer_on_request(copied_run: Path) -> None:
+    fresh = RecoveryConfig(missing_state="fresh")
+    trainer = make_trainer(copied_run, CONFIG, model=freeze(gpt2(1)), recovery=fresh, max_steps=10)
+    trainer.add_callback(rates := Rates())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 10
+    assert not rates.has_state
+
+
+def test_a_larger_model_is_not_resumed_with_untrained_layers(copied_run: Path) -> None:
+    fresh = RecoveryConfig(missing_state="fresh")
+    with pytest.raises(StateError, match="was saved from a different model"):
+        make_trainer(copied_run, CONFIG, model=gpt2(2), recovery=fresh).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_a_deepspeed_checkpoint_is_not_resumed_without_deepspeed(copied_run: Path) -> None:
+    make_deepspeed(copied_run / "checkpoint-8")
+    with pytest.raises(StateError, match=r"saved under DeepSpeed.*missing_state='fresh'"):
+        run(copied_run, resume=True, max_steps=10)
+    trainer = make_trainer(
+        copied_run, CONFIG, recovery=RecoveryConfig(missing_state="fresh"), max_steps=10
+    )
+    trainer.add_callback(rates := Rates())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 10
+    assert not rates.has_state
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(copied_run: Path) -> None:
+    read, write = os.pipe()
+    first = os.fork()
+    if first == 0:
+        with locked(copied_run):
+            worker = os.fork()  # as a worker of a data loader does, it outlives the killed run
+            if worker:
+                os.write(write, str(worker).encode())
+            signal.pause()
+    worker = int(os.read(read, 20))
+    try:
+        with pytest.raises(
+            ConfigurationError, match=rf"process {first} on .* different output_dir"
+        ):
+            run(copied_run, max_steps=2)
+        assert run(copied_run, max_steps=2, save_strategy="no").state.global_step == 2
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        first = 0
+        assert (copied_run / LOCK).exists()
+        assert run(copied_run, max_steps=10, resume=True).state.global_step == 10
+        assert not (copied_run / LOCK).exists()
+    finally:
+        for child in filter(None, (first, worker)):
+            os.kill(child, signal.SIGKILL)
+
+
 # ---- a save that fails ----
 
 
@@ -685,6 +906,23 @@ def test_the_third_save_in_a_row_that_fails_is_said_as_an_error(
     levels = [logging.WARNING] * 4 + [logging.ERROR]
     assert [one.levelno for one in said] == levels
     assert "no save since step 4" in said[-1].getMessage()
+
+
+@pytest.mark.parametrize("method", ["save_model", "_save_optimizer_and_scheduler", "_publish"])
+@pytest.mark.parametrize("gone", [STAGING, ""], ids=["staging", "output_dir"])
+def test_a_folder_that_vanishes_during_a_save_ends_no_run(
+    method: str, gone: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Vanishes(FailsIn):
+        def _fail(self, method: str) -> None:
+            if method == self.method and self.state.global_step == 4:
+                shutil.rmtree(tmp_path / "run" / gone)
+
+    cls = type("Vanishes", (Vanishes,), {"method": method})
+    trainer = run(tmp_path / "run", trainer_class=cls, save_steps=2)
+    assert trainer.state.global_step == MAX_STEPS
+    assert "checkpoint-4 could not be written" in caplog.text
+    assert examine(tmp_path / "run" / "checkpoint-8").is_whole
 
 
 def test_a_copy_for_the_hub_that_fails_ends_no_run(

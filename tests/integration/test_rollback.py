@@ -476,7 +476,7 @@ def test_a_backend_that_cannot_go_back_stops_with_the_checkpoints_name(
     class Sharded(PSSTrainer):
         """One process that says it were sharded where it is asked whether it can go back."""
 
-        def _backend_of_no_return(self) -> str | None:
+        def _backend(self) -> str | None:
             return "FSDP"
 
     trainer = surviving(tmp_path, PSSConfig.preset("paper", **SHARP), trainer_class=Sharded)

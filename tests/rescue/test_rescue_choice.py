@@ -19,10 +19,11 @@ from hf_pss import PSSConfig
 from hf_pss.errors import PSSError
 from hf_pss.rescue import candidates
 from hf_pss.rescue.candidates import report_on
+from hf_pss.rescue.command import plan_resume
 from hf_pss.rescue.investigate import Investigation, investigate
 from hf_pss.runs import records_files
 from hf_pss.runs.checkpoint import examine
-from hf_pss.runs.folder import SUPERSEDED
+from hf_pss.runs.folder import MARKER, SUPERSEDED
 from hf_pss.runs.follow import Follower
 
 RunOf = Callable[..., Path]
@@ -44,6 +45,10 @@ def verdicts(found: Investigation) -> dict[int, str]:
 
 def chosen(found: Investigation) -> int | None:
     return None if found.choice.chosen is None else found.choice.chosen.step
+
+
+def unmark(folder: Path) -> None:
+    (folder / MARKER).unlink(missing_ok=True)
 
 
 def test_the_newest_sound_one_before_the_failure(spiked: Path) -> None:
@@ -180,6 +185,18 @@ def test_pickled_weights_are_not_opened(spiked: Path) -> None:
     assert verdicts(looked_at(spiked))[60] == "incomplete"
 
 
+def test_a_checkpoint_of_weights_alone_is_chosen_and_its_command_can_be_run(spiked: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (spiked / "checkpoint-60" / name).unlink()
+    unmark(spiked / "checkpoint-60")
+    found = looked_at(spiked)
+    assert verdicts(found)[60] == "healthy"
+    assert found.choice.chosen is not None
+    assert any("save_only_model" in remark for remark in found.choice.chosen.remarks)
+    plan = plan_resume(found, found.choice.chosen, smoothing="floor")
+    assert plan.options[plan.options.index("--pss_missing_state") + 1] == "fresh"
+
+
 @pytest.mark.parametrize(("value", "verdict"), [(1.0, "healthy"), (math.nan, "damaged")])
 def test_adapters_in_folders_of_their_own(spiked: Path, value: float, verdict: str) -> None:
     folder = spiked / "checkpoint-60"
@@ -251,6 +268,8 @@ def test_sharded_layouts_are_listed_and_not_opened(tmp_path: Path, spiked: Path)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("wb") as stream:
                 torch.save({}, stream)
+        if layout == "deepspeed":
+            (folder / "latest").write_text("global_step60")
         for name in ("trainer_state.json", "scheduler.pt"):
             shutil.copy(source / name, folder)
         found = looked_at(folder.parent)
