@@ -304,7 +304,7 @@ def test_an_archive_that_no_trainer_wrote_is_ignored(tmp_path: Path, name: str) 
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"ggml")
     assert chosen(looked_at(tmp_path / "run")) == 8
-    (path.parent / "optimizer.pt").write_bytes(b"ggml")
+    (tmp_path / "run" / "checkpoint-8" / "optimizer.pt").write_bytes(b"ggml")
     assert verdicts(looked_at(tmp_path / "run"))[8] == "incomplete"
 
 
