@@ -26,9 +26,9 @@ from hf_pss.health.verdicts import (
     urgency,
 )
 from hf_pss.inspection.matrices import find_matrices
-from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure
+from hf_pss.inspection.measure import MatrixHealth, measure
 from hf_pss.records.strict_json import visible
-from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry
+from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry, count_nonfinite
 
 Progress = Callable[[int, str], None]
 """Receives the number of bytes just read and the name of the tensor, safe for a terminal."""
@@ -128,15 +128,14 @@ def inspect_checkpoint(
         progress: Called after each tensor.
 
     Raises:
-        SelectionError: No tensor can be read, because all are quantised.
+        SelectionError: No tensor has a floating dtype.
         StateError: A file has become shorter since its header was read.
     """
     contents = find_matrices(checkpoint)
     if not contents.matrices and not contents.others:
         raise SelectionError(
             f"None of the {len(checkpoint.tensors)} tensors of {visible(checkpoint.path)} has a "
-            "floating type that can be read without scales. Give the checkpoint before it was "
-            "quantised."
+            "floating type that can be read. Give the checkpoint before it was quantised."
         )
     report = progress or (lambda num_bytes, name: None)
     for entry, _ in contents.unread:

@@ -102,6 +102,34 @@ def test_the_worst_come_first(sick: Inspection) -> None:
     assert [(entry.name, bad) for entry, bad in sick.bad_others] == [("h.0.ln.weight", 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "quantised", "scales"),
+    [
+        ("qweight", torch.zeros(8, 4, dtype=torch.int32), {"scales": torch.ones(1, 4).half()}),
+        ("weight", torch.ones(4, 4).to(torch.float8_e4m3fn), {"weight_scale_inv": torch.ones(1)}),
+        ("weight", torch.zeros(8, 1, dtype=torch.uint8), {"weight.absmax": torch.ones(4)}),
+        ("weight", torch.zeros(8, dtype=torch.uint8), {"s": torch.ones(4, 4)}),
+    ],
+    ids=["GPTQ", "FP8", "bitsandbytes", "MX"],
+)
+def test_nan_in_the_scales_of_quantised_weights(
+    tmp_path: Path, name: str, quantised: torch.Tensor, scales: dict[str, torch.Tensor]
+) -> None:
+    ((scale, values),) = scales.items()
+    values.view(-1)[-1] = math.nan
+    values = values.to(torch.float8_e8m0fnu) if scale == "s" else values
+    inspection = inspected(tmp_path / "x", {f"h.0.q.{name}": quantised, f"h.0.q.{scale}": values})
+    assert [(one.name, bad) for one, bad in inspection.bad_others] == [(f"h.0.q.{scale}", 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2fnuz])
+def test_nan_in_quantised_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 4)
+    weight[1, 2] = math.nan
+    tensors = {"h.0.q.weight": weight.to(dtype), "h.0.q.weight_scale_inv": torch.ones(1)}
+    assert not inspected(tmp_path / "x", tensors).is_finite
+
+
 def test_few_siblings_give_no_finding(tmp_path: Path) -> None:
     tensors = {f"h.{i}.w.weight": torch.randn(80, 80) for i in range(3)}
     tensors["h.0.w.weight"] *= 100
