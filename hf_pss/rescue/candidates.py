@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from hf_pss.errors import ConfigurationError, PSSError
+from hf_pss.health.verdicts import is_ill
 from hf_pss.inspection.matrix_survey import Inspection, Progress, inspect_checkpoint
 from hf_pss.records.strict_json import reason_of, visible
 from hf_pss.rescue.diagnosis import RunFailure
@@ -91,7 +92,7 @@ class CheckpointReport:
         if self.inspection is None or not self.inspection.matrices:
             return ""
         one = self.inspection.matrices[0]
-        return f"{visible(one.health.name)}: {one.findings[0].text}" if one.findings else ""
+        return f"{visible(one.health.name)}: {one.findings[0].text}" if is_ill(one.findings) else ""
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:

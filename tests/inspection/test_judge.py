@@ -13,8 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from trained import trained_gpt2
 
 from hf_pss.errors import SelectionError
+from hf_pss.health.verdicts import is_ill
 from hf_pss.inspection.health_output import (
     render_changes,
     render_inspection,
@@ -97,7 +99,9 @@ def test_the_worst_come_first(sick: Inspection) -> None:
     assert found["h.2.mlp.up.weight"] == {"large"}
     assert found["h.3.mlp.up.weight"] == {"low_rank", "below_siblings"}
     assert found["h.4.mlp.up.weight"] >= {"below_siblings"}
-    assert sum(map(bool, found.values())) == sick.num_findings == 5
+    assert sum(map(bool, found.values())) == sick.num_findings + sick.num_remarks == 5
+    assert sick.num_findings == 3
+    assert [is_ill(one.findings) for one in sick.matrices] == [True] * 3 + [False] * 10
     assert not sick.is_finite
     assert [(entry.name, bad) for entry, bad in sick.bad_others] == [("h.0.ln.weight", 1)]
 
@@ -128,6 +132,55 @@ def test_nan_in_quantised_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     weight[1, 2] = math.nan
     tensors = {"h.0.q.weight": weight.to(dtype), "h.0.q.weight_scale_inv": torch.ones(1)}
     assert not inspected(tmp_path / "x", tensors).is_finite
+
+
+def test_levels_of_sound_models_are_remarks(tmp_path: Path) -> None:
+    """SmolLM2 and others hold embeddings of stable rank 2, and a first block far from the rest."""
+    tensors = healthy()
+    tensors["wte.weight"] += 3.0
+    tensors["h.0.attn.q.weight"][:, 0] *= 50
+    tensors["h.1.mlp.up.weight"] *= 30
+    inspection = inspected(tmp_path / "x", tensors)
+    assert (inspection.num_findings, inspection.num_remarks) == (0, 3)
+    assert "Findings: 0. Remarks: 3." in shown(render_inspection(inspection, num_lines=1))
+    assert {one.findings[0].kind for one in inspection.matrices[:3]} == {"low_rank", "large"}
+
+
+def test_a_trained_network_is_sound(tmp_path: Path) -> None:
+    trained_gpt2().save_pretrained(tmp_path)
+    assert inspect_checkpoint(open_checkpoint(tmp_path)).num_findings == 0
+
+
+@pytest.mark.parametrize(
+    "vanished",
+    [["h.3.attn.q"], [f"h.{i}.attn.q" for i in range(4)], [f"h.{i}.attn.q" for i in range(6)]],
+    ids=["one", "most of a kind", "all of a kind"],
+)
+@pytest.mark.parametrize("factor", [1e-3, 1e-9, 1e-38])
+def test_vanished_matrices(tmp_path: Path, vanished: list[str], factor: float) -> None:
+    tensors = healthy()
+    for i in range(6):
+        tensors |= {f"h.{i}.attn.{k}.weight": torch.randn(80, 80) for k in ("k", "v", "o")}
+    for name in vanished:
+        tensors[f"{name}.weight"] *= factor
+    judged = inspected(tmp_path / "x", tensors).matrices
+    ill = {one.health.name: one.findings[0].kind for one in judged if is_ill(one.findings)}
+    assert ill == {f"{name}.weight": "vanished" for name in vanished}
+
+
+def test_vanished_experts(tmp_path: Path) -> None:
+    experts = torch.randn(8, 40, 30)
+    experts[5] *= 1e-4
+    judged = inspected(tmp_path / "x", {"h.0.mlp.experts.w": experts}).matrices
+    ill = [one.health.name for one in judged if is_ill(one.findings)]
+    assert ill == ["h.0.mlp.experts.w[5]"]
+
+
+def test_one_matrix_that_drowns_its_siblings_is_ill(tmp_path: Path) -> None:
+    tensors = healthy()
+    tensors["h.1.mlp.up.weight"] *= 300
+    assert inspected(tmp_path / "x", tensors).matrices[0].findings[0].kind == "large"
+    assert inspected(tmp_path / "x", tensors).num_findings == 1
 
 
 def test_few_siblings_give_no_finding(tmp_path: Path) -> None:
