@@ -10,6 +10,7 @@ before the onset, the oldest one after it is the last resort.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -121,8 +122,16 @@ def num_weight_bytes(folders: Sequence[Path]) -> int:
     return total
 
 
-def report_on(folder: Path, progress: Progress | None = None) -> CheckpointReport:
+Inspected: TypeAlias = dict[frozenset[str], Inspection]
+"""The inspections so far, by the real paths of the weight files."""
+
+
+def report_on(
+    folder: Path, progress: Progress | None = None, *, inspected: Inspected | None = None
+) -> CheckpointReport:
     """Measure one checkpoint. Its safetensors are read once, by `inspect_checkpoint`.
+
+    Checkpoints whose weights are links to the same files share one inspection in `inspected`.
 
     The function never raises an exception for a damaged checkpoint, because the report states the
     damage. If a link leads out of the checkpoint, no file of the checkpoint is opened.
@@ -131,7 +140,9 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
     report = CheckpointReport(folder, _step_of(folder), newest, size, layout_of(folder))
     if (link := _link_out(folder)) is not None:
         return replace(report, problem=f"{visible(link)} is a link that leads out: not opened")
-    problem, inspection, remarks = _weights_of(folder, report.layout, progress)
+    problem, inspection, remarks = _weights_of(
+        folder, report.layout, progress, {} if inspected is None else inspected
+    )
     if not any(folder.glob("rng_state*.pth")):
         remarks.append("no random state: dropout differs after a resume")
     if superseded := is_superseded(folder):
@@ -141,12 +152,16 @@ def report_on(folder: Path, progress: Progress | None = None) -> CheckpointRepor
 
 
 def _weights_of(
-    folder: Path, layout: Layout, progress: Progress | None
+    folder: Path, layout: Layout, progress: Progress | None, inspected: Inspected
 ) -> tuple[str | None, Inspection | None, list[str]]:
     """Return the fault of the weights or None, their measurements, and remarks."""
     is_pickled = layout not in ("whole", "none")
     try:
-        inspection = inspect_checkpoint(open_weights(folder), progress=progress)
+        weights = open_weights(folder)
+        files = frozenset(os.path.realpath(path) for path in {one.path for one in weights.tensors})
+        if files not in inspected:
+            inspected[files] = inspect_checkpoint(weights, progress=progress)
+        inspection = inspected[files]
     except PSSError as error:
         has_pickles = is_pickled or has_pickled_weights(folder)
         if isinstance(error, ConfigurationError) and has_pickles:  # there are no safetensors
