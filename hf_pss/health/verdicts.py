@@ -1,9 +1,14 @@
 """Limits beyond which a matrix looks ill, their descriptions, and the order of the matrices.
 
-Training lowers stable ranks and raises norms, so an absolute level means little. A matrix is
-therefore compared with noise of its shape, with its siblings (the matrices of its kind in other
+A matrix is compared with noise of its shape, with its siblings (the matrices of its kind in other
 blocks), and with its state at the start. A low stable rank is the singularity that arXiv 2602.01308
 warns of. The limits are ours. They rank matrices by urgency and prove nothing.
+
+Training lowers stable ranks and raises norms by amounts that differ from block to block, so sound
+models hold matrices far from noise and from their siblings. (SmolLM2-135M: the embedding has a
+stable rank of 2.0, and σ₁ of the first block's k is 4.7 times the median.) Such a level is only a
+remark. It is a finding if arithmetic loses something: if one matrix, or all directions of a matrix
+but one, are smaller than the other by more than `LOST_SHARE`. Changes since the start are findings.
 """
 
 from __future__ import annotations
@@ -15,8 +20,19 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 FindingKind: TypeAlias = Literal[
-    "non_finite", "zero", "low_rank", "below_siblings", "large", "fell", "grew", "metric"
+    "non_finite",
+    "zero",
+    "vanished",
+    "low_rank",
+    "below_siblings",
+    "large",
+    "fell",
+    "grew",
+    "metric",
 ]
+
+# The rounding unit of bfloat16. A summand below this share of the sum is lost in its rounding.
+LOST_SHARE = 2.0**-8
 
 # These are shares of the stable rank of noise and of the siblings' median.
 LOW_SHARE_OF_NOISE = 0.02
@@ -43,6 +59,8 @@ class Finding:
     excess: float
     """The distance beyond the limit, as a natural logarithm. Damage has no
     degree, so it has inf."""
+    is_remark: bool = False
+    """Whether sound models hold such matrices, too, so that it only shows where to look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +77,16 @@ def urgency(
 ) -> tuple[int, float, float, str]:
     """Return a sort key. The worst matrix has the smallest key.
 
-    Damage comes first, then the largest excess beyond a limit, then the lowest stable rank.
+    Damage comes first, then findings, then remarks, both with the largest excess beyond a limit
+    first, then the lowest stable rank.
 
     Args:
         findings: The findings of the matrix.
         relative_rank: Its stable rank in any unit that all matrices share. NaN if it is unknown.
         name: Its name, which breaks ties.
     """
-    level = min(({"non_finite": 0, "zero": 1}.get(one.kind, 2) for one in findings), default=3)
+    damage = {"non_finite": 0, "zero": 1, "vanished": 1}
+    level = min((damage.get(one.kind, 2 + one.is_remark) for one in findings), default=4)
     worst = max((one.excess for one in findings), default=0.0)
     return (level, -worst, math.inf if math.isnan(relative_rank) else relative_rank, name)
 
@@ -83,6 +103,24 @@ def usual(values: Iterable[float], *, default: float = math.nan) -> float:
     return statistics.median(found) if len(found) >= MIN_SIBLINGS else default
 
 
+def usual_of_kinds(sigmas: Iterable[Iterable[float]]) -> float:
+    """Return the median over the kinds of their medians of σ₁, NaN for fewer than `MIN_SIBLINGS`.
+
+    It shows that a kind has vanished in most of its blocks or experts, as their own median cannot.
+    """
+    return usual(statistics.median(_usable(one) or [math.nan]) for one in sigmas)
+
+
+def is_ill(findings: Iterable[Finding]) -> bool:
+    """Return whether any finding is more than a remark."""
+    return not all(one.is_remark for one in findings)
+
+
+def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return the findings and then the remarks, each with the largest excess first."""
+    return tuple(sorted(findings, key=lambda one: (one.is_remark, -one.excess)))
+
+
 def damaged(kind: Literal["non_finite", "zero"], text: str = "every number is 0") -> Finding:
     """Return the finding of a matrix that holds NaN, inf or only zeros."""
     return Finding(kind, text, math.inf)
@@ -96,25 +134,43 @@ def against_noise(rank: float, noise: float | None) -> Iterator[Finding]:
         noise: The stable rank of noise of its shape, or None if the shape is unknown.
     """
     limit = 0.0 if noise is None else LOW_SHARE_OF_NOISE * noise
+    has_others = math.sqrt(max(rank - 1.0, 0.0)) >= LOST_SHARE  # ‖W − σ₁uvᵀ‖_F / σ₁
     if rank < _ONE_DIRECTION and (noise is None or noise >= _MIN_NOISE):
         text = f"one direction holds {1 / max(rank, 1.0):.0%} of ‖W‖²: stable rank {rank:.3g}"
         text += f", noise {noise:.3g}" if noise is not None else ""
-        yield Finding("low_rank", text, _excess(max(limit, _ONE_DIRECTION), rank))
+        yield Finding("low_rank", text, _excess(max(limit, _ONE_DIRECTION), rank), has_others)
     elif noise is not None and rank < limit:
         text = f"stable rank {rank:.3g}, {rank / noise:.1%} of noise of its shape ({noise:.3g})"
-        yield Finding("low_rank", text, _excess(limit, rank))
+        yield Finding("low_rank", text, _excess(limit, rank), is_remark=True)
 
 
-def against_siblings(rank: float, sigma1: float, siblings: Siblings) -> Iterator[Finding]:
-    """Compare stable rank and σ₁ with the siblings' medians."""
+def against_siblings(
+    rank: float, sigma1: float, siblings: Siblings, *, usual_sigma1: float
+) -> Iterator[Finding]:
+    """Compare stable rank and σ₁ with the siblings' medians, and σ₁ with all kinds.
+
+    Args:
+        rank: The stable rank of the matrix.
+        sigma1: Its largest singular value.
+        siblings: The medians of its kind.
+        usual_sigma1: The result of `usual_of_kinds`, or NaN if it does not apply.
+    """
+    kin = f"its {siblings.count} siblings' median"
+    for whose, median in ((kin, siblings.sigma1), ("the median of all kinds", usual_sigma1)):
+        if sigma1 < LOST_SHARE * median:
+            text = f"σ₁ {sigma1:.3g} has vanished beside {whose} {median:.3g}"
+            yield Finding("vanished", text, _excess(LOST_SHARE * median, sigma1))
+            return
     limit = LOW_SHARE_OF_SIBLINGS * siblings.stable_rank
     if rank < limit:
-        text = f"stable rank {rank:.3g}; its {siblings.count} siblings' median "
-        yield Finding("below_siblings", f"{text}{siblings.stable_rank:.3g}", _excess(limit, rank))
+        text = f"stable rank {rank:.3g}; {kin} {siblings.stable_rank:.3g}"
+        yield Finding("below_siblings", text, _excess(limit, rank), is_remark=True)
     limit = LARGE_RATIO_TO_SIBLINGS * siblings.sigma1
-    if sigma1 > limit:
-        text = f"σ₁ {sigma1:.3g}; its {siblings.count} siblings' median {siblings.sigma1:.3g}"
-        yield Finding("large", text, _excess(sigma1, limit))
+    have_vanished = siblings.sigma1 < LOST_SHARE * usual_sigma1
+    if sigma1 > limit and not have_vanished:
+        text = f"σ₁ {sigma1:.3g}; {kin} {siblings.sigma1:.3g}"
+        loses_none = siblings.sigma1 >= LOST_SHARE * sigma1
+        yield Finding("large", text, _excess(sigma1, limit), loses_none)
 
 
 def against_past(

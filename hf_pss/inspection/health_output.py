@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from hf_pss.health.verdicts import is_ill
 from hf_pss.inspection.matrices import SMALL
 from hf_pss.inspection.matrix_survey import ChangedMatrix, Inspection, JudgedMatrix, SeriesRow
 from hf_pss.records.strict_json import finite_or_none, visible
@@ -23,7 +24,7 @@ from hf_pss.view.tables import lean_table
 
 SCHEMA_VERSION = 1
 
-_STYLES = {"non_finite": "bold red", "zero": "red"}
+_STYLES = {"non_finite": "bold red", "zero": "red", "vanished": "red"}
 _MOST_UNREAD = 3
 _MOST_FINDINGS = 2
 
@@ -77,13 +78,13 @@ def _summary(inspection: Inspection) -> Iterator[Text]:
         f"{len(checkpoint.tensors):,} tensors, {checkpoint.num_bytes / 2**20:,.1f} MiB"
     )
     bad = sum(one.health.num_nonfinite > 0 for one in inspection.matrices)
+    counts = f"Findings: {inspection.num_findings:,}. Remarks: {inspection.num_remarks:,}."
     if inspection.is_finite:
-        yield Text(f"Every number that was read is finite. Findings: {inspection.num_findings}.")
+        yield Text(f"Every number that was read is finite. {counts}")
     else:
         yield Text(
             f"NOT FINITE: NaN or inf in {plural(bad, 'matrix', 'matrices')} and "
-            f"{plural(len(inspection.bad_others), 'other tensor', 'other tensors')}. "
-            f"Findings: {inspection.num_findings}.",
+            f"{plural(len(inspection.bad_others), 'other tensor', 'other tensors')}. {counts}",
             style="bold red",
         )
     for entry, num_bad in inspection.bad_others:
@@ -100,7 +101,8 @@ def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
     prefix = _common_prefix([one.health.name for one in inspection.matrices])
     for one in inspection.matrices[:num_lines]:
         health = one.health
-        style = _STYLES.get(one.findings[0].kind, "yellow") if one.findings else ""
+        worst = one.findings[0] if is_ill(one.findings) else None
+        style = _STYLES.get(worst.kind, "yellow") if worst else ""
         table.add_row(
             Text(_short(health.name, prefix)),
             "×".join(map(str, health.shape)),
@@ -193,6 +195,7 @@ def write_json(
         "num_tensors": len(inspection.checkpoint.tensors),
         "num_bytes": inspection.checkpoint.num_bytes,
         "num_findings": inspection.num_findings,
+        "num_remarks": inspection.num_remarks,
         "matrices": [_matrix(one) for one in inspection.matrices],
         "non_finite_tensors": [
             {"name": entry.name, "num_nonfinite": num_bad}
@@ -223,7 +226,7 @@ def _matrix(judged: JudgedMatrix) -> dict[str, Any]:
         **_fields(health, "sigma1", "frobenius", "stable_rank"),
         "noise_stable_rank": health.noise,
         "num_nonfinite": health.num_nonfinite,
-        "findings": [_fields(found, "kind", "text") for found in judged.findings],
+        "findings": [_fields(found, "kind", "text", "is_remark") for found in judged.findings],
     }
     if health.source.note:
         row["note"] = health.source.note

@@ -24,7 +24,8 @@ _LONGEST_LABEL = 40
 _QUANTILES = 400
 # Beyond these, float64 leaves no room for an axis around σ₁.
 _LEAST_SIGMA, _MOST_SIGMA = 1e-300, 1e300
-
+# A file may put every tensor in a block of its own and call each kind by another name.
+_MOST_ROWS, _MOST_KINDS = 256, 64
 
 _Cell: TypeAlias = tuple[tuple[str, int], str]
 """The stack and the block of a row, and the kind of a column."""
@@ -34,7 +35,10 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     """Draw stable ranks as shares of the stable rank of noise, by block (row) and kind (column).
 
     The experts of a block share a cell, which shows the lowest value. A cross marks NaN, inf
-    or a zero matrix.
+    or a zero matrix. Of very many blocks or kinds, only those with the worst matrices are drawn.
+
+    Args:
+        matrices: The matrices, with the worst first.
 
     Returns:
         None if no block is numbered, or no value is positive.
@@ -42,11 +46,14 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     cells, bad = _cells(matrices)
     if not cells:
         return None
-    rows = sorted({row for row, _ in cells})
-    kinds = sorted({kind for _, kind in cells})
+    # The cells are in the order of the matrices, with the worst first.
+    all_rows, all_kinds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+    rows, kinds = sorted(all_rows[:_MOST_ROWS]), sorted(all_kinds[:_MOST_KINDS])
+    row_index, kind_index = ({key: i for i, key in enumerate(keys)} for keys in (rows, kinds))
     values = np.full((len(rows), len(kinds)), np.nan)
     for (row, kind), value in cells.items():
-        values[rows.index(row), kinds.index(kind)] = value
+        if row in row_index and kind in kind_index:
+            values[row_index[row], kind_index[kind]] = value
     positive = values[np.isfinite(values) & (values > 0)]
     if not len(positive):
         return None
@@ -58,9 +65,13 @@ def map_figure(matrices: Sequence[JudgedMatrix]) -> Figure | None:
     axes = figure.subplots()
     scale = LogNorm(vmin=low, vmax=high)
     image = canvas.draw_cells(axes, np.arange(len(kinds) + 1), values, scale)
-    for row, kind in sorted(bad):
-        place = (kinds.index(kind) + 0.5, rows.index(row) + 0.5)
-        axes.plot(*place, marker="x", color="#D55E00", ms=7, mew=2)
+    for row, kind in bad:
+        if row in row_index and kind in kind_index:
+            place = (kind_index[kind] + 0.5, row_index[row] + 0.5)
+            axes.plot(*place, marker="x", color="#D55E00", ms=7, mew=2)
+    if len(rows) < len(all_rows) or len(kinds) < len(all_kinds):
+        shown = f"{len(rows):,} of {len(all_rows):,} blocks, {len(kinds)} of {len(all_kinds):,}"
+        axes.set_title(f"the worst: {shown} kinds")
     labels = [_short(kind) for kind in kinds]
     axes.set_xticks(np.arange(len(kinds)) + 0.5, labels, rotation=45, ha="right")
     step = max(1, len(rows) // 40)

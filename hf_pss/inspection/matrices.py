@@ -37,7 +37,8 @@ from hf_pss.runs.safetensors_files import READABLE, Checkpoint, MatrixReader, Te
 _NOT_WEIGHTS = re.compile(r"(?:^|[._])(?:bias|masked_bias|inv_freq|running_mean|running_var)$")
 # The path shows that a stack holds experts. In Granite and JetMoE the name of the stack does.
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)|\.(?:input|output)_linear(?:\.weight)?$")
-_QUANTISED = re.compile(r"weight_scale(?:_inv|_2)?$|\.(?:absmax|quant_map|SCB|qzeros|scales)$")
+_SCALES = re.compile(r"weight_scale(?:_inv|_2)?$|\.(?:absmax|quant_map|SCB|qzeros|scales)$")
+_QUANTISED = "quantised weights and their scales"
 SMALL = "bias, norm or scale"
 # The limit for all stacks in one checkpoint [ours]. The largest models have about 70,000 experts. A
 # small file could claim millions, and each expert costs a record.
@@ -80,7 +81,7 @@ class Contents:
     others: tuple[tuple[TensorEntry, str], ...]
     """Floating-point tensors that are only searched for NaN and inf, not measured."""
     unread: tuple[tuple[TensorEntry, str], ...]
-    """Tensors that are not read: integers, quantised weights."""
+    """Tensors that are not read, because their dtype is not in `READABLE`, as of integers."""
 
 
 def find_matrices(checkpoint: Checkpoint) -> Contents:
@@ -91,8 +92,10 @@ def find_matrices(checkpoint: Checkpoint) -> Contents:
     num_experts = 0
     for entry in checkpoint.tensors:
         steps = steps_by_name(entry.name, rules.children)
-        if entry.dtype not in READABLE or rules.is_quantised(entry):
+        if entry.dtype not in READABLE:
             unread.append((entry, f"{entry.dtype}, quantised or not floating point"))
+        elif rules.is_quantised(entry):
+            others.append((entry, _QUANTISED))
         elif reason := _why_no_matrix(entry, steps):
             others.append((entry, reason))
         elif num_experts + _num_experts(entry) > MOST_EXPERTS:
@@ -142,9 +145,10 @@ class _Rules:
             self._inputs[place.stack, place.block].add(entry.shape[0 if transposed else 1])
 
     def is_quantised(self, entry: TensorEntry) -> bool:
-        """Return whether the tensor's numbers have no meaning without separate scales."""
+        """Return whether the tensor holds scales, or numbers that mean nothing without scales."""
         scaled = {f"{entry.name}_scale_inv", f"{entry.name}_scale", f"{entry.name}.absmax"}
-        return not scaled.isdisjoint(self._names) or _QUANTISED.search(entry.name) is not None
+        is_scale = entry.dtype == "F8_E8M0" or _SCALES.search(entry.name) is not None
+        return is_scale or not scaled.isdisjoint(self._names)
 
     def matrices_of(self, entry: TensorEntry, steps: Steps) -> list[StoredMatrix]:
         """Return one record for each matrix, or each stack of matrices, in a tensor."""

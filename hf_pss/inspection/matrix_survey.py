@@ -22,13 +22,16 @@ from hf_pss.health.verdicts import (
     against_noise,
     against_siblings,
     damaged,
+    is_ill,
     siblings_of,
     urgency,
+    usual_of_kinds,
+    worst_first,
 )
 from hf_pss.inspection.matrices import find_matrices
-from hf_pss.inspection.measure import MatrixHealth, count_nonfinite, measure
+from hf_pss.inspection.measure import MatrixHealth, measure
 from hf_pss.records.strict_json import visible
-from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry
+from hf_pss.runs.safetensors_files import Checkpoint, TensorEntry, count_nonfinite
 
 Progress = Callable[[int, str], None]
 """Receives the number of bytes just read and the name of the tensor, safe for a terminal."""
@@ -40,7 +43,7 @@ class JudgedMatrix:
 
     health: MatrixHealth
     findings: tuple[Finding, ...]
-    """The findings with the worst first; empty for a sound matrix."""
+    """The findings and then the remarks, each with the worst first."""
 
 
 def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
@@ -51,17 +54,26 @@ def judge(matrices: Iterable[MatrixHealth]) -> tuple[JudgedMatrix, ...]:
     families: defaultdict[tuple[str, str, tuple[int, int]], list[MatrixHealth]] = defaultdict(list)
     for health in matrices:
         families[health.place.stack, health.place.kind, health.shape].append(health)
+    usual_sigma1 = usual_of_kinds(
+        [one.sigma1 for one in family if one.place.block is not None]
+        for family in families.values()
+    )
     judged = []
     for family in families.values():
         # This is done once per family, because a stack of experts has tens of thousands of members.
         siblings = siblings_of([one.stable_rank for one in family], [one.sigma1 for one in family])
         for health in family:
+            in_block = health.place.block is not None
             found = _damage(health) or [
                 *against_noise(health.stable_rank, health.noise),
-                *against_siblings(health.stable_rank, health.sigma1, siblings),
+                *against_siblings(
+                    health.stable_rank,
+                    health.sigma1,
+                    siblings,
+                    usual_sigma1=usual_sigma1 if in_block else math.nan,
+                ),
             ]
-            worst_first = tuple(sorted(found, key=lambda finding: -finding.excess))
-            judged.append(JudgedMatrix(health, worst_first))
+            judged.append(JudgedMatrix(health, worst_first(found)))
 
     def key(one: JudgedMatrix) -> tuple[int, float, float, str]:
         share = one.health.stable_rank / one.health.noise
@@ -110,8 +122,13 @@ class Inspection:
 
     @property
     def num_findings(self) -> int:
-        """Number of matrices with a finding."""
-        return sum(bool(one.findings) for one in self.matrices)
+        """Number of matrices with a finding that is more than a remark."""
+        return sum(is_ill(one.findings) for one in self.matrices)
+
+    @property
+    def num_remarks(self) -> int:
+        """Number of matrices with remarks only."""
+        return sum(bool(one.findings) for one in self.matrices) - self.num_findings
 
 
 def inspect_checkpoint(
@@ -128,15 +145,14 @@ def inspect_checkpoint(
         progress: Called after each tensor.
 
     Raises:
-        SelectionError: No tensor can be read, because all are quantised.
+        SelectionError: No tensor has a floating dtype.
         StateError: A file has become shorter since its header was read.
     """
     contents = find_matrices(checkpoint)
     if not contents.matrices and not contents.others:
         raise SelectionError(
             f"None of the {len(checkpoint.tensors)} tensors of {visible(checkpoint.path)} has a "
-            "floating type that can be read without scales. Give the checkpoint before it was "
-            "quantised."
+            "floating type that can be read. Give the checkpoint before it was quantised."
         )
     report = progress or (lambda num_bytes, name: None)
     for entry, _ in contents.unread:

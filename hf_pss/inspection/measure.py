@@ -22,7 +22,7 @@ from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import unit_scaled
 from hf_pss.linalg.triplets import product
 from hf_pss.models.selection.by_name import Place
-from hf_pss.runs.safetensors_files import PIECE_BYTES, MatrixReader, TensorEntry, read_pieces
+from hf_pss.runs.safetensors_files import PIECE_BYTES, MatrixReader
 
 Pieces: TypeAlias = Callable[[], Iterable[Tensor]]
 """A function that iterates once over the rows of one matrix, as (rows, n) float32 or float64."""
@@ -216,13 +216,6 @@ def spectrum_of(matrix: StoredMatrix, expert: int | None) -> array[float] | None
     return next(_exactly(matrix.reader, range(first, first + 1)))[2]
 
 
-@torch.no_grad()
-def count_nonfinite(entry: TensorEntry) -> int:
-    """Count NaN and inf in a tensor of any shape, in one pass."""
-    wide = torch.float64 if entry.dtype == "F64" else torch.float32  # 1e300 is finite
-    return sum(_count(piece.to(wide)) for piece in read_pieces(entry))
-
-
 _Found: TypeAlias = "tuple[float, float, array[float] | None]"
 
 
@@ -260,11 +253,7 @@ def _exactly(reader: MatrixReader, experts: range) -> Iterator[_Found]:
 
 def _num_bad(reader: MatrixReader, expert: int) -> int:
     pieces, _ = reader.tall_pieces(expert)
-    return sum(_count(piece) for piece in pieces())
-
-
-def _count(piece: Tensor) -> int:
-    return int((~piece.isfinite()).sum())
+    return sum(int((~piece.isfinite()).sum()) for piece in pieces())
 
 
 def _bytes(reader: MatrixReader) -> int:

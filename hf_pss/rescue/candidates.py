@@ -10,6 +10,7 @@ before the onset, the oldest one after it is the last resort.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from hf_pss.errors import ConfigurationError, PSSError
+from hf_pss.health.verdicts import is_ill
 from hf_pss.inspection.matrix_survey import Inspection, Progress, inspect_checkpoint
 from hf_pss.inspection.measure import MatrixHealth
 from hf_pss.linalg.smoothing import looks_trained
@@ -116,7 +118,7 @@ class CheckpointReport:
         if self.inspection is None or not self.inspection.matrices:
             return ""
         one = self.inspection.matrices[0]
-        return f"{visible(one.health.name)}: {one.findings[0].text}" if one.findings else ""
+        return f"{visible(one.health.name)}: {one.findings[0].text}" if is_ill(one.findings) else ""
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
@@ -149,8 +151,16 @@ def num_weight_bytes(folders: Sequence[Path]) -> int:
     return total
 
 
-def report_on(folder: Path, progress: Progress | None = None) -> CheckpointReport:
+Inspected: TypeAlias = dict[frozenset[str], Inspection]
+"""The inspections so far, by the real paths of the weight files."""
+
+
+def report_on(
+    folder: Path, progress: Progress | None = None, *, inspected: Inspected | None = None
+) -> CheckpointReport:
     """Measure one checkpoint. Its safetensors are read once, by `inspect_checkpoint`.
+
+    Checkpoints whose weights are links to the same files share one inspection in `inspected`.
 
     The function never raises an exception for a damaged checkpoint, because the report states the
     damage. The same holds for a checkpoint that a live run removes in the meantime. If a link leads
@@ -169,7 +179,9 @@ def _report_on(folder: Path, progress: Progress | None) -> CheckpointReport:
     report = CheckpointReport(folder, _step_of(folder), newest, size, layout_of(folder))
     if (link := _link_out(folder)) is not None:
         return replace(report, problem=f"{visible(link)} is a link that leads out: not opened")
-    problem, inspection, remarks = _weights_of(folder, report.layout, progress)
+    problem, inspection, remarks = _weights_of(
+        folder, report.layout, progress, {} if inspected is None else inspected
+    )
     missing, has_only_weights = _missing(folder)
     if has_only_weights:
         remarks.append("only weights (save_only_model): a resume starts a fresh optimizer")
@@ -183,12 +195,16 @@ def _report_on(folder: Path, progress: Progress | None) -> CheckpointReport:
 
 
 def _weights_of(
-    folder: Path, layout: Layout, progress: Progress | None
+    folder: Path, layout: Layout, progress: Progress | None, inspected: Inspected
 ) -> tuple[str | None, Inspection | None, list[str]]:
     """Return the fault of the weights or None, their measurements, and remarks."""
     is_pickled = layout not in ("whole", "none")
     try:
-        inspection = inspect_checkpoint(open_weights(folder), progress=progress)
+        weights = open_weights(folder)
+        files = frozenset(os.path.realpath(path) for path in {one.path for one in weights.tensors})
+        if files not in inspected:
+            inspected[files] = inspect_checkpoint(weights, progress=progress)
+        inspection = inspected[files]
     except PSSError as error:
         has_pickles = is_pickled or has_pickled_weights(folder)
         if isinstance(error, ConfigurationError) and has_pickles:  # there are no safetensors

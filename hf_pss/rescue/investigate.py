@@ -26,6 +26,7 @@ below the entropy, the log does not show how the run began, and the low ranks be
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from hf_pss.records.strict_json import finite_or_none, reason_of, visible
 from hf_pss.rescue.candidates import (
     CheckpointReport,
     Choice,
+    Inspected,
     checkpoint_folders,
     choose,
     judged,
@@ -140,7 +142,8 @@ def investigate(
             "of a run, or one checkpoint."
         )
     begin(num_weight_bytes(folders))
-    read = [report_on(folder, progress) for folder in folders]
+    inspected: Inspected = {}
+    read = [report_on(folder, progress, inspected=inspected) for folder in folders]
     reports = [one for one in read if one.path.is_dir()]
     failures: list[RunFailure] = []  # the last one counts
     notes = [
@@ -192,10 +195,12 @@ def _newest_log(
     """
     unreadable: list[str] = []
     found: list[tuple[float, RunLog]] = []
+    seen = set()
     for folder in dict.fromkeys([run_dir, *reversed(folders)]):
         path = folder / STATE_FILE
-        if leads_out(folder, run_dir) or not path.exists():
+        if leads_out(folder, run_dir) or not path.exists() or os.path.realpath(path) in seen:
             continue
+        seen.add(os.path.realpath(path))  # several links to one log would take its memory each
         try:
             found.append((path.stat().st_mtime, read_log(path)))
         except (PSSError, OSError) as error:

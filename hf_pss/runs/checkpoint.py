@@ -47,7 +47,7 @@ from hf_pss.runs.folder import (
     write_whole,
 )
 from hf_pss.runs.records_files import read_state
-from hf_pss.runs.safetensors_files import READABLE, Checkpoint, open_checkpoint, read_pieces
+from hf_pss.runs.safetensors_files import READABLE, Checkpoint, count_nonfinite, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -395,9 +395,7 @@ def _bad_weights(folder: Path) -> dict[str, str]:
             return {}
         return {"model.safetensors": "is missing, and there are no other weights"}
     for tensor in open_weights(folder).tensors:
-        if tensor.dtype in READABLE and not all(
-            bool(piece.float().isfinite().all()) for piece in read_pieces(tensor)
-        ):
+        if tensor.dtype in READABLE and count_nonfinite(tensor):
             return {tensor.path.name: f"holds NaN or inf, in {visible(tensor.name)}"}
     return {}
 

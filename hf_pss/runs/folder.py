@@ -57,6 +57,7 @@ MAX_STATE_BYTES = 2**28
 # Readers of JSON-lines files take one line at a time and stop at this limit, which is ten times the
 # size of a long run's file. An intervention on 1,000 matrices takes 300 kB.
 MAX_LINES_BYTES = 2**30
+MAX_LINES = 2**20
 MAX_LINE_BYTES = 16 * 2**20
 # The index of a model of 90,000 tensors takes 9 MB. The marker of 10,000 ranks takes less.
 MAX_INDEX_BYTES = 32 * 2**20

@@ -34,6 +34,7 @@ from hf_pss.runs.folder import (
     EVENTS_FILE,
     HEALTH_FILE,
     MAX_LINE_BYTES,
+    MAX_LINES,
     MAX_LINES_BYTES,
     MAX_STATE_BYTES,
     STATE_FILE,
@@ -195,7 +196,7 @@ def read_lines(path: Path, parse: Callable[[bytes], T]) -> ParsedLines[T]:
     if leads_out(path, path.parent) or not path.is_file():
         return ParsedLines()
     with path.open("rb") as stream:
-        while left > 0 and (line := stream.readline(MAX_LINE_BYTES)):
+        while left > 0 and len(rows) < MAX_LINES and (line := stream.readline(MAX_LINE_BYTES)):
             left -= len(line)
             if not line.strip():
                 continue
@@ -244,6 +245,8 @@ def parse_row(line: bytes) -> dict[str, Any]:
 
 # No stable rank is as large as this number.
 _MOST_RANK = 1e9
+# The largest models have about 70,000. A file may name others in each line.
+_MOST_MATRICES = 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +254,8 @@ class RunRecords:
     """A summary of the events and readings of a run."""
 
     events: tuple[Event, ...] = ()
-    """All events in the order of the file, including those that led to smoothing."""
+    """All events in the order of the file, including those that led to smoothing. Their names and
+    reasons are left out."""
     num_interventions: int = 0
     rank_ratios: tuple[tuple[int, float], ...] = ()
     """The result of the function `rank_ratios`."""
@@ -269,15 +273,25 @@ def read_run_records(run_dir: Path) -> RunRecords:
     Raises:
         OSError: A file cannot be read.
     """
-    records = read_lines(run_dir / EVENTS_FILE, parse_record)
-    readings = read_lines(run_dir / HEALTH_FILE, parse_reading)
-    ranks = ((one.step, one.matrices.get("stable_rank", {})) for one in readings.rows)
+    first: dict[str, float] = {}
+
+    def brief(line: bytes) -> tuple[Event, bool]:
+        record = parse_record(line)
+        event = record.event if isinstance(record, Intervention) else record
+        # Names and words may take many times the size of the file.
+        event = replace(event, detector="", fired=(), new_level=(), reason="")
+        return event, isinstance(record, Intervention) and record.has_changed_weights
+
+    def ratio(line: bytes) -> tuple[int, float | None]:
+        reading = parse_reading(line)
+        return reading.step, _rank_ratio(reading.matrices.get("stable_rank", {}), first)
+
+    records = read_lines(run_dir / EVENTS_FILE, brief)
+    readings = read_lines(run_dir / HEALTH_FILE, ratio)
     return RunRecords(
-        events=tuple(r.event if isinstance(r, Intervention) else r for r in records.rows),
-        num_interventions=sum(
-            isinstance(r, Intervention) and r.has_changed_weights for r in records.rows
-        ),
-        rank_ratios=rank_ratios(ranks),
+        events=tuple(event for event, _ in records.rows),
+        num_interventions=sum(has_changed for _, has_changed in records.rows),
+        rank_ratios=tuple((step, found) for step, found in readings.rows if found is not None),
         num_unreadable=records.num_lost + readings.num_lost,
     )
 
@@ -293,13 +307,19 @@ def rank_ratios(ranks: Iterable[tuple[int, Mapping[str, float]]]) -> tuple[tuple
         Pairs of a step and a median over the matrices. The median is that of the stable rank
         divided by the first stable rank of the same matrix.
     """
-    found, first = [], dict[str, float]()
-    for step, by_matrix in ranks:
-        sound = {name: rank for name, rank in by_matrix.items() if 0 < rank < _MOST_RANK}
-        first = sound | first
-        if sound:
-            found.append((step, statistics.median(sound[name] / first[name] for name in sound)))
-    return tuple(found)
+    first: dict[str, float] = {}
+    ratios = ((step, _rank_ratio(by_matrix, first)) for step, by_matrix in ranks)
+    return tuple((step, ratio) for step, ratio in ratios if ratio is not None)
+
+
+def _rank_ratio(ranks: Mapping[str, float], first_: dict[str, float]) -> float | None:
+    """Return the median ratio to the first values, and add the values of new matrices to them."""
+    ratios = [
+        rank / first_.setdefault(name, rank)
+        for name, rank in ranks.items()
+        if 0 < rank < _MOST_RANK and (name in first_ or len(first_) < _MOST_MATRICES)
+    ]
+    return statistics.median(ratios) if ratios else None
 
 
 # No run has more steps than this. The limit rejects a step with thousands of digits.

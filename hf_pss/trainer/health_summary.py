@@ -19,9 +19,12 @@ from hf_pss.health.verdicts import (
     against_past,
     against_siblings,
     damaged,
+    is_ill,
     siblings_of,
     urgency,
     usual,
+    usual_of_kinds,
+    worst_first,
 )
 from hf_pss.models.selection.by_name import place_of
 from hf_pss.records.events import HealthReading
@@ -41,7 +44,7 @@ class _Row:
     is_stale: bool
     """Whether the last estimates of σ₁ and the stable rank lag behind the matrix."""
     findings: tuple[Finding, ...]
-    """The findings, worst first."""
+    """The findings and then the remarks, each with the worst first."""
 
 
 def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int = 10) -> str:
@@ -55,7 +58,7 @@ def summary_table(first: HealthReading, last: HealthReading, *, num_lines: int =
     rows = sorted(_rows(first, last), key=lambda row: urgency(row.findings, row.ranks[1], row.name))
     if not rows:
         return f"Health at step {last.step}: no matrix was measured."
-    ill = sum(bool(row.findings) for row in rows)
+    ill = sum(is_ill(row.findings) for row in rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("matrix", overflow="fold")
     for title in ("stable rank", "σ₁"):
@@ -99,6 +102,7 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
     usual_fall, usual_growth = (
         usual((_ratio(pair) for pair in pairs.values()), default=1.0) for pairs in (ranks, norms)
     )
+    usual_norm = usual_of_kinds([norms[name][1] for name in family] for family in families.values())
     rows = []
     for family in families.values():
         siblings = siblings_of(*([pairs[name][1] for name in family] for pairs in (ranks, norms)))
@@ -106,7 +110,7 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
             rank, norm = ranks[name][1], norms[name][1]
             found = _damage(name, last, norm) or [
                 *against_noise(rank, None),
-                *against_siblings(rank, norm, siblings),
+                *against_siblings(rank, norm, siblings, usual_sigma1=usual_norm),
                 *against_past(
                     _ratio(ranks[name]),
                     _ratio(norms[name]),
@@ -118,9 +122,8 @@ def _rows(first: HealthReading, last: HealthReading) -> list[_Row]:
                     for metric in sorted(_not_finite(name, last))
                 ),
             ]
-            worst_first = tuple(sorted(found, key=lambda finding: -finding.excess))
             stale = _is_stale(name, last)
-            rows.append(_Row(name, ranks[name], norms[name], stale, worst_first))
+            rows.append(_Row(name, ranks[name], norms[name], stale, worst_first(found)))
     return rows
 
 

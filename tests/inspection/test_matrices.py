@@ -123,6 +123,8 @@ def test_the_rest_has_a_reason(tmp_path: Path) -> None:
             "ids": torch.arange(4),
             "fp8.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),
             "fp8.weight_scale_inv": torch.ones(1, 1),
+            "mx.weight": torch.ones(4, 4, dtype=torch.uint8),
+            "mx.scale": torch.ones(4, 4).to(torch.float8_e8m0fnu),
             "w.weight": torch.ones(2, 2),
         },
     )
@@ -135,8 +137,11 @@ def test_the_rest_has_a_reason(tmp_path: Path) -> None:
         "x.lora_A.default.weight": "LoRA factor: the matrix is the product",
         "row.weight": "no matrix: a side below 2",
         "none.weight": "no matrix: a side below 2",
+        "fp8.weight": "quantised weights and their scales",
+        "fp8.weight_scale_inv": "quantised weights and their scales",
+        "mx.scale": "quantised weights and their scales",
     }
-    assert {one.name for one, _ in found.unread} == {"ids", "fp8.weight", "fp8.weight_scale_inv"}
+    assert {one.name for one, _ in found.unread} == {"ids", "mx.weight"}
 
 
 def test_layers_beside_attention_and_mlp_are_not_judged_with_them(tmp_path: Path) -> None:

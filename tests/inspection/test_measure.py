@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 from hf_pss.inspection.matrices import find_matrices
 from hf_pss.inspection.measure import (
     MatrixHealth,
-    count_nonfinite,
     measure,
     spectrum_of,
     streamed_norms,
     streamed_spectrum,
 )
-from hf_pss.runs.safetensors_files import open_checkpoint
+from hf_pss.runs.safetensors_files import count_nonfinite, open_checkpoint
 
 
 def measured(path: Path, tensors: dict[str, torch.Tensor], *, exact: bool) -> list[MatrixHealth]:

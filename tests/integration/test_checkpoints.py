@@ -543,6 +543,14 @@ def test_weights_that_are_not_finite_are_passed_over_without_a_marker(
     assert "holds NaN or inf, in transformer.wte.weight" in caplog.text
 
 
+def test_a_float64_weight_beyond_float32_is_finite(tmp_path: Path) -> None:
+    save_file({"w": torch.tensor([1e300], dtype=torch.float64)}, tmp_path / "model.safetensors")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    assert "NaN" not in str(examine(tmp_path))
+    save_file({"w": torch.tensor([math.inf])}, tmp_path / "model.safetensors")
+    assert "NaN" in str(examine(tmp_path))
+
+
 @pytest.mark.parametrize("damage", [*FATAL, *PARTIAL])
 def test_one_that_was_named_and_is_not_whole_is_refused(
     damage: Callable[[Path], None], copied_run: Path

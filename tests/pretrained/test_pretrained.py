@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from hf_pss import PRESETS, PSSConfig, PSSController, PSSTrainer
+from hf_pss.inspection.matrix_survey import inspect_checkpoint
+from hf_pss.runs.safetensors_files import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -171,3 +173,8 @@ def test_sentence_embeddings_stay_where_they_are() -> None:
     assert cosines["anchored"] > 0.9999
     assert cosines["floor"] > 0.9999
     assert cosines["paper"] < 0.99
+
+
+@pytest.mark.parametrize("name", [SMOLLM2, MINILM])
+def test_untouched_weights_have_remarks_at_most(name: str) -> None:
+    assert inspect_checkpoint(open_checkpoint(path_of(name))).num_findings == 0

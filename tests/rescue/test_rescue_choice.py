@@ -174,6 +174,15 @@ def test_of_logs_that_agree_the_longest_is_taken(spiked: Path) -> None:
     assert not any("differ" in note for note in found.notes)
 
 
+def test_links_to_one_checkpoint_are_read_once(spiked: Path) -> None:
+    for step in (200, 210, 220):
+        (spiked / f"checkpoint-{step}").symlink_to(spiked / "checkpoint-60")
+    found = looked_at(spiked)
+    shared = {id(one.inspection) for one in found.checkpoints if one.step in (60, 200, 210, 220)}
+    assert len(shared) == 1
+    assert found.checkpoints[-1].missing == ("trainer_state.json is of step 60",)
+
+
 def test_pickled_weights_are_not_opened(spiked: Path) -> None:
     folder = spiked / "checkpoint-60"
     (folder / "model.safetensors").unlink()
