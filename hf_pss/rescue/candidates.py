@@ -167,21 +167,19 @@ def report_on(
     out of the checkpoint, no file of the checkpoint is opened.
     """
     try:
-        return _report_on(folder, progress)
+        return _report_on(folder, progress, {} if inspected is None else inspected)
     except (PSSError, OSError) as error:
         unknown = datetime.fromtimestamp(0, tz=UTC)
         step = step_by_name(folder) or 0
         return CheckpointReport(folder, step, unknown, 0, "none", problem=reason_of(error))
 
 
-def _report_on(folder: Path, progress: Progress | None) -> CheckpointReport:
+def _report_on(folder: Path, progress: Progress | None, inspected: Inspected) -> CheckpointReport:
     size, newest = _size_and_time(folder)
     report = CheckpointReport(folder, _step_of(folder), newest, size, layout_of(folder))
     if (link := _link_out(folder)) is not None:
         return replace(report, problem=f"{visible(link)} is a link that leads out: not opened")
-    problem, inspection, remarks = _weights_of(
-        folder, report.layout, progress, {} if inspected is None else inspected
-    )
+    problem, inspection, remarks = _weights_of(folder, report.layout, progress, inspected)
     missing, has_only_weights = _missing(folder)
     if has_only_weights:
         remarks.append("only weights (save_only_model): a resume starts a fresh optimizer")
