@@ -1,6 +1,7 @@
-"""Trouble in the plain numbers of a run: spikes, explosions, and interventions that do not help.
+"""Find spikes, explosions and failed interventions in the plain numbers of a run.
 
-Interventions are known by their steps alone, so nothing here depends on PSS.
+This module knows interventions only by their steps, so nothing here needs a PSS controller or
+model.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from typing import Literal
 from hf_pss.config import PSSConfig
 from hf_pss.detection.detectors import GLOBAL, Baseline, Quantity, RatioDetector, Verdict
 
-# A rule about several steps must not become a rule about one row, which may be an accident.
+# A rule about several steps must not become a rule about a single row, which may be an outlier.
 _MIN_ROWS = 2
 _MIN_CALIBRATION_ROWS = 3
-# A median of this number of losses is little delayed, and one outlier does not change it.
+# A median of this number of losses reacts early, and one outlier does not change it.
 FEW_ROWS = 3
 # The scatter of the losses is measured over this number of rows.
 _SCATTER_ROWS = 50
-# With fewer differences nothing counts as a rise. Up to the second number, each row corrects the
-# scatter, although the lowest level came earlier.
+# With fewer differences than the first number, the scatter is not used, and the limit of a rise is
+# twice the lowest median. With fewer than the second number, every row updates the limit. After
+# that, only a new lowest median updates it.
 _FEWEST_DIFFERENCES = 2
 _MIN_DIFFERENCES = 10
-# Normal noise: the standard deviation of one value per median absolute second difference
-# (1.4826 / √6), and that of a median of n values times √n.
+# Two constants for independent normal noise of standard deviation 1: the inverse of the median
+# absolute second difference (1.4826 / √6), and √n times the standard deviation of a median of n
+# values.
 _SIGMA_OF_DIFFERENCES = 0.6053
 _SIGMA_OF_MEDIAN = 1.2533
 
@@ -36,15 +39,16 @@ _SIGMA_OF_MEDIAN = 1.2533
 class ExplosionRule:
     """The numbers of the definition; see `find_explosion`.
 
-    No number has the unit of the loss, so a loss that is multiplied by a constant gets the same
-    verdict. The factors were chosen on the labelled logs in tests/rescue.
+    Except for `plateau_nats`, no number has the unit of the loss. If no unigram entropy is given, a
+    loss that is multiplied by a constant therefore gets the same verdict. We chose the factors on
+    the labelled logs in tests/rescue.
     """
 
     num_steps: int = 20
     smoothing_steps: int = 25
     plateau_steps: int = 50
     plateau_nats: float = 0.1
-    """Only for losses in nats whose unigram entropy is known."""
+    """Used only for losses in nats whose unigram entropy is known."""
     share_of_level: float = 0.125
     share_of_descent: float = 0.2
     num_scatters: float = 5.0
@@ -71,7 +75,7 @@ class ExplosionRule:
         Args:
             level: The lowest running median.
             scatter: The standard deviation of one loss around its trend.
-            descent: By how much the running median had fallen to that level.
+            descent: The difference between the highest previous running median and that level.
         """
         of_one = self.num_scatters * scatter
         of_medians = of_one
@@ -104,16 +108,18 @@ def find_explosion(
       by at least `ExplosionRule.rise` for ``num_steps`` steps in a row. If the unigram entropy is
       known, this counts only after a descent to below it. The explosion begins at the first of
       these steps.
-    - ``plateau``: Over the last ``plateau_steps`` steps the median loss is not below the unigram
-      entropy less ``plateau_nats``. The model has then learned only the frequencies of tokens. The
-      explosion begins at the first of these steps. It begins earlier if all medians of
-      ``plateau_steps`` steps since an earlier step were not below that level.
+    - ``plateau``: The median loss of the last ``plateau_steps`` steps is at or above a level, which
+      is the unigram entropy minus ``plateau_nats``. The model has then learned only the frequencies
+      of tokens. The explosion begins at the first of these steps. If every window of
+      ``plateau_steps`` steps since some earlier step also had a median at or above that level, the
+      explosion begins at that earlier step.
 
     Args:
-        losses: The loss of each step, in any unit. None and NaN are steps without a finite loss.
+        losses: The loss of each step, in any unit. None and NaN stand for a step without a finite
+            loss.
         rule: The numbers of the definition.
-        unigram_entropy: The unigram entropy of the training text in nats. It is inf for a loss
-            whose mean over tokens is not in nats. No run is then at a plateau.
+        unigram_entropy: The unigram entropy of the training text in nats. Give inf if it is unknown
+            or if the loss is not a mean over tokens in nats. The function then finds no plateau.
 
     >>> rule = ExplosionRule(num_steps=3, smoothing_steps=1)
     >>> find_explosion([*range(20, 2, -1), 8.0, 8.0, 8.0], rule)
@@ -130,8 +136,9 @@ def find_rise_at_the_end(
 ) -> int | None:
     """Return the index at which a rise begins that lasts to the end of the losses, or None.
 
-    A run may be stopped soon after a rise. So fewer rows are required at the end of a log: at least
-    `num_rows` losses, each above the smallest previous median by `ExplosionRule.rise`.
+    A run may be stopped soon after a rise, so a rise at the end of a log may have fewer rows. It
+    needs at least `num_rows` losses, each of which is above the smallest previous median by more
+    than `ExplosionRule.rise`.
     """
     levels = list(running_levels(losses, rule))
     begin = len(losses)
@@ -146,7 +153,7 @@ def find_rise_at_the_end(
 def find_norm_spikes(grad_norms: Sequence[float | None]) -> list[int]:
     """Return the indices at which the gradient norm spiked, by the rule of the default detector.
 
-    The norm is then more than τ times a moving average that does not learn from refused values.
+    A norm counts as a spike if it exceeds τ times a moving average that excludes spikes.
     """
     config = PSSConfig()
     calibration = min(config.calibration_steps, max(_MIN_CALIBRATION_ROWS, len(grad_norms) // 4))
@@ -165,8 +172,8 @@ class Scatter:
     """The standard deviation of one loss around its trend, measured over the last losses.
 
     It is the median absolute second difference, scaled so that it equals the standard deviation of
-    independent normal noise. A linear trend and rare outliers hardly change it. If most differences
-    are 0, it is their mean.
+    independent normal noise. A linear trend and rare outliers hardly change it. If the median
+    difference is 0, the mean difference is used instead.
     """
 
     def __init__(self) -> None:
@@ -174,7 +181,7 @@ class Scatter:
         self._last: tuple[float, ...] = ()
 
     def __len__(self) -> int:
-        """Return the number of differences that were measured."""
+        """Return the number of second differences that the scatter is computed from."""
         return len(self._differences)
 
     def add(self, loss: float) -> None:
@@ -194,14 +201,14 @@ class Scatter:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The running median of the losses at one row, and what it is compared with."""
+    """The running median of the losses at one row, and the numbers that it is compared with."""
 
     median: float | None
     """The median of the last losses, or None for a row without a finite loss."""
     lowest: float
     """The smallest previous median, or inf."""
     limit: float
-    """The median at which the loss has risen, or inf."""
+    """The loss has risen if the median is above this limit, which may be inf."""
 
 
 def running_levels(losses: Sequence[float | None], rule: ExplosionRule) -> Iterator[Level]:
@@ -217,7 +224,7 @@ def running_levels(losses: Sequence[float | None], rule: ExplosionRule) -> Itera
             largest = loss if num_losses == 1 else max(largest, loss)
             scatter.add(loss)
         if num_losses < min(FEW_ROWS, rule.smoothing_steps):
-            continue  # one odd first loss is not a level
+            continue  # an outlier among the first losses must not become the lowest median
         highest = max(highest, level)
         is_new = level < lowest
         lowest = min(lowest, level)
@@ -254,7 +261,7 @@ def _rise(
             continue
         has_descended = level.lowest < unigram_entropy
         streak = streak + 1 if has_descended and level.median > level.limit else 0
-        began = step if streak == 1 else began  # there may be steps without a loss in between
+        began = step if streak == 1 else began  # the streak may contain steps without a loss
         if streak == rule.num_steps:
             return Explosion("rise", began)
     return None
@@ -281,7 +288,7 @@ class TrainingFailure:
     """Interventions that did not help, or a different reason why a run cannot continue."""
 
     onset_step: int
-    """The step at which the trouble began. The run was healthy well before this step."""
+    """The step at which the problem began. Well before this step, the run was healthy."""
     step: int
     """The step at which the failure was found."""
     reason: str
@@ -296,13 +303,13 @@ class FailedInterventions:
 
     - A second intervention that changes a weight follows within ``window_steps``.
     - The loss has not recovered at the end of that window. This means that the median of the
-      last 25 steps has risen above the median before the first intervention by
-      `ExplosionRule.rise`, which does not depend on the unit of the loss. The intervention fails
-      once more with every further window that ends without recovery.
+      last 25 steps is above the median before the first intervention by more than
+      `ExplosionRule.rise`, which does not depend on the unit of the loss. Each further window
+      that ends without recovery counts as one more failed intervention.
 
-    ``max_failed`` of these in a row are a failure. A window that ends with recovery resets the
-    count. Interventions that only maintain the stable-rank floor do not count. A resumed run starts
-    with a count of zero.
+    ``max_failed`` failed interventions in a row are a failure. A window that ends with recovery
+    resets the count. Interventions that only maintain the stable-rank floor do not count. A resumed
+    run starts with a count of zero.
 
     >>> failed = FailedInterventions(window_steps=10, max_failed=2)
     >>> found = [failed.update(s, loss=4.0, has_intervened=s in (5, 12, 19)) for s in range(1, 20)]
@@ -322,7 +329,7 @@ class FailedInterventions:
         self._limit = math.inf
         self._window_end = self._num_failed = 0
         self.onset_step: int | None = None
-        """The first intervention whose outcome is still open. None in a healthy run."""
+        """The step of the first intervention whose outcome is still open. None in a healthy run."""
 
     def update(
         self,
@@ -332,15 +339,15 @@ class FailedInterventions:
         has_intervened: bool,
         has_changed_weights: bool = True,
     ) -> TrainingFailure | None:
-        """Add the numbers of one step, and return the failure that they complete, if any.
+        """Add the numbers of one step, and return a failure if one is found at this step.
 
         Args:
             step: The number of the step.
             loss: The loss of the step.
             has_intervened: Whether PSS responded to a spike or a drop in this step.
-            has_changed_weights: Whether that response changed a weight. PSS leaves sound
-                weights alone. In that case a second spike proves nothing about smoothing, but
-                the loss still counts.
+            has_changed_weights: Whether that response changed a weight. PSS does not change
+                sound weights. In that case, a second spike does not show that smoothing failed,
+                but the loss still counts.
         """
         is_first = has_intervened and self.onset_step is None
         if is_first:
@@ -376,6 +383,6 @@ class FailedInterventions:
 
     def _has_recovered(self) -> bool:
         if self._level is None or not self._losses:
-            return True  # No earlier loss exists to compare with.
+            return True  # there is no earlier loss to compare with
         recent = [*self._losses][-self._window_steps :]
         return median(recent) <= self._limit

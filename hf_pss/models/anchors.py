@@ -131,7 +131,10 @@ def _encoded(values: Values) -> dict[str, JSON]:
 def _decoded(value: object, names: Sequence[str], what: str) -> dict[str, list[float]]:
     found = read_mapping(value, what)
     if set(found) != set(names):
-        raise StateError(f"You gave {what} of a model with other weight matrices.")
+        raise StateError(
+            f"{what.capitalize()} belongs to a model with different weight matrices. Load the "
+            "state that was saved with this model."
+        )
     return {
         name: [read_number(v, minimum=0.0, what=what) for v in read_list(found[name], what)]
         for name in names

@@ -176,9 +176,9 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step and return the closure's result.
 
-        If the gradient of a matrix contains NaN or inf, that matrix becomes NaN, and no other
-        matrix changes. The caller must skip such a step, as PSS does. Parameters without a gradient
-        are not changed.
+        If the gradient of a matrix contains NaN or inf, that matrix becomes NaN. All other matrices
+        are updated as usual. The caller must skip such a step, as PSS does. Parameters without a
+        gradient are not changed.
 
         Raises:
             ConfigurationError: A gradient is sparse.
