@@ -39,8 +39,8 @@ _LABELS = {
     "anchored": "PSS, anchored",
 }
 _CURVES = ("loss", "eval_loss", "grad_norm_preclip", "baseline", "threshold")
-# A demo has four guards. The figures have a panel for each, and panels of more take minutes.
-_MOST_GUARDS, _MOST_RUNS = 12, 400
+# A demo has four guards. The figures have a panel for each, and more take minutes.
+_MOST_GUARDS, _MOST_RUNS = 12, 2_000
 # A demo of 8 layers and 10,000 steps holds 50,000 stable ranks.
 _MOST_RANKS = 10**6
 _MOST_STEPS = 10**12

@@ -105,7 +105,7 @@ def test_a_folder_that_is_a_link_out_of_the_run_is_left_out(files: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "many", [{"guards": [str(i) for i in range(100)]}, {"seeds": list(range(1000))}]
+    "many", [{"guards": [str(i) for i in range(100)]}, {"seeds": list(range(3000))}]
 )
 def test_a_folder_of_more_runs_than_can_be_drawn_is_refused(many: Any, files: Any) -> None:
     files.run("plain")
