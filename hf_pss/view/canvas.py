@@ -176,8 +176,9 @@ def render_template(package: str, name: str, values: Mapping[str, object]) -> st
 
 def _printable(value: object) -> object:
     # The output of a macro is finished HTML, with line breaks.
-    is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
-    return printable(value) if is_text else value
+    if isinstance(value, str) and not isinstance(value, markupsafe.Markup):
+        return printable(value)
+    return value
 
 
 def inline_svg(figures: Mapping[str, Figure | None]) -> dict[str, str]:

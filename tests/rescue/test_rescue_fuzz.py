@@ -1,4 +1,7 @@
-"""Runs whose files were changed at random: a message or a result, and never anything else."""
+"""Runs whose files were changed at random: a message or a result, and never anything else.
+
+The commands are `rescue`, `watch` and `health`.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +61,11 @@ OUTER = (
     "checkpoint-3/\x1b[2J\u202e.pt",
 )
 ACTS = fuzzing.acts_with([*(f"checkpoint-4/{name}" for name in INNER), *OUTER], _more_link)
+OPTIONS = [(), ("--json",), ("--write", "OUT"), ("--write", "OUT", "--json")]
 # A picture takes longer than all the rest.
-WORDS = st.sampled_from(
-    [*[(), ("--json",), ("--write", "OUT"), ("--write", "OUT", "--json")] * 6, ("--plot", "PNG")]
-)
+COMMANDS = [*[("rescue", *words) for words in OPTIONS] * 6, ("rescue", "--plot", "PNG")]
+COMMANDS += [*[("watch", "--once"), ("health",), ("health", "--json")] * 4]
+WORDS = st.sampled_from(COMMANDS)
 PICKLES = ("--moments", "reset", "--lr-scale", "0.5", "--allow-pickle")
 
 
@@ -73,8 +77,10 @@ def check(run: Path, acts: Acts, words: tuple[str, ...]) -> None:
         fuzzing.apply(acts, run)
         before = contents(run.parent)
         places = {"OUT": str(out), "PNG": str(png)}
-        given = [places.get(word, word) for word in words]
-        result = fuzzing.invoke("rescue", run, *given, *(PICKLES if "--write" in words else ()))
+        command, *given = (places.get(word, word) for word in words)
+        place = run / "checkpoint-4" if command == "health" else run
+        more = PICKLES if "--write" in words else ()
+        result = fuzzing.invoke(command, place, *given, *more)
         if "--json" in words and result.exit_code < 2:
             json.loads(result.stdout, parse_constant=_refuse)
         done = {out: "--write" in words and result.exit_code == 0}
@@ -111,7 +117,7 @@ def fuzz(run: Path, num_examples: int, part: int = 0) -> None:
 
 
 def test_unchanged_it_goes_through(original: Path) -> None:
-    for words in ((), ("--json",), ("--write", "OUT"), ("--plot", "PNG")):
+    for words in sorted(set(COMMANDS)):
         check(original, [], words)
 
 
