@@ -110,7 +110,7 @@ def of_json(choices: list[int], value: Any, literal: bytes = b"") -> Change:
         text = lines[0] if is_header else raw if raw.startswith(b"{\n") else lines[index]
         try:
             parsed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # of an earlier change
             return raw
         node: Any = parsed
         for choice in choices:
