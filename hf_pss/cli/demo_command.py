@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_pss.cli.terminal import EXIT_CODES, REPORT_MODULE, Processes, require_extra
+from hf_pss.cli.terminal import (
+    EXIT_CODES,
+    REPORT_MODULE,
+    Processes,
+    check_output,
+    require_extra,
+    writing,
+)
 from hf_pss.errors import ConfigurationError
 
 
@@ -70,7 +77,7 @@ def demo(
         console=Console(stderr=True),
     )
     try:
-        _show_report(output_dir)
+        _show_report(output_dir, output_dir / "report.html")
     except ConfigurationError:
         # A demo that was interrupted before its first log line has nothing to report.
         if status == "finished":
@@ -87,17 +94,18 @@ def report(
 ) -> None:
     """Write the report of a demo run, also of one that was interrupted or is still running."""
     require_extra(REPORT_MODULE)
-    if not run_dir.is_dir():
-        raise ConfigurationError(
-            f"There is no folder {run_dir}. Give the one that `hf-pss demo` wrote."
-        )
+    if output is None or output.is_dir():
+        output = (output or run_dir) / "report.html"
     _show_report(run_dir, output)
 
 
-def _show_report(run_dir: Path, output: Path | None = None) -> None:
+def _show_report(run_dir: Path, page: Path) -> None:
     from hf_pss.evidence.report_page import write_report
     from hf_pss.evidence.report_results import render_table
+    from hf_pss.records.strict_json import printable
 
-    page = write_report(run_dir, output)
+    check_output(page, "--output", example="report.html", drawn_by=REPORT_MODULE)
+    with writing(page, "--output"):
+        write_report(run_dir, page)
     Console().print(render_table(run_dir))
-    typer.echo(page)  # plain: rich would break a long path over two lines
+    typer.echo(printable(str(page)))  # plain: rich would break a long path over two lines

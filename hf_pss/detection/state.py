@@ -64,8 +64,8 @@ def read_number(value: object, what: str, *, minimum: float = -math.inf) -> floa
 
 
 def read_integer(value: object, what: str, *, minimum: int = 0) -> int:
-    """Return a JSON integer that is at least `minimum`, or raise `StateError`."""
-    if type(value) is int and value >= minimum:
+    """Return a JSON integer from `minimum` to 2⁶³ - 1, or raise `StateError`."""
+    if type(value) is int and minimum <= value < 2**63:
         return value
     raise _unlike(value, what, f"an integer >= {minimum}")
 

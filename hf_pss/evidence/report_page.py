@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_pss.errors import ConfigurationError
 from hf_pss.evidence import report_records, report_results
 from hf_pss.evidence.report_records import (
     RunDirectory,
@@ -21,7 +22,8 @@ from hf_pss.evidence.report_records import (
 )
 from hf_pss.evidence.rows import Floats, over_finite, rolling
 from hf_pss.records.events import Intervention, Record
-from hf_pss.runs.folder import write_whole
+from hf_pss.records.strict_json import visible
+from hf_pss.runs.folder import leads_out, write_whole
 from hf_pss.view.canvas import (
     Axes,
     Figure,
@@ -31,8 +33,8 @@ from hf_pss.view.canvas import (
     mark_level,
     new_figure,
     render_template,
-    save_png,
     style,
+    to_png,
     use_log_scale,
 )
 from hf_pss.view.heat_map import OUTSIDE_BLOCKS, HeatMapPanel, heat_map_figure, row_of
@@ -41,6 +43,7 @@ from hf_pss.view.numbers import plural, significant
 # A window of 1/40 of the run removes the noise of single batches and keeps a spike of ten
 # steps visible.
 _SMOOTHING_FRACTION = 1 / 40
+_MOST_SMOOTHED_STEPS = 200  # the time grows with the window
 # A loss far above the first one only shows that the run is lost, so the axis ends here.
 _LOSS_HEADROOM = 1.15
 # The axis of the norms ends four decades from their median. Otherwise one explosion would
@@ -56,27 +59,34 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
     Args:
         run_dir: A run directory. The run may be interrupted or still running.
-        out: The page to write, or a folder for it. None means ``run_dir/report.html``.
+        out: The page to write. None means ``run_dir/report.html``.
 
     Returns:
         The page's path. It needs no other file and no network.
 
     Raises:
-        ConfigurationError: `run_dir` holds no run.
+        ConfigurationError: `run_dir` holds no run, or the folder for the figures is a link that
+            leads out of the page's folder.
+        OSError: A file cannot be written.
     """
     directory = load_run_directory(run_dir)
     page = run_dir / "report.html" if out is None else out
-    if page.is_dir():
-        page = page / "report.html"
+    pictures = page.parent / "figures"
+    if leads_out(pictures, page.parent):
+        raise ConfigurationError(
+            f"{visible(pictures)} is a link that leads out of its folder. Remove the link, or give "
+            "another --output."
+        )
     with style():
         figures = {
             "loss": loss_figure(directory),
             "gradient_norm": gradient_figure(directory),
             "stable_rank": stable_rank_figure(directory),
         }
+        pictures.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             if figure is not None:
-                save_png(figure, page.parent / "figures" / f"{name}.png")
+                write_whole(pictures / f"{name}.png", to_png(figure))
         images = inline_svg(figures)
     names = {name for run in directory.runs for name in run.stable_ranks.names}
     values = {
@@ -91,7 +101,6 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         "short_name": _short_name,
         "colour_of": colour_of,
     }
-    page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, render_template("hf_pss.evidence", "template.html.j2", values))
     return page
 
@@ -139,7 +148,7 @@ def loss_figure(directory: RunDirectory) -> Figure:
     validation, training = figure.subplots(1, 2)
     for run in directory.runs:
         tint, loss = colour_of(directory, run.guard), run.loss
-        window = max(1, round(len(loss) * _SMOOTHING_FRACTION))
+        window = min(max(1, round(len(loss) * _SMOOTHING_FRACTION)), _MOST_SMOOTHED_STEPS)
         validation.plot(run.eval_loss.steps, run.eval_loss.values, color=tint, marker="o", ms=2.5)
         training.plot(loss.steps, loss.values, color=tint, alpha=0.15, lw=0.7)
         training.plot(loss.steps, moving_average(loss.values, window), color=tint)
@@ -214,7 +223,8 @@ def headline_plot(run_dir: Path, out_png: Path) -> None:
         _finish(right, "Stable rank, mean over all selected matrices")
         right.set_ylim(bottom=0)
         _legend(figure, directory)
-        save_png(figure, out_png)
+        out_png.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out_png, to_png(figure))
 
 
 def moving_average(values: Floats, window: int) -> Floats:

@@ -19,7 +19,7 @@ from hf_pss.detection.state import number_of
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.evidence.rows import Floats
 from hf_pss.records.events import Event, HealthReading, Intervention, MatrixChange, Record
-from hf_pss.records.strict_json import read_object
+from hf_pss.records.strict_json import printable, read_object, visible
 from hf_pss.runs.folder import (
     EVENTS_FILE,
     HEALTH_FILE,
@@ -39,13 +39,18 @@ _LABELS = {
     "anchored": "PSS, anchored",
 }
 _CURVES = ("loss", "eval_loss", "grad_norm_preclip", "baseline", "threshold")
+# A demo has four guards. The figures have a panel for each, and more take minutes.
+_MOST_GUARDS, _MOST_RUNS = 12, 2_000
+# A demo of 8 layers and 10,000 steps holds 50,000 stable ranks.
+_MOST_RANKS = 10**6
+_MOST_STEPS = 10**12
 # Training computes in float32. A larger number has overflowed, and would overflow the axes.
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def label(guard: str) -> str:
     """Return a guard's name for people. A guard that the package does not know keeps its name."""
-    return _LABELS.get(guard, guard)
+    return printable(_LABELS.get(guard, guard))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,28 +187,40 @@ class _Reader:
     missing: list[str] = field(default_factory=list)
 
     def json(self, path: Path) -> JsonObject:
-        if not path.is_file():
-            self._note(path, "is not there")
-            return {}
-        try:
-            return read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
-        except (OSError, StateError):
-            self._note(path, "cannot be read")
-            return {}
+        if self._is_there(path):
+            try:
+                return read_object(path, max_bytes=MAX_INDEX_BYTES, allow_nonfinite=True)
+            except (OSError, StateError):
+                self.note(path, "cannot be read")
+        return {}
 
     def lines(
         self, path: Path, parse: Callable[[bytes], T], *, is_optional: bool = False
     ) -> tuple[T, ...]:
-        is_there = path.is_file() and not leads_out(path, path.parent)
-        found = read_lines(path, parse)
+        if (is_optional and not path.exists()) or not self._is_there(path):
+            return ()
+        try:
+            found = read_lines(path, parse)
+        except OSError:
+            self.note(path, "cannot be read")
+            return ()
         num_lines = len(found.rows) + found.num_lost
         if found.num_lost:
-            self._note(path, f"has {found.num_lost} of {num_lines} lines that cannot be read")
+            self.note(path, f"has {found.num_lost} of {num_lines} lines that cannot be read")
         elif not num_lines and not is_optional:
-            self._note(path, "is empty" if is_there else "is not there")
+            self.note(path, "is empty")
         return found.rows
 
-    def _note(self, path: Path, problem: str) -> None:
+    def _is_there(self, path: Path) -> bool:
+        is_file, is_outside = path.is_file(), leads_out(path, path.parent)
+        if is_outside:
+            self.note(path, "is a link that leads out of its folder")
+        elif not is_file:
+            self.note(path, "is not a regular file" if path.exists() else "is not there")
+        return is_file and not is_outside
+
+    def note(self, path: Path, problem: str) -> None:
+        """List a file with its problem."""
         self.missing.append(f"{path.relative_to(self.root).as_posix()} {problem}.")
 
 
@@ -217,17 +234,26 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
         ConfigurationError: The folder does not exist, or holds no run.
     """
     if not run_dir.is_dir():
-        raise ConfigurationError(f"There is no folder {run_dir}. Give the folder of a demo run.")
+        raise ConfigurationError(
+            f"There is no folder {visible(run_dir)}. Give the one of a demo run."
+        )
     reader = _Reader(run_dir)
     info = reader.json(run_dir / "run.json")
     found = {
         (folder.parent.name, int(match[1])): folder
         for folder in run_dir.glob("*/seed-*")
-        if folder.is_dir() and (match := _SEED_FOLDER.fullmatch(folder.name))
+        if (match := _SEED_FOLDER.fullmatch(folder.name))
+        and folder.is_dir()
+        and not leads_out(folder, run_dir)
     }
     guards = [str(guard) for guard in _sequence(info.get("guards"))]
     guards = guards or sorted({guard for guard, _ in found})
     seeds = {seed for value in _sequence(info.get("seeds")) if (seed := _count(value)) is not None}
+    if len(set(guards)) > _MOST_GUARDS or max(len(found), len(seeds)) > _MOST_RUNS:
+        raise ConfigurationError(
+            f"{visible(run_dir)} names more than {_MOST_GUARDS} guards, or has more than "
+            f"{_MOST_RUNS} runs. No demo has so many. Move some of its folders away."
+        )
     runs: list[TrainingRun] = []
     for guard in dict.fromkeys(guards):
         own = sorted(seed for name, seed in found if name == guard and (seed in seeds or not seeds))
@@ -236,8 +262,9 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
         runs += [_load_run(reader, guard, seed, found[guard, seed]) for seed in own]
     if not runs:
         raise ConfigurationError(
-            f"{run_dir} holds no run: a demo run has folders such as plain/seed-0. Give the folder "
-            "that `hf-pss demo` wrote; `hf-pss train` leaves its numbers in trainer_state.json."
+            f"{visible(run_dir)} holds no run: a demo run has folders such as plain/seed-0. "
+            "Give the folder that `hf-pss demo` wrote; `hf-pss train` leaves its numbers in "
+            "trainer_state.json."
         )
     return RunDirectory(
         info=info,
@@ -251,6 +278,10 @@ def _load_run(reader: _Reader, guard: str, seed: int, folder: Path) -> TrainingR
     metrics = reader.lines(folder / METRICS_FILE, parse_row)
     summary = reader.json(folder / SUMMARY_FILE)
     readings = reader.lines(folder / HEALTH_FILE, parse_reading)
+    num_ranks = len({name for one in readings for name in one.matrices.get("stable_rank", ())})
+    if num_ranks * len(readings) > _MOST_RANKS:
+        reader.note(folder / HEALTH_FILE, "holds more stable ranks than can be drawn")
+        readings = ()
     # A guard that noticed nothing writes no events. A step may have several events,
     # one per detector.
     records = reader.lines(folder / EVENTS_FILE, parse_record, is_optional=True)
@@ -269,7 +300,7 @@ def _curve(rows: Iterable[JsonObject], key: str) -> Curve:
     points = {
         step: number(row[key])
         for row in rows
-        if key in row and (step := _count(row.get("step"))) is not None and step >= 0
+        if key in row and (step := _count(row.get("step"))) is not None
     }
     steps = sorted(points)
     return Curve(
@@ -294,7 +325,7 @@ def _stable_ranks(readings: Iterable[HealthReading]) -> StableRanks:
 
 def _count(value: object) -> int | None:
     found = number(value)
-    return None if math.isnan(found) else int(found)
+    return int(found) if 0 <= found <= _MOST_STEPS else None
 
 
 def _sequence(value: object) -> Sequence[Any]:

@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.records.strict_json import parse_object
 
 _MIN_SEEDS = 3
+_BLOCK_SIZE = 10**7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +86,13 @@ class Row:
             ConfigurationError: The line does not hold a row of this version.
         """
         try:
-            found = json.loads(line)
+            found = parse_object(line.encode(), what="it")
             known = {spec.name for spec in fields(cls)}
-            if not isinstance(found, dict) or not set(found) <= known:
+            if not set(found) <= known:
                 raise ValueError("it has fields that a row lacks")
             lists = {k: tuple(v) for k, v in found.items() if isinstance(v, list)}
             return cls(**{**found, **lists})
-        except (ValueError, TypeError) as error:
+        except (StateError, TypeError, ValueError) as error:
             raise ConfigurationError(f"This line holds no row of a sweep: {error}.") from error
 
 
@@ -100,6 +102,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         ConfigurationError: The file cannot be read, or a complete line does not hold a row.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise ConfigurationError(f"{path} is not a regular file: it is not opened.")
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -334,4 +338,7 @@ def rolling(values: Floats, take: Callable[..., Floats], *, before: int, after: 
     if not len(values):
         return values
     padded = np.pad(values, (before, after), constant_values=np.nan)
-    return over_finite(sliding_window_view(padded, before + after + 1).T, take)
+    windows = sliding_window_view(padded, before + after + 1)
+    # Each block is copied, so its size bounds the memory.
+    blocks = np.array_split(windows, 1 + windows.size // _BLOCK_SIZE)
+    return np.concatenate([over_finite(block.T, take) for block in blocks])

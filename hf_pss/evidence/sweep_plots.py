@@ -27,14 +27,15 @@ from hf_pss.evidence.rows import (
     rolling,
 )
 from hf_pss.evidence.twin_band import Family, shared_metrics
+from hf_pss.runs.folder import write_whole
 from hf_pss.view.canvas import (
     colour as colour_of,
 )
 from hf_pss.view.canvas import (
     mark_level,
     new_figure,
-    save_png,
     style,
+    to_png,
     to_svg,
     use_log_scale,
 )
@@ -63,8 +64,8 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
             with style():
                 figure = plot(here, setting, reference)
                 stem = folder / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', str(setting))}-{name}"
-                save_png(figure, stem.with_suffix(".png"))
-                stem.with_suffix(".svg").write_bytes(to_svg(figure))
+                write_whole(stem.with_suffix(".png"), to_png(figure))
+                write_whole(stem.with_suffix(".svg"), to_svg(figure))
             files += [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     return files
 
@@ -204,7 +205,7 @@ def plot_metrics(families: Sequence[Family], folder: Path) -> list[Path]:
         # A row from a different machine may hold any name, including a path out of the folder.
         path = folder / f"metrics-{re.sub(r'[^A-Za-z0-9_.]+', '-', family.recipe)}.png"
         with style(), mpl.rc_context({"savefig.dpi": _DPI}):
-            save_png(plot_family(family), path)
+            write_whole(path, to_png(plot_family(family)))
         files.append(path)
     return files
 

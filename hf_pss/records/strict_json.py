@@ -105,10 +105,22 @@ def visible(name: object) -> str:
     'h.0\\x1b[2J.weight'
     """
     text = str(name)
-    cut = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return printable(text if len(text) <= _LONGEST else text[:_LONGEST] + "…")
+
+
+def printable(text: str) -> str:
+    r"""Replace every character that does not print by its escape.
+
+    A lone surrogate, as in a file name that is not UTF-8, could not be written otherwise.
+
+    >>> printable("run-\udcff")
+    'run-\\udcff'
+    """
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for c in cut
+        for c in text
     )
 
 

@@ -16,6 +16,7 @@ from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.rescue.repair import Written
+from hf_pss.runs.folder import write_whole
 from hf_pss.runs.records_files import RunLog
 from hf_pss.view.tables import lean_table, marks, sparkline
 
@@ -230,7 +231,8 @@ def draw_course(found: Investigation, path: Path) -> None:
         bottom.set_xlabel("step")
         if top.get_legend_handles_labels()[0]:
             top.legend()
-        canvas.save_png(figure, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, canvas.to_png(figure))
 
 
 def _curve(axes: Axes, log: RunLog | None, field: str, label: str, colour: str) -> None:

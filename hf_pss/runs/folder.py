@@ -98,14 +98,16 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a complete UTF-8 text file or nothing, and flush it to the disk.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a complete file or nothing, text as UTF-8, and flush it to the disk.
+
+    If `path` is a link, the file replaces the link and leaves its target alone.
 
     Raises:
         OSError: The file cannot be written. An existing file of the same name is unchanged.
     """
     with replacing(path) as stream:
-        stream.write(text.encode())
+        stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

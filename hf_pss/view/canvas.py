@@ -9,16 +9,16 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_pss.records.strict_json import visible
+from hf_pss.records.strict_json import printable, visible
 from hf_pss.view import numbers
 
 try:
     import jinja2
+    import markupsafe
     import matplotlib as mpl
     from matplotlib.axes import Axes as Axes
     from matplotlib.collections import QuadMesh
@@ -110,10 +110,11 @@ def colour(name: str, names: Sequence[str], reference: str) -> str:
     return REFERENCE_COLOUR if name == reference else COLOURS[others.index(name) % len(COLOURS)]
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, and create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+def to_png(figure: Figure) -> bytes:
+    """Render a figure as PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
 
 
 def to_svg(figure: Figure) -> bytes:
@@ -153,7 +154,7 @@ def render_template(package: str, name: str, values: Mapping[str, object]) -> st
     """Fill in a template from a package.
 
     The template can use `visible` and the functions of `hf_pss.view.numbers` as filters. Every
-    value is escaped.
+    value is escaped, and characters that do not print are shown as escapes.
 
     Args:
         package: Dotted name of the package.
@@ -163,6 +164,7 @@ def render_template(package: str, name: str, values: Mapping[str, object]) -> st
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
+        finalize=_printable,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -170,6 +172,13 @@ def render_template(package: str, name: str, values: Mapping[str, object]) -> st
     filters = {name: getattr(numbers, name) for name in numbers.__all__ if name != "NOTHING"}
     environment.filters |= {**filters, "visible": visible}
     return environment.get_template(name).render(values)
+
+
+def _printable(value: object) -> object:
+    # The output of a macro is finished HTML, with line breaks.
+    if isinstance(value, str) and not isinstance(value, markupsafe.Markup):
+        return printable(value)
+    return value
 
 
 def inline_svg(figures: Mapping[str, Figure | None]) -> dict[str, str]:

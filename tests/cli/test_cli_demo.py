@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -37,6 +38,38 @@ def test_report_is_written_to_the_given_path(run: Run, run_dir: Path, tmp_path: 
     assert run("report", run_dir, "--output", tmp_path / "page.html").exit_code == 0
     assert (tmp_path / "page.html").is_file()
     assert not (run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("run.json", "run.json does not end in .html"),
+        ("plain/seed-0/metrics.jsonl", "does not end in .html"),
+        ("pipe.html", "is not a regular file"),
+        ("run.json/page.html", "cannot be written"),
+    ],
+)
+def test_report_overwrites_nothing_but_a_page(
+    output: str, message: str, run: Run, run_dir: Path
+) -> None:
+    os.mkfifo(run_dir / "pipe.html")
+    before = (run_dir / "run.json").read_text()
+    result = run("report", run_dir, "--output", run_dir / output)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert (run_dir / "run.json").read_text() == before
+    assert not (run_dir / "figures").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures/loss.png", "figures"])
+def test_report_says_what_stands_where_it_writes(name: str, run: Run, run_dir: Path) -> None:
+    if name == "figures":
+        (run_dir / name).touch()
+    else:
+        (run_dir / name).mkdir(parents=True)
+    result = run("report", run_dir)
+    assert result.exit_code == 2, result.output
+    assert "--output" in result.stderr
 
 
 def test_report_needs_a_folder_of_a_demo(run: Run, tmp_path: Path) -> None:

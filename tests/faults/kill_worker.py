@@ -1,13 +1,15 @@
 """Runs that are killed, over and over, and resumed: what the tests of kill -9 start.
 
 A fork for every life, so that nothing is imported twice. ``kill_worker.py OUT phases`` kills in
-every phase of a save, ``kill_worker.py OUT random N SEED`` at N random moments; each writes
+every phase of a save, ``kill_worker.py OUT moments N SEED`` at N random moments, and
+``kill_worker.py OUT operations N SEED`` before N random operations on files; each writes
 ``result.json``. ``kill_worker.py OUT phases SafeTrainer`` kills a trainer without PSS.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import re
@@ -81,17 +83,51 @@ def killing(owner: Any, name: str, *, before: bool = False, at: int = KILLED_SAV
 
 def killing_while_removing() -> None:
     """Die when half of a checkpoint that rotation removes is gone."""
-    original = shutil.rmtree
+    original, num_calls, kill = saving.rotate, 0, Killer(4)
 
-    def patched(path: Any, *args: Any, **kwargs: Any) -> None:
-        files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
-        if (Path(path).parent / "checkpoint-5").exists() and files:
-            for file in files[::2]:
-                file.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(path, *args, **kwargs)
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.remove" and num_calls == KILLED_SAVE:
+            kill()
 
-    shutil.rmtree = patched
+    def patched(*args: Any, **kwargs: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        original(*args, **kwargs)
+
+    saving.rotate = patched
+    sys.addaudithook(watch)
+
+
+class Operations:
+    """Counts a life's operations on the files of a folder, and kills it before one of them.
+
+    Python reports these operations: to open, make, rename and remove a file or folder. It does not
+    report the writes of torch and safetensors.
+
+    Args:
+        folder: The run's folder.
+        at: The number of the operation; 0 kills nothing.
+    """
+
+    def __init__(self, folder: Path, at: int = 0) -> None:
+        self._within, self._kill = f"{folder}{os.sep}", Killer(at)
+        self._count = mmap.mmap(-1, 8)  # shared with the process that dies
+
+    @property
+    def count(self) -> int:
+        return int.from_bytes(self._count[:8], "little")
+
+    def __call__(self) -> None:
+        sys.addaudithook(self._watch)
+
+    def _watch(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            return
+        # What removes a tree names a file by the descriptor of its folder.
+        is_by_folder = event in ("os.remove", "os.rmdir") and args[1] != -1
+        if is_by_folder or str(args[0]).startswith(self._within):
+            self._count[:8] = (self.count + 1).to_bytes(8, "little")
+            self._kill()
 
 
 def killing_between_renames() -> None:
@@ -140,6 +176,11 @@ def published(folder: Path) -> int:
     """Return the step of the newest folder that has a checkpoint's name; 0 without any."""
     names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
     return max((int(name[1]) for name in names if name), default=0)
+
+
+def half_removed(folder: Path) -> list[str]:
+    """Return the folders with a checkpoint's name that lack one of its files."""
+    return [path.name for path in checkpoints_by_step(folder) if not examine(path).is_whole]
 
 
 def live(folder: Path, kind: str) -> None:
@@ -198,15 +239,14 @@ def kill_in_phases(out: Path, reference: Path, kind: str = "PSSTrainer") -> list
     for name, patch in PHASES.items():
         folder = out / name.replace(" ", "_")
         killed = wait(fork(folder, patch, kind))
-        newest = published(folder)
-        torn = [one.name for one in checkpoints_by_step(folder) if not examine(one).is_whole]
+        newest, half = published(folder), half_removed(folder)
         ended = wait(fork(folder, kind=kind))
         found.append(
             {
                 "phase": name,
                 "killed": killed,
                 "newest": newest,
-                "torn": torn,
+                "half_removed": half,
                 "began": began(folder),
                 "ended": ended,
                 "differences": differences_at_the_end(reference, folder),
@@ -216,20 +256,27 @@ def kill_in_phases(out: Path, reference: Path, kind: str = "PSSTrainer") -> list
     return found
 
 
-def kill_at_random(out: Path, reference: Path, num_kills: int, seed: int) -> list[dict[str, Any]]:
-    """Kill lives until so many are dead; every run ends in the end."""
+def kill_at_random(
+    out: Path, reference: Path, num_kills: int, seed: int, *, at_operations: bool
+) -> list[dict[str, Any]]:
+    """Kill lives until so many are dead; every run ends in the end.
+
+    A life dies at a random moment or before a random operation on a file. Many lives die while
+    they restart, save or rotate, because most operations are there.
+    """
     generator, kills, found = random.Random(seed), 0, []
-    started = time.monotonic()
-    wait(fork(out / "timed"))
+    started, counted = time.monotonic(), Operations(out / "timed")
+    wait(fork(out / "timed", counted))
     seconds = time.monotonic() - started
     while kills < num_kills:
         folder = out / f"run-{len(found)}"
-        lives, fresh, failed = 0, 0, 0
-        while True:
-            newest = published(folder)
-            child = fork(folder)
+        lives, fresh, failed, half, code = 0, 0, 0, list[str](), -1
+        while code < 0:
+            newest, is_killed = published(folder), kills < num_kills
+            at = generator.randint(1, counted.count) if is_killed and at_operations else 0
+            child = fork(folder, Operations(folder, at))
             lives += 1
-            if kills < num_kills:
+            if is_killed and not at_operations:
                 time.sleep(generator.uniform(0, seconds))
                 os.kill(child, signal.SIGKILL)
             code = wait(child)
@@ -237,11 +284,15 @@ def kill_at_random(out: Path, reference: Path, num_kills: int, seed: int) -> lis
             start = began(folder)
             fresh += start is not None and start < newest
             failed += code > 0
-            if code >= 0:
-                break
-        different = differences_at_the_end(reference, folder) if code == 0 else None
+            half += half_removed(folder)
         found.append(
-            {"lives": lives, "fresh_starts": fresh, "failed": failed, "differences": different}
+            {
+                "lives": lives,
+                "fresh_starts": fresh,
+                "failed": failed,
+                "half_removed": half,
+                "differences": differences_at_the_end(reference, folder) if code == 0 else None,
+            }
         )
         shutil.rmtree(folder)
     return found
@@ -257,7 +308,9 @@ def main(out: Path, kind: str, *rest: str) -> None:
     if kind == "phases":
         found = kill_in_phases(out, reference, trainer)
     else:
-        found = kill_at_random(out, reference, int(rest[0]), int(rest[1]))
+        num_kills, seed = map(int, rest)
+        is_at = kind == "operations"
+        found = kill_at_random(out, reference, num_kills, seed, at_operations=is_at)
     (out / "result.json").write_text(json.dumps(found, indent=1))
 
 

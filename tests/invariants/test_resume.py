@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import (
     EAGER,
     checkpoint_differences,
@@ -17,10 +19,12 @@ from helpers import (
     differences,
     events_of,
     history,
+    make_trainer,
     steps_of,
     train,
     weights_of,
 )
+from transformers import default_data_collator
 
 from hf_pss import PSSConfig
 
@@ -116,6 +120,35 @@ def test_equal_runs_save_equal_states(tmp_path: Path) -> None:
         train(tmp_path / folder, config, save_steps=8)
     one, other = (_state(tmp_path / folder / "checkpoint-8") for folder in ("one", "other"))
     assert one == other
+
+
+def masking(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mask labels at random, as run_mlm.py masks words."""
+    batch = default_data_collator(examples)
+    batch["labels"][torch.rand(batch["labels"].shape) < 0.5] = -100
+    return batch
+
+
+def masking_by_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mask labels by random numbers that depend on the batch alone, as docs/guides says."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(repr(examples).encode()))
+        return masking(examples)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("collate", "is_exact"), [(masking, False), (masking_by_batch, True)])
+def test_a_collator_that_draws_random_numbers_resumes_exactly_if_it_seeds_them(
+    collate: Any, is_exact: bool, num_workers: int, tmp_path: Path
+) -> None:
+    """Or else it draws others: also in the plain Trainer, which collates a batch ahead."""
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        trainer = make_trainer(tmp_path, save_steps=MIDDLE, dataloader_num_workers=num_workers)
+        trainer.data_collator = collate
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(weights_of(trainer.model))
+    assert (list(differences(*ends)) == []) == is_exact
 
 
 @pytest.mark.parametrize("name", ["undone", "tried"])

@@ -140,7 +140,12 @@ def files(tmp_path: Path) -> RunFiles:
     return RunFiles(tmp_path / "out")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def files_at() -> type[RunFiles]:
+    return RunFiles
+
+
+@pytest.fixture(scope="session")
 def make_intervention() -> Callable[..., dict[str, Any]]:
     return intervention
 

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence import report_page
-from hf_pss.evidence.report_page import write_report
+from hf_pss.evidence.report_page import moving_average, write_report
 from hf_pss.evidence.report_results import render_table
 from hf_pss.view import canvas as view_canvas
 from hf_pss.view import numbers as text
@@ -52,15 +55,10 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", "".join(self.words))
 
 
-def touch(figure: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-
-
 @pytest.fixture
 def no_png(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are rendered once, as SVG: what no renderer can draw is found all the same."""
-    monkeypatch.setattr(report_page, "save_png", touch)
+    monkeypatch.setattr(report_page, "to_png", lambda figure: b"")
 
 
 @pytest.fixture
@@ -239,10 +237,56 @@ def test_without_a_plain_twin_the_page_does_not_mention_it(files: Any) -> None:
 @pytest.mark.usefixtures("words_only")
 def test_the_page_is_written_to_the_given_place(twins: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
-    assert write_report(twins, tmp_path / "site") == tmp_path / "site" / "report.html"
+    page = write_report(twins, tmp_path / "site" / "page.html")
     named = write_report(twins, tmp_path / "new" / "page.html")
-    assert named.read_bytes() == (tmp_path / "site" / "report.html").read_bytes()
+    assert named.read_bytes() == page.read_bytes()
     assert sorted(path.name for path in named.parent.iterdir()) == ["figures", "page.html"]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_links_to_other_files_are_replaced_and_their_targets_stay(
+    twins: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (twins / "figures").mkdir()
+    for name in ("report.html", "figures/loss.png"):
+        (twins / name).symlink_to(outside)
+    write_report(twins)
+    assert outside.read_text() == "mine"
+    assert not any((twins / name).is_symlink() for name in ("report.html", "figures/loss.png"))
+
+
+def test_figures_are_not_written_through_a_folder_that_is_a_link(
+    twins: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (twins / "figures").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigurationError, match="figures is a link that leads out"):
+        write_report(twins)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_characters_that_do_not_print_are_shown_as_escapes(
+    files: Any, make_intervention: Any, make_change: Any
+) -> None:
+    odd = "\ud800\x1b\u202e"
+    records = [make_intervention(3, matrices=[make_change(odd)], detector=odd, smoothing=odd)]
+    files.run(f"odd{os.fsdecode(bytes([255]))}", events=records, summary={"status": odd})
+    root = files.info(machine=odd, created=odd, model={odd: odd}, status=odd)
+    words = Page(write_report(root)).text
+    assert words.count("\\ud800\\x1b\\u202e") >= 8
+    assert r"odd\udcff" in words
+    assert r"odd\udcff" in show(root)
+
+
+def test_the_moving_average_of_a_long_run_takes_little_memory() -> None:
+    tracemalloc.start()
+    averaged = moving_average(np.ones(200_000), 200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.all(averaged == 1)
+    assert peak < 300 * 2**20
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

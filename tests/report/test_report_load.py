@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,68 @@ def test_a_missing_file_is_listed(name: str, files: Any) -> None:
 def test_a_missing_file_of_events_is_not_listed(files: Any) -> None:
     (files.run("plain") / "pss_events.jsonl").unlink()
     assert load_run_directory(files.info()).missing == ()
+
+
+OWN_FILES = ["run.json", *(f"plain/seed-0/{n}.jsonl" for n in ("metrics", "pss_health"))]
+OWN_FILES += ["plain/seed-0/pss_events.jsonl", "plain/seed-0/summary.json"]
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_links_pipes_devices_and_folders_are_not_opened(name: str, files: Any) -> None:
+    files.run("plain")
+    path, outside = files.info() / name, files.root.parent / "outside"
+    outside.write_bytes(path.read_bytes())
+    for target in (outside, Path("/dev/zero")):
+        path.unlink()
+        path.symlink_to(target)
+        assert load_run_directory(files.root).missing == (
+            f"{name} is a link that leads out of its folder.",
+        )
+    for make in (os.mkfifo, os.mkdir):
+        path.unlink()
+        make(path)
+        assert load_run_directory(files.root).missing == (f"{name} is not a regular file.",)
+
+
+def test_a_folder_that_is_a_link_out_of_the_run_is_left_out(files: Any) -> None:
+    files.run("plain")
+    folder = files.run("paper")
+    folder.rename(files.root.parent / "outside")
+    folder.symlink_to(files.root.parent / "outside")
+    directory = load_run_directory(files.info())
+    assert directory.guards == ("plain",)
+    assert directory.missing == ("paper has left nothing.",)
+
+
+@pytest.mark.parametrize(
+    "many", [{"guards": [str(i) for i in range(100)]}, {"seeds": list(range(3000))}]
+)
+def test_a_folder_of_more_runs_than_can_be_drawn_is_refused(many: Any, files: Any) -> None:
+    files.run("plain")
+    with pytest.raises(ConfigurationError, match="No demo has so many"):
+        load_run_directory(files.info(**many))
+
+
+def test_stable_ranks_beyond_any_run_are_not_drawn(files: Any) -> None:
+    """Each line names another matrix: a table of all of them would need 7 GB."""
+    folder = files.run("plain")
+    rows = (f'{{"step": {i}, "stable_rank": {{"{i}": 2.0}}}}\n' for i in range(30_000))
+    (folder / "pss_health.jsonl").write_text("".join(rows), encoding="utf-8")
+    directory = load_run_directory(files.info())
+    assert len(directory.runs[0].stable_ranks.steps) == 0
+    assert directory.missing == (
+        "plain/seed-0/pss_health.jsonl holds more stable ranks than can be drawn.",
+    )
+
+
+def test_a_step_beyond_any_run_is_unreadable(files: Any, make_intervention: Any) -> None:
+    folder = files.run("plain", events=[make_intervention(10**400)])
+    row = json.dumps({"step": 10**400, "stable_rank": {"a": 1.0}, "loss": 3.0})
+    for name in ("pss_health.jsonl", "metrics.jsonl"):
+        (folder / name).write_text(f"{row}\n", encoding="utf-8")
+    directory = load_run_directory(files.info())
+    run = directory.runs[0]
+    assert (len(run.loss), len(run.stable_ranks.steps), run.events) == (0, 0, ())
 
 
 def test_guards_are_found_without_run_json(files: Any) -> None:

@@ -20,7 +20,7 @@ from hf_pss.evidence.report_page import (
     stable_rank_figure,
 )
 from hf_pss.evidence.report_records import load_run_directory
-from hf_pss.view.canvas import new_figure, save_png, style, to_svg, use_log_scale
+from hf_pss.view.canvas import new_figure, style, to_png, to_svg, use_log_scale
 from hf_pss.view.heat_map import MatrixRow, row_of
 
 
@@ -155,7 +155,7 @@ def test_the_map_survives_gaps(files: Any) -> None:
     values = figure.axes[0].collections[0].get_array().reshape(4, 2)
     assert np.ma.filled(values, -1).tolist() == [[1, -1], [3, -1], [-1, -1], [-1, 0]]
     with style():
-        save_png(figure, files.root / "map.png")
+        to_png(figure)
 
 
 def test_the_map_shows_the_expert_that_breaks(files: Any) -> None:
@@ -178,7 +178,7 @@ def test_the_map_of_nothing_finite_is_a_map(files: Any) -> None:
     figure = stable_rank_figure(load_run_directory(files.info()))
     assert figure is not None
     with style():
-        save_png(figure, files.root / "map.png")
+        to_png(figure)
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 1, "stable_rank": {}}', '{"step": 1}'])

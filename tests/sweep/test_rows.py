@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,18 @@ def test_a_file_of_nothing_but_an_unfinished_line_becomes_empty(tmp_path: Path) 
     assert list(read_rows(path)) == []
 
 
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_devices_and_pipes_are_not_opened(target: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "rows.jsonl"
+    path.symlink_to(target)
+    with pytest.raises(ConfigurationError, match="is not a regular file"):
+        list(read_rows(path))
+
+
 @pytest.mark.parametrize(
-    "line", ["nonsense", "[]", "3", "{}", json.dumps({"id": "x", "colour": "red"})]
+    "line",
+    ["nonsense", "[]", "3", "{}", "[" * 100_000, json.dumps({"id": "x", "colour": "red"})],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
