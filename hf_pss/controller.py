@@ -481,7 +481,11 @@ class PSSController:
         step.judgements.append(judgement)
         if decision.action is Action.CONTINUE:
             return decision.action
-        if self.config.observe_only:
+        broken = self._broken_weight(decision)
+        if broken is not None:
+            reason = f"{broken} is not finite, which skipping steps cannot repair"
+            decision = Decision(Action.STOP, reason)
+        elif self.config.observe_only:
             decision = Decision(Action.OBSERVE, "observe only")
         elif self._only_observes and judgement.verdict is Verdict.SPIKE:
             decision = Decision(Action.OBSERVE, "there is nothing to smooth")
@@ -495,8 +499,21 @@ class PSSController:
         if decision.action is Action.STOP:
             can_hold_back = self._measurements.backend.can_hold_back or step.is_discarded
             is_after_update = step.is_after_update or not can_hold_back
-            raise NonFiniteError(describe_stop(event, is_after_update=is_after_update))
+            text = describe_stop(
+                event, is_after_update=is_after_update, is_damaged=broken is not None
+            )
+            raise NonFiniteError(text)
         return decision.action
+
+    def _broken_weight(self, decision: Decision) -> str | None:
+        """Return the weight that broke a step for good, with its rank, or None. Collective.
+
+        One rank's broken weight breaks every later step of all ranks, and the ranks then differ.
+        """
+        is_shared = self._measurements.backend.is_shared and not self.config.observe_only
+        if not is_shared or decision.action not in (Action.SKIP_UPDATE, Action.STOP):
+            return None
+        return self._measurements.nonfinite_weight()
 
     def _log_nonfinite(self, step: Step, event: Event, *, has_overflown: bool) -> None:
         if is_worth_a_line(self._history.nonfinite_streak):

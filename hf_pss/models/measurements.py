@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from hf_pss.models.selection import (
     select_matrices,
 )
 from hf_pss.models.selection.by_name import ADAPTER_FACTOR
+from hf_pss.records.messages import name_on_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,36 @@ def nonfinite_gradients(norms: Mapping[str, Tensor], backend: Backend) -> tuple[
     flags = torch.stack([(~norm.isfinite()).double().to(device) for norm in norms.values()])
     backend.total_(flags)
     return tuple(n for n, bad in zip(norms, flags.tolist(), strict=True) if bad)
+
+
+@torch.no_grad()
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor, bool]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or inf, or None if all are finite.
+
+    The device reads each tensor once, and the host reads one bool per tensor.
+
+    Args:
+        tensors: The name of each tensor, the tensor, and whether it may hold inf, though not NaN.
+            Of a sharded tensor only the part of this rank is read, without a collective.
+    """
+    names, largest, may_be_inf = [], [], []
+    for name, tensor, may in tensors:
+        # A DTensor keeps the part of this rank in _local_tensor. DeepSpeed ZeRO-3 empties the
+        # parameter and keeps that part in ds_tensor.
+        stored: Any = getattr(tensor, "ds_tensor", tensor)
+        local = getattr(stored, "_local_tensor", stored).detach()
+        # Eight-bit floats store quantised weights, which are not trained directly.
+        if local.is_floating_point() and local.element_size() > 1 and local.numel():
+            names.append(name)
+            # The norm is max |x|, or NaN if any x is NaN. It needs no copy of the tensor.
+            largest.append(torch.linalg.vector_norm(local, torch.inf).float())
+            may_be_inf.append(may)
+    if not names:
+        return None
+    device = largest[0].device
+    sizes = torch.stack([size.to(device) for size in largest])
+    is_bad = sizes.isnan() | (sizes.isinf() & ~torch.tensor(may_be_inf, device=device))
+    return next((name for name, bad in zip(names, is_bad.tolist(), strict=True) if bad), None)
 
 
 @torch.no_grad()
@@ -256,6 +288,17 @@ class Measurements:
         if self._probe is None and len(broken) == len(norms):
             return ()
         return tuple(map(canonical_name, broken[:_MAX_NAMED]))
+
+    def nonfinite_weight(self) -> str | None:
+        """Return the name and the rank of the first trained weight that is not finite, or None.
+
+        Cost: one pass over the weights, and one collective that every rank must join.
+        """
+        trained = ((n, p, False) for n, p in self.parameters().items() if p.requires_grad)
+        broken = first_nonfinite(trained)
+        device = next(iter(self.model.parameters())).device
+        ranks = self.backend.ranks_with(broken is not None, device)
+        return name_on_ranks(broken, ranks) if ranks else None
 
     def forget_gradients(self) -> None:
         """Drop the record of `inspect_gradients` at the end of its step."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -237,9 +238,32 @@ def describe_nonfinite(
     )
 
 
-def describe_stop(event: Event, *, is_after_update: bool) -> str:
-    """Return the text of the error that ends a run: the event, the damage, and a remedy."""
-    if is_after_update:
+def name_on_ranks(name: str | None, ranks: Sequence[int]) -> str:
+    """Return the name of a tensor with the ranks that it is broken on.
+
+    Args:
+        name: The name that this rank found, or None if its own tensors are sound.
+        ranks: The ranks with a broken tensor, at least one.
+
+    >>> name_on_ranks("lm_head.weight", [1])
+    'lm_head.weight of rank 1'
+    >>> name_on_ranks(None, [0, 2, 3, 5])
+    'a tensor of ranks 0, 2, 3 and 1 more'
+    """
+    more = f" and {len(ranks) - _MAX_NAMES} more" if len(ranks) > _MAX_NAMES else ""
+    listed = ", ".join(map(str, ranks[:_MAX_NAMES]))
+    return f"{name or 'a tensor'} of rank{'s' if len(ranks) > 1 else ''} {listed}{more}"
+
+
+def describe_stop(event: Event, *, is_after_update: bool, is_damaged: bool = False) -> str:
+    """Return the text of the error that ends a run: the event, the damage, and a remedy.
+
+    Args:
+        event: The event, with the decision to stop.
+        is_after_update: Whether the update of this step was applied.
+        is_damaged: Whether a weight is known to be broken. It always is after the update.
+    """
+    if is_after_update or is_damaged:
         remedy = (
             "The weights are damaged: resume from an earlier checkpoint, at a lower learning rate."
         )

@@ -20,7 +20,9 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from hf_pss.errors import StateError
+from hf_pss.errors import NonFiniteError, StateError
+from hf_pss.models.measurements import first_nonfinite
+from hf_pss.records.messages import name_on_ranks
 from hf_pss.runs.checkpoint import (
     claim_,
     examine,
@@ -51,45 +53,17 @@ from hf_pss.trainer.stop_signals import DelayedSignals
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def first_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
-    """Return the name of the first tensor that holds NaN or inf, or None if all are finite.
-
-    Trained weights and the optimizer state must be finite. Saved buffers may hold inf, as masks do,
-    but not NaN. Frozen weights are not read, because they have not changed since they were loaded.
-
-    The device reads the weights and the state once, and the host reads one bool per tensor.
-
-    Args:
-        model: The model in training. If it is sharded, only the part of this rank is read.
-        optimizer: The optimizer, wrapped or not, or None if its state is not saved.
-    """
-    names, largest, may_be_inf = [], [], []
-    for name, tensor, may in _tensors(model, optimizer):
-        # For a DTensor, _local_tensor is the part of this rank. Reading it needs no collective.
-        local = getattr(tensor, "_local_tensor", tensor).detach()
-        # Eight-bit floats store quantised weights, which are not trained directly.
-        if local.is_floating_point() and local.element_size() > 1 and local.numel():
-            names.append(name)
-            # The norm is max |x|, or NaN if any x is NaN. It needs no copy of the tensor.
-            largest.append(torch.linalg.vector_norm(local, torch.inf).float())
-            may_be_inf.append(may)
-    if not names:
-        return None
-    device = largest[0].device
-    sizes = torch.stack([size.to(device) for size in largest])
-    is_bad = sizes.isnan() | (sizes.isinf() & ~torch.tensor(may_be_inf, device=device))
-    return next((name for name, bad in zip(names, is_bad.tolist(), strict=True) if bad), None)
-
-
 def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Yield each tensor with its name and whether it may hold inf."""
+    """Yield each tensor that must be finite, with its name and whether it may hold inf.
+
+    Saved buffers may hold inf, as masks do. Frozen weights are left out, because they have not
+    changed since they were loaded.
+    """
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
         if parameter.requires_grad:
-            # DeepSpeed ZeRO-3 empties the parameter and keeps the part of this rank in ds_tensor.
-            yield name, getattr(parameter, "ds_tensor", parameter), False
+            yield name, parameter, False
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -116,8 +90,8 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(inner)
 
 
-# A signal may reach only one rank. The ranks agree on it by a collective, which would be too costly
-# in every step.
+# A signal may reach only one rank, and a callback may ask only one rank to stop. The ranks agree on
+# both by a collective, which would be too costly in every step.
 _AGREE_EVERY_STEPS = 5
 # One failed save is a warning, because a full disk may have space again at the next save. This many
 # failures in a row are logged as an error.
@@ -148,6 +122,8 @@ class SafeCheckpointsMixin(TrainerPart):
     - After SIGTERM, SIGINT or SIGHUP, the trainer saves at the end of the step and exits with code
       128 + n, where n is the signal's number, unless ``save_strategy`` is ``no``. It skips
       evaluation, or ends the one that is running, and removes no checkpoint.
+    - If several ranks train together and one of them wants to stop, all of them stop together. They
+      agree on it when they log, evaluate or save, at the end of an epoch and at every fifth step.
 
     List the mixin to the left of a Trainer class. It does not need PSS::
 
@@ -171,6 +147,9 @@ class SafeCheckpointsMixin(TrainerPart):
     _held_back_push: str | None = None
     _is_in_step = False
     _num_predictions = 0
+    _wants_to_stop = False
+    _has_agreed_to_stop = False
+    _ended_step: int | None = None
     _num_failed_saves = 0
     _last_saved_step: int | None = None
 
@@ -257,6 +236,7 @@ class SafeCheckpointsMixin(TrainerPart):
     def _train(self, resume: str | None, *args: Any, **kwargs: Any) -> Any:
         self._agreed_signum = 0
         self._last_saved_step, self._num_failed_saves = None, 0
+        self._wants_to_stop = self._has_agreed_to_stop = False
         try:
             with DelayedSignals(_signals_to_delay(self.args)) as self._signals:
                 # An override of train() may take no arguments.
@@ -340,15 +320,23 @@ class SafeCheckpointsMixin(TrainerPart):
             # The run was resumed at its last step. transformers 5.23 would train one more step.
             self.control.should_training_stop = True
             return
+        self._ended_step = self.state.global_step
         super()._run_epoch(*args, **kwargs)
 
     # ---- stopping ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._after_step()
         control, state = self.control, self.state
+        has_ranks = self._is_active and self.args.world_size > 1
+        communicates = control.should_log or control.should_evaluate or control.should_save
         step = state.global_step
-        if self._is_to_stop(0 if step >= state.max_steps else step):
+        is_end_of_epoch, self._ended_step = step == self._ended_step, step
+        if has_ranks and control.should_training_stop and not self._has_agreed_to_stop:
+            # Perhaps a callback of this rank alone wants to stop. If this rank left, the others
+            # would wait for it in the next step.
+            self._wants_to_stop, control.should_training_stop = True, False
+        self._after_step()
+        if self._is_to_stop(0 if is_end_of_epoch or step >= state.max_steps else step):
             control.should_save = control.should_training_stop = True
         elif self._agreed_signum:
             control.should_save = False  # this is the end of the epoch, after the step was saved
@@ -375,6 +363,9 @@ class SafeCheckpointsMixin(TrainerPart):
             self._is_in_step = False
         if is_refused:  # best_model_checkpoint must not name a checkpoint that was not saved
             state.best_metric, state.best_global_step = best
+        if has_ranks and communicates:  # on_log or on_evaluate may have asked this rank to stop
+            wants = self._wants_to_stop or self.control.should_training_stop
+            self._stop_together(self._largest_of_ranks(int(wants)) == 1)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Predict one batch. After a signal, end the evaluation so that this step is saved."""
@@ -387,26 +378,41 @@ class SafeCheckpointsMixin(TrainerPart):
     def _is_to_stop(self, count: int) -> bool:
         """Return whether a rank has newly received a signal.
 
-        Several ranks agree on it only if `count`, which is the same on all of them, is a multiple
-        of 5.
+        Several ranks agree on it, and on stops that a callback asks for, only if `count`, which is
+        the same on all of them, is a multiple of 5.
         """
         if self._signals is None or self._agreed_signum:
             return False
         if count % _AGREE_EVERY_STEPS and self.args.world_size > 1:
             return False
-        self._agreed_signum = self._largest_of_ranks(self._signals.signum)
+        own = self._signals.signum
+        # 0: no stop; 1: a callback wants to stop; more: a signal
+        largest = self._largest_of_ranks(own + 1 if own else int(self._wants_to_stop))
+        self._stop_together(largest == 1)
+        self._agreed_signum = max(largest - 1, 0)
         return self._agreed_signum != 0
+
+    def _stop_together(self, is_agreed: bool) -> None:
+        if is_agreed:
+            self._has_agreed_to_stop = self.control.should_training_stop = True
 
     def _largest_of_ranks(self, number: int) -> int:
         """Return the largest number of any rank. Every rank must call this method."""
+        return max(self._of_ranks(number))
+
+    def _of_ranks(self, number: int) -> list[int]:
+        """Return the number of every rank. Every rank must call this method."""
         if self.args.world_size <= 1:
-            return number
+            return [number]
         mine = torch.tensor([number], device=self.args.device)
-        return int(self.accelerator.gather(mine).max())
+        found: list[int] = self.accelerator.gather(mine).tolist()
+        return found
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         if (result := self._end_early(trial)) is not None:
             return result
+        if self._is_active and self.args.world_size > 1:
+            self._broken()  # after the last step, a broken weight of one rank breaks no other step
         state = self.state
         best = state.best_model_checkpoint
         if self._agreed_signum:
@@ -503,11 +509,25 @@ class SafeCheckpointsMixin(TrainerPart):
         self._on_saved(folder)
 
     def _broken(self) -> str | None:
-        """Return the name of a tensor that is not finite, or None if there is none on any rank."""
+        """Return the name of a tensor that is not finite, or None if all ranks have finite tensors.
+
+        Raises:
+            NonFiniteError: The weights of some ranks are not finite, while those of others are.
+        """
         optimizer = None if self.args.save_only_model else self.optimizer
-        broken = first_nonfinite(self.model, optimizer)
-        is_broken = self._largest_of_ranks(int(broken is not None))
-        return broken or ("a tensor of another rank" if is_broken else None)
+        broken = first_nonfinite(_tensors(self.model, optimizer))
+        is_weight = broken in dict(self.model.named_parameters())
+        found = self._of_ranks(0 if broken is None else 2 if is_weight else 1)
+        if self.args.world_size <= 1 or not any(found):
+            return broken
+        where = name_on_ranks(broken, [rank for rank, bad in enumerate(found) if bad])
+        if 0 < found.count(2) < len(found):
+            raise NonFiniteError(
+                f"Stopped after step {self.state.global_step}, which is not saved: {where} is not "
+                "finite, and the ranks no longer train one model. Resume from an earlier "
+                "checkpoint; if it happens again, look at the device of that rank."
+            )
+        return where
 
     def _refuse_to_save(self, broken: str) -> None:
         if self.is_world_process_zero():

@@ -142,6 +142,15 @@ class Backend:
         host: list[float] = values.tolist()
         return host
 
+    def ranks_with(self, is_true: bool, device: torch.device) -> tuple[int, ...]:
+        """Return the global ranks that pass True, the same on every rank.
+
+        Args:
+            is_true: What this rank passes.
+            device: A device that the ranks communicate with.
+        """
+        return (0,) if is_true else ()
+
 
 class ManyRanks(Backend):
     """Combines the numbers of several ranks into the same host floats on all of them."""
@@ -158,6 +167,12 @@ class ManyRanks(Backend):
         The mean of equal float32 numbers, computed in float64, is the same number bit for bit.
         """
         return _all_reduced(values, divisor=dist.get_world_size())
+
+    def ranks_with(self, is_true: bool, device: torch.device) -> tuple[int, ...]:
+        """Add up one number per rank."""
+        flags = torch.zeros(dist.get_world_size(), device=device)
+        flags[dist.get_rank()] = is_true
+        return tuple(rank for rank, flag in enumerate(_all_reduced(flags)) if flag)
 
 
 class Replicated(ManyRanks):
