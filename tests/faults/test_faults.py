@@ -257,7 +257,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ):
         pytest.skip("mounting needs root")
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    while os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_keeps_what_it_has(
@@ -281,8 +282,10 @@ def test_a_folder_that_became_read_only_ends_no_run(
     class Freezes(PSSTrainer):
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             super()._save_checkpoint(*args, **kwargs)
-            mount = ["mount", "-o", "remount,ro", str(small_disk)]
-            subprocess.run(mount, check=True)
+            # The run's lock is open for writing, so the disk itself cannot be remounted.
+            disk = str(small_disk)
+            subprocess.run(["mount", "--bind", disk, disk], check=True)
+            subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
 
     caplog.set_level(logging.WARNING)
     trainer = make_trainer(
