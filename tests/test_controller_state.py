@@ -96,7 +96,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: Damage) -> None:
 
 def test_a_state_of_other_matrices_is_refused() -> None:
     saved = Loop(PSSConfig.preset("paper")).pss.state_dict()
-    with pytest.raises(StateError, match="other weight matrices"):
+    with pytest.raises(StateError, match="different weight matrices"):
         Loop(PSSConfig.preset("paper", roles=("mlp",))).pss.load_state_dict(saved)
 
 

@@ -108,7 +108,7 @@ class Triggers:
         fingerprint = read_text(found["matrices"], what=f"'matrices' of {what}")
         if fingerprint != self._measurements.fingerprint():
             raise StateError(
-                "The PSS state belongs to a model with other weight matrices (or to another "
+                "The PSS state belongs to a model with different weight matrices (or to another "
                 "selection of them); load it into the model that it was saved with."
             )
         starts = self._read_starting_ranks(found["starting_ranks"])

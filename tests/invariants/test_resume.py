@@ -314,4 +314,4 @@ def test_another_selection_is_another_model(
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     config = PSSConfig.preset("anchored", **QUICK, **HIGH_FLOOR, roles=("mlp",))
     train(tmp_path, config, resume=str(checkpoint), max_steps=4)
-    assert "other weight matrices" in caplog.text
+    assert "different weight matrices" in caplog.text
