@@ -198,25 +198,23 @@ def _first_lasting(course: _Course, entropy: float) -> tuple[RunFailure | None, 
             )
         losses, rule = course.losses, course.rule
         found = find_explosion(losses, rule, unigram_entropy=entropy)
-        if found is None or found.kind == "plateau":
-            risen = find_rise_at_the_end(losses, rule, num_rows=course.end_rows)
-            if risen is not None:
-                failure = _risen(course, risen, to_the_end=True)[-1]
-                if not _recovers(course, risen):
-                    return failure, notes
-                notes.append(f"{failure.text.removesuffix(_LASTS)}, and it still falls.")
-                return None, notes
-            stuck = None if found is None else _stuck(course, found, entropy)
-            return stuck or _unmoved(course), notes
-        begin = found.step - 1
-        if found.kind == "non_finite":
+        end: int | None = None
+        if found is not None and found.kind == "non_finite":
+            noticed = begin = found.step - 1
             end = next((i for i in range(begin, len(losses)) if losses[i] is not None), None)
             failure = _not_finite(course, begin)
+        elif found is not None and found.kind == "rise":
+            noticed = found.step - 1
+            begin, end, failure = _risen(course, noticed)
+        elif (risen := find_rise_at_the_end(losses, rule, num_rows=course.end_rows)) is not None:
+            noticed = risen
+            begin, end, failure = _risen(course, noticed, to_the_end=True)
         else:
-            begin, end, failure = _risen(course, begin)
-            if end is None and _recovers(course, found.step - 1):
-                notes.append(f"{failure.text.removesuffix(_LASTS)}, and it still falls.")
-                return None, notes
+            stuck = None if found is None else _stuck(course, found, entropy)
+            return stuck or _unmoved(course), notes
+        if end is None and failure.kind != "non_finite" and _recovers(course, noticed):
+            notes.append(f"{failure.text.removesuffix(_LASTS)}, and it still falls.")
+            return None, notes
         if end is None:
             return failure, notes
         notes.append(
