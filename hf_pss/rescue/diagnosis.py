@@ -287,7 +287,7 @@ def _risen(
     first = next((i for i in spikes if i in near_rows), sound + 1)
     rise = f"rose from {lowest:.3g} to {highest:.3g} (medians)"
     if kind == "spike":
-        row = course.row(below + 1)
+        row = course.row(first if first in spikes else below + 1)
         norm = "" if row.grad_norm is None else f", gradient norm {row.grad_norm:.3g}"
         text = f"A spike at step {row.step} (loss {row.loss:.3g}{norm}): the loss {rise}"
     else:

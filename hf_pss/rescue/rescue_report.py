@@ -226,7 +226,7 @@ def draw_course(found: Investigation, path: Path) -> None:
         norms = [row.grad_norm for row in (found.log.rows if found.log else ())]
         if any(norm is not None and 0 < norm < math.inf for norm in norms):
             canvas.use_log_scale(bottom)
-        top.set_ylabel("loss, nats")
+        top.set_ylabel("loss")
         bottom.set_ylabel("gradient norm")
         bottom.set_xlabel("step")
         if top.get_legend_handles_labels()[0]:
