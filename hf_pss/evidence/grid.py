@@ -24,12 +24,6 @@ from hf_pss.evidence.rows import Row, versions
 
 _T = TypeVar("_T")
 
-# The fields of a recipe that enter a cell's id beside the numbers of the training.
-_BESIDE_TRAINING = (
-    *("architecture", "init_gain", "zero_query", "matrix_lr_ratio", "adam_beta1", "schedule"),
-    *("on_gpu", "fault"),
-)
-
 _BLOCK: dict[str, Any] = {
     "recipes": None,
     "optimizers": ("adamw",),
@@ -73,25 +67,22 @@ class Cell:
     @property
     def guard_id(self) -> str:
         """A hash of the guard's options."""
-        return _hash([self.guard.pss.to_dict(), self.guard.max_grad_norm])
+        return _hash([_differences(self.guard.pss, PSSConfig()), self.guard.max_grad_norm])
 
     @property
     def id(self) -> str:
-        """A hash of everything that determines the run, including the guard's name and options."""
-        recipe = asdict(self.recipe)
-        del recipe["explosion"]  # it changes how a run is reported, not the run
-        own = {name: recipe.pop(name) for name in _BESIDE_TRAINING}
+        """A hash of everything that determines the run, including the guard's name and options.
+
+        Only options that differ from the defaults enter it. So a new option whose default changes
+        nothing keeps the rows of earlier sweeps.
+        """
+        recipe = _differences(self.recipe, Recipe())
+        recipe.pop("explosion", None)  # it changes how a run is reported, not the run
         parts = [
-            # This has the nesting of the first version, so that rows of earlier sweeps
-            # count as done.
-            {**own, "training": recipe},
-            self.optimizer,
-            self.learning_rate,
-            [self.guard_name, self.guard.pss.to_dict(), self.guard.max_grad_norm],
-            self.seed,
-            self.probes_every_steps,
+            *(self.recipe_name, recipe, self.optimizer, self.guard_name, self.guard.max_grad_norm),
+            *(_differences(self.guard.pss, PSSConfig()), self.seed, self.probes_every_steps),
         ]
-        return _hash([self.recipe_name, *parts])
+        return _hash(parts)
 
     def new_row(self, **measured: Any) -> Row:
         """Return the row of this run with the measured numbers."""
@@ -243,6 +234,11 @@ def _learning_rate(value: Any) -> float:
     if not 0 < rate < math.inf:
         raise ConfigurationError(f"A learning rate is above 0 and finite; you gave {rate!r}.")
     return rate
+
+
+def _differences(options: Recipe | PSSConfig, defaults: Recipe | PSSConfig) -> dict[str, Any]:
+    known = asdict(defaults)
+    return {name: value for name, value in asdict(options).items() if value != known[name]}
 
 
 def _hash(parts: list[Any]) -> str:
