@@ -215,16 +215,19 @@ def _guard(smoothing: str, found: Investigation, *, is_copy: bool) -> Sequence[s
     if smoothing == _DEFAULT:
         return ["--pss_preset", _DEFAULT]
     if smoothing == _FLOOR:
-        # The floor of healthy weights is derived from these weights. Damaged weights need the floor
-        # of noise, because their own values would be taken for healthy.
-        own = ["--pss_floor_reference", "noise" if found.may_raise_to_noise else "start"]
+        # The floor of healthy weights is derived from these weights, so there is nothing to smooth
+        # on resume. Damaged weights need the floor of noise, because their own values would be
+        # taken for healthy.
+        is_damaged = found.may_raise_to_noise
         spiked = found.failure is not None and found.failure.kind == "spike"
-        options = ["--pss_preset", _DEFAULT if spiked else _FLOOR, *own]
+        options = ["--pss_preset", _DEFAULT if spiked else _FLOOR]
+        options += ["--pss_floor_reference", "noise" if is_damaged else "start"]
+        smooths, moments = is_damaged, ["--pss_moments", "reset"]
     else:
         options = ["--pss_preset", "paper", "--pss_trial", "spikes", "--pss_smoothing", smoothing]
-    if not is_copy:
-        options += ["--pss_smooth_on_resume", "true"]
-        options += ["--pss_moments", "reset"] if found.may_raise_to_noise else []
+        smooths, moments = True, ["--pss_moments", "reset"] if found.may_raise_to_noise else []
+    if smooths and not is_copy:
+        options += ["--pss_smooth_on_resume", "true", *moments]
     return options
 
 
@@ -452,12 +455,13 @@ def _about_smoothing(
             "which the stable rank of noise as a floor would destroy. So the floor is taken from "
             "the checkpoint itself. Weights that you started from, such as pretrained ones, are "
             "the better start if they are at hand. If the run began from random weights, change "
-            "the command to --pss_floor_reference noise and add --pss_moments reset."
+            "the command to --pss_floor_reference noise and add --pss_smooth_on_resume true "
+            "--pss_moments reset."
         )
     elif smoothing == _FLOOR:
         yield (
-            "The floor is taken from the checkpoint itself, so smoothing changes nothing at the "
-            "start. Later it lets no matrix fall below the floor."
+            "The floor is taken from the checkpoint itself, so nothing is smoothed at the start. "
+            "Later it lets no matrix fall below the floor."
         )
     if not is_rate_covered:
         yield (

@@ -89,10 +89,10 @@ def test_a_launcher_that_is_not_known_is_not_made_up(run_dir: Path, layout: str)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, "floor start True"),
-        ({"failure": failed("slow_damage")}, "floor start True"),
-        ({"failure": failed()}, "anchored start True"),
-        ({"failure": failed(), "is_last_resort": True}, "anchored start True"),
+        ({}, "floor start False"),
+        ({"failure": failed("slow_damage")}, "floor start False"),
+        ({"failure": failed()}, "anchored start False"),
+        ({"failure": failed(), "is_last_resort": True}, "anchored start False"),
         (
             {"failure": failed(), "is_last_resort": True, "began_from_noise": True},
             "anchored noise True",
