@@ -152,7 +152,7 @@ def test_a_nan_on_one_rank_is_everybodys(backend: str, twin: Twin, tmp_path: Pat
     assert (said in run.errors) == backend.startswith("zero")
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_nan_that_stops_a_run_under_deepspeed_has_touched_no_weight(
     name: str, twin: Twin, tmp_path: Path
 ) -> None:
@@ -181,7 +181,12 @@ def test_a_rank_that_dies_leaves_nobody_hanging(backend: str, tmp_path: Path) ->
 
 # PEFT's own forward of adapted experts does not run under ZeRO-3 (0.21, deepspeed 0.19.8).
 @pytest.mark.parametrize(
-    ("name", "model"), [("zero2", "lora experts"), ("zero3", "experts"), ("zero3", "lora")]
+    ("name", "model"),
+    [
+        pytest.param("zero2", "lora experts", marks=pytest.mark.slow),
+        ("zero3", "experts"),
+        pytest.param("zero3", "lora", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_and_lora_under_zero(name: str, model: str, twin: Twin, tmp_path: Path) -> None:
     """A turn reads and writes some rows of experts' copy, master and moment; factors are small."""
@@ -193,7 +198,9 @@ def test_experts_and_lora_under_zero(name: str, model: str, twin: Twin, tmp_path
     assert 5 in steps_of(run.events)
 
 
-@pytest.mark.parametrize(("num_ranks", "replicas"), [(3, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("num_ranks", "replicas"), [pytest.param(3, 1, marks=pytest.mark.slow), (4, 2)]
+)
 def test_shards_of_other_architectures(num_ranks: int, replicas: int, tmp_path: Path) -> None:
     """GPT-2, experts and LoRA under FSDP2 (3 ranks, uneven) and HSDP (2 × 2), against one process.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from launching import launch_ranks
 
-BACKENDS = ["ddp", "fsdp2-full", pytest.param("zero2", marks=pytest.mark.slow), "zero3"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3")]
+BACKENDS = ["ddp", "fsdp2-full", *SLOW]
 LAST_STEP = 8
 AGREED_STEP = 5  # where ranks that log, evaluate and save nothing next agree
 

@@ -79,13 +79,10 @@ def test_accelerate_knows_every_key(name: str) -> None:
     assert text.count("#") >= 3, "commented for whoever copies it"
 
 
-# The quick run starts the real launcher of Accelerate once a kind: torch's and DeepSpeed's.
+# The quick run starts DeepSpeed's launcher here, and torch's in tests/recipes/test_pretrain.py.
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("ddp", "zero3") else pytest.mark.slow)
-        for name in BACKENDS
-    ],
+    [pytest.param(name, marks=[] if name == "zero3" else pytest.mark.slow) for name in BACKENDS],
 )
 def test_it_starts_its_ranks(name: str, tmp_path: Path) -> None:
     if name.startswith("zero") and find_spec("deepspeed") is None:

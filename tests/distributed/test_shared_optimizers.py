@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from launching import Run, launch, launch_ranks
 
-BACKENDS = ["ddp", "fsdp2-full", "fsdp2-sharded"]
-
 # Against one process that accumulates both ranks' batches, in float32 over 8 steps; absolute,
 # weights are of the order 0.05. Another rule's weights are 2e-3 away.
 WEIGHT_DRIFT = 4e-8  # 1.5e-8
@@ -51,7 +49,13 @@ def check_alike(run: Run, one: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "algo"), [*((backend, "normuon") for backend in BACKENDS), ("ddp", "muon")]
+    ("backend", "algo"),
+    [
+        ("ddp", "normuon"),
+        ("fsdp2-full", "normuon"),
+        pytest.param("fsdp2-sharded", "normuon", marks=pytest.mark.slow),
+        pytest.param("ddp", "muon", marks=pytest.mark.slow),
+    ],
 )
 def test_as_one_process_and_resumed(
     backend: str, algo: str, alone: dict[str, Run], tmp_path: Path

@@ -150,6 +150,7 @@ LARGEST_HELD = 192
 
 
 @ON_LINUX
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     noise = torch.randn(4096, 12288)  # 192 MiB; the other has 375 and is streamed
     # 256 MiB as computed; a basis of 24 columns as long as its rows would take 6.4 GB.

@@ -115,15 +115,25 @@ def test_a_trainer_has_its_own_methods_after_each_run(tmp_path: Path) -> None:
     assert first
 
 
+FOUR_STEPS = {"save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, dict[str, Any]]:
+    """A run without an exception, and the weights that it began with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    trainer = build(folder, PSSCallback(EVERYTHING), **FOUR_STEPS)
+    start = weights_of(trainer.model)
+    trainer.train()
+    return trainer, start
+
+
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_exception_within_a_step_leaves_nothing_for_the_next_run(
-    event: str, tmp_path: Path
+    event: str, undisturbed: tuple[Trainer, dict[str, Any]], tmp_path: Path
 ) -> None:
-    options = {"save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
-    expected = build(tmp_path / "expected", PSSCallback(EVERYTHING), **options)
-    start = weights_of(expected.model)
-    expected.train()
-    trainer = build(tmp_path / "again", PSSCallback(EVERYTHING), Raises(event, 2), **options)
+    expected, start = undisturbed
+    trainer = build(tmp_path, PSSCallback(EVERYTHING), Raises(event, 2), **FOUR_STEPS)
     with pytest.raises(ValueError, match="a bug"):
         trainer.train()
     trainer.model.load_state_dict(start)

@@ -99,7 +99,7 @@ class SpikedPSSTrainer(Spiked, PSSTrainer):
     pass
 
 
-@pytest.fixture(scope="module", params=list(TARGETS))
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def fine_tune(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[float, Trainer]]:

@@ -34,7 +34,7 @@ def run_with_workers(folder: Path, start_method: str) -> Iterator[Process]:
     ("start_method", "signum", "code"),
     [
         ("fork", signal.SIGTERM, 143),
-        ("spawn", signal.SIGTERM, 143),
+        pytest.param("spawn", signal.SIGTERM, 143, marks=pytest.mark.slow),
         # KeyboardInterrupt ends Python by the signal.
         pytest.param("spawn", signal.SIGINT, -signal.SIGINT, marks=pytest.mark.slow),
         ("fork", signal.SIGHUP, 129),

@@ -55,7 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Tracing takes seconds a case: the quick run has a plain rule, one with a closure, and AMUSE.
-COMPILED_QUICKLY = {("muon", "one"), ("specmuon", "one"), ("amuse", "one")}
+COMPILED_QUICKLY = {("muon", "one"), ("amuse", "one")}
 
 on_each_case = pytest.mark.parametrize("case", CASES)
 on_each_rule = pytest.mark.parametrize("rule", RULES)

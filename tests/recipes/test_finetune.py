@@ -273,6 +273,7 @@ def commands_of(card: Path) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
+@pytest.mark.slow
 def test_the_card_s_launch_runs_as_it_stands(tmp_path: Path) -> None:
     make, *_, launch = [line for line in commands_of(TINY / "README.md") if "recipes/" in line]
     (tmp_path / "recipes").symlink_to(RECIPES)

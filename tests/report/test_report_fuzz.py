@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_pss.evidence import report_page
 from hf_pss.view import canvas
 
-NUM_QUICK, NUM_SLOW = 40, 5_000
+NUM_QUICK, NUM_SLOW = 20, 5_000
 # A figure of a million points takes 150 MiB.
 MOST_MIB = 512
 

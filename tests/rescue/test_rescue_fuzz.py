@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hf_pss import PSSConfig
 
-NUM_QUICK, NUM_SLOW = 200, 20_000
+NUM_QUICK, NUM_SLOW = 60, 20_000
 # By how much the peak may rise while a part runs: the run itself has 90 KB.
 MOST_MIB = 256
 
