@@ -233,15 +233,22 @@ def _run(cell: Cell, folder: Path | None) -> Row:
 
 def prepare_corpora(cells: Sequence[Cell], console: Console) -> list[Corpus]:
     """Fill the corpus cache once, before several processes need it."""
-    wanted = sorted({(cell.recipe.vocab_size, cell.recipe.context_length) for cell in cells})
+    wanted = sorted(
+        {
+            (cell.recipe.corpus, cell.recipe.vocab_size, cell.recipe.context_length)
+            for cell in cells
+            if cell.recipe.corpus != "digits"
+        }
+    )
     return [
         build_corpus(
+            name,
             vocab_size=vocab_size,
             context_length=context_length,
             max_tokens=None,
             progress=lambda text: console.print(f"Preparing the corpus: {text} …"),
         )
-        for vocab_size, context_length in wanted
+        for name, vocab_size, context_length in wanted
     ]
 
 

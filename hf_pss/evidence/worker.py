@@ -7,19 +7,17 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from hf_pss.detection.explosion import find_explosion
 from hf_pss.errors import NonFiniteError
 from hf_pss.evidence.baselines import TRAINERS_OWN, make_optimizer
-from hf_pss.evidence.corpus import Corpus, build_corpus
+from hf_pss.evidence.examples import Examples, examples_of
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.probes import Probes
 from hf_pss.evidence.recipes import Recipe
@@ -51,7 +49,8 @@ class CellTrainer(PSSTrainer):
         if kind == "random_batch":
             ids = inputs["input_ids"]
             noise = torch.randint(self.recipe.vocab_size, ids.shape, generator=self._noise)
-            inputs = {**inputs, "input_ids": noise, "labels": noise}
+            labels = torch.where(inputs["labels"] == -100, -100, noise)
+            inputs = {**inputs, "input_ids": noise, "labels": labels}
         loss = super().training_step(model, inputs, *args, **kwargs)
         if kind == "nan_gradient":
             for parameter in model.parameters():
@@ -123,8 +122,8 @@ def train_cell(cell: Cell, folder: Path) -> Row:
         folder: Where the metrics of every step and the files of PSS are written.
     """
     recipe, guard = cell.recipe, cell.guard
-    corpus = _corpus(vocab_size=recipe.vocab_size, context_length=recipe.context_length)
-    trainer = _trainer(cell, corpus, folder)
+    examples = examples_of(recipe, seed=cell.seed)
+    trainer = _trainer(cell, examples, folder)
     own: Any = guard.callback(trainer) if guard.callback is not None else None
     every_steps = cell.probes_every_steps
     probes = Probes(trainer, every_steps=every_steps) if every_steps else None
@@ -146,7 +145,7 @@ def train_cell(cell: Cell, folder: Path) -> Row:
         extra |= {"fault_start": recipe.fault.start, "fault_end": recipe.fault.last_step}
     if probes is not None:
         extra["probes"] = probes.to_dict()
-    entropy = corpus.unigram_entropy_nats
+    entropy = examples.unigram_entropy_nats
     explosion = find_explosion(trainer.losses, recipe.explosion, unigram_entropy=entropy)
     controller = PSSCallback.of(trainer).controller
     is_whole = recorder.eval_steps[-1:] == [recipe.num_steps]
@@ -167,7 +166,7 @@ def train_cell(cell: Cell, folder: Path) -> Row:
     )
 
 
-def _trainer(cell: Cell, corpus: Corpus, folder: Path) -> CellTrainer:
+def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     recipe, guard = cell.recipe, cell.guard
     set_seed(cell.seed)
     model = recipe.model()
@@ -183,24 +182,19 @@ def _trainer(cell: Cell, corpus: Corpus, folder: Path) -> CellTrainer:
         optimizer = make_optimizer(
             cell.optimizer, model, arguments, matrix_lr_ratio=recipe.matrix_lr_ratio
         )
-    num_blocks = len(corpus.validation)
-    # Blocks from all over the validation text, and the same for every run.
-    evenly = torch.linspace(0, num_blocks - 1, min(recipe.num_eval_blocks, num_blocks))
     set_seed(cell.seed)  # the order of the data must not depend on numbers that the guard drew
     trainer = CellTrainer(
         model=model,
         args=arguments,
-        train_dataset=corpus.train,
-        eval_dataset=Subset(corpus.validation, [int(i) for i in evenly]),
+        train_dataset=examples.train,
+        eval_dataset=examples.validation,
+        data_collator=examples.collator,
         optimizers=(optimizer, None),
         pss_config=guard.pss,
         recipe=recipe,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-_corpus = cache(partial(build_corpus, max_tokens=None))
 
 
 def read_health_series(path: Path) -> dict[str, list[Any]]:
