@@ -129,7 +129,7 @@ def build_corpus(
         ConfigurationError: The interpreter ships no sources, apt does not serve a package, or an
             option leaves no block.
     """
-    cache = Path(cache_dir or os.environ.get("HF_PSS_CACHE") or Path.home() / ".cache" / "hf_pss")
+    cache = cache_dir or cache_folder()
     if name in _DEBIAN:
         title, sources = _read_packages(name, cache / "packages")
     else:
@@ -149,6 +149,11 @@ def build_corpus(
         description=meta["description"],
         unigram_entropy_nats=unigram_entropy_nats(tokens["train"]),
     )
+
+
+def cache_folder() -> Path:
+    """Return the folder for corpora and weights: ``HF_PSS_CACHE``, or ``~/.cache/hf_pss``."""
+    return Path(os.environ.get("HF_PSS_CACHE") or Path.home() / ".cache" / "hf_pss")
 
 
 def read_library() -> tuple[list[str], list[str]]:

@@ -38,6 +38,8 @@ class Examples:
     """Rows from all over the validation text, and the same for every run."""
     unigram_entropy_nats: float
     """Loss of a model that predicts the frequencies of the labels."""
+    fingerprint: str
+    """Equal fingerprints mean equal rows, except for masks."""
     collator: Collator = default_data_collator
     """Makes a batch of rows."""
 
@@ -77,14 +79,14 @@ def examples_of(recipe: Recipe, *, seed: int) -> Examples:
     num_blocks = len(corpus.validation)
     evenly = torch.linspace(0, num_blocks - 1, min(recipe.num_eval_blocks, num_blocks))
     validation = [corpus.validation[int(i)] for i in evenly]
-    entropy = corpus.unigram_entropy_nats
+    known = corpus.unigram_entropy_nats, corpus.fingerprint
     if recipe.architecture != "bert":
-        return Examples(corpus.train, validation, entropy)
+        return Examples(corpus.train, validation, *known)
     corpus.tokenizer.add_special_tokens({"mask_token": _MASK_TOKEN})
     masked = MaskingCollator(corpus.tokenizer, _VALIDATION_SEED)(validation)
     pairs = zip(masked["input_ids"], masked["labels"], strict=True)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
-    return Examples(corpus.train, rows, entropy, MaskingCollator(corpus.tokenizer, seed))
+    return Examples(corpus.train, rows, *known, MaskingCollator(corpus.tokenizer, seed))
 
 
 @cache
@@ -105,4 +107,5 @@ def _digits() -> Examples:
     labels = torch.tensor(digits.target)
     rows = [{"pixel_values": i[None], "labels": n} for i, n in zip(images, labels, strict=True)]
     train, validation = rows[:_NUM_DIGITS_TO_TRAIN], rows[_NUM_DIGITS_TO_TRAIN:]
-    return Examples(train, validation, unigram_entropy_nats(digits.target.astype(np.int32)))
+    entropy = unigram_entropy_nats(digits.target.astype(np.int32))
+    return Examples(train, validation, entropy, fingerprint="digits")

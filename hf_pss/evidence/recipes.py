@@ -23,8 +23,11 @@ Schedule = Literal["warmup_stable_decay", "constant", "ramp", "cosine"]
 class Fault:
     """Deliberate harm to a run, over the steps ``start`` … ``start + num_steps − 1``."""
 
-    kind: Literal["random_batch", "nan_gradient", "high_learning_rate"]
-    """Uniformly drawn tokens, one NaN in every gradient, or the learning rate times `factor`."""
+    kind: Literal[
+        "random_batch", "repeated_token", "sequence_jump", "nan_gradient", "high_learning_rate"
+    ]
+    """The harm: uniformly drawn tokens, rows that repeat one such token, rows that are from now on
+    twice as long as before, one NaN in every gradient, or the learning rate times `factor`."""
     start: int
     num_steps: int = 1
     factor: float = 1.0
@@ -37,6 +40,10 @@ class Fault:
     def last_step(self) -> int:
         """The last harmed step."""
         return self.start + self.num_steps - 1
+
+
+TOKEN_FAULTS = ("random_batch", "repeated_token", "sequence_jump")
+"""The kinds of faults that change the tokens of a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +84,13 @@ class Recipe:
     """All but ``ramp`` begin with a linear warm-up. ``warmup_stable_decay`` and ``constant`` then
     stay constant. The first decays linearly to zero over the last 40 % of the steps. ``cosine``
     falls to zero along half a cosine. ``ramp`` rises linearly from zero over the whole run."""
+    dtype: str = "float32"
+    """With ``bfloat16`` the weights and the optimizer's moments have this dtype, and there is no
+    copy in float32."""
+    pretrain_steps: int = 0
+    """The run starts from weights that this number of steps at `pretrain_learning_rate` has
+    trained, with the clip guard and the default schedule. With 0 it starts from scratch."""
+    pretrain_learning_rate: float = 2e-3
     on_gpu: bool = False
     """Train in bfloat16 on a CUDA device, compiled. Without such a device the run is an error."""
     fault: Fault | None = None
@@ -94,15 +108,21 @@ class Recipe:
         for name, words in _WORDS.items():
             if (value := getattr(self, name)) not in words:
                 raise ConfigurationError(f"{name} is {' or '.join(words)}; you gave {value!r}.")
-        if (self.architecture == "vit") != (self.corpus == "digits"):
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        name = self.architecture
+        if (name == "vit") != (self.corpus == "digits"):
             raise ConfigurationError(
-                f"{self.architecture} cannot learn from {self.corpus}: vit takes the images of the "
-                "corpus digits only, and the others take text only."
+                f"{name} cannot learn from {self.corpus}: vit takes the images of the corpus "
+                "digits only, and the others take text only."
             )
-        if self.zero_query and self.architecture not in ("gpt2", "post_ln"):
+        if name == "vit" and self.fault and self.fault.kind in TOKEN_FAULTS:
             raise ConfigurationError(
-                f"zero_query is for gpt2 and post_ln, not {self.architecture}."
+                f"vit has no tokens for {self.fault.kind}; choose another fault or architecture."
             )
+        if self.zero_query and name not in ("gpt2", "post_ln"):
+            raise ConfigurationError(f"zero_query is for gpt2 and post_ln, not {name}.")
         if self.width % self.num_heads:
             raise ConfigurationError(
                 f"{self.num_heads} heads do not divide a width of {self.width}; choose a multiple."
@@ -135,7 +155,20 @@ class Recipe:
                 if self.zero_query and name.endswith("attn.c_attn.weight"):
                     # GPT stores its linear maps as (inputs, outputs), with the query first.
                     parameters[name][:, : self.width] = 0.0
-        return model
+        return model.to(getattr(torch, self.dtype))
+
+    @property
+    def pretraining(self) -> Recipe:
+        """The recipe of the run before this one: no fault, and the default schedule."""
+        return replace(
+            self,
+            num_steps=self.pretrain_steps,
+            learning_rate=self.pretrain_learning_rate,
+            pretrain_steps=0,
+            fault=None,
+            schedule="warmup_stable_decay",
+            warmup_steps=20,
+        )
 
     def arguments(self, output_dir: Path, seed: int) -> TrainingArguments:
         """Return the training arguments of one run; they are the same for every guard."""
@@ -177,13 +210,14 @@ class Recipe:
 
 _POSITIVE = (
     *("num_layers", "width", "num_heads", "context_length", "vocab_size", "batch_size"),
-    *("learning_rate", "num_steps", "adam_beta2"),
+    *("learning_rate", "pretrain_learning_rate", "num_steps", "adam_beta2"),
     *("eval_every_steps", "num_eval_blocks", "health_every_steps"),
 )
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay")
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "pretrain_steps")
 _WORDS: Mapping[str, Collection[str]] = {
     "architecture": ARCHITECTURES,
     "corpus": CORPORA,
+    "dtype": ("float32", "bfloat16"),
     "schedule": get_args(Schedule),
 }
 
@@ -210,11 +244,20 @@ RECIPES: Mapping[str, Recipe] = {
     # The learning rate rises from zero through the whole run: descent, then explosion where the
     # rate becomes too high.
     "ramp": Recipe(**{**_TINY, "num_steps": 1000}, schedule="ramp"),
+    "deep48": Recipe(num_layers=48, width=48, num_heads=6, batch_size=8),
     # GPT-1 (post-LN): at 1e-2 it falls to unigram entropy within 100 steps.
     "collapse": Recipe(num_layers=12, batch_size=8, num_steps=400, architecture="post_ln"),
     # The tokens of steps 300 to 302 are drawn at random.
     "random_batch": Recipe(
         **_TINY, learning_rate=3e-3, fault=Fault("random_batch", start=300, num_steps=3)
+    ),
+    # The rows of steps 300 to 302 repeat one token each.
+    "repeated_token": Recipe(
+        **_TINY, learning_rate=3e-3, fault=Fault("repeated_token", start=300, num_steps=3)
+    ),
+    # The rows have 64 tokens up to step 299, and 128 from step 300 on.
+    "sequence_jump": Recipe(
+        **_TINY, context_length=128, learning_rate=3e-3, fault=Fault("sequence_jump", start=300)
     ),
     # The gradients of step 300 hold a NaN.
     "nan_gradient": Recipe(**_TINY, learning_rate=3e-3, fault=Fault("nan_gradient", start=300)),
@@ -232,6 +275,17 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     # The twin of `damaged` without the damage.
     "undamaged": Recipe(**_TINY, learning_rate=2e-3),
+    "bfloat16": Recipe(**_TINY, dtype="bfloat16"),
+    # The learning rate rises again after 600 steps at a sound rate that ends at zero.
+    "continued": Recipe(**_TINY, pretrain_steps=600),
+    "no_warmup": Recipe(**_TINY, warmup_steps=0),
+    "bert_mlm": Recipe(**_TINY, architecture="bert"),
+    "llama": Recipe(**_TINY, architecture="llama"),
+    "llama_untied": Recipe(**_TINY, architecture="llama_untied"),
+    "llama_no_warmup": Recipe(**_TINY, architecture="llama", warmup_steps=0),
+    "qwen3": Recipe(**_TINY, architecture="qwen3"),
+    "moe": Recipe(**_TINY, architecture="moe"),
+    "vit": Recipe(**_TINY, architecture="vit", corpus="digits"),
     # GPT-2 124M, context 1024, on one GPU: bfloat16, compiled.
     "gpt2_124m": Recipe(
         num_layers=12,

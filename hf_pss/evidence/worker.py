@@ -6,31 +6,35 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from hf_pss.detection.explosion import find_explosion
 from hf_pss.errors import NonFiniteError
 from hf_pss.evidence.baselines import TRAINERS_OWN, make_optimizer
+from hf_pss.evidence.corpus import cache_folder
 from hf_pss.evidence.examples import Examples, examples_of
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.probes import Probes
-from hf_pss.evidence.recipes import Recipe
+from hf_pss.evidence.recipes import TOKEN_FAULTS, Fault, Recipe
 from hf_pss.evidence.rows import Row
 from hf_pss.records.events import Intervention
 from hf_pss.records.strict_json import finite_or_none
-from hf_pss.runs.folder import HEALTH_FILE, METRICS_FILE
+from hf_pss.runs.folder import HEALTH_FILE, METRICS_FILE, replacing
 from hf_pss.runs.records_files import parse_reading, read_lines
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.pss_trainer import PSSTrainer
 
 # The PSS numbers of a step that a line of the record holds.
 _PSS_NUMBERS = ("grad_norm_preclip", "baseline", "threshold", "interventions", "nonfinite_steps")
+# Added to the seed of a cell for the run before it.
+_PRETRAINING_SEED = 1_000
 
 
 class CellTrainer(PSSTrainer):
@@ -46,11 +50,8 @@ class CellTrainer(PSSTrainer):
         """Train on a batch, with the harm of a fault: to its tokens, gradients or learning rate."""
         fault = self.recipe.fault
         kind = fault.kind if fault and fault.covers(self.state.global_step + 1) else None
-        if kind == "random_batch":
-            ids = inputs["input_ids"]
-            noise = torch.randint(self.recipe.vocab_size, ids.shape, generator=self._noise)
-            labels = torch.where(inputs["labels"] == -100, -100, noise)
-            inputs = {**inputs, "input_ids": noise, "labels": labels}
+        if fault and fault.kind in TOKEN_FAULTS:
+            inputs = self._with_harmed_tokens(inputs, fault)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if kind == "nan_gradient":
             for parameter in model.parameters():
@@ -61,6 +62,20 @@ class CellTrainer(PSSTrainer):
                 group["lr"] *= fault.factor  # the scheduler overwrites it for the next step
         self.losses.append(finite_or_none(loss.item()))
         return loss
+
+    def _with_harmed_tokens(self, inputs: Mapping[str, Tensor], fault: Fault) -> dict[str, Tensor]:
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        num_rows, length = ids.shape
+        step = self.state.global_step + 1
+        if fault.kind == "sequence_jump":
+            num_kept = length if step >= fault.start else length // 2
+            return {name: values[:, :num_kept] for name, values in inputs.items()}
+        if not fault.covers(step):
+            return dict(inputs)
+        num_drawn = 1 if fault.kind == "repeated_token" else length
+        size = num_rows, num_drawn
+        noise = torch.randint(self.recipe.vocab_size, size, generator=self._noise).expand_as(ids)
+        return {**inputs, "input_ids": noise, "labels": torch.where(labels == -100, -100, noise)}
 
 
 class _StepRecorder(TrainerCallback):
@@ -170,6 +185,8 @@ def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     recipe, guard = cell.recipe, cell.guard
     set_seed(cell.seed)
     model = recipe.model()
+    if recipe.pretrain_steps:
+        model.load_state_dict(_pretrained(cell))
     if guard.prepare is not None:
         guard.prepare(model)
     arguments = recipe.arguments(folder, cell.seed)
@@ -195,6 +212,28 @@ def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _pretrained(cell: Cell) -> dict[str, Tensor]:
+    """Return the weights from which a cell starts, and train them the first time.
+
+    The cells of a seed share them. Their data has another order than that of the cells.
+    """
+    recipe = cell.recipe.pretraining
+    seed = cell.seed + _PRETRAINING_SEED
+    plain = Cell(recipe_name="", recipe=recipe, optimizer="adamw", guard_name="clip", seed=seed)
+    examples = examples_of(recipe, seed=seed)
+    path = cache_folder() / f"weights-{plain.id}-{examples.fingerprint[:8]}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(prefix="hf_pss-sweep-") as folder:
+                trainer = _trainer(plain, examples, Path(folder))
+                trainer.train()
+            with replacing(path) as stream:
+                torch.save(trainer.model.state_dict(), stream)
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
 
 
 def read_health_series(path: Path) -> dict[str, list[Any]]:

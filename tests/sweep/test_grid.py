@@ -158,6 +158,11 @@ def test_the_grids_that_are_shipped_can_be_read(path: Path) -> None:
         (BASE + "changes: {corpus: digits}", "gpt2 cannot learn from digits"),
         (BASE + "changes: {architecture: vit}", "vit cannot learn from python"),
         (BASE + "changes: {architecture: llama, zero_query: true}", "not llama"),
+        (
+            BASE.replace("wide", "random_batch") + "changes: {architecture: vit, corpus: digits}",
+            "no tokens for random_batch",
+        ),
+        (BASE + "changes: {dtype: float16}", "float32 or bfloat16"),
         (BASE + "changes: {warmup_steps: -1}", "0 or more"),
         (BASE + "changes: {schedule: step}", "warmup_stable_decay or constant or ramp or cosine"),
         (BASE + "changes: {num_steps: true}", "is like 800"),
