@@ -54,6 +54,9 @@ class MaskingCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self._mask = DataCollatorForLanguageModeling(tokenizer, seed=seed)
+        # The collator would draw from torch's global generator for the seed 0, and it refuses to
+        # make a generator in a worker of a sweep.
+        self._mask.generator = self._mask.get_generator(seed)
 
     def __call__(self, rows: list[Tensors]) -> dict[str, Any]:
         """Return a batch; `labels` is -100 wherever the model predicts nothing."""
