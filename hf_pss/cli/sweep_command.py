@@ -65,13 +65,15 @@ def table(
     Intervals are bootstrapped over seeds, and the number of seeds is beside every figure. You can
     call this command while the sweep runs.
     """
-    from hf_pss.evidence.sweep_table import render_markdown, render_tables
+    from hf_pss.evidence.sweep_table import edge_warnings, render_markdown, render_tables
 
     rows = _compared(output_dir, reference)
     if markdown:
         typer.echo(render_markdown(rows, reference=reference, target=target))
     else:
         Console().print(render_tables(rows, reference=reference, target=target))
+    for warning in edge_warnings(rows):
+        Console(stderr=True).print(warning, highlight=False, soft_wrap=True)
 
 
 @sweep.command()

@@ -51,6 +51,8 @@ class Cell:
     """The grid's changes to the recipe; `recipe` already has them."""
     probes_every_steps: int = 0
     """Steps between two early-warning readings; with 0 there are none."""
+    search_seed: int | None = None
+    """Marks a search around the recipe's rate, and is its first seed; see `next_cells`."""
 
     @property
     def learning_rate(self) -> float:
@@ -132,8 +134,9 @@ class Cell:
 def read_grid(path: Path) -> list[Cell]:
     """Return the cells of a YAML file, which holds one mapping or a list of mappings.
 
-    Each mapping stands for the full product of its lists. Cells that two mappings share are
-    run once. The seeds are the outer loop, so a sweep that ends early has compared
+    Each mapping stands for the full product of its lists. If it gives ``learning_rates: {around:
+    4e-3}``, its cells stand for searches around this rate. Cells that two mappings share are run
+    once. The seeds are the outer loop, so a sweep that ends early has compared
     everything on fewer seeds.
 
     Raises:
@@ -145,9 +148,9 @@ def read_grid(path: Path) -> list[Cell]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"The grid {path} cannot be read: {error}.") from error
     blocks = content if isinstance(content, list) else [content]
-    cells: dict[str, Cell] = {}
+    cells: dict[tuple[str, int | None], Cell] = {}
     for block in blocks:
-        cells.update((cell.id, cell) for cell in _cells(block))
+        cells.update(((cell.id, cell.search_seed), cell) for cell in _cells(block))
     if not cells:
         raise ConfigurationError(f"The grid {path} holds no run.")
     meant: dict[str, str] = {}
@@ -162,11 +165,14 @@ def read_grid(path: Path) -> list[Cell]:
 
 def _cells(block: Any) -> Iterator[Cell]:
     found = _checked(block)
+    seeds, around = _seeds(found["seeds"]), found["learning_rates"]
+    is_search = isinstance(around, dict) and list(around) == ["around"]
+    rates = list(around.values()) if is_search else _list(found, "learning_rates")
     axes = (
-        _seeds(found["seeds"]),
+        seeds,
         [(name, _choice("recipe", name, RECIPES)) for name in _list(found, "recipes")],
         _list(found, "optimizers"),
-        [_learning_rate(value) for value in _list(found, "learning_rates")],
+        [_learning_rate(value) for value in rates],
         [_guard(entry) for entry in _list(found, "guards")],
     )
     for seed, (name, recipe), optimizer, rate, (guard_name, pss) in product(*axes):
@@ -180,6 +186,7 @@ def _cells(block: Any) -> Iterator[Cell]:
             pss=pss,
             seed=seed,
             probes_every_steps=found["probes_every_steps"],
+            search_seed=seeds[0] if is_search else None,
         )
 
 

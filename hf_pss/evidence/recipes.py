@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
-    PreTrainedModel,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_pss.detection.explosion import ExplosionRule
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.architectures import ARCHITECTURES, ModelSizes
+from hf_pss.evidence.corpus import CORPORA
+from hf_pss.models.selection import named_parameters_canonical, select_matrices
 
-Architecture = Literal["gpt2", "post_ln"]
-Schedule = Literal["warmup_stable_decay", "constant", "ramp"]
+Schedule = Literal["warmup_stable_decay", "constant", "ramp", "cosine"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Deliberate harm to a run, over the steps ``start`` … ``start + num_steps − 1``."""
 
-    kind: Literal["random_batch", "nan_gradient", "high_learning_rate"]
-    """Uniformly drawn tokens, one NaN in every gradient, or the learning rate times `factor`."""
+    kind: Literal[
+        "random_batch", "repeated_token", "sequence_jump", "nan_gradient", "high_learning_rate"
+    ]
+    """The harm: uniformly drawn tokens, rows that repeat one such token, rows that are from now on
+    twice as long as before, one NaN in every gradient, or the learning rate times `factor`."""
     start: int
     num_steps: int = 1
     factor: float = 1.0
@@ -42,6 +40,10 @@ class Fault:
     def last_step(self) -> int:
         """The last harmed step."""
         return self.start + self.num_steps - 1
+
+
+TOKEN_FAULTS = ("random_batch", "repeated_token", "sequence_jump")
+"""The kinds of faults that change the tokens of a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +69,10 @@ class Recipe:
     num_eval_blocks: int = 256
     health_every_steps: int = 20
     """Interval of the health readings in the demo. In a sweep the guards set the interval."""
-    architecture: Architecture = "gpt2"
-    """GPT-2 normalises the input of each block, and ``post_ln`` is GPT-1, which
-    normalises the output."""
+    architecture: str = "gpt2"
+    """A name from `ARCHITECTURES`."""
+    corpus: str = "python"
+    """A name from `CORPORA`. ``vit`` takes ``digits``, and no other architecture does."""
     init_gain: float = 1.0
     """Factor on the initial values of the block matrices."""
     zero_query: bool = False
@@ -78,9 +81,16 @@ class Recipe:
     """Ratio of the learning rate of the block matrices to that of the other parameters."""
     adam_beta1: float = 0.9
     schedule: Schedule = "warmup_stable_decay"
-    """``warmup_stable_decay`` and ``constant`` begin with a linear warm-up and then stay constant.
-    The first decays linearly to zero over the last 40 % of the steps. ``ramp`` rises linearly from
-    zero over the whole run."""
+    """All but ``ramp`` begin with a linear warm-up. ``warmup_stable_decay`` and ``constant`` then
+    stay constant. The first decays linearly to zero over the last 40 % of the steps. ``cosine``
+    falls to zero along half a cosine. ``ramp`` rises linearly from zero over the whole run."""
+    dtype: str = "float32"
+    """With ``bfloat16`` the weights and the optimizer's moments have this dtype, and there is no
+    copy in float32."""
+    pretrain_steps: int = 0
+    """The run starts from weights that this number of steps at `pretrain_learning_rate` has
+    trained, with the clip guard and the default schedule. With 0 it starts from scratch."""
+    pretrain_learning_rate: float = 2e-3
     on_gpu: bool = False
     """Train in bfloat16 on a CUDA device, compiled. Without such a device the run is an error."""
     fault: Fault | None = None
@@ -90,6 +100,29 @@ class Recipe:
         for name in _POSITIVE:
             if not (value := getattr(self, name)) > 0:
                 raise ConfigurationError(f"{name} must be above 0; you gave {value!r}.")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ConfigurationError(
+                    f"{name} must be 0 or more; you gave {getattr(self, name)!r}."
+                )
+        for name, words in _WORDS.items():
+            if (value := getattr(self, name)) not in words:
+                raise ConfigurationError(f"{name} is {' or '.join(words)}; you gave {value!r}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        name = self.architecture
+        if (name == "vit") != (self.corpus == "digits"):
+            raise ConfigurationError(
+                f"{name} cannot learn from {self.corpus}: vit takes the images of the corpus "
+                "digits only, and the others take text only."
+            )
+        if name == "vit" and self.fault and self.fault.kind in TOKEN_FAULTS:
+            raise ConfigurationError(
+                f"vit has no tokens for {self.fault.kind}; choose another fault or architecture."
+            )
+        if self.zero_query and name not in ("gpt2", "post_ln"):
+            raise ConfigurationError(f"zero_query is for gpt2 and post_ln, not {name}.")
         if self.width % self.num_heads:
             raise ConfigurationError(
                 f"{self.num_heads} heads do not divide a width of {self.width}; choose a multiple."
@@ -112,29 +145,30 @@ class Recipe:
 
     def model(self) -> PreTrainedModel:
         """Return the untrained model, with weights from torch's global generator."""
-        sizes: dict[str, Any] = {
-            "n_layer": self.num_layers,
-            "n_embd": self.width,
-            "n_head": self.num_heads,
-            "n_positions": self.context_length,
-            "vocab_size": self.vocab_size,
-            # Without dropout a step draws no random number, so twins differ by their guard alone.
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        }
-        model: PreTrainedModel
-        if self.architecture == "gpt2":
-            config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
-            model = GPT2LMHeadModel(config)
-        else:
-            model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
+        sizes = ModelSizes(*(getattr(self, f.name) for f in fields(ModelSizes)))
+        model = ARCHITECTURES[self.architecture](sizes)
+        parameters = named_parameters_canonical(model)
+        matrices = {view.parameter_name for view in select_matrices(model).matrices}
         with torch.no_grad():
-            for name, module in model.named_modules():
-                # transformers writes the linear maps of both models as Conv1D: (inputs, outputs).
-                if type(module).__name__ == "Conv1D":
-                    module.weight.mul_(self.init_gain)
-                    if self.zero_query and name.endswith("attn.c_attn"):
-                        module.weight[:, : self.width] = 0.0
-        return model
+            for name in matrices:
+                parameters[name].mul_(self.init_gain)
+                if self.zero_query and name.endswith("attn.c_attn.weight"):
+                    # GPT stores its linear maps as (inputs, outputs), with the query first.
+                    parameters[name][:, : self.width] = 0.0
+        return model.to(getattr(torch, self.dtype))
+
+    @property
+    def pretraining(self) -> Recipe:
+        """The recipe of the run before this one: no fault, and the default schedule."""
+        return replace(
+            self,
+            num_steps=self.pretrain_steps,
+            learning_rate=self.pretrain_learning_rate,
+            pretrain_steps=0,
+            fault=None,
+            schedule="warmup_stable_decay",
+            warmup_steps=20,
+        )
 
     def arguments(self, output_dir: Path, seed: int) -> TrainingArguments:
         """Return the training arguments of one run; they are the same for every guard."""
@@ -144,6 +178,8 @@ class Recipe:
         }
         if self.schedule == "ramp":
             schedule["warmup_steps"] = self.num_steps
+        elif self.schedule == "cosine":
+            schedule["lr_scheduler_type"] = "cosine"
         elif self.schedule == "warmup_stable_decay":
             decay = {"num_decay_steps": round(0.4 * self.num_steps), "decay_type": "linear"}
             schedule |= {"lr_scheduler_type": self.schedule, "lr_scheduler_kwargs": decay}
@@ -174,16 +210,20 @@ class Recipe:
 
 _POSITIVE = (
     *("num_layers", "width", "num_heads", "context_length", "vocab_size", "batch_size"),
-    *("learning_rate", "num_steps", "warmup_steps", "weight_decay", "adam_beta2"),
+    *("learning_rate", "pretrain_learning_rate", "num_steps", "adam_beta2"),
     *("eval_every_steps", "num_eval_blocks", "health_every_steps"),
 )
-_WORDS = {"architecture": get_args(Architecture), "schedule": get_args(Schedule)}
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "pretrain_steps")
+_WORDS: Mapping[str, Collection[str]] = {
+    "architecture": ARCHITECTURES,
+    "corpus": CORPORA,
+    "dtype": ("float32", "bfloat16"),
+    "schedule": get_args(Schedule),
+}
 
 
 def _check_like(name: str, value: Any, now: Any) -> None:
     """Refuse a value of the wrong type, such as 1e-1, which YAML reads as text."""
-    if name in _WORDS and value not in _WORDS[name]:
-        raise ConfigurationError(f"{name} is {' or '.join(_WORDS[name])}; you gave {value!r}.")
     kinds = (int, float) if isinstance(now, float) else (type(now),)
     if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(now, bool)):
         hint = " (in YAML a number needs its dot: 1.0e-1)" if isinstance(value, str) else ""
@@ -204,11 +244,20 @@ RECIPES: Mapping[str, Recipe] = {
     # The learning rate rises from zero through the whole run: descent, then explosion where the
     # rate becomes too high.
     "ramp": Recipe(**{**_TINY, "num_steps": 1000}, schedule="ramp"),
+    "deep48": Recipe(num_layers=48, width=48, num_heads=6, batch_size=8),
     # GPT-1 (post-LN): at 1e-2 it falls to unigram entropy within 100 steps.
     "collapse": Recipe(num_layers=12, batch_size=8, num_steps=400, architecture="post_ln"),
     # The tokens of steps 300 to 302 are drawn at random.
     "random_batch": Recipe(
         **_TINY, learning_rate=3e-3, fault=Fault("random_batch", start=300, num_steps=3)
+    ),
+    # The rows of steps 300 to 302 repeat one token each.
+    "repeated_token": Recipe(
+        **_TINY, learning_rate=3e-3, fault=Fault("repeated_token", start=300, num_steps=3)
+    ),
+    # The rows have 64 tokens up to step 299, and 128 from step 300 on.
+    "sequence_jump": Recipe(
+        **_TINY, context_length=128, learning_rate=3e-3, fault=Fault("sequence_jump", start=300)
     ),
     # The gradients of step 300 hold a NaN.
     "nan_gradient": Recipe(**_TINY, learning_rate=3e-3, fault=Fault("nan_gradient", start=300)),
@@ -226,6 +275,17 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     # The twin of `damaged` without the damage.
     "undamaged": Recipe(**_TINY, learning_rate=2e-3),
+    "bfloat16": Recipe(**_TINY, dtype="bfloat16"),
+    # The learning rate rises again after 600 steps at a sound rate that ends at zero.
+    "continued": Recipe(**_TINY, pretrain_steps=600),
+    "no_warmup": Recipe(**_TINY, warmup_steps=0),
+    "bert_mlm": Recipe(**_TINY, architecture="bert"),
+    "llama": Recipe(**_TINY, architecture="llama"),
+    "llama_untied": Recipe(**_TINY, architecture="llama_untied"),
+    "llama_no_warmup": Recipe(**_TINY, architecture="llama", warmup_steps=0),
+    "qwen3": Recipe(**_TINY, architecture="qwen3"),
+    "moe": Recipe(**_TINY, architecture="moe"),
+    "vit": Recipe(**_TINY, architecture="vit", corpus="digits"),
     # GPT-2 124M, context 1024, on one GPU: bfloat16, compiled.
     "gpt2_124m": Recipe(
         num_layers=12,

@@ -245,6 +245,15 @@ def best_learning_rate(rows: Iterable[Row], guard: str) -> float:
     return min(losses, key=lambda rate: median(losses[rate].values()))
 
 
+def is_at_edge(rows: Sequence[Row], guard: str) -> bool:
+    """Return whether the best rate is the lowest or the highest that the guard was tried at.
+
+    A better rate may then lie outside the grid.
+    """
+    rates = list(losses_by_rate(rows, guard))
+    return best_learning_rate(rows, guard) in (rates[0], rates[-1])
+
+
 def usable_range(
     rows: Sequence[Row], guard: str, *, within_nats: float = 0.05
 ) -> tuple[float, float]:

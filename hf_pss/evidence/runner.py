@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from rich.progress import (
 from hf_pss.errors import ConfigurationError, PSSError
 from hf_pss.evidence.corpus import Corpus, build_corpus
 from hf_pss.evidence.grid import Cell
+from hf_pss.evidence.rate_search import next_cells
 from hf_pss.evidence.rows import Row, append_row, drop_unfinished_line, read_rows
 from hf_pss.runs.signals import signals_interrupt
 
@@ -85,13 +86,20 @@ def _run_missing(
     cells: Sequence[Cell], path: Path, num_processes: int | None, console: Console
 ) -> str:
     drop_unfinished_line(path)
-    done = {row.id for row in read_rows(path) if row.status != "failed"} if path.exists() else set()
-    todo = [cell for cell in cells if cell.id not in done]
-    if len(todo) < len(cells):
-        console.print(f"{len(cells) - len(todo)} of {len(cells)} runs are there already.")
+    rows = {r.id: r for r in read_rows(path) if r.status != "failed"} if path.exists() else {}
+    started: set[str] = set()  # what fails is tried again by the next sweep, not by this one
+
+    def more() -> list[Cell]:
+        found = [cell for cell in next_cells(cells, rows) if cell.id not in started]
+        started.update(cell.id for cell in found)
+        return found
+
+    if rows:
+        console.print(f"{len(rows)} runs are there already.")
+    todo = more()
     if not todo:
         return "finished"
-    prepare_corpora(todo, console)
+    prepare_corpora(cells, console)
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=console) as progress:
@@ -99,10 +107,18 @@ def _run_missing(
 
         def take(cell: Cell, row: Row) -> None:
             append_row(path, row)
+            if row.status != "failed":
+                rows[row.id] = row
             progress.advance(task)
             progress.console.print(f"{cell}: {_outcome(row)}", highlight=False)
 
-        return run_cells(todo, take, num_processes=num_processes or num_cores())
+        def take_more() -> list[Cell]:
+            found = more()
+            progress.update(task, total=len(started))
+            return found
+
+        processes = num_processes or num_cores()
+        return run_cells(todo, take, more=take_more, num_processes=processes)
 
 
 def _outcome(row: Row) -> str:
@@ -118,6 +134,7 @@ def run_cells(
     take: Callable[[Cell, Row], None],
     *,
     num_processes: int,
+    more: Callable[[], Iterable[Cell]] = tuple,
     folder_of: Callable[[Cell], Path] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> str:
@@ -127,6 +144,7 @@ def run_cells(
         cells: What to train.
         take: Receives a cell and its row. The row of a run that raised has the status ``failed``.
         num_processes: Number of runs at the same time, each on one thread.
+        more: Returns further cells to train. It is called after every run.
         folder_of: Returns the folder for the files and the log of a run. With None a run keeps no
             files.
         poll: A function that is called several times per second.
@@ -139,13 +157,16 @@ def run_cells(
         PSSError: A worker was killed from outside.
     """
     is_failed = False
-    size = min(num_processes, len(cells))
-    with signals_interrupt(), _pool(size, is_silent=folder_of is None) as pool:
+    pending: dict[Future[Row], Cell] = {}
+    with signals_interrupt(), _pool(num_processes, is_silent=folder_of is None) as pool:
+
+        def submit(cells: Iterable[Cell]) -> None:
+            for cell in cells:
+                folder = folder_of(cell) if folder_of else None
+                pending[pool.submit(_run, cell, folder)] = cell
+
         try:
-            pending: dict[Future[Row], Cell] = {
-                pool.submit(_run, cell, folder_of(cell) if folder_of else None): cell
-                for cell in cells
-            }
+            submit(cells)
             while pending:
                 done, _ = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -153,6 +174,7 @@ def run_cells(
                     row = future.result()
                     is_failed |= row.status == "failed"
                     take(cell, row)
+                    submit(more())
                 poll()
         except KeyboardInterrupt:
             return "interrupted"
@@ -233,15 +255,22 @@ def _run(cell: Cell, folder: Path | None) -> Row:
 
 def prepare_corpora(cells: Sequence[Cell], console: Console) -> list[Corpus]:
     """Fill the corpus cache once, before several processes need it."""
-    wanted = sorted({(cell.recipe.vocab_size, cell.recipe.context_length) for cell in cells})
+    wanted = sorted(
+        {
+            (cell.recipe.corpus, cell.recipe.vocab_size, cell.recipe.context_length)
+            for cell in cells
+            if cell.recipe.corpus != "digits"
+        }
+    )
     return [
         build_corpus(
+            name,
             vocab_size=vocab_size,
             context_length=context_length,
             max_tokens=None,
             progress=lambda text: console.print(f"Preparing the corpus: {text} …"),
         )
-        for vocab_size, context_length in wanted
+        for name, vocab_size, context_length in wanted
     ]
 
 

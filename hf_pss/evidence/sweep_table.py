@@ -15,6 +15,7 @@ from hf_pss.evidence.rows import (
     by_setting,
     compare_at,
     compare_at_best,
+    is_at_edge,
     losses_by_rate,
     steps_to_loss,
     usable_range,
@@ -42,6 +43,17 @@ def render_markdown(rows: Sequence[Row], *, reference: str, target: float | None
         lines = [head, ("---",) + ("---:",) * (len(head) - 1), *body]
         parts += [f"**{title}**\n", *(f"| {' | '.join(line)} |" for line in lines), ""]
     return "\n".join(parts)
+
+
+def edge_warnings(rows: Sequence[Row]) -> list[str]:
+    """Return a warning for each guard whose best rate of several is the lowest or the highest."""
+    return [
+        f"{setting}: the best rate of {guard}, {best_learning_rate(here, guard):g}, is at the edge "
+        "of its grid. Add rates beyond it."
+        for setting, here in by_setting(rows).items()
+        for guard in dict.fromkeys(row.guard for row in here)
+        if len(losses_by_rate(here, guard)) > 1 and is_at_edge(here, guard)
+    ]
 
 
 def _tables(

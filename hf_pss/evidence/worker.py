@@ -6,33 +6,35 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable
-from functools import cache, partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from hf_pss.detection.explosion import find_explosion
 from hf_pss.errors import NonFiniteError
 from hf_pss.evidence.baselines import TRAINERS_OWN, make_optimizer
-from hf_pss.evidence.corpus import Corpus, build_corpus
+from hf_pss.evidence.corpus import cache_folder
+from hf_pss.evidence.examples import Examples, examples_of
 from hf_pss.evidence.grid import Cell
 from hf_pss.evidence.probes import Probes
-from hf_pss.evidence.recipes import Recipe
+from hf_pss.evidence.recipes import TOKEN_FAULTS, Fault, Recipe
 from hf_pss.evidence.rows import Row
 from hf_pss.records.events import Intervention
 from hf_pss.records.strict_json import finite_or_none
-from hf_pss.runs.folder import HEALTH_FILE, METRICS_FILE
+from hf_pss.runs.folder import HEALTH_FILE, METRICS_FILE, replacing
 from hf_pss.runs.records_files import parse_reading, read_lines
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.pss_trainer import PSSTrainer
 
 # The PSS numbers of a step that a line of the record holds.
 _PSS_NUMBERS = ("grad_norm_preclip", "baseline", "threshold", "interventions", "nonfinite_steps")
+# Added to the seed of a cell for the run before it.
+_PRETRAINING_SEED = 1_000
 
 
 class CellTrainer(PSSTrainer):
@@ -48,10 +50,8 @@ class CellTrainer(PSSTrainer):
         """Train on a batch, with the harm of a fault: to its tokens, gradients or learning rate."""
         fault = self.recipe.fault
         kind = fault.kind if fault and fault.covers(self.state.global_step + 1) else None
-        if kind == "random_batch":
-            ids = inputs["input_ids"]
-            noise = torch.randint(self.recipe.vocab_size, ids.shape, generator=self._noise)
-            inputs = {**inputs, "input_ids": noise, "labels": noise}
+        if fault and fault.kind in TOKEN_FAULTS:
+            inputs = self._with_harmed_tokens(inputs, fault)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if kind == "nan_gradient":
             for parameter in model.parameters():
@@ -62,6 +62,20 @@ class CellTrainer(PSSTrainer):
                 group["lr"] *= fault.factor  # the scheduler overwrites it for the next step
         self.losses.append(finite_or_none(loss.item()))
         return loss
+
+    def _with_harmed_tokens(self, inputs: Mapping[str, Tensor], fault: Fault) -> dict[str, Tensor]:
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        num_rows, length = ids.shape
+        step = self.state.global_step + 1
+        if fault.kind == "sequence_jump":
+            num_kept = length if step >= fault.start else length // 2
+            return {name: values[:, :num_kept] for name, values in inputs.items()}
+        if not fault.covers(step):
+            return dict(inputs)
+        num_drawn = 1 if fault.kind == "repeated_token" else length
+        size = num_rows, num_drawn
+        noise = torch.randint(self.recipe.vocab_size, size, generator=self._noise).expand_as(ids)
+        return {**inputs, "input_ids": noise, "labels": torch.where(labels == -100, -100, noise)}
 
 
 class _StepRecorder(TrainerCallback):
@@ -123,8 +137,8 @@ def train_cell(cell: Cell, folder: Path) -> Row:
         folder: Where the metrics of every step and the files of PSS are written.
     """
     recipe, guard = cell.recipe, cell.guard
-    corpus = _corpus(vocab_size=recipe.vocab_size, context_length=recipe.context_length)
-    trainer = _trainer(cell, corpus, folder)
+    examples = examples_of(recipe, seed=cell.seed)
+    trainer = _trainer(cell, examples, folder)
     own: Any = guard.callback(trainer) if guard.callback is not None else None
     every_steps = cell.probes_every_steps
     probes = Probes(trainer, every_steps=every_steps) if every_steps else None
@@ -146,7 +160,7 @@ def train_cell(cell: Cell, folder: Path) -> Row:
         extra |= {"fault_start": recipe.fault.start, "fault_end": recipe.fault.last_step}
     if probes is not None:
         extra["probes"] = probes.to_dict()
-    entropy = corpus.unigram_entropy_nats
+    entropy = examples.unigram_entropy_nats
     explosion = find_explosion(trainer.losses, recipe.explosion, unigram_entropy=entropy)
     controller = PSSCallback.of(trainer).controller
     is_whole = recorder.eval_steps[-1:] == [recipe.num_steps]
@@ -167,10 +181,12 @@ def train_cell(cell: Cell, folder: Path) -> Row:
     )
 
 
-def _trainer(cell: Cell, corpus: Corpus, folder: Path) -> CellTrainer:
+def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     recipe, guard = cell.recipe, cell.guard
     set_seed(cell.seed)
     model = recipe.model()
+    if recipe.pretrain_steps:
+        model.load_state_dict(_pretrained(cell))
     if guard.prepare is not None:
         guard.prepare(model)
     arguments = recipe.arguments(folder, cell.seed)
@@ -183,15 +199,13 @@ def _trainer(cell: Cell, corpus: Corpus, folder: Path) -> CellTrainer:
         optimizer = make_optimizer(
             cell.optimizer, model, arguments, matrix_lr_ratio=recipe.matrix_lr_ratio
         )
-    num_blocks = len(corpus.validation)
-    # Blocks from all over the validation text, and the same for every run.
-    evenly = torch.linspace(0, num_blocks - 1, min(recipe.num_eval_blocks, num_blocks))
     set_seed(cell.seed)  # the order of the data must not depend on numbers that the guard drew
     trainer = CellTrainer(
         model=model,
         args=arguments,
-        train_dataset=corpus.train,
-        eval_dataset=Subset(corpus.validation, [int(i) for i in evenly]),
+        train_dataset=examples.train,
+        eval_dataset=examples.validation,
+        data_collator=examples.collator,
         optimizers=(optimizer, None),
         pss_config=guard.pss,
         recipe=recipe,
@@ -200,7 +214,26 @@ def _trainer(cell: Cell, corpus: Corpus, folder: Path) -> CellTrainer:
     return trainer
 
 
-_corpus = cache(partial(build_corpus, max_tokens=None))
+def _pretrained(cell: Cell) -> dict[str, Tensor]:
+    """Return the weights from which a cell starts, and train them the first time.
+
+    The cells of a seed share them. Their data has another order than that of the cells.
+    """
+    recipe = cell.recipe.pretraining
+    seed = cell.seed + _PRETRAINING_SEED
+    plain = Cell(recipe_name="", recipe=recipe, optimizer="adamw", guard_name="clip", seed=seed)
+    examples = examples_of(recipe, seed=seed)
+    path = cache_folder() / f"weights-{plain.id}-{examples.fingerprint[:8]}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(prefix="hf_pss-sweep-") as folder:
+                trainer = _trainer(plain, examples, Path(folder))
+                trainer.train()
+            with replacing(path) as stream:
+                torch.save(trainer.model.state_dict(), stream)
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
 
 
 def read_health_series(path: Path) -> dict[str, list[Any]]:

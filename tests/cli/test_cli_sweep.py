@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_run_then_table(run: Run, tmp_path: Path) -> None:
     assert run(*words).exit_code == 0
     again = run(*words)
     assert again.exit_code == 0
-    assert "1 of 1 runs are there already" in again.stderr
+    assert "1 runs are there already" in again.stderr
     shown = run("sweep", "table", "--output-dir", tmp_path / "out")
     assert shown.exit_code == 0
     assert "slow_damage_tiny" in shown.stdout
@@ -68,6 +69,14 @@ def test_table_as_markdown(run: Run, folder: Path) -> None:
     assert result.exit_code == 0
     assert "| floor | 0.001 | -0.250 | -0.250 … -0.250 | 3 | 3 |" in result.stdout
     assert "steps to a validation loss of 3.8" in result.stdout
+    assert "edge" not in result.stderr
+
+
+def test_table_warns_of_a_best_rate_at_the_edge(run: Run, folder: Path) -> None:
+    append_row(folder / "rows.jsonl", replace(row("clip", 9, 4.5), learning_rate=2e-3))
+    result = run("sweep", "table", "--output-dir", folder, "--markdown")
+    assert "the best rate of clip, 0.001, is at the edge of its grid" in result.stderr
+    assert "edge" not in result.stdout
 
 
 def test_table_for_the_terminal(run: Run, folder: Path) -> None:

@@ -145,3 +145,32 @@ def test_an_interpreter_without_sources_is_told_so(
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ConfigurationError, match="ships no Python sources"):
         small(tmp_path / "cache")
+
+
+HEADER = "#ifndef H_{0}\n#define H_{0}\nint f_{0}(int x);\n#endif\n" * 20
+
+
+def test_the_newest_packages_that_are_unpacked_are_read_without_apt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    root = tmp_path / "cache" / "packages"
+    cgal = root / "libcgal-dev_1.10-3_all" / "usr"
+    for i in range(200):
+        write(cgal / "include" / f"f_{i}.h", HEADER.format(i))
+    write(cgal / "share" / "other.h", "foreign")
+    write(cgal / "include" / "other.txt", "foreign")
+    write(root / "libcgal-dev_1.9-1_all" / "usr" / "include" / "old.h", "foreign")
+    write(root / "libeigen3-dev_3.4-1_all" / "usr" / "include" / "e.h", HEADER.format(777))
+    corpus = build_corpus("cpp", vocab_size=300, context_length=16, cache_dir=root.parent)
+    text = corpus.tokenizer.decode(corpus.train.blocks.flatten())
+    assert "f_777" in text
+    assert "foreign" not in text
+    assert "libcgal-dev 1.10-3, libeigen3-dev 3.4-1: 201 files" in corpus.description
+    assert len(corpus.validation) > 0
+
+
+def test_a_machine_without_apt_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigurationError, match=r"'english' needs Debian packages.*apt-cache"):
+        build_corpus("english", context_length=16, cache_dir=tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from sweep_rows import grid_of_rows, row
 
-from hf_pss.evidence.sweep_table import render_markdown, render_tables
+from hf_pss.evidence.sweep_table import edge_warnings, render_markdown, render_tables
 
 
 def lines_of(markdown: str, title: str) -> dict[str, list[str]]:
@@ -76,3 +76,9 @@ def test_the_terminal_shows_the_same_cells() -> None:
     cells = {c.strip() for line in table for c in line.strip("| ").split("|")}
     for cell in cells - {"---", "---:"}:
         assert cell in shown
+
+
+def test_a_best_rate_at_the_edge_of_its_grid_is_named() -> None:
+    (warning,) = edge_warnings(grid_of_rows())
+    assert "tiny · adamw: the best rate of clip, 0.001, is at the edge" in warning
+    assert edge_warnings([row(), row(seed=1)]) == []  # one rate is no grid

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from small_library import use_small_library
+from small_library import corpus_cache, use_small_library
 from sweep_cells import TINY, cell
 
 from hf_pss.config import PSSConfig
+from hf_pss.evidence import worker
 from hf_pss.evidence.recipes import Fault
 from hf_pss.evidence.rows import Row
-from hf_pss.evidence.worker import run_cell
+from hf_pss.evidence.worker import CellTrainer, run_cell
 
 STEPS = 4
 # A floor at which fresh matrices already lie.
@@ -126,3 +128,49 @@ def test_a_post_ln_model_and_another_optimizer_train_too() -> None:
     row = run_cell(cell("floor", recipe="collapse", optimizer="sgd"))
     assert row.status == "finished"
     assert len(row.losses) == STEPS
+
+
+def test_repeated_tokens_harm_their_steps_only() -> None:
+    fault = Fault("repeated_token", start=3)
+    harmed, plain = run_cell(cell("none", fault=fault)), run_cell(cell("none"))
+    assert harmed.losses[:2] == plain.losses[:2]
+    assert harmed.losses[2] != plain.losses[2]
+    assert run_cell(cell("clip", fault=fault)).losses[:3] == harmed.losses[:3]
+
+
+def test_rows_are_short_before_a_sequence_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    class Watched(CellTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if model.training:
+                lengths.append(inputs["input_ids"].shape[1])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(worker, "CellTrainer", Watched)
+    row = run_cell(cell("none", fault=Fault("sequence_jump", start=3)))
+    whole = TINY["context_length"]
+    assert lengths == [whole // 2, whole // 2, whole, whole]
+    assert (row.extra["fault_start"], row.extra["fault_end"]) == (3, 3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "moe", "bert", "vit"])
+def test_weights_and_moments_in_bfloat16(architecture: str) -> None:
+    corpus = "digits" if architecture == "vit" else "python"
+    options = {"architecture": architecture, "corpus": corpus}
+    row = run_cell(cell("paper", dtype="bfloat16", **options))
+    assert row.status == "finished"
+    assert None not in row.losses
+    assert row.losses != run_cell(cell("paper", **options)).losses
+
+
+def test_a_continued_run_starts_from_trained_weights() -> None:
+    fresh, continued = run_cell(cell("none")), run_cell(cell("none", pretrain_steps=12))
+    assert continued.losses[0] < fresh.losses[0] - 0.05
+    assert len(continued.losses) == STEPS
+    (kept,) = corpus_cache().glob("weights-*.pt")
+    changed = kept.stat().st_mtime_ns
+    other = run_cell(cell("clip", pretrain_steps=12, warmup_steps=0))
+    assert other.losses[0] == continued.losses[0]
+    assert kept.stat().st_mtime_ns == changed
+    assert run_cell(cell("none", seed=1, pretrain_steps=12)).losses[0] != continued.losses[0]
