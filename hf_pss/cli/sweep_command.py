@@ -168,10 +168,11 @@ def guards() -> None:
     """List the guards that a grid may name, with their sources."""
     from rich.table import Table
 
-    from hf_pss.evidence.guards import GUARDS
+    from hf_pss.evidence.guards import GUARDS, make_guard
 
     shown = Table("guard", "what it does", "source")
-    for name, guard in GUARDS.items():
+    for name in GUARDS:
+        guard = make_guard(name)
         shown.add_row(name, guard.description, guard.source)
     Console().print(shown)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_pss.evidence.guards import GUARDS
+from hf_pss.evidence.guards import make_guard
 
 LR, B1, B2, EPS, WD = 1e-2, 0.9, 0.99, 1e-8, 0.1
 SETTINGS = TrainingArguments(
@@ -100,7 +100,7 @@ def test_the_package_follows_the_paper(name: str, reference: Callable[[], Tensor
     model = nn.Linear(4, 6, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(start())
-    make = GUARDS[name].optimizer
+    make = make_guard(name).optimizer
     assert make is not None
     optimizer = make(model, SETTINGS)
     for gradient in gradients():

@@ -14,16 +14,18 @@ from sweep_guards import trainer_of
 from hf_pss import PSSConfig, select_matrices
 from hf_pss.evidence.guard_callbacks import (
     LearningRateDrop,
+    NormCap,
     ScheduledSmoothing,
     SpectralCap,
     sigma_reparam_,
 )
-from hf_pss.evidence.guards import Guard
+from hf_pss.evidence.guards import Guard, make_guard
 from hf_pss.linalg import spectral_norm
 from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.trainer.callback import PSSCallback
 
 LOGITS = 2.5e-7  # absolute; 8.9e-8 measured, logits are of the order 0.1
+ROUNDING = 1 + 1e-6
 ABOVE_CAP = 1.04  # 1.0134 measured: power iteration sees σ₁ from below
 
 
@@ -50,6 +52,43 @@ def test_spectral_cap_holds(tmp_path: Path) -> None:
         weight = view.read(parameters[view.parameter_name])
         m, n = weight.shape
         assert spectral_norm(weight) < ABOVE_CAP * 0.05 * (1 + math.sqrt(m / n))
+
+
+def test_norm_cap_holds(tmp_path: Path) -> None:
+    guard = Guard("", "", callback=lambda trainer: NormCap(factor=1.02))
+    trainer, own = trainer_of(tmp_path, guard, max_steps=8, learning_rate=1e-2)
+    views = select_matrices(trainer.model).matrices
+
+    def norms() -> torch.Tensor:
+        parameters = named_parameters_canonical(trainer.model)
+        return torch.stack([view.read(parameters[view.parameter_name]).norm() for view in views])
+
+    start = norms()
+    trainer.train()
+    assert own is not None
+    assert own.intervention_steps
+    assert (norms() / start).max() < 1.02 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "acts"),
+    [
+        ("floor_first", {"steps": 3}, [1, 2, 3]),
+        ("floor_with_rise", {}, [1, 2, 3, 4]),
+        ("floor_with_lr", {}, [4, 5]),
+    ],
+)
+def test_a_floor_acts_as_long_as_its_schedule_lets_it(
+    name: str, options: dict[str, int], acts: list[int], tmp_path: Path
+) -> None:
+    eager = {"floor_reference": "noise", "floor_ratio": 1.5, "check_every_steps": 1}
+    guard = make_guard(name, {**eager, **options})
+    trainer, own = trainer_of(
+        tmp_path, guard, max_steps=8, warmup_steps=4, lr_scheduler_type="linear", learning_rate=1e-5
+    )
+    trainer.train()
+    assert own is not None
+    assert own.intervention_steps == acts
 
 
 @pytest.mark.parametrize("smoothing", ["clip", "polar"])
