@@ -25,6 +25,7 @@ from hf_pss.trainer.optimizers import set_base_rates_
 RATE = 2.0**-9
 STEPS = {"max_steps": 8, "save_steps": 2, "learning_rate": RATE, "warmup_steps": 2}
 MUON = {"pss_optim": "muon", "pss_optim_args": {"others_lr": RATE / 2}}
+SPLIT = {"pss_optim": "adamw", "pss_optim_args": {"matrix_lr_ratio": 0.5}}
 
 
 def scaled(folder: Path, scale: float | None, *, resume: Any = None, **options: Any) -> Any:
@@ -78,16 +79,20 @@ def test_one_that_is_resumed_again_is_not_scaled_twice(tmp_path: Path) -> None:
     assert rates_of(back) == [*rates[:6], *(pytest.approx(rate / 0.3) for rate in rates[6:])]
 
 
+@pytest.mark.parametrize("own", [MUON, SPLIT], ids=["muon", "adamw"])
 def test_groups_with_rates_of_their_own_keep_their_ratio(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scaled(tmp_path / "run", None, **MUON)
-    resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4", **MUON)
+    scaled(tmp_path / "run", None, **own)
+    resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4", **own)
     groups, bases = resumed.optimizer.param_groups, resumed.lr_scheduler.base_lrs
     found = {(group["algo"], base) for group, base in zip(groups, bases, strict=True)}
-    assert found == {("muon", RATE / 4), ("adamw", RATE / 8)}
+    if own is MUON:
+        assert found == {("muon", RATE / 4), ("adamw", RATE / 8)}
+    else:
+        assert found == {("adamw", RATE / 8), ("adamw", RATE / 4)}
     # Resumed once more, others_lr is not said to be without effect: it has one.
-    scaled(tmp_path / "again", 0.25, resume=tmp_path / "on" / "checkpoint-8", max_steps=9, **MUON)
+    scaled(tmp_path / "again", 0.25, resume=tmp_path / "on" / "checkpoint-8", max_steps=9, **own)
     assert "has no effect" not in caplog.text
 
 
