@@ -73,8 +73,10 @@ class TimedCallback(TrainerCallback):
         self.seconds += time.perf_counter() - started
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Call `before_step`."""
+        """Call `before_step` and measure its time."""
+        started = time.perf_counter()
         self.before_step(state.global_step + 1)
+        self.seconds += time.perf_counter() - started
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, **kwargs: Any
@@ -424,6 +426,74 @@ class NormCap(MatrixCallback):
 def _frobenius(matrices: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
     return norms
+
+
+class Assr(MatrixCallback):
+    """Adds ASSR's penalty to the loss (github.com/xfdbv99pqh-jpg/ASSR, version 1.5.0 of its code).
+
+    In every step it draws a tenth of the matrices. A matrix is penalised if its stable rank is
+    below F·min(m, n), or else if its condition number κ is above C. The penalty is
+    λ(1 + 10 s)‖W‖_F², where s ≤ 1 is 1 − SR/(F·min(m, n)) or (κ/C − 1)/10. It shrinks W and does
+    not by itself raise the stable rank.
+
+    ASSR draws from all modules of the class ``nn.Linear``, which in GPT-2 is the head alone, and
+    measures a part of large matrices. Here it draws from the matrices that PSS selects, and
+    measures whole matrices [ours].
+
+    Args:
+        base_lambda: λ.
+        floor: F.
+        ceiling: C.
+        seed: Seed of the guard's own generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_lambda: float = 1e-4,
+        floor: float = 0.25,
+        ceiling: float = 500.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._base_lambda, self._floor, self._ceiling = base_lambda, floor, ceiling
+        self._dice = torch.Generator().manual_seed(seed)
+        self._has_acted = False
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Let the gradients start at those of the penalty, to which backward adds the loss's."""
+        parameters, backend = self.stored()
+        drawn = torch.randperm(len(self.views), generator=self._dice)[
+            : max(1, len(self.views) // 10)
+        ]
+        views = [self.views[i] for i in drawn]
+        gradients = {
+            v.parameter_name: torch.zeros_like(parameters[v.parameter_name]) for v in views
+        }
+        self._has_acted = False
+        for stack in stacks(views, parameters, backend):
+            factor = self._factors(stack.matrices)
+            changed = (factor > 0).tolist()
+            penalty = 2 * factor[:, None, None] * stack.matrices
+            write_stack_(stack, penalty, changed, gradients, backend)
+            self._has_acted |= any(changed)
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient
+
+    def after_step(self, step: int) -> bool:
+        """Return whether a matrix was penalised."""
+        return self._has_acted
+
+    def _factors(self, weight: Tensor) -> Tensor:
+        """Return λ(1 + 10 s) of each matrix, or 0 for a healthy or a broken one."""
+        is_finite = weight.isfinite().flatten(1).all(1)
+        sigma = torch.linalg.svdvals(torch.where(is_finite[:, None, None], weight, 1.0))
+        rank = sigma.square().mean(-1) / sigma[:, 0].square()
+        excess = sigma[:, 0] / sigma[:, -1] / self._ceiling - 1
+        severity = torch.where(rank < self._floor, 1 - rank / self._floor, excess / 10)
+        is_ill = is_finite & ((rank < self._floor) | (excess > 0))
+        return torch.where(is_ill, self._base_lambda * (1 + 10 * severity.clamp(max=1)), 0.0)
 
 
 # ---- PSS's floor, on a schedule ----

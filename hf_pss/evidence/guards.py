@@ -14,9 +14,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
-from hf_pss.evidence.baselines import OptimizerMaker, packaged_adam, reparametrized_adamw
+from hf_pss.evidence.baselines import (
+    OptimizerMaker,
+    muon,
+    packaged_adam,
+    reparametrized_adamw,
+    split_rates,
+)
 from hf_pss.evidence.guard_callbacks import (
     REPARAMETRIZED,
+    Assr,
     FloorSchedule,
     LearningRateDrop,
     NormCap,
@@ -166,6 +173,25 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
         description=f"polar reset of all matrices every {every_steps} steps",
         source="MSign, arXiv 2602.01734; on attention and MLP matrices alike",
         callback=lambda trainer: ScheduledSmoothing("polar", every_steps=every_steps),
+    ),
+    "assr": lambda base_lambda=1e-4, floor=0.25, ceiling=500.0: Guard(
+        description="L2 penalty on matrices of low stable rank or high condition number",
+        source="ASSR, github.com/xfdbv99pqh-jpg/ASSR, version 1.5.0; on the matrices of PSS",
+        callback=lambda trainer: Assr(
+            base_lambda=base_lambda, floor=floor, ceiling=ceiling, seed=trainer.args.seed
+        ),
+    ),
+    "split_rates": lambda matrix_lr_ratio=0.125: Guard(
+        description=f"AdamW, block matrices at {matrix_lr_ratio:g} times the learning rate",
+        source="control: a remedy without a guard; the same as pss_optim=adamw",
+        optimizer=split_rates(matrix_lr_ratio),
+    ),
+    # With others_lr=0 the other parameters have the learning rate of the matrices.
+    "muon": lambda others_lr=0.0: Guard(
+        description="Muon for block matrices, AdamW for the rest"
+        + (f" at {others_lr:g}" if others_lr else ""),
+        source="Muon, kellerjordan.github.io/posts/muon; the same as pss_optim=muon",
+        optimizer=muon(others_lr),
     ),
     "lr_drop": lambda: Guard(
         description="learning rate halved for good where PSS would have smoothed",
