@@ -266,9 +266,8 @@ def make_guard(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> 
     Raises:
         ConfigurationError: An option is unknown, or its value is out of range.
     """
-    parameters = signature(GUARDS[name]).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    takes_pss = len(defaults) < len(parameters)
+    defaults = default_options(name)
+    takes_pss = len(defaults) < len(signature(GUARDS[name]).parameters)
     if not takes_pss and (unknown := sorted(options.keys() - defaults.keys())):
         raise ConfigurationError(
             f"The guard {name} has no option {', '.join(unknown)}; its options are "
@@ -282,6 +281,12 @@ def make_guard(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> 
         key: given[key] for key, default in defaults.items() if given.get(key, default) != default
     }
     return replace(GUARDS[name](**given), options=own)
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """Return the options of a guard's own with their defaults. Some take options of PSS as well."""
+    parameters = signature(GUARDS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 
 def _number(key: str, value: Any, default: float) -> float:

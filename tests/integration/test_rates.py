@@ -96,6 +96,19 @@ def test_groups_with_rates_of_their_own_keep_their_ratio(
     assert "has no effect" not in caplog.text
 
 
+def test_another_ratio_after_a_resume_is_warned_of_and_has_effect_with_a_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaled(tmp_path / "run", None, **SPLIT)
+    source = tmp_path / "run" / "checkpoint-4"
+    other = {"pss_optim": "adamw", "pss_optim_args": "matrix_lr_ratio=0.25"}
+    kept = scaled(tmp_path / "kept", None, resume=source, **other)
+    assert kept.lr_scheduler.base_lrs == [RATE / 2, RATE, RATE]
+    assert "has no effect. To use it, set pss_lr_scale=1" in caplog.text
+    taken = scaled(tmp_path / "taken", 1.0, resume=source, **other)
+    assert taken.lr_scheduler.base_lrs == [RATE / 4, RATE, RATE]
+
+
 def test_a_rollback_goes_on_at_the_scaled_rate(tmp_path: Path) -> None:
     config = PSSConfig.preset("paper", on_nonfinite="stop")
     options = {**STEPS, "pss_lr_scale": 0.25}
