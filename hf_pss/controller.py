@@ -379,6 +379,25 @@ class PSSController:
             )
         return self._smooth(event, judgement, is_floor=_FLOOR in self.config.detectors)
 
+    def scale_floors(self, factor: float) -> None:
+        """Set every stable-rank floor to a multiple of the one that the options give.
+
+        The factor is no part of the state. After you load a state or build a controller, it is 1.
+
+        Args:
+            factor: A finite number of at least 0. With 0 the floors are off, and stable ranks are
+                measured only if a different detector reads them.
+
+        Raises:
+            ConfigurationError: The factor is negative or not finite.
+        """
+        if not 0 <= factor < math.inf:
+            raise ConfigurationError(
+                f"You gave the factor {factor} for the floors; choose a finite number >= 0 (0 "
+                "switches them off)."
+            )
+        self._triggers.scale_floors(factor)
+
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, JSON]:

@@ -11,8 +11,8 @@ import torch
 from loops import Loop, changed, collapse_, make_model, stable_rank64
 from torch import Tensor, nn
 
-from hf_pss import NonFiniteError, PSSConfig, PSSController
-from hf_pss.detection.detectors import Verdict
+from hf_pss import ConfigurationError, NonFiniteError, PSSConfig, PSSController
+from hf_pss.detection.detectors import Quantity, Verdict
 from hf_pss.detection.policy import Action
 from hf_pss.models.distributed import Backend
 from hf_pss.records.events import Event, Intervention
@@ -453,3 +453,30 @@ def test_an_update_norm_that_is_not_finite_is_observed_after_the_update() -> Non
 
     (seen,) = loop.pss.step(1.0, update=break_a_weight).records
     assert (seen.detector, seen.decision) == ("update_norm", Action.OBSERVE)
+
+
+def test_scaled_floors_act_at_their_scale_and_are_not_measured_at_zero() -> None:
+    loop = Loop(PSSConfig.preset("floor", floor_reference="noise", check_every_steps=1))
+    acts = []
+    for factor in (1.0, 2.0, 0.0, 2.5):
+        loop.pss.scale_floors(factor)
+        acts.append(len(loop.step().records))
+        assert loop.pss._triggers.reads(Quantity.STABLE_RANK) is (factor > 0)
+    assert acts == [0, 1, 0, 1]
+    loop.pss.load_state_dict(loop.pss.state_dict())
+    assert loop.pss._triggers.floors == Loop(loop.pss.config).pss._triggers.floors
+
+
+def test_scaled_floors_leave_other_detectors_as_they_are() -> None:
+    loop = Loop(PSSConfig.preset("anchored", calibration_steps=2))
+    for _ in range(3):
+        loop.step()
+    before = loop.pss.state_dict()
+    loop.pss.scale_floors(0.0)
+    assert loop.pss.state_dict() == before
+
+
+@pytest.mark.parametrize("factor", [-1.0, math.inf, math.nan])
+def test_a_factor_of_floors_is_a_finite_number(factor: float) -> None:
+    with pytest.raises(ConfigurationError, match="finite number >= 0"):
+        Loop(PSSConfig()).pss.scale_floors(factor)

@@ -167,14 +167,19 @@ def metrics(
 
 @sweep.command()
 def guards() -> None:
-    """List the guards that a grid may name, with their sources."""
-    from rich.table import Table
+    """List the guards that a grid may name, with their sources and options.
 
-    from hf_pss.evidence.guards import GUARDS
+    A grid changes options under a name of its own: {name: msign_20, guard: msign, every_steps: 20}.
+    """
+    from rich.table import Column, Table
 
-    shown = Table("guard", "what it does", "source")
-    for name, guard in GUARDS.items():
-        shown.add_row(name, guard.description, guard.source)
+    from hf_pss.evidence.guards import GUARDS, default_options, make_guard
+
+    shown = Table("guard", "what it does", "source", Column("options", overflow="fold"))
+    for name in GUARDS:
+        guard = make_guard(name)
+        options = ", ".join(f"{key}={value}" for key, value in default_options(name).items())
+        shown.add_row(name, guard.description, guard.source, options)
     Console().print(shown)
 
 

@@ -90,15 +90,16 @@ _TRAINING = (
 _OPTIMIZER = (
     (
         "pss_optim",
-        "muon, normuon, softmuon, softsignum, specmuon, spectra or amuse for the weight matrices, "
-        "AdamW for everything else. Default: AdamW, or the optimizer of --optim.",
+        "muon, normuon, softmuon, softsignum, specmuon, spectra, amuse or adamw for the weight "
+        "matrices, AdamW for everything else. Default: AdamW, or the optimizer of --optim.",
     ),
     (
         "pss_optim_args",
         "Options of pss_optim, as momentum=0.95,scale=rms_match,others_lr=3e-4. In YAML this may "
         "be a mapping. --learning_rate applies to the matrices. With rms_match, the default, you "
-        "can keep the rate of AdamW. --weight_decay, --adam_beta1 and --adam_beta2 keep their "
-        "meaning.",
+        "can keep the rate of AdamW. With adamw it applies to all other parameters, and the "
+        "matrices get matrix_lr_ratio times this rate. --weight_decay, --adam_beta1 and "
+        "--adam_beta2 keep their meaning.",
     ),
 )
 _PSS = (

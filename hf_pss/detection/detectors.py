@@ -211,6 +211,11 @@ class Detector(ABC):
         self.name = name
         self.quantity = quantity
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the detector can fire, so that its quantity must be measured."""
+        return True
+
     @abstractmethod
     def _compare(self, name: str, value: float) -> _Comparison:
         """Compare one finite reading with its threshold."""
@@ -368,6 +373,11 @@ class FloorDetector(Detector):
         super().__init__("stable_rank_floor", Quantity.STABLE_RANK)
         self._floors = dict(floors)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether at least one floor is above 0."""
+        return any(self._floors.values())
+
     def _compare(self, name: str, value: float) -> _Comparison:
         floor = self._floors[name]
         severity = (1 - _ROUNDING) * floor / value if value else (math.inf if floor else 0.0)
@@ -397,7 +407,7 @@ class AnyOf:
     @property
     def quantities(self) -> frozenset[Quantity]:
         """The quantities to measure."""
-        return frozenset(detector.quantity for detector in self._detectors.values())
+        return frozenset(d.quantity for d in self._detectors.values() if d.is_on)
 
     def judge(self, quantity: Quantity, readings: Readings) -> list[Judgement]:
         """Return one judgement for each detector that reads the quantity, in their order."""

@@ -18,7 +18,7 @@ import yaml
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.baselines import OPTIMIZERS
-from hf_pss.evidence.guards import GUARDS, Guard
+from hf_pss.evidence.guards import GUARDS, Guard, make_guard
 from hf_pss.evidence.recipes import RECIPES, Recipe
 from hf_pss.evidence.rows import Row, versions
 
@@ -45,7 +45,11 @@ class Cell:
     """A name from `OPTIMIZERS`, or `TRAINERS_OWN`."""
     guard_name: str
     pss: PSSConfig | None = None
-    """PSS options that the grid gives. None means the guard of that name in the table."""
+    """PSS options that the grid gives. None means a guard of the table."""
+    guard_row: str = ""
+    """The guard's name in `GUARDS`, if ``guard_name`` is a name that the grid gives."""
+    guard_options: Mapping[str, Any] = field(default_factory=dict)
+    """The options of a guard of the table."""
     seed: int
     changes: Mapping[str, Any] = field(default_factory=dict)
     """The grid's changes to the recipe; `recipe` already has them."""
@@ -63,13 +67,14 @@ class Cell:
     def guard(self) -> Guard:
         """The guard: one from the table, or PSS with the grid's options."""
         if self.pss is None:
-            return GUARDS[self.guard_name]
+            return make_guard(self.guard_row or self.guard_name, self.guard_options)
         return Guard(description="PSS with options of the grid", source="hf_pss", pss=self.pss)
 
     @property
     def guard_id(self) -> str:
         """A hash of the guard's options."""
-        return _hash([_differences(self.guard.pss, PSSConfig()), self.guard.max_grad_norm])
+        guard = self.guard
+        return _hash([_differences(guard.pss, PSSConfig()), guard.max_grad_norm, *self._row()])
 
     @property
     def id(self) -> str:
@@ -84,7 +89,11 @@ class Cell:
             *(self.recipe_name, recipe, self.optimizer, self.guard_name, self.guard.max_grad_norm),
             *(_differences(self.guard.pss, PSSConfig()), self.seed, self.probes_every_steps),
         ]
-        return _hash(parts)
+        return _hash([*parts, *self._row()])
+
+    def _row(self) -> list[Any]:
+        """Return the guard's row and its options if the grid gives them, for a hash."""
+        return [self.guard_row, self.guard.options] if self.guard_row else []
 
     def new_row(self, **measured: Any) -> Row:
         """Return the row of this run with the measured numbers."""
@@ -175,18 +184,17 @@ def _cells(block: Any) -> Iterator[Cell]:
         [_learning_rate(value) for value in rates],
         [_guard(entry) for entry in _list(found, "guards")],
     )
-    for seed, (name, recipe), optimizer, rate, (guard_name, pss) in product(*axes):
+    for seed, (name, recipe), optimizer, rate, guard in product(*axes):
         _choice("optimizer", optimizer, OPTIMIZERS)
         yield Cell(
             recipe_name=name,
             recipe=recipe.with_changes({**found["changes"], "learning_rate": rate}),
             changes=found["changes"],
             optimizer=optimizer,
-            guard_name=guard_name,
-            pss=pss,
             seed=seed,
             probes_every_steps=found["probes_every_steps"],
             search_seed=seeds[0] if is_search else None,
+            **guard,
         )
 
 
@@ -260,20 +268,27 @@ def _choice(what: str, name: Any, table: Mapping[str, _T], hint: str = "") -> _T
     return table[name]
 
 
-def _guard(entry: Any) -> tuple[str, PSSConfig | None]:
-    """Return a guard's name, and its PSS options if the grid gives them.
+def _guard(entry: Any) -> dict[str, Any]:
+    """Return the fields of a `Cell` that an entry of the grid's guards determines.
 
-    An entry with options is a mapping: ``{name: ..., preset: paper, threshold_ratio: 2, ...}``.
+    An entry is a name of the table, or a mapping with a name of your own. It holds options of a
+    guard of the table, ``{name: ..., guard: zclip, z_thresh: 3.0}``, or options of PSS,
+    ``{name: ..., preset: paper, threshold_ratio: 2}``.
     """
     if isinstance(entry, str):
-        hint = ", or give PSS options of your own: {name: ..., preset: floor, floor_ratio: 0.5}"
+        hint = ", or give options: {name: ..., guard: zclip, z_thresh: 3.0} for a guard of this "
+        hint += "table, {name: ..., preset: floor, floor_ratio: 0.5} for PSS"
         _choice("guard", entry, GUARDS, hint)
-        return entry, None
+        return {"guard_name": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ConfigurationError(f"A guard is a name or a mapping with a name, not {entry!r}.")
     if entry["name"] in GUARDS:
         raise ConfigurationError(
             f"{entry['name']!r} is a guard of the table; give yours another name."
         )
-    options = {k: v for k, v in entry.items() if k not in ("name", "preset")}
-    return entry["name"], PSSConfig.preset(entry.get("preset", "paper"), **options)
+    options = {k: v for k, v in entry.items() if k not in ("name", "guard", "preset")}
+    if "guard" in entry:
+        _choice("guard", entry["guard"], GUARDS)
+        return {"guard_name": entry["name"], "guard_row": entry["guard"], "guard_options": options}
+    pss = PSSConfig.preset(entry.get("preset", "paper"), **options)
+    return {"guard_name": entry["name"], "pss": pss}

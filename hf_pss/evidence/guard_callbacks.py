@@ -27,6 +27,7 @@ from hf_pss.models.batching import stacks, write_stack_
 from hf_pss.models.distributed import Backend, backend_for
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 from hf_pss.models.smoother import FIRST_MOMENTS, smooth_matrices_
+from hf_pss.records.events import Intervention
 from hf_pss.trainer.callback import PSSCallback
 
 
@@ -72,8 +73,10 @@ class TimedCallback(TrainerCallback):
         self.seconds += time.perf_counter() - started
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Call `before_step`."""
+        """Call `before_step` and measure its time."""
+        started = time.perf_counter()
         self.before_step(state.global_step + 1)
+        self.seconds += time.perf_counter() - started
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, **kwargs: Any
@@ -258,12 +261,12 @@ class _Gain(nn.Module):
 
 
 @torch.no_grad()
-def sigma_reparam_(model: nn.Module) -> None:
+def sigma_reparam_(model: nn.Module, *, gain: float = 0.0) -> None:
     """Write every selected weight as Ŵ = γ W/σ₁(W) with a learned γ (σReparam, arXiv 2303.06296).
 
     A fused projection counts as one matrix with one γ. torch's `spectral_norm` estimates σ₁ with
-    one round of power iteration per forward pass. γ starts at σ₁, so the model is at first the same
-    function as without the guard. In the paper γ starts at 1.
+    one round of power iteration per forward pass. γ starts at ``gain``, which is 1 in the paper.
+    With 0 it starts at σ₁, so the model is at first the same function as without the guard.
     """
     names = dict.fromkeys(view.parameter_name for view in select_matrices(model).matrices)
     for name in names:
@@ -275,7 +278,8 @@ def sigma_reparam_(model: nn.Module) -> None:
         norm = module.parametrizations.weight[0]
         norm._u.copy_(u[:, 0])
         norm._v.copy_(vh[0])
-        parametrize.register_parametrization(module, "weight", _Gain(sigma[0].clone()))
+        start = torch.full_like(sigma[0], gain) if gain else sigma[0].clone()
+        parametrize.register_parametrization(module, "weight", _Gain(start))
 
 
 # Rounds of power iteration per step, and in the first step.
@@ -386,6 +390,141 @@ class SpectralCap(MatrixCallback):
         self._vectors[names] = v
         sigma: Tensor = torch.linalg.vector_norm(weight @ v, dim=(-2, -1))
         return sigma
+
+
+class NormCap(MatrixCallback):
+    """After every update it sets W ← W·min(1, c‖W₀‖_F/‖W‖_F) with c = `factor` [ours].
+
+    So ‖W‖_F/√m never exceeds c times its value at the start, W₀. The direction of W is free, and
+    its stable rank does not change. A matrix that starts at zero is left alone.
+    """
+
+    def __init__(self, *, factor: float = 2.0) -> None:
+        super().__init__()
+        self._factor = factor
+        self._starts: list[Tensor] = []
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Measure the norms at the start."""
+        super().prepare()
+        stored = self.stored()
+        self._starts = [_frobenius(stack.matrices) for stack in stacks(self.views, *stored)]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> bool:
+        """Scale down every matrix that has grown beyond its cap."""
+        stored, has_acted = self.stored(), False
+        for stack, start in zip(stacks(self.views, *stored), self._starts, strict=True):
+            scale = self._factor * start / _frobenius(stack.matrices)
+            changed = ((scale < 1) & (start > 0)).tolist()  # one device-to-host read per shape
+            write_stack_(stack, stack.matrices * scale[:, None, None], changed, *stored)
+            has_acted |= any(changed)
+        return has_acted
+
+
+def _frobenius(matrices: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return norms
+
+
+class Assr(MatrixCallback):
+    """Adds ASSR's penalty to the loss (github.com/xfdbv99pqh-jpg/ASSR, version 1.5.0 of its code).
+
+    In every step it draws a tenth of the matrices. A matrix is penalised if its stable rank is
+    below F·min(m, n), or else if its condition number κ is above C. The penalty is
+    λ(1 + 10 s)‖W‖_F², where s ≤ 1 is 1 − SR/(F·min(m, n)) or (κ/C − 1)/10. It shrinks W and does
+    not by itself raise the stable rank.
+
+    ASSR draws from all modules of the class ``nn.Linear``, which in GPT-2 is the head alone, and
+    measures a part of large matrices. Here it draws from the matrices that PSS selects, and
+    measures whole matrices [ours].
+
+    Args:
+        base_lambda: λ.
+        floor: F.
+        ceiling: C.
+        seed: Seed of the guard's own generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_lambda: float = 1e-4,
+        floor: float = 0.25,
+        ceiling: float = 500.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._base_lambda, self._floor, self._ceiling = base_lambda, floor, ceiling
+        self._dice = torch.Generator().manual_seed(seed)
+        self._has_acted = False
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Let the gradients start at those of the penalty, to which backward adds the loss's."""
+        parameters, backend = self.stored()
+        drawn = torch.randperm(len(self.views), generator=self._dice)[
+            : max(1, len(self.views) // 10)
+        ]
+        views = [self.views[i] for i in drawn]
+        gradients = {
+            v.parameter_name: torch.zeros_like(parameters[v.parameter_name]) for v in views
+        }
+        self._has_acted = False
+        for stack in stacks(views, parameters, backend):
+            factor = self._factors(stack.matrices)
+            changed = (factor > 0).tolist()
+            penalty = 2 * factor[:, None, None] * stack.matrices
+            write_stack_(stack, penalty, changed, gradients, backend)
+            self._has_acted |= any(changed)
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient
+
+    def after_step(self, step: int) -> bool:
+        """Return whether a matrix was penalised."""
+        return self._has_acted
+
+    def _factors(self, weight: Tensor) -> Tensor:
+        """Return λ(1 + 10 s) of each matrix, or 0 for a healthy or a broken one."""
+        is_finite = weight.isfinite().flatten(1).all(1)
+        sigma = torch.linalg.svdvals(torch.where(is_finite[:, None, None], weight, 1.0))
+        rank = sigma.square().mean(-1) / sigma[:, 0].square()
+        excess = sigma[:, 0] / sigma[:, -1] / self._ceiling - 1
+        severity = torch.where(rank < self._floor, 1 - rank / self._floor, excess / 10)
+        is_ill = is_finite & ((rank < self._floor) | (excess > 0))
+        return torch.where(is_ill, self._base_lambda * (1 + 10 * severity.clamp(max=1)), 0.0)
+
+
+# ---- PSS's floor, on a schedule ----
+
+
+class FloorSchedule(TimedCallback):
+    """Multiplies the stable-rank floors of PSS by a factor that depends on the step.
+
+    Args:
+        pss: The callback whose floors it scales. It must come before this callback.
+        factor: Returns the factor from the step, counted from 1, and from the learning rate of this
+            step in units of the peak rate.
+    """
+
+    def __init__(self, pss: PSSCallback, factor: Callable[[int, float], float]) -> None:
+        super().__init__()
+        self._pss, self._factor = pss, factor
+        self._last = 1.0
+
+    def before_step(self, step: int) -> None:
+        """Scale the floors if the factor has changed."""
+        group = self.optimizer.param_groups[0]
+        factor = self._factor(step, group["lr"] / group["initial_lr"])
+        if factor != self._last and self._pss.controller is not None:
+            self._pss.controller.scale_floors(factor)
+            self._last = factor
+
+    def after_step(self, step: int) -> bool:
+        """Return whether PSS has changed weights in this step."""
+        records = self._pss.report.records if self._pss.report is not None else ()
+        return any(isinstance(r, Intervention) and r.has_changed_weights for r in records)
 
 
 # ---- treatments after a fault at known steps ----

@@ -140,6 +140,13 @@ class Triggers:
             [DETECTORS[name](self._config, self.floors) for name in self._names]
         )
 
+    def scale_floors(self, factor: float) -> None:
+        """Set every floor to a multiple of the one that the options give; see `PSSController`."""
+        floors = self._floors_from(self._starting_ranks)
+        old, self.floors = self._detectors, {name: factor * floors[name] for name in floors}
+        self.reset()
+        self._detectors.continue_from(old)
+
     def _read_starting_ranks(self, saved: object) -> dict[str, float]:
         """Return the saved ranks, or the current ones if the saved run had no floor."""
         what = "'starting_ranks' of the PSS state"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from hf_pss.optim.rules import RULES, rule_named
 logger = logging.getLogger(__name__)
 
 AMUSE = "amuse"
+
+LR_RATIO = "matrix_lr_ratio"
+# The options of `matrix_groups` and `MatrixOptimizer` that matter if AdamW moves everything.
+_OF_ADAMW = ("include", "exclude", "no_decay", "lr", "weight_decay", "betas", "eps")
 
 
 def matrix_groups(
@@ -42,7 +47,7 @@ def matrix_groups(
 
     Args:
         model: The model. Its trainable parameters are grouped, and frozen ones are left out.
-        algo: A row of `RULES`.
+        algo: A row of `RULES`, or ``adamw``.
         include: As in `select_matrices`.
         exclude: As in `select_matrices`.
         no_decay: Canonical names of parameters that AdamW moves without weight decay. If None,
@@ -126,14 +131,17 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
 
     Args:
         model: The model to train.
-        algo: A row of `RULES`, or ``amuse`` for `Amuse` with Muon's rule.
+        algo: A row of `RULES`, ``amuse`` for `Amuse` with Muon's rule, or ``adamw`` for AdamW with
+            a learning rate of their own for the matrices.
         options: The options of `matrix_groups`, of the rule, and of `MatrixOptimizer` or `Amuse`.
+            With ``adamw``, those that concern AdamW, and ``matrix_lr_ratio``: the matrices move at
+            this many times the rate ``lr``, above 0 and by default 1.
 
     Raises:
         ConfigurationError: An option is unknown or out of range.
         SelectionError: The model has no matrix that could be selected.
     """
-    check_choice("algo", algo, (*RULES, AMUSE))
+    check_choice("algo", algo, (*RULES, AMUSE, ADAMW))
     known = known_options(algo)
     if "qk_clip" in options:
         raise ConfigurationError(
@@ -147,8 +155,14 @@ def build_optimizer(model: nn.Module, *, algo: str = "muon", **options: Any) -> 
             f"{', '.join(sorted(known))}."
         )
     kind, rule = _kind_and_rule(algo)
-    names = {*inspect.signature(matrix_groups).parameters, *rule_named(rule).defaults}
+    names = {*inspect.signature(matrix_groups).parameters, *_own_options(rule)}
     grouping = {name: options.pop(name) for name in names & options.keys()}
+    if (ratio := options.pop(LR_RATIO, None)) is not None:
+        if not 0 < ratio < math.inf:
+            raise ConfigurationError(
+                f"You gave {LR_RATIO}={ratio}; choose a finite number above 0, such as 0.125."
+            )
+        grouping["lr"] = ratio * options.get("lr", known["lr"])
     optimizer = kind(matrix_groups(model, algo=rule, **grouping), **options)
     if backend_for({}).rank == 0:  # the first rank of the run, however parameters are stored
         logger.info("%s", describe_groups(optimizer))
@@ -168,7 +182,13 @@ def known_options(algo: str) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not parameter.empty and name != "algo"
     }
-    return known | dict(rule_named(rule).defaults)
+    if algo == ADAMW:
+        return {LR_RATIO: 1.0, **{name: known[name] for name in _OF_ADAMW}}
+    return known | dict(_own_options(rule))
+
+
+def _own_options(rule: str) -> Mapping[str, Any]:
+    return {} if rule == ADAMW else rule_named(rule).defaults
 
 
 def _kind_and_rule(algo: str) -> tuple[type[MatrixOptimizer], str]:

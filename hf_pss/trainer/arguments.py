@@ -70,7 +70,9 @@ def _hints(base: type[Any]) -> dict[str, Any]:
         return {}
 
 
-OptimizerName = Literal["muon", "normuon", "softmuon", "softsignum", "specmuon", "spectra", "amuse"]
+OptimizerName = Literal[
+    "adamw", "muon", "normuon", "softmuon", "softsignum", "specmuon", "spectra", "amuse"
+]
 
 
 def _argument(option: Field[Any], hint: Any, default: str) -> tuple[str, Any, Any]:
@@ -113,9 +115,10 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     >>> arguments.pss_config().floor_ratio
     0.8
 
-    ``pss_optim`` trains the weight matrices with an orthogonalised optimizer and all other
-    parameters with AdamW. The other settings come from the usual arguments of `TrainingArguments`,
-    such as ``learning_rate``, ``weight_decay`` and ``adam_beta1``.
+    ``pss_optim`` trains the weight matrices with an orthogonalised optimizer, or with AdamW at a
+    learning rate of their own, and all other parameters with AdamW. The other settings come from
+    the usual arguments of `TrainingArguments`, such as ``learning_rate``, ``weight_decay`` and
+    ``adam_beta1``.
 
     >>> PSSTrainingArguments(pss_optim="muon", pss_optim_args="momentum=0.9").optimizer_options()
     {'momentum': 0.9}
@@ -146,15 +149,16 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
     pss_optim: Optional[OptimizerName] = field(  # noqa: UP045 (HfArgumentParser)
         default=None,
         metadata={
-            "help": "Train the weight matrices with muon or one of its family, and everything else "
-            "with AdamW. Default: --optim for everything."
+            "help": "Train the weight matrices with muon or one of its family, or with adamw at a "
+            "learning rate of their own, and everything else with AdamW. Default: --optim for "
+            "everything."
         },
     )
     pss_optim_args: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Options of pss_optim: momentum=0.95,others_lr=3e-4; in YAML also a mapping. "
-            "Default: none."
+            "help": "Options of pss_optim: momentum=0.95,others_lr=3e-4 with muon, "
+            "matrix_lr_ratio=0.125 with adamw; in YAML also a mapping. Default: none."
         },
     )
 

@@ -239,7 +239,9 @@ class ChosenOptimizer:
             )
 
     def _warn_of_mismatch(self, model: nn.Module) -> None:
-        """Warn if the run tunes all weights of a model that may be pretrained."""
+        """Warn if the run tunes all weights of a model that Adam may have trained."""
+        if self._trainer.args.pss_optim == ADAMW:
+            return
         source = getattr(model, "name_or_path", "")
         is_adapted = getattr(model, "peft_config", None) is not None
         # A folder with a trainer state comes from an earlier run of the user.

@@ -104,6 +104,7 @@ def test_guards_are_listed_with_their_sources(run: Run) -> None:
     result = run("sweep", "guards")
     assert result.exit_code == 0
     assert all(name[:8] in result.stdout for name in GUARDS)
+    assert "z_thresh" in result.stdout
 
 
 def test_metrics_are_judged_and_drawn(run: Run, folder: Path) -> None:

@@ -41,6 +41,7 @@ from hf_pss import (
     PSSConfig,
     PSSTrainer,
     PSSTrainingArguments,
+    select_matrices,
 )
 from hf_pss.models.distributed import Backend
 from hf_pss.optim import RULES, build_optimizer, matrix_groups
@@ -99,7 +100,7 @@ def algos_of(trainer: Any) -> list[str | None]:
 
 
 def test_every_rule_can_be_chosen() -> None:
-    assert set(NAMES) == {*RULES, "amuse"}
+    assert set(NAMES) == {*RULES, "amuse", "adamw"}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,8 @@ def test_options_are_read_from_a_mapping_in_yaml(tmp_path: Path) -> None:
     [
         ({"pss_optim_args": "momentum=0.9"}, "give that, too"),
         ({"pss_optim": "moun"}, "muon or"),
+        ({"pss_optim": "adamw", "pss_optim_args": "others_lr=1e-3"}, "It takes .*matrix_lr_ratio"),
+        ({"pss_optim": "muon", "pss_optim_args": "matrix_lr_ratio=0.1"}, "no option"),
         ({"pss_optim": "muon", "pss_optim_args": "momentun=0.9"}, "Did you mean momentum"),
         ({"pss_optim": "muon", "pss_optim_args": "momentum"}, "name=value"),
         ({"pss_optim": "muon", "pss_optim_args": "momentum=much"}, "momentum is a number"),
@@ -183,6 +186,40 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw(tmp_path: Path) -> None:
     both = {names[id(p)] for group in (matrices, decayed) for p in group["params"]}
     assert both == wanted
     assert all(p.ndim == 1 for p in plain["params"])
+
+
+def test_adamw_at_a_ratio_of_1_is_the_trainers_own(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "no", "weight_decay": 0.1, "max_grad_norm": 0.5}
+    plain = trained(tmp_path / "plain", None, **options)
+    assert type(plain.optimizer.optimizer) is torch.optim.AdamW
+    ours = trained(tmp_path / "ours", "adamw", **options)
+    assert list(differences(weights_of(plain.model), weights_of(ours.model))) == []
+    other = trained(tmp_path / "other", "adamw", pss_optim_args="matrix_lr_ratio=0.5", **options)
+    assert list(differences(weights_of(plain.model), weights_of(other.model)))
+
+
+def test_adamw_at_a_ratio_is_adamw_with_two_rates(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "no", "weight_decay": 0.1, "learning_rate": 1e-2}
+    ours = trained(tmp_path / "a", "adamw", pss_optim_args="matrix_lr_ratio=0.125", **options)
+    assert [group["initial_lr"] for group in groups_of(ours)] == [0.00125, 0.01, 0.01]
+    twin = chosen(tmp_path / "b", None, **options)
+    matrices = {view.parameter_name for view in select_matrices(twin.model).matrices}
+    rates = [
+        {
+            "params": [parameter],
+            "lr": 0.00125 if name in matrices else 0.01,
+            "weight_decay": 0.1 if parameter.ndim > 1 else 0.0,
+        }
+        for name, parameter in twin.model.named_parameters()
+    ]
+    twin.optimizer = torch.optim.AdamW(rates, fused=True)
+    twin.train()
+    assert list(differences(weights_of(twin.model), weights_of(ours.model))) == []
+
+
+def test_a_ratio_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="above 0, such as"):
+        build_optimizer(gpt2(), algo="adamw", matrix_lr_ratio=0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -298,7 +335,7 @@ def test_full_fine_tuning_of_loaded_weights_is_warned_of(
     assert "If Adam has trained these weights" in warning
 
 
-@pytest.mark.parametrize("kind", ["fresh", "adamw", "run", "lora"])
+@pytest.mark.parametrize("kind", ["fresh", "trainer", "adamw", "run", "lora"])
 def test_nothing_else_is_warned_of(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,7 +346,8 @@ def test_nothing_else_is_warned_of(
         (tmp_path / "model" / "trainer_state.json").write_text("{}")
     if kind == "lora":
         model = lora(model)
-    chosen(tmp_path, None if kind == "adamw" else "muon", model=model).create_optimizer()
+    name = {"trainer": None, "adamw": "adamw"}.get(kind, "muon")
+    chosen(tmp_path, name, model=model).create_optimizer()
     assert warnings_of(caplog) == []
 
 

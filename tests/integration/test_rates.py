@@ -25,6 +25,7 @@ from hf_pss.trainer.optimizers import set_base_rates_
 RATE = 2.0**-9
 STEPS = {"max_steps": 8, "save_steps": 2, "learning_rate": RATE, "warmup_steps": 2}
 MUON = {"pss_optim": "muon", "pss_optim_args": {"others_lr": RATE / 2}}
+SPLIT = {"pss_optim": "adamw", "pss_optim_args": {"matrix_lr_ratio": 0.5}}
 
 
 def scaled(folder: Path, scale: float | None, *, resume: Any = None, **options: Any) -> Any:
@@ -78,17 +79,34 @@ def test_one_that_is_resumed_again_is_not_scaled_twice(tmp_path: Path) -> None:
     assert rates_of(back) == [*rates[:6], *(pytest.approx(rate / 0.3) for rate in rates[6:])]
 
 
+@pytest.mark.parametrize("own", [MUON, SPLIT], ids=["muon", "adamw"])
 def test_groups_with_rates_of_their_own_keep_their_ratio(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scaled(tmp_path / "run", None, **MUON)
-    resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4", **MUON)
+    scaled(tmp_path / "run", None, **own)
+    resumed = scaled(tmp_path / "on", 0.25, resume=tmp_path / "run" / "checkpoint-4", **own)
     groups, bases = resumed.optimizer.param_groups, resumed.lr_scheduler.base_lrs
     found = {(group["algo"], base) for group, base in zip(groups, bases, strict=True)}
-    assert found == {("muon", RATE / 4), ("adamw", RATE / 8)}
+    if own is MUON:
+        assert found == {("muon", RATE / 4), ("adamw", RATE / 8)}
+    else:
+        assert found == {("adamw", RATE / 8), ("adamw", RATE / 4)}
     # Resumed once more, others_lr is not said to be without effect: it has one.
-    scaled(tmp_path / "again", 0.25, resume=tmp_path / "on" / "checkpoint-8", max_steps=9, **MUON)
+    scaled(tmp_path / "again", 0.25, resume=tmp_path / "on" / "checkpoint-8", max_steps=9, **own)
     assert "has no effect" not in caplog.text
+
+
+def test_another_ratio_after_a_resume_is_warned_of_and_has_effect_with_a_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaled(tmp_path / "run", None, **SPLIT)
+    source = tmp_path / "run" / "checkpoint-4"
+    other = {"pss_optim": "adamw", "pss_optim_args": "matrix_lr_ratio=0.25"}
+    kept = scaled(tmp_path / "kept", None, resume=source, **other)
+    assert kept.lr_scheduler.base_lrs == [RATE / 2, RATE, RATE]
+    assert "has no effect. To use it, set pss_lr_scale=1" in caplog.text
+    taken = scaled(tmp_path / "taken", 1.0, resume=source, **other)
+    assert taken.lr_scheduler.base_lrs == [RATE / 4, RATE, RATE]
 
 
 def test_a_rollback_goes_on_at_the_scaled_rate(tmp_path: Path) -> None:

@@ -11,11 +11,17 @@ from sweep_cells import cell
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.grid import Cell, read_grid
-from hf_pss.evidence.guards import GUARDS
+from hf_pss.evidence.guards import GUARDS, make_guard
 from hf_pss.evidence.recipes import RECIPES
 
 BASE = "recipes: [wide]\nlearning_rates: [1e-3]\nguards: [none]\n"
 RECIPES_FOLDER = Path(__file__).parents[2] / "recipes" / "lr_sweep"
+
+OLD_IDS = ["f22a6397b14ebf86", "a9ad5eb431254684", "cb4b2745572f5e61"]
+OPTIONED = (
+    *("zclip", "zclip, z_thresh: 3.0", "msign", "msign, every_steps: 20", "floor_first"),
+    *("floor_first, steps: 9", "floor_first, steps: 9, floor_ratio: 0.5"),
+)
 
 Cells = Callable[[str], list[Cell]]
 
@@ -73,6 +79,20 @@ def test_pss_with_options_of_its_own(cells: Cells) -> None:
     assert only.guard.pss.floor_ratio == 0.5
 
 
+def test_a_guard_of_the_table_with_options_of_its_own(cells: Cells) -> None:
+    mine = "{name: first_9, guard: floor_first, steps: 9, floor_ratio: 0.5}"
+    (only,) = cells(BASE.replace("[none]", f"[{mine}]"))
+    assert only.guard_name == "first_9"
+    assert only.guard.pss.floor_ratio == 0.5
+    assert "first 9 steps" in only.guard.description
+    assert "first 9 steps" in pickle.loads(pickle.dumps(only)).guard.description
+
+
+def test_an_option_is_a_number_without_its_dot_and_a_default_is_no_change() -> None:
+    given = make_guard("zclip", {"z_thresh": "3e0", "alpha": 0.97})
+    assert given.options == {"z_thresh": 3.0}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -94,6 +114,13 @@ def test_pss_with_options_of_its_own(cells: Cells) -> None:
         (BASE.replace("[none]", "[{name: clip}]"), "give yours another name"),
         (BASE.replace("[none]", "[{name: mine, preset: best}]"), "paper"),
         (BASE.replace("[none]", "[{name: mine, floor: 2}]"), "floor"),
+        (BASE.replace("[none]", "[{name: a, guard: zclips}]"), "'zclips'; choose one of none"),
+        (BASE.replace("[none]", "[{name: a, guard: zclip, z: 3}]"), "z_thresh, alpha, calib"),
+        (BASE.replace("[none]", "[{name: a, guard: msign, every_steps: 0}]"), "whole number above"),
+        (BASE.replace("[none]", "[{name: a, guard: msign, every_steps: 2.5}]"), "gave 2.5"),
+        (BASE.replace("[none]", "[{name: a, guard: zclip, z_thresh: true}]"), "gave True"),
+        (BASE.replace("[none]", "[{name: a, guard: zclip, z_thresh: x}]"), "gave 'x'"),
+        (BASE.replace("[none]", "[{name: a, guard: floor_first, floor: 2}]"), "no option floor;"),
         ("[]", "holds no run"),
         ("", "is a mapping"),
         ("just words", "is a mapping"),
@@ -116,6 +143,10 @@ def test_an_id_is_a_function_of_the_cell() -> None:
     assert pickle.loads(pickle.dumps(cell())).id == cell().id
 
 
+def test_a_guard_with_default_options_keeps_the_id_of_old_rows() -> None:
+    assert [cell(name).id for name in ("zclip", "floor", "spectral_cap")] == OLD_IDS
+
+
 def test_whatever_changes_the_run_changes_its_id(cells: Cells) -> None:
     mine = "{{name: mine, preset: floor, floor_ratio: {}}}"
     texts = [
@@ -129,6 +160,7 @@ def test_whatever_changes_the_run_changes_its_id(cells: Cells) -> None:
         BASE.replace("wide", "deep"),
         BASE.replace("none", "clip"),
         *(BASE.replace("[none]", f"[{mine.format(ratio)}]") for ratio in (0.5, 0.6)),
+        *(BASE.replace("[none]", f"[{{name: mine, guard: {guard}}}]") for guard in OPTIONED),
     ]
     found = [cells(text)[0].id for text in texts]
     assert len(set(found)) == len(texts)
@@ -139,7 +171,7 @@ def test_cells_go_to_another_process(guard: str) -> None:
     before = cell(guard)
     after = pickle.loads(pickle.dumps(before))
     assert after == before
-    assert after.guard is GUARDS[guard]
+    assert after.guard.description == make_guard(guard).description
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda p: p.stem)

@@ -10,7 +10,7 @@ import torch
 from helpers import gpt2
 from sweep_guards import SETTINGS, trainer_of
 
-from hf_pss.evidence.guards import GUARDS
+from hf_pss.evidence.guards import GUARDS, make_guard
 
 # A rescue treats what a recipe's fault has done, and refuses a trainer without one.
 UNFAULTED = [name for name in GUARDS if not name.startswith("rescue_")]
@@ -18,7 +18,7 @@ UNFAULTED = [name for name in GUARDS if not name.startswith("rescue_")]
 
 @pytest.mark.parametrize("name", UNFAULTED)
 def test_every_guard_trains(name: str, tmp_path: Path) -> None:
-    guard = GUARDS[name]
+    guard = make_guard(name)
     trainer, own = trainer_of(tmp_path, guard, max_steps=4)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -32,9 +32,9 @@ def test_every_guard_trains(name: str, tmp_path: Path) -> None:
         assert own.seconds > 0
 
 
-@pytest.mark.parametrize("name", [n for n in GUARDS if GUARDS[n].optimizer])
+@pytest.mark.parametrize("name", [n for n in GUARDS if make_guard(n).optimizer])
 def test_packaged_optimizers_leave_vectors_without_weight_decay(name: str) -> None:
-    model, guard = gpt2(num_layers=2), GUARDS[name]
+    model, guard = gpt2(num_layers=2), make_guard(name)
     if guard.prepare is not None:
         guard.prepare(model)
     optimizer = guard.optimizer(model, SETTINGS)
@@ -45,7 +45,7 @@ def test_packaged_optimizers_leave_vectors_without_weight_decay(name: str) -> No
 
 
 def test_a_guard_leaves_the_global_generator_alone() -> None:
-    for guard in GUARDS.values():
+    for guard in map(make_guard, GUARDS):
         if guard.prepare is not None:
             model = gpt2(num_layers=2)
             before = torch.get_rng_state()

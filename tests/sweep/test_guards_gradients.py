@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_pss.evidence.guard_callbacks import OlmoSkipStep, SkipStepRule, ZClip, ZClipRule
-from hf_pss.evidence.guards import GUARDS, Guard
+from hf_pss.evidence.guards import Guard, make_guard
 
 NORMS = np.random.default_rng(0).lognormal(sigma=0.3, size=400).tolist()
 SPIKES = {60: 30.0, 61: 8.0, 200: 5.0, 300: 100.0}
@@ -108,7 +108,7 @@ def test_a_skipped_step_moves_no_weight(tmp_path: Path) -> None:
     weights = []
     for steps in (2, 5):
         options = {"max_steps": steps, "lr_scheduler_type": "constant"}
-        trainer, own = trainer_of(tmp_path, GUARDS["olmo_skip"], **options)
+        trainer, own = trainer_of(tmp_path, make_guard("olmo_skip"), **options)
         assert isinstance(own, OlmoSkipStep)
         # Judges from the third step on, and finds every value too large.
         own.rule = SkipStepRule(window_steps=6, sigma_factor=-1e9)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers import gpt2
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_pss.evidence.guards import GUARDS
+from hf_pss.evidence.guards import make_guard
 
 LR, B1, B2, EPS, WD = 1e-2, 0.9, 0.99, 1e-8, 0.1
 SETTINGS = TrainingArguments(
@@ -100,7 +101,7 @@ def test_the_package_follows_the_paper(name: str, reference: Callable[[], Tensor
     model = nn.Linear(4, 6, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(start())
-    make = GUARDS[name].optimizer
+    make = make_guard(name).optimizer
     assert make is not None
     optimizer = make(model, SETTINGS)
     for gradient in gradients():
@@ -115,3 +116,16 @@ def test_the_check_tells_optimizers_apart() -> None:
 
 def deviation(weight: Tensor, wanted: Tensor) -> float:
     return float(((weight - wanted).norm() / (wanted - start()).norm()).detach())
+
+
+def test_rates_of_their_own_are_those_of_the_groups() -> None:
+    model = gpt2()
+    rate = SETTINGS.learning_rate
+    for name, options, wanted in (
+        ("split_rates", {"matrix_lr_ratio": 0.25}, [rate / 4, rate, rate]),
+        ("muon", {}, [rate, rate, rate]),
+        ("muon", {"others_lr": 1e-4}, [rate, 1e-4, 1e-4]),
+    ):
+        make = make_guard(name, options).optimizer
+        assert make is not None
+        assert [group["lr"] for group in make(model, SETTINGS).param_groups] == wanted
