@@ -123,8 +123,8 @@ class Cell:
         is_plain = self.optimizer == "adamw" and recipe.matrix_lr_ratio == 1.0
         if guard.optimizer is not None and not is_plain:
             raise ConfigurationError(
-                f"The guard {self.guard_name} is an optimizer in AdamW's place, with one learning "
-                f"rate for all parameters; the cell {self} asks for another."
+                f"The guard {self.guard_name} is an optimizer in AdamW's place and sets its own "
+                f"learning rates; the cell {self} asks for others."
             )
         if guard.needs_fault and recipe.fault is None:
             raise ConfigurationError(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState
 
 from hf_pss.detection.detectors import Verdict
+from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.recipes import Fault
 from hf_pss.linalg import (
     SMOOTHING_FUNCTIONS,
@@ -267,9 +268,17 @@ def sigma_reparam_(model: nn.Module, *, gain: float = 0.0) -> None:
     A fused projection counts as one matrix with one γ. torch's `spectral_norm` estimates σ₁ with
     one round of power iteration per forward pass. γ starts at ``gain``, which is 1 in the paper.
     With 0 it starts at σ₁, so the model is at first the same function as without the guard.
+
+    Raises:
+        ConfigurationError: A selected parameter is not the weight of a module.
     """
     names = dict.fromkeys(view.parameter_name for view in select_matrices(model).matrices)
     for name in names:
+        if not name.endswith(".weight"):
+            raise ConfigurationError(
+                f"sigma_reparam changes modules with a weight, and {name} is a stack of matrices: "
+                "leave this guard out for this recipe."
+            )
         module: Any = model.get_submodule(name.rpartition(".")[0])
         u, sigma, vh = torch.linalg.svd(module.weight.detach(), full_matrices=False)
         # spectral_norm draws from torch's global generator, which must not change the data's order.

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gpt2, token_rows
+from helpers import gpt2, mixtral, token_rows
 from sweep_guards import trainer_of
 
 from hf_pss import PSSConfig, select_matrices
+from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.guard_callbacks import (
     Assr,
     LearningRateDrop,
@@ -41,6 +42,14 @@ def test_sigma_reparam_starts_as_the_same_function() -> None:
     weight = model.transformer.h[0].attn.c_attn.weight
     gain = model.transformer.h[0].attn.c_attn.parametrizations.weight[1].gain
     assert math.isclose(spectral_norm(weight.detach()), gain.item(), rel_tol=1e-4)
+
+
+def test_sigma_reparam_starts_at_a_given_gain_and_refuses_stacks_of_experts() -> None:
+    model = gpt2(num_layers=1)
+    sigma_reparam_(model, gain=1.0)
+    assert spectral_norm(model.transformer.h[0].mlp.c_fc.weight.detach()) == pytest.approx(1.0)
+    with pytest.raises(ConfigurationError, match="stack of matrices"):
+        sigma_reparam_(mixtral())
 
 
 def test_spectral_cap_holds(tmp_path: Path) -> None:
