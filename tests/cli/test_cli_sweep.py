@@ -70,6 +70,20 @@ def test_table_as_markdown(run: Run, folder: Path) -> None:
     assert "steps to a validation loss of 3.8" in result.stdout
 
 
+def test_rows_are_exported_and_rendered_as_a_page(run: Run, folder: Path, tmp_path: Path) -> None:
+    words = ("sweep", "export", tmp_path / "rows" / "tiny.jsonl", "--output-dir", folder)
+    assert "tiny.jsonl holds 6 rows" in " ".join(run(*words).stdout.split())
+    template = tmp_path / "page.md.j2"
+    template.write_text("{{ rows('tiny').gain('floor', 'clip') }}\n", encoding="utf-8")
+    result = run("sweep", "page", template)
+    assert result.exit_code == 0
+    assert "page.md" in result.stdout
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == (
+        "−0.250 (−0.250 … −0.250), 3 of 3\n"
+    )
+    assert run("sweep", "page", tmp_path / "page.md").exit_code == USER_MISTAKE
+
+
 def test_table_for_the_terminal(run: Run, folder: Path) -> None:
     result = run("sweep", "table", "--output-dir", folder)
     assert result.exit_code == 0
