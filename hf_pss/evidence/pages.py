@@ -69,6 +69,10 @@ class Runs:
         kept = (row for row in self.rows if all(_get(row, k) == v for k, v in wanted.items()))
         return Runs(tuple(kept))
 
+    def only(self, *guards: str) -> Runs:
+        """Return the runs of these guards."""
+        return Runs(tuple(row for row in self.rows if row.guard in guards))
+
     def situations(self) -> list[Runs]:
         """Return the runs of each situation: ordered by recipe and changes, then by length."""
         found = [Runs(tuple(rows)) for rows in by_setting(self.rows).values()]
@@ -226,25 +230,22 @@ class Page:
 def render_page(template: Path) -> Page:
     """Render a Markdown template with the rows of the folder ``rows`` beside it.
 
-    In the template, ``rows("length")`` is the `Runs` of ``rows/length.jsonl``, which are none if
-    the file is missing, and ``rows()`` is all of them. ``picture(kind, runs, reference)`` is a
-    figure: ``learning-rates`` or ``progress`` of one situation, or ``gains`` of several.
+    In the template, ``rows("horizon", "sizes")`` is the `Runs` of the files ``horizon.jsonl`` and
+    ``sizes.jsonl``, as far as they exist. ``picture(kind, runs, reference)`` is a figure:
+    ``learning-rates`` or ``progress`` of one situation, or ``gains`` of several.
 
     Raises:
         ConfigurationError: The template has an error or leaves a file of rows out, or a file does
             not hold rows.
     """
     paths = sorted((template.parent / ROWS_FOLDER).glob("*.jsonl"))
-    found = {path.stem: Runs.of(read_rows(path)) for path in paths}
+    found = {path.stem: list(read_rows(path)) for path in paths}
     unread = set(found)
     pictures: dict[str, Picture] = {}
 
-    def rows(name: str | None = None) -> Runs:
-        if name is not None:
-            unread.discard(name)
-            return found.get(name, Runs())
-        unread.clear()
-        return Runs(tuple(comparable(row for runs in found.values() for row in runs.rows)))
+    def rows(*names: str) -> Runs:
+        unread.difference_update(names)
+        return Runs.of(row for name in names for row in found.get(name, ()))
 
     def picture(kind: str, runs: Runs, reference: str, name: str = "") -> str:
         shown = runs.rows

@@ -60,6 +60,10 @@ def test_run_then_table(run: Run, tmp_path: Path) -> None:
     shown = run("sweep", "table", "--output-dir", tmp_path / "out")
     assert shown.exit_code == 0
     assert "slow_damage_tiny" in shown.stdout
+    rows = tmp_path / "rows" / "grid.jsonl"
+    assert run("sweep", "export", rows, "--output-dir", tmp_path / "out").exit_code == 0
+    stored = [Row.from_line(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert [(row.eval_steps, row.losses) for row in stored] == [((4,), ())]
 
 
 def test_table_as_markdown(run: Run, folder: Path) -> None:

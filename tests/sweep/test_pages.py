@@ -19,7 +19,7 @@ from hf_pss.evidence.rows import Row, append_row, merge_summaries, read_rows, ve
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "docs/evidence/README.md.j2"
 MEASURED = ("docs/evidence/README.md", "docs/experiments.md")
-SECTIONS = ("length", "baselines", "explosions", "healthy", "trained", "sizes")
+GRIDS = ("horizon", "baselines", "explosions", "healthy", "trained", "sizes")
 # A loss has two decimals or more. The number of a paper has more digits before the point.
 LOSS = re.compile(r"(?<![\d.])\d{1,2}\.\d{2,}(?!\d|\.\d)")
 # Two versions, the width of the anchor's band, and a bound that tests/test_floor.py checks.
@@ -71,14 +71,14 @@ def test_every_section_is_shown_where_it_has_rows(tmp_path: Path) -> None:
     template = tmp_path / TEMPLATE.name
     template.write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
     headings = [render_page(template).text.count("\n## ")]
-    for name in SECTIONS:
+    for name in GRIDS:
         named = [replace(one, recipe=name, id=f"{name}-{one.id}") for one in grid_of_rows()]
         merge_summaries(tmp_path / ROWS_FOLDER / f"{name}.jsonl", named)
         text = render_page(template).text
         assert f"{name}, 4 steps" in text
         headings.append(text.count("\n## "))
-    # `length` also brings the costs. `trained` shares the heading of `healthy`.
-    assert headings == [1, 3, 4, 5, 6, 6, 7]
+    # `horizon` answers three questions. `baselines` and `trained` bring no heading of their own.
+    assert headings == [1, 4, 4, 5, 6, 6, 7]
 
 
 # --- what a template may ask
@@ -137,6 +137,7 @@ def test_runs_are_narrowed_by_fields_and_changes() -> None:
     assert [r.id for r in runs.where(seed=0).rows] == ["a"]
     assert [r.id for r in runs.where(corpus="english", seed=1).rows] == ["b"]
     assert not runs.where(corpus="english", seed=0)
+    assert not runs.only("floor")
 
 
 def test_a_question_about_two_situations_or_an_absent_guard_is_refused() -> None:
@@ -162,7 +163,7 @@ def test_tables() -> None:
 
 def test_a_page_and_its_pictures_are_written_beside_the_template(tmp_path: Path) -> None:
     kinds = ("gains", "learning-rates", "progress")
-    asked = "".join(f'{{{{ picture("{kind}", rows(), "clip", "all") }}}}\n' for kind in kinds)
+    asked = "".join(f'{{{{ picture("{k}", rows("name"), "clip", "all") }}}}\n' for k in kinds)
     files = write_page(page_of(tmp_path, asked))
     assert [file.name for file in files] == [*(f"{kind}-all.png" for kind in kinds), "page.md"]
     assert files[-1].read_text(encoding="utf-8").startswith("![gains: all](gains-all.png)\n")
@@ -183,9 +184,9 @@ def test_another_loss_changes_text_and_picture(tmp_path: Path) -> None:
     ("template", "message"),
     [
         ("", "shows no rows of name"),
-        ("{{ rows().los }}", "has no attribute 'los'"),
+        ("{{ rows('name').los }}", "has no attribute 'los'"),
         ("{% if %}", "has an error"),
-        ("{{ rows().loss('paper') }}", "the guards there are clip, floor"),
+        ("{{ rows('name').loss('paper') }}", "the guards there are clip, floor"),
     ],
 )
 def test_a_mistake_in_a_template_is_named(tmp_path: Path, template: str, message: str) -> None:
