@@ -94,8 +94,13 @@ class Runs:
         return sorted(losses, key=lambda guard: (guard != reference, losses[guard], guard))
 
     def best(self) -> str:
-        """Return the guard with the lowest loss in one situation."""
-        return min(self.guards(""), key=self._median)
+        """Return the guard with the lowest median loss in one situation."""
+        return self.guards("")[0]
+
+    def ties(self, guard: str) -> list[str]:
+        """Return the other guards whose difference to this one has an interval with zero."""
+        differences = {g: self._difference(g, guard) for g in self.guards("") if g != guard}
+        return [g for g, found in differences.items() if found is None or _holds_zero(found)]
 
     def seeds(self, guard: str) -> int:
         """Return the number of seeds at the best rate of the guard."""
@@ -131,8 +136,7 @@ class Runs:
         found = self._difference(guard, reference)
         if found is None or found.interval is None:
             return f"`{guard}` has too few seeds for a comparison with `{reference}`"
-        low, high = found.interval
-        if low <= 0 <= high:
+        if _holds_zero(found):
             return f"`{guard}` cannot be distinguished from `{reference}`"
         side = "below" if found.mean < 0 else "above"
         return f"`{guard}` ends {abs(found.mean):.3f} {side} `{reference}`"
@@ -158,7 +162,7 @@ class Runs:
                 gain = runs.gain(guard, reference) if is_other else NOTHING
                 lead = (runs.title, f"`{guard}`", runs.rate(guard), loss)
                 cells.append((*lead, gain, runs.usable(guard), runs.exploded(guard)))
-        return markdown_table(cells)
+        return markdown_table(_once(cells))
 
     def explosions(self, reference: str) -> str:
         """Return the table of the rates at which runs exploded, and the loss of the others."""
@@ -176,7 +180,7 @@ class Runs:
                     lead = (runs.title, f"{rate:g}", f"`{guard}`")
                     if here:
                         cells.append((*lead, f"{len(kinds)} of {len(here)}", how, loss))
-        return markdown_table(cells)
+        return markdown_table(_once(cells))
 
     def costs(self) -> str:
         """Return the table of each guard's share of the training time, by its own clock."""
@@ -186,7 +190,7 @@ class Runs:
                 here = [row for row in runs.rows if row.guard == guard]
                 acted = f"{median(row.times_acted for row in here):g}"
                 cells.append((runs.title, f"`{guard}`", runs.cost(guard), acted, str(len(here))))
-        return markdown_table(cells)
+        return markdown_table(_once(cells))
 
     def _with(self, *guards: str) -> tuple[Row, ...]:
         """Return the rows if they are of one situation and each of these guards has some."""
@@ -312,6 +316,16 @@ def _named_in_full(row: Row) -> Row:
         optimizer="",
         changes={**rest, "num_steps": row.num_steps},
     )
+
+
+def _holds_zero(found: PairedDifferences) -> bool:
+    return found.interval is None or found.interval[0] <= 0 <= found.interval[1]
+
+
+def _once(cells: Cells) -> Cells:
+    """Return the cells with each situation in the first of its lines only."""
+    pairs = zip([("",), *cells], cells, strict=False)
+    return [("" if last[0] == line[0] else line[0], *line[1:]) for last, line in pairs]
 
 
 def _name(row: Row) -> str:

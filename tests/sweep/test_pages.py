@@ -90,6 +90,7 @@ def test_every_section_is_shown_where_it_has_rows(tmp_path: Path) -> None:
         (lambda runs: runs.title, "tiny, 4 steps"),
         (lambda runs: runs.guards("clip"), ["clip", "floor"]),
         (lambda runs: runs.best(), "floor"),
+        (lambda runs: runs.ties("floor"), []),
         (lambda runs: runs.seeds("floor"), 3),
         (lambda runs: runs.loss("clip"), "4.010"),
         (lambda runs: runs.rate("floor"), "0.01"),
@@ -115,6 +116,7 @@ def test_a_verdict_needs_an_interval_without_zero() -> None:
     assert runs.verdict("paper", "clip") == "`paper` has too few seeds for a comparison with `clip`"
     assert runs.gain("paper", "clip") == "−0.100, 1 of 1"
     assert runs.rate("paper") == "0.001 (only)"
+    assert (runs.best(), runs.ties("paper")) == ("paper", ["clip", "floor"])
 
 
 def test_remedies_are_compared_with_guards_and_situations_are_not() -> None:
@@ -154,7 +156,7 @@ def test_tables() -> None:
     explosions = runs_of().explosions("clip").splitlines()
     assert len(explosions) == 4  # nothing exploded at the other rates
     assert explosions[-2] == "| tiny, 4 steps | 0.1 | `clip` | 3 of 3 | rise | – |"
-    assert explosions[-1] == "| tiny, 4 steps | 0.1 | `floor` | 0 of 3 | – | 4.410 |"
+    assert explosions[-1] == "|  | 0.1 | `floor` | 0 of 3 | – | 4.410 |"
     assert runs_of().costs().splitlines()[2] == "| tiny, 4 steps | `clip` | 0.50 % | 0 | 9 |"
 
 
