@@ -141,10 +141,19 @@ class Runs:
         side = "below" if found.mean < 0 else "above"
         return f"`{guard}` ends {abs(found.mean):.3f} {side} `{reference}`"
 
+    def rates(self) -> list[float]:
+        """Return all learning rates that were tried, in ascending order."""
+        return sorted({row.learning_rate for row in self.rows})
+
     def exploded(self, guard: str) -> str:
         """Return how many runs of a guard exploded, over all rates."""
-        here = [row for row in self._with(guard) if row.guard == guard]
-        return f"{sum(row.explosion_kind is not None for row in here)} of {len(here)}"
+        found = self._explosions(guard)
+        return f"{sum(found)} of {len(found)}"
+
+    def share_exploded(self, guard: str) -> float:
+        """Return the share of these runs, from 0 to 1."""
+        found = self._explosions(guard)
+        return sum(found) / len(found)
 
     def cost(self, guard: str) -> str:
         """Return the median share of the training time that the guard took."""
@@ -201,6 +210,9 @@ class Runs:
                 f"{', '.join(sorted(known))}."
             )
         return self.rows
+
+    def _explosions(self, guard: str) -> list[bool]:
+        return [row.explosion_kind is not None for row in self._with(guard) if row.guard == guard]
 
     def _by_seed(self, guard: str) -> Mapping[int, float]:
         losses = losses_by_rate(self._with(guard), guard)

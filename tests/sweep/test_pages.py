@@ -81,6 +81,17 @@ def test_every_section_is_shown_where_it_has_rows(tmp_path: Path) -> None:
     assert headings == [1, 4, 4, 5, 6, 6, 7]
 
 
+def test_the_first_paragraph_says_where_the_default_does_not_help(tmp_path: Path) -> None:
+    template = tmp_path / TEMPLATE.name
+    template.write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+    lost = [r for r in grid_of_rows() if r.explosion_kind is not None]
+    named = [replace(r, guard="anchored", id=f"anchored-{r.id}") for r in lost]
+    merge_summaries(tmp_path / ROWS_FOLDER / "explosions.jsonl", [*grid_of_rows(), *named])
+    text = " ".join(render_page(template).text.split("\n- ")[0].split())
+    assert "not prevent the explosions of tiny, 4 steps, at a rate of 0.1**: 3 of 3 runs" in text
+    assert "at a rate of 0.01" not in text
+
+
 # --- what a template may ask
 
 
@@ -101,6 +112,8 @@ def test_every_section_is_shown_where_it_has_rows(tmp_path: Path) -> None:
         (lambda runs: runs.verdict("floor", "clip"), "`floor` ends 0.100 below `clip`"),
         (lambda runs: runs.verdict("clip", "floor"), "`clip` ends 0.100 above `floor`"),
         (lambda runs: runs.exploded("clip"), "3 of 9"),
+        (lambda runs: runs.where(learning_rate=0.1).share_exploded("clip"), 1.0),
+        (lambda runs: runs.rates(), [0.001, 0.01, 0.1]),
         (lambda runs: runs.cost("clip"), "0.50 %"),
     ],
 )
