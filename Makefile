@@ -6,6 +6,7 @@
 #   make test-pretrained  get two pretrained models from the package registry and test what PSS does to them
 #   make test-versions  run the integration tests with different releases of transformers from the package registry
 #   make evidence     compare the guards in paired runs and print the small table, in a few minutes
+#   make evidence-pages  render docs/evidence from its template and its rows, in less than a minute
 #   make evidence-gpu do the same for GPT-2 124M on one GPU; each call takes 10 minutes and continues the last one
 #   make lint types bench bench-gpu
 
@@ -18,7 +19,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-gpu test test-fast test-all test-pretrained test-versions lint types bench bench-gpu clean
+.PHONY: help demo evidence evidence-pages evidence-gpu test test-fast test-all test-pretrained test-versions lint types bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +40,9 @@ evidence: $(READY)
 	$(ONLINE_OFF) $(BIN)/hf-pss sweep run recipes/lr_sweep/small.yaml --output-dir runs/evidence
 	$(BIN)/hf-pss sweep table --output-dir runs/evidence
 	$(BIN)/hf-pss sweep plot --output-dir runs/evidence
+
+evidence-pages: $(READY)
+	$(BIN)/hf-pss sweep page docs/evidence/README.md.j2
 
 # A call takes ten minutes. The runs that it has finished stay, and the next call continues with the others.
 evidence-gpu: $(READY)

@@ -98,20 +98,20 @@ class PSSConfig(Options):
         ConfigurationError: An option is out of range, or two options contradict each other.
     """
 
-    # docs/evidence, headline: the floor helps in training from random weights.
+    # docs/experiments.md: the floor prevents collapses without a spike, from random weights.
     detectors: tuple[DetectorName, ...] = option(
         ("grad_norm_ratio", "stable_rank_floor"),
         "Detectors that watch the run. Any of them may fire. An empty list only guards against "
         "non-finite steps.",
     )
-    # The paper uses this value. docs/evidence, variants: the result with 1.5 is within the scatter.
+    # The value of the 2024 submission. docs/experiments, variants: 1.5 is within the scatter.
     threshold_ratio: float = option(
         2.5,
         "Fire when a norm exceeds this many times its moving average (tau; 2.5 in the paper).",
         above=1.0,
         read_by=_NORMS,
     )
-    # docs/evidence, variants: 0.03 fires at the same steps.
+    # docs/experiments, variants: 0.03 fires at the same steps.
     baseline_alpha: float = option(
         0.1,
         "Weight of the newest value in the moving average (alpha; not stated in the paper).",
@@ -133,7 +133,7 @@ class PSSConfig(Options):
         minimum=1,
         read_by=_SPIKES,
     )
-    # docs/evidence, variants: 0.8 is as good, 0.5 is worse by 0.11.
+    # docs/experiments, variants: 0.8 is as good, 0.5 is worse by 0.11.
     floor_ratio: float = option(
         1.0,
         "Stable-rank floor (rho) in units of the stable rank of i.i.d. noise of the same shape, "
@@ -149,7 +149,7 @@ class PSSConfig(Options):
         "pretrained weights). noise: the floor depends on the shape alone.",
         read_by=_FLOOR,
     )
-    # Not measured separately. docs/evidence, variants, uses only this value.
+    # Not measured separately. docs/experiments, variants, uses only this value.
     stable_rank_drop: float = option(
         0.5,
         "stable_rank_drop fires if a matrix's stable rank falls below (1 - this) times its moving "
@@ -158,7 +158,7 @@ class PSSConfig(Options):
         at_most=0.99,
         read_by=frozenset({"stable_rank_drop"}),
     )
-    # docs/evidence, early warnings: 1.3 warned before 4 of 4 explosions and never in a healthy run.
+    # docs/experiments, early warnings: 1.3 warned before 4 of 4 explosions.
     spectral_norm_ratio: float = option(
         1.3,
         "spectral_norm_ratio fires above this many times the moving average of the matrix's "
@@ -166,7 +166,7 @@ class PSSConfig(Options):
         above=1.0,
         read_by=frozenset({"spectral_norm_ratio"}),
     )
-    # docs/evidence, variants: 10 is worse by 0.11. 2 is better by 0.08, but costs twice as much.
+    # docs/experiments, variants: 10 is worse by 0.11. 2 is better by 0.08, but costs twice as much.
     check_every_steps: int = option(
         5,
         "Interval of the detectors that read weights (stable_rank_…, spectral_norm_ratio), in "
@@ -174,7 +174,7 @@ class PSSConfig(Options):
         minimum=1,
         read_by=_FLOOR | _OWN,
     )
-    # docs/evidence, variants: no other function is better in all seeds.
+    # docs/experiments, variants: no other function is better in all seeds.
     smoothing: SmoothingName = option(
         "clip",
         "Smoothing function for the dominant singular values when a norm or a stable-rank drop "
@@ -207,25 +207,25 @@ class PSSConfig(Options):
         "An intervention changes at most this many leading singular values of a matrix.",
         minimum=1,
     )
-    # docs/evidence, variants: true is worse.
+    # docs/experiments, variants: true is worse.
     keep_frobenius: bool = option(
         False,
         "Rescale a smoothed matrix to its Frobenius norm before smoothing.",
     )
-    # docs/evidence, variants: the other values are within the scatter or worse.
+    # docs/experiments, variants: the other values are within the scatter or worse.
     moments: Literal["keep", "reset", "project"] = option(
         "keep",
         "The optimizer's first moment of a smoothed matrix. keep: unchanged. reset: set to zero. "
         "project: remove the part that would raise the lowered singular values again.",
     )
-    # docs/evidence, variants: `fired` is worse by far.
+    # docs/experiments, variants: `fired` is worse by far.
     scope: Literal["all", "fired"] = option(
         "all",
         "all: smooth all selected matrices. fired: only those whose own value fired. A detector of "
         "one number for the whole model always smooths all.",
         read_by=_OWN | {"matrix_grad_norm_ratio"},
     )
-    # The default is as published. docs/evidence, variants: the difference is within the scatter.
+    # The default is as published. docs/experiments, variants: the difference is within the scatter.
     # docs/experiments.md, LoRA: skip is better without clipping.
     spike_update: Literal["apply", "skip"] = option(
         "apply",

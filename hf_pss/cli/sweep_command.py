@@ -93,6 +93,36 @@ def plot(
 
 
 @sweep.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="The file of summaries, such as rows/length.jsonl.")],
+    output_dir: Folder = Path("runs/sweep"),
+) -> None:
+    """Merge the rows of a sweep into a file, without their series per step.
+
+    Of two rows of the same run, the newer one stays. [cyan]hf-pss sweep page[/cyan] makes a
+    document from such files.
+    """
+    from hf_pss.evidence.rows import merge_summaries
+
+    typer.echo(f"{file} holds {merge_summaries(file, _read(output_dir))} rows.")
+
+
+@sweep.command()
+def page(
+    template: Annotated[Path, typer.Argument(help="A template, such as README.md.j2.")],
+) -> None:
+    """Render a Markdown template with the rows in the folder rows beside it.
+
+    At the end it prints the paths of the page and of its figures. docs/evidence is such a page.
+    """
+    require_extra(REPORT_MODULE)
+    from hf_pss.evidence.pages import write_page
+
+    for path in write_page(template):
+        typer.echo(path)
+
+
+@sweep.command()
 def warnings(
     output_dir: Folder = Path("runs/sweep"),
     max_false_alarms: Annotated[

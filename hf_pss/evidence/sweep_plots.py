@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -17,8 +17,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from hf_pss.evidence.early_warnings import departure_step, record_of
 from hf_pss.evidence.rows import (
     Floats,
+    PairedDifferences,
     Row,
     Setting,
+    best_learning_rate,
     by_setting,
     compare_at_best,
     final_loss,
@@ -70,7 +72,7 @@ def plot_all(rows: Sequence[Row], folder: Path, *, reference: str) -> list[Path]
     return files
 
 
-def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
+def plot_learning_rates(rows: Sequence[Row], heading: Setting | str, reference: str) -> Figure:
     """Draw the final validation loss against the learning rate: median and range over seeds."""
     figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
@@ -99,7 +101,7 @@ def plot_learning_rates(rows: Sequence[Row], setting: Setting, reference: str) -
     axes.set_ylabel("final validation loss, nats a token")
     counts = {len(by) for g in guards for by in losses_by_rate(rows, g).values()}
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    axes.set_title(f"{setting}\nmedian of {seeds} seeds, band from best to worst, ★ best rate")
+    axes.set_title(f"{heading}\nmedian of {seeds} seeds, band from best to worst, ★ best rate")
     return figure
 
 
@@ -138,31 +140,89 @@ def plot_curves(rows: Sequence[Row], setting: Setting, reference: str) -> Figure
     return figure
 
 
-def plot_paired(rows: Sequence[Row], setting: Setting, reference: str) -> Figure:
-    """Draw guard minus reference, each at its best rate: every seed, mean and 95 % interval."""
-    found = [
-        comparison
-        for guard in _guards(rows, reference)
-        if guard != reference
-        and (comparison := compare_at_best(rows, guard, reference)) is not None
-    ]
-    found.sort(key=lambda comparison: comparison.mean, reverse=True)
-    figure = new_figure(6.4, 1.2 + 0.28 * len(found))
+def plot_progress(rows: Sequence[Row], heading: Setting | str, reference: str) -> Figure:
+    """Draw the validation loss of each guard at its best rate: every seed, and their median."""
+    figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
-    for height, comparison in enumerate(found):
+    guards = _guards(rows, reference)
+    ends = []
+    for guard in guards:
+        rate = best_learning_rate(rows, guard)
+        runs = [row for row in rows if row.guard == guard and row.learning_rate == rate]
+        colour = colour_of(guard, guards, reference)
+        for row in runs:
+            steps, losses = row.eval_steps, _floats(row.eval_losses)
+            axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.35)
+        longest = max(runs, key=lambda row: len(row.eval_steps))
+        whole = [_floats(r.eval_losses) for r in runs if r.eval_steps == longest.eval_steps]
+        middle = over_finite(np.array(whole), np.nanmedian)
+        axes.plot(longest.eval_steps, middle, color=colour, linewidth=1.6)
+        ends += [(middle[-1], longest.eval_steps[-1], f"{guard}, {rate:g}", colour)]
+    _label_ends(axes, [end for end in ends if math.isfinite(end[0])])
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss, nats a token")
+    axes.set_title(f"{heading}\neach at its best rate: every seed, and their median")
+    return figure
+
+
+def plot_paired(rows: Sequence[Row], heading: Setting | str, reference: str) -> Figure:
+    """Draw guard minus reference, each at its best rate: every seed, mean and 95 % interval."""
+    found = _compared(rows, reference)
+    found.sort(key=lambda comparison: comparison.mean, reverse=True)
+    rate = found[0].learning_rates[1] if found else float("nan")
+    labelled = [(f"{c.guard}, {c.learning_rates[0]:g}  [{len(c.differences)}]", c) for c in found]
+    figure = _differences(labelled, f"{reference} at {rate:g}")
+    figure.axes[0].set_title(
+        f"{heading}\neach at its best rate [seeds]; bar: 95 % interval of the mean"
+    )
+    return figure
+
+
+def plot_gains(situations: Mapping[str, Sequence[Row]], reference: str) -> Figure:
+    """Draw guard minus reference, each at its best rate, in several situations from top to bottom.
+
+    Args:
+        situations: The runs of each situation, by its title.
+        reference: The guard with which the others are compared.
+    """
+    labelled: list[tuple[str, PairedDifferences | None]] = []
+    for title, rows in situations.items():
+        found = _compared(rows, reference)
+        labelled += [(title, None), *((f"{c.guard}  [{len(c.differences)}]", c) for c in found)]
+    figure = _differences(labelled[::-1], reference)
+    figure.suptitle(
+        "each at its best rate [seeds]; bar: 95 % interval of the mean",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+def _compared(rows: Sequence[Row], reference: str) -> list[PairedDifferences]:
+    """Return the differences of every guard to the reference, if the reference has runs."""
+    guards = _guards(rows, reference)
+    others = guards[1:] if guards[0] == reference else []
+    return [found for guard in others if (found := compare_at_best(rows, guard, reference))]
+
+
+def _differences(
+    labelled: Sequence[tuple[str, PairedDifferences | None]], reference: str
+) -> Figure:
+    """Draw one line for each difference, from bottom to top; a label alone is a heading."""
+    figure = new_figure(6.4, 1.2 + 0.28 * len(labelled))
+    axes = figure.subplots()
+    for height, (_, comparison) in enumerate(labelled):
+        if comparison is None:
+            continue
         colour = "#0072B2" if comparison.mean < 0 else "#D55E00"
         axes.plot(comparison.differences, [height] * len(comparison.differences), "|", color=colour)
         if comparison.interval:
             axes.plot(comparison.interval, [height, height], color=colour, linewidth=2.5, alpha=0.5)
         axes.plot(comparison.mean, height, "o", color=colour, markersize=5)
     axes.axvline(0.0, color="#999999", linewidth=1)
-    axes.set_yticks(
-        range(len(found)),
-        [f"{c.guard}, {c.learning_rates[0]:g}  [{len(c.differences)}]" for c in found],
-    )
-    rate = found[0].learning_rates[1] if found else float("nan")
-    axes.set_xlabel(f"validation loss less that of {reference} at {rate:g}, nats")
-    axes.set_title(f"{setting}\neach at its best rate [seeds]; bar: 95 % interval of the mean")
+    axes.set_yticks(range(len(labelled)), [label for label, _ in labelled])
+    axes.set_xlabel(f"validation loss less that of {reference}, nats")
     return figure
 
 

@@ -38,11 +38,15 @@ def render_tables(rows: Sequence[Row], *, reference: str, target: float | None =
 
 def render_markdown(rows: Sequence[Row], *, reference: str, target: float | None = None) -> str:
     """Return the tables as Markdown."""
-    parts = []
-    for title, (head, *body) in _tables(rows, reference, target):
-        lines = [head, ("---",) + ("---:",) * (len(head) - 1), *body]
-        parts += [f"**{title}**\n", *(f"| {' | '.join(line)} |" for line in lines), ""]
-    return "\n".join(parts)
+    tables = _tables(rows, reference, target)
+    return "\n".join(f"**{title}**\n\n{markdown_table(cells)}\n" for title, cells in tables)
+
+
+def markdown_table(cells: Cells) -> str:
+    """Return a table in Markdown, with all columns but the first aligned to the right."""
+    head, *body = cells
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def edge_warnings(rows: Sequence[Row]) -> list[str]:
@@ -139,11 +143,12 @@ def _explosions(rows: Sequence[Row], guards: Sequence[str]) -> Cells:
 def _cost(rows: Sequence[Row], guards: Sequence[str]) -> Cells:
     cells: Cells = [("guard", "of training time", "per step", "interventions", "runs")]
     for guard in guards:
-        here = [row for row in rows if row.guard == guard and row.train_seconds > 0]
-        if here:
+        # A run that was stopped has trained for fewer steps than its recipe sets.
+        finished = [row for row in rows if row.guard == guard and row.status == "finished"]
+        if here := [row for row in finished if row.train_seconds > 0]:
             share = median(row.guard_seconds / row.train_seconds for row in here)
-            per_step = median(row.train_seconds / max(len(row.losses), 1) for row in here)
-            acted = median(len(row.interventions) for row in here)
+            per_step = median(row.train_seconds / row.num_steps for row in here)
+            acted = median(row.times_acted for row in here)
             numbers = (f"{100 * share:.2f} %", f"{1000 * per_step:.1f} ms", f"{acted:g}")
             cells.append((guard, *numbers, str(len(here))))
     return cells

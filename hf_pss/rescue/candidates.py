@@ -3,7 +3,7 @@
 We chose the following rule. The chosen checkpoint is the newest complete checkpoint with finite
 weights that is at least `margin_steps` older than the onset of the failure. The margin is needed
 because the running medians of the log react late. Its default is 20 steps, because going back 20
-steps repaired severe damage (docs/evidence, rescue). The margin is at least one interval of the
+steps repaired severe damage (docs/experiments.md). The margin is at least one interval of the
 log. If no checkpoint is that old, the newest one before the onset is chosen. If there is none
 before the onset, the oldest one after it is the last resort.
 """

@@ -110,10 +110,11 @@ def colour(name: str, names: Sequence[str], reference: str) -> str:
     return REFERENCE_COLOUR if name == reference else COLOURS[others.index(name) % len(COLOURS)]
 
 
-def to_png(figure: Figure) -> bytes:
-    """Render a figure as PNG."""
+def to_png(figure: Figure, *, description: str | None = None) -> bytes:
+    """Render a figure as PNG, with a description among the metadata of the file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    metadata = {"Software": None, "Description": description}
+    figure.savefig(stream, format="png", metadata=metadata)
     return stream.getvalue()
 
 

@@ -61,6 +61,10 @@ def test_run_then_table(run: Run, tmp_path: Path) -> None:
     shown = run("sweep", "table", "--output-dir", tmp_path / "out")
     assert shown.exit_code == 0
     assert "slow_damage_tiny" in shown.stdout
+    rows = tmp_path / "rows" / "grid.jsonl"
+    assert run("sweep", "export", rows, "--output-dir", tmp_path / "out").exit_code == 0
+    stored = [Row.from_line(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert [(row.eval_steps, row.losses) for row in stored] == [((4,), ())]
 
 
 def test_table_as_markdown(run: Run, folder: Path) -> None:
@@ -77,6 +81,20 @@ def test_table_warns_of_a_best_rate_at_the_edge(run: Run, folder: Path) -> None:
     result = run("sweep", "table", "--output-dir", folder, "--markdown")
     assert "the best rate of clip, 0.001, is at the edge of its grid" in result.stderr
     assert "edge" not in result.stdout
+
+
+def test_rows_are_exported_and_rendered_as_a_page(run: Run, folder: Path, tmp_path: Path) -> None:
+    words = ("sweep", "export", tmp_path / "rows" / "tiny.jsonl", "--output-dir", folder)
+    assert "tiny.jsonl holds 6 rows" in " ".join(run(*words).stdout.split())
+    template = tmp_path / "page.md.j2"
+    template.write_text("{{ rows('tiny').gain('floor', 'clip') }}\n", encoding="utf-8")
+    result = run("sweep", "page", template)
+    assert result.exit_code == 0
+    assert "page.md" in result.stdout
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == (
+        "−0.250 (−0.250 … −0.250), 3 of 3\n"
+    )
+    assert run("sweep", "page", tmp_path / "page.md").exit_code == USER_MISTAKE
 
 
 def test_table_for_the_terminal(run: Run, folder: Path) -> None:
