@@ -22,7 +22,7 @@ ERRORS = {
     node.name
     for node in ast.walk(ast.parse((PACKAGE / "errors.py").read_text(encoding="utf-8")))
     if isinstance(node, ast.ClassDef)
-}
+} | {"ImportError"}
 PLACEHOLDER = "…"
 """Stands for the parts of a message that the code fills in."""
 MARKER = re.compile(r"<!-- generated: (\w+) -->")

@@ -11,7 +11,8 @@ from hf_pss import PSSConfig, PSSController
 
 set_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=2)
-config = GPT2Config(256, 64, 64, 2, 2, bos_token_id=0, eos_token_id=0)
+sizes = {"n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2}
+config = GPT2Config(vocab_size=256, bos_token_id=0, eos_token_id=0, **sizes)
 model = GPT2LMHeadModel(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 text = torch.tensor(list("".join(topics.values()).encode()))[: 640 * 64].view(-1, 64)

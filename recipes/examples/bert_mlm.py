@@ -3,13 +3,8 @@
 from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, models
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    DataCollatorForLanguageModeling,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
-)
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import DataCollatorForLanguageModeling as Masking
 
 from hf_pss import PSSTrainer
 
@@ -21,7 +16,12 @@ tokenizer = PreTrainedTokenizerFast(
 )
 lines = [line for line in "\n".join(topics.values()).splitlines() if len(line) > 40]
 config = BertConfig(
-    len(letters), 32, 2, 2, intermediate_size=64, max_position_embeddings=64, pad_token_id=0
+    vocab_size=len(letters),
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
 )
 
 # Plain TrainingArguments run the default preset of PSS, which is `anchored`.
@@ -31,6 +31,6 @@ trainer = PSSTrainer(
         "runs/examples/bert_mlm", max_steps=20, learning_rate=1e-3, report_to="none"
     ),
     train_dataset=[tokenizer(line, truncation=True, max_length=64) for line in lines[:512]],
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+    data_collator=Masking(tokenizer, mlm_probability=0.15),
 )
 trainer.train()

@@ -1,5 +1,7 @@
 """Train on preferences with trl's DPOTrainer, with the options of PSS in its own arguments."""
 
+from copy import deepcopy
+
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -20,17 +22,15 @@ letters = {token: i for i, token in enumerate(["<eos>", *map(chr, range(32, 127)
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.BPE(letters, [])), eos_token="<eos>", pad_token="<eos>"
 )
-config = GPT2Config(len(letters), 64, 32, 2, 2, bos_token_id=0, eos_token_id=0)
-rows = [
-    {"prompt": f"{i} plus {i} is ", "chosen": f"{2 * i}", "rejected": f"{2 * i + 1}"}
-    for i in range(64)
-]
+sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+config = GPT2Config(vocab_size=len(letters), bos_token_id=0, eos_token_id=0, **sizes)
+rows = [{"prompt": f"{i}+{i}=", "chosen": f"{2 * i}", "rejected": f"{i}"} for i in range(64)]
 
-arguments = Arguments(
-    "runs/examples/dpo", max_steps=10, report_to="none", bf16=False, gradient_checkpointing=False
-)
+arguments = Arguments("runs/examples/dpo", max_steps=10, report_to="none", bf16=False)
+model = GPT2LMHeadModel(config)
 trainer = PSSDPOTrainer(
-    model=GPT2LMHeadModel(config),
+    model=model,
+    ref_model=deepcopy(model),  # leave it out for a model from the Hub or from a folder
     args=arguments,
     train_dataset=Dataset.from_list(rows),
     processing_class=tokenizer,

@@ -11,7 +11,8 @@ letters = {token: i for i, token in enumerate(["<eos>", *map(chr, range(32, 127)
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.BPE(letters, [])), eos_token="<eos>", pad_token="<eos>"
 )
-config = GPT2Config(len(letters), 64, 32, 2, 2, bos_token_id=0, eos_token_id=0)
+sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+config = GPT2Config(vocab_size=len(letters), bos_token_id=0, eos_token_id=0, **sizes)
 
 
 def share_of_digits(completions: list[str], **_: object) -> list[float]:
@@ -27,7 +28,6 @@ arguments = GRPOConfig(
     max_completion_length=8,
     report_to="none",
     bf16=False,
-    gradient_checkpointing=False,
 )
 trainer = GRPOTrainer(
     model=GPT2LMHeadModel(config),

@@ -9,7 +9,8 @@ from hf_pss import PSSTrainer, PSSTrainingArguments
 
 text = torch.tensor(list("".join(topics.values()).encode()))
 rows = [{"input_ids": row, "labels": row} for row in text[: 2000 * 64].view(-1, 64)]
-config = GPT2Config(256, 64, 64, 2, 2, bos_token_id=0, eos_token_id=0)
+sizes = {"n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2}
+config = GPT2Config(vocab_size=256, bos_token_id=0, eos_token_id=0, **sizes)
 
 arguments = PSSTrainingArguments(
     "runs/examples/muon",

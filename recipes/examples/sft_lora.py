@@ -13,7 +13,8 @@ letters = {token: i for i, token in enumerate(["<eos>", *map(chr, range(32, 127)
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.BPE(letters, [])), eos_token="<eos>", pad_token="<eos>"
 )
-config = GPT2Config(len(letters), 64, 32, 2, 2, bos_token_id=0, eos_token_id=0)
+sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+config = GPT2Config(vocab_size=len(letters), bos_token_id=0, eos_token_id=0, **sizes)
 texts = [f"{i} plus {i} is {2 * i}" for i in range(256)]
 
 arguments = SFTConfig(
@@ -22,8 +23,7 @@ arguments = SFTConfig(
     learning_rate=2e-4,
     max_length=64,
     report_to="none",
-    bf16=False,  # trl's default is True, which needs a GPU
-    gradient_checkpointing=False,
+    bf16=False,  # trl's default is True, for GPUs
 )
 trainer = SFTTrainer(
     model=GPT2LMHeadModel(config),

@@ -25,11 +25,10 @@ config = WhisperConfig(
 bins = torch.randint(8, (256,))
 sounds = torch.randn(256, 8, 64)
 sounds[torch.arange(256), bins] += 3
-rows = [{"input_features": s, "labels": torch.tensor([8 + b, 2])} for s, b in zip(sounds, bins)]
+texts = torch.stack([8 + bins, torch.full_like(bins, 2)], dim=1)
+rows = [{"input_features": s, "labels": t} for s, t in zip(sounds, texts, strict=True)]
 
-arguments = Arguments(
-    "runs/examples/whisper", max_steps=20, learning_rate=1e-3, report_to="none"
-)
+arguments = Arguments("runs/examples/whisper", max_steps=20, learning_rate=1e-3, report_to="none")
 model = WhisperForConditionalGeneration(config)
 trainer = WhisperTrainer(model=model, args=arguments, train_dataset=rows)
 trainer.train()

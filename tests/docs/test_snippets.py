@@ -36,7 +36,11 @@ NOT_CHECKED = {
 
 def blocks_of(page: Path, language: str) -> list[str]:
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    return [re.sub(rf"^{indent}", "", code, flags=re.M) for indent, kind, code in found if kind == language]
+    return [
+        re.sub(rf"^{indent}", "", code, flags=re.M)
+        for indent, kind, code in found
+        if kind == language
+    ]
 
 
 def commands_of(page: Path) -> list[str]:
@@ -83,7 +87,13 @@ def names_for(folder: Path) -> dict[str, Any]:
         ),
         "masking": list,
         "reading": HealthReading(1),
-        "record": Event(1, EventKind.SPIKE, "grad_norm", decision=Action.OBSERVE, reason="budget"),
+        "record": Event(
+            step=1,
+            kind=EventKind.SPIKE,
+            detector="grad_norm_ratio",
+            decision=Action.OBSERVE,
+            reason="budget",
+        ),
     }
 
 
@@ -165,9 +175,7 @@ def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPat
         "rm -r runs",
     ],
 )
-def test_a_command_with_a_mistake_is_refused(
-    command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_with_a_mistake_is_refused(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises((AssertionError, ConfigurationError, typer.BadParameter, Exception)):

@@ -34,9 +34,7 @@ def num_steps(names: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in NEEDS.get(path.stem, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
