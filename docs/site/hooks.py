@@ -49,32 +49,35 @@ def _link(link: re.Match[str], page: str, repository: str | None) -> str:
 
 
 def options(_: str = "") -> str:
-    """Return a table of all options, as users of `PSSTrainingArguments` type them."""
+    """Return a section for each option, named as users of `PSSTrainingArguments` type it."""
     parts = (("Smoothing and detection", PSSConfig), ("Checkpoints and rollback", RecoveryConfig))
-    return "\n\n".join(f"## {title}\n\n{_table(kind)}" for title, kind in parts)
+    return "\n\n".join(f"## {title}\n\n{_sections(kind)}" for title, kind in parts)
 
 
-def _table(kind: type[Any]) -> str:
+def _sections(kind: type[Any]) -> str:
     hints = get_type_hints(kind)
-    rows = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
+    sections = []
     for spec in fields(kind):
         default = _shown(spec.default)
         for preset, changes in PRESETS.items() if kind is PSSConfig else ():
             if spec.name in changes:
-                default += f"<br>{preset}: {_shown(changes[spec.name])}"
-        readers = sorted(spec.metadata["read_by"] or ())
-        note = f" (Read by {', '.join(f'`{one}`' for one in readers)}.)" if readers else ""
-        allowed = _allowed(hints[spec.name], spec.metadata)
-        text = spec.metadata["help"].replace("|", r"\|")
-        rows.append(f"| `pss_{spec.name}` | {default} | {allowed} | {text}{note} |")
-    return "\n".join(rows)
+                default += f"; in the preset `{preset}`: {_shown(changes[spec.name])}"
+        lines = [
+            f"### `pss_{spec.name}`\n\n{spec.metadata['help']}\n",
+            f"- Default: {default}",
+            f"- Allowed: {_allowed(hints[spec.name], spec.metadata)}",
+        ]
+        if readers := spec.metadata["read_by"]:
+            lines.append(f"- Has an effect with: {', '.join(f'`{x}`' for x in sorted(readers))}")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"  # as YAML and the command line write it
     items = value if isinstance(value, tuple) else (value,)
-    return "<br>".join(f"`{item}`" for item in items if item is not None) or "none"
+    return ", ".join(f"`{item}`" for item in items if item is not None) or "none"
 
 
 def _allowed(hint: Any, limits: Any) -> str:

@@ -91,14 +91,15 @@ def test_the_navigation_lists_every_page_once() -> None:
 
 
 def test_the_options_page_has_every_option_and_what_a_preset_changes() -> None:
-    table = HOOKS.options()
-    for kind in (PSSConfig, RecoveryConfig):
-        for spec in fields(kind):
-            assert f"| `pss_{spec.name}` |" in table
-    (row,) = (line for line in table.splitlines() if line.startswith("| `pss_anchor` "))
-    assert row.split(" | ")[1] == "`healthy`<br>paper: `off`"
-    assert "a number above 0 and at most 1" in table
-    assert "a whole number of at least 0" in table
+    sections = dict(re.findall(r"^### `pss_(\w+)`\n(.*?)(?=^##|\Z)", HOOKS.options(), re.M | re.S))
+    options = [spec for kind in (PSSConfig, RecoveryConfig) for spec in fields(kind)]
+    assert list(sections) == [spec.name for spec in options]
+    for spec in options:
+        assert spec.metadata["help"] in sections[spec.name]
+    assert "- Default: `healthy`; in the preset `paper`: `off`\n" in sections["anchor"]
+    assert "- Allowed: a number above 0 and at most 1\n" in sections["baseline_alpha"]
+    assert "- Allowed: a whole number of at least 0\n" in sections["cooldown_steps"]
+    assert "- Has an effect with: `stable_rank_floor`" in sections["floor_ratio"]
 
 
 def test_every_error_that_the_page_explains_exists_in_the_code() -> None:
