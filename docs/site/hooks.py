@@ -35,6 +35,15 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     return LINK_UP.sub(lambda link: _link(link, page.file.src_uri, config.repo_url), filled)
 
 
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Keep the messages of the errors page out of its table of contents, which would be long."""
+    if page.file.src_uri == "errors.md":
+        for section in page.toc:
+            for part in section.children:
+                part.children = []
+    return html
+
+
 def _link(link: re.Match[str], page: str, repository: str | None) -> str:
     target = (ROOT / "docs" / page).parent.joinpath(link[2]).resolve()
     if target.is_relative_to(ROOT / "docs"):
