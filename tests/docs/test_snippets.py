@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -140,6 +141,9 @@ def check(command: str) -> None:
         check_own(words[place + 1], [word for word in words[place + 2 :] if word != "..."])
     else:
         assert program in ("python", "pytest", "accelerate"), command
+        place = next((i for i, word in enumerate(words) if word.endswith("finetune_llm.py")), None)
+        if place is not None:
+            runpy.run_path(words[place])["parse"]([*words[place + 1 :], "--use_cpu"])
 
 
 def check_own(name: str, words: list[str]) -> None:
@@ -174,6 +178,7 @@ def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPat
         ("pip install '.[repotr]'", "repotr"),
         ("python recipes/no_such_script.py", "no_such_script"),
         ("hf-pss train --model_config gpt2 --pss_presett floor", "pss_presett"),
+        ("python recipes/finetune_llm.py --model_name_or_path a --dataset b --lora_rang 8", "rang"),
         ("hf-pss watch runs/notes --onec", "No such option: --onec"),
         ("rm -r runs", "rm -r"),
     ],
