@@ -68,7 +68,6 @@ test-pretrained: $(READY)
 	$(ONLINE_OFF) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests/pretrained
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: $(READY)
