@@ -73,12 +73,14 @@ def names_for(folder: Path) -> dict[str, Any]:
 
     def loss_of_a_batch() -> float:
         with torch.no_grad():
-            return float(model(**{k: v[None] for k, v in dataset[0].items()}).loss)
+            return float(model(**batch).loss)
 
-    loss = model(**{k: v[None] for k, v in dataset[0].items()}).loss
+    batch = {name: row[None] for name, row in dataset[0].items()}
+    loss = model(**batch).loss
     loss.backward()
     return {
         **{"torch": torch, "args": args, "model": model, "dataset": dataset, "loss": loss},
+        "batch": batch,
         **{"optimizer": optimizer, "loss_of_a_batch": loss_of_a_batch, "SFTTrainer": SFTTrainer},
         "Trainer": SFTTrainer,
         "trainer": SFTTrainer(),
