@@ -8,6 +8,7 @@
 #   make evidence     compare the guards in paired runs and print the small table, in a few minutes
 #   make evidence-pages  render docs/evidence from its template and its rows, in less than a minute
 #   make evidence-gpu do the same for GPT-2 124M on one GPU; each call takes 10 minutes and continues the last one
+#   make docs         build the documentation site into runs/site
 #   make lint types bench bench-gpu
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-pages evidence-gpu test test-fast test-all test-pretrained test-versions lint types bench bench-gpu clean
+.PHONY: help demo docs evidence evidence-pages evidence-gpu test test-fast test-all test-pretrained test-versions lint types bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -69,6 +70,9 @@ test-versions: $(READY)
 test-pretrained: $(READY)
 	$(BIN)/python tests/pretrained/fetch.py
 	$(ONLINE_OFF) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests/pretrained
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -82,8 +82,10 @@ class PSSTrainer(PSSTrainerMixin, Trainer):
 
     It takes the same arguments as Trainer. With plain `TrainingArguments`, PSS uses its preset
     ``anchored``. You select other options with `PSSTrainingArguments` or ``pss_config``. If PSS
-    never intervenes, the run is bit-identical to a run of the plain Trainer. ::
+    never intervenes, the run is bit-identical to a run of the plain Trainer.
 
-        trainer = PSSTrainer(model=model, args=args, train_dataset=dataset)
-        trainer.train()
+    ```python
+    trainer = PSSTrainer(model=model, args=args, train_dataset=dataset)
+    trainer.train()
+    ```
     """

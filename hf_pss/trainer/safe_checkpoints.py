@@ -125,7 +125,7 @@ class SafeCheckpointsMixin(TrainerPart):
     - If several ranks train together and one of them wants to stop, all of them stop together. They
       agree on it when they log, evaluate or save, at the end of an epoch and at every fifth step.
 
-    List the mixin to the left of a Trainer class. It does not need PSS::
+    List the mixin to the left of a Trainer class. It does not need PSS:
 
         class SafeTrainer(SafeCheckpointsMixin, Trainer):
             pass
