@@ -187,10 +187,12 @@ def train_cell(cell: Cell, folder: Path) -> Row:
 
 def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     recipe, guard = cell.recipe, cell.guard
+    # This may train, so it comes before the seed, which the guard's preparation depends on.
+    weights = _pretrained(cell) if recipe.pretrain_steps else None
     set_seed(cell.seed)
     model = recipe.model()
-    if recipe.pretrain_steps:
-        model.load_state_dict(_pretrained(cell))
+    if weights is not None:
+        model.load_state_dict(weights)
     if guard.prepare is not None:
         guard.prepare(model)
     arguments = recipe.arguments(folder, cell.seed)

@@ -172,6 +172,7 @@ def test_a_continued_run_starts_from_trained_weights() -> None:
     assert len(continued.losses) == STEPS
     (kept,) = corpus_cache().glob("weights-*.pt")
     changed = kept.stat().st_mtime_ns
+    assert curve(run_cell(cell("none", pretrain_steps=12))) == curve(continued)
     other = run_cell(cell("clip", pretrain_steps=12, warmup_steps=0))
     assert other.losses[0] == continued.losses[0]
     assert kept.stat().st_mtime_ns == changed
