@@ -46,13 +46,17 @@ class CellTrainer(PSSTrainer):
         self.losses: list[float | None] = []
         self._noise = torch.Generator().manual_seed(self.args.seed)
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
         """Train on a batch, with the harm of a fault: to its tokens, gradients or learning rate."""
         fault = self.recipe.fault
         kind = fault.kind if fault and fault.covers(self.state.global_step + 1) else None
         if fault and fault.kind in TOKEN_FAULTS:
             inputs = self._with_harmed_tokens(inputs, fault)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+            if num_items_in_batch is not None:  # the Trainer counted the labels of whole rows
+                num_items_in_batch = (inputs["labels"] != -100).sum()
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if kind == "nan_gradient":
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -183,10 +187,12 @@ def train_cell(cell: Cell, folder: Path) -> Row:
 
 def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     recipe, guard = cell.recipe, cell.guard
+    # This may train, so it comes before the seed, which the guard's preparation depends on.
+    weights = _pretrained(cell) if recipe.pretrain_steps else None
     set_seed(cell.seed)
     model = recipe.model()
-    if recipe.pretrain_steps:
-        model.load_state_dict(_pretrained(cell))
+    if weights is not None:
+        model.load_state_dict(weights)
     if guard.prepare is not None:
         guard.prepare(model)
     arguments = recipe.arguments(folder, cell.seed)

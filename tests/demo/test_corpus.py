@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -168,6 +171,35 @@ def test_the_newest_packages_that_are_unpacked_are_read_without_apt(
     assert "foreign" not in text
     assert "libcgal-dev 1.10-3, libeigen3-dev 3.4-1: 201 files" in corpus.description
     assert len(corpus.validation) > 0
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="unpacks a Debian package")
+def test_the_newest_package_that_apt_serves_is_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs of apt are scripts that serve packages of this test; dpkg-deb is real."""
+    for name in ("linux-doc-6.9", "linux-doc-6.12", "python3.11-doc"):
+        root = tmp_path / name
+        control = f"Package: {name}\nVersion: 1.5-2\nArchitecture: all\nMaintainer: us\n"
+        write(root / "DEBIAN" / "control", control + "Description: text\n")
+        for i in range(100):
+            write(root / "usr" / "_sources" / f"{i}.txt", f"The text {i} of {name}. " * 9)
+        write(root / "usr" / "_sources" / "translations" / "it.txt", "foreign")
+        deb = tmp_path / f"{name}_1.5-2_all.deb"
+        subprocess.run(["dpkg-deb", "-b", root, deb], check=True, capture_output=True)
+    programs = tmp_path / "bin"
+    names = "linux-doc linux-doc-6.9 linux-doc-6.12 linux-doc-6.99-x python3.11-doc bash"
+    write(programs / "apt-cache", f"#!/bin/sh\nprintf '%s\\n' {names}\n")
+    write(programs / "apt-get", f"#!/bin/sh\necho $2 >> {tmp_path}/got\ncp {tmp_path}/$2_* .\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    options = {"vocab_size": 300, "context_length": 16, "cache_dir": tmp_path / "cache"}
+    corpus = build_corpus("english", **options)
+    assert "linux-doc-6.12 1.5-2, python3.11-doc 1.5-2: 200 files" in corpus.description
+    assert "foreign" not in corpus.tokenizer.decode(corpus.train.blocks.flatten())
+    assert build_corpus("english", **options).fingerprint == corpus.fingerprint
+    assert (tmp_path / "got").read_text().split() == ["linux-doc-6.12", "python3.11-doc"]
 
 
 def test_a_machine_without_apt_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

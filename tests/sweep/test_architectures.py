@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing import current_process
+
 import pytest
 import torch
 from small_library import use_small_library
@@ -79,3 +81,14 @@ def test_masks_follow_the_seed_and_validation_masks_are_fixed(
     assert torch.equal(batch["labels"], others["labels"])
     assert torch.equal(batch["input_ids"][1], fixed[1]["input_ids"])
     assert (batch["labels"] == -100).any()
+
+
+def test_masks_are_drawn_in_a_worker_and_leave_the_global_generator_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_small_library(monkeypatch)
+    monkeypatch.setattr(current_process(), "name", "SpawnProcess-1")  # as in a worker of a sweep
+    examples = examples_of(recipe_of("bert"), seed=0)
+    state = torch.get_rng_state()
+    examples.collator([examples.train[0]])
+    assert torch.equal(torch.get_rng_state(), state)
