@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -43,13 +44,16 @@ REMEDIES = (
 
 All other changes of a recipe describe the situation in which guards are compared.
 """
+_UNSEEN = ("num_steps", "eval_every_steps")
+"""Changes that a situation's name leaves out: its length is named apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
     """Runs that a template asks about.
 
-    The name of a guard includes an optimizer other than AdamW, and the recipe's `REMEDIES`. A
+    The name of a guard includes an optimizer other than AdamW, and the recipe's `REMEDIES` unless
+    all runs of its situation have them. A
     method that is about one guard raises ConfigurationError if the runs are not of one situation,
     or if none of them has this guard.
     """
@@ -59,7 +63,7 @@ class Runs:
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Runs:
         """Return the comparable runs among rows."""
-        return cls(tuple(map(_named_in_full, comparable(rows))))
+        return cls(tuple(_named_in_full(comparable(rows))))
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -317,17 +321,33 @@ def write_page(template: Path) -> list[Path]:
     return files
 
 
-def _named_in_full(row: Row) -> Row:
-    """Return the row with optimizer and remedies in the guard's name, its length as a change."""
-    remedies = [f"{name} {row.changes[name]}" for name in REMEDIES if name in row.changes]
-    optimizer = [] if row.optimizer == "adamw" else [row.optimizer]
-    rest = {k: v for k, v in row.changes.items() if k not in (*REMEDIES, "eval_every_steps")}
-    return replace(
-        row,
-        guard=" · ".join((row.guard, *optimizer, *remedies)),
-        optimizer="",
-        changes={**rest, "num_steps": row.num_steps},
-    )
+def _named_in_full(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows with optimizer and remedies in the guard's name, and the length as a change.
+
+    A remedy that all runs of a situation have remains one of the situation's changes.
+    """
+    rows = list(rows)
+    values = defaultdict(set)
+    for row in rows:
+        for name in REMEDIES:
+            values[_situation(row), name].add(row.changes.get(name))
+    for row in rows:
+        own = [name for name in REMEDIES if len(values[_situation(row), name]) > 1]
+        remedies = [f"{name} {row.changes[name]}" for name in own if name in row.changes]
+        optimizer = [] if row.optimizer == "adamw" else [row.optimizer]
+        rest = {k: v for k, v in row.changes.items() if k not in (*own, *_UNSEEN)}
+        yield replace(
+            row,
+            guard=" · ".join((row.guard, *optimizer, *remedies)),
+            optimizer="",
+            changes={**rest, "num_steps": row.num_steps},
+        )
+
+
+def _situation(row: Row) -> tuple[Any, ...]:
+    """Return what no guard and no remedy changes."""
+    rest = {k: v for k, v in row.changes.items() if k not in (*REMEDIES, *_UNSEEN)}
+    return row.recipe, row.num_steps, *sorted(rest.items())
 
 
 def _holds_zero(found: PairedDifferences) -> bool:

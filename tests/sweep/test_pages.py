@@ -19,7 +19,7 @@ from hf_pss.evidence.rows import Row, append_row, merge_summaries, read_rows, ve
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "docs/evidence/README.md.j2"
 MEASURED = ("docs/evidence/README.md", "docs/experiments.md")
-GRIDS = ("horizon", "baselines", "explosions", "healthy", "trained", "sizes")
+GRIDS = ("horizon", "llama", "method", "explosions_long", "healthy", "trained", "sizes")
 # A loss has two decimals or more. The number of a paper has more digits before the point.
 LOSS = re.compile(r"(?<![\d.])\d{1,2}\.\d{2,}(?!\d|\.\d)")
 # Two versions, the width of the anchor's band, and a bound that tests/test_floor.py checks.
@@ -77,8 +77,8 @@ def test_every_section_is_shown_where_it_has_rows(tmp_path: Path) -> None:
         text = render_page(template).text
         assert f"{name}, 4 steps" in text
         headings.append(text.count("\n## "))
-    # `horizon` answers three questions. `baselines` and `trained` bring no heading of their own.
-    assert headings == [1, 4, 4, 5, 6, 6, 7]
+    # `horizon` answers three questions. `llama` and `trained` bring no heading of their own.
+    assert headings == [1, 4, 4, 5, 6, 7, 7, 8]
 
 
 def test_the_first_paragraph_says_where_the_default_does_not_help(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_first_paragraph_says_where_the_default_does_not_help(tmp_path: Path
     template.write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
     lost = [r for r in grid_of_rows() if r.explosion_kind is not None]
     named = [replace(r, guard="anchored", id=f"anchored-{r.id}") for r in lost]
-    merge_summaries(tmp_path / ROWS_FOLDER / "explosions.jsonl", [*grid_of_rows(), *named])
+    merge_summaries(tmp_path / ROWS_FOLDER / "explosions_long.jsonl", [*grid_of_rows(), *named])
     text = " ".join(render_page(template).text.split("\n- ")[0].split())
     assert "not prevent the explosions of tiny, 4 steps, at a rate of 0.1**: 3 of 3 runs" in text
     assert "at a rate of 0.01" not in text
@@ -145,6 +145,13 @@ def test_remedies_are_compared_with_guards_and_situations_are_not() -> None:
     assert here.guards("clip") == ["clip", "clip · matrix_lr_ratio 0.25", "clip · muon"]
     titles = [runs.title for runs in others]
     assert titles == ["tiny, 600 steps", "tiny, 2,400 steps", "tiny · corpus english, 4 steps"]
+
+
+def test_a_remedy_of_all_runs_belongs_to_the_situation() -> None:
+    both, ratio = {"adam_beta2": 0.95}, {"adam_beta2": 0.95, "matrix_lr_ratio": 0.25}
+    (here,) = runs_of(row(id="a", changes=both), row(id="b", changes=ratio)).situations()
+    assert here.title == "tiny · adam_beta2 0.95, 4 steps"
+    assert here.guards("clip") == ["clip", "clip · matrix_lr_ratio 0.25"]
 
 
 def test_runs_are_narrowed_by_fields_and_changes() -> None:
