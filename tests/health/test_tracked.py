@@ -10,13 +10,14 @@ import torch
 from helpers import gpt2, llama
 from torch import Tensor, nn
 
-from hf_pss.health.subspace_rounds import ritz_round
-from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
+from hf_pss.linalg.subspace_rounds import ritz_round
+from hf_pss.models.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 
 BACKEND = Backend()
-COLD_TOLERANCE = 1e-6
+# Vectors are rounded to bfloat16 between refreshes.
+COLD_TOLERANCE = 3e-6  # 1.5e-6
 # Noise that moves by 1 % of its norm a step, 50 steps: the residual's bound is 1 %, too.
 DRIFT_TOLERANCE = 0.01
 FROBENIUS_TOLERANCE = 1e-6
@@ -215,7 +216,8 @@ def test_a_cold_start_holds_some_spaces_at_a_time(monkeypatch: pytest.MonkeyPatc
         return decompose(core)
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
-    monkeypatch.setattr("hf_pss.health.tracked._MAX_ELEMENTS", 68 * 16 * 3)
+    monkeypatch.setattr("hf_pss.models.tracked._MAX_ELEMENTS", 68 * 16 * 3)
+    monkeypatch.setattr("hf_pss.models.tracked._SMALL_ELEMENTS", 0)
     check(SpectrumTracker(views, BACKEND).measure(parameters), views, parameters, COLD_TOLERANCE)
     assert sum(sizes) == len(views)
     assert max(sizes) == 3
