@@ -383,7 +383,7 @@ class Measurements:
             self.selection.matrices,
             parameters,
             self.backend,
-            lambda stack: leading_values(stack, self._config.max_rank),
+            leading_values,
             width=NUM_RECORDED,
         )
         rows |= {name: product.leading for name, product in self._products(parameters).items()}
