@@ -17,7 +17,6 @@ from hf_pss.linalg.scaling import require_finite, unit_scaled
 from hf_pss.linalg.smoothing import SmoothingFunction, Spectrum
 from hf_pss.linalg.triplets import Triplets, triplets_of_scaled
 
-
 # If the space of the triplets leaves σ₁ within this share of φ's level, σ₁ of the edited matrix is
 # read from that space. Otherwise the triplets have not converged, and σ₁ is measured from scratch.
 _CONVERGED = 0.005

@@ -57,7 +57,7 @@ class RitzSpace:
         values = torch.cat([after / unit, self.sigma[..., after.shape[-1] :]], dim=-1)
         # A matrix that is not finite has NaN values, which LAPACK would refuse.
         gram = self.outside + torch.diag_embed(values.nan_to_num().square())
-        largest = torch.linalg.eigvalsh(gram)[..., -1]
+        largest: Tensor = torch.linalg.eigvalsh(gram)[..., -1]
         return largest.clamp_min(0).sqrt() * unit.squeeze(-1)
 
 

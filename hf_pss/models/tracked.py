@@ -122,8 +122,12 @@ class _Group:
     def some(self, at: Sequence[int]) -> Iterator[_Group]:
         """Yield a group of only these matrices, and copy its results back at the end."""
         index = _sent(at, self.vectors.device)
-        kept = (x.index_select(0, index) for x in (self.vectors, self.scale, self.found))
-        some = _Group(tuple(self.slots[i] for i in at), *kept)
+        some = _Group(
+            tuple(self.slots[i] for i in at),
+            self.vectors.index_select(0, index),
+            self.scale.index_select(0, index),
+            self.found.index_select(0, index),
+        )
         yield some
         self.vectors = self.vectors.index_copy(0, index, some.vectors)
         self.scale = self.scale.index_copy(0, index, some.scale)
@@ -374,12 +378,14 @@ class SpectrumTracker:
         """
         stacks = self._stacks(group, parameters)
         sizes = [len(stack) for stack in stacks]
-        for stack, inverse in zip(stacks, group.scale.reciprocal().split(sizes), strict=True):
+        for stack, inverse in zip(
+            stacks, torch.split(group.scale.reciprocal(), sizes), strict=True
+        ):
             stack *= inverse[:, None, None]
 
         def product(vectors: Tensor) -> Tensor:
             images = []
-            for block, stack in zip(vectors.split(sizes), stacks, strict=True):
+            for block, stack in zip(torch.split(vectors, sizes), stacks, strict=True):
                 image = (block[..., : stack.shape[-1]] @ stack.mT) @ stack
                 images.append(_padded(image, vectors.shape[-1]))
             return torch.cat(images)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hf_pss.errors import StateError
 from hf_pss.linalg.subspace_rounds import ritz_round
-from hf_pss.models.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.models.tracked import SpectrumTracker, TrackedSpectrum
 
 BACKEND = Backend()
 # Vectors are rounded to bfloat16 between refreshes.
