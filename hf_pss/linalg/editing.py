@@ -19,7 +19,7 @@ from hf_pss.linalg.triplets import Triplets, triplets_of_scaled
 
 # If the space of the triplets leaves σ₁ within this share of φ's level, σ₁ of the edited matrix is
 # read from that space. Otherwise the triplets have not converged, and σ₁ is measured from scratch.
-_CONVERGED = 0.005
+_CONVERGED = 1e-3
 # The edit leaves equal leading values, and for these the iteration converges slowest. On the capped
 # matrices of SmolLM2-135M σ₁ was too low by at most 0.5 % with 12 rounds.
 _MEASURING_ROUNDS = 12
@@ -94,7 +94,7 @@ def smooth_spectrum(
     But σ₁ may stay above φ's level. After `Clip` with 33 values it was above the exact σ_33 by 4 %
     on noise at 768×768, by 2 % on noise at 256×256, and by 0.2 % on σ_i ∝ i^-0.15. So
     `spectral_norm_after` includes what the triplets leave outside (see `RitzSpace`). If this is
-    more than 0.5 %, σ₁ is measured from scratch on the edited matrix. On these spectra it is too
+    more than 0.1 %, σ₁ is measured from scratch on the edited matrix. On these spectra it is too
     low by at most 0.4 %. `stable_rank_after` is too high by twice that.
 
     Args:

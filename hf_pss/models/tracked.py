@@ -378,10 +378,9 @@ class SpectrumTracker:
         """
         stacks = self._stacks(group, parameters)
         sizes = [len(stack) for stack in stacks]
-        for stack, inverse in zip(
-            stacks, torch.split(group.scale.reciprocal(), sizes), strict=True
-        ):
-            stack *= inverse[:, None, None]
+        inverses = torch.split(group.scale.reciprocal()[:, None, None], sizes)
+        for stack, inverse in zip(stacks, inverses, strict=True):
+            stack *= inverse
 
         def product(vectors: Tensor) -> Tensor:
             images = []
