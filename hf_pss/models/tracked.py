@@ -16,8 +16,8 @@ methods but the first approach σ₁ from below.
   The record of `hf_pss.models.anchors` uses it with half of the rounds, within 1.6 %.
 - `quick_triplets` is low by 2 % on average on noise of 64×64. It starts from scratch.
 - `SpectralNormMeter` in `hf_pss.health.probe_meters` makes one round of power iteration per call,
-  and uses `leading_triplets` every 50 calls. The probes of sweeps use it, because their records hold
-  its numbers.
+  and uses `leading_triplets` every 50 calls. The probes of sweeps use it, because their records
+  hold its numbers.
 """
 
 from __future__ import annotations
