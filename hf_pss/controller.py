@@ -47,7 +47,7 @@ from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _FLOOR = "stable_rank_floor"
 _HEALTH_MODULE = "hf_pss.health.monitor"
 """The metrics are an extension: this module is loaded only if ``health`` asks for them."""
@@ -164,6 +164,7 @@ class PSSController:
                 self.config.health,
                 every_steps=self.config.health_every_steps,
                 model=model,
+                tracker=self._measurements.tracker if self._triggers.reads_weights else None,
             )
         self.seconds = 0.0
         """The time that PSS has taken, without health. It is no part of the state: equal runs save
@@ -282,6 +283,10 @@ class PSSController:
         """
         step = self._current if self._current is not None else Step(self.step_number)
         step.is_after_update = True
+        started = time.perf_counter()
+        if self._triggers.reads_weights:
+            self._measured(step, self._measurements.follow)
+        self.seconds += time.perf_counter() - started
         # Health is measured before any smoothing, so that it shows the result of the optimizer. A
         # reading that is only for the report does not count as a cost of PSS.
         stable_ranks = reading = None
@@ -294,7 +299,7 @@ class PSSController:
                 grad_norm_preclip=step.grad_norm_preclip,
             )
         elif step.is_due(self.config.health_every_steps):
-            stable_ranks = self._measured(step, self.stable_ranks)
+            stable_ranks = self._measured(step, self._current_stable_ranks)
         started = time.perf_counter()
         for judgement in self._judge_weights(step, stable_ranks):
             self._decide(step, judgement)
@@ -340,8 +345,9 @@ class PSSController:
         return nothing_to_watch(self.config, self._measurements, spelling)
 
     def stable_ranks(self) -> dict[str, float]:
-        """Return the stable rank of each selected 2-D matrix by name. A broken matrix has NaN.
+        """Return the stable rank of each selected 2-D matrix by name, read from scratch.
 
+        A broken matrix has NaN. The checks of a step follow the matrices from step to step instead.
         In a distributed run all ranks must make this call together.
         """
         return self._measurements.stable_ranks()
@@ -407,6 +413,7 @@ class PSSController:
             "step": self.step_number,
             "history": self._history.state_dict(),
             "anchors": None if self._anchors is None else self._anchors.state_dict(),
+            "tracked": self._measurements.tracker.state() if self._triggers.reads_weights else None,
             **self._triggers.state_dict(),
         }
 
@@ -428,10 +435,13 @@ class PSSController:
         anchors = self._anchors
         if anchors is not None and found["anchors"] is not None:
             anchors = Anchors.from_state_dict(found["anchors"], tuple(anchors.healthy))
+        tracker = self._measurements.tracker
+        tracked = tracker.parsed(found["tracked"], self._measurements.parameters())
         # This is the last statement that may raise.
         self._triggers.load_state_dict({key: found[key] for key in self._triggers.state_dict()})
         self._history, self.step_number = history, step_number
         self._anchors, self._has_loaded = anchors, True
+        tracker.restore(tracked)
         self._prepare_health()
 
     def reset(self, *, step_number: int = 0) -> None:
@@ -470,15 +480,21 @@ class PSSController:
         is_due = step.is_due(self.config.check_every_steps)
         reads_ranks = is_due and self._triggers.reads(Quantity.STABLE_RANK)
         if reads_ranks and stable_ranks is None:
-            stable_ranks = self._measured(step, self.stable_ranks)
+            stable_ranks = self._measured(step, self._current_stable_ranks)
         if step.update_applied:
             yield from self._triggers.judge_update()
         if reads_ranks and stable_ranks is not None:
             yield from self._triggers.judge_weights(Quantity.STABLE_RANK, stable_ranks)
         if is_due and self._triggers.reads(Quantity.SPECTRAL_NORM):
-            norms = self._measured(step, self._measurements.spectral_norms)
+            norms = self._measured(step, self._measurements.followed_spectral_norms)
             if norms is not None:
                 yield from self._triggers.judge_weights(Quantity.SPECTRAL_NORM, norms)
+
+    def _current_stable_ranks(self) -> dict[str, float]:
+        """Return the stable ranks after a step, tracked if the detectors read the weights."""
+        if self._triggers.reads_weights:
+            return self._measurements.followed_stable_ranks(self._triggers.floors)
+        return self.stable_ranks()
 
     def _decide(self, step: Step, judgement: Judgement, *, has_overflown: bool = False) -> Action:
         """Ask the policy about a judgement, and record the decision in the step.
@@ -544,7 +560,7 @@ class PSSController:
             )
             logger.log(logging.INFO if has_overflown else logging.WARNING, "%s", line)
 
-    def _measured(self, step: Step, measure: Callable[[], dict[str, T]]) -> dict[str, T] | None:
+    def _measured(self, step: Step, measure: Callable[[], T]) -> T | None:
         """Return a measurement. If a decomposition does not converge, add an event and return None.
 
         Ranks that share work either all continue or all stop.

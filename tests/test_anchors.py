@@ -17,7 +17,6 @@ from hf_pss.models.anchors import NUM_RECORDED, Anchors, leading_values
 
 GROWTH = 1.05  # of `Anchored`: the allowed growth
 ROUNDING = 1e-5  # relative to σ₁
-MAX_RANK = 32
 
 
 def matrix(seed: int, m: int = 40, n: int = 24, *, power: float = 0.6) -> Tensor:
@@ -30,7 +29,7 @@ def matrix(seed: int, m: int = 40, n: int = 24, *, power: float = 0.6) -> Tensor
 
 
 def record_of(weight: Tensor) -> Tensor:
-    return leading_values(weight[None], MAX_RANK)[0]
+    return leading_values(weight[None])[0]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (6, 4), (1, 8), (300, 200)])

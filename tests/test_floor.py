@@ -153,3 +153,21 @@ def test_a_reading_of_a_power_law_is_within_its_band(shape: tuple[int, int]) -> 
         sigma = torch.arange(1, min(m, n) + 1).float() ** -power
         reading = float(quick_stable_rank((u * sigma) @ v.mT))
         assert 0.999 < reading / rank_of(sigma.double()) < READING
+
+
+def test_a_doubtful_matrix_is_read_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pss = PSSController(build("gpt2", 48), PSSConfig.preset("floor"))
+    measurements = pss._measurements
+    measurements.follow()
+    ranks = measurements.followed_stable_ranks({})
+    name, read = next(iter(ranks)), []
+
+    def counted(stack: Tensor) -> Tensor:
+        read.append(len(stack))
+        return quick_stable_rank(stack)
+
+    monkeypatch.setattr("hf_pss.models.measurements.quick_stable_rank", counted)
+    monkeypatch.setattr("hf_pss.models.tracked.TrackedSpectrum.is_doubtful", lambda one, f: f > 0)
+    found = measurements.followed_stable_ranks({name: 1.0})
+    assert read == [1]
+    assert found == pytest.approx(ranks, rel=1e-4)

@@ -24,13 +24,13 @@ from hf_pss.health.spectrum_metrics import (
     measure_spectra,
 )
 from hf_pss.health.step_series import ChangeRates, ConditionAlarm, SpikeScore
-from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.health.update_metrics import RelativeUpdateMeter, SpectralEdgeMeter
 from hf_pss.health.update_operator import measure_denominators, whole_model
 from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.distributed import Backend
 from hf_pss.models.measurements import measure_matrix_grad_norms
 from hf_pss.models.selection import Selection
+from hf_pss.models.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.records.events import HealthReading
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class HealthMonitor:
         preset: ``light``, ``standard`` or ``full``.
         every_steps: Steps between readings. 0 means `DEFAULT_EVERY_STEPS`.
         model: The model whose hidden states `full` measures. None leaves them out.
+        tracker: A tracker of the same matrices that somebody else refreshes before each
+            `after_update`. None makes one, which this object refreshes.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class HealthMonitor:
         *,
         every_steps: int = 0,
         model: nn.Module | None = None,
+        tracker: SpectrumTracker | None = None,
     ) -> None:
         self.every_steps = every_steps or DEFAULT_EVERY_STEPS[preset]
         self.seconds = 0.0
@@ -86,7 +89,8 @@ class HealthMonitor:
         self._views, self._adapters = selection.matrices, selection.adapters
         self._backend = backend
         self._is_standard, self._is_full = preset != "light", preset == "full"
-        self._tracker = SpectrumTracker(self._views, backend)
+        self._refreshes = tracker is None
+        self._tracker = SpectrumTracker(self._views, backend) if tracker is None else tracker
         self._updates = RelativeUpdateMeter(self._views, backend)
         self._edge = SpectralEdgeMeter(self._views, backend)
         followed = ["spectral_norm", "frobenius_norm", *(["effective_rank"] * self._is_full)]
@@ -195,7 +199,8 @@ class HealthMonitor:
                     with self._guard("spike_score"):
                         self._spikes[name].update(value)
             with self._guard("spectral_norm"):
-                self._tracker.refresh(parameters)
+                if self._refreshes:
+                    self._tracker.refresh(parameters)
             if not self.is_due(step):
                 return None
             reading = self._read(step, parameters, optimizer)
@@ -205,9 +210,9 @@ class HealthMonitor:
     def state(self) -> dict[str, JSON]:
         """Return the spike scores and the reference of the preconditioner, as strict JSON.
 
-        The vectors of the tracker, the last values of rates and the updates of the spectral edge
-        are not saved. After a resume the tracker makes a cold start, and the other two have no
-        number at first.
+        The last values of rates and the updates of the spectral edge are not saved, so after a
+        resume they have no number at first. The controller saves the vectors of the tracker if
+        detectors read the weights. Otherwise the tracker makes a cold start.
         """
         return {
             "version": _VERSION,

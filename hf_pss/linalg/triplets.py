@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg.scaling import require_finite, unit_scaled
+from hf_pss.linalg.scaling import UnitScaled, require_finite, unit_scaled
 
 # The choice is based on measurements on 2026-11-21 (torch 2.13, 1 thread, k = 33, 768×768) with
 # blocks of 8 to 41 and 2 to 16 rounds. 8 rounds take 15 ms per matrix, and σ_33 is exact to 3 % on
@@ -33,6 +33,35 @@ _ROUNDING = 10
 
 
 @dataclass(frozen=True, slots=True)
+class RitzSpace:
+    """A Krylov space, and how the matrix leaves it: enough to know σ₁ after an edit.
+
+    Let U, Σ and V be all Ritz triplets of the space, and C = UᵀW − ΣVᵀ their residuals. An edit of
+    the leading values, with Σ* instead of Σ, leaves UᵀW* = Σ*Vᵀ + C, where CV = 0. So its norm is
+    that of Σ*² + CCᵀ. It includes what unconverged vectors have left behind [ours].
+    """
+
+    sigma: Tensor
+    """(..., K), all Ritz values, descending, in units of σ₁."""
+    outside: Tensor
+    """(..., K, K): CCᵀ in units of σ₁²."""
+
+    def norm_after(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return σ₁ of the edited matrix, (...), from below.
+
+        Args:
+            before: (..., k), the leading values, in any unit.
+            after: (..., k), their new values in the same unit.
+        """
+        unit = torch.where(before[..., :1] > 0, before[..., :1], 1.0)
+        values = torch.cat([after / unit, self.sigma[..., after.shape[-1] :]], dim=-1)
+        # A matrix that is not finite has NaN values, which LAPACK would refuse.
+        gram = self.outside + torch.diag_embed(values.nan_to_num().square())
+        largest: Tensor = torch.linalg.eigvalsh(gram)[..., -1]
+        return largest.clamp_min(0).sqrt() * unit.squeeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
 class Triplets:
     """Leading singular triplets W v_i ≈ σ_i u_i and Wᵀ u_i ≈ σ_i v_i with descending σ."""
 
@@ -42,8 +71,13 @@ class Triplets:
     """(..., k), descending, in the units of the matrix."""
     v: Tensor
     """(..., n, k), with orthonormal columns."""
-    is_exact: bool
-    """Whether the triplets come from a complete decomposition, not from an iteration."""
+    space: RitzSpace | None
+    """The space of an iteration. None if the triplets come from a complete decomposition."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the triplets come from a complete decomposition."""
+        return self.space is None
 
 
 def leading_triplets(
@@ -93,6 +127,14 @@ def leading_triplets(
     scaled = unit_scaled(weight)
     if check_finite:
         require_finite(scaled)
+    found = triplets_of_scaled(scaled, k, start=start, num_rounds=num_rounds)
+    return replace(found, sigma=scaled.restore(found.sigma))
+
+
+def triplets_of_scaled(
+    scaled: UnitScaled, k: int, *, start: Tensor | None = None, num_rounds: int = DEFAULT_ROUNDS
+) -> Triplets:
+    """Return `leading_triplets` of matrices that are already scaled, in their scaled units."""
     matrix, guess = scaled.matrix, None if start is None else start.to(scaled.matrix)
     wide = matrix.shape[-2] < matrix.shape[-1]
     if wide:
@@ -101,17 +143,17 @@ def leading_triplets(
     size = matrix.shape[-1]
     k = min(k, size)
     block = _block(matrix, guess, k, num_rounds)
-    is_exact = size <= _EXACT_UP_TO or 4 * block.shape[-1] * (num_rounds + 1) >= 3 * size
-    if is_exact:
+    space = None
+    if size <= _EXACT_UP_TO or 4 * block.shape[-1] * (num_rounds + 1) >= 3 * size:
         # Apple's GPUs have no float64.
         by_gram = matrix.dtype == torch.float32 and matrix.device.type != "mps"
         u, sigma, v = _exact_by_gram(matrix, k) if by_gram else _exact(matrix)
+        u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]
     else:
-        u, sigma, v = _rayleigh_ritz(matrix, block, num_rounds)
-    u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]
+        u, sigma, v, space = _rayleigh_ritz(matrix, block, num_rounds, k)
     if wide:
         u, v = v, u
-    return Triplets(u=u, sigma=scaled.restore(sigma), v=v, is_exact=is_exact)
+    return Triplets(u=u, sigma=sigma, v=v, space=space)
 
 
 def quick_triplets(
@@ -153,11 +195,10 @@ def quick_triplets(
     else:
         tall = matrix.mT if matrix.shape[-2] < matrix.shape[-1] else matrix
         width = max(width, math.ceil(2 * k / (rounds + 1)))
-        u, sigma, v = _rayleigh_ritz(tall, cold_start(tall, width), rounds)
-        u, sigma, v = u[..., :k], sigma[..., :k], v[..., :k]
+        u, sigma, v, _ = _rayleigh_ritz(tall, cold_start(tall, width), rounds, k)
         u, v = (u, v) if tall is matrix else (v, u)
     rest = torch.linalg.vector_norm(matrix - (u * sigma.unsqueeze(-2)) @ v.mT, dim=(-2, -1))
-    triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, is_exact=False)
+    triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, space=None)
     return triplets, scaled.restore(rest)
 
 
@@ -219,10 +260,19 @@ def _block(tall: Tensor, guess: Tensor | None, k: int, num_rounds: int) -> Tenso
     return torch.cat([guess, cold_start(tall, max(width, k))[..., guess.shape[-1] :]], dim=-1)
 
 
-def _rayleigh_ritz(tall: Tensor, block: Tensor, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rayleigh_ritz(
+    tall: Tensor, block: Tensor, num_rounds: int, k: int
+) -> tuple[Tensor, Tensor, Tensor, RitzSpace]:
     left, core, right = krylov_space(tall, block, num_rounds)
     u, sigma, v = _exact(core)
-    return left @ u, sigma, right @ v
+    # Wᵀ maps all but the last block of U into the span of V.
+    last = slice(-block.shape[-1], None)
+    rest = product(tall.mT, left[..., last])
+    rest = rest - right @ (right.mT @ rest)
+    unit = torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
+    of_last = u[..., last, :] / unit.unsqueeze(-1)
+    outside = of_last.mT @ (rest.mT @ rest) @ of_last
+    return left @ u[..., :k], sigma[..., :k], right @ v[..., :k], RitzSpace(sigma / unit, outside)
 
 
 def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,25 +26,26 @@ NUM_RECORDED = 8
 # The record is 50 to 100 steps old. So it is older than the onset of a spike, and recent enough for
 # a network that still learns.
 _EVERY_STEPS = 50
+# Eight rounds take twice the time.
+_ROUNDS = 4
 _KEYS = ("healthy", "candidate", "candidate_step", "trouble_step")
 
 Values: TypeAlias = Mapping[str, Sequence[float]]
 """The leading singular values of each matrix by name, descending, in the units of the matrix."""
 
 
-def leading_values(matrices: Tensor, max_rank: int) -> Tensor:
+def leading_values(matrices: Tensor) -> Tensor:
     """Return the K leading singular values of each matrix, (b, K), padded with zeros.
 
-    The computation is the same as in smoothing, so a matrix that has not changed has the recorded
-    values to the last bit. (Smoothing functions of the whole spectrum decompose large matrices more
-    exactly. The tolerance of `Anchored` covers the difference.)
+    Above min(m, n) = 128, the Krylov space is half as large as in smoothing. At 768×768 the values
+    are too low by at most 1.6 % on noise, and by at most 0.2 % on σ_i ∝ i^-0.15. The tolerance of
+    `Anchored` covers this.
 
     Args:
         matrices: (b, m, n).
-        max_rank: The same value as for smoothing.
     """
-    num_values = min(max_rank + 1, *matrices.shape[-2:])
-    sigma = leading_triplets(matrices, num_values, check_finite=False).sigma[..., :NUM_RECORDED]
+    found = leading_triplets(matrices, NUM_RECORDED, num_rounds=_ROUNDS, check_finite=False)
+    sigma = found.sigma
     return functional.pad(sigma, (0, NUM_RECORDED - sigma.shape[-1]))
 
 

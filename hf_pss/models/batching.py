@@ -44,6 +44,11 @@ class MatrixRef:
         """Return the matrix, given the rows of its parameter from ``start`` on."""
         return self.matrix_view.read(stored if self.expert is None else stored[self.expert - start])
 
+    def read_stored(self, stored: Tensor) -> Tensor:
+        """Return the matrix as it is stored, given its complete parameter: inputs may be first."""
+        found = self.read(stored)
+        return found.mT if self.view.transposed else found
+
     def write_(self, full: Tensor, matrix: Tensor) -> None:
         """Write the matrix into its complete parameter."""
         self.matrix_view.write_(full if self.expert is None else full[self.expert], matrix)
@@ -51,7 +56,7 @@ class MatrixRef:
     @property
     def matrix_view(self) -> MatrixView:
         """The view of only this matrix, inside its expert's part of the parameter."""
-        return replace(self.view, shape=self.shape)
+        return self.view if self.expert is None else replace(self.view, shape=self.shape)
 
 
 Round: TypeAlias = tuple[tuple[MatrixRef, ...], ...]
@@ -225,6 +230,8 @@ def measure_each(
     parameters: Mapping[str, Tensor],
     backend: Backend,
     measure: Callable[[Tensor], Tensor],
+    *,
+    names: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Return a number for each 2-D matrix by name. One rank measures it and sends it to all.
 
@@ -233,8 +240,11 @@ def measure_each(
         parameters: The model's parameters by canonical name.
         backend: How parameters are stored.
         measure: Maps a stack (b, m, n) to numbers of shape (b,).
+        names: The 2-D matrices to measure, the same on every rank. None means all.
     """
-    rows = measure_rows(views, parameters, backend, lambda w: measure(w).unsqueeze(-1), width=1)
+    rows = measure_rows(
+        views, parameters, backend, lambda w: measure(w).unsqueeze(-1), width=1, names=names
+    )
     return {name: number for name, (number,) in rows.items()}
 
 
@@ -245,6 +255,7 @@ def measure_rows(
     measure: Callable[[Tensor], Tensor],
     *,
     width: int,
+    names: Collection[str] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Return ``width`` numbers for each 2-D matrix by name, and otherwise act as `measure_each`.
 
@@ -254,15 +265,16 @@ def measure_rows(
         backend: How parameters are stored.
         measure: Maps a stack (b, m, n) to numbers of shape (b, width).
         width: The number of values for each matrix.
+        names: The 2-D matrices to measure, the same on every rank. None means all.
 
     Raises:
         DecompositionError: Decompositions failed on some ranks, and no other error occurred.
         ElsewhereError: A different rank had an error, which that rank raises.
     """
-    names: list[str] = []
+    measured: list[str] = []
     numbers: list[Tensor] = []
     error: Exception | None = None
-    for one_round in assign_rounds(views, parameters, backend.world_size):
+    for one_round in assign_rounds(views, parameters, backend.world_size, names=names):
         stack, found = read_round(one_round, parameters, backend), None
         if stack is not None:
             try:
@@ -273,11 +285,11 @@ def measure_rows(
                 if error is None or isinstance(error, LinAlgError):
                     error = caught
         for owner, refs in enumerate(one_round):
-            names += [ref.name for ref in refs]
+            measured += [ref.name for ref in refs]
             zeros = torch.zeros(len(refs) * width)
             is_here = owner == backend.rank
             numbers.append(found.flatten() if is_here and found is not None else zeros)
-    if not names:
+    if not measured:
         return {}
     device = next(iter(parameters.values())).device
     has_failed = isinstance(error, LinAlgError)
@@ -289,8 +301,8 @@ def measure_rows(
     if num_failed:
         why = error or "a decomposition has failed on another rank"
         raise DecompositionError(str(why)) from error
-    by_name = dict(zip(names, zip(*[iter(host)] * width, strict=True), strict=True))
-    return {name: by_name[name] for name in matrix_names(views)}
+    by_name = dict(zip(measured, zip(*[iter(host)] * width, strict=True), strict=True))
+    return {name: by_name[name] for name in matrix_names(views) if name in by_name}
 
 
 class DecompositionError(LinAlgError):  # type: ignore[misc]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from hf_pss.config import PSSConfig
 from hf_pss.detection.detectors import GLOBAL, Readings
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg import quick_stable_rank, spectral_norm
-from hf_pss.linalg.norms import QUICK_ROUNDS
+from hf_pss.linalg import quick_stable_rank
 from hf_pss.linalg.scaling import compute_dtype
 from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.anchors import NUM_RECORDED, leading_values
@@ -35,6 +34,7 @@ from hf_pss.models.selection import (
     select_matrices,
 )
 from hf_pss.models.selection.by_name import ADAPTER_FACTOR
+from hf_pss.models.tracked import SpectrumTracker
 from hf_pss.records.messages import name_on_ranks
 
 logger = logging.getLogger(__name__)
@@ -236,6 +236,9 @@ class Measurements:
         self.selection = select_watched(model, config)
         self.shapes = matrix_shapes(self.selection.matrices)
         self._adapters = self.selection.adapters
+        self.tracker = SpectrumTracker(self.selection.matrices, self.backend)
+        """Follows the spectra of the matrices from step to step, after each `follow`."""
+        self._followed: Mapping[str, nn.Parameter] = {}
         watched = {view.parameter_name for view in self.selection.matrices}
         watched |= {name for view in self._adapters for name in (view.left_name, view.right_name)}
         self._meter = UpdateMeter(sorted(watched), self.backend)
@@ -328,21 +331,47 @@ class Measurements:
         return {GLOBAL: self.backend.agree(self._meter.stop(self.parameters()))[0]}
 
     def stable_ranks(self) -> dict[str, float]:
-        """Return the stable rank of each matrix and LoRA product. Broken ones give NaN."""
+        """Return the stable rank of each matrix and LoRA product, read from scratch.
+
+        Broken ones give NaN.
+        """
         parameters = self.parameters()
         return {
             **measure_each(self.selection.matrices, parameters, self.backend, quick_stable_rank),
             **{name: product.stable_rank for name, product in self._products(parameters).items()},
         }
 
-    def spectral_norms(self) -> dict[str, float]:
-        """Return σ₁ of each matrix, without LoRA products, which start at zero and only grow."""
-        return measure_each(
-            self.selection.matrices,
-            self.parameters(),
-            self.backend,
-            lambda stack: spectral_norm(stack, num_rounds=QUICK_ROUNDS),
-        )
+    def follow(self) -> None:
+        """Update the tracked spectra to the current weights."""
+        # One search of the model serves `follow` and its readings: it costs as much as a round.
+        self._followed = self.parameters()
+        self.tracker.refresh(self._followed)
+
+    def followed_stable_ranks(self, floors: Mapping[str, float]) -> dict[str, float]:
+        """Return `stable_ranks` as of the last `follow`, with the error of `SpectrumTracker`.
+
+        Matrices are read from scratch if the tracked value leaves open on which side of their floor
+        they are. Both values are from above, and the smaller one counts.
+
+        Args:
+            floors: The stable-rank floor of each matrix. Matrices without one are not read.
+        """
+        parameters = self._followed
+        found = self.tracker.read(parameters)
+        ranks = {name: one.stable_rank for name, one in found.items()}
+        doubtful = {n for n, one in found.items() if one.is_doubtful(floors.get(n, 0.0))}
+        if doubtful:
+            views = self.selection.matrices
+            read = measure_each(views, parameters, self.backend, quick_stable_rank, names=doubtful)
+            ranks |= {name: min(rank, ranks[name]) for name, rank in read.items()}
+        return ranks | {name: one.stable_rank for name, one in self._products(parameters).items()}
+
+    def followed_spectral_norms(self) -> dict[str, float]:
+        """Return σ₁ of each matrix as of the last `follow`.
+
+        LoRA products are left out, because they start at zero and only grow.
+        """
+        return {name: one.sigma for name, one in self.tracker.read(self._followed).items()}
 
     def leading_values(self) -> dict[str, list[float]]:
         """Return the leading singular values above zero of each matrix and LoRA product.
@@ -354,7 +383,7 @@ class Measurements:
             self.selection.matrices,
             parameters,
             self.backend,
-            lambda stack: leading_values(stack, self._config.max_rank),
+            leading_values,
             width=NUM_RECORDED,
         )
         rows |= {name: product.leading for name, product in self._products(parameters).items()}

@@ -61,6 +61,11 @@ class Triggers:
         """Return whether at least one detector reads this quantity."""
         return quantity in self._detectors.quantities
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether at least one detector reads the weights."""
+        return self.reads(Quantity.STABLE_RANK) or self.reads(Quantity.SPECTRAL_NORM)
+
     def judge_gradient(self, norm: float | None, loss: float | None) -> Iterator[Judgement]:
         """Judge a step before its update. If it is not finite, nothing else is judged."""
         if norm is not None and not math.isfinite(norm):
@@ -176,8 +181,9 @@ class Triggers:
         """Return the stable ranks that floors refer to. It is empty if noise is the reference."""
         if not self.has_floors or self._config.floor_reference == "noise":
             return {}
-        # Later checks use the same approximation, so its error cancels.
-        shapes, ranks = self._measurements.shapes, self._measurements.stable_ranks()
+        # Later checks follow the same vectors.
+        self._measurements.follow()
+        shapes, ranks = self._measurements.shapes, self._measurements.followed_stable_ranks({})
         return starting_ranks(shapes, {name: ranks[name] for name in shapes})
 
     def _floors_from(self, starts: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_pss.health.metrics import METRICS
-from hf_pss.health.tracked import TrackedSpectrum
 from hf_pss.health.verdicts import (
     Finding,
     against_noise,
@@ -27,6 +26,7 @@ from hf_pss.health.verdicts import (
     worst_first,
 )
 from hf_pss.models.selection.by_name import place_of
+from hf_pss.models.tracked import TrackedSpectrum
 from hf_pss.records.events import HealthReading
 from hf_pss.records.strict_json import visible
 from hf_pss.view.numbers import significant

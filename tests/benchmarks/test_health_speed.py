@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_pss import PSSConfig, PSSController
-from hf_pss.health.tracked import SpectrumTracker, TrackedSpectrum
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
+from hf_pss.models.tracked import SpectrumTracker, TrackedSpectrum
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 

@@ -22,11 +22,11 @@ from hf_pss.health.spectrum_metrics import (
     measure_low_rank_distances,
     measure_spectra,
 )
-from hf_pss.health.tracked import SpectrumTracker
 from hf_pss.health.update_metrics import RelativeUpdateMeter, SpectralEdgeMeter
 from hf_pss.health.update_operator import measure_denominators
 from hf_pss.models.distributed import Backend, Replicated, backend_for
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.tracked import SpectrumTracker
 
 NUM_STEPS = 3
 

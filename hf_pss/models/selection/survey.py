@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Site:
         return self.name.rpartition(".")[2]
 
 
+@cache  # a look-up of all parameters, which every step makes, would search each name again
 def canonical_name(name: str) -> str:
     """Return a module's or parameter's name without the prefixes that wrappers add to it.
 

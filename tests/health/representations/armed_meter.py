@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_pss.health.meter import RepresentationMeter
-from hf_pss.health.tracked import SpectrumTracker
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.tracked import SpectrumTracker
 
 
 def hooks_of(model: nn.Module) -> int:

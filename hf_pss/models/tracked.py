@@ -3,38 +3,45 @@
 The package has six methods for σ₁. Each one has a different purpose and a different accuracy. All
 methods but the first approach σ₁ from below.
 
+- `SpectrumTracker`, in this module, keeps two vectors per matrix and makes one to three rounds of
+  subspace iteration per step. The detectors of weights and the health metrics of a run share one
+  tracker. Where its residual leaves open on which side of its floor a matrix lies, `Measurements`
+  reads that matrix from scratch.
 - `spectral_norm` without ``num_rounds`` is exact and uses an SVD. The bounds of attention logits
   and `hf-pss health --exact` use it.
 - `spectral_norm` and `quick_stable_rank` with `QUICK_ROUNDS` start from scratch at each reading. On
   noise the stable rank is too high by at most 0.3 % up to a side of 64, and by at most 4 % at
-  768×768. The detectors, `hf-pss health` and matrices that this tracker cannot scale use them.
-- `leading_triplets` is within 1e-4 on noise of 768×768. It starts from scratch every 50 steps for
-  the record that `hf_pss.models.anchors` keeps. Smoothing makes the same call, so an unchanged
-  matrix gives the same bits.
+  768×768. `hf-pss health`, single readings, and matrices that the tracker cannot judge use them.
+- `leading_triplets` is within 1e-4 on noise of 768×768, and starts from scratch. Smoothing uses it.
+  The record of `hf_pss.models.anchors` uses it with half of the rounds, within 1.6 %.
 - `quick_triplets` is low by 2 % on average on noise of 64×64. It starts from scratch.
-- `SpectrumTracker`, in this module, makes one round of subspace iteration per step. A value is
-  stale if its residual is above 0.02, so the error of other values is at most 1 %. The health
-  metrics of a run use it.
 - `SpectralNormMeter` in `hf_pss.health.probe_meters` makes one round of power iteration per call,
-  and uses `leading_triplets` every 50 calls. A value is stale if its residual is above 0.05. The
-  probes of sweeps use it, because their records hold its numbers.
+  and uses `leading_triplets` every 50 calls. The probes of sweeps use it, because their records
+  hold its numbers.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from hf_pss.health.subspace_rounds import orthonormal_rows, ritz_round
-from hf_pss.linalg import frobenius_norm, spectral_norm
+from hf_pss.detection.state import JSON, read_mapping, read_text
+from hf_pss.errors import StateError
+from hf_pss.linalg import frobenius_norm, leading_triplets, spectral_norm
 from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
+from hf_pss.linalg.subspace_rounds import orthonormal_pairs, orthonormal_rows, ritz_round
 from hf_pss.models.batching import MatrixRef, matrix_refs, measure_each
 from hf_pss.models.distributed import Backend, Part, Replicated
 from hf_pss.models.selection import MatrixView
@@ -58,6 +65,12 @@ _SEED = 20261121
 # The number of fp32 elements (64 MiB) in one batched call on an accelerator. It also limits the
 # Krylov spaces that a cold start holds at the same time.
 _MAX_ELEMENTS = 2**24
+# Up to this number of elements, a matrix is copied into a stack on a CPU as well. The number of
+# calls dominates the time of such matrices, and one batched call serves all of them.
+_SMALL_ELEMENTS = 2**16
+# What `SpectrumTracker.state` holds of a matrix before its vectors: σ₁, ‖W‖_F, the residual, the
+# scale, and whether the next refresh owes it extra rounds.
+_NUM_NUMBERS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,13 @@ class TrackedSpectrum:
         """Whether the bound on the error of σ₁ exceeds 1 %, or is NaN."""
         return not self.residual <= _STALE_ABOVE
 
+    def is_doubtful(self, floor: float) -> bool:
+        """Whether the stable rank may be below a floor that this estimate from above reaches.
+
+        The residual bounds the error of σ² if σ is near the leading value.
+        """
+        return floor <= self.stable_rank < floor * (1 + self.residual)
+
 
 @dataclass(slots=True)
 class _Group:
@@ -92,22 +112,34 @@ class _Group:
 
     slots: tuple[MatrixRef, ...]
     vectors: Tensor
-    """(N, k, c), orthonormal rows. c is the last dimension of the stored tensor."""
+    """(N, k, c), orthonormal rows. c is the last dimension of the stored tensor. Between refreshes
+    the entries are rounded to bfloat16, which is how `SpectrumTracker.state` saves them."""
     scale: Tensor
     """(N,), the last σ₁. Vectors are divided by it before a product, so that nothing overflows."""
     found: Tensor
     """(N, 3), float64, on the device: σ₁, ‖W‖_F and the residual. NaN before the first round."""
+    is_stacked: bool = False
+    """Whether a refresh reads the matrices once, into stacks of one shape. The matrices are then
+    small, and c is the largest of their last dimensions. Shorter vectors end with zeros."""
 
     @contextmanager
     def some(self, at: Sequence[int]) -> Iterator[_Group]:
         """Yield a group of only these matrices, and copy its results back at the end."""
         index = _sent(at, self.vectors.device)
-        kept = (x.index_select(0, index) for x in (self.vectors, self.scale, self.found))
-        some = _Group(tuple(self.slots[i] for i in at), *kept)
+        some = _Group(
+            tuple(self.slots[i] for i in at),
+            self.vectors.index_select(0, index),
+            self.scale.index_select(0, index),
+            self.found.index_select(0, index),
+        )
         yield some
         self.vectors = self.vectors.index_copy(0, index, some.vectors)
         self.scale = self.scale.index_copy(0, index, some.scale)
         self.found = self.found.index_copy(0, index, some.found)
+
+
+Tracked: TypeAlias = tuple[list[_Group], frozenset[str]]
+"""The vectors of all matrices, and the names of those that the next refresh owes extra rounds."""
 
 
 class SpectrumTracker:
@@ -119,8 +151,8 @@ class SpectrumTracker:
     it reads main memory only once. From the Ritz vector z it computes σ = ‖SᵀSz‖ / ‖Sz‖, which
     is below σ₁ and above ‖Sz‖.
 
-    The first `refresh` of a run, including a resumed one, builds a block Krylov space of 16 rounds
-    instead, because checkpoints do not hold the vectors.
+    The first `refresh` builds a block Krylov space of 16 rounds instead. `state` and `restore` let
+    a resumed run continue with the same bits.
 
     Cost: light, for every step, without a read from the device until `read`. Under FSDP2 each rank
     multiplies the rows that it stores, and one sum over ranks combines them in each round. Under
@@ -130,8 +162,8 @@ class SpectrumTracker:
     Args:
         views: The matrices to track.
         backend: How parameters are stored.
-        batched: Stack matrices of equal shape for one batched call. This is slower on a CPU. None
-            means yes on all devices except a CPU.
+        batched: Stack matrices of equal shape for one batched call. On a CPU this is slower for
+            large matrices. None means yes on all devices except a CPU.
     """
 
     def __init__(
@@ -161,6 +193,9 @@ class SpectrumTracker:
             # Set this last, so that a cold start that raises is repeated.
             self._groups = groups
         for group in self._groups:
+            if group.is_stacked:
+                self._rounds_of_stacks(group, parameters)
+                continue
             for _ in range(1 if group.vectors.device.type == "cpu" else _DEVICE_ROUNDS):
                 self._round(group, parameters)
             for _ in range(_EXTRA_ROUNDS):
@@ -169,6 +204,7 @@ class SpectrumTracker:
                     break
                 with group.some(unsettled) as some:
                     self._round(some, parameters, is_first=False)
+            group.vectors = group.vectors.bfloat16().to(group.vectors.dtype)
         self._unsettled = frozenset()
 
     @torch.no_grad()
@@ -217,7 +253,8 @@ class SpectrumTracker:
             sigma = group.found[:, :1]
             # The value is 0, 1 or NaN.
             known = torch.where(sigma.isnan(), sigma, (sigma > 0).double()).to(group.vectors.dtype)
-            for slot, vector in zip(group.slots, group.vectors[:, 0] * known, strict=True):
+            for slot, padded in zip(group.slots, group.vectors[:, 0] * known, strict=True):
+                vector = functional.normalize(padded[: _num_columns(slot)], dim=0)
                 found[slot.name] = vector
                 if not slot.view.transposed:
                     continue
@@ -236,27 +273,137 @@ class SpectrumTracker:
             self._backend.total_(whole)
             sizes = [len(v) for v in turned.values()]
             for name, v in zip(turned, torch.split(whole, sizes), strict=True):
-                found[name] = torch.nn.functional.normalize(v, dim=0)
+                found[name] = functional.normalize(v, dim=0)
         return {slot.name: found[slot.name] for slot in self._slots if slot.name in found}
+
+    def state(self) -> dict[str, JSON] | None:
+        """Return what the next `refresh` depends on, as strict JSON, or None before the first one.
+
+        The size is 2.7 bytes for each entry of a vector: 450 kB for GPT-2 124M.
+        """
+        if not self._groups:
+            return None
+        found: dict[str, JSON] = {}
+        for group in self._groups:
+            owed = [float(slot.name in self._unsettled) for slot in group.slots]
+            columns = group.found, group.scale.double()[:, None], group.scale.new_tensor(owed)
+            numbers = torch.cat([*columns[:2], columns[2].double()[:, None]], dim=1).cpu()
+            halves = group.vectors.bfloat16().cpu()
+            for slot, row, vectors in zip(group.slots, numbers, halves, strict=True):
+                both = _bytes(row) + _bytes(vectors[:, : _num_columns(slot)])
+                found[slot.name] = base64.b64encode(both).decode("ascii")
+        return found
+
+    def parsed(self, state: object, parameters: Mapping[str, nn.Parameter]) -> Tracked:
+        """Return what `restore` needs, without a change of the tracker.
+
+        Args:
+            state: Parsed JSON, which is not trusted. None means a cold start.
+            parameters: As in `refresh`.
+
+        Raises:
+            StateError: The state is damaged, or belongs to different matrices.
+        """
+        if state is None:
+            return [], frozenset()
+        what = "the state of the tracked spectra"
+        saved = read_mapping(state, what)
+        if set(saved) != {slot.name for slot in self._slots}:
+            raise StateError(
+                f"{what.capitalize()} belongs to a model with different weight matrices. Load the "
+                "state that was saved with this model."
+            )
+        groups, unsettled = self._grouped(parameters), set()
+        for group in groups:
+            numbers, vectors = [], []
+            width, size = group.vectors.shape[1:]
+            for slot in group.slots:
+                text = read_text(saved[slot.name], f"{slot.name!r} in {what}")
+                shape = (width, _num_columns(slot))
+                row, block = _decoded(text, shape, f"{slot.name!r} in {what}")
+                numbers.append(row)
+                vectors.append(_padded(block, size))
+                if row[-1]:
+                    unsettled.add(slot.name)
+            rows = torch.stack(numbers)
+            group.vectors = torch.stack(vectors).to(group.vectors)
+            group.found = rows[:, :3].to(group.found)
+            group.scale = _usable(rows[:, 3].to(group.scale), group.scale)
+        return groups, frozenset(unsettled)
+
+    def restore(self, tracked: Tracked) -> None:
+        """Continue from a state that `parsed` has read."""
+        self._groups, self._unsettled = tracked
 
     # ---- inside ----
 
     def _grouped(self, parameters: Mapping[str, nn.Parameter]) -> list[_Group]:
-        alike: dict[tuple[int, torch.dtype, torch.device], list[MatrixRef]] = {}
+        alike: dict[tuple[int, int, torch.dtype, torch.device], list[MatrixRef]] = {}
         for slot in self._slots:
             parameter = parameters[slot.view.parameter_name]
-            size = slot.shape[0] if slot.view.transposed else slot.shape[1]
-            key = (size, compute_dtype(parameter), parameter.device)
+            size = _num_columns(slot)
+            # 0: small matrices share a group, whatever their sizes are.
+            alone = 0 if self._is_stacked(slot, parameter) else size
+            key = (alone, min(_WIDTH, size), compute_dtype(parameter), parameter.device)
             alike.setdefault(key, []).append(slot)
         generator = torch.Generator().manual_seed(_SEED)
         groups = []
-        for (size, dtype, device), slots in alike.items():
-            drawn = torch.randn(size, min(_WIDTH, size), generator=generator, dtype=torch.float64)
+        for (alone, width, dtype, device), slots in alike.items():
+            slots.sort(key=_stored_shape)  # matrices of one stack are neighbours
+            size = alone or max(map(_num_columns, slots))
+            drawn = torch.randn(size, width, generator=generator, dtype=torch.float64)
             start = torch.linalg.qr(drawn).Q.mT.to(device, dtype)
             vectors = start.expand(len(slots), -1, -1).contiguous()
             nothing = torch.full((len(slots), 3), math.nan, dtype=torch.float64, device=device)
-            groups.append(_Group(tuple(slots), vectors, vectors.new_ones(len(slots)), nothing))
+            scale = vectors.new_ones(len(slots))
+            groups.append(_Group(tuple(slots), vectors, scale, nothing, is_stacked=not alone))
         return groups
+
+    def _is_stacked(self, slot: MatrixRef, parameter: Tensor) -> bool:
+        """Return whether a refresh copies this matrix into a stack."""
+        is_here = parameter.device.type == "cpu" and not self._backend.is_shared
+        return is_here and self._batched is None and math.prod(slot.shape) <= _SMALL_ELEMENTS
+
+    @staticmethod
+    def _stacks(group: _Group, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        """Return copies of the matrices of a group, (b, r, c) for each shape."""
+        return [
+            torch.stack(
+                [slot.read_stored(parameters[slot.view.parameter_name].detach()) for slot in slots]
+            ).to(group.vectors.dtype)
+            for _, slots in itertools.groupby(group.slots, key=_stored_shape)
+        ]
+
+    def _rounds_of_stacks(self, group: _Group, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Make all rounds for each matrix of a group, with one reading and few calls.
+
+        The vectors are made orthonormal only before the last round. Until then the second one may
+        lose digits to the first one.
+        """
+        stacks = self._stacks(group, parameters)
+        sizes = [len(stack) for stack in stacks]
+        inverses = torch.split(group.scale.reciprocal()[:, None, None], sizes)
+        for stack, inverse in zip(stacks, inverses, strict=True):
+            stack *= inverse
+
+        def product(vectors: Tensor) -> Tensor:
+            images = []
+            for block, stack in zip(torch.split(vectors, sizes), stacks, strict=True):
+                image = (block[..., : stack.shape[-1]] @ stack.mT) @ stack
+                images.append(_padded(image, vectors.shape[-1]))
+            return torch.cat(images)
+
+        vectors = group.vectors
+        for _ in range(_EXTRA_ROUNDS):
+            vectors = product(vectors)
+        vectors = orthonormal_pairs(vectors, group.vectors)
+        norms = torch.cat([torch.linalg.vector_norm(stack.flatten(1), dim=1) for stack in stacks])
+        moved, found = ritz_round(vectors, product(vectors), norms.square())
+        is_broken = found[:, 0].isnan()[:, None, None]
+        moved = torch.where(is_broken, group.vectors, moved)
+        found[:, :2] *= group.scale.double().unsqueeze(-1)
+        group.vectors, group.found = moved.bfloat16().to(moved.dtype), found
+        group.scale = _usable(found[:, 0], group.scale)
 
     def _unsettled_in(self, group: _Group) -> list[int]:
         """Return the matrices that need more rounds.
@@ -289,6 +436,14 @@ class SpectrumTracker:
         matrix keeps the first values and loses those below 3e-4 σ₁. The decompositions read
         LAPACK's status from the device.
         """
+        if group.is_stacked:
+            stacks = self._stacks(group, parameters)
+            width, size = group.vectors.shape[1:]
+            found = [leading_triplets(stack, width, check_finite=False) for stack in stacks]
+            group.vectors = torch.cat([_padded(one.v.mT, size) for one in found])
+            sigmas = torch.cat([one.sigma[:, 0] for one in found])
+            group.scale = _usable(sigmas, group.scale)
+            return
         num_rows = 2 * (_COLD_ROUNDS + 1) * group.vectors.shape[1]  # of the basis and its images
         size = max(1, _MAX_ELEMENTS // (num_rows * group.vectors.shape[2]))
         for first in range(0, len(group.slots), size):
@@ -398,15 +553,49 @@ class SpectrumTracker:
         }
 
 
+def _stored_shape(slot: MatrixRef) -> tuple[int, int]:
+    """Return the shape (r, c) of a matrix as stored."""
+    return slot.shape[::-1] if slot.view.transposed else slot.shape
+
+
+def _num_columns(slot: MatrixRef) -> int:
+    return _stored_shape(slot)[1]
+
+
+def _padded(vectors: Tensor, size: int) -> Tensor:
+    """Return vectors with zeros at their end, up to a size."""
+    missing = size - vectors.shape[-1]
+    return functional.pad(vectors, (0, missing)) if missing else vectors
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _decoded(text: str, shape: tuple[int, int], what: str) -> tuple[Tensor, Tensor]:
+    """Return the numbers of a matrix, float64, and its vectors, bfloat16."""
+    try:
+        found = bytearray(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        found = bytearray()
+    start = 8 * _NUM_NUMBERS
+    if len(found) != start + 2 * math.prod(shape):
+        raise StateError(f"{what} is damaged. Load a state of this model that PSS has saved.")
+    numbers = torch.frombuffer(found, dtype=torch.float64, count=_NUM_NUMBERS)
+    vectors = torch.frombuffer(found, dtype=torch.bfloat16, offset=start).view(shape)
+    if not bool(vectors.isfinite().all()):
+        raise StateError(f"{what} is damaged: its vectors are not finite.")
+    return numbers, vectors
+
+
 def _stored(slot: MatrixRef, part: Part, parameter: Tensor) -> Tensor | None:
     """Return this rank's rows of a matrix as stored, (rows, c), sharing memory if possible."""
     if len(part.tensor) == parameter.shape[0]:
-        found = slot.read(part.tensor)
-    else:
-        piece = slot.view.piece(part.tensor, part.start, slot.expert)
-        if piece is None:
-            return None
-        found = piece.read()
+        return slot.read_stored(part.tensor)
+    piece = slot.view.piece(part.tensor, part.start, slot.expert)
+    if piece is None:
+        return None
+    found = piece.read()
     return found.mT if slot.view.transposed else found
 
 

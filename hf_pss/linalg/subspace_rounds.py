@@ -28,11 +28,11 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
     >>> ritz_round(v, v @ w.mT @ w, torch.tensor([5.0]))[1].tolist()
     [[2.0, 2.23606797749979, 0.0]]
     """
-    is_finite = images.isfinite().all(dim=-1).all(dim=-1) & squares.isfinite()
-    clean = torch.where(is_finite[:, None, None], images, 0.0)
     # A matrix may be far from its last scale. The squares of its images must not overflow.
-    peak = clean.abs().amax(dim=(-2, -1))
-    peak = torch.where(peak > 0, peak, 1.0)
+    peak = images.abs().amax(dim=(-2, -1))  # NaN if one of them is NaN
+    is_finite = peak.isfinite() & squares.isfinite()
+    clean = torch.where(is_finite[:, None, None], images, 0.0)
+    peak = torch.where(is_finite & (peak > 0), peak, 1.0)
     z, w = _rotated(vectors, clean / peak[:, None, None])
     ritz = (z[:, 0] * w[:, 0]).sum(dim=-1).clamp_min(0.0)
     length = torch.linalg.vector_norm(w[:, 0], dim=-1)
@@ -44,7 +44,7 @@ def ritz_round(vectors: Tensor, images: Tensor, squares: Tensor) -> tuple[Tensor
     residual = torch.where(is_seen, off / divisor, (squares > 0).to(ritz.dtype))
     sigma, residual = (torch.where(is_finite, x, torch.nan) for x in (sigma, residual))
     found = torch.stack([sigma.double(), squares.double().sqrt(), residual.double()], dim=-1)
-    moved = _orthonormal_pair(w, z)
+    moved = orthonormal_pairs(w, z)
     return torch.where((is_finite & is_seen)[:, None, None], moved, vectors), found
 
 
@@ -62,16 +62,22 @@ def _rotated(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return rotation @ vectors, rotation @ images
 
 
-def _orthonormal_pair(w: Tensor, z: Tensor) -> Tensor:
-    """Orthonormalise by Gram–Schmidt, twice. Use z if the second image is lost."""
-    first = _unit(w[:, 0], z[:, 0])
+def orthonormal_pairs(w: Tensor, z: Tensor) -> Tensor:
+    """Return an orthonormal basis of each one or two rows, by Gram–Schmidt.
+
+    Args:
+        w: (N, k, c), k at most 2, float32 or float64.
+        z: (N, k, c), orthonormal rows, which replace rows that are zero or parallel.
+    """
+    unit = _unit(w, z)
+    first = unit[:, 0]
     if w.shape[1] == 1:
-        return first.unsqueeze(1)
-    second = _unit(w[:, 1], z[:, 1])
-    left = _without(second, first)
+        return unit
+    left = _without(unit[:, 1], first)
     is_lost = torch.linalg.vector_norm(left, dim=-1, keepdim=True) < 1e-3
     left = torch.where(is_lost, _without(z[:, 1], first), left)
-    second = _unit(_without(_unit(left, z[:, 1]), first), z[:, 1])
+    # The first subtraction may leave rounding of a row that was nearly parallel.
+    second = _unit(_without(left, first), z[:, 1])
     return torch.stack([first, second], dim=1)
 
 
