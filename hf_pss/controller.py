@@ -284,7 +284,7 @@ class PSSController:
         step = self._current if self._current is not None else Step(self.step_number)
         step.is_after_update = True
         started = time.perf_counter()
-        if self._triggers.reads_weights:
+        if self._follows_weights(step):
             self._measured(step, self._measurements.follow)
         self.seconds += time.perf_counter() - started
         # Health is measured before any smoothing, so that it shows the result of the optimizer. A
@@ -413,7 +413,7 @@ class PSSController:
             "step": self.step_number,
             "history": self._history.state_dict(),
             "anchors": None if self._anchors is None else self._anchors.state_dict(),
-            "tracked": self._measurements.tracker.state() if self._triggers.reads_weights else None,
+            "tracked": self._measurements.tracker.state(),
             **self._triggers.state_dict(),
         }
 
@@ -489,6 +489,18 @@ class PSSController:
             norms = self._measured(step, self._measurements.followed_spectral_norms)
             if norms is not None:
                 yield from self._triggers.judge_weights(Quantity.SPECTRAL_NORM, norms)
+
+    def _follows_weights(self, step: Step) -> bool:
+        """Return whether to update the tracked spectra: at every step, or only for a reading.
+
+        A short distance from step to step keeps them exact, and with or without `health` they are
+        the same. ZeRO stage 3 would gather every parameter, so there only readings update them.
+        """
+        if not self._triggers.reads_weights:
+            return False
+        config = self.config
+        is_read = step.is_due(config.check_every_steps) or step.is_due(config.health_every_steps)
+        return is_read or self.health is not None or not self._measurements.gathers
 
     def _current_stable_ranks(self) -> dict[str, float]:
         """Return the stable ranks after a step, tracked if the detectors read the weights."""
