@@ -31,7 +31,7 @@ from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recorder import RunRecorder
 from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
-from hf_pss.trainer.seams import refuse_backends, trainer_of, wrapped
+from hf_pss.trainer.seams import link_loaded_moments, refuse_backends, trainer_of, wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -260,6 +260,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             ranks = controller.stable_ranks()  # on every rank
             self._recorder.write_stable_ranks(0, ranks)
         if state.global_step > 0 and controller.config.smooth_on_resume:
+            link_loaded_moments(trainer)
             self._smooth_once(controller, args.output_dir)
         if state.is_world_process_zero:
             logger.info("PSS watches these matrices:\n%s", controller.selection.table())

@@ -141,6 +141,18 @@ def refuse_backends(trainer: Trainer) -> None:
         )
 
 
+def link_loaded_moments(trainer: Trainer) -> None:
+    """Make the moments of a checkpoint reachable before the first step.
+
+    ZeRO stages 1 and 2 link the optimizer's state to the parameters only after a step.
+    """
+    link = getattr(
+        getattr(trainer.optimizer, "optimizer", None), "_lazy_init_hp_params_optimizer_state", None
+    )
+    if link is not None:
+        link()
+
+
 def check_methods(trainer_class: type[Trainer], mixins: tuple[type, ...]) -> None:
     """Check that a Trainer class has the private methods that the mixins override.
 
