@@ -43,7 +43,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
     Raises:
-        ConfigurationError: The folder and the Hub do not have such a tokenizer.
+        ConfigurationError: Neither a folder nor the Hub has this tokenizer.
     """
     with _finding("tokenizer", source):
         return AutoTokenizer.from_pretrained(source)
@@ -297,7 +297,7 @@ def _first_bytes(documents: Iterable[str]) -> Iterator[str]:
             return
 
 
-# ---- both, as the options ask for them ----
+# ---- Load the model and the text together ----
 
 
 def named_model(plan: TrainPlan) -> ModelOptions:
@@ -326,7 +326,7 @@ def named_model(plan: TrainPlan) -> ModelOptions:
 
 
 def load(plan: TrainPlan, checkpoint: Path | None) -> tuple[PreTrainedModel, Text]:
-    """Load the model and the text, and begin with the one that fails faster."""
+    """Load the model and the text. Whichever can fail sooner is loaded first."""
     options = plan.model
     given = plan.scale.attn_implementation
     attention = {"attn_implementation": given} if given else {}

@@ -51,7 +51,7 @@ class Hessian:
 
     Torch and this class both miss one case: a once-differentiable function that only linear
     functions follow. Double backward then leaves out its curvature without an error. If your loss
-    ends in such a function, ask for differences.
+    ends in a function of this kind, ask for differences.
 
     Each evaluation starts from the same state of torch's generators and restores it, so dropout is
     part of the loss and training is not disturbed. This class does not touch ``.grad`` either. Do

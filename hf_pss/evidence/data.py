@@ -256,7 +256,7 @@ def load_text(
 
 
 def read_documents(source: TextSource) -> Iterator[str]:
-    """Return a lazy iterator over the documents of a file or a Hub dataset, without blank ones.
+    """Return a lazy iterator over the documents of a file or a Hub dataset. It skips blanks.
 
     This function opens the source at once, and its errors are those of `open_rows`.
     """
@@ -344,7 +344,7 @@ def _load_files(paths: Sequence[Path], *, streaming: bool) -> _Rows:
 
 
 def _texts_of(rows: _Rows, column: str) -> Iterator[str]:
-    """Yield the texts of a column lazily, without the blank ones.
+    """Yield the texts of a column lazily, and skip blank texts.
 
     Raises:
         ConfigurationError: The column holds something other than text.

@@ -194,7 +194,7 @@ def lead_time(
         horizon_steps: Warnings earlier than this before the departure do not count.
 
     Returns:
-        The lead in steps. It is negative if the loss departed first, and None if no warning counts.
+        The lead in steps, negative if the loss departed first, or None if no warning counts.
 
     >>> lead_time([3.0] * 10 + [4.0] * 10, [7, 12], 20)
     4

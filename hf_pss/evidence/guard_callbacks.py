@@ -223,7 +223,7 @@ class LearningRateDrop(TimedCallback):
     Args:
         pss: A callback that observes with the trigger of the preset ``paper``. It must come
             before this callback.
-        cooldown_steps: Number of steps after a drop in which no other drop happens. PSS counts its
+        cooldown_steps: Steps after a drop during which no further drop may happen. PSS counts its
             cooldown in the same way.
     """
 
@@ -404,8 +404,8 @@ class SpectralCap(MatrixCallback):
 class NormCap(MatrixCallback):
     """After every update it sets W ← W·min(1, c‖W₀‖_F/‖W‖_F) with c = `factor` [ours].
 
-    So ‖W‖_F/√m never exceeds c times its value at the start, W₀. The direction of W is free, and
-    its stable rank does not change. A matrix that starts at zero is left alone.
+    So ‖W‖_F never exceeds c times its initial value ‖W₀‖_F. The direction of W is free, and its
+    stable rank does not change. A matrix that starts at zero is left alone.
     """
 
     def __init__(self, *, factor: float = 2.0) -> None:
@@ -471,7 +471,10 @@ class Assr(MatrixCallback):
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Let the gradients start at those of the penalty, to which backward adds the loss's."""
+        """Initialise each gradient with the penalty's gradient.
+
+        backward() then adds the gradient of the loss.
+        """
         parameters, backend = self.stored()
         drawn = torch.randperm(len(self.views), generator=self._dice)[
             : max(1, len(self.views) // 10)
@@ -495,7 +498,7 @@ class Assr(MatrixCallback):
         return self._has_acted
 
     def _factors(self, weight: Tensor) -> Tensor:
-        """Return λ(1 + 10 s) of each matrix, or 0 for a healthy or a broken one."""
+        """Return λ(1 + 10 s) of each matrix, or 0 if the matrix is healthy or broken."""
         is_finite = weight.isfinite().flatten(1).all(1)
         sigma = torch.linalg.svdvals(torch.where(is_finite[:, None, None], weight, 1.0))
         rank = sigma.square().mean(-1) / sigma[:, 0].square()

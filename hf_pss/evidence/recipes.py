@@ -26,7 +26,7 @@ class Fault:
     kind: Literal[
         "random_batch", "repeated_token", "sequence_jump", "nan_gradient", "high_learning_rate"
     ]
-    """The harm: uniformly drawn tokens, rows that repeat one such token, rows that are from now on
+    """The harm: uniformly drawn tokens, rows that repeat one drawn token, rows that are from now on
     twice as long as before, one NaN in every gradient, or the learning rate times `factor`."""
     start: int
     num_steps: int = 1

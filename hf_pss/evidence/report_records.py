@@ -49,7 +49,7 @@ _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def label(guard: str) -> str:
-    """Return a guard's name for people. A guard that the package does not know keeps its name."""
+    """Return a guard's name for people. A guard without a label keeps its name."""
     return printable(_LABELS.get(guard, guard))
 
 
@@ -235,7 +235,7 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     """
     if not run_dir.is_dir():
         raise ConfigurationError(
-            f"There is no folder {visible(run_dir)}. Give the one of a demo run."
+            f"There is no folder {visible(run_dir)}. Give the folder of a demo run."
         )
     reader = _Reader(run_dir)
     info = reader.json(run_dir / "run.json")

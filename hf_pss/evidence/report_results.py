@@ -144,7 +144,8 @@ def headline(directory: RunDirectory) -> list[str]:
         sentences = ["No two runs have come far enough to be compared."]
     if not all(one.finished for one in comparisons):
         sentences.append(
-            "Not every pair has finished: such a pair is compared at its last common evaluation."
+            "Not every pair has finished. An unfinished pair is compared at its last common "
+            "evaluation."
         )
     if max((one.num_pairs for one in comparisons), default=0) == 1:
         sentences.append(

@@ -62,8 +62,8 @@ def run_sweep(
         ``interrupted``.
 
     Raises:
-        ConfigurationError: A cell cannot be run, the folder cannot be written to, another sweep is
-            writing to it.
+        ConfigurationError: A cell cannot be run, the folder cannot be written to, or another sweep
+            is writing to it.
         PSSError: A worker was killed from outside.
     """
     for cell in cells:
@@ -87,7 +87,7 @@ def _run_missing(
 ) -> str:
     drop_unfinished_line(path)
     rows = {r.id: r for r in read_rows(path) if r.status != "failed"} if path.exists() else {}
-    started: set[str] = set()  # what fails is tried again by the next sweep, not by this one
+    started: set[str] = set()  # a failed run is retried by the next sweep, not by this one
 
     def more() -> list[Cell]:
         found = [cell for cell in next_cells(cells, rows) if cell.id not in started]
@@ -95,7 +95,7 @@ def _run_missing(
         return found
 
     if rows:
-        console.print(f"{len(rows)} runs are there already.")
+        console.print(f"{len(rows)} runs are already finished.")
     todo = more()
     if not todo:
         return "finished"

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 Cost: TypeAlias = Literal["light", "standard", "full"]
-"""The cost of a metric: cheap enough for every step, for every few steps, or for sampled steps. The
-preset of a run measures the metrics up to its cost. docs/health.md has the times."""
+"""How often you can afford a metric: every step (light), every few steps (standard), or sampled
+steps (full). A preset measures every metric up to its own level. docs/health.md has the times."""
 
 Level: TypeAlias = Literal["weights", "gradients", "updates", "optimizer", "representations"]
 """The tensors that a metric reads."""

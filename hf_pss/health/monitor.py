@@ -210,9 +210,10 @@ class HealthMonitor:
     def state(self) -> dict[str, JSON]:
         """Return the spike scores and the reference of the preconditioner, as strict JSON.
 
-        The last values of rates and the updates of the spectral edge are not saved, so after a
-        resume they have no number at first. The controller saves the vectors of the tracker if
-        detectors read the weights. Otherwise the tracker makes a cold start.
+        The last values of the change rates and the updates of the spectral edge are not saved.
+        After a resume, both report nothing until they have enough readings. The controller saves
+        the vectors of the tracker if detectors read the weights. Otherwise the tracker makes a cold
+        start.
         """
         return {
             "version": _VERSION,
@@ -319,15 +320,15 @@ class HealthMonitor:
             self._has_warned.add("non-finite condition")
             logger.warning(
                 "Adam's preconditioner has no condition number: √κ(M), trimmed, is %s. A second "
-                "moment is NaN, inf or, with eps=0, zero. PSS ignores such readings.",
+                "moment is NaN, inf or, with eps=0, zero. PSS ignores these readings.",
                 condition,
             )
         if before is not None:
             logger.warning(
-                "Adam's preconditioner has moved by an order of magnitude: √κ(M), trimmed, is "
-                "%.3g against %.3g before. See sqrt_condition in docs/health.md.",
-                condition,
+                "The trimmed condition number √κ(M) of Adam's preconditioner changed by an order "
+                "of magnitude, from %.3g to %.3g. See sqrt_condition in docs/health.md.",
                 before,
+                condition,
             )
 
     def _read_full(

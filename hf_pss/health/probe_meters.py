@@ -91,7 +91,7 @@ def power_round(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Three tensors. The first is σ (...), which is not above σ₁ except for rounding. The second
-        is the new v (..., n). It is the old one if the matrix is not finite or maps it to zero. The
+        is the new v (..., n), or the old v if the matrix is not finite or maps v to zero. The
         third is the residual (...) of the old v, which is 1 if a nonzero matrix maps it to zero.
 
     >>> weight = torch.diag(torch.tensor([2.0, 1.0]))

@@ -1,6 +1,7 @@
 """Metrics of hidden states: collapse, cosine, volume and signs of tokens; a bound of their logits.
 
-All are functions of a sample of tokens. `hf_pss.health.meter` feeds a `TokenSample` in training.
+Each metric takes a sample of tokens. In training, `hf_pss.health.meter` collects it in a
+`TokenSample`.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def attention_logit_bound(
     embeddings do not change norms, so the bound holds with them. It does not hold if queries and
     keys are normalised after the projection, or if a position bias is added. The bound grows before
     the logits do. QK-Clip acts on logits above 100 (arXiv 2507.20534). A bound above 100 only means
-    that such a logit is possible.
+    that a logit above 100 is possible.
 
     Cost: exact spectral norms of num_heads + num_key_heads matrices of shape d_h × n. For twelve
     and twelve matrices of 64×768 this takes 40 ms on one CPU thread.
@@ -387,8 +388,8 @@ def _flooding(rising: Tensor, amount: int) -> Tensor:
     """Return Σ log max(w/a_i, 1), Σ max(w − a_i, 0) = amount, for ascending a of shape (..., j)."""
     count = torch.arange(1, rising.shape[-1] + 1, device=rising.device, dtype=rising.dtype)
     levels = (rising.cumsum(dim=-1) + amount) / count
-    # If the level w is above the j lowest values, it is at least the j-th.
-    # The last such j is right.
+    # levels[j] is the water level if exactly the j lowest values are flooded. It is valid while it
+    # is at least the j-th value, so take the largest such j.
     num_flooded = (levels >= rising).sum(dim=-1, keepdim=True)
     level = levels.gather(-1, (num_flooded - 1).clamp_min(0)) if amount else levels
     return (level / rising).clamp_min(1.0).log().sum(dim=-1)

@@ -75,7 +75,7 @@ def effective_rank_of(sigmas: Sequence[float]) -> float:
 
 
 def low_rank_distance(weight: Tensor, k: int) -> Tensor:
-    """Return (Σ_{i>K} σ_i²)^½ / ‖W‖_F, in [0, 1], from above, from a few products with a block.
+    """Return an upper bound on (Σ_{i>K} σ_i²)^½ / ‖W‖_F, in [0, 1], from a few block products.
 
     By Eckart & Young 1936 the numerator is the distance, in the Frobenius norm, to the nearest
     matrix of rank K. arXiv 2402.03991 bounds that distance for trained networks, where K is the
@@ -135,8 +135,8 @@ class Neighbours(NamedTuple):
 def residual_neighbours(views: Sequence[MatrixView]) -> tuple[Neighbours, ...]:
     """Return the pairs of writer and next reader of the residual stream, in the model's order.
 
-    [ours] A sublayer is a run of matrices with one block and one role. The last matrix of a run
-    writes, and all matrices of the next run except its last one read. For example, the up
+    [ours] A sublayer is a sequence of matrices of the same block and role. Its last matrix writes
+    to the residual stream. All matrices before the last one read from it. For example, the up
     projections read after an attention output, and q, k and v read after a down projection. Pairs
     whose shapes do not fit are left out, and so are stacks of experts. If attention and MLP are
     parallel, they count in the order in which the model lists them. Two attentions of one block, as

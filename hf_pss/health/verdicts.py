@@ -7,8 +7,9 @@ warns of. The limits are ours. They rank matrices by urgency and prove nothing.
 Training lowers stable ranks and raises norms by amounts that differ from block to block, so sound
 models hold matrices far from noise and from their siblings. (SmolLM2-135M: the embedding has a
 stable rank of 2.0, and σ₁ of the first block's k is 4.7 times the median.) Such a level is only a
-remark. It is a finding if arithmetic loses something: if one matrix, or all directions of a matrix
-but one, are smaller than the other by more than `LOST_SHARE`. Changes since the start are findings.
+remark. It becomes a finding only if bfloat16 addition would lose something. That happens when one
+matrix is below `LOST_SHARE` times its siblings, or all other directions of a matrix are below
+`LOST_SHARE` times the first. Changes since the start are findings.
 """
 
 from __future__ import annotations
@@ -57,10 +58,9 @@ class Finding:
     text: str
     """The reason in words."""
     excess: float
-    """The distance beyond the limit, as a natural logarithm. Damage has no
-    degree, so it has inf."""
+    """The distance beyond the limit, as a natural logarithm; inf for damage."""
     is_remark: bool = False
-    """Whether sound models hold such matrices, too, so that it only shows where to look."""
+    """Whether sound models hold matrices like this, too. A remark only shows where to look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ def usual(values: Iterable[float], *, default: float = math.nan) -> float:
 def usual_of_kinds(sigmas: Iterable[Iterable[float]]) -> float:
     """Return the median over the kinds of their medians of σ₁, NaN for fewer than `MIN_SIBLINGS`.
 
-    It shows that a kind has vanished in most of its blocks or experts, as their own median cannot.
+    If a kind has vanished in most blocks, its own median has vanished, too, so only this median
+    over all kinds can show it.
     """
     return usual(statistics.median(_usable(one) or [math.nan]) for one in sigmas)
 

@@ -211,7 +211,7 @@ class SpectrumTracker:
     def read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, TrackedSpectrum]:
         """Return the numbers of the last `refresh` by name, with one device-to-host read.
 
-        Squares of entries beyond 1e19 or below 1e-22 do not fit into fp32. Matrices with such
+        Squares of entries beyond 1e19 or below 1e-22 do not fit into fp32. Matrices with these
         entries, and matrices that hold inf or only zeros, are scaled and measured separately, with
         one or two more reads. All ranks must call it.
 

@@ -26,7 +26,8 @@ def read_object(path: Path, *, max_bytes: int, allow_nonfinite: bool = False) ->
 
     Args:
         path: The file.
-        max_bytes: The largest size. A larger file is not read.
+        max_bytes: The largest size. A larger file is not read. The limits of the files in a run's
+            folder are the constants ``MAX_*_BYTES`` of `hf_pss.runs.folder`.
         allow_nonfinite: Whether to accept the words NaN and Infinity, which the Trainer writes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Measure the checkpoints of a run, and choose the one to continue from.
+"""Measure the checkpoints of a run, and choose the checkpoint to continue from.
 
 We chose the following rule. The chosen checkpoint is the newest complete checkpoint with finite
 weights that is at least `margin_steps` older than the onset of the failure. The margin is needed
@@ -130,8 +130,8 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
     """
     if not run_dir.is_dir():
         raise ConfigurationError(f"There is no folder {visible(run_dir)}. Give a run's folder.")
-    # Callbacks and other libraries write checkpoint-last, checkpoint-best or epoch-3. The run's own
-    # folder may hold a state and weights as well, but no schedule.
+    # Callbacks and other libraries write checkpoint-last, checkpoint-best or epoch-3. A run's own
+    # folder can hold a state and weights, too. Only a checkpoint also has scheduler.pt.
     is_one = step_by_name(run_dir.resolve()) is not None or (
         (run_dir / STATE_FILE).is_file() and (run_dir / "scheduler.pt").is_file()
     )
@@ -225,7 +225,7 @@ def _missing(folder: Path) -> tuple[tuple[str, ...], bool]:
     if found.problem is not None:
         return (found.problem,), False
     step = recorded_step(folder)
-    differs = () if step == _step_of(folder) else (f"{STATE_FILE} is of step {step}",)
+    differs = () if step == _step_of(folder) else (f"{STATE_FILE} was written at step {step}",)
     only = found.has_only_weights
     return (*differs, *(() if only else found.lacks)), only
 
@@ -271,7 +271,7 @@ def _size_and_time(folder: Path) -> tuple[int, datetime]:
 def _link_out(folder: Path) -> str | None:
     """Return the name of a link that leads out of a checkpoint, or None.
 
-    The folder of the checkpoint may itself be such a link.
+    The folder of the checkpoint may itself be a link.
     """
     if leads_out(folder, folder.parent):
         return folder.name
@@ -301,7 +301,7 @@ def choose(
     Args:
         reports: The reports on all checkpoints of the run.
         failure: How the run failed. If it is None, the newest usable checkpoint is chosen.
-        margin_steps: The margin that the description of the module explains.
+        margin_steps: The margin; see the module's docstring.
     """
     usable = [one for one in reports if one.is_usable]
     usable = [one for one in usable if not one.is_superseded] or usable

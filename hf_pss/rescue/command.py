@@ -191,7 +191,7 @@ def _scale_to_hold(rise: _Rise | None, failure: RunFailure | None) -> float:
     """Return the factor that keeps a schedule from doing slow damage again, or 1 for no change.
 
     Nothing is scaled after a spike, because a batch may have caused it. Nothing is scaled
-    either if the rate rose only after the damage was noticed, because such a rise cannot have
+    either if the rate rose only after the damage was noticed, because that rise cannot have
     caused the damage.
     """
     if rise is None or failure is None or failure.kind != "slow_damage":
@@ -380,7 +380,7 @@ def _about_batches(found: Investigation, chosen: CheckpointReport, skipped: int)
 def _about_command(
     chosen: CheckpointReport, launch: Launch | None, processes: int | None
 ) -> Iterator[str]:
-    """State which options the command holds, and which ones the user must add."""
+    """State which options the command holds, and which options the user must add."""
     if launch is None:
         yield (
             "The script must read PSSTrainingArguments, train with PSSTrainer, and pass "

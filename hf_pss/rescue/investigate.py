@@ -1,7 +1,7 @@
 """Read the folder of a run: its log, its checkpoints, and the checkpoint to continue from.
 
-The log cannot show that the learning rate was too high from the beginning. The loss of such a run
-still falls, only by less. But if the network began from noise, its stable ranks fall farther within
+The log cannot show that the learning rate was too high from the beginning. The loss still falls,
+only by less. But if the network began from noise, its stable ranks fall farther within
 the first hundred steps than in a sound run, so `early_damage` detects the harm from the weights
 alone. We chose the following rule. For each matrix of the repeated blocks, divide the stable
 rank by the stable rank of noise of the same shape. The rule is met if the median of these shares is

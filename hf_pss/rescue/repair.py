@@ -247,8 +247,9 @@ def _remarks(options: Repairs, repairs: list[Repair], left_out: tuple[str, ...])
         yield summary(repairs)
     if options.smoothing == "floor" and any(one.changed for one in repairs):
         yield (
-            "The measure was noise of their shapes. Sound weights lie below that too, pretrained "
-            "ones above all. If these are not damaged, call hf-pss rescue with --smoothing none."
+            "The measure was noise of their shapes. Sound weights also lie below that, "
+            "especially pretrained weights. If your weights are not damaged, call hf-pss rescue "
+            "with --smoothing none."
         )
     if options.moments == "reset":
         yield "The optimizer starts without state, at the rate of the schedule."

@@ -184,7 +184,7 @@ def _choice(found: Investigation) -> Iterator[Text]:
         if any(one.inspection is not None and one.problem is None for one in found.checkpoints):
             yield Text(
                 "Some checkpoints nevertheless have finite weights. You can start a new run from "
-                "them with from_pretrained of such a folder."
+                "them with from_pretrained of their folder."
             )
         return
     yield Text(f"Chosen: {visible(choice.chosen.path.name)}, {choice.reason}.", style="bold")

@@ -48,7 +48,7 @@ def matrices_to_smooth(checkpoint: Checkpoint) -> tuple[StoredMatrix, ...]:
     """Return the matrices that a run would smooth.
 
     Raises:
-        ConfigurationError: The weights belong to a LoRA adapter, or no such matrix exists.
+        ConfigurationError: The weights belong to a LoRA adapter, or a run would smooth nothing.
     """
     if any(is_adapter_factor(entry.name) for entry in checkpoint.tensors):
         raise ConfigurationError(

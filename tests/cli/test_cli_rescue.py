@@ -297,7 +297,7 @@ def test_a_copy_is_smoothed_on_request_or_as_a_last_resort(run: Run, run_dir: Pa
         assert same != is_smoothed
         assert "--pss_preset floor" in shown  # the run that goes on is guarded
     asked = run("rescue", run_dir, "--write", run_dir.with_name("asked"), "--smoothing", "floor")
-    assert "Sound weights lie below that too" in " ".join(asked.stdout.split())
+    assert "Sound weights also lie below that" in " ".join(asked.stdout.split())
 
 
 def test_a_file_that_cannot_be_copied_is_named(run: Run, run_dir: Path) -> None:

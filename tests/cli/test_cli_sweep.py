@@ -57,7 +57,7 @@ def test_run_then_table(run: Run, tmp_path: Path) -> None:
     assert run(*words).exit_code == 0
     again = run(*words)
     assert again.exit_code == 0
-    assert "1 runs are there already" in again.stderr
+    assert "1 runs are already finished" in again.stderr
     shown = run("sweep", "table", "--output-dir", tmp_path / "out")
     assert shown.exit_code == 0
     assert "slow_damage_tiny" in shown.stdout

@@ -9,12 +9,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import yaml
 
 import hf_pss
 from hf_pss import PSSConfig, RecoveryConfig
+from hf_pss.trainer.arguments import OptimizerName
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -100,6 +102,12 @@ def test_the_options_page_has_every_option_and_what_a_preset_changes() -> None:
     assert "- Allowed: a number above 0 and at most 1\n" in sections["baseline_alpha"]
     assert "- Allowed: a whole number of at least 0\n" in sections["cooldown_steps"]
     assert "- Has an effect with: `stable_rank_floor`" in sections["floor_ratio"]
+
+
+def test_the_options_page_names_every_optimizer() -> None:
+    page = (DOCS / "options.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| `pss_optim` |"))
+    assert sorted(re.findall(r"`(\w+)`", row.split("|")[3])) == sorted(get_args(OptimizerName))
 
 
 def test_every_error_that_the_page_explains_exists_in_the_code() -> None:

@@ -159,14 +159,15 @@ def test_the_reference_of_the_preconditioner_restarts_after_a_warning(
         caplog.clear()
         for condition in conditions:
             monitor._compare(condition)
-        return [r.getMessage().partition(":")[0] for r in caplog.records]
+        return [r.getMessage().partition(". ")[0] for r in caplog.records]
 
     assert warned(*[1.0] * 10) == []
-    assert warned(math.nan, math.inf) == ["Adam's preconditioner has no condition number"]
-    moved = "Adam's preconditioner has moved by an order of magnitude"
-    assert warned(100.0, *[100.0] * 9) == [moved]
+    broken = "Adam's preconditioner has no condition number: √κ(M), trimmed, is nan"
+    assert warned(math.nan, math.inf) == [broken]
+    moved = "The trimmed condition number √κ(M) of Adam's preconditioner changed by an order of"
+    assert warned(100.0, *[100.0] * 9) == [f"{moved} magnitude, from 1 to 100"]
     assert warned(math.nan, 150.0) == []
-    assert warned(1.0, 1.0) == [moved]
+    assert warned(1.0, 1.0) == [f"{moved} magnitude, from 105 to 1"]
 
 
 def test_health_changes_no_weight_and_no_random_number() -> None:

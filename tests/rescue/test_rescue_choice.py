@@ -180,7 +180,7 @@ def test_links_to_one_checkpoint_are_read_once(spiked: Path) -> None:
     found = looked_at(spiked)
     shared = {id(one.inspection) for one in found.checkpoints if one.step in (60, 200, 210, 220)}
     assert len(shared) == 1
-    assert found.checkpoints[-1].missing == ("trainer_state.json is of step 60",)
+    assert found.checkpoints[-1].missing == ("trainer_state.json was written at step 60",)
 
 
 def test_pickled_weights_are_not_opened(spiked: Path) -> None:

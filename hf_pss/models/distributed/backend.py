@@ -234,7 +234,10 @@ class Sharded(ManyRanks):
         return tuple(rank for row in self.replicas for rank in row)
 
     def write_back_(self, parameter: Tensor, full: Tensor) -> None:
-        """Store this rank's rows of the value."""
+        """Store this rank's rows of the value.
+
+        The smoothing of LoRA products writes here. All other smoothing applies its edits in `part`.
+        """
         with torch.no_grad():
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(

@@ -51,7 +51,7 @@ _FUSED_NAME = re.compile(
 )
 
 
-# These names are for checkpoints, which have no modules.
+# The tables below serve checkpoints, where there is no module to inspect.
 _THIRDS = {"in_proj_weight", "qkv", "Wqkv", "c_attn", "qkv_linear"}
 _CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
@@ -169,7 +169,10 @@ def _numbers(
 
 
 def _attention_rows(numbers: SimpleNamespace) -> set[int]:
-    """Return the possible numbers of rows of q, k and v together. A config may be wrong."""
+    """Return the total row counts that q, k and v can have.
+
+    They serve to reject configs that do not match the weights.
+    """
     heads, groups, width = numbers.num_heads, numbers.num_kv_heads, numbers.head_dim
     found = {3 * numbers.embed_dim}
     if heads and width:
@@ -378,7 +381,8 @@ FOREIGN_LAYOUTS: Mapping[str, LayoutRule] = {
     **dict.fromkeys(_keys("GEGLU SwiGLU", "proj"), _equal("up", "gate")),
 }
 
-# Class.projection → rule, from the forward of transformers 5.23 or torch 2.13.
+# Class.projection → rule, from the forward of transformers 5.23 or torch 2.13. For checkpoints,
+# `_CLASSES` gives the class names.
 LAYOUTS: Mapping[str, LayoutRule] = {
     "MultiheadAttention.in_proj_weight": _equal("q", "k", "v"),
     **FOREIGN_LAYOUTS,
