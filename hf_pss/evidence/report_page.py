@@ -65,17 +65,18 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         The page's path. It needs no other file and no network.
 
     Raises:
-        ConfigurationError: `run_dir` holds no run, or the folder for the figures is a link that
-            leads out of the page's folder.
+        ConfigurationError: `run_dir` holds no run, or the folder for the figures is a link or leads
+            out of the page's folder.
         OSError: A file cannot be written.
     """
     directory = load_run_directory(run_dir)
     page = run_dir / "report.html" if out is None else out
     pictures = page.parent / "figures"
-    if leads_out(pictures, page.parent):
+    # A link could lead to files of the run, and the figures would overwrite them.
+    if pictures.is_symlink() or leads_out(pictures, page.parent):
         raise ConfigurationError(
-            f"{visible(pictures)} is a link that leads out of its folder. Remove the link, or give "
-            "another --output."
+            f"{visible(pictures)} is a link. The figures would overwrite what it leads to. Remove "
+            "the link, or give another --output."
         )
     with style():
         figures = {
