@@ -197,8 +197,9 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and 0 < scale < math.inf):
             raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
-        self.pss_config()  # reject an invalid option now rather than at the first step
-        if self.pss_config().observe_only and self.recovery_config().on_failure != "smooth":
+        # Both reject an invalid option now rather than at the first step.
+        config, recovery = self.pss_config(), self.recovery_config()
+        if config.observe_only and recovery.on_failure != "smooth":
             raise ConfigurationError(
                 "pss_observe_only leaves the run as it is, and pss_on_failure="
                 f"{self.pss_on_failure!r} changes it: leave one of them out."
