@@ -43,7 +43,13 @@ from hf_pss.records.events import (
     Step,
     StepReport,
 )
-from hf_pss.records.messages import describe_nonfinite, describe_stop, is_worth_a_line
+from hf_pss.records.messages import (
+    InterventionLevels,
+    describe_nonfinite,
+    describe_stop,
+    intervention_line,
+    is_worth_a_line,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +123,8 @@ class PSSController:
             it must always use the same micro-batch. It must not change anything, not even the
             random state. If an intervention raises this loss, it is undone (option ``trial``).
             Without this function interventions are not tried, and the controller warns once.
-        speaks: Whether to warn of options that have no effect in this loop; see `caution`.
+        speaks: Whether to log interventions, and to warn of options that have no effect in this
+            loop; see `caution`.
 
     Raises:
         SelectionError: A pattern matches nothing, or nothing that can be selected.
@@ -171,7 +178,7 @@ class PSSController:
         equal states."""
         self._current: Step | None = None
         self._has_loaded = False
-        self._speaks = speaks
+        self._speaks, self._levels = speaks, InterventionLevels()
         self._has_norm: set[bool] = set()  # whether the steps so far had a gradient norm
         options = {"has_loss": evaluate_loss is not None, "has_trainer": not speaks}
         self._warn(option_warnings(self.config, self._measurements, **options))
@@ -215,8 +222,8 @@ class PSSController:
         """Record which gradients are finite, so that an error can name the first bad one.
 
         This is optional. Call it before clipping. It needs one pass over the gradients without a
-        device-to-host read. It works only in runs that stop at a non-finite step or have had one,
-        so it costs nothing in a healthy run.
+        device-to-host read. It does nothing in a healthy run: with ``on_nonfinite="skip"`` it names
+        parameters from the second non-finite step on, with ``"stop"`` at the first.
         """
         if self.config.on_nonfinite == "stop" or self._history.num_nonfinite_steps > 0:
             started = time.perf_counter()
@@ -600,13 +607,16 @@ class PSSController:
             return None
 
     def _smooth(self, event: Event, judgement: Judgement, *, is_floor: bool) -> Intervention:
-        return self._smoother.smooth_(
+        intervention = self._smoother.smooth_(
             event,
             judgement,
             is_floor=is_floor,
             floors=self._triggers.floors,
             anchors=self._anchors,
         )
+        if self._speaks and self._measurements.backend.rank == 0:
+            logger.log(self._levels.of(intervention), "%s", intervention_line(intervention))
+        return intervention
 
     def _refund(self, step: Step, interventions: Sequence[Intervention]) -> None:
         """Give back budget and cooldown of interventions that changed no weight."""

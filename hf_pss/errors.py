@@ -37,6 +37,17 @@ class IncompatibleVersionError(PSSError, RuntimeError):
     """A private method of transformers that hf_pss depends on has changed."""
 
 
+def how_to_install(*packages: str) -> str:
+    """Return the command that installs packages of an extra.
+
+    The command names the packages, because ``hf-pss[...]`` installs nothing if you run a clone.
+
+    >>> how_to_install("matplotlib", "jinja2")
+    'Run `pip install matplotlib jinja2`.'
+    """
+    return f"Run `pip install {' '.join(packages)}`."
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise a `ConfigurationError` with the choices if the value of an option is none of them."""
     if value not in choices:

@@ -8,7 +8,13 @@ import pytest
 from hf_pss.detection.detectors import Judgement, Verdict
 from hf_pss.detection.policy import Action, Decision
 from hf_pss.records.events import Event, EventKind, Intervention, MatrixChange, Record
-from hf_pss.records.messages import AlertLevel, Alerts, alert_of
+from hf_pss.records.messages import (
+    AlertLevel,
+    Alerts,
+    alert_of,
+    card_section,
+    describe_intervention,
+)
 
 DETECTORS = {
     EventKind.SPIKE: "matrix_grad_norm_ratio",
@@ -38,6 +44,20 @@ def intervention(kind: EventKind) -> Intervention:
         seconds=0.1,
         matrices=(MatrixChange("w", (4, 4), "smoothed"),),
     )
+
+
+def test_an_intervention_says_how_many_matrices_there_are_in_all() -> None:
+    record = replace(intervention(EventKind.FLOOR), num_selected=28)
+    assert "clip smoothed 1 of 28 matrices" in describe_intervention(record)
+
+
+def test_the_model_card_groups_events_by_kind_and_response() -> None:
+    events = [event(EventKind.FLOOR, Action.ACT, step=step) for step in (5, 10, 20)]
+    card = card_section("preset floor", [*events, event(EventKind.SPIKE, Action.OBSERVE, step=12)])
+    assert "trained with hf_pss (preset floor)" in card
+    assert "- rank floor, smoothed: 3 ×, between steps 5 and 20\n" in card
+    assert "- spike, observed: 1 ×, between steps 12 and 12\n" in card
+    assert "It recorded no event." in card_section("preset floor", [])
 
 
 @pytest.mark.parametrize("kind", EventKind)

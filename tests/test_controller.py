@@ -58,6 +58,32 @@ def test_the_update_of_a_spike_is_applied_by_default_and_left_out_with_skip() ->
         assert bool(changed(before, loop.weights()) & others) is applied
 
 
+def test_an_intervention_in_ones_own_loop_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = Loop(SPIKE_CONFIG)
+    for factor in (1, 1, 1, 10):
+        loop.step(factor)
+    (line,) = [r for r in caplog.records if "smoothed" in r.getMessage()]
+    assert line.levelno == logging.WARNING
+    assert line.getMessage().startswith("PSS, step 4: grad norm ")
+    num_selected = len(loop.pss.stable_ranks())
+    assert f"clip smoothed {num_selected} of {num_selected} matrices" in line.getMessage()
+
+
+def test_when_skipping_parameters_are_named_from_the_second_bad_step_on() -> None:
+    loop, named = Loop(PSSConfig.preset("paper")), []
+    for _ in range(3):
+        loop.optimizer.zero_grad()
+        loop.model(loop.inputs).square().mean().backward()
+        loop.model.get_parameter("layers.1.linear1.weight").grad[0, 0] = math.nan
+        loop.pss.inspect_gradients()
+        norm = nn.utils.clip_grad_norm_(loop.model.parameters(), 1.0)
+        (event,) = loop.pss.step(norm, update=loop.optimizer.step).records
+        named.append(event.fired)
+    assert named == [(), *[("layers.1.linear1.weight",)] * 2]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_step_is_skipped_and_forgotten(
     bad: float, caplog: pytest.LogCaptureFixture

@@ -59,6 +59,7 @@ records = st.one_of(
         event=events,
         smoothing=st.text(max_size=8),
         seconds=st.floats(min_value=0.0),
+        num_selected=st.none() | st.integers(0, 1000),
         matrices=st.lists(changes, max_size=3).map(tuple),
     ),
 )
@@ -99,6 +100,12 @@ def test_every_record_comes_back_exactly_from_one_line_of_strict_json(record: Re
     strict(line)
     # repr compares floats bit for bit, distinguishes -0.0 from 0.0, and NaN equals itself there.
     assert repr(from_json_line(line)) == repr(record)
+
+
+def test_a_record_of_an_older_version_has_no_number_of_selected_matrices() -> None:
+    values = strict(to_json_line(INTERVENTION))
+    del values["num_selected"]
+    assert repr(from_json_line(json.dumps(values))) == repr(INTERVENTION)
 
 
 def test_event_on_disk() -> None:

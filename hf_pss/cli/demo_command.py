@@ -42,7 +42,8 @@ def demo(
 
     The text is the Python library that your interpreter ships: nothing is downloaded.
 
-    PSS observes the plain twin and never changes it, so this twin is bit for bit the plain Trainer.
+    PSS only observes the plain twin, so its weights are bit for bit those of the plain Trainer.
+
     Its overhead is the cost of observing.
 
     At the end it prints a table and the path of report.html. Ctrl-C reports the runs so far.
@@ -53,7 +54,7 @@ def demo(
 
     Means over three seeds:  [cyan]hf-pss demo --seeds 3[/cyan]
 
-    A milder learning rate:  [cyan]hf-pss demo --learning-rate 3e-3 --output-dir runs/mild[/cyan]
+    A milder learning rate:  [cyan]hf-pss demo --learning-rate 3e-3[/cyan]
     """
     require_extra(REPORT_MODULE)
     if output_dir.is_file():
@@ -104,7 +105,7 @@ def _show_report(run_dir: Path, page: Path) -> None:
     from hf_pss.evidence.report_results import render_table
     from hf_pss.records.strict_json import printable
 
-    check_output(page, "--output", example="report.html", drawn_by=REPORT_MODULE)
+    check_output(page, "--output", example="report.html")
     with writing(page, "--output"):
         write_report(run_dir, page)
     Console().print(render_table(run_dir))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from hf_pss.cli.terminal import AsJson, bytes_bar, check_output, reading, writing
+from hf_pss.cli.terminal import AsJson, bytes_bar, check_output, reading, require_extra, writing
 from hf_pss.errors import StateError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def health(
     as_json: AsJson = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a page with maps and spectra. Needs hf-pss\\[report]."),
+        typer.Option(help="Write a page with maps and spectra. Needs matplotlib and jinja2."),
     ] = None,
     lines: Annotated[int, typer.Option(min=1, help="Show at most this many matrices.")] = 20,
 ) -> None:
@@ -67,13 +67,10 @@ def health(
 
     In a script:  [cyan]hf-pss health step-500 --json > health.json[/cyan]
 
-    [bold]Exit codes[/bold]: 0 all numbers are finite, 1 some are not, 2 none is, the checkpoint is
-    damaged or missing, or the page cannot be written.
+    [bold]Exit codes[/bold]: 0 all numbers are finite, 1 some are not, 2 none is, or an error.
     """
     if html is not None:
-        check_output(
-            html, "--html", example="health.html", drawn_by="hf_pss.inspection.health_page"
-        )
+        check_output(html, "--html", example="health.html")
     from hf_pss.inspection.health_output import (
         render_changes,
         render_inspection,
@@ -103,6 +100,7 @@ def health(
         for number, part in enumerate(parts):
             console.print(*([""] if number else []), part, sep="\n")
     if html is not None:
+        require_extra("hf_pss.view.canvas")
         from hf_pss.inspection.health_page import render_page
         from hf_pss.runs.folder import write_whole
 

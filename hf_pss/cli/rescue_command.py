@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_pss.cli.terminal import AsJson, bytes_bar, check_output, reading, writing
+from hf_pss.cli.terminal import AsJson, bytes_bar, check_output, reading, require_extra, writing
 from hf_pss.errors import ConfigurationError, StateError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def rescue(
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Write a PNG of loss and gradient norm. Needs hf-pss\\[report]."),
+        typer.Option(help="Write a PNG of loss and gradient norm. Needs matplotlib and jinja2."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -108,14 +108,14 @@ def rescue(
 
     With a picture:  [cyan]hf-pss rescue runs/notes --plot failure.png[/cyan]
 
-    Past a bad batch:  [cyan]hf-pss rescue runs/notes --write runs/repaired --skip-batches 40[/cyan]
+    Past a bad batch:  [cyan]hf-pss rescue runs/a --write runs/b --skip-batches 40[/cyan]
 
     In a script:  [cyan]hf-pss rescue runs/notes --json > rescue.json[/cyan]
 
     [bold]Exit codes[/bold]: 0 a checkpoint was chosen, 1 none can be used, 2 nothing to read.
     """
     if plot is not None:
-        check_output(plot, "--plot", example="failure.png", drawn_by="hf_pss.view.canvas")
+        check_output(plot, "--plot", example="failure.png")
     if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
         raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
     if write is None and (moments is not Moments.KEEP or skip_batches or allow_pickle):
@@ -161,16 +161,17 @@ def rescue(
                 repaired=None if written is None else written.path,
                 skipped=skip_batches,
             )
-    if plot is not None:
-        from hf_pss.rescue.rescue_report import draw_course
-
-        with writing(plot, "--plot"):
-            draw_course(found, plot)
     if as_json:
         _print_json(found, written, plan)
     else:
         _show(found, written, plan)
-        if plot is not None:
+    if plot is not None:
+        require_extra("hf_pss.view.canvas")
+        from hf_pss.rescue.rescue_report import draw_course
+
+        with writing(plot, "--plot"):
+            draw_course(found, plot)
+        if not as_json:
             typer.echo(plot)
     if chosen is None:
         raise typer.Exit(_NONE_USABLE)

@@ -34,8 +34,9 @@ def run(
 ) -> None:
     """Run a grid: recipe × optimizer × learning rate × guard × seed.
 
-    Every run adds a line to rows.jsonl. Ctrl-C or a kill loses only the runs under way, and the
-    same command continues where the sweep stopped.
+    Every run adds a line to rows.jsonl. Ctrl-C or a kill loses only the runs under way.
+
+    The same command continues where the sweep stopped.
 
     [bold]Example[/bold]  [cyan]hf-pss sweep run recipes/lr_sweep/small.yaml[/cyan]
     """
@@ -62,8 +63,9 @@ def table(
 ) -> None:
     """Print losses by rate, paired differences, explosions and cost.
 
-    Intervals are bootstrapped over seeds, and the number of seeds is beside every figure. You can
-    call this command while the sweep runs.
+    Intervals are bootstrapped over seeds, and the number of seeds is beside every figure.
+
+    You can call this command while the sweep runs.
     """
     from hf_pss.evidence.sweep_table import edge_warnings, render_markdown, render_tables
 
@@ -99,8 +101,9 @@ def export(
 ) -> None:
     """Merge the rows of a sweep into a file, without their series per step.
 
-    Of two rows of the same run, the newer one stays. [cyan]hf-pss sweep page[/cyan] makes a
-    document from such files.
+    Of two rows of the same run, the newer one stays.
+
+    [cyan]hf-pss sweep page[/cyan] makes a document from such files.
     """
     from hf_pss.evidence.rows import merge_summaries
 
@@ -171,10 +174,13 @@ def metrics(
 ) -> None:
     """Print when each live health metric left its healthy twins' range, and draw all of them.
 
-    This needs a sweep whose guard measures [cyan]health[/cyan], such as
-    recipes/lr_sweep/health.yaml. It compares runs that have the same recipe, optimizer, changes and
-    guard. If fewer than three of these are healthy, it draws them and does not judge them. At the
-    end it prints the paths of the pictures.
+    This needs a sweep whose guard measures health, such as recipes/lr_sweep/health.yaml.
+
+    It compares runs that have the same recipe, optimizer, changes and guard.
+
+    If fewer than three of these are healthy, it draws them and does not judge them.
+
+    At the end it prints the paths of the pictures.
     """
     require_extra(REPORT_MODULE)
     from hf_pss.evidence.sweep_plots import plot_metrics

@@ -46,7 +46,7 @@ def require_extra(module: str) -> None:
         raise ConfigurationError(str(error)) from error
 
 
-def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> None:
+def check_output(path: Path, option: str, *, example: str) -> None:
     """Refuse a file that cannot be drawn, or that would replace a file of a different kind.
 
     A shell that expands ``--html *.safetensors`` passes a shard here. So the path must have the
@@ -56,12 +56,10 @@ def check_output(path: Path, option: str, *, example: str, drawn_by: str) -> Non
         path: The file to write.
         option: The option that names the file. The message quotes it.
         example: A good file name.
-        drawn_by: The module that draws the file. It may need an extra.
 
     Raises:
         ConfigurationError: The message gives the reason and a better path.
     """
-    require_extra(drawn_by)
     suffix = Path(example).suffix
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder. Give a file for {option}: {path}/{example}")

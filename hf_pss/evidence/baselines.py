@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, how_to_install
 from hf_pss.models.selection import MatrixView, named_parameters_canonical, select_matrices
 from hf_pss.optim import MatrixOptimizer
 from hf_pss.optim.layout import layout_of
@@ -110,7 +110,8 @@ def _packaged(name: str, groups: Groups, **options: Any) -> Optimizer:
         import pytorch_optimizer
     except ImportError as error:
         raise ConfigurationError(
-            f"The optimizer {name} comes from pytorch_optimizer: pip install 'hf-pss[evidence]'."
+            f"The optimizer {name} comes from pytorch_optimizer. "
+            f"{how_to_install('pytorch_optimizer')}"
         ) from error
     optimizer: Optimizer = getattr(pytorch_optimizer, name)(groups, **options)
     return optimizer

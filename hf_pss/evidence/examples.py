@@ -16,7 +16,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, how_to_install
 from hf_pss.evidence.corpus import Corpus, build_corpus
 from hf_pss.evidence.data import unigram_entropy_nats
 from hf_pss.evidence.recipes import Recipe
@@ -106,7 +106,7 @@ def _digits() -> Examples:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ConfigurationError(
-            "The corpus digits comes from scikit-learn: pip install 'hf-pss[evidence]'."
+            f"The corpus digits comes from scikit-learn. {how_to_install('scikit-learn')}"
         ) from error
     digits = load_digits()
     images = torch.tensor(digits.images / digits.images.max(), dtype=torch.float32)

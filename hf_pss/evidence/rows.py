@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from hf_pss.errors import ConfigurationError, StateError
+from hf_pss.errors import ConfigurationError, StateError, how_to_install
 from hf_pss.records.strict_json import parse_object
 from hf_pss.runs.folder import write_whole
 
@@ -354,7 +354,7 @@ def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float] | No
         from scipy.stats import bootstrap
     except ImportError as error:
         raise ConfigurationError(
-            "Bootstrap intervals need scipy: pip install 'hf-pss[evidence]'."
+            f"Bootstrap intervals need scipy. {how_to_install('scipy')}"
         ) from error
     # 95 % and 9,999 samples are scipy's defaults.
     result = bootstrap((differences,), np.mean, rng=np.random.default_rng(0))

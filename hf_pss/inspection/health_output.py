@@ -26,11 +26,10 @@ SCHEMA_VERSION = 1
 
 _STYLES = {"non_finite": "bold red", "zero": "red", "vanished": "red"}
 _MOST_UNREAD = 3
-_MOST_FINDINGS = 2
 
 
 def render_inspection(inspection: Inspection, *, num_lines: int) -> RenderableType:
-    """Return a table of the worst matrices, with the reasons.
+    """Return a table of the worst matrices, and below it a line with the first reason of each.
 
     Args:
         inspection: The checkpoint's health.
@@ -97,24 +96,28 @@ def _summary(inspection: Inspection) -> Iterator[Text]:
 def _worst(inspection: Inspection, num_lines: int) -> Iterator[RenderableType]:
     if not inspection.matrices:
         return
-    table = lean_table(["matrix"], ["shape", "σ₁", "stable rank", "of noise"], ["why"])
+    table = lean_table(["matrix"], ["shape", "σ₁", "stable rank", "of noise"])
     prefix = _common_prefix([one.health.name for one in inspection.matrices])
+    reasons = []
     for one in inspection.matrices[:num_lines]:
-        health = one.health
+        health, name = one.health, _short(one.health.name, prefix)
         worst = one.findings[0] if is_ill(one.findings) else None
         style = _STYLES.get(worst.kind, "yellow") if worst else ""
         table.add_row(
-            Text(_short(health.name, prefix)),
+            Text(name, style=style),
             "×".join(map(str, health.shape)),
             significant(health.sigma1),
             significant(health.stable_rank),
             _percent(health.stable_rank / health.noise),
-            Text(_why(one), style=style),
         )
+        if one.findings:
+            reasons.append(Text(f"{name}: {_why(one)}", style=style))
     yield table
     hidden = len(inspection.matrices) - num_lines
     if hidden > 0:
         yield Text(f"{hidden:,} more; --lines shows them, --json has all.", style="dim")
+    # A column beside the numbers would leave 20 of 80 characters for the reasons.
+    yield from [Text("Why, the worst first:"), *reasons] if reasons else []
 
 
 def _notes(inspection: Inspection) -> Iterator[Text]:
@@ -131,9 +134,8 @@ def _notes(inspection: Inspection) -> Iterator[Text]:
 
 
 def _why(one: JudgedMatrix) -> str:
-    shown = [finding.text for finding in one.findings[:_MOST_FINDINGS]]
-    hidden = len(one.findings) - len(shown)
-    return "; ".join([*shown, *([f"{hidden} more"] if hidden else [])])
+    hidden = len(one.findings) - 1
+    return one.findings[0].text + (f" ({hidden} more)" if hidden else "")
 
 
 def _common_prefix(names: Sequence[str]) -> str:

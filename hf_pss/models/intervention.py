@@ -19,6 +19,7 @@ from hf_pss.detection.policy import Action
 from hf_pss.linalg import SMOOTHING_FUNCTIONS, Anchored, SmoothingFunction, StableRankCap
 from hf_pss.models.adapters import frozen_collapses, smooth_adapters_
 from hf_pss.models.anchors import Anchors
+from hf_pss.models.batching import matrix_names
 from hf_pss.models.distributed import Backend, reshard
 from hf_pss.models.measurements import Measurements
 from hf_pss.models.selection import named_parameters_canonical
@@ -210,6 +211,7 @@ class ModelSmoother:
             seconds=time.perf_counter() - started,
             loss_before=None if trial is None else trial.loss_before,
             loss_after=None if trial is None else trial.loss_after,
+            num_selected=len(matrix_names(selection.matrices)) + len(selection.adapters),
             matrices=changes,
         )
 

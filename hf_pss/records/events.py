@@ -113,6 +113,8 @@ class Intervention:
     """The loss of a micro-batch just before the edit. None if the edit was not tried."""
     loss_after: float | None = None
     """The loss of the same micro-batch just after it. The event's decision says if it was kept."""
+    num_selected: int | None = None
+    """How many matrices PSS watches, smoothed or not. None in older files."""
     matrices: tuple[MatrixChange, ...]
 
     @property
@@ -282,7 +284,11 @@ def _decode(parsed: dict[str, object]) -> Record:
     if parsed.get("kind") != "intervention":
         return Event(**_decode_values(_types(Event), parsed, "event"))
     parsed["kind"] = parsed.pop("trigger", None)
-    for name in ("loss_before", "loss_after"):  # not in the files of the first version
+    for name in (
+        "loss_before",
+        "loss_after",
+        "num_selected",
+    ):  # not in the files of the first version
         parsed.setdefault(name, None)
     own = {name: hint for name, hint in _types(Intervention).items() if name != "event"}
     values = _decode_values({**_types(Event), **own}, parsed, "intervention")

@@ -5,9 +5,10 @@ The choice of records that get a message is ours, and so is the advice.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -27,6 +28,8 @@ _KIND = {
     EventKind.ERROR: "an error",
 }
 _RESPONSE = {
+    Action.ACT: "smoothed",
+    Action.UNDO: "taken back",
     Action.OBSERVE: "observed",
     Action.SKIP_UPDATE: "update skipped",
     Action.STOP: "stopped",
@@ -112,6 +115,7 @@ def describe_intervention(record: Intervention) -> str:
     took, total = f"in {record.seconds:.2f} s", len(record.matrices)
     if not record.num_changed:
         return f"{record.smoothing} left all {total} matrices as they were, {took}."
+    total = record.num_selected or total
     effect = f"{record.smoothing} smoothed {record.num_changed} of {total} matrices {took}"
     if record.event.decision is Action.UNDO:
         effect += f", and it was taken back: {record.event.reason}"
@@ -120,11 +124,51 @@ def describe_intervention(record: Intervention) -> str:
     return f"{effect}."
 
 
-def intervention_line(record: Intervention, *, file_name: str) -> str:
-    """Return one line for a terminal: the event, the intervention, and a file with details."""
+def intervention_line(record: Intervention) -> str:
+    """Return one line for a terminal: the event and the intervention."""
     return (
         f"PSS, step {record.event.step}: {describe_event(record.event)}; "
-        f"{describe_intervention(record)} More in {file_name}."
+        f"{describe_intervention(record)}"
+    )
+
+
+class InterventionLevels:
+    """Chooses the level at which the interventions of one run are logged."""
+
+    def __init__(self) -> None:
+        self._floor_has_acted = False
+
+    def of(self, record: Intervention) -> int:
+        """Return WARNING for a spike or the first action of the floor, and INFO otherwise."""
+        if not record.num_changed:
+            return logging.INFO
+        if record.event.kind is not EventKind.FLOOR:
+            return logging.WARNING
+        is_first, self._floor_has_acted = not self._floor_has_acted, True
+        return logging.WARNING if is_first else logging.INFO
+
+
+def card_section(options: str, events: Iterable[Event]) -> str:
+    """Return a section of a model card in Markdown: the options, and a line for each kind of event.
+
+    Args:
+        options: The options in words.
+        events: The events of the run, ordered by step.
+    """
+    steps: dict[str, list[int]] = {}
+    for event in events:
+        steps.setdefault(f"{_KIND[event.kind]}, {_response(event)}", []).append(event.step)
+    lines = [
+        f"- {what}: {len(at)} ×, between steps {at[0]} and {at[-1]}" for what, at in steps.items()
+    ]
+    return "\n".join(
+        [
+            "\n### Parametric Singularity Smoothing\n",
+            f"This model was trained with hf_pss ({options}).",
+            "Events of the run:\n" if lines else "It recorded no event.",
+            *lines,
+            "",
+        ]
     )
 
 
@@ -166,16 +210,14 @@ def alert_of(record: Record) -> Alert:
     """
     if isinstance(record, Intervention):
         event, done = record.event, f"PSS: {describe_intervention(record)}"
-        response = "taken back" if event.decision is Action.UNDO else "smoothed"
     else:
         event = record
         done = _DONE.get(event.decision, _NOTHING_DONE).format(reason=event.reason)
-        response = _RESPONSE.get(event.decision, "noted")
     kind = "training failed" if _is_without_losses(event) else _KIND[event.kind]
     return Alert(
         step=event.step,
         level=_level(event),
-        title=f"PSS, step {event.step}: {kind}, {response}",
+        title=f"PSS, step {event.step}: {kind}, {_response(event)}",
         happened=f"Step {event.step}: {describe_event(event)}.",
         done=done,
         advice=_advice(event),
@@ -283,6 +325,10 @@ def describe_stop(event: Event, *, is_after_update: bool, is_damaged: bool = Fal
         f"Stopped {moment} the update of step {event.step}: {_numbers(event)}{_first_in(event)} "
         f"({event.reason}). {remedy}{_hint_at_labels(event)}"
     )
+
+
+def _response(event: Event) -> str:
+    return _RESPONSE.get(event.decision, "noted")
 
 
 def _level(event: Event) -> AlertLevel:

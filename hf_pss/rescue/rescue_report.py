@@ -137,7 +137,10 @@ def _course(found: Investigation) -> Iterator[RenderableType]:
     if failure is None:
         yield Text("No failure was found in the log.", style="green")
     else:
-        yield Text(f"{_KINDS[failure.kind]} at step {failure.onset_step:,}.", style="bold red")
+        # The text names the step whose loss shows the damage, which an earlier update has caused.
+        onset = failure.onset_step
+        since = f"the update of step {onset:,} on" if onset else "the beginning"
+        yield Text(f"{_KINDS[failure.kind]}, from {since}.", style="bold red")
         yield Text(failure.text)
     for note in found.notes:
         yield Text(note, style="dim")

@@ -14,13 +14,16 @@ import copy
 import inspect
 import logging
 import math
+import re
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import DetectorName, PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recovery import RecoveryConfig
@@ -100,6 +103,18 @@ _Options = make_dataclass(
         for option in fields(options)
     ],
 )
+
+
+@contextmanager
+def _spelt_as_arguments() -> Iterator[None]:
+    """Add ``pss_`` to the options in an error: the first word, and others with an underscore."""
+    names = [option.name for options in (PSSConfig, RecoveryConfig) for option in fields(options)]
+    others = {name for name in names if "_" in name} - set(get_args(DetectorName))
+    try:
+        yield
+    except ConfigurationError as error:
+        pattern = rf"^(?:{'|'.join(names)})\b|\b(?:{'|'.join(sorted(others))})\b"
+        raise ConfigurationError(re.sub(pattern, r"pss_\g<0>", str(error))) from error
 
 
 # TrainingArguments is the last base class, so that its fields come first and the first positional
@@ -182,8 +197,9 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
         if scale is not None and not (is_number and 0 < scale < math.inf):
             raise ConfigurationError(f"pss_lr_scale is a number above 0; you gave {scale!r}.")
-        self.pss_config()  # reject an invalid option now rather than at the first step
-        if self.pss_config().observe_only and self.recovery_config().on_failure != "smooth":
+        # Both reject an invalid option now rather than at the first step.
+        config, recovery = self.pss_config(), self.recovery_config()
+        if config.observe_only and recovery.on_failure != "smooth":
             raise ConfigurationError(
                 "pss_observe_only leaves the run as it is, and pss_on_failure="
                 f"{self.pss_on_failure!r} changes it: leave one of them out."
@@ -192,11 +208,13 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
 
     def pss_config(self) -> PSSConfig:
         """Return the preset, changed by the options that were set."""
-        return PSSConfig.preset(self.pss_preset, **self._given(PSSConfig))
+        with _spelt_as_arguments():
+            return PSSConfig.preset(self.pss_preset, **self._given(PSSConfig))
 
     def recovery_config(self) -> RecoveryConfig:
         """Return the options for checkpoints and rollback. Unset options get their defaults."""
-        return RecoveryConfig(**self._given(RecoveryConfig))
+        with _spelt_as_arguments():
+            return RecoveryConfig(**self._given(RecoveryConfig))
 
     def _given(self, options: type[Any]) -> dict[str, Any]:
         given = {option.name: getattr(self, f"pss_{option.name}") for option in fields(options)}

@@ -31,7 +31,13 @@ from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recorder import RunRecorder
 from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
-from hf_pss.trainer.seams import link_loaded_moments, refuse_backends, trainer_of, wrapped
+from hf_pss.trainer.seams import (
+    folder_of,
+    link_loaded_moments,
+    refuse_backends,
+    trainer_of,
+    wrapped,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +249,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         else:
             self._recorder = RunRecorder(
                 args,
+                folder_of(trainer),
                 trainer.callback_handler,
                 is_first_process=state.is_world_process_zero,
                 resumed_step=state.global_step,

@@ -9,6 +9,8 @@ from transformers import Trainer
 
 from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
+from hf_pss.records.messages import card_section
+from hf_pss.runs.records_files import read_run_records
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.recovery import RecoveryConfig
@@ -61,6 +63,16 @@ class PSSTrainerMixin(RollbackMixin, OptimizerMixin):
     def _is_on(self) -> bool:
         # A run with observe_only saves and stops like a run of the plain Trainer.
         return not PSSCallback.of(self).config_for(self.args).observe_only
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, and add the options and the events of PSS."""
+        super().create_model_card(*args, **kwargs)
+        if not (self.is_world_process_zero() and self._is_on()):
+            return
+        folder = Path(self.args.output_dir)
+        options = PSSCallback.of(self).config_for(self.args).describe()
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write(card_section(options, read_run_records(folder).events))
 
     def _after_loading(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hf_pss.records.events import EventKind, HealthReading, Intervention, Record, StepReport
-from hf_pss.records.messages import intervention_line
+from hf_pss.records.events import HealthReading, Intervention, Record, StepReport
+from hf_pss.records.messages import InterventionLevels, intervention_line
 from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.optional import optional_part
@@ -25,7 +25,8 @@ class RunRecorder:
     Every rank has a recorder, but only that of the first process writes and logs.
 
     Args:
-        args: The Trainer's arguments. ``output_dir`` is the run's folder.
+        args: The Trainer's arguments.
+        folder: The run's folder.
         handler: The Trainer's callback handler, which also holds the trackers. Trackers open their
             runs before the first step, so the recorder looks them up at the first record.
         is_first_process: Whether this is the process that writes.
@@ -36,12 +37,14 @@ class RunRecorder:
     def __init__(
         self,
         args: TrainingArguments,
+        folder: str,
         handler: CallbackHandler,
         *,
         is_first_process: bool,
         resumed_step: int,
     ) -> None:
-        self._args, self._handler, self.is_first_process = args, handler, is_first_process
+        self._args, self._folder, self._handler = args, Path(folder), handler
+        self.is_first_process = is_first_process
         self._trackers: Any = None
         self.restart(resumed_step=resumed_step)
 
@@ -49,11 +52,10 @@ class RunRecorder:
         """Begin again at an earlier step. The runs of the trackers stay open."""
         self._first: HealthReading | None = None
         self.last_reading: HealthReading | None = None
-        self._floor_has_acted = False
+        self._levels = InterventionLevels()
         if self.is_first_process:
-            folder = Path(self._args.output_dir)
-            self._events = JsonLines(folder / EVENTS_FILE, resumed_step=resumed_step)
-            self._health = JsonLines(folder / HEALTH_FILE, resumed_step=resumed_step)
+            self._events = JsonLines(self._folder / EVENTS_FILE, resumed_step=resumed_step)
+            self._health = JsonLines(self._folder / HEALTH_FILE, resumed_step=resumed_step)
 
     @property
     def health_summary(self) -> str | None:
@@ -69,8 +71,8 @@ class RunRecorder:
             return
         for record in records:
             if isinstance(record, Intervention):
-                words = intervention_line(record, file_name=EVENTS_FILE)
-                logger.log(self._level_of(record), "%s", words)
+                line = intervention_line(record)
+                logger.log(self._levels.of(record), "%s More in %s.", line, EVENTS_FILE)
         self._events.write_records(records)
         for record in records:
             self._open_trackers().alert(record)
@@ -114,12 +116,3 @@ class RunRecorder:
             make = optional_part("trackers_for")
             self._trackers = make(self._args, self._handler.callbacks)
         return self._trackers
-
-    def _level_of(self, record: Intervention) -> int:
-        """Return WARNING for a spike or the first action of the floor, and INFO otherwise."""
-        if not record.num_changed:
-            return logging.INFO
-        if record.event.kind is not EventKind.FLOOR:
-            return logging.WARNING
-        is_first, self._floor_has_acted = not self._floor_has_acted, True
-        return logging.WARNING if is_first else logging.INFO

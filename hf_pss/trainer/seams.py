@@ -119,6 +119,13 @@ def trainer_of(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
+def folder_of(trainer: Trainer) -> str:
+    """Return the folder of a run's checkpoints. Each trial of a search has its own."""
+    if trainer.hp_search_backend is None:
+        return str(trainer.args.output_dir)
+    return str(trainer._get_output_dir(trainer._trial))
+
+
 def refuse_backends(trainer: Trainer) -> None:
     """Raise an error for a backend whose weights PSS cannot read or write.
 

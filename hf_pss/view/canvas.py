@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import numpy.typing as npt
 
+from hf_pss.errors import how_to_install
 from hf_pss.records.strict_json import printable, visible
 from hf_pss.view import numbers
 
@@ -29,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "The report draws with matplotlib and jinja2, which are not installed. "
-        "Run `pip install 'hf-pss[report]'`."
+        f"{how_to_install('matplotlib', 'jinja2')}"
     ) from error
 
 # Okabe and Ito's palette, which is clear with every common kind of colour vision, with brown

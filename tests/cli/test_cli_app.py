@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import Run
+from rich.text import Text
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hf_pss.cli.app import _Commands, app, main
+from hf_pss.cli.sweep_command import sweep
 from hf_pss.errors import ConfigurationError
 
 # Seconds of CPU for `hf-pss --help`: 0.24 measured; torch or transformers would add 3 and more.
@@ -31,6 +34,17 @@ def test_help_of_report_names_demo_runs(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version").output.startswith("hf-pss ")
+
+
+def test_help_texts_break_no_line_of_their_own() -> None:
+    """typer keeps the line breaks of every paragraph but the first, so each must be one line."""
+    commands = [*app.registered_commands, *sweep.registered_commands]
+    assert len(commands) > 10
+    for command in commands:
+        _, *paragraphs = inspect.getdoc(command.callback).split("\n\n")
+        assert [one for one in paragraphs if "\n" in one] == []
+        examples = [Text.from_markup(one).plain for one in paragraphs if "[cyan]hf-pss" in one]
+        assert [one for one in examples if len(one) > 78] == []  # a terminal of 80 columns
 
 
 @pytest.mark.parametrize("words", [("--help",), ("train", "--help"), ("demo", "--help")])

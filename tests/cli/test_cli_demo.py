@@ -91,7 +91,7 @@ def test_a_missing_extra_is_reported_before_training(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'hf-pss[report]'" in done.stderr
+    assert "pip install matplotlib jinja2" in done.stderr
     assert not Path("runs").exists()
 
 

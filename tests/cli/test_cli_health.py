@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def test_compare_and_page(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     assert "Changes, the largest first" in result.stdout
     assert result.stdout.splitlines()[-1] == str(page)
     assert "Spectral health" in page.read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_the_table_is_printed_before_the_error(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "hf_pss.view.canvas", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("health", checkpoint, "--html", "health.html")
+    assert result.exit_code == 2
+    assert "Every number that was read is finite" in result.stdout
+    assert "pip install matplotlib jinja2" in result.stderr
+    assert not Path("health.html").exists()
 
 
 def test_a_series_over_steps(run: Run, tmp_path: Path) -> None:
@@ -239,6 +252,6 @@ def test_help_shows_options_and_examples(run: Run) -> None:
         "Exit codes",
         "Examples",
         "pickle",
-        "[report]",
+        "jinja2",
     ):
         assert words in text

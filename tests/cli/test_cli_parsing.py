@@ -76,8 +76,8 @@ def test_defaults() -> None:
         (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
         (["--learning_rate"], "expected one argument"),
         (["--pss_preset", "ceiling"], "invalid choice: 'ceiling'"),
-        (["--pss_threshold_ratio", "0.5"], "threshold_ratio must be"),
-        (["--pss_detectors", "grad_norm"], "detectors may be grad_norm_ratio or"),
+        (["--pss_threshold_ratio", "0.5"], "pss_threshold_ratio must be"),
+        (["--pss_detectors", "grad_norm"], "pss_detectors may be grad_norm_ratio or"),
         (["--load_best_model_at_end", "--save_steps", "7"], "load_best_model_at_end"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file"),
     ],
@@ -99,7 +99,7 @@ def test_a_mistake_on_the_command_line_is_named(words: list[str], message: str) 
         ("learning-rate: fast", "run.yaml sets learning-rate: fast. invalid float value"),
         ("pss_preset: flor", "run.yaml sets pss_preset: flor. invalid choice"),
         ("learning_rate: [1, 2]", "learning_rate takes one value"),
-        ("pss_max_rank: 0", "max_rank must be a whole number of at least 1"),
+        ("pss_max_rank: 0", "pss_max_rank must be a whole number of at least 1"),
     ],
 )
 def test_a_mistake_in_a_yaml_file_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -234,6 +234,17 @@ def test_plot_writes_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:
     assert shard.read_bytes() == before
 
 
+def test_without_matplotlib_the_report_is_printed_before_the_error(
+    run: Run, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "hf_pss.view.canvas", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("rescue", run_dir, "--plot", "failure.png")
+    assert result.exit_code == 2
+    assert "Chosen: checkpoint-" in result.stdout
+    assert "pip install matplotlib jinja2" in result.stderr
+
+
 def test_none_usable_is_exit_code_1(run: Run, run_dir: Path) -> None:
     for folder in run_dir.glob("checkpoint-*"):
         (folder / "scheduler.pt").unlink()

@@ -71,8 +71,8 @@ def sick(tmp_path: Path) -> Inspection:
     return inspected(tmp_path / "sick", ill())
 
 
-def shown(renderable: object) -> str:
-    console = Console(width=200)
+def shown(renderable: object, *, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
@@ -206,10 +206,19 @@ def test_table(sick: Inspection) -> None:
     assert "NOT FINITE: NaN or inf in 1 matrix and 1 other tensor" in text
     assert "h.0.ln.weight: 1 of 80 numbers" in text
     lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("matrix"))
+    first = lines.index("Why, the worst first:")
     assert "1 of 6,400 numbers are NaN or inf" in lines[first + 1]
     assert "every number is 0" in lines[first + 2]
     assert "8 more; --lines shows them" in text
+
+
+def test_each_reason_fits_one_line_of_80_characters(sick: Inspection) -> None:
+    lines = shown(render_inspection(sick, num_lines=5), width=80).splitlines()
+    ill = [one for one in sick.matrices[:5] if one.findings]
+    assert len(ill) > 2
+    first = lines.index("Why, the worst first:") + 1
+    for one, line in zip(ill, lines[first:], strict=False):
+        assert one.findings[0].text in line
 
 
 def written(inspection: Inspection, **compared: Any) -> dict[str, Any]:

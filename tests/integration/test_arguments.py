@@ -57,6 +57,23 @@ WANTED = PSSConfig.preset(
 )
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pss_threshold_ratio": 0.5}, "pss_threshold_ratio must be a number above 1; you gave"),
+        ({"pss_on_failure": "x"}, "pss_on_failure may be smooth or rollback or stop; you gave 'x'"),
+        ({"pss_detectors": ["x"]}, "pss_detectors may be .* or stable_rank_drop or spectral_norm"),
+        (
+            {"pss_observe_only": True, "pss_smooth_on_resume": True},
+            "pss_observe_only changes no weight, and pss_smooth_on_resume",
+        ),
+    ],
+)
+def test_errors_spell_options_as_the_user_did(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{words}"):
+        PSSTrainingArguments(use_cpu=True, **options)
+
+
 def as_command_line(options: dict[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():

@@ -203,7 +203,9 @@ def test_trials_of_a_hyperparameter_search_each_build_their_accelerator(
     for number in range(2):
         trainer.train(trial=Trial(number))
         assert left_behind(trainer) == []
-        assert steps_of(events_of(tmp_path))
+        assert steps_of(events_of(tmp_path / f"run-{number}"))
+    assert events_of(tmp_path / "run-0") != []  # the second trial has left them alone
+    assert list(tmp_path.glob("pss_*")) == []
     saved = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/checkpoint-*"))
     assert saved == [f"run-{run}/checkpoint-{step}" for run in (0, 1) for step in (4, 8)]
 

@@ -155,7 +155,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         },
         "it holds bias_u",
     ),
-    ("GPTJModel", {**GPT, "rotary_dim": 4}, "without the AttentionInterface"),
     (
         "FalconModel",
         {

@@ -94,6 +94,10 @@ def test_attached_and_mixed_in_smooth_alike(
     assert steps_of(events_of(tmp_path / "attached")) == steps_of(events_of(tmp_path / "mixed"))
     assert steps_of(events_of(tmp_path / "mixed"))
     assert run_differences(attached, mixed) == []
+    mixed.create_model_card()
+    card = (tmp_path / "mixed" / "README.md").read_text(encoding="utf-8")
+    assert "[TRL]" in card
+    assert "- rank floor, smoothed: " in card
     assert attached.args.to_dict() == options  # its own arguments are untouched
     assert {"mean_token_accuracy", "pss/interventions"} <= set(attached.state.log_history[0])
 

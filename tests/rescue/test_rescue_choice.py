@@ -13,6 +13,7 @@ import pytest
 import torch
 from failing_runs import FAILS_AT
 from helpers import train
+from rich.console import Console
 from safetensors.torch import save_file
 
 from hf_pss import PSSConfig
@@ -21,12 +22,24 @@ from hf_pss.rescue import candidates
 from hf_pss.rescue.candidates import report_on
 from hf_pss.rescue.command import plan_resume
 from hf_pss.rescue.investigate import Investigation, investigate
+from hf_pss.rescue.rescue_report import render_investigation
 from hf_pss.runs import records_files
 from hf_pss.runs.checkpoint import examine
 from hf_pss.runs.folder import MARKER, SUPERSEDED
 from hf_pss.runs.follow import Follower
 
 RunOf = Callable[..., Path]
+
+
+def test_the_heading_and_the_text_agree_on_the_first_bad_step(run_of: Callable[..., Path]) -> None:
+    found = investigate(run_of("nan"), margin_steps=5)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render_investigation(found))
+    shown = capture.get()
+    onset = found.failure.onset_step
+    assert f"NOT FINITE, from the update of step {onset} on." in shown
+    assert f"At step {onset + 1} the loss was " in shown
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ def environment(transformers: str, torch: str | None) -> Path:
     # Behind its own packages; addsitedir, so that editable installs are found as well.
     shared = sysconfig.get_path("purelib")
     (own / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
-    wanted = ["transformers" if transformers == NEWEST else f"transformers=={transformers}"]
+    # trl and peft follow transformers, so the newest release is tested with theirs.
+    is_newest = transformers == NEWEST
+    wanted = ["transformers", "trl", "peft"] if is_newest else [f"transformers=={transformers}"]
     wanted += [f"torch=={torch}"] if torch else []
     pip = ("-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check")
     subprocess.run([python, *pip, *wanted], check=True)
