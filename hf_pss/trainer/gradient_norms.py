@@ -101,11 +101,12 @@ class GradientNorms(TrainerCallback):
         self._model = None
 
     def _around_clipping(self, clip_grad_norm_: Any, *args: Any, **kwargs: Any) -> Any:
-        # Before clipping, a NaN is only in the gradient where it began. The clipping also removes the
-        # loss scale, so at this point the gradients still have it.
-        scaler = self._scaler if self._is_due else None
-        is_scaled = scaler is not None and scaler.is_enabled()
-        self._measure(loss_scale=scaler.get_scale() if is_scaled else 1.0)
+        # Before clipping, a NaN is only in the gradient where it began. The clipping also removes
+        # the loss scale, so at this point the gradients still have it.
+        scale = 1.0
+        if self._is_due and self._scaler is not None and self._scaler.is_enabled():
+            scale = self._scaler.get_scale()  # reads from the device
+        self._measure(loss_scale=scale)
         return clip_grad_norm_(*args, **kwargs)
 
     def _around_log(self, log: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

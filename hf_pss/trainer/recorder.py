@@ -12,7 +12,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_pss.records.events import EventKind, HealthReading, Intervention, Record, StepReport
 from hf_pss.records.messages import intervention_line
-from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
+from hf_pss.records.spikes import SpikeEvidence, spike_line
+from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE, SPIKES_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.optional import optional_part
 
@@ -54,6 +55,7 @@ class RunRecorder:
             folder = Path(self._args.output_dir)
             self._events = JsonLines(folder / EVENTS_FILE, resumed_step=resumed_step)
             self._health = JsonLines(folder / HEALTH_FILE, resumed_step=resumed_step)
+            self._spikes = JsonLines(folder / SPIKES_FILE, resumed_step=resumed_step)
 
     @property
     def health_summary(self) -> str | None:
@@ -74,6 +76,10 @@ class RunRecorder:
         self._events.write_records(records)
         for record in records:
             self._open_trackers().alert(record)
+
+    def write_evidence(self, evidence: SpikeEvidence) -> None:
+        """Append the evidence of a spike to its file."""
+        self._spikes.write([spike_line(evidence)])
 
     def write_stable_ranks(self, step: int, ranks: Mapping[str, float]) -> None:
         """Append the stable rank of every matrix to the health file."""
