@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_pss.records.events import StepReport as StepReport
     from hf_pss.trainer.arguments import PSSTrainingArguments as PSSTrainingArguments
     from hf_pss.trainer.callback import PSSCallback as PSSCallback
+    from hf_pss.trainer.gradient_norms import GradientNorms as GradientNorms
     from hf_pss.trainer.pss_trainer import PSSTrainer as PSSTrainer
     from hf_pss.trainer.pss_trainer import PSSTrainerMixin as PSSTrainerMixin
     from hf_pss.trainer.recovery import RecoveryConfig as RecoveryConfig
@@ -39,6 +40,7 @@ _PUBLIC = {
     "StateError": "errors",
     "PSSTrainingArguments": "trainer.arguments",
     "PSSCallback": "trainer.callback",
+    "GradientNorms": "trainer.gradient_norms",
     "PSSTrainer": "trainer.pss_trainer",
     "PSSTrainerMixin": "trainer.pss_trainer",
     "RecoveryConfig": "trainer.recovery",

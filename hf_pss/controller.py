@@ -359,6 +359,31 @@ class PSSController:
         """
         return self._measurements.stable_ranks()
 
+    def matrix_metrics(self) -> dict[str, dict[str, float]]:
+        """Return the gradient norm, σ₁ and the stable rank of each matrix, by metric and by name.
+
+        Call it between `before_update` and the update. The result is empty if the gradient norm is
+        unknown or not finite. In a distributed run all ranks must make this call together.
+        """
+        step, measurements = self._current, self._measurements
+        if step is None or step.grad_norm_preclip is None:
+            return {}
+        norm, started = step.grad_norm_preclip, time.perf_counter()
+        if not math.isfinite(norm):
+            return {}
+
+        def measure() -> dict[str, dict[str, float]]:
+            return {
+                "grad_norm": dict(measurements.matrix_grad_norms(norm)),
+                "spectral_norm": measurements.spectral_norms(),
+                "stable_rank": measurements.stable_ranks(),
+            }
+
+        with torch.no_grad():
+            found = self._measured(step, measure)
+        self.seconds += time.perf_counter() - started
+        return found or {}
+
     @property
     def pending_records(self) -> tuple[Record, ...]:
         """The records of a step that an error ended before its report."""

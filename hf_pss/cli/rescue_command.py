@@ -92,6 +92,12 @@ def rescue(
         Path | None,
         typer.Option(help="Write a PNG of loss and gradient norm. Needs matplotlib and jinja2."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the post-mortem of a spike that PSS has seen. Needs matplotlib and jinja2."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find out when and how a run failed, choose a checkpoint, and print the command to continue.
@@ -108,14 +114,15 @@ def rescue(
 
     With a picture:  [cyan]hf-pss rescue runs/notes --plot failure.png[/cyan]
 
+    Which matrix, which batch:  [cyan]hf-pss rescue runs/notes --html spike.html[/cyan]
+
     Past a bad batch:  [cyan]hf-pss rescue runs/a --write runs/b --skip-batches 40[/cyan]
 
     In a script:  [cyan]hf-pss rescue runs/notes --json > rescue.json[/cyan]
 
     [bold]Exit codes[/bold]: 0 a checkpoint was chosen, 1 none can be used, 2 nothing to read.
     """
-    if plot is not None:
-        check_output(plot, "--plot", example="failure.png")
+    _check_outputs(plot, html)
     if lr_scale is not None and (lr_scale == 0 or not math.isfinite(lr_scale)):
         raise ConfigurationError(f"--lr-scale is a number above 0; you gave {lr_scale}.")
     if write is None and (moments is not Moments.KEEP or skip_batches or allow_pickle):
@@ -165,16 +172,41 @@ def rescue(
         _print_json(found, written, plan)
     else:
         _show(found, written, plan)
-    if plot is not None:
+    _draw(found, plot, html)
+    if not as_json:
+        for path in filter(None, (plot, html)):
+            typer.echo(path)
+    if chosen is None:
+        raise typer.Exit(_NONE_USABLE)
+
+
+def _check_outputs(plot: Path | None, html: Path | None) -> None:
+    for path, option, example in ((plot, "--plot", "failure.png"), (html, "--html", "spike.html")):
+        if path is not None:
+            check_output(path, option, example=example)
+
+
+def _draw(found: Investigation, plot: Path | None, html: Path | None) -> None:
+    if plot is not None or html is not None:
         require_extra("hf_pss.view.canvas")
+    if plot is not None:
         from hf_pss.rescue.rescue_report import draw_course
 
         with writing(plot, "--plot"):
             draw_course(found, plot)
-        if not as_json:
-            typer.echo(plot)
-    if chosen is None:
-        raise typer.Exit(_NONE_USABLE)
+    if html is not None:
+        from hf_pss.inspection.post_mortem import render_spike_page
+        from hf_pss.runs.folder import SPIKES_FILE, write_whole
+
+        if found.post_mortem is None:
+            raise StateError(
+                f"{found.run_dir} holds no {SPIKES_FILE}, which PSS writes when a step spikes. "
+                "Leave --html out. The report shows what the log and the checkpoints hold."
+            )
+        page = render_spike_page(found.post_mortem, found.run_dir)
+        with writing(html, "--html"):
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(html, page)
 
 
 def _print_json(found: Investigation, written: Written | None, plan: ResumePlan | None) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_pss.config import PSSConfig
 from hf_pss.detection.detectors import GLOBAL, Readings
 from hf_pss.errors import ConfigurationError
-from hf_pss.linalg import quick_stable_rank
+from hf_pss.linalg import quick_stable_rank, spectral_norm
+from hf_pss.linalg.norms import QUICK_ROUNDS
 from hf_pss.linalg.scaling import compute_dtype
 from hf_pss.models.adapters import AdapterSpectrum, measure_adapter_spectra
 from hf_pss.models.anchors import NUM_RECORDED, leading_values
@@ -342,6 +343,15 @@ class Measurements:
             **measure_each(self.selection.matrices, parameters, self.backend, quick_stable_rank),
             **{name: product.stable_rank for name, product in self._products(parameters).items()},
         }
+
+    def spectral_norms(self) -> dict[str, float]:
+        """Return σ₁ of each matrix, read from scratch, without LoRA products."""
+        return measure_each(
+            self.selection.matrices,
+            self.parameters(),
+            self.backend,
+            lambda stack: spectral_norm(stack, num_rounds=QUICK_ROUNDS),
+        )
 
     def follow(self) -> None:
         """Update the tracked spectra to the current weights."""

@@ -35,6 +35,7 @@ from pathlib import Path
 
 from hf_pss.errors import ConfigurationError, PSSError, StateError
 from hf_pss.inspection.matrix_survey import Progress
+from hf_pss.inspection.post_mortem import PostMortem, read_post_mortem
 from hf_pss.records.strict_json import finite_or_none, reason_of, visible
 from hf_pss.rescue.candidates import (
     CheckpointReport,
@@ -87,6 +88,8 @@ class Investigation:
     """The logs that could not be read, each with the reason."""
     began_from_noise: bool = False
     """Whether the run is known to have begun from random weights."""
+    post_mortem: PostMortem | None = None
+    """What the run has recorded about its spike, or None if it has recorded no spike."""
 
     @property
     def may_raise_to_noise(self) -> bool:
@@ -180,8 +183,17 @@ def investigate(
     checked = judged(reports, failure)
     choice = choose(checked, failure, margin_steps=margin_steps)
     return Investigation(
-        *(run_dir, log, failure, tuple(notes), checked, choice, tuple(unreadable)), is_from_noise
+        *(run_dir, log, failure, tuple(notes), checked, choice, tuple(unreadable)),
+        is_from_noise,
+        read_post_mortem(run_dir, around_step=_first_step_of(failure, log)),
     )
+
+
+def _first_step_of(failure: RunFailure | None, log: RunLog | None) -> int | None:
+    """Return the first step at which a failure may have begun. A logged row covers many steps."""
+    if failure is None:
+        return None
+    return failure.onset_step - (0 if log is None else log.log_interval - 1)
 
 
 def _newest_log(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from hf_pss.inspection.post_mortem import post_mortem_json, render_post_mortem
 from hf_pss.records.strict_json import finite_or_none, visible
 from hf_pss.rescue.candidates import CheckpointReport
 from hf_pss.rescue.command import ResumePlan
@@ -58,6 +59,7 @@ def as_json(found: Investigation, plan: ResumePlan | None, written: Any = None) 
         "unreadable": list(found.unreadable),
         "failure": found.failure and asdict(found.failure),
         "notes": list(found.notes),
+        "post_mortem": found.post_mortem and post_mortem_json(found.post_mortem),
         "checkpoints": [_checkpoint(one) for one in found.checkpoints],
         "chosen": None if choice.chosen is None else str(choice.chosen.path),
         "reason": choice.reason,
@@ -103,7 +105,8 @@ def _checkpoint(one: CheckpointReport) -> dict[str, Any]:
 
 def render_investigation(found: Investigation) -> RenderableType:
     """Show how the run failed, its checkpoints, and which one was chosen and why."""
-    return Group(*_course(found), Text(), *_checkpoints(found), Text(), *_choice(found))
+    spike = [] if found.post_mortem is None else [Text(), *render_post_mortem(found.post_mortem)]
+    return Group(*_course(found), *spike, Text(), *_checkpoints(found), Text(), *_choice(found))
 
 
 def render_plan(plan: ResumePlan) -> RenderableType:

@@ -30,6 +30,9 @@ except ImportError:  # Windows
 STATE_FILE = "trainer_state.json"
 # Written by PSS beside the checkpoints.
 EVENTS_FILE, HEALTH_FILE = "pss_events.jsonl", "pss_health.jsonl"
+# It holds text of the training data. Uploads to the Hub leave out names that begin with an
+# underscore.
+SPIKES_FILE = "_pss_spikes.jsonl"
 # Written by `hf-pss train`, and copied into a checkpoint by `hf-pss rescue --write`.
 OPTIONS_FILE = "hf_pss_options.json"
 # Written by a run of `hf-pss demo`.

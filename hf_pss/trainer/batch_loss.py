@@ -82,7 +82,7 @@ class BatchLoss:
         own.update(copy.deepcopy(metrics))
         # The batch itself is copied, because some losses mask their inputs in place.
         args, kwargs = copy.deepcopy(call, {id(model): model})
-        with _evaluating(model), _untouched_randomness(model):
+        with _evaluating(model), untouched_randomness(model):
             try:
                 with trainer.compute_loss_context_manager():
                     loss: Tensor = trainer.compute_loss(*args, **kwargs)
@@ -108,7 +108,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched_randomness(model: nn.Module) -> Iterator[None]:
+def untouched_randomness(model: nn.Module) -> Iterator[None]:
+    """Restore the random states of Python, NumPy and the model's devices at the end."""
     states = random.getstate(), np.random.get_state()
     used = {parameter.device for parameter in model.parameters()}
     devices = [device for device in used if device.type not in ("cpu", "mps", "meta")]

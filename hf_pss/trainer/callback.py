@@ -48,6 +48,8 @@ _NO_TRAINER = (
 )
 # These interventions are routine. They do not respond to a spike.
 _UPKEEP = (EventKind.FLOOR, EventKind.RESUME)
+# A run that has exploded spikes at every step. Of these steps, every tenth is measured [ours].
+_EVIDENCE_EVERY_STEPS = 10
 
 
 @dataclass(slots=True)
@@ -108,6 +110,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._smoothed_in: str | None = None
         """The folder of the run, once ``smooth_on_resume`` has smoothed its weights, or None."""
         self._is_rollback, self._may_repair = False, True
+        self._evidence_step = -_EVIDENCE_EVERY_STEPS
 
     @classmethod
     def of(cls, trainer: Trainer) -> PSSCallback:
@@ -234,6 +237,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         if trainer is not self._trainer:  # a rollback of another trainer does not count here
             self._is_rollback, self._may_repair = False, True
         self._readings, self.report = StepReadings(), None
+        self._evidence_step = -_EVIDENCE_EVERY_STEPS
         self.controller = controller = PSSController(
             model,
             self.config_for(args),
@@ -295,10 +299,25 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             )
         except NonFiniteError:
             self.write_records(controller.pending_records)
+            self._write_evidence(controller)
             raise
+        self._write_evidence(controller)
         if not apply_update and model is not None:
             for parameter in model.parameters():
                 parameter.grad = None  # optimizers skip parameters without a gradient
+
+    def _write_evidence(self, controller: PSSController) -> None:
+        """Record the matrices and the batch of a step that spiked. All ranks make this call."""
+        step, recorder = controller.step_number, self._recorder
+        if not controller.is_in_trouble or recorder is None:
+            return
+        if 0 <= step - self._evidence_step < _EVIDENCE_EVERY_STEPS:
+            return
+        self._evidence_step = step
+        matrices = controller.matrix_metrics()
+        if recorder.is_first_process:
+            evidence = optional_part("evidence_of")(self._trainer, step, matrices)
+            recorder.write_evidence(evidence)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Check the weights and smooth them, before this step is logged, evaluated or saved."""

@@ -11,6 +11,7 @@ _PARTS = {
     "refuse_two_optimizers": "chosen_optimizer",
     "attention_watch": "attention_maxima",  # health="full"
     "trackers_for": "trackers",  # the first event or health reading
+    "evidence_of": "spike_batches",  # the first spike
     "summary_table": "health_summary",  # the end of a run with health readings
 }
 

@@ -12,7 +12,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_pss.records.events import HealthReading, Intervention, Record, StepReport
 from hf_pss.records.messages import InterventionLevels, intervention_line
-from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE
+from hf_pss.records.spikes import SpikeEvidence, spike_line
+from hf_pss.runs.folder import EVENTS_FILE, HEALTH_FILE, SPIKES_FILE
 from hf_pss.runs.records_files import JsonLines, health_line, reading_line
 from hf_pss.trainer.optional import optional_part
 
@@ -56,6 +57,7 @@ class RunRecorder:
         if self.is_first_process:
             self._events = JsonLines(self._folder / EVENTS_FILE, resumed_step=resumed_step)
             self._health = JsonLines(self._folder / HEALTH_FILE, resumed_step=resumed_step)
+            self._spikes = JsonLines(self._folder / SPIKES_FILE, resumed_step=resumed_step)
 
     @property
     def health_summary(self) -> str | None:
@@ -76,6 +78,10 @@ class RunRecorder:
         self._events.write_records(records)
         for record in records:
             self._open_trackers().alert(record)
+
+    def write_evidence(self, evidence: SpikeEvidence) -> None:
+        """Append the evidence of a spike to its file."""
+        self._spikes.write([spike_line(evidence)])
 
     def write_stable_ranks(self, step: int, ranks: Mapping[str, float]) -> None:
         """Append the stable rank of every matrix to the health file."""

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.cli.rescue_command import Smoothing
 from hf_pss.config import SmoothingName
+from hf_pss.records.spikes import SpikeEvidence, spike_line
+from hf_pss.runs.folder import SPIKES_FILE
 from hf_pss.runs.options import recorded_entropy
 
 
@@ -217,6 +219,24 @@ def test_a_lower_rate_needs_no_copy(run: Run, run_dir: Path) -> None:
     assert words[words.index("--pss_lr_scale") + 1] == "0.5"
     said = " ".join(run("rescue", run_dir, "--lr-scale", "0.5").output.split())
     assert "0.5 times the rates that it had" in said
+
+
+def test_html_writes_the_post_mortem_of_a_spike(run: Run, run_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "spike.html"
+    result = run("rescue", run_dir, "--html", path)
+    assert result.exit_code == 2
+    assert "holds no _pss_spikes.jsonl" in result.stderr
+    assert not path.exists()
+    evidence = SpikeEvidence(4, {"grad_norm": {"h.0.w": 9.0}}, (2, 0), texts=("some prose",))
+    (run_dir / SPIKES_FILE).write_text(spike_line(evidence) + "\n")
+    result = run("rescue", run_dir, "--html", path)
+    assert result.exit_code == 0, result.output
+    assert "some prose" in path.read_text(encoding="utf-8")
+    assert "Step 4 spiked" in result.stdout
+    assert result.stdout.splitlines()[-1] == str(path)
+    found = json.loads(run("rescue", run_dir, "--json").stdout)["post_mortem"]
+    assert found["matrices"][0]["grad_norm"] == {"value": 9.0, "average": None}
+    assert found["indices"] == [2, 0]
 
 
 def test_plot_writes_a_picture(run: Run, run_dir: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ KINDS = {"ddp": "Replicated", "fsdp2": "Sharded", "zero2": "Zero", "zero3": "Zer
 # Against one process that accumulates both ranks' batches; absolute, over 8 steps in float32.
 LOSS_DRIFT = 1e-6  # 0
 WEIGHT_DRIFT = 1e-6  # 2.1e-7, weights are of the order 0.05
+NORM_DRIFT = 1e-5  # 1.9e-7 without a spike; of each parameter's gradient norm, relative
 # After a loss that was 1,000 times too large, clipped: the sums' order shows.
 SPIKED_WEIGHT_DRIFT = 1e-5
 
@@ -91,6 +92,10 @@ def assert_like_one_process(run: Run, one: Run, *, weight_drift: float) -> None:
     assert first["detectors"] == second["detectors"]
     drifts = [abs(a - b) for a, b in zip(first["losses"], alone["losses"], strict=True)]
     assert max(drifts) <= LOSS_DRIFT
+    if run.ranks[0]["backend"] != "Zero":
+        for line, whole in zip(first["parameter_norms"], alone["parameter_norms"], strict=True):
+            assert line
+            assert line == pytest.approx(whole, rel=NORM_DRIFT)
     weights, expected = run.weights, one.weights
     assert weights.keys() == expected.keys()
     drift = max(float((weights[k] - expected[k]).abs().max()) for k in weights)

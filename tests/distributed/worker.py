@@ -16,7 +16,7 @@ from cpu_shims import enable_deepspeed_on_cpu, enable_fsdp2_on_cpu
 from helpers import controller_of, make_trainer, token_rows
 from shards_worker import MAX_ELEMENTS, MOMENTS, build
 
-from hf_pss import PSSConfig, PSSTrainer, RecoveryConfig
+from hf_pss import GradientNorms, PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.models import batching as stacks
 from hf_pss.models.distributed import gathered, local
 from hf_pss.trainer.schedule_free import unwrapped
@@ -136,6 +136,8 @@ def main() -> None:
         eval_rows=token_rows(8),
         **options,
     )
+    if strategy_name(given.backend) != "zero":
+        trainer.add_callback(GradientNorms())
     error = None
     try:
         trainer.train(resume_from_checkpoint=given.resume)
@@ -159,6 +161,11 @@ def main() -> None:
         "rates": trainer.rates,
         "grad_norms": [
             line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line
+        ],
+        "parameter_norms": [
+            {name: norm for name, norm in line.items() if name.startswith("grad_norm/")}
+            for line in trainer.state.log_history
+            if "loss" in line
         ],
         "sharing": [
             type(sharing).__name__

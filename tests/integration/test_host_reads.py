@@ -76,20 +76,20 @@ def reads_per_step(folder: Path, pss: PSSConfig | None, **options: Any) -> list[
     return counter.steps[1:]  # before the first step lies the start
 
 
-# Observing checks the floor in every step, with one read, and its events need none. A matrix that
-# may be on either side of its floor needs a second read.
-@pytest.mark.parametrize(("preset", "checks"), [("paper", 0), ("observe only", 1)])
+# Observing checks the floor in every step, with one read. A matrix that may be on either side of
+# its floor needs a second read. The evidence of the first spike needs five. Events need none.
+@pytest.mark.parametrize(("preset", "reads"), [("paper", {0}), ("observe only", {1, 2, 6, 7})])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}])
 def test_a_logged_step_needs_no_read_but_that_of_its_check(
-    preset: str, checks: int, options: dict[str, Any], tmp_path: Path
+    preset: str, reads: set[int], options: dict[str, Any], tmp_path: Path
 ) -> None:
     plain = reads_per_step(tmp_path, None, **options)
     assert len(plain) == 8
     assert min(plain) >= 2  # the loss and the norm: the counter sees the Trainer's own
     pss = reads_per_step(tmp_path, OUT_OF_REACH[preset], **options)
     extra = [b - a for a, b in zip(plain, pss, strict=True)]
-    assert set(extra) <= {checks, 2 * checks}
-    assert checks in extra
+    assert set(extra) <= reads
+    assert sum(each > 2 for each in extra) <= 1
 
 
 def test_a_step_that_is_not_logged_needs_one_for_the_norm(tmp_path: Path) -> None:
