@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any, get_type_hints
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, create_model
+from pydantic import create_model
 
 from hf_pss.config import PSSConfig
 from hf_pss.trainer.callback import PSSCallback
 
 # None keeps the value of the preset. PSSConfig checks the ranges.
 _HINTS: dict[str, Any] = {"preset": str, **get_type_hints(PSSConfig)}
-PSSAxolotlOptions: type[BaseModel] = create_model(
-    "PSSAxolotlOptions", **{f"pss_{name}": (hint | None, None) for name, hint in _HINTS.items()}
-)
+_FIELDS: dict[str, Any] = {f"pss_{name}": (hint | None, None) for name, hint in _HINTS.items()}
+PSSAxolotlOptions = create_model("PSSAxolotlOptions", **_FIELDS)
 
 
 class PSSPlugin(BasePlugin):

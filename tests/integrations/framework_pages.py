@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -24,6 +27,14 @@ OPTIONS = {
 def snippets_of(page: str) -> list[str]:
     """Return the Python blocks of a page."""
     return BLOCK.findall((ROOT / "docs" / "frameworks" / f"{page}.md").read_text("utf-8"))
+
+
+def needs_framework(package: str) -> None:
+    """Skip a test without the framework. In `make test-frameworks` its absence is an error."""
+    if "HF_PSS_NEEDS_FRAMEWORK" in os.environ:
+        importlib.import_module(package)
+    else:
+        pytest.importorskip(package)
 
 
 def make_model_and_rows(folder: Path) -> None:

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from framework_pages import OPTIONS, as_words, make_model_and_rows, run, snippets_of
+from framework_pages import (
+    OPTIONS,
+    as_words,
+    make_model_and_rows,
+    needs_framework,
+    run,
+    snippets_of,
+)
 from helpers import events_of
 from safetensors.torch import load_file
 
@@ -26,7 +33,7 @@ def axolotl_file(folder: Path, **options: object) -> str:
         "base_model": "./model",
         "datasets": [{"path": "./rows.jsonl", "ds_type": "json", "type": "alpaca"}],
         "output_dir": "./out",
-        "sequence_len": 64,
+        "sequence_len": 256,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "max_steps": NUM_STEPS,
@@ -108,6 +115,8 @@ def executed(folder: Path, *words: str, **variables: str) -> None:
 
 Start = Callable[[Path], None]
 
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 @pytest.mark.parametrize(
     ("package", "itself", "with_exec"),
@@ -120,7 +129,7 @@ Start = Callable[[Path], None]
 def test_a_quick_start_intervenes_and_equals_exec(
     package: str, itself: Start, with_exec: Start, tmp_path: Path
 ) -> None:
-    pytest.importorskip(package, exc_type=ImportError)
+    needs_framework(package)
     weights, steps = [], []
     for name, start in (("itself", itself), ("with_exec", with_exec)):
         folder = tmp_path / name

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from framework_pages import snippets_of
+from framework_pages import needs_framework, snippets_of
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader
 from hf_pss import ConfigurationError, PSSConfig, PSSController
 from hf_pss.records.events import from_json_line
 
-lightning = pytest.importorskip("lightning")
+needs_framework("lightning")
+import lightning  # noqa: E402
+
 from hf_pss.integrations.lightning import PSSLightningCallback, default_callbacks  # noqa: E402
 
-INTERVENES = PSSConfig.preset("paper", threshold_ratio=1.0001, calibration_steps=1)
+INTERVENES = PSSConfig.preset(floor_ratio=1.3, check_every_steps=1, calibration_steps=1)
 NUM_BATCHES, ACCUMULATED, CLIP_AT = 16, 2, 0.1
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -55,10 +57,14 @@ def fit(
 ) -> Module:
     module = module or Module()
     trainer = lightning.Trainer(
-        **{"max_epochs": 1, "accumulate_grad_batches": ACCUMULATED, **options},
+        **{
+            "max_epochs": 1,
+            "accumulate_grad_batches": ACCUMULATED,
+            "gradient_clip_val": CLIP_AT,
+            **options,
+        },
         accelerator="cpu",
         callbacks=list(callbacks),
-        gradient_clip_val=CLIP_AT,
         default_root_dir=folder,
         enable_progress_bar=False,
         log_every_n_steps=1,
@@ -132,8 +138,9 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     module = Module()
     module.automatic_optimization = False
+    by_itself = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
     with pytest.raises(ConfigurationError, match="automatic optimization"):
-        fit(tmp_path, *default_callbacks(), module=module, accumulate_grad_batches=1)
+        fit(tmp_path, *default_callbacks(), module=module, **by_itself)
 
 
 def test_the_state_is_plain_json(tmp_path: Path) -> None:
