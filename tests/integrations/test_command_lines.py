@@ -39,6 +39,8 @@ def axolotl_file(folder: Path, **options: object) -> str:
         "max_steps": NUM_STEPS,
         "learning_rate": 1e-2,
         "optimizer": "adamw_torch",
+        "bf16": False,
+        "fp16": False,
         "lr_scheduler": "constant",
         "special_tokens": {"pad_token": "<|endoftext|>"},
     }
