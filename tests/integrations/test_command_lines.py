@@ -41,6 +41,7 @@ def axolotl_file(folder: Path, **options: object) -> str:
         "optimizer": "adamw_torch",
         "bf16": False,
         "fp16": False,
+        "seed": 1,
         "lr_scheduler": "constant",
         "special_tokens": {"pad_token": "<|endoftext|>"},
     }
