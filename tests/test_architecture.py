@@ -28,6 +28,7 @@ ROOMS = (
     "optim",
     "runs",
     "trainer",
+    "integrations",
     "inspection",
     "rescue",
     "evidence",

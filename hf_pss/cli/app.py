@@ -14,6 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hf_pss.cli.demo_command import demo, report
+from hf_pss.cli.exec_command import ExecCommand, execute
 from hf_pss.cli.health_command import health
 from hf_pss.cli.rescue_command import rescue
 from hf_pss.cli.sweep_command import sweep
@@ -88,6 +89,7 @@ app.command(
     # transformers' parser knows its options; importing it takes seconds.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train)
+app.command(name="exec", cls=ExecCommand)(execute)
 app.command(epilog="For demo runs only: hf-pss train prints its table when a run ends.")(report)
 for command in (health, watch, rescue):
     app.command()(command)

@@ -30,6 +30,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
+# The snippets of frameworks run in `make test-frameworks`.
+OPTIONAL = ("trl", "lightning", "llamafactory", "swift")
+
 # Commands that no test reads, each with the reason. All others are checked by `check`.
 NOT_CHECKED = {
     "source .venv/bin/activate": "it changes the shell",
@@ -110,8 +113,9 @@ def test_every_snippet_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     names = names_for(tmp_path / "given")
     for code in blocks_of(page, "python"):
-        if "from trl" in code:
-            pytest.importorskip("trl")
+        for package in OPTIONAL:
+            if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
+                pytest.importorskip(package)
         exec(compile(code, f"{page.name}: {code}", "exec"), names)
 
 

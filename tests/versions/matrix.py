@@ -29,9 +29,8 @@ TESTS = ("tests/integration", "tests/invariants")
 MARKS = "not slow and not bench and not gpu"
 
 
-def environment(transformers: str, torch: str | None) -> Path:
-    """Return the interpreter of an environment that has these releases; made where it is not."""
-    name = f"transformers-{transformers}" + (f"-torch-{torch}" if torch else "")
+def empty_environment(name: str) -> Path:
+    """Return the interpreter of an environment that sees the packages of this one."""
     folder = FOLDER / name
     python = folder / "bin" / "python"
     if not python.exists():
@@ -41,6 +40,13 @@ def environment(transformers: str, torch: str | None) -> Path:
     # Behind its own packages; addsitedir, so that editable installs are found as well.
     shared = sysconfig.get_path("purelib")
     (own / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+    return python
+
+
+def environment(transformers: str, torch: str | None) -> Path:
+    """Return the interpreter of an environment that has these releases; made where it is not."""
+    name = f"transformers-{transformers}" + (f"-torch-{torch}" if torch else "")
+    python = empty_environment(name)
     # trl and peft follow transformers, so the newest release is tested with theirs.
     is_newest = transformers == NEWEST
     wanted = ["transformers", "trl", "peft"] if is_newest else [f"transformers=={transformers}"]

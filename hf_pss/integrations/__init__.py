@@ -1,0 +1,1 @@
+"""PSS in other programs and frameworks: `hf-pss exec`, axolotl and Lightning."""
