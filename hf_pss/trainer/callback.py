@@ -25,6 +25,7 @@ from hf_pss.models.batching import matrix_names
 from hf_pss.records.events import EventKind, Intervention, Record, StepReport
 from hf_pss.runs.records_files import log_scalars
 from hf_pss.trainer.arguments import PSSTrainingArguments
+from hf_pss.trainer.backend_refusals import refuse_backends
 from hf_pss.trainer.batch_loss import BatchLoss
 from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.optional import optional_part
@@ -34,7 +35,6 @@ from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.seams import (
     folder_of,
     link_loaded_moments,
-    refuse_backends,
     trainer_of,
     wrapped,
 )

@@ -18,7 +18,8 @@ from hf_pss.models.distributed import Backend, backend_for
 from hf_pss.models.measurements import gradient_norms
 from hf_pss.models.selection import named_parameters_canonical
 from hf_pss.models.selection.by_name import place_of
-from hf_pss.trainer.seams import refuse_backends, trainer_of, wrapped
+from hf_pss.trainer.backend_refusals import refuse_backends
+from hf_pss.trainer.seams import trainer_of, wrapped
 
 
 class GradientNorms(TrainerCallback):

@@ -39,11 +39,12 @@ from hf_pss import (
     PSSTrainerMixin,
     PSSTrainingArguments,
 )
+from hf_pss.trainer.backend_refusals import refuse_backends
 from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.optional import _PARTS, optional_part
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin
-from hf_pss.trainer.seams import PRIVATE_METHODS, check_methods, refuse_backends
+from hf_pss.trainer.seams import PRIVATE_METHODS, check_methods
 from hf_pss.trainer.throughput import ThroughputTrainerMixin
 
 
