@@ -440,7 +440,11 @@ class SpectrumTracker:
             stacks = self._stacks(group, parameters)
             width, size = group.vectors.shape[1:]
             found = [leading_triplets(stack, width, check_finite=False) for stack in stacks]
-            group.vectors = torch.cat([_padded(one.v.mT, size) for one in found])
+            leading = torch.cat(
+                [_padded(_completed(one.v.mT, group.vectors[0]), size) for one in found]
+            )
+            is_finite = leading.isfinite().flatten(1).all(dim=1)[:, None, None]
+            group.vectors = torch.where(is_finite, leading, group.vectors)
             sigmas = torch.cat([one.sigma[:, 0] for one in found])
             group.scale = _usable(sigmas, group.scale)
             return
@@ -560,6 +564,15 @@ def _stored_shape(slot: MatrixRef) -> tuple[int, int]:
 
 def _num_columns(slot: MatrixRef) -> int:
     return _stored_shape(slot)[1]
+
+
+def _completed(vectors: Tensor, others: Tensor) -> Tensor:
+    """Return as many orthonormal rows as the other vectors are. A single row has one triplet."""
+    missing = len(others) - vectors.shape[1]
+    if missing <= 0:
+        return vectors
+    more = others[-missing:, : vectors.shape[2]].expand(len(vectors), -1, -1)
+    return torch.linalg.qr(torch.cat([vectors, more], dim=1).mT).Q.mT
 
 
 def _padded(vectors: Tensor, size: int) -> Tensor:

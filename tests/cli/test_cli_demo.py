@@ -116,7 +116,7 @@ def test_demo_refuses_mistaken_options(run: Run, words: tuple[str, ...], message
 
 def test_help_explains_the_plain_twin(run: Run) -> None:
     words = " ".join(run("demo", "--help").output.split())
-    assert "bit for bit the plain Trainer" in words
+    assert "bit for bit those of the plain Trainer" in words
     assert "--learning-rate 1e-2" not in words
 
 

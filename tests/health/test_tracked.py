@@ -193,6 +193,29 @@ def test_directions_of_broken_and_zero_matrices_are_nan_and_zero(make: type) -> 
     assert [float(found[view.name].norm()) for view in rest] == pytest.approx([1.0] * len(rest))
 
 
+def test_single_rows_and_broken_matrices_start_cold_and_recover() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 8), nn.Linear(8, 4))
+    views = select_matrices(model, include=("weight",)).matrices
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        parameters["0.weight"][0, 0] = math.nan
+        parameters["3.weight"].zero_()
+    tracker = SpectrumTracker(views, Backend())
+    found = tracker.measure(parameters)
+    assert math.isnan(found["0.weight"].sigma)
+    assert found["3.weight"].sigma == 0
+    assert found["1.weight"].sigma == pytest.approx(parameters["1.weight"].norm().item())
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.normal_()
+    for _ in range(4):
+        found = tracker.measure(parameters)
+    for name, one in found.items():
+        exact = torch.linalg.svdvals(parameters[name].detach())[0].item()
+        assert one.sigma == pytest.approx(exact, rel=1e-2)
+
+
 def test_a_failed_cold_start_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     views, parameters = model_of()
     tracker = SpectrumTracker(views, BACKEND)
