@@ -157,3 +157,15 @@ ARCHITECTURES: Mapping[str, Callable[[ModelSizes], PreTrainedModel]] = {
   2,400 steps with 8 images sees each of the 1,500 training images 13 times. Use ``vit`` to compare
   explosions, not final losses.
 """
+
+FAMILIES: Mapping[str, str] = {
+    "gpt2": "GPT-2",
+    "post_ln": "GPT-1",
+    "llama": "Llama",
+    "llama_untied": "Llama, untied",
+    "qwen3": "Qwen3",
+    "moe": "Mixtral",
+    "bert": "BERT",
+    "vit": "ViT",
+}
+"""The name of each architecture for readers."""

@@ -14,6 +14,8 @@ from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hf_pss.errors import ConfigurationError
+from hf_pss.evidence.architectures import FAMILIES
+from hf_pss.evidence.recipes import RECIPES
 from hf_pss.evidence.rows import (
     USABLE_WITHIN_NATS,
     PairedDifferences,
@@ -362,7 +364,9 @@ def _once(cells: Cells) -> Cells:
 
 def _name(row: Row) -> str:
     changes = sorted((k, v) for k, v in row.changes.items() if k != "num_steps")
-    return " · ".join((row.recipe, *(f"{name} {value}" for name, value in changes)))
+    recipe = RECIPES.get(row.recipe)
+    title = row.recipe if recipe is None else f"{FAMILIES[recipe.architecture]} ({row.recipe})"
+    return " · ".join((title, *(f"{name} {value}" for name, value in changes)))
 
 
 def _get(row: Row, name: str) -> Any:

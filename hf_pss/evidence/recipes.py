@@ -282,7 +282,22 @@ RECIPES: Mapping[str, Recipe] = {
     "bert_mlm": Recipe(**_TINY, architecture="bert"),
     "llama": Recipe(**_TINY, architecture="llama"),
     "llama_untied": Recipe(**_TINY, architecture="llama_untied"),
-    "llama_no_warmup": Recipe(**_TINY, architecture="llama", warmup_steps=0),
+    # Llama's usual schedule, with a warm-up of a tenth of 2,400 steps.
+    "llama_english": Recipe(
+        **{**_TINY, "num_steps": 2400},
+        architecture="llama",
+        corpus="english",
+        warmup_steps=240,
+        adam_beta2=0.95,
+        schedule="cosine",
+    ),
+    "llama_no_warmup": Recipe(
+        **{**_TINY, "num_steps": 2400},
+        architecture="llama",
+        corpus="english",
+        warmup_steps=0,
+        adam_beta2=0.95,
+    ),
     "qwen3": Recipe(**_TINY, architecture="qwen3"),
     "moe": Recipe(**_TINY, architecture="moe"),
     "vit": Recipe(**_TINY, architecture="vit", corpus="digits"),
