@@ -572,7 +572,8 @@ def _completed(vectors: Tensor, others: Tensor) -> Tensor:
     if missing <= 0:
         return vectors
     more = others[-missing:, : vectors.shape[2]].expand(len(vectors), -1, -1)
-    return torch.linalg.qr(torch.cat([vectors, more], dim=1).mT).Q.mT
+    basis: Tensor = torch.linalg.qr(torch.cat([vectors, more], dim=1).mT).Q
+    return basis.mT
 
 
 def _padded(vectors: Tensor, size: int) -> Tensor:

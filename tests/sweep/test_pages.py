@@ -72,10 +72,10 @@ def test_every_section_is_shown_where_it_has_rows(tmp_path: Path) -> None:
     template.write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
     headings = [render_page(template).text.count("\n## ")]
     for name in GRIDS:
-        named = [replace(one, recipe=name, id=f"{name}-{one.id}") for one in grid_of_rows()]
+        named = [replace(r, recipe=f"on {name}", id=f"{name}-{r.id}") for r in grid_of_rows()]
         merge_summaries(tmp_path / ROWS_FOLDER / f"{name}.jsonl", named)
         text = render_page(template).text
-        assert f"{name}, 4 steps" in text
+        assert f"on {name}, 4 steps" in text
         headings.append(text.count("\n## "))
     # `horizon` answers three questions. `llama` and `trained` bring no heading of their own.
     assert headings == [1, 4, 4, 5, 6, 7, 7, 8]
