@@ -164,14 +164,19 @@ class PSSController:
         self._anchors = self._first_anchors()
         self.health: HealthMetrics | None = None
         """The health metrics, which measure their own time. None if ``health`` is off."""
-        if self.config.health != "off":
+        has_health = self.config.health != "off"
+        # The metrics need an update at every step. Otherwise a tracker of their own keeps the
+        # numbers of PSS the same with and without them.
+        reads_every_step = self._triggers.reads_weights and self.config.check_every_steps == 1
+        self._shares_tracker = has_health and reads_every_step
+        if has_health:
             self.health = import_module(_HEALTH_MODULE).HealthMonitor(
                 self.selection,
                 self._measurements.backend,
                 self.config.health,
                 every_steps=self.config.health_every_steps,
                 model=model,
-                tracker=self._measurements.tracker if self._triggers.reads_weights else None,
+                tracker=self._measurements.tracker if self._shares_tracker else None,
             )
         self.seconds = 0.0
         """The time that PSS has taken, without health. It is no part of the state: equal runs save
@@ -523,16 +528,10 @@ class PSSController:
                 yield from self._triggers.judge_weights(Quantity.SPECTRAL_NORM, norms)
 
     def _follows_weights(self, step: Step) -> bool:
-        """Return whether to update the tracked spectra: at every step, or only for a reading.
-
-        A short distance from step to step keeps them exact, and with or without `health` they are
-        the same. ZeRO stage 3 would gather every parameter, so there only readings update them.
-        """
-        if not self._triggers.reads_weights:
-            return False
+        """Return whether this step reads the tracked spectra, so that they must be updated."""
         config = self.config
         is_read = step.is_due(config.check_every_steps) or step.is_due(config.health_every_steps)
-        return is_read or self.health is not None or not self._measurements.gathers
+        return self._shares_tracker or (is_read and self._triggers.reads_weights)
 
     def _current_stable_ranks(self) -> dict[str, float]:
         """Return the stable ranks after a step, tracked if the detectors read the weights."""

@@ -238,9 +238,7 @@ class Measurements:
         self.shapes = matrix_shapes(self.selection.matrices)
         self._adapters = self.selection.adapters
         self.tracker = SpectrumTracker(self.selection.matrices, self.backend)
-        """Follows the spectra of the matrices from step to step, after each `follow`."""
-        self.gathers = self.backend.gathers(self.parameters())
-        """Whether `follow` gathers parameters from other ranks, as under ZeRO stage 3."""
+        """Follows the spectra of the matrices from reading to reading, after each `follow`."""
         self._followed: Mapping[str, nn.Parameter] = {}
         watched = {view.parameter_name for view in self.selection.matrices}
         watched |= {name for view in self._adapters for name in (view.left_name, view.right_name)}

@@ -46,10 +46,6 @@ class Backend:
         """Return warnings about this backend for the user. Each warning is one sentence."""
         return ()
 
-    def gathers(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Return whether this rank must gather parameters from other ranks to read them."""
-        return False
-
     @property
     def rank(self) -> int:
         """The number of this rank among the ranks that share work."""

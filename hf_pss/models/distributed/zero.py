@@ -51,10 +51,6 @@ class Zero(Replicated):
             "changes, so gradient-norm detectors notice nothing. Use stable_rank_floor instead.",
         )
 
-    def gathers(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Return whether a parameter is split, as under stage 3."""
-        return any(map(_is_split, parameters.values()))
-
     def full(self, parameter: Tensor) -> Tensor:
         """Return the parameter as the forward pass uses it."""
         if not _is_split(parameter):
