@@ -4,9 +4,10 @@ The package has six methods for σ₁. Each one has a different purpose and a di
 methods but the first approach σ₁ from below.
 
 - `SpectrumTracker`, in this module, keeps two vectors per matrix and makes one to three rounds of
-  subspace iteration per step. The detectors of weights and the health metrics of a run share one
-  tracker. Where its residual leaves open on which side of its floor a matrix lies, `Measurements`
-  reads that matrix from scratch.
+  subspace iteration per update. The detectors of weights update one whenever they read it, and the
+  health metrics of a run update one at every step. They share it if both happen at every step.
+  Where its residual leaves open on which side of its floor a matrix lies, `Measurements` reads that
+  matrix from scratch.
 - `spectral_norm` without ``num_rounds`` is exact and uses an SVD. The bounds of attention logits
   and `hf-pss health --exact` use it.
 - `spectral_norm` and `quick_stable_rank` with `QUICK_ROUNDS` start from scratch at each reading. On
