@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -65,13 +66,21 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         The page's path. It needs no other file and no network.
 
     Raises:
-        ConfigurationError: `run_dir` holds no run, or the folder for the figures is a link or leads
-            out of the page's folder.
+        ConfigurationError: `run_dir` holds no run, the page's folder is a link in the run that
+            leads out of it, or the folder for the figures is a link or leads out of the page's
+            folder.
         OSError: A file cannot be written.
     """
     directory = load_run_directory(run_dir)
     page = run_dir / "report.html" if out is None else out
     pictures = page.parent / "figures"
+    # Whoever made the run could have put a link there.
+    is_inside = Path(os.path.abspath(page)).is_relative_to(os.path.abspath(run_dir))
+    if is_inside and leads_out(page.parent, run_dir):
+        raise ConfigurationError(
+            f"{visible(page.parent)} is a link that leads out of the run. Remove the link, or give "
+            "another --output."
+        )
     # A link could lead to files of the run, and the figures would overwrite them.
     if pictures.is_symlink() or leads_out(pictures, page.parent):
         raise ConfigurationError(

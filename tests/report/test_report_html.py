@@ -257,6 +257,14 @@ def test_links_to_other_files_are_replaced_and_their_targets_stay(
     assert not any((twins / name).is_symlink() for name in ("report.html", "figures/loss.png"))
 
 
+def test_no_page_is_written_through_a_link_out_of_the_run(twins: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (twins / "pages").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigurationError, match="pages is a link that leads out of the run"):
+        write_report(twins, twins / "pages" / "report.html")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 @pytest.mark.parametrize("target", ["outside", "."])
 def test_figures_are_not_written_through_a_folder_that_is_a_link(
     twins: Path, tmp_path: Path, target: str
