@@ -89,7 +89,7 @@ app.command(
     # transformers' parser knows its options; importing it takes seconds.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train)
-app.command(name="exec", cls=ExecCommand)(execute)
+app.command(name="exec", cls=ExecCommand, options_metavar="[--pss_…] -- COMMAND")(execute)
 app.command(epilog="For demo runs only: hf-pss train prints its table when a run ends.")(report)
 for command in (health, watch, rescue):
     app.command()(command)

@@ -104,7 +104,13 @@ def read_options(words: Sequence[str]) -> PSSConfig | None:
     if preset is None and not given:
         return None
     overrides = {name.removeprefix("pss_"): value for name, value in given.items()}
-    return PSSConfig.preset(preset or "anchored", **overrides)
+    try:
+        return PSSConfig.preset(preset or "anchored", **overrides)
+    except ConfigurationError:
+        from hf_pss.trainer.arguments import spelt_as_arguments  # imports transformers
+
+        with spelt_as_arguments():
+            raise
 
 
 class _ExecParser(argparse.ArgumentParser):

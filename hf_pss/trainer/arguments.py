@@ -106,7 +106,7 @@ _Options = make_dataclass(
 
 
 @contextmanager
-def _spelt_as_arguments() -> Iterator[None]:
+def spelt_as_arguments() -> Iterator[None]:
     """Add ``pss_`` to the options in an error: the first word, and others with an underscore."""
     names = [option.name for options in (PSSConfig, RecoveryConfig) for option in fields(options)]
     others = {name for name in names if "_" in name} - set(get_args(DetectorName))
@@ -208,12 +208,12 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
 
     def pss_config(self) -> PSSConfig:
         """Return the preset, changed by the options that were set."""
-        with _spelt_as_arguments():
+        with spelt_as_arguments():
             return PSSConfig.preset(self.pss_preset, **self._given(PSSConfig))
 
     def recovery_config(self) -> RecoveryConfig:
         """Return the options for checkpoints and rollback. Unset options get their defaults."""
-        with _spelt_as_arguments():
+        with spelt_as_arguments():
             return RecoveryConfig(**self._given(RecoveryConfig))
 
     def _given(self, options: type[Any]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_options_are_those_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--pss_threshold_ratio", "0.5"], "threshold_ratio must be a number above 1"),
+        (["--pss_threshold_ratio", "0.5"], "pss_threshold_ratio must be a number above 1"),
         (["--pss_preset", "best"], "choose from"),
         (["--pss_observe_only", "maybe"], "true or false"),
         (["--learning_rate", "1"], "unrecognized arguments"),
