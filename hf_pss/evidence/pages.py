@@ -46,6 +46,9 @@ REMEDIES = (
 
 All other changes of a recipe describe the situation in which guards are compared.
 """
+FAILED_BELOW = 0.5
+"""A run has failed if it descends below the unigram entropy by less than this share of the largest
+descent in its situation. The number is ours."""
 _UNSEEN = ("num_steps", "eval_every_steps")
 """Changes that a situation's name leaves out: its length is named apart."""
 
@@ -156,9 +159,17 @@ class Runs:
         found = self._explosions(guard)
         return f"{sum(found)} of {len(found)}"
 
-    def share_exploded(self, guard: str) -> float:
+    def failed(self, guard: str, rate: float) -> str:
+        """Return how many runs of a guard failed at a rate: they exploded or learned too little.
+
+        `FAILED_BELOW` says what is too little in one situation.
+        """
+        found = self._failures(guard, rate)
+        return f"{sum(found)} of {len(found)}"
+
+    def share_failed(self, guard: str, rate: float) -> float:
         """Return the share of these runs, from 0 to 1."""
-        found = self._explosions(guard)
+        found = self._failures(guard, rate)
         return sum(found) / len(found)
 
     def cost(self, guard: str) -> str:
@@ -179,22 +190,24 @@ class Runs:
                 cells.append((*lead, gain, runs.usable(guard), runs.exploded(guard)))
         return markdown_table(_once(cells))
 
-    def explosions(self, reference: str) -> str:
-        """Return the table of the rates at which runs exploded, and the loss of the others."""
-        cells: Cells = [("situation", "rate", "guard", "exploded", "how", "loss of the others")]
-        for runs in self.situations():
-            for rate in sorted(
-                {r.learning_rate for r in runs.rows if r.explosion_kind is not None}
-            ):
-                for guard in runs.guards(reference):
-                    here = runs.where(learning_rate=rate, guard=guard).rows
-                    kinds = [row.explosion_kind for row in here if row.explosion_kind is not None]
-                    sound = [final_loss(row) for row in here if row.explosion_kind is None]
-                    how = ", ".join(sorted(set(kinds))) or NOTHING
-                    loss = f"{median(sound):.3f}" if sound else NOTHING
-                    lead = (runs.title, f"{rate:g}", f"`{guard}`")
-                    if here:
-                        cells.append((*lead, f"{len(kinds)} of {len(here)}", how, loss))
+    def failures(self, reference: str) -> str:
+        """Return the table of the rates at which a run failed, and the loss of the others."""
+        head = ("situation", "rate", "guard", "failed", "exploded", "median loss")
+        cells: Cells = [(*head, "loss of those that did not fail")]
+        for situation in self.situations():
+            for rate in situation.rates():
+                runs = situation.where(learning_rate=rate)
+                guards = runs.guards(reference)
+                if not any(situation.share_failed(guard, rate) for guard in guards):
+                    continue
+                for guard in guards:
+                    pairs = zip(
+                        runs.only(guard).rows, situation._failures(guard, rate), strict=True
+                    )
+                    sound = [final_loss(row) for row, has_failed in pairs if not has_failed]
+                    lead = (runs.title, f"{rate:g}", f"`{guard}`", situation.failed(guard, rate))
+                    others = f"{median(sound):.3f}" if sound else NOTHING
+                    cells.append((*lead, runs.exploded(guard), runs.loss(guard), others))
         return markdown_table(_once(cells))
 
     def costs(self) -> str:
@@ -219,6 +232,11 @@ class Runs:
 
     def _explosions(self, guard: str) -> list[bool]:
         return [row.explosion_kind is not None for row in self._with(guard) if row.guard == guard]
+
+    def _failures(self, guard: str, rate: float) -> list[bool]:
+        least = FAILED_BELOW * max(map(_descent, self._with(guard)))
+        own = self.only(guard).where(learning_rate=rate).rows
+        return [row.explosion_kind is not None or _descent(row) < least for row in own]
 
     def _by_seed(self, guard: str) -> Mapping[int, float]:
         losses = losses_by_rate(self._with(guard), guard)
@@ -291,6 +309,7 @@ def render_page(template: Path) -> Page:
         keep_trailing_newline=True,
     )
     known = {"rows": rows, "picture": picture, "usable_within": f"{USABLE_WITHIN_NATS:g}"}
+    known["failed_below"] = f"{FAILED_BELOW:g}"
     try:
         text = environment.get_template(template.name).render(known)
     except TemplateError as error:
@@ -350,6 +369,11 @@ def _situation(row: Row) -> tuple[Any, ...]:
     """Return what no guard and no remedy changes."""
     rest = {k: v for k, v in row.changes.items() if k not in (*REMEDIES, *_UNSEEN)}
     return row.recipe, row.num_steps, *sorted(rest.items())
+
+
+def _descent(row: Row) -> float:
+    """Return by how much the validation loss ends below the unigram entropy, in nats."""
+    return row.unigram_entropy - final_loss(row)
 
 
 def _holds_zero(found: PairedDifferences) -> bool:

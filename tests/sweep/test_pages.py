@@ -88,7 +88,7 @@ def test_the_first_paragraph_says_where_the_default_does_not_help(tmp_path: Path
     named = [replace(r, guard="anchored", id=f"anchored-{r.id}") for r in lost]
     merge_summaries(tmp_path / ROWS_FOLDER / "explosions_long.jsonl", [*grid_of_rows(), *named])
     text = " ".join(render_page(template).text.split("\n- ")[0].split())
-    assert "not prevent the explosions of tiny, 4 steps, at a rate of 0.1**: 3 of 3 runs" in text
+    assert "not save tiny, 4 steps, at a rate of 0.1**: 3 of 3 runs" in text
     assert "at a rate of 0.01" not in text
 
 
@@ -112,13 +112,23 @@ def test_the_first_paragraph_says_where_the_default_does_not_help(tmp_path: Path
         (lambda runs: runs.verdict("floor", "clip"), "`floor` ends 0.100 below `clip`"),
         (lambda runs: runs.verdict("clip", "floor"), "`clip` ends 0.100 above `floor`"),
         (lambda runs: runs.exploded("clip"), "3 of 9"),
-        (lambda runs: runs.where(learning_rate=0.1).share_exploded("clip"), 1.0),
+        (lambda runs: runs.failed("clip", 0.1), "3 of 3"),
+        (lambda runs: runs.share_failed("clip", 0.001), 0.0),
         (lambda runs: runs.rates(), [0.001, 0.01, 0.1]),
         (lambda runs: runs.cost("clip"), "0.50 %"),
     ],
 )
 def test_answers_for_a_sentence(ask: Callable[[Runs], Any], answer: Any) -> None:
     assert ask(runs_of()) == answer
+
+
+def test_a_run_fails_if_it_learns_less_than_half_of_the_best() -> None:
+    # The unigram entropy is 6, and the best run of the situation descends by 2 at another rate.
+    runs = runs_of(
+        row(rate=1e-3, loss=4.0), *(row(rate=1e-2, seed=s, loss=5.01 - 0.02 * s) for s in (0, 1))
+    )
+    assert runs.failed("clip", 1e-2) == "1 of 2"
+    assert runs.exploded("clip") == "0 of 3"
 
 
 def test_a_verdict_needs_an_interval_without_zero() -> None:
@@ -173,10 +183,10 @@ def test_tables() -> None:
     contest = runs_of().contest("clip").splitlines()
     assert "| `clip` | 0.001 (edge) | 4.010 [3] | – | 0.001 | 3 of 9 |" in contest[2]
     assert "| −0.100 (−0.100 … −0.100), 3 of 3 | 0.001 to 0.01 (10×) | 0 of 9 |" in contest[3]
-    explosions = runs_of().explosions("clip").splitlines()
-    assert len(explosions) == 4  # nothing exploded at the other rates
-    assert explosions[-2] == "| tiny, 4 steps | 0.1 | `clip` | 3 of 3 | rise | – |"
-    assert explosions[-1] == "|  | 0.1 | `floor` | 0 of 3 | – | 4.410 |"
+    failures = runs_of().failures("clip").splitlines()
+    assert len(failures) == 4  # nothing failed at the other rates
+    assert failures[-2] == "| tiny, 4 steps | 0.1 | `clip` | 3 of 3 | 3 of 3 | 6.000 | – |"
+    assert failures[-1] == "|  | 0.1 | `floor` | 0 of 3 | 0 of 3 | 4.410 | 4.410 |"
     assert runs_of().costs().splitlines()[2] == "| tiny, 4 steps | `clip` | 0.50 % | 0 | 9 |"
 
 
