@@ -11,16 +11,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import Trainer
 
 from hf_pss.evidence.guard_callbacks import TimedCallback
-from hf_pss.health.probe_meters import (
-    SignDiversityMeter,
-    SpectralNormMeter,
-    measure_jacobian_energies,
-)
+from hf_pss.health.probe_meters import SignDiversityMeter, measure_jacobian_energies
 from hf_pss.linalg import quick_stable_rank
 from hf_pss.models.batching import measure_each
 from hf_pss.models.distributed import backend_for
 from hf_pss.models.measurements import UpdateMeter
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
+from hf_pss.models.tracked import SpectrumTracker
 from hf_pss.records.strict_json import finite_or_none
 from hf_pss.trainer.callback import PSSCallback
 
@@ -34,7 +31,7 @@ PROBED: Mapping[str, str] = {
     "min_sign_diversity": "smallest sign diversity of a matrix's inputs",
     "mean_sign_diversity": "mean sign diversity of the matrices' inputs",
     "max_spectral_growth": "largest σ₁ / σ₁ before training, without matrices that start at zero",
-    "max_spectral_residual": "largest residual of the σ₁: above 0.05 one of them is stale",
+    "max_spectral_residual": "largest residual of a tracked σ₁²; near 0 if one direction leads",
 }
 """The meaning of each series."""
 
@@ -72,7 +69,7 @@ class Probes(TimedCallback):
         self._views = select_matrices(self.model).matrices
         names = sorted({view.parameter_name for view in self._views})
         self._updates = UpdateMeter(names, self._backend)
-        self._norms = SpectralNormMeter(self._views, self._backend)
+        self._norms = SpectrumTracker(self._views, self._backend)
         self._signs = SignDiversityMeter(self.model, self._views, self._backend)
         first = self._norms.measure(parameters)
         self._first = {name: norm.sigma for name, norm in first.items() if norm.sigma > 0}
@@ -82,7 +79,7 @@ class Probes(TimedCallback):
         self._now = {}
         self._is_due = step % self.every_steps == 0
         if self._is_due:
-            self._signs.arm(self._norms.directions())
+            self._signs.arm(self._norms.directions(named_parameters_canonical(self.model)))
 
     def before_update(self) -> bool:
         """Read the gradients and the captured forward passes."""

@@ -1,9 +1,9 @@
-"""Meters of the probes of sweeps: σ₁ by power iteration, sign diversity and Jacobian energy."""
+"""Meters of the probes of sweeps: sign diversity and stable Jacobian energy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,100 +16,9 @@ from hf_pss.models.batching import gather, stacks
 from hf_pss.models.distributed import Backend
 from hf_pss.models.selection import MatrixView, canonical_name
 
-# The number of calls of a `SpectralNormMeter` between two restarts.
-_RESTART_EVERY = 50
 # Rounding of a sum of squares in fp32 may turn an SR of 5 into 4.99999. It
 # still means 5 directions.
 _ROUNDING = 1e-5
-
-
-class SpectralNorm(NamedTuple):
-    """An estimate of σ₁ from below, and the distance of its vectors from a singular pair."""
-
-    sigma: float
-    """In the units of the matrix. It is NaN if the matrix holds NaN or inf."""
-    residual: float
-    """‖Wᵀu − ‖Wv‖ v‖ / ‖Wᵀu‖ of the vectors before the round. It is NaN if the matrix holds NaN or
-    inf. If it is above 0.05, the vectors lag behind the matrix: by Weyl's theorem, some singular
-    value lies within residual · σ of the estimate. If it is small, the vectors belong to some
-    singular value. Only a restart finds a different value that has become larger."""
-
-
-class SpectralNormMeter:
-    """Tracks σ₁ and v₁ of the selected matrices during training.
-
-    Each call makes one round of power iteration. The first call and every 50th call use
-    `leading_triplets` instead, because power iteration that has converged to one singular vector
-    never finds a larger one orthogonal to it.
-
-    Cost: light, for every step. There are two products of each matrix with a vector, one batched
-    call per shape, and one device-to-host read. The memory is one vector per matrix.
-
-    Args:
-        views: The matrices to read.
-        backend: How parameters are stored.
-    """
-
-    def __init__(self, views: Sequence[MatrixView], backend: Backend) -> None:
-        self._views, self._backend = tuple(views), backend
-        self._num_calls = 0
-        self._vectors: dict[tuple[str, ...], Tensor] = {}
-
-    @torch.no_grad()
-    def measure(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, SpectralNorm]:
-        """Do one round, and return the estimate for each 2-D matrix by name."""
-        numbers = {}
-        restarts = self._num_calls % _RESTART_EVERY == 0
-        for stack in stacks(self._views, parameters, self._backend):
-            if restarts:
-                v = leading_triplets(stack.matrices, 1, check_finite=False).v[..., 0]
-            else:
-                v = self._vectors[stack.names]
-            sigma, self._vectors[stack.names], residual = power_round(stack.matrices, v)
-            numbers[stack.names] = torch.stack([sigma, residual], dim=-1)
-        self._num_calls += 1
-        found = _agreed(numbers, self._backend)
-        return {name: SpectralNorm(*pair) for name, pair in found.items()}
-
-    def directions(self) -> dict[str, Tensor]:
-        """Return v₁ of each 2-D matrix by name, (n,), as of the last call."""
-        return {
-            name: v
-            for names, stacked in self._vectors.items()
-            for name, v in zip(names, stacked, strict=True)
-        }
-
-
-def power_round(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do one round of power iteration: u = Wv / ‖Wv‖, σ = ‖Wᵀu‖, v ← Wᵀu / σ.
-
-    This is the method of Golub & Van Loan, Matrix Computations, section 8.2, applied to WᵀW.
-
-    Args:
-        weight: (..., m, n), any real floating dtype.
-        v: (..., n), unit vectors, float32, or float64 for a float64 weight.
-
-    Returns:
-        Three tensors. The first is σ (...), which is not above σ₁ except for rounding. The second
-        is the new v (..., n), or the old v if the matrix is not finite or maps v to zero. The
-        third is the residual (...) of the old v, which is 1 if a nonzero matrix maps it to zero.
-
-    >>> weight = torch.diag(torch.tensor([2.0, 1.0]))
-    >>> sigma, v, residual = power_round(weight, torch.tensor([1.0, 0.0]))
-    >>> sigma.item(), v.tolist(), residual.item()
-    (2.0, [1.0, 0.0], 0.0)
-    """
-    scaled = unit_scaled(weight)
-    image = (scaled.matrix @ v.unsqueeze(-1)).squeeze(-1)
-    length = torch.linalg.vector_norm(image, dim=-1)
-    u = image / _nonzero(length).unsqueeze(-1)
-    back = (scaled.matrix.mT @ u.unsqueeze(-1)).squeeze(-1)
-    sigma = torch.linalg.vector_norm(back, dim=-1)
-    residual = torch.linalg.vector_norm(back - length.unsqueeze(-1) * v, dim=-1) / _nonzero(sigma)
-    is_zero = scaled.matrix.abs().amax(dim=(-2, -1)) == 0
-    residual = torch.where((sigma == 0) & ~is_zero, 1.0, residual)
-    moved = torch.where((sigma > 0).unsqueeze(-1), back / _nonzero(sigma).unsqueeze(-1), v)
-    return scaled.restore(sigma), moved, torch.where(scaled.finite, residual, torch.nan)
 
 
 class SignDiversityMeter:
@@ -251,7 +160,3 @@ def _agreed(
     names = [name for group in stacked for name in group]
     host = iter(backend.agree(every.flatten()))
     return dict(zip(names, zip(*[host] * every.shape[1], strict=True), strict=True))
-
-
-def _nonzero(values: Tensor) -> Tensor:
-    return values.clamp_min(torch.finfo(values.dtype).tiny)

@@ -20,4 +20,3 @@ from hf_pss.linalg.smoothing import SmoothingFunction as SmoothingFunction
 from hf_pss.linalg.smoothing import StableRankCap as StableRankCap
 from hf_pss.linalg.triplets import Triplets as Triplets
 from hf_pss.linalg.triplets import leading_triplets as leading_triplets
-from hf_pss.linalg.triplets import quick_triplets as quick_triplets

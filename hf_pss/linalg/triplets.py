@@ -17,10 +17,6 @@ from hf_pss.linalg.scaling import UnitScaled, require_finite, unit_scaled
 # niter=2 takes 6 ms, with 9 % and 6 %.
 DEFAULT_ROUNDS = 8
 _BLOCK = 16
-# For `quick_triplets`: (values, columns of the first block, multiplications by WᵀW). Small matrices
-# use subspace iteration, because the number of calls dominates their time.
-_QUICK_SMALL, _QUICK_LARGE = (8, 8, 3), (16, 8, 4)
-_QUICK_SMALL_BELOW = 128
 # The smallest number of dimensions of the Krylov space for each requested value.
 _SPACE = 3
 # Below this value, in units of σ₁, W v / σ is not a unit vector to float32's precision.
@@ -154,64 +150,6 @@ def triplets_of_scaled(
     if wide:
         u, v = v, u
     return Triplets(u=u, sigma=sigma, v=v, space=space)
-
-
-def quick_triplets(
-    weight: Tensor, k: int | None = None, *, num_rounds: int | None = None
-) -> tuple[Triplets, Tensor]:
-    """Return the k leading triplets, and the norm of the rest, at a fraction of an SVD's cost.
-
-    Below min(m, n) = 128 the method is subspace iteration. Above this size it uses a small Krylov
-    space. Both start from a fixed block and end with Rayleigh–Ritz. The function never raises. A
-    matrix that holds NaN or inf gives NaN values. No value is above the true one, and one of
-    WV = UΣ and WᵀU = VΣ holds to rounding. So an edit U(φ(Σ) − Σ)Vᵀ that lowers values is W times a
-    contraction, even if the triplets have not converged.
-
-    The second result is ‖W − UΣVᵀ‖_F, (...). It is measured, because for a collapsed matrix
-    ‖W‖_F² − Σσ² would be only rounding.
-
-    With the defaults we measured these errors of σ₁. σ₁ is low by 2 % on i.i.d. noise of 64×64
-    (worst 6 %), and by 1.3 % on noise of 768×768. If σ₁ stands out at 4 times the noise, it is low
-    by 2e-6, and at twice the noise by up to 0.5 %.
-
-    Args:
-        weight: (..., m, n), any real floating dtype. Computed in float32, or float64 for float64.
-        k: The number of triplets. At most min(m, n) are returned. The default is 8
-            below 128, and 16 above.
-        num_rounds: The number of multiplications by WᵀW. The default is 3 below 128, and 4 above.
-
-    >>> quick_triplets(torch.diag(torch.tensor([1.0, 5.0, 3.0])))[0].sigma.round().tolist()
-    [5.0, 3.0, 1.0]
-    """
-    scaled = unit_scaled(weight)
-    matrix = scaled.matrix
-    size = min(matrix.shape[-2:])
-    is_small = size < _QUICK_SMALL_BELOW
-    values, width, rounds = _QUICK_SMALL if is_small else _QUICK_LARGE
-    k = min(k or values, size)
-    rounds = rounds if num_rounds is None else num_rounds
-    if is_small:
-        u, sigma, v = _subspace(matrix, k, rounds)
-    else:
-        tall = matrix.mT if matrix.shape[-2] < matrix.shape[-1] else matrix
-        width = max(width, math.ceil(2 * k / (rounds + 1)))
-        u, sigma, v, _ = _rayleigh_ritz(tall, cold_start(tall, width), rounds, k)
-        u, v = (u, v) if tall is matrix else (v, u)
-    rest = torch.linalg.vector_norm(matrix - (u * sigma.unsqueeze(-2)) @ v.mT, dim=(-2, -1))
-    triplets = Triplets(u=u, sigma=scaled.restore(sigma), v=v, space=None)
-    return triplets, scaled.restore(rest)
-
-
-def _subspace(matrix: Tensor, k: int, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, Σ, V of the projection on k columns after subspace iteration: WᵀU = VΣ."""
-    right = cold_start(matrix, k)
-    for _ in range(num_rounds):
-        u = torch.linalg.qr(product(matrix, torch.linalg.qr(right).Q)).Q
-        right = product(matrix.mT, u)
-    # The SVD of an (n, k) matrix is computed from its R factor, which is k×k.
-    v, core = torch.linalg.qr(right)
-    rotate_v, sigma, rotate_u = torch.linalg.svd(core)
-    return u @ rotate_u.mT, sigma, v @ rotate_v
 
 
 def _check_start(weight: Tensor, start: Tensor | None) -> None:

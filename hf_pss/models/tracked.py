@@ -1,6 +1,6 @@
 """σ₁, ‖W‖_F and the stable rank of every selected matrix, tracked from step to step.
 
-The package has six methods for σ₁. Each one has a different purpose and a different accuracy. All
+The package has four methods for σ₁. Each one has a different purpose and a different accuracy. All
 methods but the first approach σ₁ from below.
 
 - `SpectrumTracker`, in this module, keeps two vectors per matrix and makes one to three rounds of
@@ -15,10 +15,6 @@ methods but the first approach σ₁ from below.
   768×768. `hf-pss health`, single readings, and matrices that the tracker cannot judge use them.
 - `leading_triplets` is within 1e-4 on noise of 768×768, and starts from scratch. Smoothing uses it.
   The record of `hf_pss.models.anchors` uses it with half of the rounds, within 1.6 %.
-- `quick_triplets` is low by 2 % on average on noise of 64×64. It starts from scratch.
-- `SpectralNormMeter` in `hf_pss.health.probe_meters` makes one round of power iteration per call,
-  and uses `leading_triplets` every 50 calls. The probes of sweeps use it, because their records
-  hold its numbers.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ if __name__ == "__main__":
         if os.environ.get("RANK") == "1":
             spectra.unit_scaled = fail  # type: ignore[attr-defined]
             spectra.leading_triplets = fail  # type: ignore[attr-defined]
-            spectra.quick_triplets = fail  # type: ignore[attr-defined]
             update_metrics.SpectralEdgeMeter._project = fail  # type: ignore[method-assign]
             meter.spectral_alignment = fail  # type: ignore[attr-defined]
     main()

@@ -18,8 +18,8 @@ BACKEND = Backend()
 # Shares in [0, 1], so absolute.
 TOLERANCE = 4e-7  # 2.0e-7
 ZERO_TOLERANCE = 1.2e-6  # 4.4e-7, what rounding leaves of a matrix of low rank
-# A narrow block finds the leading K values of noise, the hardest spectrum, from below.
-QUICK_BAND = {64: 0.01, 256: 0.02}  # 0.0033, 0.0072
+# Small matrices are decomposed. The leading values of larger noise are found from below.
+QUICK_BAND = {64: TOLERANCE, 256: 4e-3}  # 2.0e-7, 0.0014
 BFLOAT16_TOLERANCE = 0.0  # widening rounds nothing
 
 
