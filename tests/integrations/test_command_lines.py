@@ -6,11 +6,13 @@ Each has an environment of its own, in which `make test-frameworks` runs these t
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from framework_pages import (
     OPTIONS,
@@ -55,8 +57,8 @@ def axolotl_itself(folder: Path) -> None:
     run(folder, "-m", "axolotl.cli.train", file, AXOLOTL_DO_NOT_TRACK="1")
 
 
-def axolotl_executed(folder: Path) -> None:
-    words = ("-m", "axolotl.cli.train", axolotl_file(folder))
+def axolotl_executed(folder: Path, **options: object) -> None:
+    words = ("-m", "axolotl.cli.train", axolotl_file(folder, **options))
     executed(folder, *words, AXOLOTL_DO_NOT_TRACK="1")
 
 
@@ -85,9 +87,9 @@ def factory_itself(folder: Path) -> None:
     run(folder, "info.py")
 
 
-def factory_executed(folder: Path) -> None:
+def factory_executed(folder: Path, **options: object) -> None:
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
-    (folder / "train.yaml").write_text(yaml.safe_dump(FACTORY), "utf-8")
+    (folder / "train.yaml").write_text(yaml.safe_dump({**FACTORY, **options}), "utf-8")
     executed(folder, "-m", "llamafactory.cli", "train", "train.yaml")
 
 
@@ -105,8 +107,8 @@ def swift_itself(folder: Path) -> None:
     run(folder, *SWIFT, "--external_plugins", "pss_plugin.py", "--callbacks", "pss")
 
 
-def swift_executed(folder: Path) -> None:
-    executed(folder, *SWIFT)
+def swift_executed(folder: Path, **options: object) -> None:
+    executed(folder, *SWIFT, *(word for k, v in options.items() for word in (f"--{k}", str(v))))
 
 
 def executed(folder: Path, *words: str, **variables: str) -> None:
@@ -116,7 +118,12 @@ def executed(folder: Path, *words: str, **variables: str) -> None:
     assert "PSS watched 1 Trainer(s)" in said
 
 
-Start = Callable[[Path], None]
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the last checkpoint."""
+    return load_file(folder / "out" / f"checkpoint-{NUM_STEPS}" / "model.safetensors")
+
+
+Start = Callable[..., None]
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -145,3 +152,28 @@ def test_a_quick_start_intervenes_and_equals_exec(
     assert steps[0]
     assert steps[0] == steps[1]
     assert [k for k, v in weights[0].items() if not v.equal(weights[1][k])] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "start"),
+    [
+        ("axolotl", axolotl_executed),
+        ("llamafactory", factory_executed),
+        ("swift", swift_executed),
+    ],
+)
+def test_a_resumed_run_ends_like_a_whole_one(package: str, start: Start, tmp_path: Path) -> None:
+    needs_framework(package)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole.mkdir()
+    make_model_and_rows(whole)
+    half = NUM_STEPS // 2
+    start(whole, save_steps=half)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "out" / f"checkpoint-{NUM_STEPS}")
+    start(resumed, save_steps=half, resume_from_checkpoint=f"out/checkpoint-{half}")
+    expected, found = weights_in(whole), weights_in(resumed)
+    assert [name for name, value in expected.items() if not value.equal(found[name])] == []
+    steps = [event["step"] for event in events_of(whole / "out")]
+    assert steps
+    assert [event["step"] for event in events_of(resumed / "out")] == steps
