@@ -48,6 +48,7 @@ FRAMEWORKS = {
                 "huggingface_hub==1.17.0",
                 "tokenizers==0.23.1",
                 "kernels<0.17",
+                "kernels-data",
             ),
             *("addict", "art", "axolotl-contribs-lgpl", "axolotl-contribs-mit", "bitsandbytes"),
             *("colorama", "fastcore", "fire", "liger-kernel", "llvmlite", "numba", "posthog"),
