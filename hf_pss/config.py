@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -64,6 +66,37 @@ class Options:
         """Return the options as plain values that JSON and YAML can hold."""
         values = asdict(self)  # type: ignore[call-overload]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+_spelling: ContextVar[Callable[[str], str]] = ContextVar("spelling", default=str)
+
+
+def spelt(warning: str) -> str:
+    """Return a warning with its options as the user typed them; see `spelt_as_arguments`."""
+    return _spelling.get()(warning)
+
+
+@contextmanager
+def spelt_as_arguments(kind: type[Options]) -> Iterator[None]:
+    """Add ``pss_`` to options in errors and in texts of `spelt` while the block runs.
+
+    An option is the first word of the text, or stands before ``=``, or has an underscore.
+
+    Args:
+        kind: The class of the options.
+    """
+    names = [spec.name for spec in fields(kind)]  # type: ignore[arg-type]
+    long = {name for name in names if "_" in name} - set(get_args(DetectorName))
+    either = "|".join(names)
+    pattern = re.compile(rf"^(?:{either})\b|\b(?:{either})(?==)|\b(?:{'|'.join(sorted(long))})\b")
+    add = partial(pattern.sub, r"pss_\g<0>")
+    token = _spelling.set(add)
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(add(str(error))) from error
+    finally:
+        _spelling.reset(token)
 
 
 DetectorName = Literal[
@@ -332,19 +365,24 @@ class PSSConfig(Options):
                 f"PSS has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
         config = replace(cls(**PRESETS[name]), **overrides)
-        if "trial_margin_ratio" in overrides and config.trial == "off":
-            _warn_once("trial_margin_ratio has no effect with trial='off'.")
-        if overrides.get("trial") == "spikes" and not config.reacts_to_spikes:
-            _warn_once("trial='spikes' has no effect on the stable-rank floor; trial='all' has.")
-        for spec in fields(cls):
+        for warning in config._without_effect(overrides):
+            _warn_once(spelt(warning))
+        return config
+
+    def _without_effect(self, given: Collection[str]) -> Iterator[str]:
+        """Yield a warning for each given option that has no effect."""
+        if "trial_margin_ratio" in given and self.trial == "off":
+            yield "trial_margin_ratio has no effect with trial='off'."
+        if "trial" in given and self.trial == "spikes" and not self.reacts_to_spikes:
+            yield "trial='spikes' has no effect on the stable-rank floor; trial='all' has."
+        for spec in fields(self):
             readers = spec.metadata["read_by"]
-            if spec.name in overrides and readers and readers.isdisjoint(config.detectors):
-                _warn_once(
+            if spec.name in given and readers and readers.isdisjoint(self.detectors):
+                yield (
                     f"{spec.name} has no effect with the detectors "
-                    f"{', '.join(config.detectors) or 'none'}; only "
+                    f"{', '.join(self.detectors) or 'none'}; only "
                     f"{', '.join(sorted(readers))} read it."
                 )
-        return config
 
     @property
     def reacts_to_spikes(self) -> bool:

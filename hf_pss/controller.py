@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PSSConfig, spelt
 from hf_pss.detection.detectors import GLOBAL, Judgement, Quantity, Verdict
 from hf_pss.detection.policy import Action, Decision, InterventionHistory, Policy
 from hf_pss.detection.state import JSON, check_version, read_integer, read_object
@@ -495,7 +495,7 @@ class PSSController:
         """Log warnings on the first rank. All ranks iterate, as a warning may be collective."""
         for sentence in sentences:
             if self._measurements.backend.rank == 0:
-                logger.warning("%s", sentence)
+                logger.warning("%s", spelt(sentence))
 
     def _note_norm(self, has_norm: bool) -> None:
         """Warn once if only some steps have a norm, as if each micro-batch were a step."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from hf_pss.config import PRESETS, PSSConfig
+from hf_pss.config import PRESETS, PSSConfig, spelt_as_arguments
 from hf_pss.errors import ConfigurationError
 
 _NO_COMMAND = (
@@ -104,13 +104,8 @@ def read_options(words: Sequence[str]) -> PSSConfig | None:
     if preset is None and not given:
         return None
     overrides = {name.removeprefix("pss_"): value for name, value in given.items()}
-    try:
+    with spelt_as_arguments(PSSConfig):
         return PSSConfig.preset(preset or "anchored", **overrides)
-    except ConfigurationError:
-        from hf_pss.trainer.arguments import spelt_as_arguments  # imports transformers
-
-        with spelt_as_arguments():
-            raise
 
 
 class _ExecParser(argparse.ArgumentParser):

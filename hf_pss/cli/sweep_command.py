@@ -10,6 +10,7 @@ from rich.console import Console
 
 from hf_pss.cli.terminal import EXIT_CODES, REPORT_MODULE, Processes, require_extra
 from hf_pss.errors import ConfigurationError
+from hf_pss.view.numbers import plural
 
 if TYPE_CHECKING:
     from hf_pss.evidence.rows import Row
@@ -107,7 +108,8 @@ def export(
     """
     from hf_pss.evidence.rows import merge_summaries
 
-    typer.echo(f"{file} holds {merge_summaries(file, _read(output_dir))} rows.")
+    num_rows = merge_summaries(file, _read(output_dir))
+    typer.echo(f"{file} holds {plural(num_rows, 'row')}.")
 
 
 @sweep.command()
@@ -240,6 +242,6 @@ def _read(output_dir: Path) -> list[Row]:
         raise ConfigurationError(f"{output_dir} holds no finished run yet.")
     if num_failed := len({row.id for row in found} - {row.id for row in rows}):
         Console(stderr=True).print(
-            f"{num_failed} failed runs are left out; the sweep tries them again."
+            f"Left out: {plural(num_failed, 'failed run')}. The sweep tries again."
         )
     return rows

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 from axolotl.integrations.base import BasePlugin
 from pydantic import create_model
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PSSConfig, spelt_as_arguments
 from hf_pss.trainer.callback import PSSCallback
 
 # None keeps the value of the preset. PSSConfig checks the ranges.
@@ -36,4 +36,6 @@ class PSSPlugin(BasePlugin):
         """Attach PSS with the options of the YAML file."""
         given = {name: cfg[f"pss_{name}"] for name in _HINTS}
         given = {name: value for name, value in given.items() if value is not None}
-        PSSCallback(PSSConfig.preset(given.pop("preset", "anchored"), **given)).attach(trainer)
+        with spelt_as_arguments(PSSConfig):
+            config = PSSConfig.preset(given.pop("preset", "anchored"), **given)
+        PSSCallback(config).attach(trainer)

@@ -43,6 +43,7 @@ from hf_pss.runs.folder import (
     leads_out,
     step_by_name,
 )
+from hf_pss.view.numbers import plural
 
 CheckpointVerdict: TypeAlias = Literal["healthy", "unopened", "suspect", "incomplete", "damaged"]
 
@@ -319,13 +320,13 @@ def choose(
         chosen = max(far or before, key=_STEP)
         distance = failure.onset_step - chosen.step
         short = f": less than the margin of {margin}, but there is no older one"
-        reason = f"complete, and {distance} steps before the failure began"
+        reason = f"complete, and {plural(distance, 'step')} before the failure began"
         reason += f" (the margin is {margin})" if far else short
     else:
         chosen, is_last_resort = min(usable, key=_STEP), True
         reason = (
-            f"the last resort: written {chosen.step - failure.onset_step} steps after the failure "
-            "began, and no usable one is older. Its weights may be damaged"
+            f"the last resort: written {plural(chosen.step - failure.onset_step, 'step')} after "
+            "the failure began, and no usable one is older. Its weights may be damaged"
         )
     if chosen is not None and chosen.inspection is None and not is_last_resort:
         reason += "; its weights were not opened: check them yourself"
@@ -343,4 +344,4 @@ def _why_not(one: CheckpointReport, failure: RunFailure | None, margin_steps: in
         return _OF_EARLIER_RUN
     if failure is not None and one.step >= failure.onset_step:
         return f"written after the failure began (step {failure.onset_step})"
-    return f"within {margin_steps} steps of the failure"
+    return f"within {plural(margin_steps, 'step')} of the failure"

@@ -32,6 +32,7 @@ from hf_pss.rescue.diagnosis import RunFailure
 from hf_pss.rescue.investigate import Investigation
 from hf_pss.runs.options import LR_SCALE, Launch, num_processes, read_launch
 from hf_pss.runs.records_files import RunLog
+from hf_pss.view.numbers import plural
 
 _LEAST_RISE = 1.1
 _LEAST_SCALE = 0.1
@@ -365,8 +366,8 @@ def _about_batches(found: Investigation, chosen: CheckpointReport, skipped: int)
     text = (
         "A batch may have caused the failure. The resumed run reaches it again by step "
         f"{failure.noticed_step}. To skip it, call hf-pss rescue with --write OUT --skip-batches "
-        f"{needed}. This costs the data of {needed} updates, most of them sound, and the run ends "
-        "that many updates earlier."
+        f"{needed}. This costs the data of {plural(needed, 'update')}, and the run ends that much "
+        "earlier. Most of this data is sound."
     )
     end = chosen.step + needed
     if log.max_steps is not None and end >= log.max_steps:

@@ -46,6 +46,7 @@ from hf_pss.detection.policy import Action
 from hf_pss.health.verdicts import LOW_SHARE_OF_SIBLINGS
 from hf_pss.records.strict_json import finite_or_none
 from hf_pss.runs.records_files import LogRow, RunLog, RunRecords
+from hf_pss.view.numbers import plural
 
 FailureKind: TypeAlias = Literal["non_finite", "spike", "slow_damage", "collapse"]
 RankRatios: TypeAlias = Sequence[tuple[int, float]]
@@ -418,14 +419,17 @@ def _of_events(records: RunRecords) -> list[str]:
     notes = []
     if records.events:
         steps = [one.step for one in records.events]
+        first, last = min(steps), max(steps)
+        when = f"at step {first}" if first == last else f"from step {first} to {last}"
         notes.append(
-            f"PSS recorded {len(steps)} events, from step {min(steps)} to {max(steps)}, and "
-            f"answered {records.num_interventions} by smoothing."
+            f"PSS recorded {plural(len(steps), 'event')}, {when}, and answered "
+            f"{records.num_interventions} by smoothing."
         )
     if bad := records.nonfinite_steps():
         named = ", ".join(map(str, bad[:_MOST_NAMED]))
         more = f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
         notes.append(f"PSS met steps that were not finite: {named}{more}.")
     if records.num_unreadable:
-        notes.append(f"{records.num_unreadable} lines of PSS's files could not be read.")
+        lines = plural(records.num_unreadable, "line")
+        notes.append(f"Could not be read: {lines} of PSS's files.")
     return notes

@@ -19,6 +19,7 @@ from hf_pss.rescue.investigate import Investigation
 from hf_pss.rescue.repair import Written
 from hf_pss.runs.folder import write_whole
 from hf_pss.runs.records_files import RunLog
+from hf_pss.view.numbers import plural
 from hf_pss.view.tables import lean_table, marks, sparkline
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _course(found: Investigation) -> Iterator[RenderableType]:
         return
     end = "" if not log.max_steps else f" of {log.max_steps:,}"
     yield Text(
-        f"{visible(found.run_dir)}: {len(log.rows):,} logged rows up to step "
+        f"{visible(found.run_dir)}: {plural(len(log.rows), 'logged row')} up to step "
         f"{log.global_step:,}{end}"
     )
     if failure is None:

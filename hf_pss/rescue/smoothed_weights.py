@@ -27,6 +27,7 @@ from hf_pss.linalg import SMOOTHING_FUNCTIONS, StableRankCap, smooth_spectrum
 from hf_pss.models.selection.by_name import is_adapter_factor
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.safetensors_files import Checkpoint, read_pieces
+from hf_pss.view.numbers import plural
 
 _SMOOTHABLE = {"F16", "BF16", "F32", "F64"}
 
@@ -148,10 +149,10 @@ def summary(repairs: Sequence[Repair]) -> str:
     """Return a sentence about the effect of smoothing."""
     changed = [one for one in repairs if one.changed]
     if not changed:
-        return f"None of {len(repairs)} matrices needed a change."
+        return f"No change was needed in {plural(len(repairs), 'matrix', 'matrices')}."
     worst = max(changed, key=lambda one: math.log(one.sigma_before / one.sigma_after))
     return (
-        f"{len(changed)} of {len(repairs)} matrices were smoothed; most of all "
+        f"Smoothed: {len(changed)} of {plural(len(repairs), 'matrix', 'matrices')}; most of all "
         f"{visible(worst.name)}: σ₁ {worst.sigma_before:.3g} → {worst.sigma_after:.3g}, stable "
         f"rank {worst.stable_rank_before:.3g} → {worst.stable_rank_after:.3g}."
     )

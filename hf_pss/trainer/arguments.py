@@ -14,16 +14,13 @@ import copy
 import inspect
 import logging
 import math
-import re
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from hf_pss.config import DetectorName, PSSConfig
+from hf_pss.config import PSSConfig, spelt_as_arguments
 from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recovery import RecoveryConfig
@@ -103,18 +100,6 @@ _Options = make_dataclass(
         for option in fields(options)
     ],
 )
-
-
-@contextmanager
-def spelt_as_arguments() -> Iterator[None]:
-    """Add ``pss_`` to the options in an error: the first word, and others with an underscore."""
-    names = [option.name for options in (PSSConfig, RecoveryConfig) for option in fields(options)]
-    others = {name for name in names if "_" in name} - set(get_args(DetectorName))
-    try:
-        yield
-    except ConfigurationError as error:
-        pattern = rf"^(?:{'|'.join(names)})\b|\b(?:{'|'.join(sorted(others))})\b"
-        raise ConfigurationError(re.sub(pattern, r"pss_\g<0>", str(error))) from error
 
 
 # TrainingArguments is the last base class, so that its fields come first and the first positional
@@ -208,12 +193,12 @@ class PSSTrainingArguments(_Options, TrainingArguments):  # type: ignore[misc, v
 
     def pss_config(self) -> PSSConfig:
         """Return the preset, changed by the options that were set."""
-        with spelt_as_arguments():
+        with spelt_as_arguments(PSSConfig):
             return PSSConfig.preset(self.pss_preset, **self._given(PSSConfig))
 
     def recovery_config(self) -> RecoveryConfig:
         """Return the options for checkpoints and rollback. Unset options get their defaults."""
-        with spelt_as_arguments():
+        with spelt_as_arguments(RecoveryConfig):
             return RecoveryConfig(**self._given(RecoveryConfig))
 
     def _given(self, options: type[Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PSSConfig, spelt, spelt_as_arguments
 from hf_pss.controller import PSSController
 from hf_pss.detection.detectors import Verdict
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
@@ -238,14 +238,16 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             self._is_rollback, self._may_repair = False, True
         self._readings, self.report = StepReadings(), None
         self._evidence_step = -_EVIDENCE_EVERY_STEPS
-        self.controller = controller = PSSController(
-            model,
-            self.config_for(args),
-            # Accelerate wraps the optimizer. The inner optimizer holds the state.
-            optimizer=getattr(optimizer, "optimizer", optimizer),
-            evaluate_loss=self._evaluate_loss,
-            speaks=False,
-        )
+        config = self.config_for(args)
+        with _spelling(args, config):
+            self.controller = controller = PSSController(
+                model,
+                config,
+                # Accelerate wraps the optimizer. The inner optimizer holds the state.
+                optimizer=getattr(optimizer, "optimizer", optimizer),
+                evaluate_loss=self._evaluate_loss,
+                speaks=False,
+            )
         # An older BatchLoss holds the batch and the model of the last run.
         self.batch_loss = BatchLoss(trainer) if controller.tries_interventions else None
         if self._recorder is not None and self._is_rollback:
@@ -272,7 +274,8 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             self._recorder.write_stable_ranks(0, ranks)
         if state.global_step > 0 and controller.config.smooth_on_resume:
             link_loaded_moments(trainer)
-            self._smooth_once(controller, args.output_dir)
+            with _spelling(args, config):
+                self._smooth_once(controller, args.output_dir)
         if state.is_world_process_zero:
             logger.info("PSS watches these matrices:\n%s", controller.selection.table())
 
@@ -516,10 +519,11 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         if self._may_repair and not is_done:
             self.write_records([controller.smooth_now()])
         elif self._may_repair and self._recorder is not None and self._recorder.is_first_process:
-            logger.warning(
+            text = (
                 "smooth_on_resume: the weights were smoothed when this run was first resumed. They "
                 "are not smoothed again. To smooth once more, choose another output_dir."
             )
+            logger.warning("%s", spelt(text))
 
     def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
         """Log one line with the preset, the watched matrices and the place to change options."""
@@ -530,8 +534,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             counts.append(f"{num_matrices} {'matrix' if num_matrices == 1 else 'matrices'}")
         if num_products:
             counts.append(f"{num_products} LoRA product{'s' if num_products > 1 else ''}")
-        # If the arguments equal the config, assume that the user set the options there.
-        in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
+        in_args = _is_in_arguments(args, config)
         caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
         watched = (
             f"PSS: {config.describe()}, {' and '.join(counts) or 'no matrix'} watched "
@@ -541,6 +544,16 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         parts = [watched, caution, f"Options: {options}."] if self.announces else [caution]
         if any(parts):  # at level WARNING, because most scripts show nothing below it
             logger.warning("%s", " ".join(part for part in parts if part))
+
+
+def _is_in_arguments(args: TrainingArguments, config: PSSConfig) -> bool:
+    # If the arguments equal the config, assume that the user set the options there.
+    return isinstance(args, PSSTrainingArguments) and args.pss_config() == config
+
+
+def _spelling(args: TrainingArguments, config: PSSConfig) -> AbstractContextManager[None]:
+    """Return a context in which errors and warnings name the options as the user typed them."""
+    return spelt_as_arguments(PSSConfig) if _is_in_arguments(args, config) else nullcontext()
 
 
 def _refuse_unread_arguments(trainer: Trainer) -> None:

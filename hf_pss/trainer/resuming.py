@@ -38,6 +38,7 @@ from hf_pss.runs.checkpoint import (
 )
 from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step, step_by_name
 from hf_pss.runs.records_files import read_state
+from hf_pss.view.numbers import plural
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +241,8 @@ def _kind_of_group(group: Mapping[str, Any]) -> str | None:
     # A part that is divided by heads has a fourth number; see `Layout` in hf_pss.optim.layout.
     is_by_head = any(len(part) == 4 for _, parts in layouts for part in parts)
     how = " by head" if is_by_head else ""
-    divided = f" in {num_parts} parts{how}" if num_parts else ""
-    return f"{name} ({len(group['params'])} parameters{divided})"
+    divided = f" in {plural(num_parts, 'part')}{how}" if num_parts else ""
+    return f"{name} ({plural(len(group['params']), 'parameter')}{divided})"
 
 
 def saved_kind(checkpoint: Path) -> Kind | None:
@@ -327,7 +328,7 @@ def load_renamed_(model: object, checkpoint: Path) -> tuple[str, ...]:
     twin = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     if foreign := [name for name in missing if name not in twin]:
         raise StateError(
-            f"{checkpoint} does not hold {len(foreign)} weights of this model, such as "
+            f"{checkpoint} does not hold {plural(len(foreign), 'weight')} of this model, such as "
             f"{foreign[0]}: it was saved from a different model. Build the model that it was saved "
             "from. To begin a new run with its weights, load them with from_pretrained, and leave "
             "resume_from_checkpoint out."

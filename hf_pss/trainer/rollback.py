@@ -356,19 +356,22 @@ class RollbackMixin(SafeCheckpointsMixin):
     def _warn_if_impossible(self, resume: Any) -> None:
         if self._mode() != "rollback" or not self.is_world_process_zero():
             return
+        option = "pss_on_failure" if self.recovery is None else "on_failure"
         if (backend := self._backend()) is not None:
             logger.warning(
-                "on_failure='rollback' is not possible under %s, where a second train() cannot "
-                "shard the model again. A failure stops the run, as with 'stop', and names the "
-                "checkpoint. Resume from that in a new process.",
+                "%s='rollback' is not possible under %s, where a second train() cannot shard the "
+                "model again. A failure stops the run, as with 'stop', and names the checkpoint. "
+                "Resume from that in a new process.",
+                option,
                 backend,
             )
         elif not resume and (
             self.args.save_strategy == SaveStrategy.NO or self.args.save_only_model
         ):
             logger.warning(
-                "on_failure='rollback' has no effect in this run: %s. If interventions fail, "
-                "smoothing continues.",
+                "%s='rollback' has no effect in this run: %s. If interventions fail, smoothing "
+                "continues.",
+                option,
                 "save_strategy='no' saves nothing"
                 if self.args.save_strategy == SaveStrategy.NO
                 else "save_only_model=True saves no optimizer, so no checkpoint is complete",

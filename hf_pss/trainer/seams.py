@@ -84,24 +84,37 @@ def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]
         name: The name of the method.
         around: A function that receives the method and its arguments, and returns the result.
     """
-    method, is_open = getattr(owner, name), True
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs) if is_open else method(*args, **kwargs)
-
-    before = vars(owner).get(name)
-    setattr(owner, name, call)
+    wrapper = _Wrapper(owner, name, around)
+    setattr(owner, name, wrapper)
     try:
         yield
     finally:
-        is_open = False
-        if vars(owner).get(name) is not call:
-            pass  # another package wrapped this wrapper, which now only passes calls through
-        elif before is None:
-            delattr(owner, name)
+        wrapper.is_open = False
+        # A block that was entered later may still be open, or another package may have wrapped
+        # this wrapper. Until they end, it passes calls through.
+        last = vars(owner).get(name)
+        while isinstance(last, _Wrapper) and not last.is_open:
+            last = last.before
+        if last is not None:
+            setattr(owner, name, last)
         else:
-            setattr(owner, name, before)
+            vars(owner).pop(name, None)
+
+
+class _Wrapper:
+    """A wrapped method of one instance. It passes calls through if it is no longer open."""
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self._method = getattr(owner, name)
+        functools.update_wrapper(self, self._method, updated=())
+        self._around, self.is_open = around, True
+        self.before = vars(owner).get(name)
+        """The instance's own attribute before it was wrapped, if it had one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_open:
+            return self._around(self._method, *args, **kwargs)
+        return self._method(*args, **kwargs)
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer | None:

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 from helpers import gpt2, make_trainer, token_rows
+from peft import LoraConfig, get_peft_model
 from transformers import (
     HfArgumentParser,
     Seq2SeqTrainingArguments,
@@ -30,6 +31,7 @@ from hf_pss import (
     PSSTrainer,
     PSSTrainingArguments,
     RecoveryConfig,
+    config,
 )
 
 OPTIONS = {
@@ -85,6 +87,55 @@ def as_command_line(options: dict[str, Any]) -> list[str]:
 def parse(*words: str) -> PSSTrainingArguments:
     (parsed,) = HfArgumentParser(PSSTrainingArguments).parse_args_into_dataclasses(list(words))
     return parsed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pss_preset": "floor", "pss_smoothing": "log"}, "pss_smoothing has no effect"),
+        (
+            {"pss_preset": "paper", "pss_trial_margin_ratio": 0.1},
+            "pss_trial_margin_ratio has no effect with pss_trial='off'.",
+        ),
+        ({"pss_preset": "floor", "pss_trial": "spikes"}, "pss_trial='all' has."),
+    ],
+)
+def test_warnings_spell_options_as_the_user_did(
+    options: dict[str, Any], words: str, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config._warn_once.cache_clear()
+    PSSTrainingArguments(folder, use_cpu=True, **options)
+    assert words in caplog.text
+    caplog.clear()
+    given = {name.removeprefix("pss_"): value for name, value in options.items()}
+    PSSConfig.preset(given.pop("preset"), **given)
+    assert "has no effect" in caplog.text
+    assert "pss_" not in caplog.text
+
+
+def test_warnings_of_a_run_spell_options_as_the_user_did(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    once = {"max_steps": 1, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
+
+    def train(trainer_options: dict[str, Any], **options: Any) -> str:
+        caplog.clear()
+        adapter = LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True)
+        PSSTrainer(
+            model=get_peft_model(gpt2(), adapter),
+            args=PSSTrainingArguments(folder, **once, **options),
+            train_dataset=token_rows(8),
+            **trainer_options,
+        ).train()
+        return caplog.text
+
+    said = train({}, pss_moments="reset", pss_on_failure="rollback")
+    assert "pss_moments='reset': the first moments" in said
+    assert "pss_on_failure='rollback' has no effect" in said
+    recovery = RecoveryConfig(on_failure="rollback")
+    said = train({"pss_config": PSSConfig(moments="reset"), "recovery": recovery})
+    assert " moments='reset': the first moments" in said
+    assert " on_failure='rollback' has no effect" in said
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from transformers.trainer_utils import HPSearchBackend
 from hf_pss import ConfigurationError, PSSCallback, PSSConfig, PSSTrainer
 from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.rollback import RollbackMixin
+from hf_pss.trainer.seams import wrapped
 
 # It keeps a batch, hooks into attention and reads gradients. An exception must not leave these.
 EVERYTHING = PSSConfig.preset(
@@ -116,6 +117,33 @@ def test_a_trainer_has_its_own_methods_after_each_run(tmp_path: Path) -> None:
 
 
 FOUR_STEPS = {"save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+
+
+class Adder:
+    def add(self, number: int) -> int:
+        return number + 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)])
+@pytest.mark.parametrize("has_own", [False, True])
+def test_wrappers_that_end_in_any_order_leave_the_method_as_it_was(
+    order: tuple[int, ...], has_own: bool
+) -> None:
+    adder = Adder()
+    if has_own:
+        adder.add = own = lambda number: number + 10  # type: ignore[method-assign]
+    plain = adder.add(0)
+    blocks = [
+        wrapped(adder, "add", lambda add, number, by=by: add(number) + by) for by in (100, 200, 400)
+    ]
+    for block in blocks:
+        block.__enter__()
+    left = 700
+    for place in order:
+        assert adder.add(0) == plain + left
+        blocks[place].__exit__(None, None, None)
+        left -= 100 * 2**place
+    assert vars(adder) == ({"add": own} if has_own else {})
 
 
 @pytest.fixture(scope="module")

@@ -601,14 +601,14 @@ def test_the_kind_is_read_from_every_form_of_a_checkpoint(tmp_path: Path) -> Non
     for name in ("optimizer.pt", "optimizer.bin"):
         (tmp_path / name).mkdir()
         torch.save(state, tmp_path / name / name)
-        assert saved_kind(tmp_path / name) == ("muon (1 parameters)", "adamw (1 parameters)")
+        assert saved_kind(tmp_path / name) == ("muon (1 parameter)", "adamw (1 parameter)")
     save({"optimizer": state}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
-    assert saved_kind(tmp_path) == ("muon (1 parameters)", "adamw (1 parameters)")
+    assert saved_kind(tmp_path) == ("muon (1 parameter)", "adamw (1 parameter)")
     groups[0]["train_mode"] = True
     save({"optimizer": state}, checkpoint_id=tmp_path / "other" / "optimizer_0", no_dist=True)
     assert saved_kind(tmp_path / "other") == (
-        "schedule-free muon (1 parameters)",
-        "adamw (1 parameters)",
+        "schedule-free muon (1 parameter)",
+        "adamw (1 parameter)",
     )
     assert saved_kind(tmp_path / "nothing") is None
 

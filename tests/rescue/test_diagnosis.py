@@ -214,6 +214,19 @@ def test_an_evaluation_that_is_not_finite() -> None:
     assert (failure.onset_step, failure.noticed_step) == (11, 20)
 
 
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [((9,), "PSS recorded 1 event, at step 9, and"), ((9, 12), "2 events, from step 9 to 12, and")],
+)
+def test_a_note_counts_events_in_good_english(steps: tuple[int, ...], words: str) -> None:
+    judgement = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
+    events = [
+        Event.of(judgement, Decision(Action.OBSERVE, "x"), step=step, loss=3.0) for step in steps
+    ]
+    records = RunRecords(events=tuple(events))
+    assert words in "".join(diagnose(synthetic([3.0] * 40), records).notes)
+
+
 def test_notes_of_pss(tmp_path: Path) -> None:
     judgement = Judgement(Verdict.SPIKE, "grad_norm_ratio", ("global",), 9.0, 1.0, 2.5)
     event = Event.of(judgement, Decision(Action.OBSERVE, "x"), step=9, loss=math.inf)
