@@ -83,7 +83,7 @@ def names_for(folder: Path) -> dict[str, Any]:
     loss.backward()
     return {
         **{"torch": torch, "args": args, "model": model, "dataset": dataset, "loss": loss},
-        "batch": batch,
+        **{"batch": batch, "pairs_of_batches": [(batch, batch)]},
         **{"optimizer": optimizer, "loss_of_a_batch": loss_of_a_batch, "SFTTrainer": SFTTrainer},
         "Trainer": SFTTrainer,
         "trainer": SFTTrainer(),
