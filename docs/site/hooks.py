@@ -197,7 +197,8 @@ def notebook(_: str = "") -> str:
 def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
-        return f"![The plot](data:image/png;base64,{''.join(data['image/png'].split())})"
+        image = "".join(data["image/png"].split())
+        return f'<img alt="The plot" src="data:image/png;base64,{image}">'
     text = "".join(output.get("text") or data["text/plain"])
     return f"```text\n{text.strip(chr(10))}\n```"
 
