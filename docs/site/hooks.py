@@ -6,6 +6,7 @@ A page contains a marker such as ``<!-- generated: options -->`` where a generat
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -18,6 +19,7 @@ from hf_pss.trainer.recovery import RecoveryConfig
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_pss"
 EXAMPLES = ROOT / "recipes" / "examples"
+NOTEBOOK = EXAMPLES / "spike.ipynb"
 ERRORS = {
     node.name
     for node in ast.walk(ast.parse((PACKAGE / "errors.py").read_text(encoding="utf-8")))
@@ -178,4 +180,27 @@ def examples(_: str = "") -> str:
     )
 
 
-PARTS = {"options": options, "errors": errors, "examples": examples}
+def notebook(_: str = "") -> str:
+    """Return the cells of the executed notebook without its title, each with its outputs."""
+    parts = []
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"^# .*\n", "", source).replace("](../../docs/", "](../"))
+            continue
+        language = "bash" if source.startswith("%%bash") else "python"
+        parts.append(f"```{language}\n{source.removeprefix('%%bash').strip()}\n```")
+        parts += map(_output, cell["outputs"])
+    return "\n\n".join(parts)
+
+
+def _output(output: dict[str, Any]) -> str:
+    data = output.get("data", {})
+    if "image/png" in data:
+        image = "".join(data["image/png"].split())
+        return f'<img alt="The plot" src="data:image/png;base64,{image}">'
+    text = "".join(output.get("text") or data["text/plain"])
+    return f"```text\n{text.strip(chr(10))}\n```"
+
+
+PARTS = {"options": options, "errors": errors, "examples": examples, "notebook": notebook}

@@ -24,11 +24,12 @@ from hf_pss import PSSTrainingArguments
 from hf_pss.cli.app import app
 from hf_pss.cli.parsing import parse_plan
 from hf_pss.detection.policy import Action
+from hf_pss.evidence.grid import read_grid
 from hf_pss.records.events import Event, EventKind, HealthReading
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^( *)```(python|bash|yaml)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 # The snippets of frameworks run in `make test-frameworks`.
 OPTIONAL = ("trl", "lightning", "llamafactory", "swift")
@@ -117,6 +118,16 @@ def test_every_snippet_of_a_page_runs(
             if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
                 pytest.importorskip(package)
         exec(compile(code, f"{page.name}: {code}", "exec"), names)
+
+
+GRIDS = blocks_of(ROOT / "docs" / "papers.md", "yaml")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_of_the_paper_index_can_be_read(grid: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(grid, encoding="utf-8")
+    assert len(read_grid(path)) >= 3
 
 
 # ---- commands ----
