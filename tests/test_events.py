@@ -115,7 +115,7 @@ def test_a_record_of_an_older_version_does_not_say_whether_the_update_was_applie
     values = strict(to_json_line(record))
     del values["update_applied"]
     assert repr(from_json_line(json.dumps(values))) == repr(record)
-    with pytest.raises(StateError, match="'update_applied' of .*true or false"):
+    with pytest.raises(StateError, match=r"'update_applied' of .*true or false"):
         from_json_line(json.dumps({**values, "update_applied": 1}))
 
 
