@@ -367,7 +367,7 @@ class PSSConfig(Options):
                 )
             if bare in {spec.name for spec in fields(RecoveryConfig)}:
                 raise ConfigurationError(
-                    f"{given} is no option of PSSConfig. Write RecoveryConfig({bare}=...) for "
+                    f"{given} is not an option of PSSConfig. Write RecoveryConfig({bare}=...) for "
                     f"PSSTrainer(recovery=...), or PSSTrainingArguments(pss_{bare}=...)."
                 )
             hint = did_you_mean(bare, known) or f" It has {', '.join(sorted(known))}."
@@ -414,7 +414,7 @@ class PSSConfig(Options):
 
 
 def check_config(config: object) -> None:
-    """Raise a `ConfigurationError` if the options are no PSSConfig, such as a preset's name."""
+    """Raise a `ConfigurationError` if the options are not a PSSConfig, such as a preset's name."""
     if not isinstance(config, PSSConfig):
         raise ConfigurationError(
             "The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'); you gave "

@@ -42,7 +42,7 @@ class PSSLightningCallback(Callback):
             `PSSController`.
 
     Raises:
-        ConfigurationError: ``config`` is no PSSConfig. Or, when a fit starts, the module has
+        ConfigurationError: ``config`` is not a PSSConfig. Or, when a fit starts, the module has
             several optimizers or optimizes manually, or the strategy is FSDPStrategy or
             DeepSpeedStrategy.
     """

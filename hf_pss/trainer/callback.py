@@ -97,9 +97,9 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             `PSSTrainingArguments`. A trainer with other arguments gets the preset ``anchored``.
 
     Raises:
-        ConfigurationError: ``config`` is no PSSConfig. Or, when the callback joins a trainer, the
-            trainer already has a PSSCallback, runs on a backend that PSS does
-            not support, or has ``pss_*`` arguments that need `PSSTrainer`.
+        ConfigurationError: ``config`` is not a PSSConfig. Or, when the callback joins a trainer,
+            the trainer already has a PSSCallback, runs on a backend that PSS does not support, or
+            has ``pss_*`` arguments that need `PSSTrainer`.
     """
 
     announces = True
