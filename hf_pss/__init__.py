@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_pss.config import PRESETS as PRESETS
     from hf_pss.config import PSSConfig as PSSConfig
+    from hf_pss.config import RecoveryConfig as RecoveryConfig
     from hf_pss.controller import PSSController as PSSController
     from hf_pss.errors import ConfigurationError as ConfigurationError
     from hf_pss.errors import IncompatibleVersionError as IncompatibleVersionError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from hf_pss.trainer.gradient_norms import GradientNorms as GradientNorms
     from hf_pss.trainer.pss_trainer import PSSTrainer as PSSTrainer
     from hf_pss.trainer.pss_trainer import PSSTrainerMixin as PSSTrainerMixin
-    from hf_pss.trainer.recovery import RecoveryConfig as RecoveryConfig
     from hf_pss.trainer.rollback import RollbackMixin as RollbackMixin
     from hf_pss.trainer.safe_checkpoints import SafeCheckpointsMixin as SafeCheckpointsMixin
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "PRESETS": "config",
     "PSSConfig": "config",
+    "RecoveryConfig": "config",
     "PSSController": "controller",
     "StepReport": "records.events",
     "ConfigurationError": "errors",
@@ -43,7 +44,6 @@ _PUBLIC = {
     "GradientNorms": "trainer.gradient_norms",
     "PSSTrainer": "trainer.pss_trainer",
     "PSSTrainerMixin": "trainer.pss_trainer",
-    "RecoveryConfig": "trainer.recovery",
     "RollbackMixin": "trainer.rollback",
     "SafeCheckpointsMixin": "trainer.safe_checkpoints",
     "select_matrices": "models.selection",

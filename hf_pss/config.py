@@ -1,4 +1,4 @@
-"""Define every option of PSS with its presets, its limits and its help text, in `PSSConfig`."""
+"""Define the options of PSS and of recovery, with their presets, limits and help texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -359,11 +359,19 @@ class PSSConfig(Options):
                 f"You asked for the preset {name!r}; choose one of {', '.join(PRESETS)}."
             )
         known = {spec.name for spec in fields(cls)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ConfigurationError(
-                f"PSS has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
-            )
+        for given in sorted(set(overrides) - known):
+            bare = given.removeprefix("pss_")
+            if bare in known:
+                raise ConfigurationError(
+                    f"PSSConfig has no option {given}; here without pss_: {bare}."
+                )
+            if bare in {spec.name for spec in fields(RecoveryConfig)}:
+                raise ConfigurationError(
+                    f"{given} is not an option of PSSConfig. Write RecoveryConfig({bare}=...) for "
+                    f"PSSTrainer(recovery=...), or PSSTrainingArguments(pss_{bare}=...)."
+                )
+            hint = did_you_mean(bare, known) or f" It has {', '.join(sorted(known))}."
+            raise ConfigurationError(f"PSS has no option {given}.{hint}")
         config = replace(cls(**PRESETS[name]), **overrides)
         for warning in config._without_effect(overrides):
             _warn_once(spelt(warning))
@@ -403,6 +411,55 @@ class PSSConfig(Options):
         nearest = min(changes, key=lambda name: len(changes[name]))
         others = ", ".join(changes[nearest])
         return f"preset {nearest} with {others}" if others else f"preset {nearest}"
+
+
+def check_config(config: object) -> None:
+    """Raise a `ConfigurationError` if the options are not a PSSConfig, such as a preset's name."""
+    if not isinstance(config, PSSConfig):
+        raise ConfigurationError(
+            "The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'); you gave "
+            f"{config!r}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryConfig(Options):
+    """Options of `SafeCheckpointsMixin` and `RollbackMixin`. They do not depend on PSS.
+
+    >>> RecoveryConfig(on_failure="rollback").max_rollbacks
+    3
+
+    Raises:
+        ConfigurationError: An option is out of range.
+    """
+
+    # The default is cautious, because a rollback changes which batches a run is trained on.
+    on_failure: Literal["smooth", "rollback", "stop"] = option(
+        "smooth",
+        "If interventions fail repeatedly, smooth: continue to smooth; rollback: return to the "
+        "last healthy checkpoint and skip the batches after it (one process and DDP); stop: stop "
+        "with an error.",
+    )
+    # Not measured.
+    failure_window_steps: int = option(
+        50,
+        "An intervention has failed if another one follows within this many steps, or if the loss "
+        "has not returned to its level after them.",
+        minimum=1,
+    )
+    # Not measured.
+    max_failed_interventions: int = option(
+        3, "This many failed interventions in a row count as a failure of the run.", minimum=1
+    )
+    # Not measured.
+    max_rollbacks: int = option(
+        3, "Roll back at most this many times in one call of train(), then stop.", minimum=1
+    )
+    missing_state: Literal["refuse", "fresh"] = option(
+        "refuse",
+        "If optimizer.pt or scheduler.pt of a checkpoint is missing or unreadable, refuse: do not "
+        "resume; fresh: resume and start that part from its initial state.",
+    )
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

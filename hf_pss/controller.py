@@ -316,7 +316,7 @@ class PSSController:
         for judgement in self._judge_weights(step, stable_ranks):
             self._decide(step, judgement)
         interventions = [
-            self._smooth(event, judgement, is_floor=judgement.detector == _FLOOR)
+            self._smooth(step.settled(event), judgement, is_floor=judgement.detector == _FLOOR)
             for event, judgement in step.to_smooth
         ]
         step.records += interventions
@@ -392,7 +392,7 @@ class PSSController:
     @property
     def pending_records(self) -> tuple[Record, ...]:
         """The records of a step that an error ended before its report."""
-        return tuple(self._current.records) if self._current is not None else ()
+        return self._current.settled_records if self._current is not None else ()
 
     @torch.no_grad()
     def smooth_now(self) -> Intervention:
@@ -577,6 +577,7 @@ class PSSController:
         if decision.action is Action.STOP:
             can_hold_back = self._measurements.backend.can_hold_back or step.is_discarded
             is_after_update = step.is_after_update or not can_hold_back
+            step.update_applied &= is_after_update
             text = describe_stop(
                 event, is_after_update=is_after_update, is_damaged=broken is not None
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 
 
 class PSSError(Exception):
@@ -46,6 +47,16 @@ def how_to_install(*packages: str) -> str:
     'Run `pip install matplotlib jinja2`.'
     """
     return f"Run `pip install {' '.join(packages)}`."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question that offers the known words closest to `name`; empty if none is close.
+
+    >>> did_you_mean("spike_updates", ["spike_update", "roles"])
+    ' Did you mean spike_update?'
+    """
+    nearest = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

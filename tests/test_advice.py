@@ -14,6 +14,7 @@ from hf_pss.records.messages import (
     alert_of,
     card_section,
     describe_intervention,
+    overall_advice,
 )
 
 DETECTORS = {
@@ -48,7 +49,39 @@ def intervention(kind: EventKind) -> Intervention:
 
 def test_an_intervention_says_how_many_matrices_there_are_in_all() -> None:
     record = replace(intervention(EventKind.FLOOR), num_selected=28)
-    assert "clip smoothed 1 of 28 matrices" in describe_intervention(record)
+    assert "smoothing (clip) changed 1 of 28 matrices" in describe_intervention(record)
+
+
+def test_a_trial_says_whose_loss_it_compares() -> None:
+    tried = replace(intervention(EventKind.SPIKE), loss_before=52.24, loss_after=45.85)
+    text = describe_intervention(tried)
+    assert "; the loss of the trial's micro-batch went from 52.24 to 45.85." in text
+
+
+@pytest.mark.parametrize(("applied", "is_said"), [(False, True), (True, False), (None, False)])
+def test_an_intervention_says_if_the_update_was_skipped(
+    applied: bool | None, is_said: bool
+) -> None:
+    record = intervention(EventKind.SPIKE)
+    record = replace(record, event=replace(record.event, update_applied=applied))
+    assert ("the update was skipped" in describe_intervention(record)) == is_said
+
+
+def test_the_advice_is_that_of_the_worst_event_and_leads_to_the_rescue_of_many_spikes() -> None:
+    floor = intervention(EventKind.FLOOR)
+    spikes = [event(EventKind.SPIKE, Action.OBSERVE, step=step) for step in (21, 22, 23)]
+    assert "routine" in overall_advice([floor, floor], "runs/a")
+    one = overall_advice([spikes[0], floor], "runs/a")
+    assert one.startswith("Step 21: Watch the loss")
+    assert "rescue" not in one
+    many = overall_advice([*spikes, floor], "runs/a")
+    assert many.startswith("Step 23: ")  # the newest of equally bad ones
+    assert many.endswith(
+        "3 such events. To see what went wrong and where you can continue, "
+        "call hf-pss rescue runs/a."
+    )
+    stop = event(EventKind.NON_FINITE, Action.STOP, step=24)
+    assert overall_advice([*spikes, stop, spikes[0]], "a").startswith("Step 24: The run has ended")
 
 
 def test_the_model_card_groups_events_by_kind_and_response() -> None:
@@ -146,7 +179,7 @@ def test_alerts_report_interventions_without_effect_or_taken_back() -> None:
     idle = replace(
         intervention(EventKind.SPIKE), matrices=(MatrixChange("w", (4, 4), "unchanged"),)
     )
-    assert alert_of(idle).done == "PSS: clip left all 1 matrices as they were, in 0.10 s."
+    assert alert_of(idle).done == "PSS: smoothing (clip) changed none of 1 matrix in 0.10 s."
     alerts = Alerts()
     told = [alerts.of(idle) for _ in range(20)]
     assert sum(alert is not None for alert in told) == 4, "the 1st, 2nd, 3rd and 10th"

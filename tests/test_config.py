@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import pytest
 
-from hf_pss import PRESETS, ConfigurationError, PSSConfig, config
+from hf_pss import PRESETS, ConfigurationError, PSSConfig, RecoveryConfig, config
 from hf_pss.detection.detectors import DETECTORS
 from hf_pss.linalg import SMOOTHING_FUNCTIONS
 
@@ -76,8 +77,26 @@ def test_presets_are_what_their_names_say() -> None:
 def test_unknown_presets_and_options_list_what_there_is() -> None:
     with pytest.raises(ConfigurationError, match="anchored, floor, paper"):
         PSSConfig.preset("papers")
-    with pytest.raises(ConfigurationError, match=r"no option tau; it has .*threshold_ratio"):
+    with pytest.raises(ConfigurationError, match=r"no option tau\. It has .*threshold_ratio"):
         PSSConfig.preset("paper", tau=3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pss_spike_update", "no option pss_spike_update; here without pss_: spike_update."),
+        ("spike_updates", "no option spike_updates. Did you mean spike_update?"),
+        ("pss_spike_updates", "no option pss_spike_updates. Did you mean spike_update?"),
+        *(
+            (f"{prefix}{spec.name}", f"RecoveryConfig({spec.name}=...)")
+            for spec in dataclasses.fields(RecoveryConfig)
+            for prefix in ("", "pss_")
+        ),
+    ],
+)
+def test_an_option_that_is_no_option_here_leads_to_the_right_one(name: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        PSSConfig.preset(**{name: "skip"})
 
 
 def test_lists_and_single_words_become_tuples() -> None:

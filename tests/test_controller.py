@@ -53,6 +53,7 @@ def test_the_update_of_a_spike_is_applied_by_default_and_left_out_with_skip() ->
         matrices = {c.name.partition("[")[0] for c in report.records[0].matrices}
         others = set(before) - matrices
         assert report.update_applied is applied
+        assert report.records[0].event.update_applied is applied
         assert matrices <= changed(before, loop.weights())
         # Norms and biases move by the optimizer only.
         assert bool(changed(before, loop.weights()) & others) is applied
@@ -64,11 +65,13 @@ def test_an_intervention_in_ones_own_loop_is_one_line_of_the_log(
     loop = Loop(SPIKE_CONFIG)
     for factor in (1, 1, 1, 10):
         loop.step(factor)
-    (line,) = [r for r in caplog.records if "smoothed" in r.getMessage()]
+    (line,) = [r for r in caplog.records if "smoothing" in r.getMessage()]
     assert line.levelno == logging.WARNING
     assert line.getMessage().startswith("PSS, step 4: grad norm ")
     num_selected = len(loop.pss.stable_ranks())
-    assert f"clip smoothed {num_selected} of {num_selected} matrices" in line.getMessage()
+    changed = f"smoothing (clip) changed {num_selected} of {num_selected} matrices"
+    assert changed in line.getMessage()
+    assert "the update was skipped" not in line.getMessage()
 
 
 def test_when_skipping_parameters_are_named_from_the_second_bad_step_on() -> None:
@@ -97,6 +100,8 @@ def test_a_non_finite_step_is_skipped_and_forgotten(
     assert changed(before, loop.weights()) == set()
     assert not report.update_applied
     assert report.verdict is Verdict.NON_FINITE
+    assert report.records[0].update_applied is False
+    assert "the update was skipped" in caplog.text
     assert report.scalars["nonfinite_steps"] == 1
     assert "grad_norm_preclip" not in report.scalars  # logs hold finite numbers only
     assert "Step 4 is not finite" in caplog.text

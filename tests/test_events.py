@@ -108,6 +108,17 @@ def test_a_record_of_an_older_version_has_no_number_of_selected_matrices() -> No
     assert repr(from_json_line(json.dumps(values))) == repr(INTERVENTION)
 
 
+@pytest.mark.parametrize("record", [EVENT, INTERVENTION])
+def test_a_record_of_an_older_version_does_not_say_whether_the_update_was_applied(
+    record: Record,
+) -> None:
+    values = strict(to_json_line(record))
+    del values["update_applied"]
+    assert repr(from_json_line(json.dumps(values))) == repr(record)
+    with pytest.raises(StateError, match=r"'update_applied' of .*true or false"):
+        from_json_line(json.dumps({**values, "update_applied": 1}))
+
+
 def test_event_on_disk() -> None:
     assert strict(to_json_line(EVENT)) == {
         "version": 1,
@@ -120,6 +131,7 @@ def test_event_on_disk() -> None:
         "fired": ["global"],
         "new_level": [],
         "loss": None,
+        "update_applied": None,
         "decision": "observe",
         "reason": "cooldown",
         "non_finite": {"loss": "inf"},

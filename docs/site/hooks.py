@@ -13,8 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hf_pss.config import PRESETS, PSSConfig
-from hf_pss.trainer.recovery import RecoveryConfig
+from hf_pss.config import PRESETS, PSSConfig, RecoveryConfig
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_pss"

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from hf_pss.config import PRESETS, PSSConfig, spelt_as_arguments
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, did_you_mean
 
 _NO_COMMAND = (
     "Write the training command after two dashes, and options of PSS before them: "
@@ -99,13 +99,33 @@ def read_options(words: Sequence[str]) -> PSSConfig | None:
         elif isinstance(default, tuple):
             rest = {"nargs": "*"}
         parser.add_argument(f"--pss_{option.name}", default=argparse.SUPPRESS, **rest)
-    given = vars(parser.parse_args(list(words)))
+    known, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        _refuse_unknown(unknown[0].partition("=")[0], parser)
+    given = vars(known)
     preset = given.pop("pss_preset")
     if preset is None and not given:
         return None
     overrides = {name.removeprefix("pss_"): value for name, value in given.items()}
     with spelt_as_arguments(PSSConfig):
         return PSSConfig.preset(preset or "anchored", **overrides)
+
+
+def _refuse_unknown(word: str, parser: argparse.ArgumentParser) -> NoReturn:
+    from hf_pss.trainer.arguments import PSSTrainingArguments  # takes seconds
+
+    name = word.removeprefix("--")
+    if name.startswith("pss_") and name in {spec.name for spec in fields(PSSTrainingArguments)}:
+        raise ConfigurationError(
+            f"{word} needs PSSTrainer, and hf-pss exec only adds a callback to the Trainer of your "
+            "script. Use PSSTrainer with PSSTrainingArguments in the script, or leave the option "
+            "out."
+        )
+    names = (one for action in parser._actions for one in action.option_strings)
+    raise ConfigurationError(
+        f"hf-pss exec has no option {word}.{did_you_mean(word, names)} It takes the options of "
+        "PSSConfig, each with --pss_ in front."
+    )
 
 
 class _ExecParser(argparse.ArgumentParser):

@@ -23,8 +23,8 @@ def health(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint's folder, a .safetensors file, an index of shards, or a folder of "
-            "the hub's cache."
+            help="A checkpoint's folder, a run's folder (its newest complete checkpoint), a "
+            ".safetensors file, an index of shards, or a folder of the hub's cache."
         ),
     ],
     compare: Annotated[
@@ -127,11 +127,25 @@ def _exit_by_finiteness(seen: list[Inspection]) -> None:
         raise typer.Exit(_NOT_FINITE)
 
 
+def _newest_checkpoint(path: Path) -> Path:
+    """Return the newest complete checkpoint if the path is a run's folder without own weights."""
+    from hf_pss.runs.checkpoint import examine, layout_of
+    from hf_pss.runs.folder import checkpoints_by_step
+
+    if layout_of(path) != "none":
+        return path
+    for one in reversed(checkpoints_by_step(path)):
+        if examine(one, reads_weights=False).problem is None:
+            typer.echo(f"The newest complete checkpoint of this run: {one}", err=True)
+            return one
+    return path
+
+
 def _inspect(path: Path, exact: bool) -> Inspection:
     from hf_pss.inspection.matrix_survey import inspect_checkpoint
     from hf_pss.runs.safetensors_files import open_checkpoint
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(_newest_checkpoint(path))
     with bytes_bar() as bar:
         task = bar.add_task("", total=checkpoint.num_bytes, tensor="")
         return inspect_checkpoint(

@@ -21,9 +21,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_pss.cli.parsing import one_line, read_yaml, suggest
+from hf_pss.cli.parsing import one_line, read_yaml
 from hf_pss.cli.train_options import DataOptions, ModelOptions, TrainPlan
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, did_you_mean
 from hf_pss.evidence import data
 from hf_pss.evidence.corpus import build_corpus, read_library
 
@@ -92,7 +92,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
     if values["model_type"] not in CONFIG_MAPPING:
         raise ConfigurationError(
             f"{source!r} is neither a JSON or YAML file nor a model type of transformers, such as "
-            f"gpt2, llama or qwen3.{suggest(source, CONFIG_MAPPING)}"
+            f"gpt2, llama or qwen3.{did_you_mean(source, CONFIG_MAPPING)}"
         )
     config = _configure(values)
     changes = read_overrides(overrides or "")
@@ -100,7 +100,7 @@ def make_config(source: str, overrides: str | None) -> PretrainedConfig:
     for name in changes:
         if name not in known:
             raise ConfigurationError(
-                f"{config.model_type} has no {name!r} to override.{suggest(name, known)}"
+                f"{config.model_type} has no {name!r} to override.{did_you_mean(name, known)}"
             )
     # The config is built a second time, because it derives sizes from the values that change.
     return _configure(values | changes)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +29,7 @@ from hf_pss.cli.train_options import (
     ScaleOptions,
     TrainPlan,
 )
-from hf_pss.errors import ConfigurationError, PSSError
+from hf_pss.errors import ConfigurationError, PSSError, did_you_mean
 from hf_pss.trainer.arguments import PSSTrainingArguments
 
 # Defaults that differ from those of transformers, because they suit one run on one machine. Numbers
@@ -135,12 +134,6 @@ def parse_plan(words: Sequence[str]) -> TrainPlan:
     return TrainPlan(*parsed)
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return a question that offers the known words closest to `name`; empty if none is close."""
-    nearest = get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-
-
 def one_line(error: Exception) -> str:
     """Return the first line of an error, without advice of Hugging Face that does not apply."""
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -171,7 +164,7 @@ def _refuse_unknown(word: str, parser: _Parser) -> NoReturn:
         )
     name = word.removeprefix("--").split("=")[0].replace("-", "_")
     raise ConfigurationError(
-        f"There is no option {word.split('=')[0]}.{suggest(name, parser.names)} "
+        f"There is no option {word.split('=')[0]}.{did_you_mean(name, parser.names)} "
         f"`{parser.prog} --help-all` lists all."
     )
 
@@ -200,7 +193,8 @@ def _words_of_file(path: Path, parser: _Parser) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in parser.names or name == "config":
             raise ConfigurationError(
-                f"{path} sets {str(key)!r}, which is not an option.{suggest(name, parser.names)}"
+                f"{path} sets {str(key)!r}, which is not an option."
+                f"{did_you_mean(name, parser.names)}"
             )
         own = list(_as_words(name, value))
         try:

@@ -70,6 +70,13 @@ def read_integer(value: object, what: str, *, minimum: int = 0) -> int:
     raise _unlike(value, what, f"an integer >= {minimum}")
 
 
+def read_bool(value: object, what: str) -> bool:
+    """Return a JSON boolean, or raise `StateError`."""
+    if isinstance(value, bool):
+        return value
+    raise _unlike(value, what, "true or false")
+
+
 def read_text(value: object, what: str) -> str:
     """Return a JSON string, or raise `StateError`."""
     if isinstance(value, str):

@@ -263,8 +263,8 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     if not runs:
         raise ConfigurationError(
             f"{visible(run_dir)} holds no run: a demo run has folders such as plain/seed-0. "
-            "Give the folder that `hf-pss demo` wrote; `hf-pss train` leaves its numbers in "
-            "trainer_state.json."
+            "Give the folder that `hf-pss demo` wrote. For your own run: hf-pss rescue RUN --html "
+            "FILE.html, or hf-pss watch RUN."
         )
     return RunDirectory(
         info=info,

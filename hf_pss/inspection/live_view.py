@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hf_pss.records.events import HealthReading
-from hf_pss.records.messages import Alert, AlertLevel, alert_of
+from hf_pss.records.messages import Alert, AlertLevel, alert_of, overall_advice
 from hf_pss.records.strict_json import visible
 from hf_pss.runs.follow import RunState
 from hf_pss.view.numbers import duration, plural
@@ -97,11 +98,13 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
     more = f", the newest {num_shown}" if state.num_events > num_shown else ""
     counts = plural(state.num_events, "event"), plural(state.num_interventions, "intervention")
     yield Text(f"{', '.join(counts)}{more}:")
-    alerts = [alert_of(record) for record in state.events[-num_events:]]
-    for alert in alerts:
+    for alert in map(alert_of, state.events[-num_events:]):
         yield Text(f"  {_sentences(alert)}", style=_STYLES[alert.level])
-    if alerts:
-        yield Text(f"  {visible(alerts[-1].advice)}", style="italic")
+    if state.events:
+        # All events that are kept count, because the floor may act at every check, and the few
+        # newest events may then be routine after any number of spikes.
+        advice = overall_advice(state.events, shlex.quote(visible(state.folder)))
+        yield Text(f"  {visible(advice)}", style="italic")
 
 
 def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:

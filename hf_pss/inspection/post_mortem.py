@@ -1,4 +1,4 @@
-"""The post-mortem of a spike: which matrix left its own averages first, and on which batch."""
+"""The post-mortem of a spike: which matrix left its own median first, and on which batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from hf_pss.view.numbers import plural, significant
 from hf_pss.view.tables import lean_table
 
 METRICS = ("grad_norm", "spectral_norm", "stable_rank")
-# A matrix has left its average if its gradient norm is above twice the average. Not measured.
+# A matrix has left its median if its gradient norm is above twice the median. Not measured.
 _FAR_RATIO = 2.0
-# The average is a median over at most this many readings before the spike. Not measured.
+# The median is over at most this many readings before the spike. Not measured.
 _NUM_READINGS = 50
+# Fewer readings date nothing. The detectors calibrate on as many values (calibration_steps).
+_LEAST_READINGS = 20
+# A matrix that left its median more readings before the spike did so for another reason, such as
+# the growth of gradients at the start of a run. Not measured.
+_NEAR_READINGS = 2
 _CAUSES = (EventKind.SPIKE, EventKind.DROP, EventKind.NON_FINITE)
 _NUM_LINES, _NUM_INDICES, _NUM_TEXTS = 8, 16, 4
 # A mixture-of-experts model has tens of thousands of matrices.
@@ -34,16 +40,16 @@ _MOST_LINES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A number of a matrix at the spike, beside its own average before."""
+    """A number of a matrix at the spike, beside its own median before."""
 
     value: float
-    average: float | None
+    median: float | None
     """The median over the readings before the spike. None without a reading."""
 
     @property
     def ratio(self) -> float | None:
-        """The value divided by the average."""
-        return self.value / self.average if self.average else None
+        """The value divided by the median."""
+        return self.value / self.median if self.median else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,9 @@ class Suspect:
 
     name: str
     since_step: int | None
-    """The first step from which its gradient norm stayed above twice its average until the spike.
-    Only steps with a reading count. None if it is not above."""
+    """The first step from which its gradient norm stayed above twice its median until the spike.
+    Only steps with a reading count. None if it is not above, if it has been above for more than
+    2 readings before the spike, or if there are fewer than 20 readings."""
     numbers: Mapping[str, Compared]
     """The gradient norm, σ₁ and the stable rank, by the names in `METRICS`."""
 
@@ -66,9 +73,9 @@ class PostMortem:
     fired: tuple[str, ...]
     """The names that the events of this step give, such as the first gradients that are NaN."""
     num_readings: int
-    """The number of readings that the averages come from. It is 0 if ``health`` was off."""
+    """The number of readings that the medians come from. It is 0 if ``health`` was off."""
     suspects: tuple[Suspect, ...]
-    """The matrices. Those that left their averages first come first, then by gradient norm."""
+    """The matrices. Those that left their medians first come first, then by the ratio to it."""
 
 
 def read_post_mortem(run_dir: Path, *, around_step: int | None) -> PostMortem | None:
@@ -121,10 +128,8 @@ def compare_with_past(
     """Compare the numbers of a spike with those of earlier readings, sorted by step."""
     names = dict.fromkeys(name for by in evidence.matrices.values() for name in by)
     suspects = [_suspect(name, evidence, readings) for name in names]
-    has_averages = any("grad_norm" in reading.matrices for reading in readings)
-    return PostMortem(
-        evidence, fired, len(readings) if has_averages else 0, tuple(sorted(suspects, key=_order))
-    )
+    num_readings = sum("grad_norm" in reading.matrices for reading in readings)
+    return PostMortem(evidence, fired, num_readings, tuple(sorted(suspects, key=_order)))
 
 
 def _suspect(name: str, evidence: SpikeEvidence, readings: Sequence[HealthReading]) -> Suspect:
@@ -132,21 +137,18 @@ def _suspect(name: str, evidence: SpikeEvidence, readings: Sequence[HealthReadin
     for metric in METRICS:
         past = [by.get(name, math.nan) for r in readings if (by := r.matrices.get(metric))]
         finite = [value for value in past if math.isfinite(value)]
-        average = statistics.median(finite) if finite else None
+        median = statistics.median(finite) if finite else None
         if (value := evidence.matrices.get(metric, {}).get(name)) is not None:
-            numbers[metric] = Compared(value, average)
-    since = None
-    average = numbers["grad_norm"].average if "grad_norm" in numbers else None
-    if average:
-        norms = [(r.step, r.matrices.get("grad_norm", {}).get(name)) for r in readings]
-        norms.append((evidence.step, numbers["grad_norm"].value))
-        for step, norm in reversed(norms):
-            if norm is None:
-                continue  # a reading without this metric
-            if norm <= _FAR_RATIO * average:
-                break
-            since = step
-    return Suspect(name, since, numbers)
+            numbers[metric] = Compared(value, median)
+    by_step = [(r.step, r.matrices.get("grad_norm", {})) for r in readings]
+    norms = [(step, by[name]) for step, by in by_step if name in by]
+    if "grad_norm" not in numbers or len(norms) < _LEAST_READINGS:
+        return Suspect(name, None, numbers)
+    limit = _FAR_RATIO * (numbers["grad_norm"].median or math.inf)
+    norms.append((evidence.step, numbers["grad_norm"].value))
+    above = list(takewhile(lambda one: not one[1] <= limit, reversed(norms)))
+    is_near = 0 < len(above) <= 1 + _NEAR_READINGS
+    return Suspect(name, above[-1][0] if is_near else None, numbers)
 
 
 def _order(suspect: Suspect) -> tuple[float, float, float]:
@@ -190,14 +192,33 @@ def describe(found: PostMortem) -> str:
     if not found.num_readings:
         return (
             f"Step {step} spiked. The largest gradient is that of {visible(first.name)}. The run "
-            "recorded no averages to compare with: train with the option health to have them."
+            "recorded no medians to compare with: train with the option health to have them."
         )
-    averages = f"its average over {plural(found.num_readings, 'reading')}"
+    medians = f"its median over {plural(found.num_readings, 'reading')}"
+    norm = first.numbers.get("grad_norm")
+    ratio = (norm.ratio if norm is not None else None) or 0.0
+    if first.since_step is None and ratio <= _FAR_RATIO:
+        return f"Step {step} spiked, but no gradient is above twice {medians}."
+    largest = f"The gradient of {visible(first.name)} is {significant(ratio)} times {medians}"
+    if found.num_readings < _LEAST_READINGS:
+        return (
+            f"Step {step} spiked. {largest}. Which matrix went first is unknown: that takes at "
+            f"least {_LEAST_READINGS} readings."
+        )
     if first.since_step is None:
-        return f"Step {step} spiked, but no gradient is above twice {averages}."
+        return (
+            f"Step {step} spiked. {largest}. Which matrix went first is unknown, because it was "
+            f"above twice its median more than {_NEAR_READINGS} readings before."
+        )
+    together = sum(one.since_step == first.since_step for one in found.suspects)
+    if together > 1:
+        return (
+            f"Step {step} spiked. {together:,} matrices left their medians first, together at "
+            f"step {first.since_step:,}. {largest}, the most of these."
+        )
     return (
         f"Step {step} spiked. {visible(first.name)} went first: its gradient has been above twice "
-        f"{averages} since step {first.since_step:,}."
+        f"{medians} since step {first.since_step:,}."
     )
 
 

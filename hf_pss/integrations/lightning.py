@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PSSConfig, check_config
 from hf_pss.controller import PSSController
 from hf_pss.errors import ConfigurationError
 from hf_pss.models.intervention import EvaluateLoss
@@ -42,13 +42,16 @@ class PSSLightningCallback(Callback):
             `PSSController`.
 
     Raises:
-        ConfigurationError: When a fit starts. The module has several optimizers or optimizes
-            manually, or the strategy is FSDPStrategy or DeepSpeedStrategy.
+        ConfigurationError: ``config`` is not a PSSConfig. Or, when a fit starts, the module has
+            several optimizers or optimizes manually, or the strategy is FSDPStrategy or
+            DeepSpeedStrategy.
     """
 
     def __init__(
         self, config: PSSConfig | None = None, *, evaluate_loss: EvaluateLoss | None = None
     ) -> None:
+        if config is not None:
+            check_config(config)
         self.config, self.evaluate_loss = config, evaluate_loss
         self.controller: PSSController | None = None
         self.report: StepReport | None = None

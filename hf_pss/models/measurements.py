@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PSSConfig, check_config
 from hf_pss.detection.detectors import GLOBAL, Readings
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg import quick_stable_rank, spectral_norm
@@ -408,11 +408,7 @@ def _check(model: nn.Module, config: PSSConfig) -> None:
         raise ConfigurationError(
             f"PSS watches a torch.nn.Module; you gave a {type(model).__name__}."
         )
-    if not isinstance(config, PSSConfig):
-        raise ConfigurationError(
-            f"The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'); you gave "
-            f"{config!r}."
-        )
+    check_config(config)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigurationError(
             "The model is on the meta device: it has no weights yet. Load them first."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from hf_pss.detection.policy import Action, Decision, InterventionHistory
 from hf_pss.detection.state import (
     JSON,
     check_version,
+    read_bool,
     read_integer,
     read_list,
     read_mapping,
@@ -68,6 +69,9 @@ class Event:
     new_level: tuple[str, ...] = ()
     """The names that fired for too long. Their baselines therefore restart at this level."""
     loss: float | None = None
+    update_applied: bool | None = None
+    """Whether the optimizer's update of this step was applied. None in older files, and in records
+    that belong to no update."""
     decision: Action
     reason: str
 
@@ -192,6 +196,15 @@ class Step:
             for judgement in self.judgements
         )
 
+    def settled(self, event: Event) -> Event:
+        """Return an event of this step that states whether the update was applied."""
+        return replace(event, update_applied=self.update_applied)
+
+    @property
+    def settled_records(self) -> tuple[Record, ...]:
+        """The records so far. The events of interventions are settled already."""
+        return tuple(self.settled(one) if isinstance(one, Event) else one for one in self.records)
+
     def is_due(self, every_steps: int) -> bool:
         """Return whether something with this interval is due now. 0 means never."""
         return every_steps > 0 and self.number % every_steps == 0
@@ -221,7 +234,7 @@ class Step:
             step=self.number,
             verdict=max(verdicts, key=list(Verdict).index, default=Verdict.NORMAL),
             update_applied=self.update_applied,
-            records=tuple(self.records),
+            records=self.settled_records,
             scalars={
                 name: float(number)
                 for name, number in numbers.items()
@@ -281,14 +294,11 @@ def _encode(values: dict[str, Any]) -> dict[str, JSON]:
 
 def _decode(parsed: dict[str, object]) -> Record:
     del parsed["version"]
+    parsed.setdefault("update_applied", None)  # not in the files of the first version, as below
     if parsed.get("kind") != "intervention":
         return Event(**_decode_values(_types(Event), parsed, "event"))
     parsed["kind"] = parsed.pop("trigger", None)
-    for name in (
-        "loss_before",
-        "loss_after",
-        "num_selected",
-    ):  # not in the files of the first version
+    for name in ("loss_before", "loss_after", "num_selected"):
         parsed.setdefault(name, None)
     own = {name: hint for name, hint in _types(Intervention).items() if name != "event"}
     values = _decode_values({**_types(Event), **own}, parsed, "intervention")
@@ -350,6 +360,7 @@ def _optional(read: _Reader) -> _Reader:
 _READERS: dict[str, _Reader] = {
     "int": read_integer,
     "int | None": _optional(read_integer),
+    "bool | None": _optional(read_bool),
     "float": read_number,
     "float | None": _optional(read_number),
     "str": read_text,

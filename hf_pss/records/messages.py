@@ -17,6 +17,9 @@ from hf_pss.detection.policy import Action
 from hf_pss.records.events import Event, EventKind, Intervention, Record
 
 _MAX_NAMES = 3
+# One or two spikes may come from their batches. The number is that of max_failed_interventions.
+_MANY = 3
+_BAD = (EventKind.SPIKE, EventKind.DROP, EventKind.NON_FINITE, EventKind.FAILURE)
 
 _KIND = {
     EventKind.SPIKE: "spike",
@@ -112,15 +115,20 @@ def describe_event(event: Event) -> str:
 
 def describe_intervention(record: Intervention) -> str:
     """Return one sentence about the effect of an intervention on the weights."""
-    took, total = f"in {record.seconds:.2f} s", len(record.matrices)
-    if not record.num_changed:
-        return f"{record.smoothing} left all {total} matrices as they were, {took}."
-    total = record.num_selected or total
-    effect = f"{record.smoothing} smoothed {record.num_changed} of {total} matrices {took}"
+    total = record.num_selected or len(record.matrices)
+    effect = (
+        f"smoothing ({record.smoothing}) changed {record.num_changed or 'none'} of {total} "
+        f"{'matrix' if total == 1 else 'matrices'} in {record.seconds:.2f} s"
+    )
     if record.event.decision is Action.UNDO:
         effect += f", and it was taken back: {record.event.reason}"
     if record.loss_before is not None and record.loss_after is not None:
-        effect += f"; the loss went from {record.loss_before:.4g} to {record.loss_after:.4g}"
+        effect += (
+            f"; the loss of the trial's micro-batch went from {record.loss_before:.4g} to "
+            f"{record.loss_after:.4g}"
+        )
+    if record.event.update_applied is False:
+        effect += "; the update was skipped"
     return f"{effect}."
 
 
@@ -224,6 +232,27 @@ def alert_of(record: Record) -> Alert:
     )
 
 
+def overall_advice(records: Sequence[Record], run_dir: str) -> str:
+    """Return the advice of the worst of some records, of equally bad ones the newest.
+
+    Args:
+        records: At least one record, sorted by step.
+        run_dir: The folder of the run. If spikes come back, the advice names the command that
+            examines it.
+    """
+    alerts = [alert_of(record) for record in records]
+    levels = list(AlertLevel)
+    worst = max(reversed(alerts), key=lambda alert: levels.index(alert.level))
+    events = (one.event if isinstance(one, Intervention) else one for one in records)
+    num_bad = sum(event.kind in _BAD for event in events)
+    when = "" if worst is alerts[-1] else f"Step {worst.step}: "
+    more = (
+        f" PSS recorded {num_bad} such events. To see what went wrong and where you can continue, "
+        f"call hf-pss rescue {run_dir}."
+    )
+    return f"{when}{worst.advice}{more if num_bad >= _MANY else ''}"
+
+
 class Alerts:
     """Reports every rare record as an alert, and frequent records less and less often.
 
@@ -272,6 +301,8 @@ def describe_nonfinite(
         response = "its update was discarded by DeepSpeed, no weight was touched"
     elif event.decision is Action.OBSERVE:
         response = f"observed ({event.reason})"
+    elif event.decision is Action.SKIP_UPDATE:
+        response = "the update was skipped"
     else:
         response = event.decision.value.replace("_", " ")
     return (

@@ -319,7 +319,7 @@ def choose(
         far = [one for one in before if one.step <= failure.onset_step - 1 - margin]
         chosen = max(far or before, key=_STEP)
         distance = failure.onset_step - chosen.step
-        short = f": less than the margin of {margin}, but there is no older one"
+        short = f": less than the margin of {margin}, but no usable checkpoint is that much older"
         reason = f"complete, and {plural(distance, 'step')} before the failure began"
         reason += f" (the margin is {margin})" if far else short
     else:

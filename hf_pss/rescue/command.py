@@ -41,6 +41,7 @@ _FLOOR, _DEFAULT = "floor", "anchored"
 _TRAIN = ("hf-pss", "train")
 _LAUNCHER, _LAUNCH = "<your launcher>", "<your launch command>"
 _UNKNOWN = re.compile(rf"{_LAUNCHER}|{_LAUNCH}|<more than \d+>")
+_OF_RESCUE = re.compile(r"-rescued(-\d+)?$")
 # PSS options of the failed run that the new command does not take over, because they did not
 # protect the run or apply only to its original start.
 _REPLACED = ("preset", "detectors", "floor_reference", "observe_only", "smooth_on_resume")
@@ -153,18 +154,20 @@ def plan_resume(
     about_rate = [why] if why else [*_about_rate(rise, found.failure, factor, is_exact=is_exact)]
     about_rate = [] if is_left else about_rate
     is_rate_covered = bool(about_rate) or is_left
+    about_batches = [*_about_batches(found, chosen, skipped)]
     processes = num_processes(chosen.path) if chosen.layout == "whole" else None
     remarks = (
         *_about_command(chosen, launch, processes),
         *_about_steps_left(found.log, chosen, skipped),
         *about_rate,
-        *_about_batches(found, chosen, skipped),
+        *about_batches,
         *_about_smoothing(
             smoothing,
             found,
             has_nothing=has_nothing,
             is_copy=is_copy,
             is_rate_covered=is_rate_covered,
+            is_skip_covered=bool(about_batches),
         ),
     )
     words = (_LAUNCH, *options)
@@ -203,10 +206,11 @@ def _scale_to_hold(rise: _Rise | None, failure: RunFailure | None) -> float:
 def _free_folder(run_dir: Path) -> Path:
     """Return an unused path beside the run's folder, where an earlier rescue may have written."""
     run = run_dir.resolve()
-    path, number = run.with_name(f"{run.name}-rescued"), 1
+    name = f"{_OF_RESCUE.sub('', run.name)}-rescued"
+    path, number = run.with_name(name), 1
     while os.path.lexists(path):
         number += 1
-        path = run.with_name(f"{run.name}-rescued-{number}")
+        path = run.with_name(f"{name}-{number}")
     return path
 
 
@@ -364,10 +368,11 @@ def _about_batches(found: Investigation, chosen: CheckpointReport, skipped: int)
     if failure.noticed_step < chosen.step or skipped >= needed:
         return
     text = (
-        "A batch may have caused the failure. The resumed run reaches it again by step "
-        f"{failure.noticed_step}. To skip it, call hf-pss rescue with --write OUT --skip-batches "
-        f"{needed}. This costs the data of {plural(needed, 'update')}, and the run ends that much "
-        "earlier. Most of this data is sound."
+        f"A batch may have caused the failure{_or_the_rate(log, failure)}. The resumed run reaches "
+        f"this batch again by step {failure.noticed_step}. To skip it, call hf-pss rescue with "
+        f"--write OUT --skip-batches {needed}. This costs the data of "
+        f"{plural(needed, 'update')}, and the run ends that much earlier. Most of this data is "
+        "sound."
     )
     end = chosen.step + needed
     if log.max_steps is not None and end >= log.max_steps:
@@ -376,6 +381,18 @@ def _about_batches(found: Investigation, chosen: CheckpointReport, skipped: int)
             f"--max_steps {end}."
         )
     yield text
+
+
+def _or_the_rate(log: RunLog, failure: RunFailure) -> str:
+    """Name the learning rate as a cause, unless the run has survived a higher rate before."""
+    rates = [
+        rate
+        for row in log.rows
+        if row.step <= failure.noticed_step and 0 < (rate := row.learning_rate or 0) < math.inf
+    ]
+    if not rates or rates[-1] < max(rates):
+        return ""
+    return f", or a learning rate that is too high: {rates[-1]:.2g} was its highest value so far"
 
 
 def _about_command(
@@ -419,6 +436,7 @@ def _about_smoothing(
     has_nothing: bool,
     is_copy: bool,
     is_rate_covered: bool,
+    is_skip_covered: bool,
 ) -> Iterator[str]:
     """Describe the smoothing, and what the user can change in the command.
 
@@ -428,6 +446,7 @@ def _about_smoothing(
         has_nothing: Whether the weights hold nothing to smooth.
         is_copy: Whether the run continues from a repaired copy, which has the changes already.
         is_rate_covered: Whether other remarks describe the learning rate.
+        is_skip_covered: Whether another remark describes how to skip batches.
     """
     if smoothing == "none":
         yield (
@@ -469,4 +488,5 @@ def _about_smoothing(
             "--learning_rate alone has no effect here, because a resumed run takes its base rate "
             "from scheduler.pt. To lower the rate, call hf-pss rescue with --lr-scale 0.5."
         )
-    yield "To skip batches, call hf-pss rescue with --write OUT --skip-batches N."
+    if not is_skip_covered:
+        yield "To skip batches, call hf-pss rescue with --write OUT --skip-batches N."

@@ -29,7 +29,7 @@ from torch import Tensor
 from hf_pss.errors import ConfigurationError, StateError
 from hf_pss.models.selection import RowPattern
 from hf_pss.records.strict_json import parse_object, read_object, visible
-from hf_pss.runs.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, leads_out
+from hf_pss.runs.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, leads_out, step_by_name
 
 # The format allows 100 MB. This limit is lower, because parsed JSON takes several times its size.
 # It leaves 350 bytes for each of 90,000 tensors, which is the number in the largest models.
@@ -222,8 +222,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _checkpoint(folder, [_confined(path, folder) for path in weights])
     if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         raise ConfigurationError(_refusal(f"{visible(folder)} holds pickles only and"))
-    inside = sorted(visible(found.parent.name) for found in folder.glob(f"*/*{_WEIGHTS}"))
-    hint = f" Give one of its folders: {', '.join(dict.fromkeys(inside))}." if inside else ""
+    parents = {found.parent for found in folder.glob(f"*/*{_WEIGHTS}")}
+    inside = sorted(parents, key=lambda parent: (step_by_name(parent) or 0, parent.name))
+    names = ", ".join(visible(parent.name) for parent in inside)
+    hint = f" Give one of its folders: {names}." if names else ""
     raise ConfigurationError(f"{visible(folder)} holds no .safetensors file.{hint}")
 
 

@@ -20,10 +20,9 @@ from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from hf_pss.config import PSSConfig, spelt_as_arguments
+from hf_pss.config import PSSConfig, RecoveryConfig, spelt_as_arguments
 from hf_pss.errors import ConfigurationError
 from hf_pss.trainer.optional import optional_part
-from hf_pss.trainer.recovery import RecoveryConfig
 
 logger = logging.getLogger(__name__)
 

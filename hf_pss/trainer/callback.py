@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from hf_pss.config import PSSConfig, spelt, spelt_as_arguments
+from hf_pss.config import (
+    PSSConfig,
+    RecoveryConfig,
+    check_config,
+    spelt,
+    spelt_as_arguments,
+)
 from hf_pss.controller import PSSController
 from hf_pss.detection.detectors import Verdict
 from hf_pss.errors import ConfigurationError, NonFiniteError, StateError
@@ -27,10 +33,11 @@ from hf_pss.runs.records_files import log_scalars
 from hf_pss.trainer.arguments import PSSTrainingArguments
 from hf_pss.trainer.backend_refusals import refuse_backends
 from hf_pss.trainer.batch_loss import BatchLoss
+from hf_pss.trainer.log_level import follow_log_level
 from hf_pss.trainer.optimizers import OptimizerMixin
 from hf_pss.trainer.optional import optional_part
 from hf_pss.trainer.recorder import RunRecorder
-from hf_pss.trainer.recovery import RecoveryConfig, StepOutcome, TrainingMonitor
+from hf_pss.trainer.recovery import StepOutcome, TrainingMonitor
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.seams import (
     folder_of,
@@ -90,14 +97,17 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             `PSSTrainingArguments`. A trainer with other arguments gets the preset ``anchored``.
 
     Raises:
-        ConfigurationError: The trainer already has a PSSCallback, runs on a backend that PSS does
-            not support, or has ``pss_*`` arguments that need `PSSTrainer`.
+        ConfigurationError: ``config`` is not a PSSConfig. Or, when the callback joins a trainer,
+            the trainer already has a PSSCallback, runs on a backend that PSS does not support, or
+            has ``pss_*`` arguments that need `PSSTrainer`.
     """
 
     announces = True
     """Whether to log at the start which matrices PSS watches. Warnings are always logged."""
 
     def __init__(self, config: PSSConfig | None = None) -> None:
+        if config is not None:
+            check_config(config)
         self.config = config
         self.controller: PSSController | None = None
         self.report: StepReport | None = None
@@ -138,18 +148,12 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         """Return the options for a trainer, from this callback or from the trainer's arguments.
 
         Raises:
-            ConfigurationError: Both were given, and they differ; or the callback's own are of
-                another type.
+            ConfigurationError: Both were given, and they differ.
         """
-        given: Any = self.config
+        given = self.config
         from_args = args.pss_config() if isinstance(args, PSSTrainingArguments) else PSSConfig()
         if given is None:
             return from_args
-        if not isinstance(given, PSSConfig):
-            raise ConfigurationError(
-                "The options of PSS are a PSSConfig, such as PSSConfig.preset('floor'). You gave "
-                f"{given!r}."
-            )
         if from_args not in (PSSConfig(), given):
             raise ConfigurationError(
                 "You gave PSS options twice, in PSSTrainingArguments and as a PSSConfig, and they "
@@ -190,6 +194,8 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
                     "This trainer has a PSSCallback already, and it can have only one. Give "
                     "PSSTrainer its options through pss_config or PSSTrainingArguments."
                 )
+        if vars(trainer).get("pss_callback") is not self:
+            follow_log_level(trainer.args)
         refuse_backends(trainer)
         if isinstance(trainer.args, PSSTrainingArguments):
             _refuse_unread_arguments(trainer)

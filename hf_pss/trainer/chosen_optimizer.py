@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_pss.errors import ConfigurationError, SelectionError
+from hf_pss.errors import ConfigurationError, SelectionError, did_you_mean
 from hf_pss.models.distributed import Replicas
 from hf_pss.models.selection import canonical_name
 from hf_pss.optim.groups import AMUSE, build_optimizer, known_options
@@ -74,10 +73,9 @@ def read_options(algo: str, given: Mapping[str, Any] | str | None) -> Options:
                 f"pss_optim_args has no {name}: it comes from {_ARGUMENTS[name]}."
             )
         if name not in known:
-            nearest = get_close_matches(name, known, n=3, cutoff=0.6)
-            asked = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
             raise ConfigurationError(
-                f"{algo} has no option {name!r}.{asked} It takes {', '.join(sorted(known))}."
+                f"{algo} has no option {name!r}.{did_you_mean(name, known)} It takes "
+                f"{', '.join(sorted(known))}."
             )
     return {name: _typed(name, value, known[name]) for name, value in options.items()}
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_pss.config import PSSConfig
+from hf_pss.config import PSSConfig, RecoveryConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.records.messages import card_section
 from hf_pss.runs.records_files import read_run_records
 from hf_pss.trainer.callback import PSSCallback
 from hf_pss.trainer.optimizers import OptimizerMixin
-from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.resuming import load_renamed_
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.schedule_free import BackToTraining, leave_training

@@ -1,53 +1,11 @@
-"""The options of recovery, and the interface that reports the outcome of each step to it."""
+"""The interface that reports the outcome of each step to the recovery of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from hf_pss.config import Options, option
 from hf_pss.records.events import Record
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveryConfig(Options):
-    """Options of `SafeCheckpointsMixin` and `RollbackMixin`. They do not depend on PSS.
-
-    >>> RecoveryConfig(on_failure="rollback").max_rollbacks
-    3
-
-    Raises:
-        ConfigurationError: An option is out of range.
-    """
-
-    # The default is cautious, because a rollback changes which batches a run is trained on.
-    on_failure: Literal["smooth", "rollback", "stop"] = option(
-        "smooth",
-        "If interventions fail repeatedly, smooth: continue to smooth; rollback: return to the "
-        "last healthy checkpoint and skip the batches after it (one process and DDP); stop: stop "
-        "with an error.",
-    )
-    # Not measured.
-    failure_window_steps: int = option(
-        50,
-        "An intervention has failed if another one follows within this many steps, or if the loss "
-        "has not returned to its level after them.",
-        minimum=1,
-    )
-    # Not measured.
-    max_failed_interventions: int = option(
-        3, "This many failed interventions in a row count as a failure of the run.", minimum=1
-    )
-    # Not measured.
-    max_rollbacks: int = option(
-        3, "Roll back at most this many times in one call of train(), then stop.", minimum=1
-    )
-    missing_state: Literal["refuse", "fresh"] = option(
-        "refuse",
-        "If optimizer.pt or scheduler.pt of a checkpoint is missing or unreadable, refuse: do not "
-        "resume; fresh: resume and start that part from its initial state.",
-    )
 
 
 @dataclass(frozen=True, slots=True)

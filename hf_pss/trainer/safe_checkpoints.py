@@ -20,6 +20,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from hf_pss.config import RecoveryConfig
 from hf_pss.errors import NonFiniteError, StateError
 from hf_pss.models.measurements import first_nonfinite
 from hf_pss.records.messages import name_on_ranks
@@ -39,7 +40,6 @@ from hf_pss.runs.folder import (
     move_into_place,
     sync_tree,
 )
-from hf_pss.trainer.recovery import RecoveryConfig
 from hf_pss.trainer.resuming import (
     backend_of,
     check_backend,

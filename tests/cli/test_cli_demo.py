@@ -151,3 +151,12 @@ def test_an_interrupted_demo_reports_its_runs_so_far(tmp_path: Path) -> None:
     assert demo.returncode == 130, complaints
     assert "not finished" in printed
     assert Path(printed.splitlines()[-1]).is_file()
+
+
+def test_the_report_of_a_run_of_ones_own_leads_to_its_commands(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "own" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "own" / "pss_events.jsonl").touch()
+    result = run("report", tmp_path / "own")
+    assert result.exit_code == 2
+    text = " ".join(result.stderr.split())
+    assert "For your own run: hf-pss rescue RUN --html FILE.html, or hf-pss watch RUN." in text

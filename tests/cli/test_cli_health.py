@@ -255,3 +255,18 @@ def test_help_shows_options_and_examples(run: Run) -> None:
         "jinja2",
     ):
         assert words in text
+
+
+def test_a_runs_folder_stands_for_its_newest_complete_checkpoint(
+    run: Run, train: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "notes"
+    assert (
+        train("--output_dir", folder, "--save_strategy", "steps", "--save_steps", 2).exit_code == 0
+    )
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "checkpoint-10").mkdir()  # newer, and incomplete
+    result = run("health", folder)
+    assert result.exit_code == 0, result.output
+    assert f"newest complete checkpoint of this run: {folder / 'checkpoint-5'}" in result.stderr
+    assert result.stdout == run("health", folder / "checkpoint-5").stdout

@@ -235,7 +235,7 @@ def test_html_writes_the_post_mortem_of_a_spike(run: Run, run_dir: Path, tmp_pat
     assert "Step 4 spiked" in result.stdout
     assert result.stdout.splitlines()[-1] == str(path)
     found = json.loads(run("rescue", run_dir, "--json").stdout)["post_mortem"]
-    assert found["matrices"][0]["grad_norm"] == {"value": 9.0, "average": None}
+    assert found["matrices"][0]["grad_norm"] == {"value": 9.0, "median": None}
     assert found["indices"] == [2, 0]
 
 

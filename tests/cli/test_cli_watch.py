@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,26 @@ def test_once(run: Run, live: Path) -> None:
     assert "(trainer_state.json)" in text
     assert "1 event, 1 intervention:" in text
     assert "Step 7: stable rank drop 2, 0.25 × its average of 8" in text
-    assert "clip smoothed 1 of 1 matrices" in text
+    assert "smoothing (clip) changed 1 of 1 matrix" in text
     assert "keep falling, lower the learning rate" in text  # the advice
     worst = text.index("h.0\\x1b[2J[red] 1.25 8")
     assert worst < text.index("h.0.w 5")
     assert "5 more; --lines shows them." in text
     assert "\x1b" not in result.stdout
+
+
+def test_the_advice_of_many_spikes_does_not_hide_behind_the_newest_event(
+    run: Run, live: Path
+) -> None:
+    floor = Judgement(Verdict.SPIKE, "stable_rank_floor", ("w",), 2.0, None, 4.0)
+    event = Event.of(floor, Decision(Action.ACT, "stable_rank_floor"), step=12, loss=4.0)
+    records = [*map(intervention, range(3, 8)), *[replace(intervention(12), event=event)] * 7]
+    lines = "".join(f"{to_json_line(record)}\n" for record in records)
+    (live / "pss_events.jsonl").write_text(lines)
+    text = " ".join(run("watch", live, "--once").stdout.split())
+    assert "routine" not in text
+    assert "Step 7: Look at the stable ranks" in text
+    assert "call hf-pss rescue" in text
 
 
 def test_lines_bounds_the_matrices(run: Run, live: Path) -> None:

@@ -167,8 +167,10 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="There is no"):
         open_checkpoint(tmp_path / "nowhere")
-    shard(tmp_path / "checkpoint-5" / "model.safetensors", "a")
-    with pytest.raises(ConfigurationError, match="Give one of its folders: checkpoint-5"):
+    for step in (45, 5, 50):
+        shard(tmp_path / f"checkpoint-{step}" / "model.safetensors", "a")
+    names = "checkpoint-5, checkpoint-45, checkpoint-50"
+    with pytest.raises(ConfigurationError, match=f"Give one of its folders: {names}"):
         open_checkpoint(tmp_path)
 
 

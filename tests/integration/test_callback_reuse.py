@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_pss import ConfigurationError, PSSCallback, PSSConfig, PSSTrainer
-from hf_pss.trainer.recovery import RecoveryConfig
+from hf_pss import ConfigurationError, PSSCallback, PSSConfig, PSSTrainer, RecoveryConfig
 from hf_pss.trainer.rollback import RollbackMixin
 from hf_pss.trainer.seams import wrapped
 

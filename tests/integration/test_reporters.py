@@ -141,7 +141,7 @@ def test_wandb(offline: Path) -> None:
     ((title, text, level),) = found.alerts
     assert title == "PSS, step 3: spike, smoothed"
     assert "9 × its average of 1 (limit 2.5 ×)" in text
-    assert "clip smoothed 1 of 1 matrices" in text
+    assert "smoothing (clip) changed 1 of 1 matrix" in text
     assert "lower the learning rate" in text
     assert level == "WARN"
 
@@ -258,7 +258,7 @@ def test_readings_and_interventions_of_pss_reach_all_three(
     assert found.image("pss/heat_map").startswith(b"\x89PNG")
     ((title, text, _),) = found.alerts
     assert title == "PSS, step 5: spike, smoothed"
-    assert "clip smoothed 6 of 6 matrices" in text
+    assert "smoothing (clip) changed 6 of 6 matrices" in text
 
     (folder,) = (offline / "run" / "runs").iterdir()
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()

@@ -203,7 +203,7 @@ def test_an_intervention_is_one_warning_for_people(
     train(tmp_path, EAGER, save_strategy="no")
     said = [r.getMessage() for r in caplog.records if r.name == "hf_pss.trainer.recorder"]
     assert len(said) == len(steps_of(events_of(tmp_path)))
-    assert "clip smoothed 6 of 6 matrices" in said[0]
+    assert "smoothing (clip) changed 6 of 6 matrices" in said[0]
 
 
 def test_the_floor_warns_once_then_it_is_upkeep(

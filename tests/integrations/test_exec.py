@@ -151,7 +151,10 @@ def test_options_are_those_of_the_configuration() -> None:
         (["--pss_threshold_ratio", "0.5"], "pss_threshold_ratio must be a number above 1"),
         (["--pss_preset", "best"], "choose from"),
         (["--pss_observe_only", "maybe"], "true or false"),
-        (["--learning_rate", "1"], "unrecognized arguments"),
+        (["--learning_rate", "1"], "no option --learning_rate. It takes the options of PSSConfig"),
+        (["--pss_spike_updates", "skip"], "Did you mean --pss_spike_update"),
+        (["--pss_on_failure", "rollback"], "--pss_on_failure needs PSSTrainer"),
+        (["--pss_optim=muon"], "--pss_optim needs PSSTrainer"),
     ],
 )
 def test_a_wrong_option_is_refused(words: list[str], message: str) -> None:

@@ -158,3 +158,8 @@ def test_the_snippets_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     [callback] = [c for c in names["trainer"].callbacks if isinstance(c, PSSLightningCallback)]  # type: ignore[attr-defined]
     assert callback.controller is not None
     assert callback.controller.step_number == NUM_BATCHES
+
+
+def test_options_that_are_no_config_are_refused_when_the_callback_is_built() -> None:
+    with pytest.raises(ConfigurationError, match="The options of PSS are a PSSConfig"):
+        PSSLightningCallback("floor")  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def test_a_run_whose_labels_are_all_masked_says_so_and_changes_no_weight(
     trainer = make_trainer(tmp_path, CONFIG, rows=rows, save_strategy="no")
     before = weights_of(trainer.model)
     trainer.train()
-    assert "Step 1 is not finite (loss = nan): skip update." in caplog.text
+    assert "Step 1 is not finite (loss = nan): the update was skipped." in caplog.text
     assert "the batch may have no label that counts (all are -100)" in caplog.text
     assert {row["loss"] for row in history(trainer)[:-1]} == {0.0}
     assert list(differences(before, weights_of(trainer.model))) == []

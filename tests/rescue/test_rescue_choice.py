@@ -79,6 +79,8 @@ def test_the_margin(spiked: Path) -> None:
     found = looked_at(spiked, 1000)  # nothing is that far back
     assert chosen(found) == 60
     assert "less than the margin" in found.choice.reason
+    # Checkpoints 20 and 40 are older, and not old enough.
+    assert "but no usable checkpoint is that much older" in found.choice.reason
 
 
 def test_checkpoints_that_are_not_finite(run_of: RunOf) -> None:

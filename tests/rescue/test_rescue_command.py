@@ -146,6 +146,36 @@ def test_a_second_rescue_has_a_folder_of_its_own(run_dir: Path) -> None:
     assert Path(plan(run_dir).options[3]).name == "run-rescued"
 
 
+@pytest.mark.parametrize("name", ["run-rescued", "run-rescued-2"])
+def test_the_rescue_of_a_rescued_run_is_numbered(run_dir: Path, name: str) -> None:
+    for one in ("run-rescued", "run-rescued-2"):
+        (run_dir.with_name(one) / "checkpoint-40").mkdir(parents=True)
+    assert Path(plan(run_dir.with_name(name)).options[3]).name == "run-rescued-3"
+
+
+def test_skipping_batches_is_advised_once(run_dir: Path) -> None:
+    for options in ({}, {"failure": failed()}, {"failure": failed("slow_damage")}):
+        assert said(run_dir, **options).count("--skip-batches") == 1
+
+
+@pytest.mark.parametrize(
+    ("rates", "is_named"),
+    [([1e-3, 1e-3], True), ([1e-4, 1e-2], True), ([1e-2, 1e-3], False), ([None, None], False)],
+)
+def test_a_rate_that_no_earlier_step_had_survived_is_named_as_a_cause(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, rates: list[float | None], is_named: bool
+) -> None:
+    rows = [
+        *(LogRow(step, 3.0, learning_rate=rates[step > 60]) for step in range(4, 72, 4)),
+        LogRow(76, 9.0, learning_rate=0.5),  # after the failure
+    ]
+    monkeypatch.setattr(f"{__name__}.LOG", replace(LOG, rows=tuple(rows)))
+    text = said(run_dir, failure=failed(noticed=72))
+    assert "A batch may have caused the failure" in text
+    named = f"or a learning rate that is too high: {rates[1] or 0:.2g} was its highest value"
+    assert (named in text) == is_named
+
+
 def test_how_many_batches_lead_past_it(run_dir: Path) -> None:
     """The step it was noticed at, one interval of the log behind it, less the checkpoint's."""
     for kind in ("spike", "non_finite"):
