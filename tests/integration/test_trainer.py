@@ -344,9 +344,8 @@ def test_options_given_twice_must_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", ["floor", {"max_rank": 3}])
 def test_options_of_another_type_are_refused(config: object, tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True)
-    trainer = PSSTrainer(gpt2(), args, train_dataset=token_rows(4), pss_config=config)
     with pytest.raises(ConfigurationError, match=r"PSSConfig\.preset"):
-        trainer.train()
+        PSSTrainer(gpt2(), args, train_dataset=token_rows(4), pss_config=config)
 
 
 def test_a_model_without_weights_is_refused() -> None:
