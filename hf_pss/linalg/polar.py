@@ -208,8 +208,8 @@ def _on_the_short_side(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # On a CPU, blocks below the diagonal are copied if this is faster than multiplying. Matrix units
-# multiply small bfloat16 matrices faster than the blocks can be copied.
-_STRIPED_FROM, _STRIPED_FROM_IN_BFLOAT16, _NUM_STRIPS = 512, 1024, 4
+# multiply bfloat16 so fast that this needs long rows as well.
+_STRIPED_FROM, _LONG_IN_BFLOAT16, _NUM_STRIPS = 512, 1024, 4
 
 
 def _symmetric(
@@ -221,9 +221,9 @@ def _symmetric(
     alpha: float = 1.0,
 ) -> Tensor:
     """Return the symmetric β Y + α L R. Y is `plus`. L is (..., n, m), and R is (..., m, n)."""
-    n = left.shape[-2]
-    is_short = left.dtype == torch.bfloat16
-    if not left.is_cpu or n < (_STRIPED_FROM_IN_BFLOAT16 if is_short else _STRIPED_FROM):
+    n, length = left.shape[-2:]
+    is_fast = left.dtype == torch.bfloat16 and length < _LONG_IN_BFLOAT16
+    if not left.is_cpu or n < _STRIPED_FROM or is_fast:
         return _multiply_add(plus, left, right, beta=beta, alpha=alpha)
     found = left.new_empty((*left.shape[:-1], n))
     size = -(-n // _NUM_STRIPS)
