@@ -77,8 +77,8 @@ def test_the_advice_is_that_of_the_worst_event_and_leads_to_the_rescue_of_many_s
     many = overall_advice([*spikes, floor], "runs/a")
     assert many.startswith("Step 23: ")  # the newest of equally bad ones
     assert many.endswith(
-        "3 such events. To see what went wrong and where you can continue, "
-        "call hf-pss rescue runs/a."
+        "3 of the last 4 events are spikes, drops, failures or steps that were not finite. To see "
+        "what went wrong and where you can continue, call hf-pss rescue runs/a."
     )
     stop = event(EventKind.NON_FINITE, Action.STOP, step=24)
     assert overall_advice([*spikes, stop, spikes[0]], "a").startswith("Step 24: The run has ended")

@@ -236,7 +236,9 @@ class Runs:
     def _failures(self, guard: str, rate: float) -> list[bool]:
         least = FAILED_BELOW * max(map(_descent, self._with(guard)))
         own = self.only(guard).where(learning_rate=rate).rows
-        return [row.explosion_kind is not None or _descent(row) < least for row in own]
+        if not own:
+            raise ConfigurationError(f"{guard!r} has no run at a rate of {rate:g} in {self.title}.")
+        return [row.explosion_kind is not None or _descent(row) <= least for row in own]
 
     def _by_seed(self, guard: str) -> Mapping[int, float]:
         losses = losses_by_rate(self._with(guard), guard)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hf_pss.records.events import HealthReading
 from hf_pss.records.messages import Alert, AlertLevel, alert_of, overall_advice
-from hf_pss.records.strict_json import visible
+from hf_pss.records.strict_json import printable, visible
 from hf_pss.runs.follow import RunState
 from hf_pss.view.numbers import duration, plural
 from hf_pss.view.tables import lean_table
@@ -104,7 +104,7 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
         # All events that are kept count, because the floor may act at every check, and the few
         # newest events may then be routine after any number of spikes.
         advice = overall_advice(state.events, shlex.quote(visible(state.folder)))
-        yield Text(f"  {visible(advice)}", style="italic")
+        yield Text(f"  {printable(advice)}", style="italic")
 
 
 def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:

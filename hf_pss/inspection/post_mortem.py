@@ -146,7 +146,7 @@ def _suspect(name: str, evidence: SpikeEvidence, readings: Sequence[HealthReadin
         return Suspect(name, None, numbers)
     limit = _FAR_RATIO * (numbers["grad_norm"].median or math.inf)
     norms.append((evidence.step, numbers["grad_norm"].value))
-    above = list(takewhile(lambda one: not one[1] <= limit, reversed(norms)))
+    above = list(takewhile(lambda one: one[1] > limit, reversed(norms)))
     is_near = 0 < len(above) <= 1 + _NEAR_READINGS
     return Suspect(name, above[-1][0] if is_near else None, numbers)
 
@@ -207,8 +207,9 @@ def describe(found: PostMortem) -> str:
         )
     if first.since_step is None:
         return (
-            f"Step {step} spiked. {largest}. Which matrix went first is unknown, because it was "
-            f"above twice its median more than {_NEAR_READINGS} readings before."
+            f"Step {step} spiked. {largest}. Which matrix went first is unknown: it has fewer than "
+            f"{_LEAST_READINGS} readings, or was above twice its median more than {_NEAR_READINGS} "
+            "readings before."
         )
     together = sum(one.since_step == first.since_step for one in found.suspects)
     if together > 1:

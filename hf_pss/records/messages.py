@@ -247,8 +247,9 @@ def overall_advice(records: Sequence[Record], run_dir: str) -> str:
     num_bad = sum(event.kind in _BAD for event in events)
     when = "" if worst is alerts[-1] else f"Step {worst.step}: "
     more = (
-        f" PSS recorded {num_bad} such events. To see what went wrong and where you can continue, "
-        f"call hf-pss rescue {run_dir}."
+        f" {num_bad} of the last {len(records)} events are spikes, drops, failures or steps that "
+        "were not finite. To see what went wrong and where you can continue, call hf-pss rescue "
+        f"{run_dir}."
     )
     return f"{when}{worst.advice}{more if num_bad >= _MANY else ''}"
 

@@ -390,7 +390,7 @@ def _or_the_rate(log: RunLog, failure: RunFailure) -> str:
         for row in log.rows
         if row.step <= failure.noticed_step and 0 < (rate := row.learning_rate or 0) < math.inf
     ]
-    if not rates or rates[-1] < max(rates):
+    if not rates or not min(rates) < rates[-1] == max(rates):
         return ""
     return f", or a learning rate that is too high: {rates[-1]:.2g} was its highest value so far"
 

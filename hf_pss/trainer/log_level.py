@@ -18,7 +18,11 @@ class _LastResort(logging.Handler):
             if any(handler is not self for handler in one.handlers):
                 return
             one = one.parent if one.propagate else None
-        sys.stderr.write(f"{self.format(record)}\n")
+        if sys.stderr is not None:  # as under pythonw
+            try:
+                sys.stderr.write(f"{self.format(record)}\n")
+            except Exception:
+                self.handleError(record)
 
 
 def follow_log_level(args: TrainingArguments) -> None:

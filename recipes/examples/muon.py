@@ -21,7 +21,7 @@ arguments = PSSTrainingArguments(
     report_to="none",
     pss_optim="muon",  # or normuon, softmuon, softsignum, specmuon, spectra, amuse
     pss_optim_args="others_lr=1e-3",  # the rate of embeddings, head, biases and norms
-    pss_observe_only=True,  # Muon preserves the stable rank by itself
+    pss_observe_only=True,  # Muon keeps the stable rank high by itself
 )
 trainer = PSSTrainer(model=GPT2LMHeadModel(config), args=arguments, train_dataset=rows)
 trainer.train()

@@ -88,7 +88,7 @@ def rows_of(given: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, to
     rows = ids[: len(ids) // CONTEXT_LENGTH * CONTEXT_LENGTH].view(-1, CONTEXT_LENGTH)
     end = len(rows) * 9 // 10
     if end < num_rows or len(rows) - end < NUM_HELD_OUT:
-        needed = max(num_rows * 10 // 9, NUM_HELD_OUT * 10) * CONTEXT_LENGTH
+        needed = max(-(-num_rows * 10 // 9), NUM_HELD_OUT * 10) * CONTEXT_LENGTH
         sys.exit(f"The text has {len(ids):,} tokens. Give one of {needed:,} or more as --text.")
     order = torch.randperm(end, generator=torch.Generator().manual_seed(given.seed))
     return rows[order[:num_rows]], rows[end : end + NUM_HELD_OUT]

@@ -129,6 +129,9 @@ def test_a_run_fails_if_it_learns_less_than_half_of_the_best() -> None:
     )
     assert runs.failed("clip", 1e-2) == "1 of 2"
     assert runs.exploded("clip") == "0 of 3"
+    assert runs_of(row(loss=7.0)).failed("clip", 1e-3) == "1 of 1"  # nothing was learned
+    with pytest.raises(ConfigurationError, match=r"no run at a rate of 0\.5"):
+        runs.failed("clip", 0.5)
 
 
 def test_a_verdict_needs_an_interval_without_zero() -> None:
