@@ -88,7 +88,8 @@ def launch_ranks(
             _, errors = process.communicate(TIMEOUT_SECONDS)
             returncode = process.returncode
     files = sorted(folder.glob("rank*.json"))
-    ranks = tuple(json.loads(file.read_text()) for file in files)
+    # A rank that the launcher ends between opening its file and writing leaves an empty file.
+    ranks = tuple(json.loads(text) for file in files if (text := file.read_text()))
     return Run(folder, returncode, errors, ranks)
 
 

@@ -160,7 +160,7 @@ def test_skipping_batches_is_advised_once(run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rates", "is_named"),
-    [([1e-3, 1e-3], True), ([1e-4, 1e-2], True), ([1e-2, 1e-3], False), ([None, None], False)],
+    [([1e-3, 1e-3], False), ([1e-4, 1e-2], True), ([1e-2, 1e-3], False), ([None, None], False)],
 )
 def test_a_rate_that_no_earlier_step_had_survived_is_named_as_a_cause(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, rates: list[float | None], is_named: bool
