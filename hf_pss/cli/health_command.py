@@ -129,13 +129,13 @@ def _exit_by_finiteness(seen: list[Inspection]) -> None:
 
 def _newest_checkpoint(path: Path) -> Path:
     """Return the newest complete checkpoint if the path is a run's folder without own weights."""
-    from hf_pss.runs.checkpoint import examine, layout_of
+    from hf_pss.runs.checkpoint import examine, is_superseded, layout_of
     from hf_pss.runs.folder import checkpoints_by_step
 
     if layout_of(path) != "none":
         return path
     for one in reversed(checkpoints_by_step(path)):
-        if examine(one, reads_weights=False).problem is None:
+        if not is_superseded(one) and examine(one, reads_weights=False).problem is None:
             typer.echo(f"The newest complete checkpoint of this run: {one}", err=True)
             return one
     return path

@@ -294,7 +294,8 @@ def _encode(values: dict[str, Any]) -> dict[str, JSON]:
 
 def _decode(parsed: dict[str, object]) -> Record:
     del parsed["version"]
-    parsed.setdefault("update_applied", None)  # not in the files of the first version, as below
+    # These fields are not in the files of the first version.
+    parsed.setdefault("update_applied", None)
     if parsed.get("kind") != "intervention":
         return Event(**_decode_values(_types(Event), parsed, "event"))
     parsed["kind"] = parsed.pop("trigger", None)

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from commandline import Run
 from safetensors.torch import save_file
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from hf_pss.runs.folder import SUPERSEDED
 
 
 @pytest.fixture
@@ -266,6 +269,8 @@ def test_a_runs_folder_stands_for_its_newest_complete_checkpoint(
     )
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "checkpoint-10").mkdir()  # newer, and incomplete
+    earlier = shutil.copytree(folder / "checkpoint-5", folder / "checkpoint-8")
+    (earlier / SUPERSEDED).touch()  # newer, and of an earlier run
     result = run("health", folder)
     assert result.exit_code == 0, result.output
     assert f"newest complete checkpoint of this run: {folder / 'checkpoint-5'}" in result.stderr
