@@ -363,7 +363,7 @@ class PSSConfig(Options):
             bare = given.removeprefix("pss_")
             if bare in known:
                 raise ConfigurationError(
-                    f"PSSConfig has no option {given}; here without pss_: {bare}."
+                    f"PSSConfig has no option {given}. Its name here is {bare}, without pss_."
                 )
             if bare in {spec.name for spec in fields(RecoveryConfig)}:
                 raise ConfigurationError(

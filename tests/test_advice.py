@@ -179,7 +179,7 @@ def test_alerts_report_interventions_without_effect_or_taken_back() -> None:
     idle = replace(
         intervention(EventKind.SPIKE), matrices=(MatrixChange("w", (4, 4), "unchanged"),)
     )
-    assert alert_of(idle).done == "PSS: smoothing (clip) changed none of 1 matrix in 0.10 s."
+    assert alert_of(idle).done == "PSS: smoothing (clip) changed 0 of 1 matrix in 0.10 s."
     alerts = Alerts()
     told = [alerts.of(idle) for _ in range(20)]
     assert sum(alert is not None for alert in told) == 4, "the 1st, 2nd, 3rd and 10th"

@@ -84,7 +84,10 @@ def test_unknown_presets_and_options_list_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pss_spike_update", "no option pss_spike_update; here without pss_: spike_update."),
+        (
+            "pss_spike_update",
+            "no option pss_spike_update. Its name here is spike_update, without pss_.",
+        ),
         ("spike_updates", "no option spike_updates. Did you mean spike_update?"),
         ("pss_spike_updates", "no option pss_spike_updates. Did you mean spike_update?"),
         *(

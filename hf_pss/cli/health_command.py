@@ -127,25 +127,26 @@ def _exit_by_finiteness(seen: list[Inspection]) -> None:
         raise typer.Exit(_NOT_FINITE)
 
 
-def _newest_checkpoint(path: Path) -> Path:
+def _weights_of(path: Path) -> Path:
     """Return the newest complete checkpoint if the path is a run's folder without own weights."""
-    from hf_pss.runs.checkpoint import examine, is_superseded, layout_of
-    from hf_pss.runs.folder import checkpoints_by_step
+    from hf_pss.runs.checkpoint import examine_newest_first, layout_of
 
-    if layout_of(path) != "none":
+    found = examine_newest_first(path, reads_weights=False)
+    newest = next((one.path for one in found if one.problem is None), None)
+    if newest is None:
         return path
-    for one in reversed(checkpoints_by_step(path)):
-        if not is_superseded(one) and examine(one, reads_weights=False).problem is None:
-            typer.echo(f"The newest complete checkpoint of this run: {one}", err=True)
-            return one
-    return path
+    if layout_of(path) != "none":
+        typer.echo(f"The weights in {path} itself. Its checkpoints are not read.", err=True)
+        return path
+    typer.echo(f"The newest complete checkpoint of this run: {newest}", err=True)
+    return newest
 
 
 def _inspect(path: Path, exact: bool) -> Inspection:
     from hf_pss.inspection.matrix_survey import inspect_checkpoint
     from hf_pss.runs.safetensors_files import open_checkpoint
 
-    checkpoint = open_checkpoint(_newest_checkpoint(path))
+    checkpoint = open_checkpoint(_weights_of(path))
     with bytes_bar() as bar:
         task = bar.add_task("", total=checkpoint.num_bytes, tensor="")
         return inspect_checkpoint(

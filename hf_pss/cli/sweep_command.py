@@ -242,6 +242,6 @@ def _read(output_dir: Path) -> list[Row]:
         raise ConfigurationError(f"{output_dir} holds no finished run yet.")
     if num_failed := len({row.id for row in found} - {row.id for row in rows}):
         Console(stderr=True).print(
-            f"Left out: {plural(num_failed, 'failed run')}. The sweep tries again."
+            f"This leaves out {plural(num_failed, 'failed run')}. The sweep tries again."
         )
     return rows

@@ -146,26 +146,6 @@ def reparametrized_adamw(model: nn.Module, args: TrainingArguments) -> Optimizer
     return torch.optim.AdamW(decay_groups(model, args), lr=args.learning_rate, **_adam(args))
 
 
-def split_rates(matrix_lr_ratio: float) -> OptimizerMaker:
-    """Return the maker of AdamW whose matrices move at this ratio of the learning rate."""
-
-    def make(model: nn.Module, args: TrainingArguments) -> Optimizer:
-        return make_optimizer("adamw", model, args, matrix_lr_ratio=matrix_lr_ratio)
-
-    return make
-
-
-def muon(others_lr: float) -> OptimizerMaker:
-    """Return the maker of Muon, with this peak rate for all but the matrices, or 0 for the same."""
-
-    def make(model: nn.Module, args: TrainingArguments) -> Optimizer:
-        matrices, *others = matrix_groups(model, args)
-        rate = others_lr or args.learning_rate
-        return _muon([matrices, *({**group, "lr": rate} for group in others)], args)
-
-    return make
-
-
 def packaged_adam(name: str, **options: Any) -> OptimizerMaker:
     """Return the maker of an optimizer of pytorch_optimizer that takes AdamW's place."""
 

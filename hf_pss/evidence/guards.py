@@ -16,10 +16,8 @@ from hf_pss.config import PSSConfig
 from hf_pss.errors import ConfigurationError
 from hf_pss.evidence.baselines import (
     OptimizerMaker,
-    muon,
     packaged_adam,
     reparametrized_adamw,
-    split_rates,
 )
 from hf_pss.evidence.guard_callbacks import (
     REPARAMETRIZED,
@@ -180,18 +178,6 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
         callback=lambda trainer: Assr(
             base_lambda=base_lambda, floor=floor, ceiling=ceiling, seed=trainer.args.seed
         ),
-    ),
-    "split_rates": lambda matrix_lr_ratio=0.125: Guard(
-        description=f"AdamW, block matrices at {matrix_lr_ratio:g} times the learning rate",
-        source="control: a remedy without a guard; the same as pss_optim=adamw",
-        optimizer=split_rates(matrix_lr_ratio),
-    ),
-    # With others_lr=0 the other parameters have the learning rate of the matrices.
-    "muon": lambda others_lr=0.0: Guard(
-        description="Muon for block matrices, AdamW for the rest"
-        + (f" at {others_lr:g}" if others_lr else ""),
-        source="Muon, kellerjordan.github.io/posts/muon; the same as pss_optim=muon",
-        optimizer=muon(others_lr),
     ),
     "lr_drop": lambda: Guard(
         description="learning rate halved for good where PSS would have smoothed",

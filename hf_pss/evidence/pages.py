@@ -107,9 +107,12 @@ class Runs:
         return self.guards("")[0]
 
     def ties(self, guard: str) -> list[str]:
-        """Return the other guards whose difference to this one has an interval with zero."""
+        """Return the other guards whose difference to this one has an interval with zero.
+
+        Too few seeds give no interval.
+        """
         differences = {g: self._difference(g, guard) for g in self.guards("") if g != guard}
-        return [g for g, found in differences.items() if found is None or _holds_zero(found)]
+        return [g for g, found in differences.items() if found is not None and _holds_zero(found)]
 
     def seeds(self, guard: str) -> int:
         """Return the number of seeds at the best rate of the guard."""
@@ -379,7 +382,7 @@ def _descent(row: Row) -> float:
 
 
 def _holds_zero(found: PairedDifferences) -> bool:
-    return found.interval is None or found.interval[0] <= 0 <= found.interval[1]
+    return found.interval is not None and found.interval[0] <= 0 <= found.interval[1]
 
 
 def _once(cells: Cells) -> Cells:

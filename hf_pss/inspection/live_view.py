@@ -133,8 +133,8 @@ def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
 
 def _foot(state: RunState) -> Iterator[Text]:
     if state.num_unreadable:
-        number = f"{state.num_unreadable:,}"
-        yield Text(f"Could not be read: {number} of the files' lines and states.", style="yellow")
+        number = plural(state.num_unreadable, "line or state", "lines or states")
+        yield Text(f"{number} of the files could not be read.", style="yellow")
 
 
 def _ranks(reading: HealthReading | None) -> Mapping[str, float]:

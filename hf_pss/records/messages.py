@@ -117,7 +117,7 @@ def describe_intervention(record: Intervention) -> str:
     """Return one sentence about the effect of an intervention on the weights."""
     total = record.num_selected or len(record.matrices)
     effect = (
-        f"smoothing ({record.smoothing}) changed {record.num_changed or 'none'} of {total} "
+        f"smoothing ({record.smoothing}) changed {record.num_changed} of {total} "
         f"{'matrix' if total == 1 else 'matrices'} in {record.seconds:.2f} s"
     )
     if record.event.decision is Action.UNDO:

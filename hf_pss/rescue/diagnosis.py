@@ -431,5 +431,5 @@ def _of_events(records: RunRecords) -> list[str]:
         notes.append(f"PSS met steps that were not finite: {named}{more}.")
     if records.num_unreadable:
         lines = plural(records.num_unreadable, "line")
-        notes.append(f"Could not be read: {lines} of PSS's files.")
+        notes.append(f"{lines} of PSS's files could not be read.")
     return notes

@@ -151,8 +151,9 @@ def summary(repairs: Sequence[Repair]) -> str:
     if not changed:
         return f"No change was needed in {plural(len(repairs), 'matrix', 'matrices')}."
     worst = max(changed, key=lambda one: math.log(one.sigma_before / one.sigma_after))
+    matrices = plural(len(repairs), "matrix", "matrices")
     return (
-        f"Smoothed: {len(changed)} of {plural(len(repairs), 'matrix', 'matrices')}; most of all "
-        f"{visible(worst.name)}: σ₁ {worst.sigma_before:.3g} → {worst.sigma_after:.3g}, stable "
+        f"Smoothing changed {len(changed)} of {matrices}, most of all {visible(worst.name)}: "
+        f"σ₁ {worst.sigma_before:.3g} → {worst.sigma_after:.3g}, stable "
         f"rank {worst.stable_rank_before:.3g} → {worst.stable_rank_after:.3g}."
     )

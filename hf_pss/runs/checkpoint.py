@@ -400,6 +400,23 @@ def _bad_weights(folder: Path) -> dict[str, str]:
     return {}
 
 
+def examine_newest_first(run_dir: Path, *, reads_weights: bool = True) -> Iterator[Examination]:
+    """Examine the checkpoints of a run from the newest to the oldest, each when it is asked for.
+
+    A checkpoint of an earlier run in the same folder has a problem that says so.
+
+    Args:
+        run_dir: The folder that holds the ``checkpoint-N`` folders.
+        reads_weights: See `examine`.
+    """
+    earlier = "an earlier run wrote it, and a later run has saved here; to resume it, pass its path"
+    for folder in reversed(checkpoints_by_step(run_dir)):
+        if is_superseded(folder):
+            yield Examination(folder, _step_of(folder), is_marked=False, problem=earlier)
+        else:
+            yield examine(folder, reads_weights=reads_weights)
+
+
 def is_superseded(folder: Path) -> bool:
     """Return whether a later run has started in the same run folder and has saved there."""
     return (folder / SUPERSEDED).exists()

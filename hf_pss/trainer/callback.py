@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ from hf_pss.trainer.seams import (
     trainer_of,
     wrapped,
 )
+from hf_pss.view.numbers import plural
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,10 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         self._readings, self.report = StepReadings(), None
         self._evidence_step = -_EVIDENCE_EVERY_STEPS
         config = self.config_for(args)
-        with _spelling(args, config):
+        # If the arguments equal the config, assume that the user set the options there.
+        in_args = isinstance(args, PSSTrainingArguments) and args.pss_config() == config
+        spelling = partial(spelt_as_arguments, PSSConfig) if in_args else nullcontext
+        with spelling():
             self.controller = controller = PSSController(
                 model,
                 config,
@@ -267,7 +271,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
                 resumed_step=state.global_step,
             )
         if state.is_world_process_zero and not self._is_rollback:
-            self._announce(controller, args)
+            self._announce(controller, in_args)
         if controller.health is not None and not args.torch_compile:
             controller.health.watch_attention(optional_part("attention_watch")(model))
         self._wrap(trainer)
@@ -280,7 +284,7 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             self._recorder.write_stable_ranks(0, ranks)
         if state.global_step > 0 and controller.config.smooth_on_resume:
             link_loaded_moments(trainer)
-            with _spelling(args, config):
+            with spelling():
                 self._smooth_once(controller, args.output_dir)
         if state.is_world_process_zero:
             logger.info("PSS watches these matrices:\n%s", controller.selection.table())
@@ -531,16 +535,15 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
             )
             logger.warning("%s", spelt(text))
 
-    def _announce(self, controller: PSSController, args: TrainingArguments) -> None:
+    def _announce(self, controller: PSSController, in_args: bool) -> None:
         """Log one line with the preset, the watched matrices and the place to change options."""
         config, selection = controller.config, controller.selection
         num_matrices, num_products = len(matrix_names(selection.matrices)), len(selection.adapters)
         counts = []
         if num_matrices:
-            counts.append(f"{num_matrices} {'matrix' if num_matrices == 1 else 'matrices'}")
+            counts.append(plural(num_matrices, "matrix", "matrices"))
         if num_products:
-            counts.append(f"{num_products} LoRA product{'s' if num_products > 1 else ''}")
-        in_args = _is_in_arguments(args, config)
+            counts.append(plural(num_products, "LoRA product"))
         caution = controller.caution("pss_{}" if in_args else "PSSConfig({})")
         watched = (
             f"PSS: {config.describe()}, {' and '.join(counts) or 'no matrix'} watched "
@@ -550,16 +553,6 @@ class PSSCallback(TrainerCallback, ExportableState, TrainingMonitor):
         parts = [watched, caution, f"Options: {options}."] if self.announces else [caution]
         if any(parts):  # at level WARNING, because most scripts show nothing below it
             logger.warning("%s", " ".join(part for part in parts if part))
-
-
-def _is_in_arguments(args: TrainingArguments, config: PSSConfig) -> bool:
-    # If the arguments equal the config, assume that the user set the options there.
-    return isinstance(args, PSSTrainingArguments) and args.pss_config() == config
-
-
-def _spelling(args: TrainingArguments, config: PSSConfig) -> AbstractContextManager[None]:
-    """Return a context in which errors and warnings name the options as the user typed them."""
-    return spelt_as_arguments(PSSConfig) if _is_in_arguments(args, config) else nullcontext()
 
 
 def _refuse_unread_arguments(trainer: Trainer) -> None:

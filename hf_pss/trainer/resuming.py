@@ -32,11 +32,11 @@ from hf_pss.errors import StateError
 from hf_pss.runs.checkpoint import (
     Examination,
     examine,
-    is_superseded,
+    examine_newest_first,
     layout_of,
     recorded_step,
 )
-from hf_pss.runs.folder import STATE_FILE, checkpoints_by_step, step_by_name
+from hf_pss.runs.folder import STATE_FILE
 from hf_pss.runs.records_files import read_state
 from hf_pss.view.numbers import plural
 
@@ -138,8 +138,7 @@ def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
         StateError: No checkpoint qualifies.
     """
     passed: list[Examination] = []
-    for folder in reversed(checkpoints_by_step(run_dir)):
-        found = examine(folder) if not is_superseded(folder) else _of_an_earlier_run(folder)
+    for found in examine_newest_first(run_dir):
         if found.is_whole or (accepts_fresh and found.problem is None):
             for one in passed:
                 logger.warning("Skipping %s: %s.", one.path, one.why_not)
@@ -152,11 +151,6 @@ def newest_whole(run_dir: Path, *, accepts_fresh: bool = False) -> Examination:
     raise StateError(
         f"No valid checkpoint found in output directory ({run_dir}): {listed}. {advice}"
     )
-
-
-def _of_an_earlier_run(folder: Path) -> Examination:
-    why = "an earlier run wrote it, and a later run has saved here; to resume it, pass its path"
-    return Examination(folder, step_by_name(folder) or 0, is_marked=False, problem=why)
 
 
 def load_what_is_there_(

@@ -275,3 +275,6 @@ def test_a_runs_folder_stands_for_its_newest_complete_checkpoint(
     assert result.exit_code == 0, result.output
     assert f"newest complete checkpoint of this run: {folder / 'checkpoint-5'}" in result.stderr
     assert result.stdout == run("health", folder / "checkpoint-5").stdout
+    shutil.copy(folder / "checkpoint-5" / "model.safetensors", folder)
+    result = run("health", folder)
+    assert f"The weights in {folder} itself." in result.stderr

@@ -91,7 +91,7 @@ def test_unreadable_readings_are_not_reported_as_missing(run: Run, tmp_path: Pat
     (tmp_path / "pss_health.jsonl").write_text('{"step": \n')
     text = run("watch", tmp_path, "--once").stdout
     assert "No stable ranks: none could be read." in text
-    assert "Could not be read: 1 of the files' lines and states." in text
+    assert "1 line or state of the files could not be read." in text
 
 
 def test_watch_exits_when_the_run_has_ended(run: Run, live: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import gpt2
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -116,16 +115,3 @@ def test_the_check_tells_optimizers_apart() -> None:
 
 def deviation(weight: Tensor, wanted: Tensor) -> float:
     return float(((weight - wanted).norm() / (wanted - start()).norm()).detach())
-
-
-def test_rates_of_their_own_are_those_of_the_groups() -> None:
-    model = gpt2()
-    rate = SETTINGS.learning_rate
-    for name, options, wanted in (
-        ("split_rates", {"matrix_lr_ratio": 0.25}, [rate / 4, rate, rate]),
-        ("muon", {}, [rate, rate, rate]),
-        ("muon", {"others_lr": 1e-4}, [rate, 1e-4, 1e-4]),
-    ):
-        make = make_guard(name, options).optimizer
-        assert make is not None
-        assert [group["lr"] for group in make(model, SETTINGS).param_groups] == wanted
