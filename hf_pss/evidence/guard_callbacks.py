@@ -198,8 +198,8 @@ class SkipStepRule:
 class OlmoSkipStep(TimedCallback):
     """Drops the gradients of a step by `SkipStepRule`.
 
-    OLMo-core multiplies the update by zero, so the moments decay and a NaN stays NaN. Here the
-    optimizer skips the parameters, and its moments keep their values.
+    OLMo-core multiplies the update by zero, so a NaN stays NaN. Here the optimizer skips the
+    parameters. Its moments keep their values in both.
     """
 
     def __init__(self, pss: PSSCallback) -> None:
@@ -266,8 +266,9 @@ def sigma_reparam_(model: nn.Module, *, gain: float = 0.0) -> None:
     """Write every selected weight as Ŵ = γ W/σ₁(W) with a learned γ (σReparam, arXiv 2303.06296).
 
     A fused projection counts as one matrix with one γ. torch's `spectral_norm` estimates σ₁ with
-    one round of power iteration per forward pass. γ starts at ``gain``, which is 1 in the paper.
-    With 0 it starts at σ₁, so the model is at first the same function as without the guard.
+    one round of power iteration per forward pass. γ starts at ``gain``. With 0 it starts at σ₁,
+    so the model is at first the same function as without the guard. The authors' code
+    (github.com/apple/ml-sigma-reparam) starts at σ₁ for images and at 1 for speech.
 
     Raises:
         ConfigurationError: A selected parameter is not the weight of a module.

@@ -124,18 +124,18 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
         optimizer=packaged_adam("AdaGC"),
     ),
     # A cosine warm-up of 150 steps after a reset (the package's default is 50) and full density,
-    # which means no sparse momentum. The package does not restart Adam's bias correction at a
-    # reset. After a reset it limits entries only from the 20th step on.
+    # which means no sparse momentum. As in the authors' code, a reset does not restart Adam's bias
+    # correction, and entries are limited only from the 20th step after it.
     "spam": lambda: Guard(
         description="Adam with entries clipped at g² = 5000 v, moments reset every 500 steps",
-        source="SPAM, arXiv 2501.06842; pytorch_optimizer with the paper's warm-up of 150 steps",
+        source="SPAM, arXiv 2501.06842; pytorch_optimizer with the authors' warm-up of 150 steps",
         max_grad_norm=0.0,
         optimizer=packaged_adam("SPAM", warmup_epoch=150),
     ),
     # γ₁ = 0.7, γ₂ = 0.9 and θ = 0.999, which are the package's defaults.
     "stable_spam": lambda: Guard(
         description="Adam on clipped and normalised gradients, moments reset every 1000 steps",
-        source="Stable-SPAM, arXiv 2502.17055; pytorch_optimizer",
+        source="Stable-SPAM, arXiv 2502.17055v2; pytorch_optimizer",
         max_grad_norm=0.0,
         optimizer=packaged_adam("StableSPAM"),
     ),
@@ -148,8 +148,7 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
     ),
     "olmo_skip": lambda: Guard(
         description="update skipped where loss or norm passes mean + 6σ of 128 steps",
-        source="OLMo-core's SkipStepOptimizer; non-finite values are skipped and not remembered, "
-        "and a skipped step leaves the moments as they are",
+        source="OLMo-core's SkipStepOptimizer; non-finite values are skipped and not remembered",
         callback=lambda trainer: OlmoSkipStep(PSSCallback.of(trainer)),
     ),
     "spectral_cap": lambda factor=1.0: Guard(
@@ -158,11 +157,11 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
         source="Spectral norm by power iteration, arXiv 1802.05957, as a cap; its level is ours",
         callback=lambda trainer: SpectralCap(factor=factor),
     ),
-    # The paper starts γ at 1. With gain=0 it starts at σ₁, so the model is the same at first.
+    # With gain=0, γ starts at σ₁, so the model is the same at first.
     "sigma_reparam": lambda gain=0.0: Guard(
         description="W = γ W/σ₁(W) with γ learned",
         source="σReparam, arXiv 2303.06296; torch's spectral_norm; γ starts at "
-        + (f"{gain:g}" if gain else "σ₁ instead of 1"),
+        + (f"{gain:g}" if gain else "σ₁"),
         pss=PSSConfig(observe_only=True, include=(REPARAMETRIZED,)),
         optimizer=reparametrized_adamw,
         prepare=lambda model: sigma_reparam_(model, gain=gain),

@@ -168,8 +168,8 @@ def measure_alignments(
 ) -> dict[Neighbours, float]:
     """Return |v₁(W_{l+1})ᵀ u₁(W_l)|, in [0, 1], of each pair of `residual_neighbours`.
 
-    This is the cheap proxy of arXiv 2602.01734 for the alignment of neighbouring layers' Jacobians.
-    It ignores norms, activations, the residual stream between the two matrices, and all directions
+    Definition 3.2 of arXiv 2602.01734 compares the Jacobians of neighbouring layers in this way.
+    [ours] We compare the weights. This ignores norms, activations, the residual stream between the two matrices, and all directions
     except the first. For independent random directions of n dimensions its mean is √(2/πn). If
     σ₁ = σ₂, the first direction can be any direction in a plane, and the number has no meaning. It
     is 0 if one matrix is zero, and NaN if one holds NaN or inf.

@@ -42,8 +42,7 @@ UPDATE_SCALES: Mapping[str, Callable[[int, int], float]] = {
 }
 """The factor on an orthogonal update of an m × n matrix with m outputs and n inputs.
 
-- `aspect_clamped`: K. Jordan et al. 2024, kellerjordan.github.io/posts/muon. It
-  is torch's "original".
+- `aspect_clamped`: K. Jordan et al. 2024, github.com/KellerJordan/Muon. It is torch's "original".
 - `rms_match`: Liu et al. 2025, arXiv 2502.16982. The root mean square of an orthogonal m × n matrix
   is max(m, n)^-½, so that of the update is 0.2. This is about the same as AdamW's, so you can keep
   AdamW's learning rate. It is torch's "match_rms_adamw".
