@@ -169,10 +169,10 @@ def measure_alignments(
     """Return |v₁(W_{l+1})ᵀ u₁(W_l)|, in [0, 1], of each pair of `residual_neighbours`.
 
     Definition 3.2 of arXiv 2602.01734 compares the Jacobians of neighbouring layers in this way.
-    [ours] We compare the weights. This ignores norms, activations, the residual stream between the two matrices, and all directions
-    except the first. For independent random directions of n dimensions its mean is √(2/πn). If
-    σ₁ = σ₂, the first direction can be any direction in a plane, and the number has no meaning. It
-    is 0 if one matrix is zero, and NaN if one holds NaN or inf.
+    [ours] We compare the weights. This ignores norms, activations, the residual stream between the
+    two matrices, and all directions except the first. For independent random directions of n
+    dimensions its mean is √(2/πn). If σ₁ = σ₂, the first direction can be any direction in a plane,
+    and the number has no meaning. It is 0 if one matrix is zero, and NaN if one holds NaN or inf.
 
     Cost: full, for sampled steps. The first triplet of each matrix in a pair comes from a complete
     decomposition up to a side of 128. There is one batched call per shape, and one device-to-host
