@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_pss.errors import ConfigurationError
 from hf_pss.linalg.scaling import UnitScaled, unit_scaled
-from hf_pss.linalg.triplets import cold_start, krylov_space
+from hf_pss.linalg.triplets import cold_start, krylov_space, product
 
 # A block of 4 columns and five multiplications by WᵀW. Of all variants these had the smallest error
 # at equal time (2026-11-20, torch 2.13, 1 thread). The others were different blocks, plain power
@@ -39,7 +39,9 @@ def frobenius_norm(weight: Tensor) -> Tensor:
     return scaled.restore(_frobenius(scaled))
 
 
-def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
+def spectral_norm(
+    weight: Tensor, *, num_rounds: int | None = None, start: Tensor | None = None
+) -> Tensor:
     """Return σ₁, either exactly or from below by block Krylov iteration.
 
     The iteration returns the Rayleigh–Ritz value of W on the Krylov space span{X, (WᵀW)X, …,
@@ -51,6 +53,8 @@ def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
         num_rounds: q, the number of multiplications by WᵀW. A larger number is more exact. If
             min(m, n) <= 64, the space is complete for any q. None means the exact value by SVD,
             which reads LAPACK's status from a CUDA device.
+        start: (..., max(m, n), b), guesses for singular vectors of the longer side, which replace
+            X. They must be finite. None means random vectors.
 
     Returns:
         The norm, (...), float32, or float64 for float64. The iterated value is never above σ₁
@@ -63,7 +67,7 @@ def spectral_norm(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
     3.0
     """
     scaled = unit_scaled(weight)
-    return scaled.restore(_spectral(scaled, num_rounds))
+    return scaled.restore(_spectral(scaled, num_rounds, start))
 
 
 def stable_rank(weight: Tensor, *, num_rounds: int | None = None) -> Tensor:
@@ -146,7 +150,7 @@ def _frobenius(scaled: UnitScaled) -> Tensor:
     return norm
 
 
-def _spectral(scaled: UnitScaled, num_rounds: int | None) -> Tensor:
+def _spectral(scaled: UnitScaled, num_rounds: int | None, start: Tensor | None = None) -> Tensor:
     if num_rounds is None:
         sigma: Tensor = torch.linalg.svdvals(scaled.matrix)
         return sigma[..., 0]
@@ -158,7 +162,8 @@ def _spectral(scaled: UnitScaled, num_rounds: int | None) -> Tensor:
     tall = weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
     y = tall
     if tall.shape[-1] > _SMALL:
-        _, y, _ = krylov_space(tall, cold_start(tall, _BLOCK), num_rounds)
+        block = cold_start(tall, _BLOCK) if start is None else product(tall.mT, start)
+        _, y, _ = krylov_space(tall, block, num_rounds)
     return _largest_eigenvalue(y.mT @ y).sqrt()
 
 

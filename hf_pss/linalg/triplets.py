@@ -24,6 +24,7 @@ _NEARLY_ZERO = 1e-5
 # The complete SVD of a 128×128 matrix takes 1.1 ms, and an iteration takes 1.2 ms.
 _EXACT_UP_TO = 128
 _SEED = 20260201
+_NUM_LARGEST = 16
 # In units of ε and a column's norm. If less than this remains of the column, it is only rounding.
 _ROUNDING = 10
 
@@ -37,24 +38,30 @@ class RitzSpace:
     that of Σ*² + CCᵀ. It includes what unconverged vectors have left behind [ours].
     """
 
+    left: Tensor
+    """(..., max(m, n), K), all Ritz vectors of the longer side of W."""
     sigma: Tensor
     """(..., K), all Ritz values, descending, in units of σ₁."""
     outside: Tensor
     """(..., K, K): CCᵀ in units of σ₁²."""
 
-    def norm_after(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return σ₁ of the edited matrix, (...), from below.
+    def norm_after(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Return σ₁ of the edited matrix from below, and the vectors of its largest values.
 
         Args:
             before: (..., k), the leading values, in any unit.
             after: (..., k), their new values in the same unit.
+
+        Returns:
+            σ₁, (...), and orthonormal vectors of the longer side of W, (..., max(m, n), 4).
         """
         unit = torch.where(before[..., :1] > 0, before[..., :1], 1.0)
         values = torch.cat([after / unit, self.sigma[..., after.shape[-1] :]], dim=-1)
         # A matrix that is not finite has NaN values, which LAPACK would refuse.
         gram = self.outside + torch.diag_embed(values.nan_to_num().square())
-        largest: Tensor = torch.linalg.eigvalsh(gram)[..., -1]
-        return largest.clamp_min(0).sqrt() * unit.squeeze(-1)
+        squares, vectors = torch.linalg.eigh(gram)
+        norm = squares[..., -1].clamp_min(0).sqrt() * unit.squeeze(-1)
+        return norm, self.left @ vectors[..., -_NUM_LARGEST:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +217,9 @@ def _rayleigh_ritz(
     unit = torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
     of_last = u[..., last, :] / unit.unsqueeze(-1)
     outside = of_last.mT @ (rest.mT @ rest) @ of_last
-    return left @ u[..., :k], sigma[..., :k], right @ v[..., :k], RitzSpace(sigma / unit, outside)
+    left = left @ u
+    space = RitzSpace(left, sigma / unit, outside)
+    return left[..., :k], sigma[..., :k], right @ v[..., :k], space
 
 
 def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,8 +286,7 @@ def _orthonormal(block: Tensor, basis: Tensor, filler: Tensor) -> Tensor:
     # direction replaces it. The projection is repeated because the first one may leave
     # rounding within the span.
     limit = _ROUNDING * torch.finfo(block.dtype).eps * block.norm(dim=-2)
-    for _ in range(2):
-        block = block - basis @ (basis.mT @ block)
+    block = block - basis @ (basis.mT @ block)
     left = torch.linalg.qr(block, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
     block = torch.where((left <= limit).unsqueeze(-2), filler, block)
     block = torch.linalg.qr(block).Q

@@ -95,7 +95,6 @@ class Outcome:
     def of(cls, stack: Stack, phi_for: PhiFor, *, max_rank: int, keep_frobenius: bool) -> Outcome:
         """Decompose and smooth a stack. If an error occurs, it is stored in the result."""
         try:
-            finite = stack.matrices.isfinite().flatten(1).all(1)
             smoothed = smooth_spectrum(
                 stack.matrices,
                 phi_for(stack.names),
@@ -103,8 +102,9 @@ class Outcome:
                 keep_frobenius=keep_frobenius,
                 check_finite=False,
             )
-            rows = _numbers(smoothed, finite).tolist()
+            rows = _numbers(smoothed).tolist()
         except LinAlgError:
+            finite = stack.matrices.isfinite().flatten(1).all(1)
             failed = torch.where(finite, FAILED, NON_FINITE).tolist()
             return cls(stack.refs, [_unchanged(status) for status in failed])
         except Exception as error:
@@ -146,12 +146,12 @@ def _unchanged(status: int) -> list[float]:
     return [status, 0.0, *[math.nan] * 6]
 
 
-def _numbers(smoothed: Smoothed, finite: Tensor) -> Tensor:
+def _numbers(smoothed: Smoothed) -> Tensor:
     """Return the rows of an `Outcome`, (b, 8), float64."""
     moved = smoothed.sigma_before != smoothed.sigma_target
     index = torch.arange(1, moved.shape[-1] + 1, device=moved.device)
     columns = (
-        torch.where(finite, smoothed.status, NON_FINITE),
+        torch.where(smoothed.finite, smoothed.status, NON_FINITE),
         (moved * index).amax(dim=-1) * smoothed.changed,
         smoothed.rank,
         smoothed.sigma_before[:, 0],

@@ -77,6 +77,20 @@ def test_quick_stable_rank_is_close_and_from_above_on_large_noise(shape: tuple[i
     check((exact - quick.double()) / exact, RANK_TOLERANCE)
 
 
+@pytest.mark.parametrize("shape", [(2, 300, 200), (2, 200, 300)])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-90])
+def test_the_norm_starts_from_guesses_of_the_longer_side(
+    shape: tuple[int, ...], scale: float
+) -> None:
+    weight = noise(*shape) * scale
+    u, sigma, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    longer = (u if shape[-2] > shape[-1] else vh.mT)[..., :1].float()
+    found = spectral_norm(weight, num_rounds=1, start=longer)
+    check(relative(found, sigma[..., 0]), NORM_TOLERANCE)
+    cold = spectral_norm(weight, num_rounds=1)
+    assert bool((relative(cold, sigma[..., 0]) > 0.05).all())
+
+
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (300, 200), (200, 700)])
 def test_quick_stable_rank_is_exact_where_it_matters(m: int, n: int) -> None:
     collapsed = decaying(min(m, n))
