@@ -225,6 +225,11 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
     "floor_with_lr": lambda **pss: _scheduled_floor(
         "the floor times the learning rate over its peak", lambda _: lambda step, rate: rate, pss
     ),
+    "floor_with_progress": lambda **pss: _scheduled_floor(
+        "the floor times the share of the steps that is left",
+        lambda args: lambda step, rate: 1 - step / args.max_steps,
+        pss,
+    ),
     "norm_cap": lambda factor=2.0: Guard(
         description=f"‖W‖_F of each matrix at most {factor:g} times its value at the start",
         source="ours",
