@@ -53,15 +53,15 @@ def spectral_norm(
         num_rounds: q, the number of multiplications by WᵀW. A larger number is more exact. If
             min(m, n) <= 64, the space is complete for any q. None means the exact value by SVD,
             which reads LAPACK's status from a CUDA device.
-        start: (..., max(m, n), b), guesses for singular vectors of the longer side, which replace
-            X. They must be finite. None means random vectors.
+        start: (..., max(m, n), b), finite guesses for singular vectors of the longer side. Their
+            products with the matrix replace X.
 
     Returns:
         The norm, (...), float32, or float64 for float64. The iterated value is never above σ₁
         except for rounding.
 
     Raises:
-        ConfigurationError: num_rounds is below 1.
+        ConfigurationError: num_rounds is below 1, or the start has the wrong shape.
 
     >>> spectral_norm(torch.diag(torch.tensor([3.0, 2.0]))).item()
     3.0
@@ -159,10 +159,18 @@ def _spectral(scaled: UnitScaled, num_rounds: int | None, start: Tensor | None =
             f"You gave num_rounds={num_rounds}; give 1 or more, or None for the exact value."
         )
     weight = scaled.matrix
+    expected = (*weight.shape[:-2], max(weight.shape[-2:]))
+    if start is not None and (start.ndim != weight.ndim or start.shape[:-1] != expected):
+        raise ConfigurationError(
+            f"You gave a start of shape {tuple(start.shape)} for matrices of shape "
+            f"{tuple(weight.shape)}; give shape {(*expected, 'b')}."
+        )
     tall = weight if weight.shape[-2] >= weight.shape[-1] else weight.mT
     y = tall
     if tall.shape[-1] > _SMALL:
-        block = cold_start(tall, _BLOCK) if start is None else product(tall.mT, start)
+        block = (
+            cold_start(tall, _BLOCK) if start is None else product(tall.mT, start.to(tall.dtype))
+        )
         _, y, _ = krylov_space(tall, block, num_rounds)
     return _largest_eigenvalue(y.mT @ y).sqrt()
 

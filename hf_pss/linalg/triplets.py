@@ -24,6 +24,8 @@ _NEARLY_ZERO = 1e-5
 # The complete SVD of a 128×128 matrix takes 1.1 ms, and an iteration takes 1.2 ms.
 _EXACT_UP_TO = 128
 _SEED = 20260201
+# The number of vectors that `RitzSpace.norm_after` returns as a start for a second iteration. With
+# 4 rounds, 16 left an error of 0.5 % on noise, and 8 vectors 0.9 %.
 _NUM_LARGEST = 16
 # In units of ε and a column's norm. If less than this remains of the column, it is only rounding.
 _ROUNDING = 10
@@ -38,8 +40,10 @@ class RitzSpace:
     that of Σ*² + CCᵀ. It includes what unconverged vectors have left behind [ours].
     """
 
-    left: Tensor
-    """(..., max(m, n), K), all Ritz vectors of the longer side of W."""
+    basis: Tensor
+    """(..., max(m, n), K), orthonormal, of the longer side of W."""
+    rotation: Tensor
+    """(..., K, K): all Ritz vectors of this side are ``basis @ rotation``."""
     sigma: Tensor
     """(..., K), all Ritz values, descending, in units of σ₁."""
     outside: Tensor
@@ -53,7 +57,7 @@ class RitzSpace:
             after: (..., k), their new values in the same unit.
 
         Returns:
-            σ₁, (...), and orthonormal vectors of the longer side of W, (..., max(m, n), 4).
+            σ₁, (...), and orthonormal vectors of the longer side of W, (..., max(m, n), 16).
         """
         unit = torch.where(before[..., :1] > 0, before[..., :1], 1.0)
         values = torch.cat([after / unit, self.sigma[..., after.shape[-1] :]], dim=-1)
@@ -61,7 +65,7 @@ class RitzSpace:
         gram = self.outside + torch.diag_embed(values.nan_to_num().square())
         squares, vectors = torch.linalg.eigh(gram)
         norm = squares[..., -1].clamp_min(0).sqrt() * unit.squeeze(-1)
-        return norm, self.left @ vectors[..., -_NUM_LARGEST:]
+        return norm, self.basis @ (self.rotation @ vectors[..., -_NUM_LARGEST:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +221,8 @@ def _rayleigh_ritz(
     unit = torch.where(sigma[..., :1] > 0, sigma[..., :1], 1.0)
     of_last = u[..., last, :] / unit.unsqueeze(-1)
     outside = of_last.mT @ (rest.mT @ rest) @ of_last
-    left = left @ u
-    space = RitzSpace(left, sigma / unit, outside)
-    return left[..., :k], sigma[..., :k], right @ v[..., :k], space
+    space = RitzSpace(left, u, sigma / unit, outside)
+    return left @ u[..., :k], sigma[..., :k], right @ v[..., :k], space
 
 
 def krylov_space(tall: Tensor, start: Tensor, num_rounds: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -153,6 +153,11 @@ def test_zero_rounds_are_refused() -> None:
         spectral_norm(noise(3, 3), num_rounds=0)
 
 
+def test_a_start_for_the_shorter_side_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"start of shape \(70, 2\)"):
+        spectral_norm(noise(90, 70), num_rounds=1, start=noise(70, 2))
+
+
 def test_the_check_can_fail() -> None:
     weight = noise(20, 30)
     with pytest.raises(AssertionError, match="above the tolerance"):

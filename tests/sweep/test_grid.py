@@ -120,7 +120,10 @@ def test_an_option_is_a_number_without_its_dot_and_a_default_is_no_change() -> N
         (BASE.replace("[none]", "[{name: a, guard: msign, every_steps: 2.5}]"), "gave 2.5"),
         (BASE.replace("[none]", "[{name: a, guard: zclip, z_thresh: true}]"), "gave True"),
         (BASE.replace("[none]", "[{name: a, guard: zclip, z_thresh: x}]"), "gave 'x'"),
-        (BASE.replace("[none]", "[{name: a, guard: floor_first, floor: 2}]"), "option floor. Did"),
+        (
+            BASE.replace("[none]", "[{name: a, guard: floor_first, floor: 2}]"),
+            "no option floor. Did you",
+        ),
         ("[]", "holds no run"),
         ("", "is a mapping"),
         ("just words", "is a mapping"),
