@@ -222,7 +222,7 @@ def _differences(
         axes.plot(comparison.mean, height, "o", color=colour, markersize=5)
     axes.axvline(0.0, color="#999999", linewidth=1)
     axes.set_yticks(range(len(labelled)), [label for label, _ in labelled])
-    axes.set_xlabel(f"validation loss less that of {reference}, nats")
+    axes.set_xlabel(f"validation loss minus that of {reference}, nats")
     return figure
 
 
