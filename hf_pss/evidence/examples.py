@@ -57,9 +57,6 @@ class MaskingCollator:
         # The collator would draw from torch's global generator for the seed 0, and it refuses to
         # make a generator in a worker of a sweep.
         self._mask.generator = self._mask.get_generator(seed)
-        # The collator would draw from torch's global generator for the seed 0, and it refuses to
-        # make a generator in a worker of a sweep.
-        self._mask.generator = self._mask.get_generator(seed)
 
     def __call__(self, rows: list[Tensors]) -> dict[str, Any]:
         """Return a batch; `labels` is -100 wherever the model predicts nothing."""

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from hf_pss.detection.explosion import ExplosionRule
-from hf_pss.errors import ConfigurationError
+from hf_pss.errors import ConfigurationError, how_to_install
 from hf_pss.evidence.architectures import ARCHITECTURES, ModelSizes
 from hf_pss.evidence.corpus import CORPORA
 from hf_pss.models.selection import named_parameters_canonical, select_matrices
@@ -91,6 +93,9 @@ class Recipe:
     """The run starts from weights that this number of steps at `pretrain_learning_rate` has
     trained, with the clip guard and the default schedule. With 0 it starts from scratch."""
     pretrain_learning_rate: float = 2e-3
+    lora_rank: int = 0
+    """After pre-training, only LoRA adapters of this rank train, one for each block matrix. With 0
+    there are none."""
     on_gpu: bool = False
     """Train in bfloat16 on a CUDA device, compiled. Without such a device the run is an error."""
     fault: Fault | None = None
@@ -120,6 +125,10 @@ class Recipe:
         if name == "vit" and self.fault and self.fault.kind in TOKEN_FAULTS:
             raise ConfigurationError(
                 f"vit has no tokens for {self.fault.kind}; choose another fault or architecture."
+            )
+        if self.lora_rank and not self.pretrain_steps:
+            raise ConfigurationError(
+                "LoRA adapters need a trained model: give pretrain_steps beside lora_rank."
             )
         if self.zero_query and name not in ("gpt2", "post_ln"):
             raise ConfigurationError(f"zero_query is for gpt2 and post_ln, not {name}.")
@@ -157,6 +166,27 @@ class Recipe:
                     parameters[name][:, : self.width] = 0.0
         return model.to(getattr(torch, self.dtype))
 
+    def with_adapters(self, model: PreTrainedModel) -> nn.Module:
+        """Return the model, with LoRA adapters from torch's global generator if the recipe has any.
+
+        Raises:
+            ConfigurationError: The recipe has adapters, and peft is not installed.
+        """
+        if not self.lora_rank:
+            return model
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ConfigurationError(f"lora_rank needs peft. {how_to_install('peft')}") from error
+        # peft's scale is alpha / rank. Twice the rank is a usual alpha.
+        adapters = LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=2 * self.lora_rank,
+            target_modules="all-linear",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        )
+        return get_peft_model(model, adapters)
+
     @property
     def pretraining(self) -> Recipe:
         """The recipe of the run before this one: no fault, and the default schedule."""
@@ -165,6 +195,7 @@ class Recipe:
             num_steps=self.pretrain_steps,
             learning_rate=self.pretrain_learning_rate,
             pretrain_steps=0,
+            lora_rank=0,
             fault=None,
             schedule="warmup_stable_decay",
             warmup_steps=20,
@@ -213,7 +244,7 @@ _POSITIVE = (
     *("learning_rate", "pretrain_learning_rate", "num_steps", "adam_beta2"),
     *("eval_every_steps", "num_eval_blocks", "health_every_steps"),
 )
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "pretrain_steps")
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "pretrain_steps", "lora_rank")
 _WORDS: Mapping[str, Collection[str]] = {
     "architecture": ARCHITECTURES,
     "corpus": CORPORA,
@@ -278,6 +309,8 @@ RECIPES: Mapping[str, Recipe] = {
     "bfloat16": Recipe(**_TINY, dtype="bfloat16"),
     # The learning rate rises again after 600 steps at a sound rate that ends at zero.
     "continued": Recipe(**_TINY, pretrain_steps=600),
+    # Only LoRA adapters train after these 600 steps.
+    "lora": Recipe(**_TINY, pretrain_steps=600, lora_rank=8),
     "no_warmup": Recipe(**_TINY, warmup_steps=0),
     "bert_mlm": Recipe(**_TINY, architecture="bert"),
     "llama": Recipe(**_TINY, architecture="llama"),

@@ -193,6 +193,7 @@ def _trainer(cell: Cell, examples: Examples, folder: Path) -> CellTrainer:
     model = recipe.model()
     if weights is not None:
         model.load_state_dict(weights)
+    model = recipe.with_adapters(model)
     if guard.prepare is not None:
         guard.prepare(model)
     arguments = recipe.arguments(folder, cell.seed)

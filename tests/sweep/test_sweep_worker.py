@@ -177,3 +177,26 @@ def test_a_continued_run_starts_from_trained_weights() -> None:
     assert other.losses[0] == continued.losses[0]
     assert kept.stat().st_mtime_ns == changed
     assert run_cell(cell("none", seed=1, pretrain_steps=12)).losses[0] != continued.losses[0]
+
+
+def test_only_adapters_train_after_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainable: list[str] = []
+
+    class Watched(CellTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            trainable[:] = [n for n, p in self.model.named_parameters() if p.requires_grad]
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(worker, "CellTrainer", Watched)
+    whole = run_cell(cell(pretrain_steps=12))
+    adapted = cell(pretrain_steps=12, lora_rank=2, num_steps=12)
+    row = run_cell(adapted)
+    assert len(trainable) == 2 * 4 * TINY["num_layers"]
+    assert all("lora_" in name for name in trainable)
+    # Adapters begin at zero, so the first loss is that of the trained model.
+    assert row.losses[0] == pytest.approx(whole.losses[0], abs=1e-5)
+    assert row.losses[3] != whole.losses[3]
+    eager = PSSConfig.preset("paper", threshold_ratio=1.001, calibration_steps=1, cooldown_steps=0)
+    smoothed = run_cell(replace(adapted, guard_name="mine", pss=eager))
+    assert smoothed.interventions
+    assert smoothed.losses != row.losses
