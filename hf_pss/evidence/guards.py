@@ -90,11 +90,6 @@ def _scheduled_floor(
     )
 
 
-def _until_peak(args: TrainingArguments) -> Callable[[int, float], float]:
-    steps = args.get_warmup_steps(args.max_steps)
-    return lambda step, rate: step <= steps
-
-
 GUARDS: Mapping[str, Callable[..., Guard]] = {
     "none": lambda: Guard(
         description="no protection, not even clipping",
@@ -218,9 +213,6 @@ GUARDS: Mapping[str, Callable[..., Guard]] = {
         f"the floor in the first {steps} steps only",
         lambda _: lambda step, rate: step <= steps,
         pss,
-    ),
-    "floor_with_rise": lambda **pss: _scheduled_floor(
-        "the floor until the learning rate reaches its peak, then none", _until_peak, pss
     ),
     "floor_with_lr": lambda **pss: _scheduled_floor(
         "the floor times the learning rate over its peak", lambda _: lambda step, rate: rate, pss

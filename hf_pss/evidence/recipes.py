@@ -166,7 +166,7 @@ class Recipe:
                     parameters[name][:, : self.width] = 0.0
         return model.to(getattr(torch, self.dtype))
 
-    def with_adapters(self, model: PreTrainedModel) -> nn.Module:
+    def with_adapters(self, model: nn.Module) -> nn.Module:
         """Return the model, with LoRA adapters from torch's global generator if the recipe has any.
 
         Raises:
@@ -185,7 +185,8 @@ class Recipe:
             target_modules="all-linear",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )
-        return get_peft_model(model, adapters)
+        adapted: nn.Module = get_peft_model(model, adapters)
+        return adapted
 
     @property
     def pretraining(self) -> Recipe:

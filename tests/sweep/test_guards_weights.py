@@ -128,7 +128,6 @@ def test_the_penalty_of_assr_reaches_the_gradients_before_they_are_clipped(tmp_p
     ("name", "options", "acts"),
     [
         ("floor_first", {"steps": 3}, [1, 2, 3]),
-        ("floor_with_rise", {}, [1, 2, 3, 4]),
         ("floor_with_lr", {}, [4, 5]),
     ],
 )
