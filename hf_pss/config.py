@@ -170,7 +170,8 @@ class PSSConfig(Options):
     floor_ratio: float = option(
         1.0,
         "Stable-rank floor (rho) in units of the stable rank of i.i.d. noise of the same shape, "
-        "mn/(sqrt(m)+sqrt(n))^2. It is halved if the weights look trained.",
+        "mn/(sqrt(m)+sqrt(n))^2. Every floor is halved if the median stable rank is below 0.8 of "
+        "noise, as in trained weights.",
         above=0.0,
         read_by=_FLOOR,
     )

@@ -263,8 +263,8 @@ def load_run_directory(run_dir: Path) -> RunDirectory:
     if not runs:
         raise ConfigurationError(
             f"{visible(run_dir)} holds no run: a demo run has folders such as plain/seed-0. "
-            "Give the folder that `hf-pss demo` wrote. For your own run: hf-pss rescue RUN --html "
-            "FILE.html, or hf-pss watch RUN."
+            "Give the folder that `hf-pss demo` wrote. For your own run: hf-pss watch RUN, "
+            "or after a spike that PSS saw: hf-pss rescue RUN --html FILE.html."
         )
     return RunDirectory(
         info=info,

@@ -104,7 +104,7 @@ def describe_event(event: Event) -> str:
         return f"not finite ({', '.join(shown) or name}){_where(event)}"
     value, threshold = _number(event.value), _number(event.threshold)
     if event.kind is EventKind.FLOOR:
-        return f"stable rank {value:.3g} below its floor of {threshold:.3g}{_where(event)}"
+        return f"stable rank {value:.4g} below its floor of {threshold:.4g}{_where(event)}"
     if not event.baseline:
         return f"{name} {value:.3g} against a threshold of {threshold:.3g}{_where(event)}"
     return (

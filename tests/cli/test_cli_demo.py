@@ -159,4 +159,4 @@ def test_the_report_of_a_run_of_ones_own_leads_to_its_commands(run: Run, tmp_pat
     result = run("report", tmp_path / "own")
     assert result.exit_code == 2
     text = " ".join(result.stderr.split())
-    assert "For your own run: hf-pss rescue RUN --html FILE.html, or hf-pss watch RUN." in text
+    assert "or after a spike that PSS saw: hf-pss rescue RUN --html FILE.html." in text
