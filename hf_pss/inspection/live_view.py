@@ -110,7 +110,11 @@ def _event_lines(state: RunState, num_events: int) -> Iterator[Text]:
 def _rank_lines(state: RunState, num_matrices: int) -> Iterator[RenderableType]:
     ranks = _ranks(state.reading)
     if state.reading is None or not ranks:
-        why = "none could be read" if state.num_unreadable else "set health to have them"
+        why = (
+            "none could be read"
+            if state.num_unreadable
+            else "train with pss_health=light to have them"
+        )
         yield Text(f"No stable ranks: {why}.", style="dim")
         return
     first, firsts = state.first_reading, _ranks(state.first_reading)

@@ -192,7 +192,7 @@ def describe(found: PostMortem) -> str:
     if not found.num_readings:
         return (
             f"Step {step} spiked. The largest gradient is that of {visible(first.name)}. The run "
-            "recorded no medians to compare with: train with the option health to have them."
+            "recorded no medians to compare with: train with pss_health=light to have them."
         )
     medians = f"its median over {plural(found.num_readings, 'reading')}"
     norm = first.numbers.get("grad_norm")

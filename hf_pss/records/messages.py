@@ -55,8 +55,8 @@ _ADVICE = {
         "keep falling, lower the learning rate."
     ),
     EventKind.FLOOR: (
-        "This is routine and needs no response. If the same matrices come back at every check, "
-        "lower their learning rate, or the floor."
+        "This is routine in a run from random weights. If the loss falls too slowly, lower the "
+        "rate of the block matrices (pss_optim=adamw), or the floor (pss_floor_ratio)."
     ),
     EventKind.NON_FINITE: (
         "A single such step can come from its batch; several in a row come from the weights. Look "

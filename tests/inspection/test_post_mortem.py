@@ -97,7 +97,7 @@ def test_matrices_that_leave_their_medians_together_share_the_first_place() -> N
 def test_without_averages_the_largest_gradient_comes_first() -> None:
     found = compare_with_past(SPIKE, [HealthReading(0, matrices={"stable_rank": {"a": 4.0}})])
     assert [one.name for one in found.suspects] == ["a", "c", "b"]
-    assert "the option health" in describe(found)
+    assert "train with pss_health=light" in describe(found)
 
 
 def test_a_spike_within_the_averages_accuses_no_matrix() -> None:
